@@ -1,0 +1,54 @@
+# make run   the main job: train, attack, defend, report (examples/mnist_svi.py)
+# make test  the test suite
+# make lint  format, lint and types
+# Each sets up .venv on its own when it is missing or setup.cfg has changed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: run test test-slow test-lower-bounds lint format docs clean help
+
+help:
+	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras, so that a second call installs nothing.
+$(VENV)/.stamp-run: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e .
+	@touch $@
+
+$(VENV)/.stamp-%: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e '.[$*]'
+	@touch $@
+
+run: $(VENV)/.stamp-run
+	$(BIN)/python examples/mnist_svi.py $(ARGS)
+
+test: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# Slow checks: a few minutes each, the ones a release waits for.
+test-slow: $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# The oldest versions setup.cfg allows, in an environment of their own (downloads several GB).
+test-lower-bounds:
+	$(MAKE) test VENV=.venv-lower-bounds PIP_CONSTRAINT=tests/lower-bounds.txt ARGS="$(ARGS)"
+
+lint: $(VENV)/.stamp-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.stamp-docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+clean:
+	rm -rf $(VENV) .venv-lower-bounds build *.egg-info docs/_build
