@@ -1,0 +1,136 @@
+r"""Hamiltonian Monte Carlo, one independent chain per image (Algorithm 1 of the paper).
+
+A transition draws :math:`r \sim N(0, M)`, integrates L leapfrog steps from (z, r) to (z*, r*), and accepts
+z* with probability
+
+.. math:: \alpha = \min\{1, \exp(H(z, r) - H(z^*, r^*))\}, \qquad H = U(z) + \tfrac12 r^\top M^{-1} r ,
+
+image by image. A non-finite energy, or one that has risen by more than 1000 nats, is a divergence: it is
+rejected and recorded.
+
+Everything here is a pure function of its arguments: the noise comes from per-image streams, so an image
+moves in a batch exactly as it moves alone.
+
+Reference: Neal, "MCMC using Hamiltonian dynamics", 2011, https://arxiv.org/abs/1206.1901.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.mcmc.integrators import Phase, energy_and_gradient, kinetic_energy, leapfrog
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import Latents, LatentsLike, Potential
+
+DIVERGENCE_THRESHOLD = 1000.0
+"""Energy error in nats beyond which a trajectory counts as divergent (as in Stan and Pyro)."""
+
+_ACCEPT = 0
+_MOMENTUM = 1
+
+
+class HMCState(NamedTuple):
+    """What the next transition needs.
+
+    Attributes:
+        position: unconstrained latents, site -> ``(N, *event)``.
+        energy: potential energy, ``(N,)``, in nats.
+        gradient: gradient of the energy at ``position``.
+        step: number of transitions made, which selects the noise of the next.
+    """
+
+    position: Latents
+    energy: Tensor
+    gradient: Latents
+    step: int
+
+
+class HMCInfo(NamedTuple):
+    """What diagnostics need; every tensor has shape ``(N,)``.
+
+    Attributes:
+        acceptance_rate: acceptance probability of the proposal (for NUTS: mean over the trajectory).
+        accepted: whether the chain moved.
+        diverging: whether the trajectory diverged.
+        energy: Hamiltonian at the new state, in nats, the quantity of the energy diagnostics.
+        step_size: step size used.
+        num_steps: leapfrog steps taken, each one gradient.
+        tree_depth: doublings made by NUTS; 0 for HMC.
+    """
+
+    acceptance_rate: Tensor
+    accepted: Tensor
+    diverging: Tensor
+    energy: Tensor
+    step_size: Tensor
+    num_steps: Tensor
+    tree_depth: Tensor
+
+
+def init(potential: Potential, position: LatentsLike) -> HMCState:
+    """State at ``position``: one gradient."""
+    energy, gradient = energy_and_gradient(potential, position)
+    return HMCState(lat.detach(position), energy, gradient, 0)
+
+
+def draw_momentum(
+    streams: Streams, step: int, like: LatentsLike, inverse_mass: LatentsLike | None
+) -> Latents:
+    """Momentum from N(0, M) for each site, from each image's own stream."""
+    momentum = {
+        name: streams.normal(step, _MOMENTUM + number, tuple(value.shape[1:]), value.dtype)
+        for number, (name, value) in enumerate(like.items())
+    }
+    if inverse_mass is None:
+        return momentum
+    return {name: value * inverse_mass[name].rsqrt() for name, value in momentum.items()}
+
+
+def step(
+    potential: Potential,
+    state: HMCState,
+    streams: Streams,
+    step_size: Tensor,
+    num_steps: int,
+    inverse_mass: LatentsLike | None = None,
+) -> tuple[HMCState, HMCInfo]:
+    """One transition of every chain: ``num_steps`` gradients.
+
+    Args:
+        potential: energy per image.
+        state: current state.
+        streams: random streams of the chains.
+        step_size: per chain ``(N,)``.
+        num_steps: leapfrog steps L >= 1, common to the batch and independent of the state.
+        inverse_mass: diagonal of M^-1 per site; identity when ``None``.
+    """
+    momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
+    phase = Phase(state.position, momentum, state.energy, state.gradient)
+    start = state.energy + kinetic_energy(momentum, inverse_mass)
+    for _ in range(num_steps):
+        phase = leapfrog(potential, phase, step_size, inverse_mass)
+    end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
+    error = end - start
+    error = torch.where(error.isnan(), torch.inf, error)
+    log_uniform = streams.uniform(state.step, _ACCEPT, (), error.dtype).log()
+    accepted = log_uniform < -error
+    info = HMCInfo(
+        acceptance_rate=(-error).clamp(max=0.0).exp(),
+        accepted=accepted,
+        diverging=error > DIVERGENCE_THRESHOLD,
+        energy=torch.where(accepted, end, start),
+        step_size=step_size,
+        num_steps=torch.full_like(step_size, num_steps, dtype=torch.long),
+        tree_depth=torch.zeros_like(step_size, dtype=torch.long),
+    )
+    state = HMCState(
+        lat.where(accepted, phase.position, state.position),
+        torch.where(accepted, phase.energy, state.energy),
+        lat.where(accepted, phase.gradient, state.gradient),
+        state.step + 1,
+    )
+    return state, info

@@ -1,0 +1,370 @@
+"""Pyro kernels whose every image is a chain of its own.
+
+:class:`BatchedHMC` and :class:`BatchedNUTS` follow Pyro's ``MCMCKernel`` contract, so
+``pyro.infer.MCMC(BatchedHMC(vae.model), num_samples=100).run(x)`` works as with any kernel. They differ
+from Pyro's own kernels in what a batch means: Pyro's take all images of the data plate as one state with
+one acceptance and one step size, these run ``x.shape[0]`` independent chains in one tensor program.
+
+The arithmetic lives in :mod:`~pyro_vae_defence.mcmc.hmc`, :mod:`~pyro_vae_defence.mcmc.nuts` and
+:mod:`~pyro_vae_defence.mcmc.adaptation`; this file only wires it to Pyro.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_vae_defence.mcmc import hmc, nuts
+from pyro_vae_defence.mcmc.adaptation import (
+    DualAveraging,
+    FixedStepSize,
+    PaperStepSize,
+    StepSizeRule,
+    StepSizeState,
+)
+from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
+from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import Latents, LatentsLike, Potential
+
+Preset = Literal["paper"]
+
+
+class BatchedKernel(MCMCKernel):
+    """What the batched kernels share: set-up, adaptation, bookkeeping.
+
+    Attributes:
+        streams: random streams of the chains, one row per chain; set them before a run to name images
+            and chains, leave ``None`` for fresh ones drawn from ``generator``.
+        state: last state; ``state.energy`` is the potential energy per chain.
+        info: diagnostics of the last transition.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None,
+        potential_fn: Potential | None,
+        step_size: float,
+        rule: StepSizeRule,
+        inverse_mass_matrix: LatentsLike | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        if (model is None) == (potential_fn is None):
+            raise ValueError("give exactly one of model and potential_fn")
+        for name, value in (("model", model), ("potential_fn", potential_fn)):
+            if value is not None and not callable(value):
+                raise ValueError(f"{name} must be callable, got {type(value).__name__}")
+        if not (isinstance(step_size, (int, float)) and 0 < step_size < math.inf):
+            raise ValueError(f"step_size must be a positive finite number, got {step_size!r}")
+        if inverse_mass_matrix is not None:
+            for name, value in inverse_mass_matrix.items():
+                if not bool(((value > 0) & value.isfinite()).all()):
+                    raise ValueError(
+                        f"inverse_mass_matrix[{name!r}] must be positive and finite; "
+                        "it is the diagonal of the inverse mass matrix, e.g. posterior variances"
+                    )
+        self.model = model
+        self.step_size = step_size
+        self.rule = rule
+        self.inverse_mass_matrix = inverse_mass_matrix
+        self.generator = generator
+        self.transforms: dict[str, Transform] = {}
+        self.streams: Streams | None = None
+        self.info: HMCInfo | None = None
+        self.state: HMCState | None = None
+        self._potential = potential_fn
+        self._run_streams: Streams | None = None
+        self._initial_params: Latents | None = None
+        self._warmup_steps = 0
+        self._steps_done = 0
+        self._adaptation: StepSizeState | None = None
+        self._acceptance_sum: Tensor | None = None
+        self._divergences: Tensor | None = None
+
+    # --- Pyro's contract ---
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Read the model's sites at its arguments and forget any earlier run.
+
+        Args:
+            warmup_steps: transitions during which the step size adapts.
+            *args, **kwargs: the model's arguments, as given to ``MCMC.run``.
+        """
+        self._warmup_steps = warmup_steps
+        self._steps_done = 0
+        self.state = None
+        self.info = None
+        self._adaptation = None
+        self._acceptance_sum = None
+        self._divergences = None
+        if self.model is not None:
+            potential = ModelPotential(self.model, *args, **kwargs)
+            self._potential = potential
+            # MCMC maps its samples back by the inverse of these.
+            self.transforms = {name: t.inv for name, t in potential.transforms.items()}
+        self._run_streams = self.streams
+
+    @property
+    def potential(self) -> Potential:
+        """Energy per image; for a model, known after :meth:`setup`."""
+        if self._potential is None:
+            raise RuntimeError("call setup(warmup_steps, *model_args) first")
+        return self._potential
+
+    @property
+    def initial_params(self) -> Latents:
+        """Where the chains start, unconstrained; a draw from the prior unless it was set."""
+        if self._initial_params is None:
+            if not isinstance(self._potential, ModelPotential):
+                raise ValueError(
+                    "initial_params must be given with potential_fn: "
+                    "MCMC(kernel, ..., initial_params={site: tensor of shape (N, ...)})"
+                )
+            self._initial_params = self._potential.prototype
+        return self._initial_params
+
+    @initial_params.setter
+    def initial_params(self, params: LatentsLike) -> None:
+        self._initial_params = dict(params)
+
+    def sample(self, params: LatentsLike) -> Latents:
+        """One transition of every chain from ``params`` (unconstrained, one row per chain).
+
+        Raises:
+            ValueError: if the first state has the wrong shape or a non-finite energy.
+        """
+        state = self.state
+        if state is None or any(params[name] is not v for name, v in state.position.items()):
+            state = self._start(params)
+        assert self._adaptation is not None and self._run_streams is not None
+        state, info = self._step(state, self._run_streams, self._adaptation.log_step_size.exp())
+        self._steps_done += 1
+        warming = self._steps_done <= self._warmup_steps
+        if warming or self.rule.adapts_while_sampling:
+            adaptation = self.rule.update(self._adaptation, info.acceptance_rate)
+            if self._steps_done == self._warmup_steps and not self.rule.adapts_while_sampling:
+                adaptation = adaptation._replace(log_step_size=adaptation.log_average)
+            self._adaptation = adaptation
+        if not warming:
+            assert self._acceptance_sum is not None and self._divergences is not None
+            self._acceptance_sum = self._acceptance_sum + info.acceptance_rate
+            self._divergences = self._divergences + info.diverging
+        self.state, self.info = state, info
+        return dict(state.position)
+
+    def logging(self) -> dict[str, str]:
+        """Mean step size and acceptance for the progress bar; they are read from the CPU only.
+
+        Elsewhere they would stop the device once per transition; see :meth:`diagnostics` instead.
+        """
+        if self.info is None or self.info.step_size.device.type != "cpu":
+            return {}
+        return {
+            "step size": f"{float(self.info.step_size.mean()):.2e}",
+            "acc. prob": f"{float(self.info.acceptance_rate.mean()):.3f}",
+        }
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Per-image acceptance rate and number of divergences after warm-up, shape ``(N,)`` each."""
+        if self._acceptance_sum is None or self._divergences is None:
+            return {}
+        num_samples = max(1, self._steps_done - self._warmup_steps)
+        return {
+            "acceptance rate": self._acceptance_sum / num_samples,
+            "divergences": self._divergences,
+        }
+
+    def cleanup(self) -> None:
+        """Let go of the start of the run; its last state and info stay readable."""
+        self._initial_params = None
+
+    # --- Inside ---
+
+    def _step(
+        self, state: HMCState, streams: Streams, step_size: Tensor
+    ) -> tuple[HMCState, HMCInfo]:
+        raise NotImplementedError
+
+    def _start(self, params: LatentsLike) -> HMCState:
+        if isinstance(self._potential, ModelPotential):
+            params = self._potential.check(params)
+        state = hmc.init(self.potential, params)
+        energy = state.energy
+        rows = next(iter(params.values())).shape[0]
+        if tuple(energy.shape) != (rows,):
+            raise ValueError(
+                f"potential_fn must return one energy per row, shape ({rows},), "
+                f"got {tuple(energy.shape)}"
+            )
+        if energy.device.type != "meta":
+            bad = (~energy.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                raise ValueError(
+                    f"the starting energy is not finite for {len(bad)} of {rows} rows "
+                    f"(first rows: {bad[:5]}); check the images and the initial latents of these rows"
+                )
+        if self._run_streams is None:
+            self._run_streams = Streams.create(rows, generator=self.generator, device=energy.device)
+        elif self._run_streams.image.shape[0] != rows:
+            raise ValueError(
+                f"streams has {self._run_streams.image.shape[0]} rows but the latents have {rows}"
+            )
+        if self._adaptation is None:
+            self._adaptation = self.rule.init(torch.full_like(energy, self.step_size))
+            self._acceptance_sum = torch.zeros_like(energy)
+            self._divergences = torch.zeros_like(energy, dtype=torch.long)
+        return state._replace(step=self._steps_done)
+
+    def _inverse_mass(self, like: LatentsLike) -> LatentsLike | None:
+        matrix = self.inverse_mass_matrix
+        if matrix is None:
+            return None
+        if matrix.keys() != like.keys():
+            raise ValueError(
+                f"inverse_mass_matrix must have the model's sites {sorted(like)}, "
+                f"got {sorted(matrix)}"
+            )
+        return {name: matrix[name].to(like[name]) for name in like}
+
+
+def _make_rule(
+    adapt_step_size: bool, target_accept_prob: float | None, preset: Preset | None
+) -> StepSizeRule:
+    if preset == "paper":
+        return PaperStepSize() if target_accept_prob is None else PaperStepSize(target_accept_prob)
+    if preset is not None:
+        raise ValueError(f"preset must be 'paper' or None, got {preset!r}")
+    target = 0.8 if target_accept_prob is None else target_accept_prob
+    return DualAveraging(target) if adapt_step_size else FixedStepSize()
+
+
+class BatchedHMC(BatchedKernel):
+    """Hamiltonian Monte Carlo with one independent chain per image.
+
+    Args:
+        model: Pyro model with one data plate around all its sites.
+        potential_fn: instead of a model, energies ``(N,)`` of a dict of latents with ``N`` rows.
+        step_size: initial leapfrog step size, > 0.
+        num_steps: leapfrog steps per transition, >= 1: the mean when lengths are jittered.
+        jitter: 0 to 1. The length of each transition is drawn uniformly from the integers between
+            (1 - jitter) and (1 + jitter) times ``num_steps``, at least 1, common to the batch. A fixed
+            length resonates with the target's own frequencies; 0 keeps it fixed.
+        adapt_step_size: adapt each image's step size by dual averaging during warm-up.
+        target_accept_prob: acceptance probability to adapt to; 0.8, or 0.9 in the paper's rule.
+        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one image's
+            latents; identity when ``None``.
+        preset: ``"paper"`` for the published setting: 20 fixed leapfrog steps and one step size for the
+            batch that follows eq. 67 to the end.
+        generator: source of the run's seed; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import functools, pyro.infer
+        >>> from pyro_vae_defence.models import ConvVAE
+        >>> kernel = BatchedHMC(ConvVAE().eval().model, step_size=0.1, num_steps=4)
+        >>> mcmc = pyro.infer.MCMC(kernel, num_samples=3, warmup_steps=2, disable_progbar=True)
+        >>> mcmc.run(torch.rand(5, 1, 28, 28))
+        >>> mcmc.get_samples()["z"].shape
+        torch.Size([3, 5, 64])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Potential | None = None,
+        step_size: float = 0.1,
+        num_steps: int = 4,
+        jitter: float = 1.0,
+        adapt_step_size: bool = True,
+        target_accept_prob: float | None = None,
+        inverse_mass_matrix: LatentsLike | None = None,
+        preset: Preset | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        rule = _make_rule(adapt_step_size, target_accept_prob, preset)
+        super().__init__(model, potential_fn, step_size, rule, inverse_mass_matrix, generator)
+        if preset == "paper":
+            num_steps, jitter = 20, 0.0
+        if not (isinstance(num_steps, int) and num_steps >= 1):
+            raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
+        if not 0.0 <= jitter <= 1.0:
+            raise ValueError(f"jitter must lie in [0, 1], got {jitter!r}; 0 keeps lengths fixed")
+        self.num_steps = num_steps
+        self.jitter = jitter
+
+    def _length(self, seed: int, step: int) -> int:
+        low = max(1, math.ceil((1 - self.jitter) * self.num_steps))
+        high = max(low, math.floor((1 + self.jitter) * self.num_steps))
+        # A function of seed and transition alone, like all noise of a run.
+        return random.Random(seed * 2**32 + step).randint(low, high)
+
+    def _step(
+        self, state: HMCState, streams: Streams, step_size: Tensor
+    ) -> tuple[HMCState, HMCInfo]:
+        return hmc.step(
+            self.potential,
+            state,
+            streams,
+            step_size,
+            self._length(streams.seed, state.step),
+            self._inverse_mass(state.position),
+        )
+
+
+class BatchedNUTS(BatchedKernel):
+    """The No-U-Turn Sampler with one independent tree per image.
+
+    A batch costs as many gradients as its largest tree; smaller trees wait, unchanged.
+
+    Args:
+        model: Pyro model with one data plate around all its sites.
+        potential_fn: instead of a model, energies ``(N,)`` of a dict of latents with ``N`` rows.
+        step_size: initial leapfrog step size, > 0.
+        max_tree_depth: largest number of doublings, 1 to 20.
+        adapt_step_size: adapt each image's step size by dual averaging during warm-up.
+        target_accept_prob: mean acceptance probability to adapt to; 0.8.
+        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one image's
+            latents; identity when ``None``.
+        generator: source of the run's seed; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Potential | None = None,
+        step_size: float = 0.1,
+        max_tree_depth: int = 10,
+        adapt_step_size: bool = True,
+        target_accept_prob: float | None = None,
+        inverse_mass_matrix: LatentsLike | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        rule = _make_rule(adapt_step_size, target_accept_prob, None)
+        super().__init__(model, potential_fn, step_size, rule, inverse_mass_matrix, generator)
+        if not (isinstance(max_tree_depth, int) and 1 <= max_tree_depth <= 20):
+            raise ValueError(f"max_tree_depth must be an integer in 1..20, got {max_tree_depth!r}")
+        self.max_tree_depth = max_tree_depth
+
+    def _step(
+        self, state: HMCState, streams: Streams, step_size: Tensor
+    ) -> tuple[HMCState, HMCInfo]:
+        return nuts.step(
+            self.potential,
+            state,
+            streams,
+            step_size,
+            self.max_tree_depth,
+            self._inverse_mass(state.position),
+        )

@@ -1,0 +1,260 @@
+r"""The No-U-Turn Sampler, one independent tree per image, grown in lockstep under masks.
+
+Multinomial NUTS: a trajectory is doubled forwards or backwards in time until it turns back on itself,
+states being drawn with weights :math:`\exp(-H)`. Within a new subtree a leaf replaces the candidate with
+probability (its weight) / (weight so far); between the old tree and a complete new subtree the candidate
+changes with probability :math:`\min(1, w_\mathrm{new} / w_\mathrm{old})`. A (sub)tree with end momenta
+:math:`r_-, r_+` and momentum sum :math:`\rho` has turned when
+
+.. math:: r_\pm^\top M^{-1} \bigl(\rho - \tfrac12 (r_- + r_+)\bigr) \le 0
+
+for one of its ends; a new subtree any part of which has turned or diverged is dropped whole, which keeps the
+transition reversible.
+
+The tree is built leaf by leaf instead of recursively. Leaf n closes as many subtrees as n has trailing one
+bits, and their first leaves are remembered under the number of one bits of n // 2, so that
+``max_tree_depth`` momenta suffice. Because all growing trees of a batch have the same depth, these
+indices are ordinary integers. The end of a loop is a question to the device (is any tree still growing?),
+asked once per leaf, next to a full gradient.
+
+References: Hoffman, Gelman, "The No-U-Turn Sampler", JMLR 2014, https://arxiv.org/abs/1111.4246;
+Betancourt, "A conceptual introduction to HMC", 2017, https://arxiv.org/abs/1701.02434, appendix A.4;
+Phan, Pradhan, Jankowiak, "Composable effects for flexible and accelerated probabilistic programming in
+NumPyro", 2019, https://arxiv.org/abs/1912.11554 (the iterative scheme).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.mcmc.hmc import (
+    DIVERGENCE_THRESHOLD,
+    HMCInfo,
+    HMCState,
+    draw_momentum,
+)
+from pyro_vae_defence.mcmc.integrators import Phase, kinetic_energy, leapfrog, velocity
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import Latents, LatentsLike, Potential
+
+_DIRECTION = 64
+_SUBTREE = 65
+_LEAF = 66  # + depth
+
+
+class _Candidate(NamedTuple):
+    position: Latents
+    energy: Tensor
+    gradient: Latents
+    hamiltonian: Tensor
+
+
+class _Subtree(NamedTuple):
+    end: Phase
+    candidate: _Candidate
+    log_weight: Tensor
+    momentum_sum: Latents
+    complete: Tensor
+    diverging: Tensor
+    acceptance_sum: Tensor
+    num_leaves: Tensor
+
+
+def is_turning(
+    momentum_left: LatentsLike,
+    momentum_right: LatentsLike,
+    momentum_sum: LatentsLike,
+    inverse_mass: LatentsLike | None,
+) -> Tensor:
+    """The generalised U-turn criterion per image, bool ``(N,)``."""
+    ends = lat.add(momentum_left, momentum_right)
+    middle = velocity(lat.add(momentum_sum, ends, -0.5), inverse_mass)
+    left = lat.dot(momentum_left, middle) <= 0
+    right = lat.dot(momentum_right, middle) <= 0
+    return left | right
+
+
+def _where_phase(mask: Tensor, a: Phase, b: Phase) -> Phase:
+    return Phase(
+        lat.where(mask, a.position, b.position),
+        lat.where(mask, a.momentum, b.momentum),
+        torch.where(mask, a.energy, b.energy),
+        lat.where(mask, a.gradient, b.gradient),
+    )
+
+
+def _where_candidate(mask: Tensor, a: _Candidate, b: _Candidate) -> _Candidate:
+    return _Candidate(
+        lat.where(mask, a.position, b.position),
+        torch.where(mask, a.energy, b.energy),
+        lat.where(mask, a.gradient, b.gradient),
+        torch.where(mask, a.hamiltonian, b.hamiltonian),
+    )
+
+
+def _subtrees_closed_by(leaf: int) -> range:
+    """Checkpoint indices of the subtrees whose last leaf is the odd number ``leaf``, inner first."""
+    last = (leaf >> 1).bit_count()
+    trailing_ones = (leaf ^ (leaf + 1)).bit_length() - 1
+    return range(last, last - trailing_ones, -1)
+
+
+def _grow(
+    potential: Potential,
+    start: Phase,
+    hamiltonian_start: Tensor,
+    direction: Tensor,
+    depth: int,
+    growing: Tensor,
+    streams: Streams,
+    step: int,
+    step_size: Tensor,
+    inverse_mass: LatentsLike | None,
+) -> _Subtree:
+    """Add ``2 ** depth`` leaves beyond ``start`` to the trees marked by ``growing``."""
+    num_leaves = 2**depth
+    log_uniform = streams.uniform(step, _LEAF + depth, (num_leaves,), step_size.dtype).log()
+    phase = start
+    candidate = _Candidate(start.position, start.energy, start.gradient, hamiltonian_start)
+    log_weight = torch.full_like(step_size, -torch.inf)
+    momentum_sum = {name: torch.zeros_like(value) for name, value in start.momentum.items()}
+    turning = torch.zeros_like(growing)
+    diverging = torch.zeros_like(growing)
+    acceptance_sum = torch.zeros_like(step_size)
+    leaves = torch.zeros_like(step_size, dtype=torch.long)
+    checkpoints: list[tuple[Latents, Latents]] = [({}, {})] * max(depth, 1)
+    signed_step = direction * step_size
+    asked = growing
+
+    for leaf in range(num_leaves):
+        if leaf > 0 and not bool(growing.any()):
+            break
+        phase = _where_phase(growing, leapfrog(potential, phase, signed_step, inverse_mass), phase)
+        hamiltonian = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
+        error = hamiltonian - hamiltonian_start
+        error = torch.where(error.isnan(), torch.inf, error)
+
+        acceptance_sum += torch.where(growing, (-error).clamp(max=0.0).exp(), 0.0)
+        leaves += growing
+        total = torch.logaddexp(log_weight, -error)
+        # The first finite leaf is always taken; a leaf of zero weight never is (inf - inf is NaN).
+        taken = growing & (log_uniform[:, leaf] < -error - total)
+        candidate = _where_candidate(
+            taken,
+            _Candidate(phase.position, phase.energy, phase.gradient, hamiltonian),
+            candidate,
+        )
+        log_weight = torch.where(growing, total, log_weight)
+        momentum_sum = lat.where(growing, lat.add(momentum_sum, phase.momentum), momentum_sum)
+
+        diverging |= growing & (error > DIVERGENCE_THRESHOLD)
+        if leaf % 2 == 0:
+            if depth > 0:
+                checkpoints[(leaf >> 1).bit_count()] = (phase.momentum, momentum_sum)
+        else:
+            for number in _subtrees_closed_by(leaf):
+                first, sum_before = checkpoints[number]
+                part = lat.add(lat.add(momentum_sum, sum_before, -1.0), first)
+                turning |= growing & is_turning(first, phase.momentum, part, inverse_mass)
+        growing = growing & ~diverging & ~turning
+
+    return _Subtree(
+        phase,
+        candidate,
+        log_weight,
+        momentum_sum,
+        asked & growing,
+        diverging,
+        acceptance_sum,
+        leaves,
+    )
+
+
+def step(
+    potential: Potential,
+    state: HMCState,
+    streams: Streams,
+    step_size: Tensor,
+    max_tree_depth: int = 10,
+    inverse_mass: LatentsLike | None = None,
+) -> tuple[HMCState, HMCInfo]:
+    """One transition of every chain: at most ``2 ** max_tree_depth - 1`` gradients.
+
+    Args:
+        potential: energy per image.
+        state: current state (of :func:`pyro_vae_defence.mcmc.hmc.init`).
+        streams: random streams of the chains.
+        step_size: per chain ``(N,)``.
+        max_tree_depth: largest number of doublings.
+        inverse_mass: diagonal of M^-1 per site; identity when ``None``.
+    """
+    momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
+    start = Phase(state.position, momentum, state.energy, state.gradient)
+    hamiltonian_start = state.energy + kinetic_energy(momentum, inverse_mass)
+    left = right = start
+    candidate = _Candidate(state.position, state.energy, state.gradient, hamiltonian_start)
+    log_weight = torch.zeros_like(step_size)
+    momentum_sum = momentum
+    active = torch.ones_like(step_size, dtype=torch.bool)
+    diverging = torch.zeros_like(active)
+    accepted = torch.zeros_like(active)
+    acceptance_sum = torch.zeros_like(step_size)
+    leaves = torch.zeros_like(step_size, dtype=torch.long)
+    depths = torch.zeros_like(leaves)
+    shape = (max_tree_depth,)
+    forward = streams.uniform(state.step, _DIRECTION, shape, step_size.dtype) > 0.5
+    log_uniform = streams.uniform(state.step, _SUBTREE, shape, step_size.dtype).log()
+
+    for depth in range(max_tree_depth):
+        if depth > 0 and not bool(active.any()):
+            break
+        ahead = forward[:, depth]
+        subtree = _grow(
+            potential,
+            _where_phase(ahead, right, left),
+            hamiltonian_start,
+            torch.where(ahead, 1.0, -1.0).to(step_size.dtype),
+            depth,
+            active,
+            streams,
+            state.step,
+            step_size,
+            inverse_mass,
+        )
+        depths += active
+        diverging |= subtree.diverging
+        acceptance_sum += subtree.acceptance_sum
+        leaves += subtree.num_leaves
+        complete = subtree.complete
+
+        taken = complete & (log_uniform[:, depth] < subtree.log_weight - log_weight)
+        candidate = _where_candidate(taken, subtree.candidate, candidate)
+        accepted |= taken
+        log_weight = torch.where(
+            complete, torch.logaddexp(log_weight, subtree.log_weight), log_weight
+        )
+        momentum_sum = lat.where(
+            complete, lat.add(momentum_sum, subtree.momentum_sum), momentum_sum
+        )
+        right = _where_phase(complete & ahead, subtree.end, right)
+        left = _where_phase(complete & ~ahead, subtree.end, left)
+        turning = is_turning(left.momentum, right.momentum, momentum_sum, inverse_mass)
+        active = complete & ~turning
+
+    info = HMCInfo(
+        acceptance_rate=acceptance_sum / leaves,
+        accepted=accepted,
+        diverging=diverging,
+        energy=candidate.hamiltonian,
+        step_size=step_size,
+        num_steps=leaves,
+        tree_depth=depths,
+    )
+    return (
+        HMCState(candidate.position, candidate.energy, candidate.gradient, state.step + 1),
+        info,
+    )

@@ -1,0 +1,187 @@
+r"""The convolutional VAE of the paper (Table 6): 64 latents for 28x28 images.
+
+.. math::
+    z \sim N(0, I_{64}), \qquad x \mid z \sim p(x; g_\theta(z)), \qquad
+    q_\phi(z \mid x) = N(m_\phi(x), \mathrm{diag}\, s_\phi^2(x)).
+
+The likelihood is Bernoulli on intensities in [0, 1] for grey images and Gaussian with log-variance
+:math:`-\log 2\pi` for colour images (the value with which the paper's ColorMNIST likelihoods agree; it
+makes the Gaussian's normaliser vanish). The last layer of the decoder has 32 input channels; the table's
+31 is a misprint. Weights are Xavier-normal, biases zero.
+
+Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with
+MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940, appendix D.1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+Likelihood = Literal["bernoulli", "gaussian"]
+
+GAUSSIAN_LOG_VARIANCE = -math.log(2 * math.pi)
+IMAGE_SIZE = 28
+
+_instances = itertools.count()
+
+
+class ConvVAE(nn.Module):
+    """The paper's VAE (Table 6) as two Pyro programs over the sites ``z`` and ``obs``.
+
+    Args:
+        in_channels: 1 (grey) or 3 (colour).
+        latent_dim: number of latent dimensions; 64 in the paper.
+        likelihood: ``"bernoulli"`` or ``"gaussian"``; ``None`` takes the paper's choice, Bernoulli for
+            one channel and Gaussian otherwise.
+        log_variance: log-variance of the Gaussian likelihood, per pixel.
+        channels_last: keep convolutions in the channels-last layout, which is about 1.7 times faster on
+            CPUs and never changes results beyond rounding.
+
+    Images have shape ``(N, in_channels, 28, 28)`` with values in [0, 1].
+
+    Example:
+        >>> vae = ConvVAE()
+        >>> vae.guide(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        latent_dim: int = 64,
+        likelihood: Likelihood | None = None,
+        log_variance: float = GAUSSIAN_LOG_VARIANCE,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        if likelihood is None:
+            likelihood = "bernoulli" if in_channels == 1 else "gaussian"
+        if likelihood not in ("bernoulli", "gaussian"):
+            raise ValueError(f"likelihood must be 'bernoulli' or 'gaussian', got {likelihood!r}")
+        self.in_channels = in_channels
+        self.latent_dim = latent_dim
+        self.likelihood: Likelihood = likelihood
+        self.log_variance = log_variance
+        self.channels_last = channels_last
+        self._scope = self._new_scope()
+
+        self.encoder = nn.Sequential(
+            nn.Conv2d(in_channels, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(64, 96, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(96, 128, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.latent_loc = nn.Conv2d(128, latent_dim, 3, stride=2, padding=1)
+        self.latent_log_variance = nn.Conv2d(128, latent_dim, 3, stride=2, padding=1)
+        self.decoder = nn.Sequential(
+            nn.ConvTranspose2d(latent_dim, 128, 3, dilation=2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(128, 96, 3),
+            nn.ReLU(),
+            nn.ConvTranspose2d(96, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(32, in_channels, 4, stride=2, padding=1),
+        )
+        self._initialise()
+        if channels_last:
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.xavier_normal_(module.weight)
+                assert module.bias is not None
+                nn.init.zeros_(module.bias)
+
+    # Pyro's parameter store is global and keyed by name. A name per instance, also for copies, keeps
+    # two VAEs of one process from sharing parameters by accident.
+    @staticmethod
+    def _new_scope() -> str:
+        return f"ConvVAE_{next(_instances)}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scope = self._new_scope()
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape ``(C, H, W)`` of the images."""
+        return (self.in_channels, IMAGE_SIZE, IMAGE_SIZE)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this architecture."""
+        return {
+            "in_channels": self.in_channels,
+            "latent_dim": self.latent_dim,
+            "likelihood": self.likelihood,
+            "log_variance": self.log_variance,
+        }
+
+    def posterior(self, x: Tensor) -> dist.TorchDistribution:
+        """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch shape ``(N,)``, event ``(D,)``."""
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        hidden = self.encoder(x)
+        loc = self.latent_loc(hidden).flatten(1)
+        scale = (0.5 * self.latent_log_variance(hidden).flatten(1)).exp()
+        return dist.Normal(loc, scale).to_event(1)
+
+    def observation(self, z: Tensor) -> dist.TorchDistribution:
+        """p(x | z): latents ``(N, D)`` to a likelihood with event shape ``(C, 28, 28)``."""
+        output = self.decoder(z[:, :, None, None])
+        if self.likelihood == "bernoulli":
+            # Intensities between 0 and 1 are no outcomes of a coin; their log-likelihood is defined all
+            # the same, hence no validation of values.
+            return dist.Bernoulli(logits=output, validate_args=False).to_event(3)
+        scale = math.exp(0.5 * self.log_variance)
+        return dist.Normal(output, torch.full_like(output, scale)).to_event(3)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Mean of p(x | z): latents ``(N, D)`` to images ``(N, C, 28, 28)``."""
+        return self.observation(z).mean
+
+    def model(self, x: Tensor, beta: float = 1.0) -> Tensor:
+        """Pyro program p(x, z); ``beta`` > 0 scales the log-density of the latents."""
+        self._check(x, beta)
+        pyro.module(f"{self._scope}.decoder", self.decoder)
+        with pyro.plate("data", x.shape[0]):
+            zeros = x.new_zeros(x.shape[0], self.latent_dim)
+            with poutine.scale(scale=beta):
+                z = pyro.sample("z", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
+            return pyro.sample("obs", self.observation(z), obs=x)
+
+    def guide(self, x: Tensor, beta: float = 1.0) -> Tensor:
+        """Pyro program q(z | x), scaled like the model's latents."""
+        self._check(x, beta)
+        for name in ("encoder", "latent_loc", "latent_log_variance"):
+            pyro.module(f"{self._scope}.{name}", getattr(self, name))
+        with pyro.plate("data", x.shape[0]), poutine.scale(scale=beta):
+            return pyro.sample("z", self.posterior(x))
+
+    def _check(self, x: Tensor, beta: float) -> None:
+        if not beta > 0:
+            raise ValueError(f"beta must be > 0, got {beta}; beta = 1 is the plain VAE")
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"x must have shape (N, {self.in_channels}, {IMAGE_SIZE}, {IMAGE_SIZE}), "
+                f"got {tuple(x.shape)}"
+            )

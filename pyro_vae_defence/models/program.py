@@ -1,0 +1,496 @@
+r"""Reading a VAE written as a pair of Pyro programs.
+
+Everything the library does to a VAE goes through this module, so any object with ``model(x)`` and
+``guide(x)`` will do (:class:`pyro_vae_defence.types.VAE`): the names and number of latent sites, the
+observation site and its shape, nested plates and constrained supports are found in traces.
+
+The energy of image :math:`n`, in nats, is
+
+.. math:: U_n(z) = -\log p(x_n \mid z_n) - \sum_k \log p(z_{n,k} \mid z_{n,>k}),
+
+the sum of *unscaled* log-probabilities of the model's sites: a model trained under
+``poutine.scale(beta)`` is still sampled at p(x|z)p(z), not at p(x|z)p(z)^beta. Latents with constrained
+support are moved on the unconstrained scale of :func:`torch.distributions.biject_to`, whose
+log-determinant enters the energy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor, nn
+from torch.distributions import (
+    Distribution,
+    Independent,
+    Normal,
+    Transform,
+    biject_to,
+    constraints,
+)
+
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import VAE, Latents, LatentsLike
+
+DATA_PLATE = "data"
+
+__all__ = [
+    "DATA_PLATE",
+    "ModelPotential",
+    "check_images",
+    "check_vae",
+    "decode",
+    "encode",
+    "evaluation_mode",
+    "mean_posterior_variance",
+    "observation",
+    "observation_site",
+    "posterior",
+    "posterior_mean",
+    "potential",
+    "prior",
+]
+
+
+# --- Validation at the public boundary -------------------------------------------------------------
+
+
+def check_vae(vae: Any) -> VAE:
+    """Return ``vae`` if it has callable ``model`` and ``guide``; raise ``ValueError`` otherwise."""
+    for name in ("model", "guide"):
+        if not callable(getattr(vae, name, None)):
+            raise ValueError(
+                f"vae must have two Pyro programs, model(x) and guide(x); "
+                f"{type(vae).__name__} has no callable attribute {name!r}"
+            )
+    return vae
+
+
+def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tensor:
+    """Return a batch of images ``x``, or raise a ``ValueError`` that names what is wrong with it.
+
+    Args:
+        x: floating-point tensor of shape ``(N, C, H, W)``, values in [0, 1].
+        name: the argument's name in messages.
+        unit_interval: whether to check the range (one synchronisation with the device).
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor of images (N, C, H, W), got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[0] == 0:
+        raise ValueError(
+            f"{name} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; "
+            "add the missing dimensions, e.g. x[None] for a single image"
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point with values in [0, 1], got {x.dtype}; "
+            "for 8-bit images use x.float() / 255"
+        )
+    if unit_interval and x.device.type != "meta":
+        low, high = (float(bound) for bound in x.detach().aminmax())
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(
+                f"{name} must lie in [0, 1], got values from {low:g} to {high:g}; "
+                "rescale it (x / 255 for 8-bit images) or clamp it"
+            )
+    return x
+
+
+@contextlib.contextmanager
+def evaluation_mode(*programs: Any) -> Iterator[None]:
+    """Put every ``nn.Module`` among ``programs`` into eval mode for the duration.
+
+    Train-mode batch norm couples the images of a batch and would be changed by mere evaluation.
+    Modes are restored module by module.
+    """
+    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    modes = [m.training for m in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+# --- Sites ----------------------------------------------------------------------------------------
+
+
+def _is_deterministic(site: dict[str, Any]) -> bool:
+    return bool(site["infer"].get("_deterministic", False))
+
+
+def _sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+    """Sample sites with a density: neither plates' subsampling nor ``pyro.deterministic``."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not isinstance(site["fn"], _Subsample)
+        and not _is_deterministic(site)
+    }
+
+
+def _latent_values(trace: poutine.Trace) -> Latents:
+    return {
+        name: site["value"]
+        for name, site in _sample_sites(trace).items()
+        if not site["is_observed"]
+    }
+
+
+def _data_frame(name: str, site: dict[str, Any], num_images: int) -> Any:
+    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    named = [frame for frame in frames if frame.name == DATA_PLATE]
+    fitting = named or [frame for frame in frames if frame.size == num_images]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"site {name!r} must stand inside one vectorised data plate; "
+            f'open it with pyro.plate("{DATA_PLATE}", x.shape[0]) around every sample site'
+        )
+    if fitting[0].size != num_images:
+        raise ValueError(
+            f"site {name!r} stands inside a data plate of size {fitting[0].size}, "
+            f"but x holds {num_images} images; open the plate with x.shape[0]"
+        )
+    return fitting[0]
+
+
+def _log_prob_per_image(name: str, site: dict[str, Any], num_images: int) -> Tensor:
+    """Unscaled log-probability of one site, summed over all but the data plate: shape (N,)."""
+    log_prob = site["fn"].log_prob(site["value"])
+    mask = site["mask"]
+    if mask is False:
+        log_prob = torch.zeros_like(log_prob)
+    elif isinstance(mask, Tensor):
+        log_prob = torch.where(mask, log_prob, 0.0)
+    dim = _data_frame(name, site, num_images).dim
+    if log_prob.dim() < -dim or log_prob.shape[dim] not in (1, num_images):
+        raise ValueError(
+            f"site {name!r}: its log-probability of shape {tuple(log_prob.shape)} has no row per "
+            f"image at dimension {dim}; declare event dimensions with .to_event(...)"
+        )
+    per_image = log_prob.movedim(dim, 0)
+    return per_image.reshape(per_image.shape[0], -1).sum(-1).expand(num_images)
+
+
+def _rows_first(value: Tensor, site: dict[str, Any], num_images: int) -> bool:
+    """Whether the site's value already has the data plate as its first dimension."""
+    frame = next(
+        f
+        for f in site["cond_indep_stack"]
+        if f.vectorized and (f.name == DATA_PLATE or f.size == num_images)
+    )
+    return value.dim() == len(site["fn"].event_shape) - frame.dim
+
+
+def _get_trace(program: Callable[..., Any], *args: Any, **kwargs: Any) -> poutine.Trace:
+    # Validation would force a device synchronisation per distribution, and raise inside a sampler
+    # where a non-finite value has a defined meaning (a divergence).
+    with poutine.block(), pyro.validation_enabled(False):
+        return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def observation_site(model: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Name of the one observed site of ``model(*args, **kwargs)``.
+
+    Raises:
+        ValueError: if the model observes nothing, or more than one site.
+    """
+    with torch.no_grad():
+        trace = _get_trace(model, *args, **kwargs)
+    observed = [name for name, site in _sample_sites(trace).items() if site["is_observed"]]
+    if len(observed) != 1:
+        raise ValueError(
+            f"model must observe the image at exactly one site, found {observed or 'none'}; "
+            'write pyro.sample("obs", likelihood, obs=x) once'
+        )
+    return observed[0]
+
+
+# --- The guide ------------------------------------------------------------------------------------
+
+
+class _StreamMessenger(Messenger):
+    """Draw Gaussian sites from per-image streams; other families fall back on the global seed."""
+
+    def __init__(self, streams: Streams, step: int) -> None:
+        super().__init__()
+        self.streams = streams
+        self.step = step
+        self.purpose = 128  # clear of the sampler's own purposes
+
+    def _pyro_sample(self, msg: Any) -> None:
+        base = msg["fn"]
+        while isinstance(base, Independent):
+            base = base.base_dist
+        if msg["is_observed"] or msg["value"] is not None or not isinstance(base, Normal):
+            return
+        shape = base.batch_shape
+        if shape[0] != self.streams.image.shape[0]:
+            return
+        noise = self.streams.normal(self.step, self.purpose, tuple(shape[1:]), base.loc.dtype)
+        self.purpose += 1
+        msg["value"] = base.loc + base.scale * noise
+
+
+def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[str, Distribution]:
+    """The guide's distribution of every latent site at ``x``.
+
+    For a hierarchical guide the lower sites' distributions are conditional on sampled upper sites.
+
+    Args:
+        vae: any Pyro VAE.
+        x: images ``(N, C, H, W)``.
+        streams: random streams of the images; the global seed when ``None``.
+
+    Returns:
+        Site name -> distribution with batch shape ``(N,)`` (or with plates of its own).
+    """
+    trace = _guide_trace(vae, x, streams)
+    return {
+        name: site["fn"] for name, site in _sample_sites(trace).items() if not site["is_observed"]
+    }
+
+
+def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
+    """One draw from the guide q(z | x) per image: site name -> ``(N, *event)``."""
+    return _latent_values(_guide_trace(vae, x, streams))
+
+
+def posterior_mean(vae: VAE, x: Tensor) -> Latents:
+    """Mean of the guide's distribution of every site: site name -> ``(N, *event)``.
+
+    In a hierarchical guide each site is conditioned on the means above it.
+    """
+    return _latent_values(_get_trace(_MeanMessenger()(vae.guide), x))
+
+
+class _MeanMessenger(Messenger):
+    """Set every latent site to the mean of its distribution."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
+            msg["value"] = msg["fn"].mean
+
+
+def _guide_trace(vae: VAE, x: Tensor, streams: Streams | None) -> poutine.Trace:
+    return _get_trace(_with_streams(vae.guide, streams), x)
+
+
+def _with_streams(program: Callable[..., Any], streams: Streams | None) -> Callable[..., Any]:
+    return program if streams is None else _StreamMessenger(streams, step=0)(program)
+
+
+# --- The model ------------------------------------------------------------------------------------
+
+
+def prior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
+    """One draw from p(z) per image of ``x``: site name -> ``(N, *event)``."""
+    return _latent_values(_get_trace(_with_streams(vae.model, streams), x))
+
+
+def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Distribution:
+    """The likelihood p(x | z) of ``M`` rows of latents, as the model's distribution object.
+
+    Args:
+        vae: any Pyro VAE.
+        latents: site name -> ``(M, *event)``, on the constrained scale.
+        image_shape: ``(C, H, W)`` of the images the model observes.
+    """
+    first = next(iter(latents.values()))
+    template = first.new_zeros((first.shape[0], *image_shape))
+    trace = _get_trace(poutine.condition(vae.model, data=dict(latents)), template)
+    missing = set(latents) - set(trace.nodes)
+    if missing:
+        raise ValueError(f"model has no latent site named {sorted(missing)}; pass its own latents")
+    observed = [
+        site
+        for name, site in _sample_sites(trace).items()
+        if site["is_observed"] and name not in latents
+    ]
+    if len(observed) != 1:
+        raise ValueError(f"model must observe the image at exactly one site, found {len(observed)}")
+    return observed[0]["fn"]
+
+
+def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tensor:
+    """Mean of p(x | z): latents with ``M`` rows to images ``(M, C, H, W)`` (the paper's g(z))."""
+    mean = observation(vae, latents, image_shape).mean
+    return mean.reshape((-1, *image_shape))
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """A latent site of a model: its shape on the unconstrained scale, and its transform.
+
+    Attributes:
+        name: the site's name.
+        shape: shape of one image's unconstrained value.
+        transform: from the unconstrained scale to the support; ``None`` for the identity.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    transform: Transform | None
+
+
+def _to_support(support: constraints.Constraint) -> Transform | None:
+    """Transform from the unconstrained scale to ``support``; ``None`` where they are the same."""
+    innermost = support
+    while isinstance(innermost, constraints.independent):
+        innermost = innermost.base_constraint
+    return None if innermost is constraints.real else biject_to(support)
+
+
+class ModelPotential:
+    """Energy per image of a Pyro model given its arguments; a :class:`types.Potential`.
+
+    Calling it with *unconstrained* latents of ``N`` rows returns energies ``(N,)`` in nats.
+
+    Args:
+        model: Pyro model with one data plate around all its sites.
+        *args, **kwargs: the model's arguments. The first tensor among the positional ones is the
+            batch; its first dimension is the number of images.
+
+    Attributes:
+        num_images: number of rows.
+        sites: the latent sites in the order of the trace.
+
+    Raises:
+        ValueError: if a site stands outside the data plate, a latent is discrete, or there is none.
+    """
+
+    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._model = model
+        self._args = args
+        self._kwargs = kwargs
+        batch = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
+        if batch is None or batch.dim() == 0:
+            raise ValueError("the model needs a tensor argument whose first dimension is the batch")
+        self.num_images: int = batch.shape[0]
+        with torch.no_grad():
+            trace = _get_trace(model, *args, **kwargs)
+        self.sites = tuple(
+            self._read_site(name, site)
+            for name, site in _sample_sites(trace).items()
+            if not site["is_observed"]
+        )
+        if not self.sites:
+            raise ValueError("the model has no latent site to sample; nothing to run a chain on")
+        self._prototype = _latent_values(trace)
+
+    def _read_site(self, name: str, site: dict[str, Any]) -> LatentSite:
+        fn, value = site["fn"], site["value"]
+        _data_frame(name, site, self.num_images)
+        if fn.support.is_discrete:
+            raise ValueError(
+                f"latent site {name!r} is discrete ({fn}); Hamiltonian kernels need continuous "
+                "latents, so marginalise it out or use a continuous relaxation"
+            )
+        if not _rows_first(value, site, self.num_images):
+            raise ValueError(
+                f"latent site {name!r} has a plate left of the data plate; "
+                "make the data plate the leftmost one"
+            )
+        transform = _to_support(fn.support)
+        unconstrained = value if transform is None else transform.inv(value)
+        return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
+
+    @property
+    def transforms(self) -> dict[str, Transform]:
+        """Transforms of the constrained sites, from the unconstrained scale to the support."""
+        return {site.name: site.transform for site in self.sites if site.transform is not None}
+
+    @property
+    def prototype(self) -> Latents:
+        """A draw from the prior on the unconstrained scale, for its shapes, dtype and device."""
+        return self.unconstrain(self._prototype)
+
+    def constrain(self, latents: LatentsLike) -> Latents:
+        """Unconstrained latents to the support of each site."""
+        transforms = self.transforms
+        return {n: transforms[n](v) if n in transforms else v for n, v in latents.items()}
+
+    def unconstrain(self, latents: LatentsLike) -> Latents:
+        """Latents on their support to the unconstrained scale."""
+        transforms = self.transforms
+        return {n: transforms[n].inv(v) if n in transforms else v for n, v in latents.items()}
+
+    def check(self, latents: LatentsLike) -> Latents:
+        """Return ``latents`` if they fit the model's sites, else raise a ``ValueError``."""
+        expected = {site.name: (self.num_images, *site.shape) for site in self.sites}
+        if latents.keys() != expected.keys():
+            raise ValueError(
+                f"latents must have the model's sites {sorted(expected)}, got {sorted(latents)}"
+            )
+        for name, shape in expected.items():
+            if tuple(latents[name].shape) != shape:
+                raise ValueError(
+                    f"latents[{name!r}] must have shape {shape} (one row per image), "
+                    f"got {tuple(latents[name].shape)}"
+                )
+        return dict(latents)
+
+    def __call__(self, latents: LatentsLike) -> Tensor:
+        """Energies of shape ``(N,)``, in nats."""
+        conditioned = poutine.condition(self._model, data=self.constrain(latents))
+        trace = _get_trace(conditioned, *self._args, **self._kwargs)
+        energy = self._log_determinant(latents)
+        for name, site in _sample_sites(trace).items():
+            energy = energy - _log_prob_per_image(name, site, self.num_images)
+        return energy
+
+    def _log_determinant(self, latents: LatentsLike) -> Tensor:
+        """Minus the log-determinant of the constraining transforms (zero without any)."""
+        first = next(iter(latents.values()))
+        total = first.new_zeros(self.num_images)
+        for site in self.sites:
+            if site.transform is not None:
+                value = latents[site.name]
+                log_det = site.transform.log_abs_det_jacobian(value, site.transform(value))
+                total = total - log_det.reshape(self.num_images, -1).sum(-1)
+        return total
+
+
+def potential(vae: VAE, x: Tensor) -> ModelPotential:
+    """Energy U(z; x) of ``vae`` at images ``x`` of shape ``(N, C, H, W)`` (eq. 9 of the paper)."""
+    return ModelPotential(vae.model, x)
+
+
+def mean_posterior_variance(
+    vae: VAE, batches: Iterable[Any], max_images: int | None = None
+) -> Latents:
+    """Average over images of the guide's variance, a metric that no attacker can move.
+
+    Args:
+        vae: any Pyro VAE whose guide's distributions know their variance.
+        batches: iterable of image batches ``(N, C, H, W)``, or of tuples that start with one, e.g. a
+            loader of the training set.
+        max_images: stop after so many images.
+
+    Returns:
+        Site name -> tensor of one image's shape, on the scale of the site.
+    """
+    totals: Latents = {}
+    count = 0
+    with torch.no_grad(), evaluation_mode(vae):
+        for batch in batches:
+            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            for name, distribution in posterior(vae, x).items():
+                total = distribution.variance.sum(0)
+                totals[name] = totals[name] + total if name in totals else total
+            count += x.shape[0]
+            if max_images is not None and count >= max_images:
+                break
+    if count == 0:
+        raise ValueError("batches is empty; pass a loader of the training set")
+    return {name: total / count for name, total in totals.items()}

@@ -1,0 +1,178 @@
+r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one perturbation per image.
+
+Each ball knows three things: ``project`` (the nearest point of the ball; exactly inside, also in floating
+point), ``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`), and
+``random_start``. Perturbations have shape ``(N, *event)``; norms are per row. ``Linf`` is the paper's
+choice (Table 8).
+
+References: Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient projections onto the l1-ball", ICML 2008,
+https://doi.org/10.1145/1390156.1390191.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.ops.latents import rows
+from pyro_vae_defence.ops.streams import Streams
+
+
+# More than enough: rounding adds a few units in the last place of the image to a perturbation.
+_ROUNDING_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Ball:
+    """A norm ball of perturbations; use one of :class:`Linf`, :class:`L2`, :class:`L1`.
+
+    Args:
+        radius: largest norm of a perturbation, in units of the image range [0, 1]; must be > 0.
+    """
+
+    radius: float
+    norm_name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.radius, (int, float)) and 0 < self.radius < math.inf):
+            raise ValueError(
+                f"radius must be a positive finite number in units of the image range [0, 1], "
+                f"got {self.radius!r}; the paper uses 0.1 and 0.2"
+            )
+
+    def norm(self, perturbation: Tensor) -> Tensor:
+        """Norm of each perturbation, shape ``(N,)``."""
+        raise NotImplementedError
+
+    def project(self, perturbation: Tensor) -> Tensor:
+        """Nearest point of the ball (Euclidean distance), same shape."""
+        raise NotImplementedError
+
+    def steepest_ascent(self, gradient: Tensor) -> Tensor:
+        """Direction of unit norm with the largest inner product with ``gradient``, same shape."""
+        raise NotImplementedError
+
+    def random_start(self, like: Tensor, streams: Streams) -> Tensor:
+        """A random point of the ball for each row of ``like``, drawn from its own stream."""
+        raise NotImplementedError
+
+    def inside(self, x_ref: Tensor, x_adv: Tensor) -> Tensor:
+        """Move ``x_adv`` by the last bits it takes for ``x_adv - x_ref``, as computed, to be inside.
+
+        A projected perturbation may leave the ball again when it is added to an image and rounded. The
+        result lies between the two images, hence in [0, 1] if they do.
+        """
+        shrink = 1.0 - 16 * torch.finfo(x_adv.dtype).eps
+        for _ in range(_ROUNDING_STEPS):
+            difference = x_adv - x_ref
+            outside = rows(self.norm(difference) > self.radius, x_adv)
+            x_adv = torch.where(outside, x_ref + shrink * difference, x_adv)
+        return x_adv
+
+
+class Linf(Ball):
+    """Largest absolute value at most ``radius``."""
+
+    norm_name = "Linf"
+
+    def norm(self, perturbation: Tensor) -> Tensor:
+        """Largest absolute value of each row."""
+        return perturbation.flatten(1).abs().amax(1)
+
+    def project(self, perturbation: Tensor) -> Tensor:
+        """Clamp every value to [-radius, radius]."""
+        return perturbation.clamp(-self.radius, self.radius)
+
+    def inside(self, x_ref: Tensor, x_adv: Tensor) -> Tensor:
+        """Move single pixels that rounding has put outside."""
+        for _ in range(_ROUNDING_STEPS):
+            outside = (x_adv - x_ref).abs() > self.radius
+            x_adv = torch.where(outside, torch.nextafter(x_adv, x_ref), x_adv)
+        return x_adv
+
+    def steepest_ascent(self, gradient: Tensor) -> Tensor:
+        """Sign of the gradient."""
+        return gradient.sign()
+
+    def random_start(self, like: Tensor, streams: Streams) -> Tensor:
+        """Uniform in the cube."""
+        uniform = streams.uniform(0, 0, tuple(like.shape[1:]), like.dtype)
+        return self.radius * (2.0 * uniform - 1.0)
+
+
+class L2(Ball):
+    """Euclidean norm at most ``radius``."""
+
+    norm_name = "L2"
+
+    def norm(self, perturbation: Tensor) -> Tensor:
+        """Euclidean norm of each row."""
+        return perturbation.flatten(1).norm(dim=1)
+
+    def project(self, perturbation: Tensor) -> Tensor:
+        """Scale rows that lie outside back to the sphere."""
+        scale = self.radius / self.norm(perturbation).clamp(min=1e-30)
+        # A hair under 1 keeps the rounded norm inside the ball.
+        scale = torch.where(scale < 1, scale * (1 - 8 * torch.finfo(scale.dtype).eps), 1.0)
+        return perturbation * rows(scale, perturbation)
+
+    def steepest_ascent(self, gradient: Tensor) -> Tensor:
+        """Normalised gradient (zero where the gradient is zero)."""
+        norm = self.norm(gradient)
+        return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
+
+    def random_start(self, like: Tensor, streams: Streams) -> Tensor:
+        """Uniform in the Euclidean ball."""
+        event = tuple(like.shape[1:])
+        direction = self.steepest_ascent(streams.normal(0, 0, event, like.dtype))
+        depth = streams.uniform(0, 1, (), like.dtype) ** (1.0 / math.prod(event))
+        return self.project(self.radius * direction * rows(depth, like))
+
+
+class L1(Ball):
+    """Sum of absolute values at most ``radius``."""
+
+    norm_name = "L1"
+
+    def norm(self, perturbation: Tensor) -> Tensor:
+        """Sum of absolute values of each row."""
+        return perturbation.flatten(1).abs().sum(1)
+
+    def project(self, perturbation: Tensor) -> Tensor:
+        """Euclidean projection by soft thresholding (Duchi et al. 2008)."""
+        flat = perturbation.flatten(1)
+        magnitude = flat.abs()
+        ordered = magnitude.sort(dim=1, descending=True).values
+        excess = ordered.cumsum(1) - self.radius
+        count = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
+        active = (ordered > excess / count).sum(1).clamp(min=1)
+        threshold = excess.gather(1, active[:, None] - 1)[:, 0] / active
+        inside = magnitude.sum(1) <= self.radius
+        threshold = torch.where(inside, 0.0, threshold)
+        shrunk = flat.sign() * (magnitude - threshold[:, None]).clamp(min=0)
+        # Soft thresholding meets the sphere up to rounding; one rescaling puts it inside.
+        norm = shrunk.abs().sum(1)
+        limit = self.radius * (1 - 64 * torch.finfo(flat.dtype).eps)
+        scale = torch.where(norm > limit, limit / norm.clamp(min=1e-30), 1.0)
+        scale = torch.where(inside, 1.0, scale)
+        return (shrunk * scale[:, None]).reshape(perturbation.shape)
+
+    def steepest_ascent(self, gradient: Tensor) -> Tensor:
+        """The coordinate with the largest absolute gradient, with its sign."""
+        flat = gradient.flatten(1)
+        largest = flat.abs().argmax(1, keepdim=True)
+        direction = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign())
+        return direction.reshape(gradient.shape)
+
+    def random_start(self, like: Tensor, streams: Streams) -> Tensor:
+        """Uniform in the L1 ball: signed exponential spacings."""
+        event = tuple(like.shape[1:])
+        spacings = -streams.uniform(0, 0, event, like.dtype).log()
+        signs = (streams.uniform(0, 1, event, like.dtype) - 0.5).sign()
+        rest = -streams.uniform(0, 2, (), like.dtype).log()
+        total = spacings.flatten(1).sum(1) + rest
+        return self.project(self.radius * signs * spacings / rows(total, like))
