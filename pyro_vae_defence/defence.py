@@ -358,7 +358,7 @@ class MCMCDefence:
 
         def grid(values: list[Tensor]) -> Tensor:
             stacked = torch.stack(values)
-            return stacked.reshape((self.num_chains, x.shape[0]) + stacked.shape[1:])
+            return stacked.reshape((self.num_chains, x.shape[0], *stacked.shape[1:]))
 
         initial = {n: grid([c[0][n] for c in chains]) for n in chains[0][0]}
         samples = {n: grid([c[1][n] for c in chains]).transpose(1, 2) for n in chains[0][1]}

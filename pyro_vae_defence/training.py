@@ -98,7 +98,7 @@ class FitResult:
 
 def fit(
     vae: VAE,
-    objective: ELBO,
+    objective: Any,
     loader: Iterable[Any],
     config: FitConfig | None = None,
     *,
@@ -160,7 +160,7 @@ def fit(
 
 
 def evaluate(
-    vae: VAE, objective: ELBO, loader: Iterable[Any], *, max_images: int | None = None
+    vae: VAE, objective: Any, loader: Iterable[Any], *, max_images: int | None = None
 ) -> float:
     """Mean loss of ``objective`` per image, in nats; no parameter changes."""
     total, count = 0.0, 0
@@ -202,7 +202,7 @@ class _Run:
     def __init__(
         self,
         vae: VAE,
-        objective: ELBO,
+        objective: Any,
         loader: Iterable[Any],
         config: FitConfig,
         validation: Iterable[Any] | None,
@@ -288,9 +288,8 @@ class _Run:
         self.seen += x.shape[0]
 
     def _make_optimiser(self, trace: poutine.Trace) -> None:
-        self.parameters = {
-            name: site["value"].unconstrained() for name, site in trace.nodes.items()
-        }
+        nodes: dict[str, Any] = trace.nodes
+        self.parameters = {name: site["value"].unconstrained() for name, site in nodes.items()}
         if not self.parameters:
             raise ValueError(
                 "no parameter was seen in model or guide; register modules with pyro.module(...) "

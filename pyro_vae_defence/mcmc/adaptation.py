@@ -36,14 +36,14 @@ class StepSizeState(NamedTuple):
         log_average: logarithm of the averaged step size that sampling uses.
         gradient_average: running mean of target minus acceptance.
         shrinkage: logarithm of the step size that dual averaging shrinks towards.
-        count: number of updates so far.
+        updates: number of updates so far.
     """
 
     log_step_size: Tensor
     log_average: Tensor
     gradient_average: Tensor
     shrinkage: Tensor
-    count: int
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class DualAveraging:
 
     def update(self, state: StepSizeState, acceptance: Tensor) -> StepSizeState:
         """State after a transition with acceptance probabilities ``(N,)``."""
-        t = state.count + 1
+        t = state.updates + 1
         weight = 1.0 / (t + self.t0)
         gradient = (1 - weight) * state.gradient_average + weight * (self.target - acceptance)
         log_step_size = state.shrinkage - t**0.5 / self.gamma * gradient
@@ -130,7 +130,7 @@ class PaperStepSize:
             acceptance = acceptance.mean().expand_as(acceptance)
         change = torch.log1p(self.rate * (acceptance - self.target) / self.target)
         log = state.log_step_size + change
-        return state._replace(log_step_size=log, log_average=log, count=state.count + 1)
+        return state._replace(log_step_size=log, log_average=log, updates=state.updates + 1)
 
 
 StepSizeRule = FixedStepSize | DualAveraging | PaperStepSize

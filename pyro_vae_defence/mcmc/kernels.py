@@ -64,10 +64,10 @@ class BatchedKernel(MCMCKernel):
         if not (isinstance(step_size, (int, float)) and 0 < step_size < math.inf):
             raise ValueError(f"step_size must be a positive finite number, got {step_size!r}")
         if inverse_mass_matrix is not None:
-            for name, value in inverse_mass_matrix.items():
-                if not bool(((value > 0) & value.isfinite()).all()):
+            for site, diagonal in inverse_mass_matrix.items():
+                if not bool(((diagonal > 0) & diagonal.isfinite()).all()):
                     raise ValueError(
-                        f"inverse_mass_matrix[{name!r}] must be positive and finite; "
+                        f"inverse_mass_matrix[{site!r}] must be positive and finite; "
                         "it is the diagonal of the inverse mass matrix, e.g. posterior variances"
                     )
         self.model = model
@@ -143,7 +143,8 @@ class BatchedKernel(MCMCKernel):
         state = self.state
         if state is None or any(params[name] is not v for name, v in state.position.items()):
             state = self._start(params)
-        assert self._adaptation is not None and self._run_streams is not None
+        assert self._adaptation is not None
+        assert self._run_streams is not None
         state, info = self._step(state, self._run_streams, self._adaptation.log_step_size.exp())
         self._steps_done += 1
         warming = self._steps_done <= self._warmup_steps
@@ -153,7 +154,8 @@ class BatchedKernel(MCMCKernel):
                 adaptation = adaptation._replace(log_step_size=adaptation.log_average)
             self._adaptation = adaptation
         if not warming:
-            assert self._acceptance_sum is not None and self._divergences is not None
+            assert self._acceptance_sum is not None
+            assert self._divergences is not None
             self._acceptance_sum = self._acceptance_sum + info.acceptance_rate
             self._divergences = self._divergences + info.diverging
         self.state, self.info = state, info

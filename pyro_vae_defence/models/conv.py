@@ -102,7 +102,7 @@ class ConvVAE(nn.Module):
         )
         self._initialise()
         if channels_last:
-            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.to(memory_format=torch.channels_last)
 
     def _initialise(self) -> None:
         for module in self.modules():

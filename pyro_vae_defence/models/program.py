@@ -124,11 +124,11 @@ def evaluation_mode(*programs: Any) -> Iterator[None]:
 # --- Sites ----------------------------------------------------------------------------------------
 
 
-def _is_deterministic(site: dict[str, Any]) -> bool:
+def _is_deterministic(site: Any) -> bool:
     return bool(site["infer"].get("_deterministic", False))
 
 
-def _sample_sites(trace: poutine.Trace) -> dict[str, dict[str, Any]]:
+def _sample_sites(trace: poutine.Trace) -> dict[str, Any]:
     """Sample sites with a density: neither plates' subsampling nor ``pyro.deterministic``."""
     return {
         name: site
@@ -147,7 +147,7 @@ def _latent_values(trace: poutine.Trace) -> Latents:
     }
 
 
-def _data_frame(name: str, site: dict[str, Any], num_images: int) -> Any:
+def _data_frame(name: str, site: Any, num_images: int) -> Any:
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     named = [frame for frame in frames if frame.name == DATA_PLATE]
     fitting = named or [frame for frame in frames if frame.size == num_images]
@@ -164,7 +164,7 @@ def _data_frame(name: str, site: dict[str, Any], num_images: int) -> Any:
     return fitting[0]
 
 
-def _log_prob_per_image(name: str, site: dict[str, Any], num_images: int) -> Tensor:
+def _log_prob_per_image(name: str, site: Any, num_images: int) -> Tensor:
     """Unscaled log-probability of one site, summed over all but the data plate: shape (N,)."""
     log_prob = site["fn"].log_prob(site["value"])
     mask = site["mask"]
@@ -182,7 +182,7 @@ def _log_prob_per_image(name: str, site: dict[str, Any], num_images: int) -> Ten
     return per_image.reshape(per_image.shape[0], -1).sum(-1).expand(num_images)
 
 
-def _rows_first(value: Tensor, site: dict[str, Any], num_images: int) -> bool:
+def _rows_first(value: Tensor, site: Any, num_images: int) -> bool:
     """Whether the site's value already has the data plate as its first dimension."""
     frame = next(
         f
@@ -388,7 +388,7 @@ class ModelPotential:
             raise ValueError("the model has no latent site to sample; nothing to run a chain on")
         self._prototype = _latent_values(trace)
 
-    def _read_site(self, name: str, site: dict[str, Any]) -> LatentSite:
+    def _read_site(self, name: str, site: Any) -> LatentSite:
         fn, value = site["fn"], site["value"]
         _data_frame(name, site, self.num_images)
         if fn.support.is_discrete:

@@ -21,7 +21,6 @@ from torch import Tensor
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.ops.streams import Streams
 
-
 # More than enough: rounding adds a few units in the last place of the image to a perturbation.
 _ROUNDING_STEPS = 4
 

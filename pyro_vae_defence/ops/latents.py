@@ -67,4 +67,4 @@ def repeat(latents: LatentsLike, num_chains: int) -> Latents:
 
 def unfold(value: Tensor, num_chains: int) -> Tensor:
     """Undo the folding of chains: ``(num_chains * N, ...)`` to ``(num_chains, N, ...)``."""
-    return value.reshape((num_chains, value.shape[0] // num_chains) + value.shape[1:])
+    return value.reshape((num_chains, value.shape[0] // num_chains, *value.shape[1:]))
