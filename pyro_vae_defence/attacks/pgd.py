@@ -8,7 +8,8 @@ where :math:`d_t` is the direction of steepest ascent in the norm (the sign of t
 in the paper's setting, the raw gradient. Each restart of each image is a row of one batch: restarts do not
 see each other, and a row's noise comes from the image's own stream.
 
-The preset ``"paper"`` (appendix D.2, Table 8): :math:`\varepsilon_0 \sim N(0, 0.2^2)` per pixel, which the first projection
+The preset ``"paper"`` (appendix D.2, Table 8): :math:`\varepsilon_0 \sim N(0, 0.2^2)` per pixel, which the first
+projection
 brings into the ball, 50 steps along the raw gradient with learning rate 1, halved when the objective has
 not risen for 20 steps, and the last iterate as the result.
 

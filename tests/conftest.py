@@ -1,0 +1,47 @@
+"""Fixtures every test may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from programs import LinearGaussianVAE, TutorialVAE
+
+SHARED = Path(
+    os.environ.get("PVD_SHARED", Path(__file__).resolve().parents[1].parent / "shared")
+)
+
+
+def shared_path(*parts: str) -> Path:
+    """A file of the reference data beside the repository; skips the test when it is missing."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"reference data not on this machine: ../shared/{'/'.join(parts)}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _clean_pyro():
+    """Every test starts from an empty parameter store and a seed that depends on nothing."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture
+def tutorial_vae():
+    return TutorialVAE().eval()
+
+
+@pytest.fixture
+def linear_vae(float64):
+    return LinearGaussianVAE()

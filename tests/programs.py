@@ -1,0 +1,107 @@
+"""Small VAEs that tests share: each a Pyro program of a different kind."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import nn
+
+
+class TutorialVAE(nn.Module):
+    """As in Pyro's VAE tutorial: fully connected, sites latent and obs, a flattened observation."""
+
+    def __init__(self, z_dim: int = 5, hidden: int = 16) -> None:
+        super().__init__()
+        self.z_dim = z_dim
+        self.hidden = nn.Linear(784, hidden)
+        self.loc = nn.Linear(hidden, z_dim)
+        self.log_scale = nn.Linear(hidden, z_dim)
+        self.decoder = nn.Sequential(nn.Linear(z_dim, hidden), nn.Softplus(), nn.Linear(hidden, 784))
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", x.shape[0]):
+            zeros = x.new_zeros(x.shape[0], self.z_dim)
+            z = pyro.sample("latent", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
+            probs = torch.sigmoid(self.decoder(z))
+            pyro.sample(
+                "obs",
+                dist.Bernoulli(probs, validate_args=False).to_event(1),
+                obs=x.reshape(-1, 784),
+            )
+
+    def guide(self, x):
+        pyro.module("encoder", nn.ModuleList([self.hidden, self.loc, self.log_scale]))
+        with pyro.plate("data", x.shape[0]):
+            h = nn.functional.softplus(self.hidden(x.reshape(-1, 784)))
+            loc, scale = self.loc(h), torch.exp(self.log_scale(h))
+            pyro.sample("latent", dist.Normal(loc, scale).to_event(1))
+
+
+class LinearGaussianVAE:
+    """p(z) = N(0, I), p(x|z) = N(Wz + b, s^2 I) on 1x4x4 images: every posterior is known exactly."""
+
+    noise = 0.3
+
+    def __init__(self, z_dim: int = 3) -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.weight = torch.randn(16, z_dim, generator=generator, dtype=torch.float64) * 0.7
+        self.bias = torch.randn(16, generator=generator, dtype=torch.float64) * 0.1
+        self.z_dim = z_dim
+
+    def _to(self, x):
+        return self.weight.to(x), self.bias.to(x)
+
+    def model(self, x):
+        weight, bias = self._to(x)
+        with pyro.plate("data", x.shape[0]):
+            zeros = x.new_zeros(x.shape[0], self.z_dim)
+            z = pyro.sample("z", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
+            mean = (z @ weight.T + bias).reshape(-1, 1, 4, 4)
+            scale = torch.full_like(mean, self.noise)
+            pyro.sample("obs", dist.Normal(mean, scale).to_event(3), obs=x)
+
+    def exact(self, x):
+        """Mean (N, D) and covariance (D, D) of p(z | x)."""
+        weight, bias = self._to(x)
+        precision = torch.eye(self.z_dim).to(x) + weight.T @ weight / self.noise**2
+        covariance = torch.linalg.inv(precision)
+        mean = (x.flatten(1) - bias) @ weight @ covariance.T / self.noise**2
+        return mean, covariance
+
+    def guide(self, x):
+        # The diagonal of the exact posterior: close to it, but not it.
+        mean, covariance = self.exact(x)
+        with pyro.plate("data", x.shape[0]):
+            scale = covariance.diagonal().sqrt().expand_as(mean)
+            pyro.sample("z", dist.Normal(mean, scale).to_event(1))
+
+    def evidence(self, x):
+        """log p(x) per image, (N,)."""
+        weight, bias = self._to(x)
+        covariance = weight @ weight.T + self.noise**2 * torch.eye(16).to(x)
+        return dist.MultivariateNormal(bias, covariance).log_prob(x.flatten(1))
+
+
+class HierarchicalVAE:
+    """Two latent groups of different shape, a constrained one, a nested plate, and a factor mask."""
+
+    def model(self, x):
+        with pyro.plate("data", x.shape[0], dim=-2):
+            top = pyro.sample(
+                "top", dist.Normal(x.new_zeros(x.shape[0], 1, 2), 1.0).to_event(1)
+            )
+            rate = pyro.sample("rate", dist.Gamma(2.0 + x.new_zeros(x.shape[0], 1), 1.5))
+            with pyro.plate("groups", 3, dim=-1):
+                low = pyro.sample("low", dist.Normal(top.sum(-1).expand(-1, 3), 0.5))
+            mean = (low.sum(-1) * rate[:, 0])[:, None].expand(-1, 16).reshape(-1, 1, 1, 4, 4)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x[:, None])
+
+    def guide(self, x):
+        with pyro.plate("data", x.shape[0], dim=-2):
+            loc = x.flatten(1)[:, None, :2]
+            top = pyro.sample("top", dist.Normal(loc, 0.3).to_event(1))
+            pyro.sample("rate", dist.Gamma(3.0 + x.new_zeros(x.shape[0], 1), 2.0))
+            with pyro.plate("groups", 3, dim=-1):
+                pyro.sample("low", dist.Normal(top.sum(-1).expand(-1, 3), 0.6))

@@ -1,0 +1,187 @@
+"""Balls, divergences, latents arithmetic, random streams."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+
+from pyro_vae_defence.ops import divergences
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.balls import L1, L2, Linf
+from pyro_vae_defence.ops.streams import Streams, philox
+
+BALLS = [Linf(0.1), L2(1.5), L1(4.0)]
+
+
+def _words(values):
+    return tuple(torch.tensor([v]) for v in values)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0,) * 4, (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    assert tuple(int(w) for w in philox(_words(counter), key)) == expected
+
+
+def test_streams_do_not_depend_on_the_batch():
+    streams = Streams.create(6, 2, seed=5)
+    some = Streams(5, torch.tensor([4]), torch.tensor([1]))
+    for draw in ("uniform", "normal"):
+        whole = getattr(streams, draw)(3, 1, (7,))
+        alone = getattr(some, draw)(3, 1, (7,))
+        # Row of chain 1, image 4 of 6 is 1 * 6 + 4.
+        assert torch.equal(whole[10], alone[0])
+
+
+def test_streams_differ_in_every_coordinate():
+    base = Streams.create(3, 2, seed=5)
+    value = base.normal(0, 0, (4,))
+    assert len(value.unique(dim=0)) == 6
+    for other in (
+        base.normal(1, 0, (4,)),
+        base.normal(0, 1, (4,)),
+        base._replace(seed=6).normal(0, 0, (4,)),
+    ):
+        assert not torch.isclose(value, other).any()
+
+
+def test_streams_follow_their_distributions():
+    # 400,000 numbers; each of five bounds is 5 standard errors: error rate about 3e-6 in all.
+    streams = Streams.create(1000, 1, seed=11)
+    z = streams.normal(0, 0, (400,), torch.float64).flatten()
+    n = z.numel()
+    for moment, mean, variance in ((1, 0.0, 1.0), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)):
+        assert abs(z.pow(moment).mean() - mean) < 5 * math.sqrt(variance / n)
+    u = streams.uniform(0, 1, (400,), torch.float64).flatten()
+    assert u.min() > 0
+    assert u.max() <= 1
+    assert abs(u.mean() - 0.5) < 5 * math.sqrt(1 / 12 / n)
+
+
+def test_seed_comes_from_the_global_seed_or_a_generator():
+    torch.manual_seed(3)
+    first = Streams.create(2).seed
+    torch.manual_seed(3)
+    assert Streams.create(2).seed == first
+    generator = torch.Generator().manual_seed(3)
+    second = Streams.create(2, generator=generator).seed
+    assert Streams.create(2, generator=generator.manual_seed(3)).seed == second
+
+
+def test_purpose_out_of_range():
+    with pytest.raises(ValueError, match="purpose must lie in 0..255, got 256"):
+        Streams.create(2, seed=0).uniform(0, 256)
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=str)
+class TestBalls:
+    def test_projection_is_inside_and_idempotent(self, ball):
+        eps = 2 * torch.randn(50, 1, 5, 5)
+        projected = ball.project(eps)
+        assert (ball.norm(projected) <= ball.radius * (1 + 1e-6)).all()
+        assert torch.allclose(ball.project(projected), projected, atol=1e-5)
+        small = 1e-4 * eps
+        assert torch.equal(ball.project(small), small)
+
+    def test_projection_is_the_nearest_point(self, ball, float64):
+        eps = 2 * torch.randn(20, 25)
+        projected = ball.project(eps)
+        distance = (eps - projected).norm(dim=1)
+        for _ in range(200):
+            other = ball.project(projected + 0.1 * torch.randn_like(eps))
+            assert ((eps - other).norm(dim=1) >= distance - 1e-9).all()
+
+    def test_steepest_ascent_maximises_the_inner_product(self, ball, float64):
+        gradient = torch.randn(20, 25)
+        unit = type(ball)(1.0)
+        best = (gradient * unit.steepest_ascent(gradient)).sum(1)
+        assert torch.allclose(unit.norm(unit.steepest_ascent(gradient)), torch.ones(20))
+        for _ in range(200):
+            direction = torch.randn_like(gradient)
+            direction = direction / unit.norm(direction)[:, None]
+            assert ((gradient * direction).sum(1) <= best + 1e-9).all()
+
+    def test_random_start_is_inside_and_per_image(self, ball):
+        x = torch.rand(8, 1, 5, 5)
+        start = ball.random_start(x, Streams.create(8, seed=1))
+        assert (ball.norm(start) <= ball.radius).all()
+        alone = ball.random_start(x[5:6], Streams.create(1, seed=1, first_image=5))
+        assert torch.equal(start[5:6], alone)
+
+    def test_inside_holds_exactly_after_rounding(self, ball):
+        x = torch.rand(200, 1, 28, 28)
+        eps = ball.project(torch.randn_like(x))
+        x_adv = ball.inside(x, (x + eps).clamp(0, 1))
+        assert (ball.norm(x_adv - x) <= ball.radius).all()
+        assert x_adv.min() >= 0
+        assert x_adv.max() <= 1
+
+    def test_runs_on_meta(self, ball):
+        x = torch.rand(4, 1, 5, 5, device="meta")
+        streams = Streams(0, torch.arange(4, device="meta"), torch.arange(4, device="meta"))
+        eps = ball.project(ball.random_start(x, streams) + ball.steepest_ascent(x))
+        assert ball.inside(x, eps).shape == x.shape
+
+
+@pytest.mark.parametrize("radius", [0.0, -0.1, math.inf, math.nan, "0.1"])
+def test_radius_must_be_positive(radius):
+    with pytest.raises(ValueError, match="radius must be a positive finite number"):
+        Linf(radius)
+
+
+def _gaussian(loc, scale):
+    return {"z": Independent(Normal(loc, scale), 1)}
+
+
+def test_divergences_closed_forms(float64):
+    m, n = torch.randn(4, 3), torch.randn(4, 3)
+    s, t = torch.rand(4, 3) + 0.5, torch.rand(4, 3) + 0.5
+    p, q = _gaussian(m, s), _gaussian(n, t)
+    kl = (torch.log(t / s) + (s**2 + (m - n) ** 2) / (2 * t**2) - 0.5).sum(1)
+    lk = (torch.log(s / t) + (t**2 + (m - n) ** 2) / (2 * s**2) - 0.5).sum(1)
+    assert torch.allclose(divergences.kl(p, q), kl)
+    assert torch.allclose(divergences.symmetric_kl(p, q), (kl + lk) / 2)
+    w2 = ((m - n) ** 2 + (s - t) ** 2).sum(1)
+    assert torch.allclose(divergences.squared_wasserstein(p, q), w2)
+
+
+def test_divergences_add_sites_and_inner_plates(float64):
+    p = {"a": Normal(torch.randn(4, 3), 1.0), **_gaussian(torch.randn(4, 2), torch.ones(4, 2))}
+    q = {"a": Normal(torch.randn(4, 3), 2.0), **_gaussian(torch.randn(4, 2), torch.ones(4, 2))}
+    expected = kl_divergence(p["a"], q["a"]).sum(1) + kl_divergence(p["z"], q["z"])
+    assert torch.allclose(divergences.kl(p, q), expected)
+
+
+def test_divergence_errors():
+    p = _gaussian(torch.zeros(2, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="same latent sites"):
+        divergences.kl(p, {"y": p["z"]})
+    with pytest.raises(ValueError, match="factorised Gaussian"):
+        divergences.squared_wasserstein({"b": Bernoulli(torch.rand(2))}, {"b": Bernoulli(torch.rand(2))})
+
+
+def test_latents_arithmetic():
+    a = {"u": torch.randn(4, 3), "v": torch.randn(4, 2, 2)}
+    b = {"u": torch.randn(4, 3), "v": torch.randn(4, 2, 2)}
+    expected = (a["u"] * b["u"]).sum(1) + (a["v"] * b["v"]).sum((1, 2))
+    assert torch.allclose(lat.dot(a, b), expected)
+    scale = torch.arange(4.0)
+    assert torch.allclose(lat.add(a, b, scale)["v"][3], a["v"][3] + 3 * b["v"][3])
+    chosen = lat.where(torch.tensor([True, False, True, False]), a, b)
+    assert torch.equal(chosen["v"][0], a["v"][0])
+    assert torch.equal(chosen["v"][1], b["v"][1])
+    folded = lat.repeat(a, 3)
+    assert torch.equal(lat.unfold(folded["v"], 3)[2], a["v"])

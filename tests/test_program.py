@@ -1,0 +1,184 @@
+"""Reading VAE programs: sites, posteriors, energies."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import HierarchicalVAE, LinearGaussianVAE
+from pyro import poutine
+from torch import nn
+
+from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.ops.streams import Streams
+
+
+def test_energy_of_the_linear_gaussian_vae(linear_vae):
+    x, z = torch.randn(5, 1, 4, 4), torch.randn(5, 3)
+    mean = z @ linear_vae.weight.T + linear_vae.bias
+    expected = -(
+        dist.Normal(mean, linear_vae.noise).log_prob(x.flatten(1)).sum(1)
+        + dist.Normal(0.0, 1.0).log_prob(z).sum(1)
+    )
+    assert torch.allclose(program.potential(linear_vae, x)({"z": z}), expected)
+
+
+def test_energy_of_a_hierarchical_constrained_program(float64):
+    x = torch.rand(5, 1, 4, 4)
+    energy = program.potential(HierarchicalVAE(), x)
+    assert {s.name: s.shape for s in energy.sites} == {"top": (1, 2), "rate": (1,), "low": (3,)}
+    assert set(energy.transforms) == {"rate"}
+    u = {"top": torch.randn(5, 1, 2), "rate": torch.randn(5, 1), "low": torch.randn(5, 3)}
+    rate = u["rate"].exp()
+    total = dist.Normal(0.0, 1.0).log_prob(u["top"]).sum((1, 2))
+    total += (dist.Gamma(2.0, 1.5).log_prob(rate) + u["rate"])[:, 0]  # |d exp(u) / du| = exp(u)
+    total += dist.Normal(u["top"].sum((1, 2))[:, None], 0.5).log_prob(u["low"]).sum(1)
+    mean = (u["low"].sum(1) * rate[:, 0])[:, None]
+    total += dist.Normal(mean, 1.0).log_prob(x.flatten(1)).sum(1)
+    assert torch.allclose(energy(u), -total)
+    back = energy.unconstrain(energy.constrain(u))
+    assert torch.allclose(back["rate"], u["rate"])
+
+
+def test_energy_ignores_beta_but_respects_masks(float64):
+    x, z = torch.rand(4, 1, 28, 28), torch.randn(4, 64)
+    vae = ConvVAE().double().eval()
+    plain = program.ModelPotential(vae.model, x)({"z": z})
+    scaled = program.ModelPotential(vae.model, x, beta=7.0)({"z": z})
+    assert torch.equal(plain, scaled)
+
+    def masked(x):
+        with pyro.plate("data", 4), poutine.mask(mask=torch.tensor([True, False, True, True])):
+            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=x)
+
+    value = program.ModelPotential(masked, torch.ones(4))({"z": torch.ones(4)})
+    assert value[1] == 0
+    assert torch.allclose(value[0], -dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0))
+                          - dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0)))
+
+
+def test_deterministic_sites_have_no_density(float64):
+    def model(x):
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(torch.zeros(x.shape[0], 2), 1.0).to_event(1))
+            pyro.deterministic("twice", 2 * z, event_dim=1)
+            pyro.sample("obs", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    energy = program.ModelPotential(model, torch.zeros(3))
+    assert [s.name for s in energy.sites] == ["z"]
+    assert program.observation_site(model, torch.zeros(3)) == "obs"
+    assert energy({"z": torch.zeros(3, 2)}).shape == (3,)
+
+
+def test_rows_do_not_see_each_other(tutorial_vae):
+    x, z = torch.rand(6, 1, 28, 28), torch.randn(6, 5)
+    whole = program.potential(tutorial_vae, x)({"latent": z})
+    for i in range(6):
+        alone = program.potential(tutorial_vae, x[i : i + 1])({"latent": z[i : i + 1]})
+        assert torch.allclose(whole[i], alone[0], rtol=1e-5)
+
+
+def test_reads_the_tutorial_vae(tutorial_vae):
+    x = torch.rand(3, 1, 28, 28)
+    assert program.observation_site(tutorial_vae.model, x) == "obs"
+    q = program.posterior(tutorial_vae, x)
+    assert q["latent"].batch_shape == (3,)
+    latents = program.encode(tutorial_vae, x)
+    assert latents["latent"].shape == (3, 5)
+    # Any number of rows decodes, whatever x was.
+    images = program.decode(tutorial_vae, {"latent": torch.randn(7, 5)}, (1, 28, 28))
+    assert images.shape == (7, 1, 28, 28)
+    assert torch.equal(program.posterior_mean(tutorial_vae, x)["latent"], q["latent"].mean)
+
+
+def test_encoding_draws_from_the_guide_and_from_each_images_stream(linear_vae):
+    x = torch.randn(4, 1, 4, 4)
+    streams = Streams.create(4, 5000, seed=0)
+    folded = x.repeat(5000, 1, 1, 1)
+    z = program.encode(linear_vae, folded, streams=streams)["z"].reshape(5000, 4, 3)
+    mean, covariance = linear_vae.exact(x)
+    sd = covariance.diagonal().sqrt()
+    # 12 means, 5 standard errors each: error rate 7e-6.
+    assert ((z.mean(0) - mean).abs() < 5 * sd / 5000**0.5).all()
+    alone = program.encode(linear_vae, x[2:3], streams=Streams.create(1, seed=0, first_image=2))
+    assert torch.equal(alone["z"][0], z[0, 2])
+
+
+def test_evaluation_mode_restores_each_module():
+    net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)).train()
+    net[1].eval()
+    with program.evaluation_mode(net, object()):
+        assert not any(m.training for m in net.modules())
+    assert [m.training for m in net] == [True, False]
+
+
+def test_mean_posterior_variance_is_an_average_over_images(tutorial_vae):
+    x = torch.rand(10, 1, 28, 28)
+    variance = program.posterior(tutorial_vae, x)["latent"].variance
+    got = program.mean_posterior_variance(tutorial_vae, [(x[:6], None), (x[6:], None)])
+    assert torch.allclose(got["latent"], variance.mean(0))
+    with pytest.raises(ValueError, match="batches is empty"):
+        program.mean_posterior_variance(tutorial_vae, [])
+
+
+class TestErrors:
+    def test_not_a_vae(self):
+        with pytest.raises(ValueError, match="no callable attribute 'model'"):
+            program.check_vae(object())
+
+    @pytest.mark.parametrize(
+        ("x", "message"),
+        [
+            ([1.0], "must be a tensor of images"),
+            (torch.rand(1, 28, 28), r"must have shape \(N, C, H, W\)"),
+            (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), "x.float"),
+            (torch.full((1, 1, 2, 2), 1.5), r"must lie in \[0, 1\], got values from 1.5 to 1.5"),
+            (torch.full((1, 1, 2, 2), torch.nan), r"must lie in \[0, 1\]"),
+        ],
+    )
+    def test_images(self, x, message):
+        with pytest.raises(ValueError, match=message):
+            program.check_images(x)
+
+    def test_site_outside_the_plate(self):
+        def model(x):
+            z = pyro.sample("z", dist.Normal(torch.zeros(x.shape[0]), 1.0).to_event(1))
+            pyro.sample("obs", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+        with pytest.raises(ValueError, match="site 'z' must stand inside one vectorised data plate"):
+            program.ModelPotential(model, torch.zeros(3))
+
+    def test_plate_of_another_size(self):
+        def model(x):
+            with pyro.plate("data", 2):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0))
+                pyro.sample("obs", dist.Normal(z, 1.0), obs=x[:2])
+
+        with pytest.raises(ValueError, match="data plate of size 2, but x holds 3 images"):
+            program.ModelPotential(model, torch.zeros(3))
+
+    def test_discrete_latent(self):
+        def model(x):
+            with pyro.plate("data", x.shape[0]):
+                z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(x.shape[0])))
+                pyro.sample("obs", dist.Normal(z, 1.0), obs=x)
+
+        with pytest.raises(ValueError, match="latent site 'z' is discrete"):
+            program.ModelPotential(model, torch.zeros(3))
+
+    def test_nothing_observed(self):
+        def model(x):
+            with pyro.plate("data", x.shape[0]):
+                pyro.sample("z", dist.Normal(torch.zeros(x.shape[0]), 1.0))
+
+        with pytest.raises(ValueError, match="exactly one site, found none"):
+            program.observation_site(model, torch.zeros(3))
+
+    def test_wrong_latents(self):
+        energy = program.potential(LinearGaussianVAE(), torch.zeros(3, 1, 4, 4))
+        with pytest.raises(ValueError, match=r"must have the model's sites \['z'\]"):
+            energy.check({"y": torch.zeros(3, 3)})
+        with pytest.raises(ValueError, match=r"must have shape \(3, 3\)"):
+            energy.check({"z": torch.zeros(2, 3)})
