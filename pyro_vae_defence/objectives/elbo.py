@@ -6,11 +6,11 @@ For images :math:`x` and latents :math:`z` with :math:`q(z|x)` from the guide,
 
 and the loss is :math:`-\sum_x \mathcal L_\beta(x)`. The weight enters as Pyro means it to, through
 ``poutine.scale`` on the latent sites of **both** programs: the Kullback-Leibler divergence is a
-difference of log-probabilities, one from each, and both must carry beta. Scaling only one of them
-trains another objective (with beta = 4 in the model alone the implied weight is about 11, in the
-guide alone it is negative). The objective applies the scale from outside, so a VAE needs to know
-nothing about beta, and its programs, run on their own, keep beta = 1: they are still sampled and
-scored at p(x|z) p(z).
+difference of log-probabilities, one from each, and both must carry beta. Scaling one of them trains
+something else: the model alone, :math:`\beta KL + (\beta - 1) H(q)`; the guide alone,
+:math:`KL - (\beta - 1) H(q)`, with H the entropy. The objective applies the scale from outside, so
+a VAE needs to know nothing about beta, and its programs, run on their own, keep beta = 1: they
+are sampled and scored at p(x|z) p(z).
 
 Higgins, Matthey, Pal, Burgess, Glorot, Botvinick, Mohamed, Lerchner, "beta-VAE: Learning Basic
 Visual Concepts with a Constrained Variational Framework", 2017,

@@ -17,10 +17,13 @@ With :math:`p = 2 \gamma s s'` and :math:`u = \sqrt{1 + p^2}` the minimiser is
 .. math:: \Omega_\gamma = \tfrac\gamma2 \sum [(m - m')^2 + s^2 + s'^2]
    - \tfrac12 \sum [(u - 1) - \log\tfrac{u + 1}2].
 
-It is 0 at :math:`\gamma = 0`, and for large :math:`\gamma` it is
-:math:`\frac\gamma2 W_2^2 + \sum \frac12 [1 + \log(\gamma s s')] + O(1/\gamma)`. The neighbour should
-maximise :math:`W_2^2 = \sum (m - m')^2 + (s - s')^2` in a ball around x. How it is found is an attack, and objectives do not know
-attacks: ``SE`` receives it as a callable.
+It is 0 at :math:`\gamma = 0`, and for large :math:`\gamma` it becomes
+
+.. math:: \tfrac\gamma2 W_2^2 + \tfrac12 \sum [1 + \log(\gamma s s')] + O(1/\gamma), \qquad
+   W_2^2 = \sum (m - m')^2 + (s - s')^2.
+
+The neighbour should maximise :math:`W_2^2` in a ball around x. How it is found is an attack, and
+objectives do not know attacks: ``SE`` receives it as a callable.
 
 Cemgil, Ghaisas, Dvijotham, Kohli, "Adversarially Robust Representations with Smooth Encoders",
 2020, https://openreview.net/forum?id=H1gfFaEYDS
