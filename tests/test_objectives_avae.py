@@ -265,6 +265,24 @@ def test_avae_ss_freezes_weights_shared_by_both_programs_in_their_model_role() -
     torch.testing.assert_close(tied.decoder["weight"].grad, expected.T)
 
 
+def test_avae_ss_freezes_a_learned_prior() -> None:
+    vae, x = LinearVAE(), images()
+    prior_loc = torch.full((2,), 0.3, dtype=torch.float64, requires_grad=True)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", x.shape[0]):
+            prior = pyro.distributions.Normal(prior_loc, torch.ones_like(prior_loc)).to_event(1)
+            mean = vae.decode(pyro.sample("z0", prior))
+            image = pyro.distributions.Normal(mean, vae.sigma).to_event(1)
+            pyro.sample("x", image, obs=x.flatten(1))
+
+    AVAE().loss_and_grads(model, vae.guide, x)
+    assert prior_loc.grad.abs().sum() > 0
+    prior_loc.grad = None
+    AVAESS().loss_and_grads(model, vae.guide, x)
+    assert prior_loc.grad is None
+
+
 @pytest.mark.parametrize("rho", [-0.1, 1.0, math.nan])
 def test_rho_is_checked(rho: float) -> None:
     for make in (AVAE, AVAESS, lambda rho: SEAVAE(lambda x: x, 1.0, rho)):

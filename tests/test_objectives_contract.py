@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pyro
 import pyro.distributions as dist
@@ -267,32 +268,53 @@ def test_autoencoding_needs_an_image_mean(x: Tensor) -> None:
             objective.loss(model, vae.guide, x)
 
 
+@contextmanager
+def same_noise(transpose: bool) -> Iterator[None]:
+    """Common noise for programs that draw ``(N, D)`` and for those that draw ``(D, N)``."""
+
+    def draw(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if transpose:
+            return torch.randn(*reversed(shape), dtype=dtype, generator=generator).T
+        return torch.randn(shape, dtype=dtype, generator=generator)
+
+    generator = torch.Generator().manual_seed(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributions.normal._standard_normal", draw)
+        patch.setattr("torch.distributions.Normal.sample", torch.distributions.Normal.rsample)
+        yield
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_plates_other_than_data_are_summed_within_the_image(name: str) -> None:
-    # The same programs with pixels and latents as plates instead of event dimensions.
+@pytest.mark.parametrize("data_dim", [-2, -1])
+def test_plates_other_than_data_are_summed_within_the_image(name: str, data_dim: int) -> None:
+    # The same programs with latents and pixels as plates, left or right of the images' plate.
     plain = LinearVAE(2)
+    other_dim = -3 - data_dim
+
+    def turned(value: Tensor) -> Tensor:
+        return value if data_dim == -2 else value.T
 
     def model(x: Tensor) -> None:
-        with pyro.plate("data", x.shape[0], dim=-2):
-            with pyro.plate("latent", 2, dim=-1):
-                z = pyro.sample("z0", dist.Normal(x.new_zeros(2), x.new_ones(2)))
-            with pyro.plate("pixel", 6, dim=-1):
-                mean = dist.Normal(plain.decode(z), plain.sigma)
-                pyro.sample("x", mean, obs=x.flatten(1))
+        with pyro.plate("data", x.shape[0], dim=data_dim):
+            with pyro.plate("latent", 2, dim=other_dim):
+                z = pyro.sample("z0", dist.Normal(x.new_zeros(1, 1), x.new_ones(1, 1)))
+            with pyro.plate("pixel", 6, dim=other_dim):
+                image = dist.Normal(turned(plain.decode(turned(z))), plain.sigma)
+                pyro.sample("x", image, obs=turned(x.flatten(1)))
 
     def guide(x: Tensor) -> None:
-        with pyro.plate("data", x.shape[0], dim=-2), pyro.plate("latent", 2, dim=-1):
-            pyro.sample("z0", dist.Normal(*plain.posterior(x)))
+        loc, scale = (turned(value) for value in plain.posterior(x))
+        with pyro.plate("data", x.shape[0], dim=data_dim), pyro.plate("latent", 2, dim=other_dim):
+            pyro.sample("z0", dist.Normal(loc, scale))
 
     x = torch.rand(4, 1, 2, 3, dtype=torch.float64)
-    extra = OBJECTIVES[name][0]
     results = []
     for programs in ((plain.model, plain.guide), (model, guide)):
-        objective = extra(programs[1])
+        objective = OBJECTIVES[name][0](programs[1])
         if isinstance(objective, SE | SEAVAE):
             objective.perturb = lambda x: x + 0.1
-        torch.manual_seed(3)
-        results.append(objective.terms(*programs, x))
+        with same_noise(transpose=programs[0] is model and data_dim == -1):
+            results.append(objective.terms(*programs, x))
     torch.testing.assert_close(results[0], results[1])
 
 
