@@ -1,0 +1,191 @@
+r"""AVAE: the encoder must recognise the images that its own decoder makes.
+
+For :math:`z \sim q(z|x) = N(m, s^2)`, re-encode the reconstruction as a constant image,
+:math:`N(\tilde m, \tilde s^2) = q(\tilde z \,|\, \mathrm{sg}[\mathrm{decoder\ mean}(z)])`. Latents
+of an image and of its reconstruction are tied by the transition
+:math:`p_\rho(\tilde z|z) = N(\rho z, 1 - \rho^2)`, under which N(0, 1) is invariant. Minimise
+:math:`-\mathcal L(x)` plus
+
+.. math:: E_{q(z|x)} KL(q(\tilde z) \| p_\rho(\tilde z|z))
+   = \sum \frac{\tilde s^2 + \rho^2 s^2 + (\tilde m - \rho m)^2}{2 (1 - \rho^2)}
+   - \tfrac12 \log(2 \pi e \tilde s^2) + \tfrac12 \log(2 \pi (1 - \rho^2)),
+
+with :math:`\rho = 0.975`. Its least value for given s, at :math:`\tilde m = \rho m` and
+:math:`\tilde s^2 = 1 - \rho^2`, is :math:`\sum \rho^2 s^2 / (2 (1 - \rho^2))`. The transition
+presumes the prior N(0, 1).
+
+SE-AVAE adds the same term to the loss of SE. AVAE-SS is self-supervised post-processing of a
+trained VAE: latents from the prior are decoded, and the encoder alone learns from these images.
+
+Cemgil, Ghaisas, Dvijotham, Gowal, Kohli, "The Autoencoding Variational Autoencoder", 2020,
+https://arxiv.org/abs/2012.03715
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import Normal
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_vae_defence.objectives._read import (
+    check_mean_field,
+    decoder_mean,
+    gaussians,
+    image_site,
+    latent_sites,
+    per_image,
+    rows,
+)
+from pyro_vae_defence.objectives.elbo import (
+    ImageELBO,
+    Program,
+    Terms,
+    add_terms,
+    elbo_terms,
+    positive,
+)
+from pyro_vae_defence.objectives.smooth_encoder import encode, perturbed, smoothness_terms
+from pyro_vae_defence.types import Perturb
+
+
+class AVAE(ImageELBO):
+    """The autoencoding VAE's objective; see the module's text.
+
+    ``rho`` in [0, 1) is the correlation that ties an image's latents to its reconstruction's.
+    Terms: ``reconstruction``, ``kl``, ``autoencoding``, ``loss``.
+
+    Raises ``ValueError`` for ``rho`` outside [0, 1), for an image distribution without a mean, and
+    for a guide that is not Gaussian or whose sites depend on each other.
+    """
+
+    def __init__(self, rho: float = 0.975, *, num_particles: int = 1) -> None:
+        super().__init__(num_particles=num_particles)
+        self.rho = _correlation(rho)
+
+    def particle_terms(
+        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Terms:
+        """Add the autoencoding term to the negative ELBO."""
+        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
+        check_mean_field(model_trace, guide_trace)
+        extra = _autoencoding_terms(model_trace, guide_trace, guide, self.rho, x, *args, **kwargs)
+        return add_terms(elbo_terms(model_trace, guide_trace), extra)
+
+
+class SEAVAE(ImageELBO):
+    """SE-AVAE: the loss of SE plus AVAE's term, the ELBO once.
+
+    Arguments and errors are those of the two classes. Terms: ``reconstruction``, ``kl``,
+    ``kl_adv``, ``omega``, ``autoencoding``, ``loss``.
+    """
+
+    def __init__(
+        self, perturb: Perturb, gamma: float, rho: float = 0.975, *, num_particles: int = 1
+    ) -> None:
+        super().__init__(num_particles=num_particles)
+        self.perturb = perturb
+        self.gamma = positive("gamma", gamma)
+        self.rho = _correlation(rho)
+
+    def particle_terms(
+        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Terms:
+        """Add the terms of both objectives to the negative ELBO."""
+        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
+        check_mean_field(model_trace, guide_trace)
+        neighbour = encode(guide, perturbed(self.perturb, x), *args, **kwargs)
+        return add_terms(
+            elbo_terms(model_trace, guide_trace),
+            smoothness_terms(model_trace, guide_trace, neighbour, self.gamma)
+            | _autoencoding_terms(model_trace, guide_trace, guide, self.rho, x, *args, **kwargs),
+        )
+
+
+class AVAESS(ImageELBO):
+    """AVAE-SS: AVAE's loss for the encoder of a trained VAE, on images decoded from the prior.
+
+    The images passed in only set number, shape, device and dtype: the objective draws as many
+    latents from the model's Gaussian prior and trains on their decoder means. The model is frozen:
+    no gradient reaches it, whichever way its parameters are registered and even if the guide
+    shares them, and SVI does not learn of its parameters. Put a decoder with batch norm or dropout
+    into eval mode. Scales and masks set by the programs are ignored. Terms, ``rho`` and errors are
+    those of :class:`AVAE`.
+    """
+
+    def __init__(self, rho: float = 0.975, *, num_particles: int = 1) -> None:
+        super().__init__(num_particles=num_particles)
+        self.rho = _correlation(rho)
+
+    def particle_terms(
+        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Terms:
+        """AVAE's terms on images made by the model, with a gradient for the guide only."""
+        model = poutine.block(model, hide_types=["param"])
+        with torch.no_grad():
+            x = decoder_mean(poutine.trace(model).get_trace(x, *args, **kwargs), x)
+
+        guide_trace = poutine.trace(guide).get_trace(x, *args, **kwargs)
+        sites = latent_sites(guide_trace)
+        # The model sees copies of the latents that are leaves of its graph: its gradient is taken
+        # at these leaves and handed on to the guide from there, so it never runs into the decoder.
+        cut_trace = guide_trace.copy()
+        leaves = []
+        for site in sites:
+            leaf = site["value"].detach().requires_grad_()
+            cut_trace.nodes[site["name"]] = {**site, "value": leaf}
+            leaves.append(leaf)
+        model_trace = poutine.trace(poutine.replay(model, trace=cut_trace)).get_trace(
+            x, *args, **kwargs
+        )
+        check_mean_field(model_trace, guide_trace)
+
+        image = image_site(model_trace)
+        reconstruction = per_image(image["fn"].log_prob(image["value"]), image)
+        if torch.is_grad_enabled():
+            gradients = torch.autograd.grad(reconstruction.sum(), leaves)
+            reconstruction = reconstruction.detach()
+            for site, gradient in zip(sites, gradients):
+                # Zero in value, the chain rule in gradient.
+                chain = (site["value"] - site["value"].detach()) * gradient
+                reconstruction = reconstruction + rows(chain, site, site["fn"].event_dim).sum(1)
+
+        loc, scale = gaussians([model_trace.nodes[site["name"]] for site in sites])
+        kl = kl_divergence(Normal(*gaussians(sites)), Normal(loc.detach(), scale.detach()))
+        terms = {"reconstruction": reconstruction, "kl": kl.sum(1)}
+        extra = _autoencoding_terms(model_trace, guide_trace, guide, self.rho, x, *args, **kwargs)
+        return add_terms(terms | {"loss": terms["kl"] - reconstruction}, extra)
+
+
+def autoencoding(
+    loc: Tensor, scale: Tensor, loc_again: Tensor, scale_again: Tensor, rho: float
+) -> Tensor:
+    """Expected KL of the second posterior to the transition: ``(N, D)`` each -> ``(N,)``, nats."""
+    variance = 1 - rho**2
+    ratio = scale_again**2 / variance
+    mismatch = (rho**2 * scale**2 + (loc_again - rho * loc) ** 2) / variance
+    return 0.5 * (ratio - 1 - ratio.log() + mismatch).sum(1)
+
+
+def _autoencoding_terms(
+    model_trace: Trace,
+    guide_trace: Trace,
+    guide: Program,
+    rho: float,
+    x: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Terms:
+    again = encode(guide, decoder_mean(model_trace, x).detach(), *args, **kwargs)
+    here = gaussians(latent_sites(guide_trace))
+    return {"autoencoding": autoencoding(*here, *gaussians(again), rho)}
+
+
+def _correlation(rho: float) -> float:
+    if not 0 <= rho < 1:
+        raise ValueError(f"rho={rho!r} must be in [0, 1)")
+    return rho

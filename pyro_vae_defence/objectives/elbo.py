@@ -1,0 +1,220 @@
+r"""The beta-ELBO, and the base of all objectives.
+
+For images :math:`x` and latents :math:`z` with :math:`q(z|x)` from the guide,
+
+.. math:: \mathcal L_\beta(x) = E_{q(z|x)} \log p(x|z) - \beta\, KL(q(z|x) \| p(z)),
+
+and the loss is :math:`-\sum_x \mathcal L_\beta(x)`. The weight enters as Pyro means it to, through
+``poutine.scale`` on the latent sites of **both** programs: the Kullback-Leibler divergence is a
+difference of log-probabilities, one from each, and both must carry beta. Scaling one of them trains
+something else: the model alone, :math:`\beta KL + (\beta - 1) H(q)`; the guide alone,
+:math:`KL - (\beta - 1) H(q)`, with H the entropy. The objective applies the scale from outside, so
+a VAE needs to know nothing about beta, and its programs, run on their own, keep beta = 1: they
+are sampled and scored at p(x|z) p(z).
+
+Higgins, Matthey, Pal, Burgess, Glorot, Botvinick, Mohamed, Lerchner, "beta-VAE: Learning Basic
+Visual Concepts with a Constrained Variational Framework", 2017,
+https://openreview.net/forum?id=Sy2fzU9gl
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.util import torch_item
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from pyro.util import warn_if_nan
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from pyro_vae_defence.objectives._read import image_site, latent_sites, per_image
+
+Program: TypeAlias = Callable[..., Any]
+
+Terms: TypeAlias = dict[str, Tensor]
+"""Name of a term -> one value per image ``(N,)``, in nats."""
+
+Schedule: TypeAlias = Callable[[int], float]
+"""Number of optimisation steps taken so far -> a weight."""
+
+
+class ImageELBO(TraceMeanField_ELBO):
+    """Base of the objectives: a Pyro ELBO that keeps one value per image until the very end.
+
+    A subclass overrides one hook, :meth:`particle_terms`; ``loss``, ``differentiable_loss`` and
+    ``loss_and_grads``, all that :class:`pyro.infer.SVI` and :class:`pyro.infer.elbo.ELBOModule`
+    call, are sums of its ``"loss"`` over the images of the batch (a sum as everywhere in Pyro, not
+    a mean).
+
+    ``num_particles`` draws of the latents are averaged. :attr:`step` counts the calls of
+    ``loss_and_grads``, that is the optimisation steps; schedules read it. Whoever trains through
+    ``differentiable_loss`` or resumes a run sets it: it is the objective's only state.
+
+    Scales and masks that the programs set themselves act on the ELBO, as they do in Pyro; they
+    change neither the terms reported nor what an objective adds to the ELBO.
+
+    Raises ``ValueError`` if ``num_particles`` is not a positive integer.
+    """
+
+    def __init__(self, *, num_particles: int = 1) -> None:
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(f"num_particles={num_particles!r} must be an integer of at least 1")
+        super().__init__(num_particles=num_particles)
+        self.step = 0
+
+    @abstractmethod
+    def particle_terms(
+        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Terms:
+        """Terms from one draw of the latents, among them ``"loss"``; see :meth:`terms`."""
+
+    def terms(self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any) -> Terms:
+        """Every term of the objective, one value per image, for logging.
+
+        ``model`` and ``guide`` run on the images ``x`` of shape ``(N, C, H, W)`` or ``(N, ...)``
+        and on the further arguments. The result maps names to tensors ``(N,)`` in nats:
+        ``"reconstruction"`` is log p(x|z), ``"kl"`` is KL(q(z|x) || p(z)), both without any
+        weight; further names are the subclass's; ``"loss"`` is what training minimises. Advances
+        no counter.
+        """
+        particles = [
+            self.particle_terms(model, guide, x, *args, **kwargs) for _ in range(self.num_particles)
+        ]
+        return {
+            name: sum(terms[name] for terms in particles) / self.num_particles
+            for name in particles[0]
+        }
+
+    def differentiable_loss(
+        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Loss of the batch, a scalar tensor with a gradient."""
+        loss = self.terms(model, guide, *args, **kwargs)["loss"].sum()
+        warn_if_nan(loss, "loss")
+        return loss
+
+    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Loss of the batch, a number; leaves no gradient and advances no counter."""
+        return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+        """Loss of the batch; adds its gradient to the parameters and one to :attr:`step`."""
+        total = 0.0
+        for _ in range(self.num_particles):
+            terms = self.particle_terms(model, guide, *args, **kwargs)
+            loss = terms["loss"].sum() / self.num_particles
+            if loss.requires_grad:
+                # One particle at a time, so that only one graph is alive.
+                loss.backward(retain_graph=self.retain_graph)
+            total += torch_item(loss)
+        warn_if_nan(torch.tensor(total), "loss")
+        self.step += 1
+        return total
+
+
+class BetaELBO(ImageELBO):
+    """The ELBO with its KL weighted by beta, for any Pyro VAE, hierarchical ones included.
+
+    ``beta`` is a positive number or a :data:`Schedule` of positive numbers, such as
+    :func:`linear_schedule`. The KL is analytic where Pyro knows it, else estimated from the sample.
+    Terms: ``reconstruction``, ``kl``, ``loss``.
+
+    Raises ``ValueError`` if beta is not positive and finite: at once for a number, when it is
+    reached for a schedule.
+    """
+
+    def __init__(self, beta: float | Schedule = 1.0, *, num_particles: int = 1) -> None:
+        super().__init__(num_particles=num_particles)
+        self.beta = beta if callable(beta) else positive("beta", beta)
+
+    def particle_terms(
+        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Terms:
+        """Run both programs with their latent sites scaled by beta."""
+        scaled = _ScaleLatents(weight_at("beta", self.beta, self.step))
+        return elbo_terms(*self._get_trace(scaled(model), scaled(guide), (x, *args), kwargs))
+
+
+class _ScaleLatents(Messenger):
+    """``poutine.scale`` for the latent sites alone: the image keeps its weight."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"]:
+            msg["scale"] = self.scale * msg["scale"]
+
+
+def elbo_terms(model_trace: Trace, guide_trace: Trace) -> Terms:
+    """Terms of the ELBO from traces with log-probabilities: ``reconstruction``, ``kl``, ``loss``.
+
+    Only ``loss`` carries the scales and masks of the sites. The KL of each site is conditional on
+    the sampled values of the sites before it, which is unbiased also for a hierarchy.
+    """
+    image = image_site(model_trace)
+    reconstruction = per_image(image["unscaled_log_prob"], image)
+    loss = -per_image(image["log_prob"], image)
+    kl = torch.zeros_like(reconstruction)
+    for site in latent_sites(guide_trace):
+        divergence = site_kl(site, model_trace.nodes[site["name"]])
+        kl = kl + per_image(divergence, site)
+        loss = loss + per_image(scale_and_mask(divergence, site["scale"], site["mask"]), site)
+    return {"reconstruction": reconstruction, "kl": kl, "loss": loss}
+
+
+def add_terms(terms: Terms, extra: Terms) -> Terms:
+    """The terms of an ELBO with further ones, each added to the loss with weight one."""
+    return terms | extra | {"loss": terms["loss"] + sum(extra.values())}
+
+
+def site_kl(guide_site: Any, model_site: Any) -> Tensor:
+    """KL of one latent site, in the site's batch shape; analytic, or else log q - log p."""
+    try:
+        return kl_divergence(guide_site["fn"], model_site["fn"])
+    except NotImplementedError:
+        value = guide_site["value"]
+        return guide_site["fn"].log_prob(value) - model_site["fn"].log_prob(value)
+
+
+def linear_schedule(num_steps: int, end: float = 1.0, start: float = 0.0) -> Schedule:
+    """Weight that moves linearly from ``start`` to ``end`` in ``num_steps`` steps and stays there.
+
+    Step ``t`` (from 0) has ``start + (end - start) min(1, (t + 1) / num_steps)``: a warm-up from 0
+    is positive from its first step on, as a scale must be. ``start > end`` anneals downwards.
+
+    >>> warm_up = linear_schedule(num_steps=4, end=2.0)
+    >>> [warm_up(step) for step in (0, 1, 3, 100)]
+    [0.5, 1.0, 2.0, 2.0]
+
+    Raises ``ValueError`` if ``num_steps < 1``, ``start < 0`` or ``end <= 0``.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps!r} must be at least 1")
+    if not 0 <= start < float("inf"):
+        raise ValueError(f"start={start!r} must be a finite number of at least 0")
+    positive("end", end)
+
+    def weight(step: int) -> float:
+        return start + (end - start) * min(1.0, (step + 1) / num_steps)
+
+    return weight
+
+
+def positive(name: str, value: float) -> float:
+    """``value``, or ``ValueError`` unless it is positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be positive and finite")
+    return value
+
+
+def weight_at(name: str, weight: float | Schedule, step: int) -> float:
+    """Value of a constant or scheduled weight at ``step``, checked to be positive and finite."""
+    return positive(f"{name} at step {step}", weight(step)) if callable(weight) else weight
