@@ -295,6 +295,7 @@ class _Run:
                 "no parameter was seen in model or guide; register modules with pyro.module(...) "
                 "inside the programs, or derive them from pyro.nn.PyroModule"
             )
+        self._check_all_registered()
         config = self.config
         self.optimiser = torch.optim.Adam(
             [p for p in self.parameters.values() if p.requires_grad], lr=config.learning_rate
@@ -311,6 +312,23 @@ class _Run:
                 max_lr=config.learning_rate,
                 total_steps=config.epochs * len(self.loader),
                 cycle_momentum=False,
+            )
+
+    def _check_all_registered(self) -> None:
+        """Refuse a module parameter that has a gradient but that Pyro does not know."""
+        if not isinstance(self.vae, nn.Module):
+            return
+        known = {id(parameter) for parameter in self.parameters.values()}
+        missing = [
+            name
+            for name, parameter in self.vae.named_parameters()
+            if parameter.grad is not None and id(parameter) not in known
+        ]
+        if missing:
+            raise ValueError(
+                f"parameters {missing} would not be trained: they have a gradient, but model and "
+                "guide do not register these very tensors; call pyro.module(...) on their modules, "
+                "and keep parameters contiguous (Pyro's parameter store copies others)"
             )
 
     # --- Checkpoints ---

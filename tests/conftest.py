@@ -10,9 +10,7 @@ import pytest
 import torch
 from programs import LinearGaussianVAE, TutorialVAE
 
-SHARED = Path(
-    os.environ.get("PVD_SHARED", Path(__file__).resolve().parents[1].parent / "shared")
-)
+SHARED = Path(os.environ.get("PVD_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
 
 
 def shared_path(*parts: str) -> Path:

@@ -17,7 +17,9 @@ class TutorialVAE(nn.Module):
         self.hidden = nn.Linear(784, hidden)
         self.loc = nn.Linear(hidden, z_dim)
         self.log_scale = nn.Linear(hidden, z_dim)
-        self.decoder = nn.Sequential(nn.Linear(z_dim, hidden), nn.Softplus(), nn.Linear(hidden, 784))
+        self.decoder = nn.Sequential(
+            nn.Linear(z_dim, hidden), nn.Softplus(), nn.Linear(hidden, 784)
+        )
 
     def model(self, x):
         pyro.module("decoder", self.decoder)
@@ -89,9 +91,7 @@ class HierarchicalVAE:
 
     def model(self, x):
         with pyro.plate("data", x.shape[0], dim=-2):
-            top = pyro.sample(
-                "top", dist.Normal(x.new_zeros(x.shape[0], 1, 2), 1.0).to_event(1)
-            )
+            top = pyro.sample("top", dist.Normal(x.new_zeros(x.shape[0], 1, 2), 1.0).to_event(1))
             rate = pyro.sample("rate", dist.Gamma(2.0 + x.new_zeros(x.shape[0], 1), 1.5))
             with pyro.plate("groups", 3, dim=-1):
                 low = pyro.sample("low", dist.Normal(top.sum(-1).expand(-1, 3), 0.5))

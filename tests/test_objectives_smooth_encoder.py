@@ -188,7 +188,7 @@ def test_perturb_may_differentiate_in_evaluation_and_is_hidden_from_pyro() -> No
         return x
 
     class Recorder(Messenger):
-        names: list[str] = []  # noqa: RUF012
+        names: list[str] = []
 
         def _pyro_sample(self, msg: dict) -> None:
             self.names.append(msg["name"])

@@ -170,7 +170,9 @@ def test_divergence_errors():
     with pytest.raises(ValueError, match="same latent sites"):
         divergences.kl(p, {"y": p["z"]})
     with pytest.raises(ValueError, match="factorised Gaussian"):
-        divergences.squared_wasserstein({"b": Bernoulli(torch.rand(2))}, {"b": Bernoulli(torch.rand(2))})
+        divergences.squared_wasserstein(
+            {"b": Bernoulli(torch.rand(2))}, {"b": Bernoulli(torch.rand(2))}
+        )
 
 
 def test_latents_arithmetic():

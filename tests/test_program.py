@@ -55,8 +55,11 @@ def test_energy_ignores_beta_but_respects_masks(float64):
 
     value = program.ModelPotential(masked, torch.ones(4))({"z": torch.ones(4)})
     assert value[1] == 0
-    assert torch.allclose(value[0], -dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0))
-                          - dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0)))
+    assert torch.allclose(
+        value[0],
+        -dist.Normal(0.0, 1.0).log_prob(torch.tensor(1.0))
+        - dist.Normal(0.0, 1.0).log_prob(torch.tensor(0.0)),
+    )
 
 
 def test_deterministic_sites_have_no_density(float64):
@@ -147,7 +150,9 @@ class TestErrors:
             z = pyro.sample("z", dist.Normal(torch.zeros(x.shape[0]), 1.0).to_event(1))
             pyro.sample("obs", dist.Normal(z, 1.0).to_event(1), obs=x)
 
-        with pytest.raises(ValueError, match="site 'z' must stand inside one vectorised data plate"):
+        with pytest.raises(
+            ValueError, match="site 'z' must stand inside one vectorised data plate"
+        ):
             program.ModelPotential(model, torch.zeros(3))
 
     def test_plate_of_another_size(self):

@@ -101,8 +101,6 @@ class ConvVAE(nn.Module):
             nn.ConvTranspose2d(32, in_channels, 4, stride=2, padding=1),
         )
         self._initialise()
-        if channels_last:
-            self.to(memory_format=torch.channels_last)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -138,16 +136,16 @@ class ConvVAE(nn.Module):
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch shape ``(N,)``, event ``(D,)``."""
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        hidden = self.encoder(x)
+        hidden = self.encoder(self._layout(x))
         loc = self.latent_loc(hidden).flatten(1)
         scale = (0.5 * self.latent_log_variance(hidden).flatten(1)).exp()
         return dist.Normal(loc, scale).to_event(1)
 
     def observation(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z): latents ``(N, D)`` to a likelihood with event shape ``(C, 28, 28)``."""
-        output = self.decoder(z[:, :, None, None])
+        # The first layer maps one pixel, which has no layout to speak of.
+        hidden = self.decoder[0](z[:, :, None, None])
+        output = self.decoder[1:](self._layout(hidden))
         if self.likelihood == "bernoulli":
             # Intensities between 0 and 1 are no outcomes of a coin; their log-likelihood is defined all
             # the same, hence no validation of values.
@@ -176,6 +174,11 @@ class ConvVAE(nn.Module):
             pyro.module(f"{self._scope}.{name}", getattr(self, name))
         with pyro.plate("data", x.shape[0]), poutine.scale(scale=beta):
             return pyro.sample("z", self.posterior(x))
+
+    def _layout(self, x: Tensor) -> Tensor:
+        # Activations only: Pyro's parameter store makes parameters contiguous, hence would train a copy
+        # of channels-last weights.
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _check(self, x: Tensor, beta: float) -> None:
         if not beta > 0:

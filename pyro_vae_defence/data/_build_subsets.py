@@ -1,0 +1,49 @@
+"""Cut the packaged subsets from the full datasets: ``python -m pyro_vae_defence.data._build_subsets ROOT``.
+
+Takes, for every class and in the original order, the first 600 images of the training split, 50 of the
+validation split and 100 of the test split, and remembers where each stood (``<split>_indices``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pyro_vae_defence.data.datasets import ImageDataset
+from pyro_vae_defence.data.loading import load
+
+PER_CLASS = {"train": 600, "validation": 50, "test": 100}
+PACKAGED = Path(__file__).parent / "packaged"
+
+
+def first_of_each_class(dataset: ImageDataset, count: int) -> torch.Tensor:
+    """Indices of the first ``count`` images of every class, in their original order."""
+    rank = torch.zeros(len(dataset), dtype=torch.long)
+    for label in dataset.labels.unique():
+        members = dataset.labels == label
+        rank[members] = torch.arange(int(members.sum()))
+    return (rank < count).nonzero().flatten()
+
+
+def main(root: str) -> None:
+    """Write both subsets and print their sha256, which ``loading.py`` checks."""
+    for name in ("mnist", "fashion_mnist"):
+        arrays = {}
+        for split, count in PER_CLASS.items():
+            dataset = load(name, split, root)  # type: ignore[arg-type]
+            indices = first_of_each_class(dataset, count)
+            images, labels = dataset[indices]
+            arrays[f"{split}_images"] = (images[:, 0] * 255).round().byte().numpy()
+            arrays[f"{split}_labels"] = labels.byte().numpy()
+            arrays[f"{split}_indices"] = indices.int().numpy()
+        path = PACKAGED / f"{name}_subset.npz"
+        np.savez_compressed(path, **arrays)
+        print(path.name, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

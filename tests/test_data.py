@@ -1,0 +1,211 @@
+"""Datasets: real content, splits, errors that name the file and the mend."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from conftest import shared_path
+from torch.utils.data import DataLoader
+
+from pyro_vae_defence import data
+from pyro_vae_defence.data import loading
+from pyro_vae_defence.data._build_subsets import PER_CLASS, first_of_each_class
+from pyro_vae_defence.data.datasets import COLORS
+
+SUBSETS = ["mnist_subset", "fashion_mnist_subset"]
+
+
+@pytest.fixture
+def root():
+    return shared_path("data")
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+@pytest.mark.parametrize(("split", "size"), [("train", 6000), ("validation", 500), ("test", 1000)])
+def test_subsets_are_balanced_images_in_the_unit_interval(name, split, size):
+    dataset = data.load(name, split)
+    images = dataset.images()
+    assert images.shape == (size, 1, 28, 28)
+    assert images.dtype == torch.float32
+    assert images.min() == 0
+    assert images.max() == 1
+    assert dataset.labels.bincount().tolist() == [size // 10] * 10
+    assert len(dataset.class_names) == 10
+    assert repr(dataset) == f"ImageDataset({name!r}, {split!r}, {size} images)"
+
+
+@pytest.mark.parametrize("name", SUBSETS)
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_subsets_are_the_images_they_claim_to_be(name, split, root):
+    full = data.load(name.removesuffix("_subset"), split, root)
+    indices = first_of_each_class(full, PER_CLASS[split])
+    subset = data.load(name, split)
+    assert torch.equal(subset.images(), full.images(indices))
+    assert torch.equal(subset.labels, full.labels[indices])
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_full_splits(name, root):
+    sizes = [len(data.load(name, split, root)) for split in data.SPLITS]
+    assert sizes == [55_000, 5_000, 10_000]
+
+
+def test_training_and_validation_do_not_overlap(root):
+    train = data.load("mnist", "train", root).images()
+    last = data.load("mnist", "validation", root).images()[-1]
+    assert not (train == last).flatten(1).all(1).any()
+
+
+def test_indexing_by_number_slice_list_and_tensor():
+    dataset = data.load("mnist_subset", "test")
+    image, label = dataset[3]
+    assert image.shape == (1, 28, 28)
+    for index in (slice(3, 6), [3, 4, 5], torch.tensor([3, 4, 5])):
+        images, labels = dataset[index]
+        assert torch.equal(images[0], image)
+        assert labels[0] == label
+        assert len(images) == 3
+    # Handing out images leaves the stored ones alone.
+    images.zero_()
+    assert torch.equal(dataset[3][0], image)
+
+
+def test_loaders_give_the_dataset_once():
+    dataset = data.load("mnist_subset", "test")
+    whole = torch.cat([x for x, _ in data.batches(dataset, 300)])
+    assert torch.equal(whole, dataset.images())
+    plain = torch.cat([x for x, _ in DataLoader(dataset, batch_size=300)])
+    assert torch.equal(plain, whole)
+    shuffled = data.batches(dataset, 300, shuffle=True, drop_last=True)
+    assert [len(y) for _, y in shuffled] == [300] * 3
+    assert len(shuffled) == 3
+    orders = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        orders.append(torch.cat([y for _, y in data.batches(dataset, 300, shuffle=True)]))
+    assert torch.equal(*orders)
+    assert not torch.equal(orders[0], dataset.labels)
+    generator = torch.Generator().manual_seed(2)
+    first = torch.cat([y for _, y in data.batches(dataset, 300, True, generator)])
+    generator.manual_seed(2)
+    again = torch.cat([y for _, y in data.batches(dataset, 300, True, generator)])
+    assert torch.equal(first, again)
+
+
+def test_color_mnist_is_a_view_in_seven_colours(root):
+    grey = data.load("mnist", "test", root)
+    colored = data.load("color_mnist", "test", root)
+    assert len(colored) == 70_000
+    assert colored.image_shape == (3, 28, 28)
+    assert colored._images.untyped_storage().nbytes() == grey._images.untyped_storage().nbytes()
+    images, labels = colored[torch.tensor([7 * 12 + 3, 5])]
+    assert labels.tolist() == [[int(grey.labels[12]), 3], [int(grey.labels[0]), 5]]
+    for image, item, color in ((images[0], 12, "yellow"), (images[1], 0, "cyan")):
+        rgb = torch.tensor(COLORS[color], dtype=torch.float32)
+        assert torch.equal(image, grey[item][0] * rgb[:, None, None])
+    assert torch.equal(colored[7 * 12 + 3][0], images[0])
+    assert colored[:14][0].shape == (14, 3, 28, 28)
+    assert colored.color_names[3] == "yellow"
+
+
+def test_stratified_points():
+    dataset = data.load("mnist_subset", "test")
+    index = data.stratified(dataset, 50, torch.Generator().manual_seed(0))
+    assert dataset.labels[index].bincount().tolist() == [5] * 10
+    assert len(index.unique()) == 50
+    again = data.stratified(dataset, 50, torch.Generator().manual_seed(0))
+    assert torch.equal(index, again)
+    assert dataset.labels[data.stratified(dataset, 13)].bincount().tolist() == [2] * 3 + [1] * 7
+
+
+def test_stratified_by_colour(root):
+    colored = data.load("color_mnist", "test", root)
+    index = data.stratified(colored, 14, column=1)
+    assert colored.labels[index, 1].bincount().tolist() == [2] * 7
+
+
+@pytest.mark.parametrize("num", [0, -3, 2.5])
+def test_stratified_needs_a_positive_number(num):
+    with pytest.raises(ValueError, match="num must be an integer of at least 1"):
+        data.stratified(data.load("mnist_subset", "test"), num)
+
+
+def test_stratified_has_enough_of_each_class():
+    with pytest.raises(ValueError, match="ask for at most 1000"):
+        data.stratified(data.load("mnist_subset", "test"), 1001)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="name must be one of mnist, .*got 'mnits'"):
+        data.load("mnits", "train")
+    with pytest.raises(ValueError, match="split must be one of train, validation, test; got 'val'"):
+        data.load("mnist_subset", "val")
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+        data.batches(data.load("mnist_subset", "test"), 0)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "color_mnist"])
+def test_missing_files_name_themselves_and_the_mend(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train-images-idx3-ubyte; pass download=True"):
+        data.load(name, "train", tmp_path)
+
+
+def test_root_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYRO_VAE_DEFENCE_DATA", str(tmp_path / "here"))
+    with pytest.raises(FileNotFoundError, match=str(tmp_path / "here")):
+        data.load("mnist", "test")
+    monkeypatch.delenv("PYRO_VAE_DEFENCE_DATA")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert data.default_root() == tmp_path / "pyro_vae_defence"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[:-1], "is truncated .*delete it and load again"),
+        (lambda content: content + b"0", "is too long .*delete it and load again"),
+        (lambda content: b"9" + content[1:], "is corrupted .*delete it and load again"),
+    ],
+)
+def test_damaged_files_are_refused(root, tmp_path, damage, message):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in (root / "MNIST" / "raw").iterdir():
+        shutil.copy(file, raw / file.name)
+    labels = raw / "t10k-labels-idx1-ubyte"
+    labels.chmod(0o644)
+    assert len(data.load("mnist", "test", tmp_path)) == 10_000
+    labels.write_bytes(damage(labels.read_bytes()))
+    with pytest.raises(ValueError, match=message) as caught:
+        data.load("mnist", "test", tmp_path)
+    assert str(labels) in str(caught.value)
+
+
+def test_a_failed_download_says_so(tmp_path, monkeypatch):
+    import torchvision.datasets
+
+    def refuse(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", refuse)
+    with pytest.raises(FileNotFoundError, match=r"downloading mnist .* no route to host.*packaged"):
+        data.load("mnist", "train", tmp_path, download=True)
+
+
+def test_damaged_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "_PACKAGED", tmp_path)
+    with pytest.raises(FileNotFoundError, match="reinstall"):
+        data.load("mnist_subset", "test")
+    (tmp_path / "mnist_subset.npz").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is damaged .* reinstall"):
+        data.load("mnist_subset", "test")
+
+
+def test_inconsistent_arrays():
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="images must be uint8"):
+        data.ImageDataset(images.float(), torch.zeros(3), "x", "test", [])
+    with pytest.raises(ValueError, match="3 images but 2 labels"):
+        data.ImageDataset(images, torch.zeros(2), "x", "test", [])
