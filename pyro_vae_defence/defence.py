@@ -1,7 +1,8 @@
 r"""Defences: what runs between the encoder and whatever uses its latents.
 
-:class:`MCMCDefence` is the paper's (section 3): latents start at :math:`z_0 \sim q(z|x^a)` and follow a Markov chain with
-stationary density proportional to :math:`p(x^a|z)p(z)`; what is decoded or classified is where the chain ends.
+:class:`MCMCDefence` is the paper's (section 3): latents start at :math:`z_0 \sim q(z|x^a)` and follow a
+Markov chain with stationary density proportional to :math:`p(x^a|z)p(z)`; what is decoded or classified is
+where the chain ends.
 :class:`NoDefence` stops at :math:`z_0`. Both are called with images and return a :class:`DefenceResult`.
 
 Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with

@@ -1,8 +1,9 @@
 """Chains in the form ArviZ reads.
 
-One :class:`xarray.DataTree` is built, with groups ``posterior``, ``sample_stats`` and ``observed_data``; ArviZ 1.x works
-on it as it is, earlier versions get it wrapped as an ``InferenceData``. Dimensions are named ``chain``, ``draw``,
-``image`` and, for a latent site, ``latent``. Only numpy, xarray and ArviZ are imported here.
+One :class:`xarray.DataTree` is built, with groups ``posterior``, ``sample_stats`` and ``observed_data``.
+ArviZ 1.x works on it as it is, earlier versions get it wrapped as an ``InferenceData``. Dimensions are
+named ``chain``, ``draw``, ``image`` and, for a latent site, ``latent``. Only numpy, xarray and ArviZ are
+imported here.
 
 Reference: the InferenceData schema, https://python.arviz.org/en/stable/schema/schema.html.
 """

@@ -9,9 +9,8 @@ in the paper's setting, the raw gradient. Each restart of each image is a row of
 see each other, and a row's noise comes from the image's own stream.
 
 The preset ``"paper"`` (appendix D.2, Table 8): :math:`\varepsilon_0 \sim N(0, 0.2^2)` per pixel, which the first
-projection
-brings into the ball, 50 steps along the raw gradient with learning rate 1, halved when the objective has
-not risen for 20 steps, and the last iterate as the result.
+projection brings into the ball, 50 steps along the raw gradient with learning rate 1, halved when the
+objective has not risen for 20 steps, and the last iterate as the result.
 
 References: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018,
 https://arxiv.org/abs/1706.06083; Kuzina, Welling, Tomczak, NeurIPS 2022, appendix D.2.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def first_of_each_class(dataset: ImageDataset, count: int) -> torch.Tensor:
 def main(root: str) -> None:
     """Write both subsets and print their sha256, which ``loading.py`` checks."""
     for name in ("mnist", "fashion_mnist"):
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for split, count in PER_CLASS.items():
             dataset = load(name, split, root)  # type: ignore[arg-type]
             indices = first_of_each_class(dataset, count)
