@@ -348,6 +348,7 @@ class _Run:
                 "weights": self._weights(),
                 "optimiser": self.optimiser.state_dict(),
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                "objective_step": getattr(self.objective, "step", None),
                 "rng": self._get_rng(),
                 "epoch_rng": self._epoch_rng,
             },
@@ -391,6 +392,9 @@ class _Run:
         self.epoch, self.steps, self.batch = state["epoch"], state["steps"], state["batch"]
         self.loss_sum, self.seen = state["loss_sum"], state["seen"]
         self.history = state["history"]
+        if state["objective_step"] is not None:
+            # An annealed objective counts its own steps.
+            self.objective.step = state["objective_step"]
         self._epoch_rng = state["epoch_rng"]
         if self.batch:
             self._resume_rng = state["rng"]

@@ -1,6 +1,6 @@
 """Attacks: what an attacker maximises (objectives) and how (engines), apart."""
 
-from pyro_vae_defence.attacks.objectives import symmetric_kl
+from pyro_vae_defence.attacks.objectives import squared_wasserstein, symmetric_kl
 from pyro_vae_defence.attacks.pgd import PGD, AttackResult
 
-__all__ = ["PGD", "AttackResult", "symmetric_kl"]
+__all__ = ["PGD", "AttackResult", "squared_wasserstein", "symmetric_kl"]

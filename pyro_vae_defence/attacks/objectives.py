@@ -12,6 +12,8 @@ exactly zero, so an attack has to start from a random point.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,21 @@ def symmetric_kl(vae: VAE) -> PreparedObjective:
     Args:
         vae: any Pyro VAE whose guide's distributions have a registered KL-divergence.
     """
+    return _between_posteriors(vae, divergences.symmetric_kl)
+
+
+def squared_wasserstein(vae: VAE) -> PreparedObjective:
+    """Squared 2-Wasserstein distance between the guides at x and at the reference (Table 1, PGD attack).
+
+    Args:
+        vae: any Pyro VAE with a factorised Gaussian guide.
+    """
+    return _between_posteriors(vae, divergences.squared_wasserstein)
+
+
+def _between_posteriors(
+    vae: VAE, divergence: Callable[[divergences.Posterior, divergences.Posterior], Tensor]
+) -> PreparedObjective:
     check_vae(vae)
 
     def prepare(x_ref: Tensor) -> Objective:
@@ -34,7 +51,7 @@ def symmetric_kl(vae: VAE) -> PreparedObjective:
 
         def objective(x: Tensor) -> Tensor:
             with evaluation_mode(vae):
-                return divergences.symmetric_kl(posterior(vae, x), q_ref)
+                return divergence(posterior(vae, x), q_ref)
 
         return objective
 

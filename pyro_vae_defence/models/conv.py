@@ -25,6 +25,8 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_vae_defence.types import Latents
+
 Likelihood = Literal["bernoulli", "gaussian"]
 
 GAUSSIAN_LOG_VARIANCE = -math.log(2 * math.pi)
@@ -52,6 +54,9 @@ class ConvVAE(nn.Module):
         >>> vae.guide(torch.rand(2, 1, 28, 28)).shape
         torch.Size([2, 64])
     """
+
+    mean_posterior_variance: Latents | None = None
+    """The training set's mean variance of the guide per site, where it is known."""
 
     def __init__(
         self,

@@ -1,0 +1,27 @@
+"""Names of experiments: which models belong to which table of the paper."""
+
+from __future__ import annotations
+
+from pyro_vae_defence.experiments.config import TrainConfig
+
+# An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as on MNIST.
+_IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
+
+
+def _models() -> dict[str, TrainConfig]:
+    models = {}
+    for dataset, images in _IMAGES.items():
+        models[f"{dataset}_vae"] = TrainConfig(dataset, epochs=40, images_per_epoch=images)
+        for beta in (2, 5, 10):
+            for objective, label in (("beta", "beta_vae"), ("beta_tcvae", "tcvae")):
+                models[f"{dataset}_{label}_{beta}"] = TrainConfig(
+                    dataset,
+                    objective,  # type: ignore[arg-type]
+                    beta=float(beta),
+                    images_per_epoch=images,
+                )
+    return models
+
+
+MODELS: dict[str, TrainConfig] = _models()
+"""Models of the paper's Table 7: ``<dataset>_vae``, ``<dataset>_beta_vae_<beta>``, ``<dataset>_tcvae_<beta>``."""

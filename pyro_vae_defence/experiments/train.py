@@ -1,0 +1,137 @@
+"""Train a named model and write its weights and card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
+from pyro_vae_defence import data, objectives
+from pyro_vae_defence.attacks import PGD
+from pyro_vae_defence.attacks.objectives import squared_wasserstein
+from pyro_vae_defence.experiments.config import TrainConfig
+from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.experiments.registry import MODELS
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.pretrained import WeightCard, save_pretrained
+from pyro_vae_defence.models.program import mean_posterior_variance
+from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.training import FitConfig, fit
+
+SE_STEPS = 20
+"""Gradient steps of SE's inner maximisation (Cemgil et al. 2020)."""
+
+
+def make_objective(config: TrainConfig, vae: ConvVAE, data_size: int) -> Any:
+    """The Pyro ELBO a configuration names."""
+
+    def perturb(x: torch.Tensor) -> torch.Tensor:
+        attack = PGD(squared_wasserstein(vae), Linf(config.radius), num_steps=SE_STEPS)
+        return attack(x).best()
+
+    if config.objective == "beta":
+        return objectives.BetaELBO(config.beta)
+    if config.objective == "beta_tcvae":
+        return objectives.BetaTCVAE(config.beta, data_size, estimator=config.estimator)
+    if config.objective == "se":
+        return objectives.SE(perturb, config.gamma)
+    if config.objective == "avae":
+        return objectives.AVAE(config.rho)
+    if config.objective == "se_avae":
+        return objectives.SEAVAE(perturb, config.gamma, config.rho)
+    if config.objective == "avae_ss":
+        return objectives.AVAESS(config.rho)
+    raise ValueError(f"unknown objective {config.objective!r}")
+
+
+def train(
+    name: str,
+    output: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> WeightCard:
+    """Train the model ``name`` of the registry; resumes when interrupted.
+
+    Writes ``NAME.safetensors`` and ``NAME.json`` to ``output``, with a checkpoint and the history beside them
+    in ``output/NAME``.
+
+    Args:
+        name: a name of :data:`pyro_vae_defence.experiments.registry.MODELS`.
+        output: directory for the results.
+        root: directory of the datasets.
+        overrides: fields of the configuration to change; they are recorded in the card.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for an unknown name or override.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model named {name!r}; choose one of {', '.join(MODELS)}")
+    fields = {f.name for f in dataclasses.fields(TrainConfig)}
+    for key in overrides or {}:
+        if key not in fields:
+            raise ValueError(f"unknown setting {key!r}; choose from {', '.join(sorted(fields))}")
+    config = dataclasses.replace(MODELS[name], **(overrides or {}))
+    folder = Path(output) / name
+    folder.mkdir(parents=True, exist_ok=True)
+
+    train_set = data.load(config.dataset, "train", root)
+    validation_set = data.load(config.dataset, "validation", root)
+    count = config.images_per_epoch or len(train_set)
+    sampler = BatchSampler(RandomSampler(train_set, num_samples=count), config.batch_size, True)
+    loader: DataLoader[Any] = DataLoader(train_set, sampler=sampler, batch_size=None)
+    # About 5,000 images; a stride of 6 visits all seven colours of ColorMNIST.
+    stride = 6 if len(validation_set) > 5000 else 1
+    validation = [
+        validation_set.images(
+            list(range(len(validation_set)))[first : first + 500 * stride : stride]
+        )
+        for first in range(0, len(validation_set), 500 * stride)
+    ]
+
+    torch.manual_seed(config.seed)
+    pyro.clear_param_store()
+    vae = ConvVAE(train_set.image_shape[0])
+    objective = make_objective(config, vae, len(train_set))
+    result = fit(
+        vae,
+        objective,
+        loader,
+        FitConfig(
+            epochs=config.epochs,
+            learning_rate=config.learning_rate,
+            schedule=config.schedule,
+            checkpoint_every=200,
+            progress=progress,
+        ),
+        validation=validation,
+        checkpoint=folder / "checkpoint.pt",
+        on_epoch=lambda entry: _append(folder / "history.jsonl", entry),
+    )
+    settings = " ".join(f"--set {k}={v}" for k, v in (overrides or {}).items())
+    last = result.history[-1]
+    return save_pretrained(
+        vae,
+        name,
+        output,
+        training=dataclasses.asdict(config),
+        command=f"python -m pyro_vae_defence.experiments train {name} {settings}".strip(),
+        provenance={
+            **provenance(),
+            "seconds": round(sum(entry["seconds"] for entry in result.history), 1),
+        },
+        metrics={"validation_nelbo": last["validation_nelbo"]},
+        mean_posterior_variance=mean_posterior_variance(vae, loader),
+    )
+
+
+def _append(path: Path, entry: dict[str, float]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
