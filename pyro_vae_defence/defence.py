@@ -224,11 +224,13 @@ class MCMCDefence:
         """
         check_images(x)
         started = time.perf_counter()
+        # Drawn before anything that consumes randomness in proportion to the batch.
+        seed = draw_seed(generator)
         with evaluation_mode(self.vae):
             site = observation_site(self.vae.model, x)
             batched = isinstance(self.kernel(self.vae.model), BatchedKernel)
             run = self._run_batched if batched else self._run_one_by_one
-            initial, samples, stats = run(x, draw_seed(generator))
+            initial, samples, stats = run(x, seed)
             latents = {name: value[0, -1] for name, value in samples.items()}
             with torch.no_grad():
                 reconstruction = decode(self.vae, latents, tuple(x.shape[1:]))

@@ -128,3 +128,24 @@ def to_arviz(tree: xarray.DataTree) -> Any:
         **{name: group.to_dataset() for name, group in tree.children.items()},
         warn_on_custom_groups=False,
     )
+
+
+def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
+    """ArviZ's rank-normalised split R-hat: site -> one value per image and latent, ``(image, *event)``.
+
+    NaN where the chains do not move at all.
+    """
+    import arviz
+
+    return _per_site(tree, arviz.rhat(to_arviz(tree)))
+
+
+def ess(tree: xarray.DataTree) -> dict[str, np.ndarray]:
+    """ArviZ's bulk effective sample size: site -> one value per image and latent, ``(image, *event)``."""
+    import arviz
+
+    return _per_site(tree, arviz.ess(to_arviz(tree)))
+
+
+def _per_site(tree: xarray.DataTree, values: Any) -> dict[str, np.ndarray]:
+    return {str(site): np.asarray(values[site]) for site in tree["posterior"].data_vars}

@@ -327,8 +327,9 @@ class _Run:
         if missing:
             raise ValueError(
                 f"parameters {missing} would not be trained: they have a gradient, but model and "
-                "guide do not register these very tensors; call pyro.module(...) on their modules, "
-                "and keep parameters contiguous (Pyro's parameter store copies others)"
+                "guide do not register these very tensors. Call pyro.module(...) on their modules; "
+                "call pyro.clear_param_store() first if another VAE of this process has used the same "
+                "names; and keep parameters contiguous (Pyro's parameter store copies others)"
             )
 
     # --- Checkpoints ---

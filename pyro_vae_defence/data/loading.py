@@ -88,8 +88,8 @@ _SOURCES = {
 
 _PACKAGED = Path(__file__).parent / "packaged"
 _PACKAGED_SHA256 = {
-    "mnist_subset": "89c79711dd47854a4ba299b1938dadaeebf631c1a0b5aa39c9b4184c5d548995",
-    "fashion_mnist_subset": "31537a0212334c79f80cdc5f363357d55af89d08b9fd91082c4beeb79cb69c6a",
+    "mnist_subset": "6376ecdba919dc0eb5d44829ac441810f5e142d71d02890da1e072d6b133055e",
+    "fashion_mnist_subset": "85f39641f596f180c39f309c5069f9261b0fc5e9b5354a5d81c8f03d98f77207",
 }
 
 

@@ -1,0 +1,111 @@
+"""Pictures of attacks, defences and chains: functions that take matplotlib axes and return them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def show_image(axes: Axes, image: Tensor) -> Axes:
+    """Draw one image ``(C, H, W)`` with values in [0, 1], without ticks."""
+    pixels = image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    grey = pixels.shape[2] == 1
+    axes.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=1)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes
+
+
+def panel(axes: np.ndarray, columns: Mapping[str, Tensor]) -> np.ndarray:
+    """Images side by side: one column per entry, one row per image.
+
+    Args:
+        axes: array of axes ``(rows, len(columns))``.
+        columns: title -> images ``(N, C, H, W)`` with ``N >= rows``.
+
+    Raises:
+        ValueError: if the axes do not fit the columns.
+    """
+    axes = np.atleast_2d(axes)
+    if axes.shape[1] != len(columns):
+        raise ValueError(f"axes must have {len(columns)} columns, got shape {axes.shape}")
+    for number, (title, images) in enumerate(columns.items()):
+        if len(images) < axes.shape[0]:
+            raise ValueError(f"{title!r} has {len(images)} images for {axes.shape[0]} rows")
+        for row in range(axes.shape[0]):
+            show_image(axes[row, number], images[row])
+        axes[0, number].set_title(title, fontsize=9)
+    return axes
+
+
+def trace(axes: Axes, draws: Any, label: str = "") -> Axes:
+    """Trace plot of one scalar: draws ``(chain, draw)``, one line per chain."""
+    draws = _chains(draws)
+    for number, chain in enumerate(draws):
+        axes.plot(chain, lw=0.8, label=f"chain {number}")
+    axes.set_xlabel("draw")
+    axes.set_ylabel(label)
+    return axes
+
+
+def rank(axes: Axes, draws: Any, label: str = "", bins: int = 20) -> Axes:
+    """Rank plot of one scalar: histogram of each chain's ranks among all draws, flat when chains agree.
+
+    Reference: Vehtari et al., "Rank-normalization, folding, and localization: an improved R-hat", 2021,
+    https://doi.org/10.1214/20-BA1221.
+
+    Args:
+        axes: where to draw.
+        draws: ``(chain, draw)``.
+        label: title of the plot.
+        bins: number of bins.
+    """
+    draws = _chains(draws)
+    ranks = draws.ravel().argsort(kind="stable").argsort().reshape(draws.shape)
+    edges = np.linspace(0, draws.size, bins + 1)
+    for number, chain in enumerate(ranks):
+        counts, _ = np.histogram(chain, edges)
+        axes.stairs(counts, edges, label=f"chain {number}")
+    axes.axhline(draws.shape[1] / bins, color="black", lw=0.8, ls=":")
+    axes.set_xlabel("rank among all draws")
+    axes.set_ylabel("count")
+    axes.set_title(label, fontsize=9)
+    return axes
+
+
+def posterior_ratios(axes: Axes, before: Tensor, after: Tensor) -> Axes:
+    """Histograms of log posterior ratios before and after a defence (Figures 2 and 7), in nats."""
+    values = [v.detach().cpu().numpy().ravel() for v in (before, after)]
+    edges = np.histogram_bin_edges(np.concatenate(values), bins=30)
+    for value, label in zip(values, ("undefended", "defended"), strict=True):
+        axes.hist(value, edges, alpha=0.6, label=label)
+    axes.set_xlabel("log posterior ratio (nats)")
+    axes.legend(fontsize=8)
+    return axes
+
+
+def curve(
+    axes: Axes,
+    x: Sequence[float],
+    estimate: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    label: str = "",
+) -> Axes:
+    """A line with its interval as a band."""
+    (line,) = axes.plot(x, estimate, marker="o", ms=3, label=label)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
+    return axes
+
+
+def _chains(draws: Any) -> np.ndarray:
+    values = np.asarray(draws.detach().cpu() if isinstance(draws, Tensor) else draws)
+    if values.ndim != 2:
+        raise ValueError(f"draws must have shape (chain, draw), got {values.shape}")
+    return values

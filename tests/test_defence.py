@@ -1,0 +1,226 @@
+"""Defences: shapes, statistics, any kernel, ArviZ, micro-batches."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pyro.infer
+import pytest
+import torch
+from programs import HierarchicalVAE
+
+from pyro_vae_defence import diagnostics
+from pyro_vae_defence.defence import MCMCDefence, NoDefence
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
+from pyro_vae_defence.models import ConvVAE, program
+
+KERNELS = {
+    "hmc": functools.partial(BatchedHMC, num_steps=3),
+    "nuts": functools.partial(BatchedNUTS, max_tree_depth=3),
+    "paper": functools.partial(BatchedHMC, preset="paper"),
+    "pyro-hmc": functools.partial(pyro.infer.HMC, step_size=0.1, num_steps=3),
+    "pyro-nuts": functools.partial(pyro.infer.NUTS, step_size=0.1, max_tree_depth=3),
+}
+SHARED_STATS = {"acceptance_rate", "diverging", "lp", "step_size", "n_steps"}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_contract_of_every_kernel(tutorial_vae, name):
+    x = torch.rand(3, 1, 28, 28)
+    result = MCMCDefence(tutorial_vae, KERNELS[name], 5, 4, 2)(x)
+    assert result.latents["latent"].shape == (3, 5)
+    assert result.reconstruction.shape == x.shape
+    assert result.samples["latent"].shape == (2, 5, 3, 5)
+    assert torch.equal(result.samples["latent"][0, -1], result.latents["latent"])
+    assert result.initial["latent"].shape == (2, 3, 5)
+    own = not name.startswith("pyro")
+    expected = SHARED_STATS | ({"energy", "tree_depth"} if own else set())
+    assert set(result.sample_stats) == expected
+    for value in result.sample_stats.values():
+        assert value.shape == (2, 5, 3)
+        assert value.float().isfinite().all()
+    decoded = program.decode(tutorial_vae, result.latents, (1, 28, 28))
+    assert torch.allclose(result.reconstruction, decoded, atol=1e-6)
+    # lp is the log-density of the draws themselves.
+    energy = program.potential(tutorial_vae, x)
+    last = energy({"latent": result.samples["latent"][1, 2]})
+    assert torch.allclose(result.sample_stats["lp"][1, 2], -last, rtol=1e-4)
+    assert (result.num_gradients >= result.sample_stats["n_steps"].sum((0, 1))).all()
+    tree = result.to_datatree()
+    assert set(tree.children) == {"posterior", "sample_stats", "observed_data"}
+    assert tree["posterior"].attrs["num_samples"] == 5
+
+
+@pytest.mark.parametrize("name", ["hmc", "nuts"])
+def test_does_not_depend_on_the_micro_batch(tutorial_vae, name):
+    x = torch.rand(5, 1, 28, 28)
+
+    def run(x, **settings):
+        torch.manual_seed(2)
+        return MCMCDefence(tutorial_vae, KERNELS[name], 4, 4, 2, **settings)(x)
+
+    whole = run(x)
+    for other in (run(x, batch_size=4), run(x, batch_size=1)):
+        assert torch.allclose(other.samples["latent"], whole.samples["latent"], atol=1e-4)
+        assert torch.equal(other.num_gradients, whole.num_gradients)
+    # The first image alone is the first image of the batch.
+    alone = run(x[:1])
+    assert torch.allclose(alone.samples["latent"], whole.samples["latent"][:, :, :1], atol=1e-4)
+
+
+def test_draws_follow_the_posterior(linear_vae):
+    x = torch.rand(4, 1, 4, 4)
+    result = MCMCDefence(linear_vae, BatchedNUTS, 400, 200, 4)(x)
+    mean, covariance = linear_vae.exact(x)
+    draws = result.samples["z"]
+    chain_means = draws.mean(1)
+    effective = 4 * 400 / 4  # NUTS on a Gaussian: at least one effective draw in four
+    bound = 5 * covariance.diagonal().sqrt() / effective**0.5
+    # 12 means, 5 standard errors each: error rate below 1e-5.
+    assert ((chain_means.mean(0) - mean).abs() < bound).all()
+    assert max(v.max() for v in diagnostics.rhat(result.to_datatree()).values()) < 1.05
+
+
+def test_starts_at_the_guide_or_the_prior(linear_vae):
+    x = torch.rand(2, 1, 4, 4).repeat(500, 1, 1, 1)
+    stay = functools.partial(BatchedHMC, step_size=1e-6, num_steps=1, adapt_step_size=False)
+    mean, covariance = linear_vae.exact(x[:2])
+    for initial, loc, sd in (
+        ("guide", mean, covariance.diagonal().sqrt()),
+        ("prior", torch.zeros(2, 3), torch.ones(3)),
+    ):
+        start = MCMCDefence(linear_vae, stay, 1, 0, initial=initial)(x).initial["z"]
+        start = start.reshape(500, 2, 3)
+        # 6 means each, 5 standard errors: error rate 4e-6.
+        assert ((start.mean(0) - loc).abs() < 5 * sd / 500**0.5).all()
+        assert torch.allclose(start.std(0), sd.expand(2, 3), rtol=0.2)
+
+
+def test_constrained_latents_come_back_on_their_support():
+    x = torch.rand(3, 1, 4, 4)
+    for kernel in (BatchedHMC, BatchedNUTS):
+        result = MCMCDefence(HierarchicalVAE(), kernel, 3, 3)(x)
+        assert (result.samples["rate"] > 0).all()
+        assert (result.initial["rate"] > 0).all()
+        assert result.samples["low"].shape == (1, 3, 3, 3)
+
+
+def test_paper_defence_has_the_published_settings():
+    vae = ConvVAE()
+    defence = MCMCDefence.paper(vae, "mnist")
+    assert (defence.num_samples, defence.warmup_steps) == (500, 250)
+    kernel = defence.kernel(vae.model)
+    assert (kernel.step_size, kernel.num_steps, kernel.jitter) == (0.1, 20, 0.0)
+    other = MCMCDefence.paper(vae, "color_mnist")
+    assert (other.num_samples, other.kernel(vae.model).step_size) == (1000, 0.05)
+    with pytest.raises(ValueError, match="dataset must be one of"):
+        MCMCDefence.paper(vae, "celeba")
+
+
+def test_no_defence_is_one_draw_decoded(tutorial_vae):
+    x = torch.rand(3, 1, 28, 28)
+    result = NoDefence(tutorial_vae)(x)
+    assert torch.equal(
+        result.reconstruction, program.decode(tutorial_vae, result.latents, (1, 28, 28))
+    )
+    assert result.num_gradients.tolist() == [0, 0, 0]
+    assert result.to_datatree()["posterior"]["latent"].shape == (1, 1, 3, 5)
+    torch.manual_seed(0)
+    first = NoDefence(tutorial_vae).encode(x)["latent"]
+    torch.manual_seed(0)
+    assert torch.equal(NoDefence(tutorial_vae).encode(x)["latent"], first)
+
+
+def test_train_mode_is_restored_and_not_used():
+    class Normed(ConvVAE):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(1)
+
+        def posterior(self, x):
+            return super().posterior(self.norm(x))
+
+    vae = Normed().train()
+    x = torch.rand(2, 1, 28, 28)
+    MCMCDefence(vae, KERNELS["hmc"], 1, 1)(x)
+    assert vae.training
+    assert vae.norm.num_batches_tracked == 0
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"num_samples": 0}, "num_samples must be an integer of at least 1, got 0"),
+            ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1"),
+            ({"num_chains": 0}, "num_chains must be an integer of at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+            ({"initial": "mode"}, "initial must be 'guide' or 'prior', got 'mode'"),
+            ({"kernel": "hmc"}, "kernel must be a callable from a Pyro model"),
+        ],
+    )
+    def test_settings(self, tutorial_vae, settings, message):
+        with pytest.raises(ValueError, match=message):
+            MCMCDefence(tutorial_vae, **settings)
+
+    def test_not_a_vae(self):
+        with pytest.raises(ValueError, match="vae must have two Pyro programs"):
+            MCMCDefence(torch.nn.Linear(1, 1))
+
+    def test_images_outside_the_unit_interval(self, tutorial_vae):
+        with pytest.raises(ValueError, match=r"x must lie in \[0, 1\], got values from -1"):
+            MCMCDefence(tutorial_vae)(-torch.ones(1, 1, 28, 28))
+
+    def test_non_finite_start(self, tutorial_vae):
+        with torch.no_grad():
+            tutorial_vae.decoder[2].bias[0] = torch.nan
+        with pytest.raises(ValueError, match="starting energy is not finite for 2 of 2 rows"):
+            MCMCDefence(tutorial_vae)(torch.rand(2, 1, 28, 28))
+
+
+class TestArviz:
+    def arrays(self):
+        rng = np.random.default_rng(0)
+        posterior = {"z": rng.normal(size=(4, 50, 3, 5))}
+        stats = {"lp": rng.normal(size=(4, 50, 3)), "diverging": np.zeros((4, 50, 3), bool)}
+        return posterior, stats, {"obs": rng.random((3, 1, 28, 28))}
+
+    def test_dimensions(self):
+        tree = diagnostics.to_datatree(*self.arrays())
+        assert tree["posterior"]["z"].dims == ("chain", "draw", "image", "latent")
+        assert tree["sample_stats"]["lp"].dims == ("chain", "draw", "image")
+        dims = ("image", "channel", "height", "width")
+        assert tree["observed_data"]["obs"].dims == dims
+        # xarray keeps a variable's own name from being one of its dimensions.
+        values = {"latent": np.zeros((1, 2, 3, 5))}
+        assert diagnostics.to_datatree(values)["posterior"]["latent"].dims[-1] == "latent_dim"
+        two = {"a": np.zeros((1, 2, 3, 5)), "b": np.zeros((1, 2, 3, 4, 2))}
+        assert diagnostics.to_datatree(two)["posterior"]["b"].dims[3:] == ("b_dim", "b_dim_1")
+
+    def test_conversion_and_diagnostics(self, tmp_path):
+        tree = diagnostics.to_datatree(*self.arrays())
+        chains = diagnostics.to_arviz(tree)
+        assert chains.posterior["z"].shape == (4, 50, 3, 5)
+        chains.to_netcdf(str(tmp_path / "chains.nc"))
+        rhat, ess = diagnostics.rhat(tree)["z"], diagnostics.ess(tree)["z"]
+        assert rhat.shape == ess.shape == (3, 5)
+        # Independent draws of four chains.
+        assert rhat.max() < 1.1
+        assert ess.min() > 60
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda p, s, o: p.clear(), "posterior is empty"),
+            (lambda p, s, o: p.update(z=np.zeros((2, 3))), "must have dimensions"),
+            (lambda p, s, o: p.update(y=np.zeros((4, 9, 3, 5))), "other sites have"),
+            (lambda p, s, o: s.update(lp=np.zeros((4, 50))), "must have shape"),
+            (lambda p, s, o: o.update(obs=np.zeros((2, 1))), "must have 3 images, got 2"),
+        ],
+    )
+    def test_errors(self, change, message):
+        arrays = self.arrays()
+        change(*arrays)
+        with pytest.raises(ValueError, match=message):
+            diagnostics.to_datatree(*arrays)

@@ -1,0 +1,283 @@
+"""fit: it learns, resumes exactly, fails early and clearly."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import TutorialVAE
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+from pyro_vae_defence import data
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.objectives import BetaELBO, linear_schedule
+from pyro_vae_defence.training import FitConfig, NonFiniteLossError, atomic_save, evaluate, fit
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledAfter(TraceMeanField_ELBO):
+    """An objective during whose n-th step the process dies."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def loss_and_grads(self, *args):
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        return super().loss_and_grads(*args)
+
+
+class FunctionalVAE:
+    """No nn.Module: parameters live in Pyro's store."""
+
+    def model(self, x):
+        loc = pyro.param("loc", torch.zeros(2))
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(loc, 1.0).expand([x.shape[0], 2]).to_event(1))
+            mean = z.sum(-1)[:, None, None, None].expand(-1, 1, 2, 2)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x):
+        scale = pyro.param("scale", torch.ones(2), constraint=dist.constraints.positive)
+        with pyro.plate("data", x.shape[0]):
+            mean = x.flatten(1).mean(1, keepdim=True).expand(-1, 2)
+            pyro.sample("z", dist.Normal(mean, scale).to_event(1))
+
+
+@pytest.fixture
+def images():
+    return torch.rand(40, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+def loader(images, size=8):
+    dataset = data.ImageDataset(
+        (images * 255).byte(), torch.zeros(len(images)), "toy", "train", ["0"]
+    )
+    return data.batches(dataset, size, shuffle=True)
+
+
+def config(**changes):
+    settings = {"epochs": 3, "learning_rate": 1e-2, "schedule": "constant", "progress": False}
+    return FitConfig(**{**settings, **changes})
+
+
+def test_defaults_are_the_papers():
+    default = FitConfig()
+    assert (default.epochs, default.learning_rate) == (300, 5e-4)
+    assert (default.schedule, default.factor, default.patience) == ("plateau", 0.5, 10)
+
+
+def test_training_lowers_the_validation_loss(images):
+    images = (images > 0.9).float()
+    vae = TutorialVAE()
+    result = fit(vae, Trace_ELBO(), loader(images), config(epochs=15), validation=[images])
+    assert [entry["epoch"] for entry in result.history] == list(range(1, 16))
+    assert result.steps == 15 * 5
+    first, last = result.history[0], result.history[-1]
+    assert last["validation_nelbo"] < 0.8 * first["validation_nelbo"]
+    assert not vae.training
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "one_cycle", "constant"])
+@pytest.mark.parametrize("killed_at", [2, 5, 8, 14])
+def test_resumed_equals_uninterrupted(images, tmp_path, schedule, killed_at):
+    settings = config(schedule=schedule, checkpoint_every=3)
+
+    def run(objective, seed, path):
+        pyro.clear_param_store()  # as a new process would
+        torch.manual_seed(seed)
+        vae = TutorialVAE()
+        result = fit(vae, objective, loader(images), settings, validation=[images], checkpoint=path)
+        return vae.state_dict(), result
+
+    whole, expected = run(TraceMeanField_ELBO(), 0, None)
+    path = tmp_path / "run" / "checkpoint.pt"
+    with pytest.raises(Killed):
+        run(KilledAfter(killed_at), 0, path)
+    # Another process: other seed, other initial weights, the same checkpoint.
+    resumed, result = run(TraceMeanField_ELBO(), 99 if path.exists() else 0, path)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for theirs, ours in zip(expected.history, result.history, strict=True):
+        assert {**theirs, "seconds": 0} == {**ours, "seconds": 0}
+
+
+def test_annealing_and_loader_generator_are_resumed(images, tmp_path):
+    def run(seed, epochs_first):
+        pyro.clear_param_store()
+        torch.manual_seed(seed)
+        vae = TutorialVAE()
+        generator = torch.Generator().manual_seed(seed)
+        dataset = loader(images).dataset
+        batches = data.batches(dataset, 8, shuffle=True, generator=generator)
+        objective = BetaELBO(linear_schedule(12, end=3.0))
+        path = tmp_path / f"{epochs_first}.pt"
+        for epochs in (epochs_first, 4):
+            pyro.clear_param_store()
+            if epochs == 4 and epochs_first != 4:
+                vae, objective = TutorialVAE(), BetaELBO(linear_schedule(12, end=3.0))
+                generator.manual_seed(77)
+            fit(vae, objective, batches, config(epochs=epochs), checkpoint=path)
+        return vae.state_dict()
+
+    whole, resumed = run(0, 4), run(0, 2)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_programs_without_a_module_train_and_resume(tmp_path):
+    x = torch.rand(16, 1, 2, 2)
+    path = tmp_path / "c.pt"
+
+    def run(epochs):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        fit(FunctionalVAE(), Trace_ELBO(), [x, x], config(epochs=epochs), checkpoint=path)
+        return {k: v.detach().clone() for k, v in pyro.get_param_store().items()}
+
+    run(2)
+    resumed = run(4)
+    path.unlink()
+    whole = run(4)
+    assert set(whole) == {"loc", "scale"}
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert not torch.equal(whole["scale"], torch.ones(2))
+
+
+def test_plateau_rule_halves_the_learning_rate(images):
+    class Stagnant(TraceMeanField_ELBO):
+        def loss(self, model, guide, x):
+            return 1.0
+
+    result = fit(
+        TutorialVAE(),
+        Stagnant(),
+        loader(images),
+        config(epochs=6, learning_rate=1e-3, schedule="plateau", patience=1),
+        validation=[images],
+    )
+    # The first epoch sets the record, two without improvement exceed the patience of one.
+    rates = [1e-3, 1e-3, 1e-3, 5e-4, 5e-4, 2.5e-4]
+    assert [h["learning_rate"] for h in result.history] == rates
+
+
+def test_non_finite_loss_fails_before_it_spoils_the_weights(images, tmp_path):
+    vae = TutorialVAE()
+    path = tmp_path / "c.pt"
+    with pytest.raises(
+        NonFiniteLossError, match=r"loss is (nan|inf) at epoch 2, step 6 .*lower the learning rate"
+    ):
+        fit(vae, Exploding(5), loader(images), config(), checkpoint=path)
+    assert all(p.isfinite().all() for p in vae.parameters())
+    assert torch.load(path, weights_only=True)["epoch"] == 1
+
+
+class Exploding(TraceMeanField_ELBO):
+    def __init__(self, after):
+        super().__init__()
+        self.after = after
+
+    def loss_and_grads(self, model, guide, x):
+        self.after -= 1
+        loss = super().loss_and_grads(model, guide, x)
+        return loss if self.after >= 0 else float("nan")
+
+
+def test_checkpoints_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "c.pt"
+    atomic_save({"a": 1}, path)
+    with pytest.raises(Exception, match="pickle"):
+        atomic_save({"a": lambda: None}, path)
+    assert torch.load(path, weights_only=True) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_evaluate_is_per_image_and_changes_nothing(images):
+    vae = TutorialVAE()
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    vae.train()
+    value = evaluate(vae, TraceMeanField_ELBO(), [images[:30], images[30:]])
+    assert 0 < value < 10_000
+    assert vae.training
+    assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())
+    with pytest.raises(ValueError, match="loader is empty"):
+        evaluate(vae, TraceMeanField_ELBO(), [])
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
+            ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
+            ({"schedule": "cosine"}, "schedule must be 'plateau', 'one_cycle' or 'constant'"),
+            ({"factor": 1.5}, "factor must lie in (0, 1), got 1.5"),
+            ({"patience": -1}, "patience must be at least 0"),
+            ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+        ],
+    )
+    def test_config(self, changes, message):
+        import re
+
+        with pytest.raises(ValueError, match=re.escape(message)):
+            config(**changes)
+
+    def test_plateau_needs_validation(self, images):
+        with pytest.raises(ValueError, match="watches the validation loss"):
+            fit(TutorialVAE(), Trace_ELBO(), loader(images), config(schedule="plateau"))
+
+    def test_objective_must_be_an_elbo(self, images):
+        with pytest.raises(ValueError, match="objective must be a Pyro ELBO"):
+            fit(TutorialVAE(), nn.MSELoss(), loader(images), config())
+
+    def test_images_out_of_range(self, images):
+        with pytest.raises(ValueError, match=r"loader's first batch must lie in \[0, 1\]"):
+            fit(TutorialVAE(), Trace_ELBO(), [255 * images], config())
+
+    def test_empty_loader(self):
+        with pytest.raises(ValueError, match="loader is empty"):
+            fit(TutorialVAE(), Trace_ELBO(), [], config())
+
+    def test_unregistered_parameters(self, images):
+        class Forgetful(TutorialVAE):
+            def guide(self, x):
+                with pyro.plate("data", x.shape[0]):
+                    h = nn.functional.softplus(self.hidden(x.reshape(-1, 784)))
+                    scale = torch.exp(self.log_scale(h))
+                    pyro.sample("latent", dist.Normal(self.loc(h), scale).to_event(1))
+
+        with pytest.raises(ValueError, match=r"'hidden.weight'.* would not be trained"):
+            fit(Forgetful(), Trace_ELBO(), loader(images), config())
+
+    def test_names_taken_by_another_vae(self, images):
+        fit(TutorialVAE(), Trace_ELBO(), loader(images), config(epochs=1))
+        with pytest.raises(ValueError, match=r"pyro.clear_param_store\(\) first"):
+            fit(TutorialVAE(), Trace_ELBO(), loader(images), config())
+
+    def test_non_contiguous_parameters(self, images):
+        # Pyro's store copies them, so that plain SVI would train the copies.
+        vae = ConvVAE()
+        vae.decoder.to(memory_format=torch.channels_last)
+        with pytest.raises(ValueError, match="keep parameters contiguous"):
+            fit(vae, Trace_ELBO(), loader(images), config())
+
+    def test_checkpoint_of_another_run(self, images, tmp_path):
+        path = tmp_path / "c.pt"
+        fit(TutorialVAE(), Trace_ELBO(), loader(images), config(), checkpoint=path)
+        pyro.clear_param_store()
+        with pytest.raises(ValueError, match="written with other settings .*learning_rate"):
+            fit(
+                TutorialVAE(), Trace_ELBO(), loader(images), config(learning_rate=1.0),
+                checkpoint=path,
+            )  # fmt: skip
+        pyro.clear_param_store()
+        with pytest.raises(ValueError, match="belongs to another architecture"):
+            fit(TutorialVAE(z_dim=3), Trace_ELBO(), loader(images), config(), checkpoint=path)
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(ValueError, match="cannot be read .* delete it"):
+            fit(TutorialVAE(), Trace_ELBO(), loader(images), config(), checkpoint=path)
