@@ -108,7 +108,7 @@ def _probability_of_distance(distance: int, n: int, m: int) -> float:
         from_left = np.concatenate([[0.0], reached[:-1]])
         mixed = (i * from_left + j * reached) / length
         touches = np.abs(i * m - j * n) >= distance
-        # Entries with j < 0 (which stay exactly 1) or j > m are off the lattice: none on it reads them.
+        # Off the lattice (j < 0, where it stays 1, or j > m) no entry has weight in one on it.
         reached = np.where(touches, 1.0, mixed)
     return float(reached[n])
 
