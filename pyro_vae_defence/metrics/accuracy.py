@@ -1,0 +1,60 @@
+"""What an attack does to the predicted classes, one value per image.
+
+Two questions are easily confused. *Adversarial accuracy* (paper, "Robustness measures") asks
+whether the class predicted for the attacked image is the one predicted for its reference, right or
+wrong; *correctness* asks whether a prediction is the label. A defence that always predicts one
+class has the best adversarial accuracy, so the two are reported side by side.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def adversarial_accuracy(prediction_ref: Tensor, prediction_adv: Tensor) -> Tensor:
+    """1 where the attack left the predicted class unchanged, 0 where it changed it.
+
+    Args:
+        prediction_ref: classes predicted for the reference images, integers of shape ``(N,)``.
+        prediction_adv: classes predicted for the attacked images, the same shape.
+
+    Returns:
+        Zeros and ones of the default float dtype, shape ``(N,)``; the mean is the accuracy.
+
+    Raises:
+        ValueError: an argument is not a vector of classes, or the lengths differ.
+
+    """
+    _check_classes("prediction_ref", prediction_ref)
+    _check_classes("prediction_adv", prediction_adv, length=prediction_ref.shape[0])
+    return (prediction_ref == prediction_adv).to(torch.get_default_dtype())
+
+
+def correct(prediction: Tensor, label: Tensor) -> Tensor:
+    """1 where the predicted class is the label, 0 elsewhere.
+
+    Args:
+        prediction: predicted classes, integers of shape ``(N,)``.
+        label: true classes, the same shape.
+
+    Returns:
+        Zeros and ones of the default float dtype, shape ``(N,)``; the mean is the accuracy.
+
+    Raises:
+        ValueError: an argument is not a vector of classes, or the lengths differ.
+
+    """
+    _check_classes("prediction", prediction)
+    _check_classes("label", label, length=prediction.shape[0])
+    return (prediction == label).to(torch.get_default_dtype())
+
+
+def _check_classes(name: str, classes: Tensor, length: int | None = None) -> None:
+    if classes.ndim != 1 or classes.is_floating_point() or classes.is_complex():
+        raise ValueError(
+            f"{name} has shape {tuple(classes.shape)} and dtype {classes.dtype}: "
+            "pass integer classes of shape (N,), such as logits.argmax(-1)"
+        )
+    if length is not None and classes.shape[0] != length:
+        raise ValueError(f"{name} has {classes.shape[0]} classes: pass {length}, one per image")

@@ -1,0 +1,39 @@
+"""How many latent dimensions a VAE uses.
+
+A dimension d is *active* when its posterior mean moves with the data, Var_x(E_q(z_d | x)[z_d]) >
+0.01: in an unused one the guide has collapsed to the prior and the mean stays put.
+
+Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", 2016, section 5.2;
+https://arxiv.org/abs/1509.00519
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+ACTIVITY_THRESHOLD = 0.01
+"""Burda et al. (2016), section 5.2."""
+
+
+def active_units(means: Tensor, threshold: float = ACTIVITY_THRESHOLD) -> Tensor:
+    """Which latent dimensions are active; their number is ``active_units(means).sum()``.
+
+    Args:
+        means: means of q(z | x), shape ``(N, *event)``, one row per image, at least two.
+        threshold: smallest (unbiased) variance over images that counts as active, not negative.
+
+    Returns:
+        Boolean, shape ``event``.
+
+    Raises:
+        ValueError: fewer than two rows, no latent dimension, or a negative threshold.
+
+    """
+    if means.ndim < 2 or means.shape[0] < 2:
+        raise ValueError(
+            f"means has shape {tuple(means.shape)}: pass (N, *event) with N of two "
+            "or more, one row per image"
+        )
+    if not threshold >= 0:
+        raise ValueError(f"threshold={threshold} is a variance: pass zero or more")
+    return means.var(dim=0) > threshold

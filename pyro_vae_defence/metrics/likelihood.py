@@ -1,0 +1,183 @@
+"""Estimates of the marginal likelihood log p(x), one value per image, in nats.
+
+*Importance sampling* from the guide (the paper's NLL, with K = 1000), z_k ~ q(z | x):
+
+    log p(x) ~ log (1/K) sum_k w_k,    log w_k = log p(x, z_k) - log q(z_k | x).
+
+*Annealed importance sampling* starts at the guide and moves along pi_b, proportional to
+q(z | x)^{1-b} p(x, z)^b, at inverse temperatures 0 = b_0 < ... < b_K = 1:
+
+    log w = sum_k (b_k - b_{k-1}) [log p(x, z_{k-1}) - log q(z_{k-1} | x)],  z_k ~ T_k(. | z_{k-1}),
+
+where T_k leaves pi_{b_k} invariant. In both, E[w] = p(x), so the average of log w is a lower bound
+of log p(x), in expectation. The same walk with falling temperatures, from an *exact* sample of
+p(z | x) and with reversible T_k, gives E[1/w] = 1/p(x), an upper bound. Exact posterior samples
+exist for simulated data: draw z from the prior and x from p(x | z). The two bounds then bracket
+log p(x) (bidirectional Monte Carlo).
+
+Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders", 2016;
+https://arxiv.org/abs/1509.00519
+Neal, "Annealed importance sampling", 2001; https://arxiv.org/abs/physics/9803008
+Grosse, Ghahramani, Adams, "Sandwiching the marginal likelihood using bidirectional Monte Carlo",
+2015; https://arxiv.org/abs/1511.02543
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.types import Latents, LatentsLike, Potential
+
+Transition: TypeAlias = Callable[[Latents, Potential, int], Latents]
+"""``(latents, potential, step) -> latents``: moves every row, leaving exp(-potential) invariant.
+
+``step`` counts from 0, for a step size that depends on it. It must not depend on the states
+visited, which would break the invariance: tune it on another run.
+"""
+
+
+@torch.no_grad()
+def importance_nll(
+    sample_and_weight: Callable[[int], Tensor], num_samples: int = 1000, chunk: int = 100
+) -> Tensor:
+    """-log p(x) per image by importance sampling (the paper's NLL), summed as a stream.
+
+    An upper bound of the NLL in expectation; the gap shrinks as ``num_samples`` grows.
+
+    Args:
+        sample_and_weight: for k, draws k latents per image from the proposal and returns
+            log p(x, z) - log q(z | x), shape ``(k, N)``. Draws of different calls are independent.
+        num_samples: K, positive; 1000 in the paper.
+        chunk: the largest k asked for at once, positive; bounds the memory.
+
+    Returns:
+        Shape ``(N,)``, in nats, without gradient.
+
+    Raises:
+        ValueError: a number is not positive, or the weights do not have ``k`` rows.
+
+    """
+    _check_positive("num_samples", num_samples)
+    _check_positive("chunk", chunk)
+    total: Tensor | None = None
+    for start in range(0, num_samples, chunk):
+        rows = min(chunk, num_samples - start)
+        log_weights = sample_and_weight(rows)
+        if log_weights.ndim != 2 or log_weights.shape[0] != rows:
+            raise ValueError(
+                f"sample_and_weight({rows}) has shape {tuple(log_weights.shape)}: "
+                f"return log-weights of shape ({rows}, N), one per sample and image"
+            )
+        summed = log_weights.logsumexp(dim=0)
+        total = summed if total is None else torch.logaddexp(total, summed)
+    assert total is not None  # num_samples is positive
+    return math.log(num_samples) - total
+
+
+@torch.no_grad()
+def ais(
+    potential: Potential,
+    log_q: Callable[[Latents], Tensor],
+    initial: LatentsLike,
+    transition: Transition,
+    schedule: Tensor | Sequence[float],
+) -> Tensor:
+    """Log-weights of annealed importance sampling, one chain per row.
+
+    With a rising schedule and ``initial`` drawn from q, each result is log w with E[w] = p(x). With
+    a falling schedule, ``initial`` drawn from p(z | x) and a reversible ``transition``, each result
+    is -log w with E[1/w] = 1/p(x). Several chains per image are rows of ``initial``; reshape the
+    result to ``(M, N)`` and average with :func:`log_mean_exp`::
+
+        lower = log_mean_exp(ais(potential, log_q, from_guide, transition, schedule).view(M, N))
+        upper = -log_mean_exp(ais(potential, log_q, from_posterior, transition, falling).view(M, N))
+
+    Args:
+        potential: U(z) = -log p(x, z) in nats, *including* the constant.
+        log_q: log q(z | x), latents of ``N`` rows to ``(N,)``, normalised.
+        initial: latents of ``N`` rows.
+        transition: called with the annealed potential -(1-b) log q - b log p once per inner
+            temperature; it runs without gradient and opens ``torch.enable_grad()`` if it needs one.
+        schedule: inverse temperatures from 0 to 1, strictly rising, or from 1 to 0, strictly
+            falling.
+
+    Returns:
+        Shape ``(N,)``, in nats, without gradient.
+
+    Raises:
+        ValueError: the schedule does not run from one end to the other.
+
+    """
+    temperatures = _check_schedule(schedule)
+    latents = dict(initial)
+
+    def log_ratio() -> Tensor:
+        return -potential(latents) - log_q(latents)
+
+    log_weights = (temperatures[1] - temperatures[0]) * log_ratio()
+    for step, (now, following) in enumerate(itertools.pairwise(temperatures[1:])):
+        latents = transition(latents, _annealed(potential, log_q, now), step)
+        log_weights = log_weights + (following - now) * log_ratio()
+    return log_weights
+
+
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """Log of the average weight over the first dimension: ``(M, N)`` to ``(N,)``."""
+    return log_weights.logsumexp(dim=0) - math.log(log_weights.shape[0])
+
+
+def sigmoid_schedule(num_steps: int, steepness: float = 4.0) -> Tensor:
+    """Rising inverse temperatures that move slowly at both ends, where the weights vary most.
+
+    b_k is the logistic function on an even grid of [-steepness, steepness], rescaled to [0, 1] (Wu,
+    Burda, Salakhutdinov, Grosse, "On the quantitative analysis of decoder-based generative models",
+    2017; https://arxiv.org/abs/1611.04273). ``.flip(0)`` falls.
+
+    Args:
+        num_steps: K, positive.
+        steepness: positive; near 0 the schedule is linear.
+
+    Returns:
+        Shape ``(num_steps + 1,)``, float64, from exactly 0 to exactly 1.
+
+    Raises:
+        ValueError: an argument is not positive.
+
+    """
+    _check_positive("num_steps", num_steps)
+    _check_positive("steepness", steepness)
+    logistic = torch.linspace(-steepness, steepness, num_steps + 1, dtype=torch.float64).sigmoid()
+    return (logistic - logistic[0]) / (logistic[-1] - logistic[0])
+
+
+def _annealed(
+    potential: Potential, log_q: Callable[[Latents], Tensor], temperature: float
+) -> Potential:
+    def annealed_potential(latents: Latents, /) -> Tensor:
+        return temperature * potential(latents) - (1 - temperature) * log_q(latents)
+
+    return annealed_potential
+
+
+def _check_schedule(schedule: Tensor | Sequence[float]) -> list[float]:
+    temperatures = [float(value) for value in schedule]
+    steps = [following - now for now, following in itertools.pairwise(temperatures)]
+    rising = temperatures[:1] == [0.0] and temperatures[-1:] == [1.0] and all(s > 0 for s in steps)
+    falling = temperatures[:1] == [1.0] and temperatures[-1:] == [0.0] and all(s < 0 for s in steps)
+    if not (rising or falling):
+        raise ValueError(
+            f"schedule={temperatures[:3]}..{temperatures[-1:]} must run strictly from 0 to 1, or "
+            "from 1 to 0: use sigmoid_schedule(num_steps)"
+        )
+    return temperatures
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}={value} must be positive: pass a larger one")

@@ -1,0 +1,139 @@
+"""Bootstrap intervals: coverage by simulation, agreement with scipy, groups, errors.
+
+A coverage over 400 simulations has a standard error of 1.2 percent at a true coverage of 94
+percent. The accepted range [0.90, 0.98] is about 3 of them to each side: a new seed fails with a
+chance below 1 percent.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from pyro_vae_defence.metrics import bootstrap_interval
+
+NUM_SIMULATIONS = 400
+
+
+def coverage(draw, truth: float, **options) -> float:
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(NUM_SIMULATIONS):
+        values, groups = draw(generator)
+        interval = bootstrap_interval(
+            values, groups, num_resamples=500, generator=generator, **options
+        )
+        covered += interval.low <= truth <= interval.high
+    return covered / NUM_SIMULATIONS
+
+
+def skewed(generator):
+    return torch.empty(60).exponential_(generator=generator), None
+
+
+def clustered(generator):
+    """40 images with 10 restarts each; most of the variance lies between images."""
+    image = torch.randn(40, 1, generator=generator)
+    restart = 0.5 * torch.randn(40, 10, generator=generator)
+    return (image + restart).flatten(), torch.arange(40).repeat_interleave(10)
+
+
+def test_coverage_of_a_skewed_mean():
+    assert 0.90 <= coverage(skewed, truth=1.0) <= 0.98
+
+
+def test_coverage_of_a_median():
+    truth = float(np.log(2))
+    assert 0.90 <= coverage(skewed, truth, statistic="median") <= 0.98
+
+
+def test_coverage_at_another_level():
+    # Standard error 2.3 percent at 70; the same three of them.
+    assert 0.62 <= coverage(skewed, truth=1.0, level=0.7) <= 0.77
+
+
+def test_groups_restore_coverage_that_ignoring_them_loses():
+    assert 0.90 <= coverage(clustered, truth=0.0) <= 0.98
+    assert coverage(lambda generator: (clustered(generator)[0], None), truth=0.0) < 0.7
+
+
+def test_agrees_with_scipy():
+    values = torch.empty(30).exponential_(generator=torch.Generator().manual_seed(1)).double()
+    ours = bootstrap_interval(
+        values, num_resamples=40_000, generator=torch.Generator().manual_seed(2)
+    )
+    theirs = scipy.stats.bootstrap(
+        (values.numpy(),), np.mean, n_resamples=40_000, method="BCa", rng=np.random.default_rng(3)
+    ).confidence_interval
+    # A quantile at 2.5 percent of 40,000 has a standard error of 0.6 percent of the width.
+    width = theirs.high - theirs.low
+    assert abs(ours.low - theirs.low) < 0.03 * width
+    assert abs(ours.high - theirs.high) < 0.03 * width
+    assert ours.estimate == pytest.approx(values.mean().item(), rel=1e-12)
+    # BCa is not the symmetric interval: the upper arm is the longer one here.
+    assert ours.high - ours.estimate > 1.1 * (ours.estimate - ours.low)
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_median_is_the_usual_one(size):
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    interval = bootstrap_interval(values, num_resamples=50, statistic="median")
+    assert interval.estimate == pytest.approx(np.median(values.numpy()), rel=1e-6)
+
+
+def test_result_depends_on_the_generator_alone():
+    values = torch.randn(20, generator=torch.Generator().manual_seed(0))
+
+    def interval(seed):
+        return bootstrap_interval(values, generator=torch.Generator().manual_seed(seed))
+
+    assert interval(1) == interval(1)
+    assert interval(1) != interval(2)
+    torch.manual_seed(3)
+    first = bootstrap_interval(values)
+    torch.manual_seed(3)
+    assert bootstrap_interval(values) == first
+
+
+def test_labels_and_order_of_groups_do_not_matter():
+    values, groups = clustered(torch.Generator().manual_seed(0))
+    renamed = bootstrap_interval(
+        values, 1000 - 7 * groups.flip(0), generator=torch.Generator().manual_seed(1)
+    )
+    assert (renamed.num_values, renamed.num_groups) == (400, 40)
+    assert renamed.low < renamed.estimate < renamed.high
+    # One value per group is no grouping.
+    alone = [
+        bootstrap_interval(values, g, generator=torch.Generator().manual_seed(1))
+        for g in (None, torch.arange(400))
+    ]
+    assert alone[0] == alone[1]
+
+
+def test_equal_values_give_no_width():
+    interval = bootstrap_interval(torch.ones(12))
+    assert interval[:3] == (1.0, 1.0, 1.0)
+
+
+def test_bad_arguments_are_refused():
+    values = torch.arange(4.0)
+    with pytest.raises(ValueError, match=r"values has shape \(2, 2\): pass one value per image"):
+        bootstrap_interval(values.view(2, 2))
+    with pytest.raises(ValueError, match=r"values has shape \(0,\)"):
+        bootstrap_interval(values[:0])
+    with pytest.raises(ValueError, match="values has 1 non-finite entries"):
+        bootstrap_interval(values.log())
+    with pytest.raises(ValueError, match=r"groups has shape \(3,\).*pass 4 integers"):
+        bootstrap_interval(values, torch.arange(3))
+    with pytest.raises(ValueError, match=r"dtype torch.float32: pass 4 integers"):
+        bootstrap_interval(values, values)
+    with pytest.raises(ValueError, match="one image or group: an interval needs two"):
+        bootstrap_interval(values, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"level=95 must lie between 0 and 1: use 0.95"):
+        bootstrap_interval(values, level=95)
+    with pytest.raises(ValueError, match="num_resamples=0 must be positive"):
+        bootstrap_interval(values, num_resamples=0)
+    with pytest.raises(ValueError, match="statistic='mode' is unknown: choose 'mean' or 'median'"):
+        bootstrap_interval(values, statistic="mode")
