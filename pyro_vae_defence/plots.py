@@ -84,7 +84,7 @@ def posterior_ratios(axes: Axes, before: Tensor, after: Tensor) -> Axes:
     values = [v.detach().cpu().numpy().ravel() for v in (before, after)]
     edges = np.histogram_bin_edges(np.concatenate(values), bins=30)
     for value, label in zip(values, ("undefended", "defended"), strict=True):
-        axes.hist(value, edges, alpha=0.6, label=label)
+        axes.hist(value, list(edges), alpha=0.6, label=label)
     axes.set_xlabel("log posterior ratio (nats)")
     axes.legend(fontsize=8)
     return axes
