@@ -16,12 +16,12 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch import Tensor
 
 Latents: TypeAlias = dict[str, Tensor]
-"""One value per latent site: site name -> tensor of shape ``(N, *event)``."""
+"""One value per latent site, site name -> tensor of shape ``(N, *event)``."""
 
 LatentsLike: TypeAlias = Mapping[str, Tensor]
 
 Objective: TypeAlias = Callable[[Tensor], Tensor]
-"""What an attacker maximises: images ``(N, C, H, W)`` -> one value per image ``(N,)``."""
+"""What an attacker maximises, images ``(N, C, H, W)`` -> one value per image ``(N,)``."""
 
 PreparedObjective: TypeAlias = Callable[[Tensor], Objective]
 """Reference images ``(N, C, H, W)`` -> the :data:`Objective` against these references."""

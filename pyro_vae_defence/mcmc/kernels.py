@@ -95,7 +95,8 @@ class BatchedKernel(MCMCKernel):
 
         Args:
             warmup_steps: transitions during which the step size adapts.
-            *args, **kwargs: the model's arguments, as given to ``MCMC.run``.
+            *args: the model's arguments, as given to ``MCMC.run``.
+            **kwargs: its keyword arguments.
         """
         self._warmup_steps = warmup_steps
         self._steps_done = 0

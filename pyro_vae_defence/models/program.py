@@ -358,8 +358,9 @@ class ModelPotential:
 
     Args:
         model: Pyro model with one data plate around all its sites.
-        *args, **kwargs: the model's arguments. The first tensor among the positional ones is the
-            batch; its first dimension is the number of images.
+        *args: the model's arguments. The first tensor among them is the batch; its first dimension
+            is the number of images.
+        **kwargs: its keyword arguments.
 
     Attributes:
         num_images: number of rows.
