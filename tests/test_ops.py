@@ -82,8 +82,8 @@ def test_seed_comes_from_the_global_seed_or_a_generator():
 
 
 def test_purpose_out_of_range():
-    with pytest.raises(ValueError, match="purpose must lie in 0..255, got 256"):
-        Streams.create(2, seed=0).uniform(0, 256)
+    with pytest.raises(ValueError, match="purpose must lie in 0..4095, got 4096"):
+        Streams.create(2, seed=0).uniform(0, 4096)
 
 
 @pytest.mark.parametrize("ball", BALLS, ids=str)

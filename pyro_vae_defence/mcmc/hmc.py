@@ -29,8 +29,9 @@ from pyro_vae_defence.types import Latents, LatentsLike, Potential
 DIVERGENCE_THRESHOLD = 1000.0
 """Energy error in nats beyond which a trajectory counts as divergent (as in Stan and Pyro)."""
 
+# What a stream's number is for; NUTS has its own between these, the guide's begin at 2048.
 _ACCEPT = 0
-_MOMENTUM = 1
+_MOMENTUM = 1024  # + number of the site
 
 
 class HMCState(NamedTuple):

@@ -44,8 +44,8 @@ class ConvVAE(nn.Module):
         likelihood: ``"bernoulli"`` or ``"gaussian"``; ``None`` takes the paper's choice, Bernoulli for
             one channel and Gaussian otherwise.
         log_variance: log-variance of the Gaussian likelihood, per pixel.
-        channels_last: keep convolutions in the channels-last layout, which is about 1.7 times faster on
-            CPUs and never changes results beyond rounding.
+        channels_last: keep convolutions in the channels-last layout, which is faster on CPUs
+            and changes results by rounding only.
 
     Images have shape ``(N, in_channels, 28, 28)`` with values in [0, 1].
 

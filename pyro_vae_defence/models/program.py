@@ -105,12 +105,18 @@ def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tens
 
 @contextlib.contextmanager
 def evaluation_mode(*programs: Any) -> Iterator[None]:
-    """Put every ``nn.Module`` among ``programs`` into eval mode for the duration.
+    """Put every ``nn.Module`` among ``programs``, or held by one as an attribute, into eval mode.
 
     Train-mode batch norm couples the images of a batch and would be changed by mere evaluation.
     Modes are restored module by module.
     """
-    modules = [m for p in programs if isinstance(p, nn.Module) for m in p.modules()]
+    roots = [
+        candidate
+        for program in programs
+        for candidate in (program, *getattr(program, "__dict__", {}).values())
+        if isinstance(candidate, nn.Module)
+    ]
+    modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
     modes = [m.training for m in modules]
     try:
         for module in modules:
@@ -226,7 +232,7 @@ class _StreamMessenger(Messenger):
         super().__init__()
         self.streams = streams
         self.step = step
-        self.purpose = 128  # clear of the sampler's own purposes
+        self.purpose = 2048  # clear of the sampler's own purposes
 
     def _pyro_sample(self, msg: Any) -> None:
         base = msg["fn"]

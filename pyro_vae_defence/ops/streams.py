@@ -27,7 +27,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_MAX_PURPOSE = 256
+_MAX_PURPOSE = 4096
 
 
 def philox(
@@ -63,7 +63,7 @@ class Streams(NamedTuple):
     Attributes:
         seed: seed of the whole run, 0 to 2**64 - 1.
         image: int64 ``(N,)``, the identity of each row's image, 0 to 2**32 - 1.
-        chain: int64 ``(N,)``, the chain of each row, 0 to 2**24 - 1.
+        chain: int64 ``(N,)``, the chain of each row, 0 to 2**20 - 1.
     """
 
     seed: int
