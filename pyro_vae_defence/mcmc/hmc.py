@@ -90,6 +90,14 @@ def draw_momentum(
     return {name: value * inverse_mass[name].rsqrt() for name, value in momentum.items()}
 
 
+def energy_error(end: Tensor, start: Tensor) -> Tensor:
+    """``end - start``, infinite where ``end`` is not finite.
+
+    That includes minus infinity: a chain that went there would never leave.
+    """
+    return torch.where(end.isfinite(), end - start, torch.inf)
+
+
 def step(
     potential: Potential,
     state: HMCState,
@@ -114,8 +122,7 @@ def step(
     for _ in range(num_steps):
         phase = leapfrog(potential, phase, step_size, inverse_mass)
     end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
-    error = end - start
-    error = torch.where(error.isnan(), torch.inf, error)
+    error = energy_error(end, start)
     log_uniform = streams.uniform(state.step, _ACCEPT, (), error.dtype).log()
     accepted = log_uniform < -error
     info = HMCInfo(
