@@ -141,8 +141,9 @@ def _grow(
         acceptance_sum += torch.where(growing, (-error).clamp(max=0.0).exp(), 0.0)
         leaves += growing
         total = torch.logaddexp(log_weight, -error)
-        # The first finite leaf is always taken; a leaf of zero weight never is (inf - inf is NaN).
-        taken = growing & (log_uniform[:, leaf] < -error - total)
+        # The first finite leaf is always taken, even where a float32 uniform has rounded to 1; a leaf
+        # of zero weight never is (inf - inf is NaN).
+        taken = growing & (log_uniform[:, leaf] <= -error - total)
         candidate = _where_candidate(
             taken,
             _Candidate(phase.position, phase.energy, phase.gradient, hamiltonian),
