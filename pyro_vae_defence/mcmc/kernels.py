@@ -243,8 +243,9 @@ def _make_rule(
         return PaperStepSize() if target_accept_prob is None else PaperStepSize(target_accept_prob)
     if preset is not None:
         raise ValueError(f"preset must be 'paper' or None, got {preset!r}")
-    target = 0.8 if target_accept_prob is None else target_accept_prob
-    return DualAveraging(target) if adapt_step_size else FixedStepSize()
+    # Built in any case, so that a target out of range never passes in silence.
+    rule = DualAveraging() if target_accept_prob is None else DualAveraging(target_accept_prob)
+    return rule if adapt_step_size else FixedStepSize()
 
 
 class BatchedHMC(BatchedKernel):
