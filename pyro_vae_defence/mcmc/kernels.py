@@ -233,6 +233,14 @@ class BatchedKernel(MCMCKernel):
                 f"inverse_mass_matrix must have the model's sites {sorted(like)}, "
                 f"got {sorted(matrix)}"
             )
+        for name, diagonal in matrix.items():
+            shape, fitting = tuple(diagonal.shape), tuple(like[name].shape)
+            ends = zip(reversed(shape), reversed(fitting))
+            if len(shape) > len(fitting) or any(size not in (1, full) for size, full in ends):
+                raise ValueError(
+                    f"inverse_mass_matrix[{name!r}] of shape {shape} must broadcast to the latents' "
+                    f"{fitting}; give it one image's shape {fitting[1:]}"
+                )
         return {name: matrix[name].to(like[name]) for name in like}
 
 
