@@ -180,7 +180,8 @@ class BatchedKernel(MCMCKernel):
         num_samples = max(1, self._steps_done - self._warmup_steps)
         return {
             "acceptance rate": self._acceptance_sum / num_samples,
-            "divergences": self._divergences,
+            # Not "divergences": MCMC.summary() prints that entry's length as their number.
+            "divergences per image": self._divergences,
         }
 
     def cleanup(self) -> None:
