@@ -29,8 +29,9 @@ from pyro_vae_defence.types import Latents, LatentsLike, Potential
 DIVERGENCE_THRESHOLD = 1000.0
 """Energy error in nats beyond which a trajectory counts as divergent (as in Stan and Pyro)."""
 
+# Purposes of the random streams: NUTS takes 1 to 31, the guide those from 128 on.
 _ACCEPT = 0
-_MOMENTUM = 1
+_MOMENTUM = 32  # + number of the site
 
 
 class HMCState(NamedTuple):

@@ -42,9 +42,9 @@ from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
-_DIRECTION = 64
-_SUBTREE = 65
-_LEAF = 66  # + depth
+_DIRECTION = 1
+_SUBTREE = 2
+_LEAF = 3  # + depth
 
 
 class _Candidate(NamedTuple):
