@@ -22,7 +22,7 @@ KERNELS = {
 }
 ROWS = 7
 SCALES = torch.logspace(-2, 2, ROWS).double()
-SHIFTS = torch.linspace(-50, 50, ROWS).double()
+SHIFTS = torch.linspace(-5, 5, ROWS).double() * SCALES
 
 
 def very_different(rows):
@@ -56,7 +56,7 @@ def run(kernel, streams, start, *args, warmup_steps=30, num_samples=10):
     return mcmc.get_samples(), infos
 
 
-def assert_same_chains(alone, together, rows, rtol=1e-12):
+def assert_same_chains(alone, together, rows, rtol):
     (draws, infos), (all_draws, all_infos) = alone, together
     for name, value in draws.items():
         assert torch.allclose(value, all_draws[name][:, rows], rtol=rtol, atol=rtol)
@@ -67,7 +67,11 @@ def assert_same_chains(alone, together, rows, rtol=1e-12):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_images_with_very_different_posteriors(name):
-    """Bit for bit: adaptation, tree sizes, acceptances and draws equal those of each image alone."""
+    """Adaptation, tree sizes, acceptances and draws equal those of each image alone.
+
+    Up to the last bit of elementary functions, which processors round differently in vectors of
+    different length, as it grows over 40 transitions.
+    """
     start = {"z": SHIFTS[:, None] + torch.randn(ROWS, 3) * SCALES[:, None]}
     streams = Streams.create(ROWS, seed=4)
     make = KERNELS[name]
@@ -79,7 +83,7 @@ def test_images_with_very_different_posteriors(name):
         rows = slice(i, i + 1)
         kernel = make(potential_fn=very_different(rows), step_size=step_size)
         alone = run(kernel, select(streams, rows), {"z": start["z"][rows]})
-        assert_same_chains(alone, together, rows, rtol=0.0)
+        assert_same_chains(alone, together, rows, rtol=1e-11)
     if name != "hmc-fixed":
         step_sizes = together[1][-1].step_size
         assert step_sizes.max() / step_sizes.min() > 100  # the images do differ
@@ -128,7 +132,7 @@ def test_the_order_of_images_does_not_matter():
         select(streams, order),
         {"z": start["z"][order]},
     )
-    assert_same_chains(shuffled, together, order, rtol=0.0)
+    assert_same_chains(shuffled, together, order, rtol=1e-11)
 
 
 def test_the_paper_rule_does_couple_images(linear_vae):

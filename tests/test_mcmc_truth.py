@@ -23,7 +23,7 @@ KERNELS = {
     # kernel, warm-up, draws, and how many independent draws each chain must be worth on average: 2.5 of
     # them in each of 400 rows put 5 standard errors of a mean at 0.16 standard deviations.
     "hmc": (functools.partial(BatchedHMC, num_steps=6), 150, 60, 10.0),
-    "nuts": (functools.partial(BatchedNUTS, step_size=0.3, max_tree_depth=5), 40, 20, 2.5),
+    "nuts": (functools.partial(BatchedNUTS, step_size=0.3, max_tree_depth=4), 40, 20, 2.5),
 }
 
 
