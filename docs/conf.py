@@ -15,8 +15,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-# Pages of modules that are not in the package yet; they also need a line in api/index.md.
-exclude_patterns = ["_build", "api/metrics.md", "api/plots.md"]
+exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3

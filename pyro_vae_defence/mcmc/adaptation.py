@@ -46,6 +46,11 @@ class StepSizeState(NamedTuple):
     updates: int
 
 
+def _check_target(target: float) -> None:
+    if not 0 < target < 1:
+        raise ValueError(f"target_accept_prob must lie in (0, 1), got {target}")
+
+
 @dataclass(frozen=True)
 class FixedStepSize:
     """Keep the initial step size."""
@@ -83,8 +88,7 @@ class DualAveraging:
     adapts_while_sampling = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.target < 1:
-            raise ValueError(f"target_accept_prob must lie in (0, 1), got {self.target}")
+        _check_target(self.target)
 
     def init(self, step_size: Tensor) -> StepSizeState:
         """State for initial step sizes ``(N,)``."""
@@ -108,7 +112,7 @@ class PaperStepSize:
     """The paper's multiplicative rule (eq. 67), which goes on while sampling.
 
     Args:
-        target: acceptance probability to reach.
+        target: acceptance probability to reach, in (0, 1).
         rate: relative change per unit of relative error.
         pooled: one step size for the batch from its mean acceptance, as the published code did.
     """
@@ -118,6 +122,9 @@ class PaperStepSize:
     pooled: bool = True
 
     adapts_while_sampling = True
+
+    def __post_init__(self) -> None:
+        _check_target(self.target)
 
     def init(self, step_size: Tensor) -> StepSizeState:
         """State for initial step sizes ``(N,)``."""

@@ -29,7 +29,7 @@ from pyro_vae_defence.types import Latents, LatentsLike, Potential
 DIVERGENCE_THRESHOLD = 1000.0
 """Energy error in nats beyond which a trajectory counts as divergent (as in Stan and Pyro)."""
 
-# What a stream's number is for; NUTS has its own between these, the guide's begin at 2048.
+# Purposes of the random streams: NUTS takes 1 to 31, the guide those from 2048 on.
 _ACCEPT = 0
 _MOMENTUM = 1024  # + number of the site
 
@@ -91,6 +91,14 @@ def draw_momentum(
     return {name: value * inverse_mass[name].rsqrt() for name, value in momentum.items()}
 
 
+def energy_error(end: Tensor, start: Tensor) -> Tensor:
+    """``end - start``, infinite where ``end`` is not finite.
+
+    That includes minus infinity: a chain that went there would never leave.
+    """
+    return torch.where(end.isfinite(), end - start, torch.inf)
+
+
 def step(
     potential: Potential,
     state: HMCState,
@@ -115,8 +123,7 @@ def step(
     for _ in range(num_steps):
         phase = leapfrog(potential, phase, step_size, inverse_mass)
     end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
-    error = end - start
-    error = torch.where(error.isnan(), torch.inf, error)
+    error = energy_error(end, start)
     log_uniform = streams.uniform(state.step, _ACCEPT, (), error.dtype).log()
     accepted = log_uniform < -error
     info = HMCInfo(

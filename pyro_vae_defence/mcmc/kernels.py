@@ -181,7 +181,8 @@ class BatchedKernel(MCMCKernel):
         num_samples = max(1, self._steps_done - self._warmup_steps)
         return {
             "acceptance rate": self._acceptance_sum / num_samples,
-            "divergences": self._divergences,
+            # Not "divergences": MCMC.summary() prints that entry's length as their number.
+            "divergences per image": self._divergences,
         }
 
     def cleanup(self) -> None:
@@ -234,6 +235,14 @@ class BatchedKernel(MCMCKernel):
                 f"inverse_mass_matrix must have the model's sites {sorted(like)}, "
                 f"got {sorted(matrix)}"
             )
+        for name, diagonal in matrix.items():
+            shape, fitting = tuple(diagonal.shape), tuple(like[name].shape)
+            ends = zip(reversed(shape), reversed(fitting))
+            if len(shape) > len(fitting) or any(size not in (1, full) for size, full in ends):
+                raise ValueError(
+                    f"inverse_mass_matrix[{name!r}] of shape {shape} must broadcast to the latents' "
+                    f"{fitting}; give it one image's shape {fitting[1:]}"
+                )
         return {name: matrix[name].to(like[name]) for name in like}
 
 
@@ -244,8 +253,9 @@ def _make_rule(
         return PaperStepSize() if target_accept_prob is None else PaperStepSize(target_accept_prob)
     if preset is not None:
         raise ValueError(f"preset must be 'paper' or None, got {preset!r}")
-    target = 0.8 if target_accept_prob is None else target_accept_prob
-    return DualAveraging(target) if adapt_step_size else FixedStepSize()
+    # Built in any case, so that a target out of range never passes in silence.
+    rule = DualAveraging() if target_accept_prob is None else DualAveraging(target_accept_prob)
+    return rule if adapt_step_size else FixedStepSize()
 
 
 class BatchedHMC(BatchedKernel):

@@ -35,6 +35,7 @@ from pyro_vae_defence.mcmc.hmc import (
     HMCInfo,
     HMCState,
     draw_momentum,
+    energy_error,
 )
 from pyro_vae_defence.mcmc.integrators import Phase, kinetic_energy, leapfrog, velocity
 from pyro_vae_defence.ops import latents as lat
@@ -135,14 +136,14 @@ def _grow(
             break
         phase = _where_phase(growing, leapfrog(potential, phase, signed_step, inverse_mass), phase)
         hamiltonian = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
-        error = hamiltonian - hamiltonian_start
-        error = torch.where(error.isnan(), torch.inf, error)
+        error = energy_error(hamiltonian, hamiltonian_start)
 
         acceptance_sum += torch.where(growing, (-error).clamp(max=0.0).exp(), 0.0)
         leaves += growing
         total = torch.logaddexp(log_weight, -error)
-        # The first finite leaf is always taken; a leaf of zero weight never is (inf - inf is NaN).
-        taken = growing & (log_uniform[:, leaf] < -error - total)
+        # The first finite leaf is always taken, even where a float32 uniform has rounded to 1; a leaf
+        # of zero weight never is (inf - inf is NaN).
+        taken = growing & (log_uniform[:, leaf] <= -error - total)
         candidate = _where_candidate(
             taken,
             _Candidate(phase.position, phase.energy, phase.gradient, hamiltonian),

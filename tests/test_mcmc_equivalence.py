@@ -1,0 +1,192 @@
+"""An image's chain does not depend on the images, chains and micro-batches it runs beside."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from programs import HierarchicalVAE
+from pyro.infer import MCMC
+
+from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
+from pyro_vae_defence.ops.streams import Streams
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+KERNELS = {
+    "hmc": functools.partial(BatchedHMC, num_steps=4),
+    "hmc-fixed": functools.partial(BatchedHMC, num_steps=3, jitter=0.0, adapt_step_size=False),
+    "nuts": functools.partial(BatchedNUTS, max_tree_depth=5),
+}
+ROWS = 7
+SCALES = torch.logspace(-2, 2, ROWS).double()
+SHIFTS = torch.linspace(-5, 5, ROWS).double() * SCALES
+
+
+def very_different(rows):
+    """Posteriors whose widths span four decades, skewed by a quartic term."""
+    scale, shift = SCALES[rows, None], SHIFTS[rows, None]
+
+    def potential(latents):
+        y = (latents["z"] - shift) / scale
+        return (0.5 * y.square() + 0.1 * y.pow(4) + 0.3 * y.sin()).sum(-1)
+
+    return potential
+
+
+def select(streams, rows):
+    return streams._replace(image=streams.image[rows], chain=streams.chain[rows])
+
+
+def run(kernel, streams, start, *args, warmup_steps=30, num_samples=10):
+    """Draws (num_samples, N, ...) per site, and the infos of all transitions."""
+    kernel.streams = streams
+    infos = []
+    mcmc = MCMC(
+        kernel,
+        num_samples,
+        warmup_steps,
+        initial_params=start,
+        hook_fn=lambda kernel, *_: infos.append(kernel.info),
+        disable_progbar=True,
+    )
+    mcmc.run(*args)
+    return mcmc.get_samples(), infos
+
+
+def assert_same_chains(alone, together, rows, rtol):
+    (draws, infos), (all_draws, all_infos) = alone, together
+    for name, value in draws.items():
+        assert torch.allclose(value, all_draws[name][:, rows], rtol=rtol, atol=rtol)
+    for info, whole in zip(infos, all_infos, strict=True):
+        for got, expected in zip(info, whole, strict=True):
+            assert torch.allclose(got, expected[rows], rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_images_with_very_different_posteriors(name):
+    """Adaptation, tree sizes, acceptances and draws equal those of each image alone.
+
+    Up to the last bit of elementary functions, which processors round differently in vectors of
+    different length, as it grows over 40 transitions.
+    """
+    start = {"z": SHIFTS[:, None] + torch.randn(ROWS, 3) * SCALES[:, None]}
+    streams = Streams.create(ROWS, seed=4)
+    make = KERNELS[name]
+    step_size = 0.005 if name == "hmc-fixed" else 0.1
+    together = run(
+        make(potential_fn=very_different(slice(None)), step_size=step_size), streams, start
+    )
+    for i in range(ROWS):
+        rows = slice(i, i + 1)
+        kernel = make(potential_fn=very_different(rows), step_size=step_size)
+        alone = run(kernel, select(streams, rows), {"z": start["z"][rows]})
+        assert_same_chains(alone, together, rows, rtol=1e-11)
+    if name != "hmc-fixed":
+        step_sizes = together[1][-1].step_size
+        assert step_sizes.max() / step_sizes.min() > 100  # the images do differ
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_images_of_a_pyro_model(name, linear_vae):
+    x = torch.randn(ROWS, 1, 4, 4) * torch.logspace(-1, 1, ROWS)[:, None, None, None]
+    start = {"z": torch.randn(ROWS, 3)}
+    streams = Streams.create(ROWS, seed=5)
+    make = functools.partial(KERNELS[name], linear_vae.model, step_size=0.05)
+    together = run(make(), streams, start, x)
+    for i in range(0, ROWS, 2):
+        rows = slice(i, i + 1)
+        alone = run(make(), select(streams, rows), {"z": start["z"][rows]}, x[rows])
+        # A matrix product of one row rounds differently from one of seven.
+        assert_same_chains(alone, together, rows, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["hmc", "nuts"])
+def test_images_of_a_hierarchical_constrained_model(name):
+    x = torch.rand(ROWS, 1, 4, 4)
+    start = {
+        "top": torch.randn(ROWS, 1, 2),
+        "rate": torch.randn(ROWS, 1),
+        "low": torch.randn(ROWS, 1, 3)[:, 0],
+    }
+    streams = Streams.create(ROWS, seed=6)
+    make = functools.partial(KERNELS[name], HierarchicalVAE().model)
+    together = run(make(), streams, start, x, warmup_steps=15, num_samples=5)
+    assert (together[0]["rate"] > 0).all()
+    for i in (0, ROWS - 1):
+        rows = slice(i, i + 1)
+        part = {site: value[rows] for site, value in start.items()}
+        alone = run(make(), select(streams, rows), part, x[rows], warmup_steps=15, num_samples=5)
+        assert_same_chains(alone, together, rows, rtol=1e-9)
+
+
+def test_the_order_of_images_does_not_matter():
+    start = {"z": SHIFTS[:, None] + torch.randn(ROWS, 3) * SCALES[:, None]}
+    streams = Streams.create(ROWS, seed=4)
+    order = torch.randperm(ROWS)
+    together = run(BatchedHMC(potential_fn=very_different(slice(None))), streams, start)
+    shuffled = run(
+        BatchedHMC(potential_fn=very_different(order)),
+        select(streams, order),
+        {"z": start["z"][order]},
+    )
+    assert_same_chains(shuffled, together, order, rtol=1e-11)
+
+
+def test_the_paper_rule_does_couple_images(linear_vae):
+    """The pooled step size is what makes `batch_size` matter there, as the documentation says."""
+    x = torch.randn(4, 1, 4, 4) * torch.tensor([0.1, 1.0, 10.0, 30.0])[:, None, None, None]
+    start = {"z": torch.randn(4, 3)}
+    streams = Streams.create(4, seed=5)
+    make = functools.partial(BatchedHMC, linear_vae.model, step_size=0.12, preset="paper")
+    _, together = run(make(), streams, start, x)
+    rows = slice(0, 1)
+    _, alone = run(make(), select(streams, rows), {"z": start["z"][rows]}, x[rows])
+    assert (together[-1].step_size == together[-1].step_size[0]).all()
+    assert alone[-1].step_size[0] != together[-1].step_size[0]
+
+
+# --- MCMCDefence ----------------------------------------------------------------------------------
+
+
+def defend(vae, x, kernel, **options):
+    defence = MCMCDefence(vae, kernel, num_samples=6, warmup_steps=12, **options)
+    return defence(x, torch.Generator().manual_seed(9))
+
+
+def assert_same_results(got, expected, images=slice(None), chains=slice(None)):
+    close = functools.partial(torch.allclose, rtol=1e-9, atol=1e-9)
+    assert close(got.initial["z"], expected.initial["z"][chains, images])
+    assert close(got.samples["z"], expected.samples["z"][chains, :, images])
+    assert got.sample_stats.keys() == expected.sample_stats.keys()
+    for name, value in got.sample_stats.items():
+        assert close(value, expected.sample_stats[name][chains, :, images]), name
+
+
+@pytest.mark.parametrize("name", ["hmc", "nuts"])
+def test_micro_batches_do_not_matter(name, linear_vae):
+    x = torch.rand(7, 1, 4, 4)
+    whole = defend(linear_vae, x, KERNELS[name], num_chains=2)
+    assert whole.samples["z"].shape == (2, 6, 7, 3)
+    for batch_size in (1, 6):
+        parts = defend(linear_vae, x, KERNELS[name], num_chains=2, batch_size=batch_size)
+        assert_same_results(parts, whole)
+        assert torch.equal(parts.num_gradients, whole.num_gradients)
+        assert torch.allclose(parts.reconstruction, whole.reconstruction)
+
+
+@pytest.mark.parametrize("name", ["hmc", "nuts"])
+def test_chains_are_folded_into_the_batch(name, linear_vae):
+    """Chain 0 of three is the chain of one; the chains differ; image i is image i."""
+    x = torch.rand(5, 1, 4, 4)
+    three = defend(linear_vae, x, KERNELS[name], num_chains=3)
+    one = defend(linear_vae, x, KERNELS[name], num_chains=1)
+    assert_same_results(one, three, chains=slice(0, 1))
+    assert torch.allclose(one.latents["z"], three.latents["z"])
+    assert torch.equal(three.latents["z"], three.samples["z"][0, -1])
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (three.samples["z"][a] != three.samples["z"][b]).any(-1).all()
+    first = defend(linear_vae, x[:2], KERNELS[name], num_chains=3)
+    assert_same_results(first, three, images=slice(0, 2))

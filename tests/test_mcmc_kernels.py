@@ -1,0 +1,404 @@
+"""The kernels as Pyro sees them: contract with MCMC, errors that teach, no stop of the device."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import HierarchicalVAE, LinearGaussianVAE
+from pyro.infer import MCMC
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
+from pyro_vae_defence.ops.streams import Streams
+
+KERNELS = {
+    "hmc": functools.partial(BatchedHMC, num_steps=3),
+    "hmc-paper": functools.partial(BatchedHMC, preset="paper"),
+    "nuts": functools.partial(BatchedNUTS, max_tree_depth=3),
+}
+each_kernel = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
+
+
+def gaussian(latents):
+    return 0.5 * latents["z"].square().sum(-1)
+
+
+def run(kernel, *args, start=None, num_samples=4, warmup_steps=3):
+    mcmc = MCMC(kernel, num_samples, warmup_steps, initial_params=start, disable_progbar=True)
+    mcmc.run(*args)
+    return mcmc
+
+
+# --- Contract with pyro.infer.MCMC ----------------------------------------------------------------
+
+
+@each_kernel
+def test_shapes_dtypes_and_supports(make):
+    x = torch.rand(5, 1, 4, 4)
+    kernel = make(HierarchicalVAE().model)
+    assert isinstance(kernel, MCMCKernel)
+    mcmc = run(kernel, x)
+    draws = mcmc.get_samples()
+    shapes = {name: tuple(value.shape) for name, value in draws.items()}
+    assert shapes == {"top": (4, 5, 1, 2), "rate": (4, 5, 1), "low": (4, 5, 3)}
+    assert all(value.dtype == torch.float32 for value in draws.values())
+    assert (draws["rate"] > 0).all()
+    assert mcmc.get_samples(group_by_chain=True)["top"].shape == (1, 4, 5, 1, 2)
+
+
+@each_kernel
+def test_double_precision_follows_from_the_input(make):
+    kernel = make(potential_fn=gaussian)
+    draws = run(kernel, start={"z": torch.randn(5, 3, dtype=torch.float64)}).get_samples()
+    assert draws["z"].dtype == torch.float64
+    assert kernel.info.step_size.dtype == kernel.state.energy.dtype == torch.float64
+
+
+@each_kernel
+def test_constrained_sites_of_every_common_support(make):
+    def model(x):
+        ones = x.new_ones(x.shape[0])
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("positive", dist.LogNormal(0 * ones, ones))
+            pyro.sample("unit", dist.Beta(2 * ones, 3 * ones))
+            pyro.sample("simplex", dist.Dirichlet(x.new_ones(x.shape[0], 3) * 2))
+            z = pyro.sample("real", dist.Normal(0 * ones, ones))
+            pyro.sample("obs", dist.Normal(z, 1.0), obs=x)
+
+    draws = run(make(model), torch.randn(6)).get_samples()
+    assert (draws["positive"] > 0).all()
+    assert ((draws["unit"] > 0) & (draws["unit"] < 1)).all()
+    assert draws["simplex"].shape == (4, 6, 3)
+    assert torch.allclose(draws["simplex"].sum(-1), torch.ones(4, 6), atol=1e-5)
+
+
+@each_kernel
+def test_chains_start_at_initial_params(make):
+    """With a step size next to nothing a chain stays where it started, on the unconstrained scale."""
+    x = torch.rand(5, 1, 4, 4)
+    start = {"top": torch.randn(5, 1, 2), "rate": torch.randn(5, 1), "low": torch.randn(5, 3)}
+    kernel = make(HierarchicalVAE().model, step_size=1e-7)
+    draws = run(kernel, x, start=start, num_samples=1, warmup_steps=0).get_samples()
+    assert torch.allclose(draws["top"][0], start["top"], atol=1e-4)
+    assert torch.allclose(draws["rate"][0], start["rate"].exp(), atol=1e-4)
+
+
+def test_default_start_is_a_draw_from_the_prior():
+    vae = LinearGaussianVAE()
+    kernel = BatchedHMC(vae.model)
+    kernel.setup(0, torch.zeros(2000, 1, 4, 4))
+    z = kernel.initial_params["z"]
+    # Means of 2000 and variances: 5 standard errors each, an error rate of 4e-6.
+    assert z.mean(0).abs().max() < 5 / math.sqrt(2000)
+    assert (z.var(0) - 1).abs().max() < 5 * math.sqrt(2 / 2000)
+
+
+@each_kernel
+def test_diagnostics_and_summary(make, capsys):
+    kernel = make(potential_fn=gaussian)
+    mcmc = run(kernel, start={"z": torch.randn(5, 3)}, num_samples=6, warmup_steps=0)
+    own = mcmc.diagnostics()
+    acceptance, divergences = (
+        own[name]["chain 0"] for name in ("acceptance rate", "divergences per image")
+    )
+    assert acceptance.shape == divergences.shape == (5,)
+    assert ((acceptance > 0.5) & (acceptance <= 1)).all()
+    assert (divergences == 0).all()
+    assert own["z"]["n_eff"].shape == (5, 3)
+    mcmc.summary()
+    # Pyro counts the entries of "divergences"; one entry per image would be taken for one each.
+    assert "divergences" not in capsys.readouterr().out
+
+
+def test_divergences_are_counted_after_warm_up_only():
+    def cliff(latents):  # finite at 0 only: every proposal diverges
+        z = latents["z"]
+        return torch.where(z.eq(0).all(-1), 0.0, math.inf) + 0.0 * z.sum(-1)
+
+    kernel = BatchedHMC(potential_fn=cliff)
+    draws = run(kernel, start={"z": torch.zeros(3, 2)}, num_samples=4, warmup_steps=5)
+    assert (draws.get_samples()["z"] == 0).all()
+    assert kernel.diagnostics()["divergences per image"].tolist() == [4, 4, 4]
+    assert kernel.diagnostics()["acceptance rate"].tolist() == [0.0, 0.0, 0.0]
+
+
+@each_kernel
+def test_logging_is_json(make):
+    kernel = make(potential_fn=gaussian)
+    assert kernel.logging() == {}
+    assert kernel.diagnostics() == {}
+    run(kernel, start={"z": torch.randn(5, 3)})
+    logged = json.loads(json.dumps(kernel.logging()))
+    assert logged.keys() == {"step size", "acc. prob"}
+    assert 0 <= float(logged["acc. prob"]) <= 1
+
+
+@each_kernel
+def test_state_holds_the_energy_and_gradient_of_its_position(make):
+    """The last draw is the last state, and what the state reuses is what would be computed anew."""
+    vae, x = LinearGaussianVAE(), torch.rand(5, 1, 4, 4).double()
+    kernel = make(vae.model)
+    last = run(kernel, x).get_samples()["z"][-1]
+    z = kernel.state.position["z"].clone().requires_grad_()
+    assert torch.equal(last, z)
+    energy = kernel.potential({"z": z})
+    assert torch.allclose(kernel.state.energy, energy)
+    assert torch.allclose(kernel.state.gradient["z"], torch.autograd.grad(energy.sum(), z)[0])
+    assert not kernel.state.energy.requires_grad
+
+
+@each_kernel
+def test_save_params_selects_sites(make):
+    x = torch.rand(5, 1, 4, 4)
+    mcmc = MCMC(make(HierarchicalVAE().model), 3, 2, save_params=["rate"], disable_progbar=True)
+    mcmc.run(x)
+    assert set(mcmc.get_samples()) == {"rate"}
+
+
+# --- Seeds and repeated runs ----------------------------------------------------------------------
+
+
+@each_kernel
+def test_same_seed_same_chains(make):
+    start = {"z": torch.randn(5, 3)}
+
+    def draws(seed):
+        torch.manual_seed(seed)
+        return run(make(potential_fn=gaussian), start=start).get_samples()["z"]
+
+    first = draws(1)
+    assert torch.equal(first, draws(1))
+    assert (first[-1] != draws(2)[-1]).any(-1).all()
+
+
+@each_kernel
+def test_generator_argument(make):
+    """A generator decides the run alone; torch's global seed is neither read nor moved."""
+    start = {"z": torch.randn(5, 3)}
+
+    def draws(seed):
+        kernel = make(potential_fn=gaussian, generator=torch.Generator().manual_seed(seed))
+        return run(kernel, start=start).get_samples()["z"]
+
+    before = torch.get_rng_state()
+    first = draws(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert torch.equal(first, draws(1))
+    assert (first[-1] != draws(2)[-1]).any(-1).all()
+
+
+@each_kernel
+def test_two_runs_of_one_kernel_are_independent(make):
+    """Nothing of a run enters the next, on other images and another number of them, but fresh noise."""
+    vae = LinearGaussianVAE()
+    kernel = make(vae.model, step_size=0.05)
+    x, other = torch.rand(5, 1, 4, 4), 9.0 * torch.rand(3, 1, 4, 4)
+    start = {"z": torch.zeros(5, 3)}
+    torch.manual_seed(1)
+    first = run(kernel, x, start=start).get_samples()["z"]
+    step_size = kernel.info.step_size
+    again = run(kernel, x, start=start).get_samples()["z"]
+    assert (first[-1] != again[-1]).any(-1).all()
+    assert run(kernel, other).get_samples()["z"].shape == (4, 3, 3)
+    torch.manual_seed(1)
+    assert torch.equal(run(kernel, x, start=start).get_samples()["z"], first)
+    assert torch.equal(kernel.info.step_size, step_size)
+
+
+@pytest.mark.parametrize("make", [BatchedHMC, functools.partial(BatchedNUTS, max_tree_depth=5)])
+def test_no_two_uses_share_noise(make, monkeypatch):
+    """With many sites too, every purpose of a transition is its own, and none is the guide's."""
+    used = []
+    words = Streams._words
+
+    def recorded(self, step, purpose, blocks):
+        used.append((step, purpose))
+        return words(self, step, purpose, blocks)
+
+    monkeypatch.setattr(Streams, "_words", recorded)
+    kernel = make(potential_fn=lambda latents: sum(v.square().sum(-1) for v in latents.values()))
+    start = {f"z{number}": torch.randn(1, 1) for number in range(96)}
+    kernel.setup(0)
+    kernel.sample(kernel.sample(start))
+    assert len(set(used)) == len(used)
+    assert max(purpose for _, purpose in used) < 128
+
+
+def test_images_of_a_batch_do_not_share_noise():
+    start = {"z": torch.zeros(4, 3)}
+    draws = run(BatchedHMC(potential_fn=gaussian), start=start).get_samples()["z"][-1]
+    assert torch.unique(draws, dim=0).shape[0] == 4
+
+
+# --- Errors that teach ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (BatchedHMC, {"step_size": 0.0}, "step_size must be a positive finite number, got 0.0"),
+        (BatchedHMC, {"step_size": -1.0}, "step_size must be a positive"),
+        (BatchedHMC, {"step_size": math.nan}, "step_size must be a positive"),
+        (BatchedNUTS, {"step_size": math.inf}, "step_size must be a positive finite"),
+        (BatchedHMC, {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
+        (BatchedHMC, {"num_steps": 2.5}, "num_steps must be an integer"),
+        (BatchedHMC, {"jitter": -0.1}, r"jitter must lie in \[0, 1\], got -0.1"),
+        (BatchedHMC, {"jitter": 1.1}, r"jitter must lie in \[0, 1\], got 1.1"),
+        (BatchedHMC, {"target_accept_prob": 0.0}, r"target_accept_prob must lie in \(0, 1\)"),
+        (BatchedHMC, {"target_accept_prob": 1.0}, r"target_accept_prob must lie in \(0, 1\)"),
+        (BatchedNUTS, {"target_accept_prob": 1.5}, r"target_accept_prob must lie in \(0, 1\)"),
+        (
+            BatchedHMC,
+            {"target_accept_prob": 0.0, "preset": "paper"},
+            r"target_accept_prob must lie in \(0, 1\)",
+        ),
+        (
+            BatchedHMC,
+            {"target_accept_prob": 2.0, "adapt_step_size": False},
+            r"target_accept_prob must lie in \(0, 1\)",
+        ),
+        (BatchedNUTS, {"max_tree_depth": 0}, "max_tree_depth must be an integer in 1..20, got 0"),
+        (BatchedNUTS, {"max_tree_depth": 21}, "max_tree_depth must be an integer in 1..20"),
+        (BatchedHMC, {"preset": "papper"}, "preset must be 'paper' or None, got 'papper'"),
+        (
+            BatchedHMC,
+            {"inverse_mass_matrix": {"z": torch.tensor([1.0, 0.0])}},
+            r"inverse_mass_matrix\['z'\] must be positive and finite",
+        ),
+        (
+            BatchedNUTS,
+            {"inverse_mass_matrix": {"z": torch.tensor([1.0, math.inf])}},
+            r"inverse_mass_matrix\['z'\] must be positive and finite",
+        ),
+    ],
+)
+def test_arguments_out_of_range(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(potential_fn=gaussian, **options)
+
+
+@pytest.mark.parametrize("make", [BatchedHMC, BatchedNUTS])
+def test_exactly_one_of_model_and_potential(make):
+    with pytest.raises(ValueError, match="exactly one of model and potential_fn"):
+        make()
+    with pytest.raises(ValueError, match="exactly one of model and potential_fn"):
+        make(LinearGaussianVAE().model, gaussian)
+    with pytest.raises(ValueError, match="model must be callable, got str"):
+        make("model")
+
+
+@each_kernel
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ({"w": torch.ones(3)}, r"inverse_mass_matrix must have the model's sites \['z'\]"),
+        ({"z": torch.ones(3), "w": torch.ones(3)}, r"must have the model's sites \['z'\]"),
+        ({"z": torch.ones(4)}, r"inverse_mass_matrix\['z'\] of shape \(4,\) must broadcast to"),
+        ({"z": torch.ones(2, 1, 3)}, r"of shape \(2, 1, 3\) must broadcast to .* \(5, 3\)"),
+    ],
+)
+def test_inverse_mass_matrix_that_does_not_fit(make, matrix, message):
+    kernel = make(potential_fn=gaussian, inverse_mass_matrix=matrix)
+    with pytest.raises(ValueError, match=message):
+        run(kernel, start={"z": torch.randn(5, 3)})
+
+
+@each_kernel
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_non_finite_starting_energy(make, value):
+    def broken(latents):
+        energy = gaussian(latents)
+        return torch.where(torch.arange(5) == 3, value, energy)
+
+    message = r"starting energy is not finite for 1 of 5 rows \(first rows: \[3\]\)"
+    with pytest.raises(ValueError, match=message):
+        run(make(potential_fn=broken), start={"z": torch.randn(5, 3)})
+
+
+@each_kernel
+def test_wrong_shapes_and_sites(make):
+    vae, x = LinearGaussianVAE(), torch.rand(5, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"latents\['z'\] must have shape \(5, 3\)"):
+        run(make(vae.model), x, start={"z": torch.randn(4, 3)})
+    with pytest.raises(ValueError, match=r"must have the model's sites \['z'\], got \['y'\]"):
+        run(make(vae.model), x, start={"y": torch.randn(5, 3)})
+    total = make(potential_fn=lambda latents: latents["z"].square().sum())
+    with pytest.raises(ValueError, match=r"one energy per row, shape \(5,\), got \(\)"):
+        run(total, start={"z": torch.randn(5, 3)})
+    kernel = make(potential_fn=gaussian)
+    kernel.streams = Streams.create(4, seed=0)
+    with pytest.raises(ValueError, match="streams has 4 rows but the latents have 5"):
+        run(kernel, start={"z": torch.randn(5, 3)})
+
+
+@each_kernel
+def test_a_potential_needs_a_start(make):
+    with pytest.raises(ValueError, match="initial_params must be given with potential_fn"):
+        run(make(potential_fn=gaussian))
+    with pytest.raises(RuntimeError, match="call setup"):
+        make(LinearGaussianVAE().model).potential  # noqa: B018
+
+
+# --- Placement ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", [None, "paper"])
+def test_hmc_runs_on_a_device_that_cannot_answer(preset):
+    """Tensors on "meta" have no values: whatever asks for one (a host sync) raises."""
+    metric = {"z": torch.ones(3)}
+    kernel = BatchedHMC(potential_fn=gaussian, inverse_mass_matrix=metric, preset=preset)
+    kernel.setup(warmup_steps=2)
+    params = {"z": torch.empty(5, 3, device="meta")}
+    for _ in range(4):
+        params = kernel.sample(params)
+        assert kernel.logging() == {}
+    assert params["z"].device.type == kernel.state.energy.device.type == "meta"
+    assert {value.device.type for value in kernel.info} == {"meta"}
+    assert kernel.diagnostics()["acceptance rate"].device.type == "meta"
+
+
+def test_the_meta_device_notices_a_host_sync():
+    def asking(latents):
+        energy = gaussian(latents)
+        return energy if float(energy.sum()) > 0 else -energy
+
+    kernel = BatchedHMC(potential_fn=asking)
+    kernel.setup(warmup_steps=2)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        kernel.sample({"z": torch.empty(5, 3, device="meta")})
+
+
+class CountSyncs(TorchDispatchMode):
+    """Count the operations that hand a tensor's value to Python."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default or "nonzero" in func.name():
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_host_syncs_of_a_transition():
+    """HMC asks for nothing, model or potential; NUTS asks once per leaf of the largest tree."""
+    vae, x = LinearGaussianVAE(), torch.rand(5, 1, 4, 4)
+    for make in (BatchedHMC, BatchedNUTS):
+        kernel = make(vae.model)
+        kernel.setup(3, x)
+        params = kernel.sample(kernel.initial_params)  # checks the start, which asks
+        for _ in range(5):
+            with CountSyncs() as syncs:
+                params = kernel.sample(params)
+            if make is BatchedHMC:
+                assert syncs.count == 0
+            else:
+                depth = int(kernel.info.tree_depth.max())
+                assert 0 < syncs.count <= 2**depth

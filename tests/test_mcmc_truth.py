@@ -1,0 +1,299 @@
+"""Both kernels draw from the target: known moments, simulation-based calibration, and mutants that must die.
+
+Chains start away from the target, adapt during warm-up, and are frozen while the draws are taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from mcmc_reference import TARGETS, assert_moments
+from programs import LinearGaussianVAE
+from pyro.infer import MCMC
+from scipy import stats
+
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, hmc, integrators, nuts
+
+KERNELS = {
+    # kernel, warm-up, draws, and how many independent draws each chain must be worth on average: 2.5 of
+    # them in each of 400 rows put 5 standard errors of a mean at 0.16 standard deviations.
+    "hmc": (functools.partial(BatchedHMC, num_steps=6), 150, 60, 10.0),
+    "nuts": (functools.partial(BatchedNUTS, step_size=0.3, max_tree_depth=4), 40, 20, 2.5),
+}
+
+
+def run(kernel, start, warmup_steps, num_samples, *args):
+    mcmc = MCMC(kernel, num_samples, warmup_steps, initial_params=start, disable_progbar=True)
+    mcmc.run(*args)
+    return mcmc.get_samples()
+
+
+def check_target(kernel_name: str, target_name: str, seed: int, rows: int = 400) -> None:
+    """The check the samplers must pass and the mutants must fail."""
+    make, warmup_steps, num_samples, ess_per_row = KERNELS[kernel_name]
+    target = TARGETS[target_name]
+    generator = torch.Generator().manual_seed(seed)
+    start = target.start(rows, generator)
+    kernel = make(potential_fn=target.potential, generator=generator)
+    draws = run(kernel, start, warmup_steps, num_samples)["z"]
+    assert_moments(target.standardise(draws), ess_per_row * rows)
+
+
+# Error rate: 2K moments per call with K between 3 and 128, over 3 seeds, 5 targets and 2 kernels: some
+# 1,000 moments at 5.7e-7 each, so a correct sampler fails this test once in some 2,000 choices of seeds.
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.usefixtures("float64")
+def test_moments_of_known_targets(kernel, target, seed):
+    check_target(kernel, target, seed)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_moments_in_single_precision(kernel):
+    assert torch.get_default_dtype() == torch.float32
+    check_target(kernel, "gaussian-8", seed=3)
+
+
+# --- Mutants --------------------------------------------------------------------------------------
+
+
+def mutate(monkeypatch, module, function: str, old: str, new: str, users=()) -> None:
+    """Replace ``function`` of ``module`` by itself with ``old`` changed to ``new`` in its source."""
+    source = inspect.getsource(getattr(module, function))
+    assert source.count(old) == 1, f"the mutant no longer fits: {old!r}"
+    mutated: dict = {}
+    exec(source.replace(old, new), module.__dict__, mutated)
+    for user in (module, *users):
+        monkeypatch.setattr(user, function, mutated[function])
+
+
+MUTANTS = {
+    "sign of the second half kick": (
+        integrators,
+        "leapfrog",
+        "lat.add(momentum, gradient, -0.5 * step_size)",
+        "lat.add(momentum, gradient, 0.5 * step_size)",
+        (hmc, nuts),
+    ),
+    "sign of the drift": (
+        integrators,
+        "leapfrog",
+        "velocity(momentum, inverse_mass), step_size)",
+        "velocity(momentum, inverse_mass), -step_size)",
+        (hmc, nuts),
+    ),
+    "every proposal accepted": (
+        hmc,
+        "step",
+        "accepted = log_uniform < -error",
+        "accepted = torch.ones_like(error, dtype=torch.bool)",
+    ),
+    "gradient of the rejected point kept": (
+        hmc,
+        "step",
+        "lat.where(accepted, phase.gradient, state.gradient)",
+        "phase.gradient",
+    ),
+    "every subtree accepted": (
+        nuts,
+        "step",
+        "taken = complete & (log_uniform[:, depth] < subtree.log_weight - log_weight)",
+        "taken = complete",
+    ),
+    "leaves chosen without weights": (
+        nuts,
+        "_grow",
+        "(log_uniform[:, leaf] <= -error - total)",
+        "(log_uniform[:, leaf].exp() * (leaf + 1) <= 1)",
+    ),
+    "turns inside a subtree ignored": (
+        nuts,
+        "_grow",
+        "growing = growing & ~diverging & ~turning",
+        "growing = growing & ~diverging",
+    ),
+    "incomplete subtrees kept": (
+        nuts,
+        "_grow",
+        "        asked & growing,\n",
+        "        asked & ~diverging,\n",
+    ),
+}
+# Four times the rows of the tests above: a mutant's bias stands at twice as many standard errors, so that
+# its death does not hang on the seed. The healthy samplers must pass at the same power.
+MUTANT_ROWS = 1600
+
+
+# The target on which a mutation does most harm: a chain that takes every subtree falls down the steep side
+# of a skewed energy, and a stale gradient hurts where gradients differ most.
+TARGET_AGAINST = {
+    "gradient of the rejected point kept": "funnel",
+    "every subtree accepted": "log-gamma",
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target"),
+    [
+        ("hmc", "gaussian-8"),
+        ("hmc", "funnel"),
+        ("nuts", "gaussian-8"),
+        ("nuts", "log-gamma"),
+    ],
+)
+@pytest.mark.usefixtures("float64")
+def test_the_healthy_samplers_pass_the_check_of_the_mutants(kernel, target):
+    check_target(kernel, target, seed=0, rows=MUTANT_ROWS)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mutant"),
+    [
+        (kernel, name)
+        for name, (module, *_) in MUTANTS.items()
+        for kernel in KERNELS
+        if module is integrators or module.__name__.endswith(kernel)
+    ],
+)
+@pytest.mark.usefixtures("float64")
+def test_mutants_die(monkeypatch, kernel, mutant):
+    mutate(monkeypatch, *MUTANTS[mutant])
+    with pytest.raises(AssertionError, match="standard errors|ESS|infinity"):
+        check_target(kernel, TARGET_AGAINST.get(mutant, "gaussian-8"), seed=0, rows=MUTANT_ROWS)
+
+
+# --- Pyro models with known posteriors ------------------------------------------------------------
+
+MODEL_KERNELS = {
+    "hmc": (functools.partial(BatchedHMC, num_steps=4), 100, 30, 5.0),
+    "nuts": (functools.partial(BatchedNUTS, max_tree_depth=4), 30, 10, 2.0),
+}
+
+
+def gamma_poisson(counts):
+    """rate ~ Gamma(2, 1.5), counts ~ Poisson(rate): the posterior is Gamma(2 + sum, 1.5 + number)."""
+    with pyro.plate("data", counts.shape[0]):
+        ones = counts.new_ones(counts.shape[0])
+        rate = pyro.sample("rate", dist.Gamma(2.0 * ones, 1.5 * ones))
+        poisson = dist.Poisson(rate[:, None].expand(counts.shape)).to_event(1)
+        pyro.sample("obs", poisson, obs=counts)
+
+
+# Error rate: 2 and 12 moments a call at 5.7e-7 each, below 1e-4 for the whole of both tests.
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kernel", MODEL_KERNELS)
+@pytest.mark.usefixtures("float64")
+def test_moments_of_a_constrained_latent(kernel, seed):
+    """Every row has its own data, and the draws come back on the support."""
+    make, warmup_steps, num_samples, ess_per_row = MODEL_KERNELS[kernel]
+    torch.manual_seed(seed)
+    counts = torch.poisson(torch.linspace(0.2, 10.0, 400)[:, None].expand(-1, 3))
+    rate = run(make(gamma_poisson), None, warmup_steps, num_samples, counts)["rate"]
+    assert (rate > 0).all()
+    posterior = dist.Gamma(2.0 + counts.sum(1), torch.tensor(1.5 + 3))
+    standardised = (rate - posterior.mean) / posterior.stddev
+    assert_moments(standardised[..., None], ess_per_row * 400)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kernel", MODEL_KERNELS)
+def test_moments_of_the_linear_gaussian_vae(linear_vae, kernel, seed):
+    """Images far from each other, from the prior, so that posteriors lie far apart too."""
+    make, warmup_steps, num_samples, ess_per_row = MODEL_KERNELS[kernel]
+    torch.manual_seed(seed)
+    x = 3.0 * torch.randn(400, 1, 4, 4)
+    z = run(make(linear_vae.model), None, warmup_steps, num_samples, x)["z"]
+    mean, covariance = linear_vae.exact(x)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(covariance))
+    centred = z - mean
+    statistics = torch.cat([centred / covariance.diagonal().sqrt(), centred @ whiten.T], -1)
+    assert_moments(statistics, ess_per_row * 400)
+
+
+# --- Simulation-based calibration -----------------------------------------------------------------
+
+NUM_RANKS = 16
+SMALLEST_P_VALUE = 1e-4
+
+
+def assert_uniform_ranks(truth: torch.Tensor, draws: torch.Tensor) -> None:
+    """Ranks of the truth ``(rows, K)`` among 15 draws ``(15, rows, K)`` of its posterior are uniform.
+
+    Chi-square over the 16 ranks for each of the K coordinates: a calibrated sampler fails with
+    probability below K * 1e-4.
+
+    Reference: Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference algorithms with
+    simulation-based calibration", 2018, https://arxiv.org/abs/1804.06788.
+    """
+    assert len(draws) == NUM_RANKS - 1
+    ranks = (draws < truth).sum(0)
+    for k in range(truth.shape[1]):
+        counts = torch.bincount(ranks[:, k], minlength=NUM_RANKS)
+        p_value = stats.chisquare(counts.numpy()).pvalue
+        assert p_value > SMALLEST_P_VALUE, (
+            f"coordinate {k}: ranks {counts.tolist()}, p={p_value:.1e}"
+        )
+
+
+def simulate(vae: LinearGaussianVAE, rows: int, seed: int):
+    torch.manual_seed(seed)
+    z = torch.randn(rows, vae.z_dim)
+    x = z @ vae.weight.T + vae.bias + vae.noise * torch.randn(rows, 16)
+    return z, x.reshape(rows, 1, 4, 4)
+
+
+# Thinned until draws are all but independent, as uniform ranks ask for.
+CALIBRATION_KERNELS = {
+    "hmc": (functools.partial(BatchedHMC, num_steps=5), 60, 4),
+    "nuts": (functools.partial(BatchedNUTS, max_tree_depth=4), 30, 2),
+}
+
+
+def check_calibration(kernel: str, vae: LinearGaussianVAE, rows: int, seed: int) -> None:
+    make, warmup_steps, thinning = CALIBRATION_KERNELS[kernel]
+    truth, x = simulate(vae, rows, seed)
+    z = run(make(vae.model), None, warmup_steps, thinning * (NUM_RANKS - 1), x)["z"]
+    # The starts are draws from the prior, which know nothing of the truth.
+    assert_uniform_ranks(truth, z[thinning - 1 :: thinning])
+
+
+# Error rate: 3 coordinates at 1e-4 each per case.
+@pytest.mark.parametrize("kernel", CALIBRATION_KERNELS)
+def test_calibration(linear_vae, kernel):
+    check_calibration(kernel, linear_vae, rows=1600, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("kernel", CALIBRATION_KERNELS)
+def test_calibration_with_many_simulations(linear_vae, kernel, seed):
+    check_calibration(kernel, linear_vae, rows=20_000, seed=seed)
+
+
+def test_calibration_notices_a_posterior_that_is_too_wide(linear_vae):
+    """Exact draws pass; draws from a posterior 20 % too wide do not."""
+    truth, x = simulate(linear_vae, 1600, seed=0)
+    mean, covariance = linear_vae.exact(x)
+    noise = torch.randn(NUM_RANKS - 1, *mean.shape) @ torch.linalg.cholesky(covariance).T
+    assert_uniform_ranks(truth, mean + noise)
+    with pytest.raises(AssertionError, match="ranks"):
+        assert_uniform_ranks(truth, mean + 1.2 * noise)
+
+
+# --- At length ------------------------------------------------------------------------------------
+
+
+# Error rate: as above, some 1,000 moments at 5.7e-7 each.
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [10, 11, 12])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.usefixtures("float64")
+def test_moments_of_known_targets_with_many_rows(kernel, target, seed):
+    check_target(kernel, target, seed, rows=4000)
