@@ -80,14 +80,14 @@ def train(options, train_set, output):
     """The paper's VAE, trained by SVI with a one-cycle schedule."""
     vae = ConvVAE(train_set.image_shape[0]).to(options.device)
     validation_set = data.load(options.dataset, "validation", options.data_root, options.download)
-    loader = OnDevice(data.batches(train_set, 128, shuffle=True, drop_last=True), options.device)
+    loader = OnDevice(data.batches(train_set, 64, shuffle=True, drop_last=True), options.device)
     # The programs know their beta; the objective stays Pyro's own.
     weighted = Weighted(vae, options.beta)
     result = fit(
         weighted,
         pyro.infer.TraceMeanField_ELBO(),
         loader,
-        FitConfig(epochs=options.epochs, learning_rate=2e-3, schedule="one_cycle"),
+        FitConfig(epochs=options.epochs, learning_rate=1e-3, schedule="one_cycle"),
         validation=OnDevice(data.batches(validation_set, 500), options.device),
         checkpoint=options.checkpoint or output / "vae.pt",
     )
@@ -127,8 +127,10 @@ def attack_and_defend(options, vae, metric, x_ref, radius, output):
     tree = defended.to_datatree()
 
     def similarity(reconstruction):
-        values = metrics.ms_ssim(before.reconstruction, reconstruction, variant="paper")
-        return interval(values, image)
+        return metrics.ms_ssim(before.reconstruction, reconstruction, variant="paper")
+
+    broken_similarity = similarity(broken.reconstruction)
+    defended_similarity = similarity(defended.reconstruction)
 
     energy = program.potential(vae, references)
     with torch.no_grad():
@@ -138,9 +140,10 @@ def attack_and_defend(options, vae, metric, x_ref, radius, output):
     ess = np.concatenate([v.ravel() for v in diagnostics.ess(tree).values()])
     stats = defended.sample_stats
     entry = {
-        "undefended": similarity(broken.reconstruction),
-        "defended": similarity(defended.reconstruction),
-        "noise_floor": similarity(again.reconstruction),
+        "undefended": interval(broken_similarity, image),
+        "defended": interval(defended_similarity, image),
+        "difference": interval(defended_similarity - broken_similarity, image),
+        "noise_floor": interval(similarity(again.reconstruction), image),
         "log_posterior_ratio_undefended": interval(ratio_before, image, "median"),
         "log_posterior_ratio_defended": interval(ratio_after, image, "median"),
         "symmetric_kl": float(attacked.objective.mean()),
@@ -253,6 +256,7 @@ def print_table(results):
     rows = [
         (f"{results['metric']}, undefended", lambda e: cell(e["undefended"])),
         (f"{results['metric']}, defended", lambda e: cell(e["defended"])),
+        ("  defended minus undefended, paired", lambda e: cell(e["difference"])),
         (f"{results['metric']}, noise floor", lambda e: cell(e["noise_floor"])),
         ("median log posterior ratio, undefended (nats)",
          lambda e: cell(e["log_posterior_ratio_undefended"], 1)),
@@ -286,14 +290,14 @@ def parse_arguments():
     parser.add_argument("--dataset", choices=data.DATASETS, default="mnist_subset")
     parser.add_argument("--data-root", help="directory of full datasets")
     parser.add_argument("--download", action="store_true", help="fetch a missing dataset")
-    parser.add_argument("--epochs", type=positive, default=20)
+    parser.add_argument("--epochs", type=positive, default=30)
     parser.add_argument("--beta", type=positive_float, default=1.0, help="weight of the KL term")
     parser.add_argument("--radius", type=radius, nargs="+", default=[0.1, 0.2])
-    parser.add_argument("--num-references", type=positive, default=20)
+    parser.add_argument("--num-references", type=positive, default=50)
     parser.add_argument("--num-restarts", type=positive, default=2)
     parser.add_argument("--num-chains", type=positive, default=4)
-    parser.add_argument("--num-samples", type=positive, default=50)
-    parser.add_argument("--warmup-steps", type=unsigned, default=50)
+    parser.add_argument("--num-samples", type=positive, default=30)
+    parser.add_argument("--warmup-steps", type=unsigned, default=30)
     parser.add_argument("--step-size", type=positive_float, help="initial step size")
     parser.add_argument("--num-steps", type=positive, help="leapfrog steps of HMC")
     parser.add_argument("--device", type=device, default="cpu")

@@ -21,23 +21,32 @@ def _setting(text: str) -> tuple[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    top = argparse.ArgumentParser(
-        prog="python -m pyro_vae_defence.experiments", description=__doc__
-    )
+    top = argparse.ArgumentParser(prog="python -m pyro_vae_defence.experiments")
     commands = top.add_subparsers(dest="command", required=True)
+
     train = commands.add_parser("train", help="train a named model; resumes when interrupted")
     train.add_argument("name", help="model of the registry, e.g. mnist_vae")
     train.add_argument("--output", default="runs/models", help="directory for weights and cards")
-    train.add_argument("--data-root", help="directory of the datasets")
-    train.add_argument(
-        "--set",
-        type=_setting,
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a field of the training configuration, e.g. epochs=2",
-    )
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    defend = commands.add_parser("defend", help="attack a trained model's encoder and defend it")
+    defend.add_argument("name", help="experiment of the registry, e.g. mnist_radius_0.1")
+    defend.add_argument("--output", default="runs/results", help="directory for result files")
+    defend.add_argument("--models", help="directory of weights; the packaged ones by default")
+
+    for command in (train, defend):
+        command.add_argument("--data-root", help="directory of the datasets")
+        command.add_argument(
+            "--set",
+            type=_setting,
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="change a field of the configuration, e.g. --set seed=1",
+        )
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+
+    report = commands.add_parser("report", help="write the tables of a directory of result files")
+    report.add_argument("results", help="directory with result files (*.json)")
     return top
 
 
@@ -45,16 +54,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors in the arguments are one line and exit code 2."""
     options = parser().parse_args(arguments)
     try:
-        from pyro_vae_defence.experiments.train import train
+        # Imported late, so that --help and mistakes answer at once.
+        if options.command == "train":
+            from pyro_vae_defence.experiments.train import train
 
-        card = train(
-            options.name,
-            options.output,
-            options.data_root,
-            dict(options.set),
-            progress=not options.quiet,
-        )
-        print(f"{card.name}: validation -ELBO {card.metrics['validation_nelbo']:.2f} nats")
+            card = train(
+                options.name,
+                options.output,
+                options.data_root,
+                dict(options.set),
+                progress=not options.quiet,
+            )
+            print(f"{card.name}: validation -ELBO {card.metrics['validation_nelbo']:.2f} nats")
+        elif options.command == "defend":
+            from pyro_vae_defence.experiments.defend import defend
+            from pyro_vae_defence.experiments.report import report
+
+            defend(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+                progress=not options.quiet,
+            )
+            print(report(options.output))
+        else:
+            from pyro_vae_defence.experiments.report import write_report
+
+            print(f"wrote {write_report(options.results)}")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

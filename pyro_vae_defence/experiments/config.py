@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"]
 
@@ -44,3 +46,57 @@ class TrainConfig:
     batch_size: int = 128
     images_per_epoch: int | None = None
     seed: int = 0
+
+
+DefenceName = Literal["none", "paper", "hmc", "nuts"]
+
+
+@dataclass(frozen=True)
+class DefendConfig:
+    """One row block of Table 2: a model, an encoder attack, and defences against it.
+
+    Args:
+        model: name of a trained model.
+        radius: L_inf radius of the attack, in units of the image range.
+        num_references: class-stratified test images.
+        num_restarts: attacks per reference; all of them count, not the worst.
+        defences: which defences to run: ``none``, ``paper`` (the published setting), and ``hmc`` and ``nuts``, this
+            library's kernels in the metric of the training set's mean posterior variance.
+        num_samples, warmup_steps, num_steps, step_size: of ``hmc`` and ``nuts``.
+        seed: seed of references, attack and defences.
+    """
+
+    model: str
+    radius: float
+    num_references: int = 50
+    num_restarts: int = 10
+    defences: tuple[DefenceName, ...] = ("none", "hmc", "nuts", "paper")
+    num_samples: int = 20
+    warmup_steps: int = 30
+    num_steps: int = 4
+    step_size: float = 0.5
+    seed: int = 0
+
+
+Config = TypeVar("Config", TrainConfig, DefendConfig)
+
+
+def override(config: Config, changes: dict[str, Any] | None) -> Config:
+    """A configuration with some fields changed.
+
+    Raises:
+        ValueError: for an unknown field.
+    """
+    fields = [f.name for f in dataclasses.fields(config)]
+    for key in changes or {}:
+        if key not in fields:
+            raise ValueError(f"unknown setting {key!r}; choose from {', '.join(fields)}")
+    return dataclasses.replace(config, **(changes or {}))
+
+
+def command(name: str, experiment: str, changes: dict[str, Any] | None) -> str:
+    """The command line that repeats a run."""
+    words = ["python", "-m", "pyro_vae_defence.experiments", name, experiment]
+    for key, value in (changes or {}).items():
+        words += ["--set", f"{key}={value}"]
+    return shlex.join(words)

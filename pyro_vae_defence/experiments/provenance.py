@@ -21,7 +21,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent))
+        dirty = git("status", "--porcelain", "--", str(here.parent))
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return f"release {metadata.version('pyro-vae-defence')}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_vae_defence.experiments.config import TrainConfig
+from pyro_vae_defence.experiments.config import DefendConfig, TrainConfig
 
 # An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as on MNIST.
 _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
@@ -25,3 +25,10 @@ def _models() -> dict[str, TrainConfig]:
 
 MODELS: dict[str, TrainConfig] = _models()
 """Models of the paper's Table 7: ``<dataset>_vae``, ``<dataset>_beta_vae_<beta>``, ``<dataset>_tcvae_<beta>``."""
+
+DEFENCES: dict[str, DefendConfig] = {
+    f"{dataset}_radius_{radius:g}": DefendConfig(f"{dataset}_vae", radius)
+    for dataset in _IMAGES
+    for radius in (0.1, 0.2)
+}
+"""The encoder attacks of Tables 2 and 3: ``<dataset>_radius_<radius>``."""

@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from pyro_vae_defence import data, objectives
 from pyro_vae_defence.attacks import PGD
 from pyro_vae_defence.attacks.objectives import squared_wasserstein
-from pyro_vae_defence.experiments.config import TrainConfig
+from pyro_vae_defence.experiments.config import TrainConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import MODELS
 from pyro_vae_defence.models import ConvVAE
@@ -74,11 +74,7 @@ def train(
     """
     if name not in MODELS:
         raise ValueError(f"no model named {name!r}; choose one of {', '.join(MODELS)}")
-    fields = {f.name for f in dataclasses.fields(TrainConfig)}
-    for key in overrides or {}:
-        if key not in fields:
-            raise ValueError(f"unknown setting {key!r}; choose from {', '.join(sorted(fields))}")
-    config = dataclasses.replace(MODELS[name], **(overrides or {}))
+    config = override(MODELS[name], overrides)
     folder = Path(output) / name
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -115,14 +111,13 @@ def train(
         checkpoint=folder / "checkpoint.pt",
         on_epoch=lambda entry: _append(folder / "history.jsonl", entry),
     )
-    settings = " ".join(f"--set {k}={v}" for k, v in (overrides or {}).items())
     last = result.history[-1]
     return save_pretrained(
         vae,
         name,
         output,
         training=dataclasses.asdict(config),
-        command=f"python -m pyro_vae_defence.experiments train {name} {settings}".strip(),
+        command=command("train", name, overrides),
         provenance={
             **provenance(),
             "seconds": round(sum(entry["seconds"] for entry in result.history), 1),

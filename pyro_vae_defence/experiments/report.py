@@ -1,0 +1,70 @@
+"""Tables from result files; the documentation includes what this writes and nothing typed by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+_LABELS = {
+    "none": "no defence",
+    "hmc": "HMC, dual averaging",
+    "nuts": "NUTS, dual averaging",
+    "paper": "HMC, the paper's setting",
+}
+
+
+def report(results: str | os.PathLike[str]) -> str:
+    """One Markdown table per result file of a directory.
+
+    Raises:
+        ValueError: if the directory holds no result file.
+    """
+    files = sorted(Path(results).glob("*.json"))
+    if not files:
+        raise ValueError(f"no result files (*.json) in {results}; run an experiment first")
+    return "\n".join(_table(json.loads(path.read_text())) for path in files)
+
+
+def write_report(results: str | os.PathLike[str]) -> Path:
+    """Write :func:`report` to ``tables.md`` beside the result files."""
+    path = Path(results) / "tables.md"
+    path.write_text(report(results))
+    return path
+
+
+def _table(result: dict[str, Any]) -> str:
+    config = result["config"]
+    versions = result["provenance"]
+    lines = [
+        f"### {result['experiment']}",
+        "",
+        f"{config['num_references']} reference images x {config['num_restarts']} restarts, radius "
+        f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals over "
+        "reference images.",
+        "",
+        f"| | {result['metric']} | median log posterior ratio (nats) | energy of x_adv (nats) | "
+        "acceptance | gradients per image | seconds per image |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in result["defences"].items():
+        acceptance = entry.get("acceptance_rate")
+        lines.append(
+            f"| {_LABELS[name]} | {_interval(entry['ms_ssim'], 3)} | "
+            f"{_interval(entry['log_posterior_ratio_median'], 1)} | {_interval(entry['energy'], 1)} | "
+            f"{'' if acceptance is None else f'{acceptance:.2f}'} | "
+            f"{entry['gradients_per_image']:.0f} | {entry['seconds_per_image']:.3g} |"
+        )
+    lines += [
+        f"| noise floor | {_interval(result['noise_floor'], 3)} | | | | | |",
+        "",
+        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
+        f"{versions['threads']} thread(s).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _interval(entry: dict[str, float], digits: int) -> str:
+    return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"

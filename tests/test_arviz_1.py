@@ -1,0 +1,60 @@
+"""The conversion under ArviZ 1.x, in an interpreter of its own (downloads ArviZ, hence slow)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+PROGRAM = """
+import numpy as np, arviz, xarray
+from pyro_vae_defence import diagnostics
+
+assert int(arviz.__version__.split(".")[0]) >= 1, arviz.__version__
+rng = np.random.default_rng(0)
+tree = diagnostics.to_datatree(
+    {"z": rng.normal(size=(4, 50, 3, 5))},
+    {"lp": rng.normal(size=(4, 50, 3)), "diverging": np.zeros((4, 50, 3), bool)},
+    {"obs": rng.random((3, 1, 28, 28))},
+)
+chains = diagnostics.to_arviz(tree)
+assert isinstance(chains, xarray.DataTree)
+assert chains["posterior"]["z"].dims == ("chain", "draw", "image", "latent")
+rhat, ess = diagnostics.rhat(tree)["z"], diagnostics.ess(tree)["z"]
+assert rhat.shape == ess.shape == (3, 5)
+assert rhat.max() < 1.1 and ess.min() > 60
+assert len(arviz.summary(chains)) == 15
+chains.to_netcdf("chains.nc")
+print("converted")
+"""
+
+
+@pytest.mark.slow
+def test_conversion_under_arviz_1(tmp_path):
+    python = next((p for v in ("3.13", "3.12") if (p := _interpreter(v))), None)
+    if python is None:
+        pytest.skip("no Python 3.12 or 3.13 on this machine")
+    subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
+    ours = tmp_path / "venv" / "bin" / "python"
+    install = [ours, "-m", "pip", "install", "-q", "arviz>=1", "h5netcdf", "h5py"]
+    subprocess.run(install, check=True)
+    done = subprocess.run(
+        [ours, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip() == "converted", done.stderr
+
+
+def _interpreter(version):
+    name = shutil.which(f"python{version}")
+    works = (
+        name and subprocess.run([name, "-c", "import venv"], capture_output=True).returncode == 0
+    )
+    return name if works else None

@@ -1,0 +1,161 @@
+"""Named experiments: cards, result files, resumption, tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import shared_path
+
+from pyro_vae_defence.experiments import config as configs
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.defend import defend
+from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
+from pyro_vae_defence.experiments.report import report
+from pyro_vae_defence.experiments.train import make_objective, train
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.pretrained import (
+    available,
+    load_card,
+    load_pretrained,
+    save_pretrained,
+)
+
+TINY = {"dataset": "mnist_subset", "epochs": 1, "images_per_epoch": 256}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    train("mnist_vae", directory, overrides=TINY, progress=False)
+    return directory
+
+
+def saved(directory, name="toy"):
+    return save_pretrained(
+        ConvVAE(),
+        name,
+        directory,
+        training={},
+        command="none",
+        provenance={},
+        mean_posterior_variance={"z": torch.rand(64) + 0.1},
+    )
+
+
+class TestWeights:
+    def test_round_trip(self, tmp_path):
+        vae = ConvVAE(3)
+        save_pretrained(
+            vae, "toy", tmp_path, training={"epochs": 1}, command="c", provenance={"commit": "x"},
+            metrics={"m": 1.0}, mean_posterior_variance={"z": torch.full((64,), 0.5)},
+        )  # fmt: skip
+        loaded = load_pretrained("toy", tmp_path)
+        assert not loaded.training
+        state = vae.state_dict()
+        assert all(torch.equal(state[k], v) for k, v in loaded.state_dict().items())
+        assert torch.equal(loaded.mean_posterior_variance["z"], torch.full((64,), 0.5))
+        card = load_card("toy", tmp_path)
+        assert (card.architecture_config["in_channels"], card.metrics) == (3, {"m": 1.0})
+        assert available(tmp_path) == ["toy"]
+
+    @pytest.mark.parametrize(
+        "damage", [lambda b: b[:-1], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""]
+    )
+    def test_tampered_weights_are_refused(self, tmp_path, damage):
+        saved(tmp_path)
+        path = tmp_path / "toy.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(ValueError, match="do not match their card"):
+            load_pretrained("toy", tmp_path)
+
+    def test_unknown_and_damaged_cards(self, tmp_path):
+        saved(tmp_path)
+        with pytest.raises(ValueError, match="no pretrained model named 'other'; available: toy"):
+            load_pretrained("other", tmp_path)
+        card = tmp_path / "toy.json"
+        fields = json.loads(card.read_text())
+        card.write_text(json.dumps({**fields, "architecture": "Other"}))
+        with pytest.raises(ValueError, match="architecture 'Other'"):
+            load_pretrained("toy", tmp_path)
+        card.write_text("{")
+        with pytest.raises(ValueError, match="is damaged"):
+            load_pretrained("toy", tmp_path)
+
+
+def test_train_writes_weights_card_and_history(models):
+    card = load_card("mnist_vae", models)
+    assert card.training["epochs"] == 1
+    assert card.command.startswith("python -m pyro_vae_defence.experiments train mnist_vae --set")
+    assert card.metrics["validation_nelbo"] < 600
+    assert set(card.provenance) >= {"commit", "torch", "seconds", "threads"}
+    assert load_pretrained("mnist_vae", models).mean_posterior_variance["z"].shape == (64,)
+    history = (models / "mnist_vae" / "history.jsonl").read_text().splitlines()
+    assert len(history) == 1
+
+
+def test_defend_writes_results_and_runs_nothing_twice(models, tmp_path):
+    changes = {
+        "num_references": 10, "num_restarts": 1, "num_samples": 1, "warmup_steps": 1,
+    }  # fmt: skip
+
+    # The registry's test set is the full one; a tiny model was trained on the subset.
+    root = shared_path("data")
+
+    def run(**more):
+        return defend(
+            "mnist_radius_0.1", tmp_path, root, models, {**changes, **more}, progress=False
+        )
+
+    first = run(defences=("none", "hmc"))
+    assert set(first["defences"]) == {"none", "hmc"}
+    path = tmp_path / "mnist_radius_0.1.json"
+    written = path.stat().st_mtime_ns
+    again = run(defences=("none", "hmc"))
+    assert again["defences"] == first["defences"]
+    assert path.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="belongs to another run"):
+        run(defences=("none",))
+    text = report(tmp_path)
+    assert "ms_ssim[paper]" in text
+    estimate = json.loads(path.read_text())["defences"]["hmc"]["ms_ssim"]["estimate"]
+    assert f"{estimate:.3f}" in text
+
+
+@pytest.mark.parametrize("objective", ["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"])
+def test_every_objective_of_a_configuration_trains(objective):
+    vae = ConvVAE()
+    config = configs.TrainConfig("mnist_subset", objective, beta=2.0)  # type: ignore[arg-type]
+    loss = make_objective(config, vae, 1000).loss_and_grads(
+        vae.model, vae.guide, torch.rand(4, 1, 28, 28)
+    )
+    assert loss == loss
+    assert vae.encoder[0].weight.grad is not None
+
+
+def test_registry_holds_the_models_of_table_7():
+    for dataset in ("mnist", "fashion_mnist", "color_mnist"):
+        names = {n for n in MODELS if n.startswith(dataset + "_") and MODELS[n].dataset == dataset}
+        assert len(names) == 7
+    assert all(entry.model in MODELS for entry in DEFENCES.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "mnist_gan"], "no model named 'mnist_gan'"),
+        (["train", "mnist_vae", "--set", "epoch=3"], "unknown setting 'epoch'"),
+        (["train", "mnist_vae", "--data-root", "/nowhere"], "pass download=True"),
+        (["defend", "mnist"], "no experiment named 'mnist'"),
+        (["defend", "mnist_radius_0.1", "--models", "/nowhere"], "no pretrained model"),
+        (["report", "/nowhere"], "no result files"),
+    ],
+)
+def test_command_line_mistakes(arguments, message, capsys, tmp_path):
+    if arguments[0] != "report":
+        arguments = [*arguments, "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
