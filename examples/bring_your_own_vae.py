@@ -1,8 +1,8 @@
 """Attack and defend a VAE that knows nothing of this library.
 
-The VAE below is written as in Pyro's own tutorial (https://pyro.ai/examples/vae.html): fully connected, sites `latent` and
-`obs`, images flattened inside the programs, trained by `pyro.infer.SVI`. Attack, defence and diagnostics take it
-as it is.
+The VAE below is written as in Pyro's own tutorial (https://pyro.ai/examples/vae.html): fully connected, sites
+`latent` and `obs`, images flattened inside the programs, trained by `pyro.infer.SVI`. Attack, defence and
+diagnostics take it as it is.
 
     python examples/bring_your_own_vae.py
 """

@@ -230,7 +230,9 @@ def save_chains(chains, path):
 
 
 def save_pictures(output, radius, tree, ratio_before, ratio_after, columns):
-    figure, axes = plt.subplots(5, len(columns), figsize=(1.4 * len(columns), 7.4))
+    rows = min(5, len(columns["reference"]))
+    size = (1.4 * len(columns), 0.4 + 1.4 * rows)
+    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
     plots.panel(axes, columns)
     figure.tight_layout()
     figure.savefig(output / f"panel_{radius:g}.png", dpi=110)

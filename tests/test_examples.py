@@ -12,20 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TINY = [
-    "--epochs",
-    "1",
-    "--num-references",
-    "10",
-    "--num-restarts",
-    "1",
-    "--num-chains",
-    "2",
-    "--num-samples",
-    "4",
-    "--warmup-steps",
-    "2",
-]
+TINY = ["--epochs", 1, "--num-references", 10, "--num-restarts", 1]
+TINY += ["--num-chains", 2, "--num-samples", 4, "--warmup-steps", 2]
 
 
 def run(script, *arguments):
