@@ -1,7 +1,8 @@
 r"""Residual cells: ``out = skip(x) + 0.1 SE(op_n(... op_1(x)))``.
 
-Two kinds of operation: pre-activated 3x3 convolutions (``res_*``) and inverted residuals, i.e. a 1x1 expansion, a
-depthwise or grouped convolution and a 1x1 projection (``mconv_e{expansion}k{kernel}g{groups}``, 0 groups = depthwise).
+Two kinds of operation: pre-activated 3x3 convolutions (``res_*``) and inverted residuals, i.e. a
+1x1 expansion, a depthwise or grouped convolution and a 1x1 projection
+(``mconv_e{expansion}k{kernel}g{groups}``, 0 groups = depthwise).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import (
+from pyro_vae_defence.models.nvae.layers import (
     BatchNorm,
     BatchNormSwish,
     Conv2d,
@@ -26,7 +27,7 @@ RESIDUAL_SCALE = 0.1
 
 
 class Resize(enum.Enum):
-    """What a cell does to the resolution; channels double when it halves and halve when it doubles."""
+    """What a cell does to the resolution; the number of channels changes inversely."""
 
     NONE = "none"
     DOWN = "down"
@@ -71,11 +72,16 @@ class ConvBatchNormSwish(nn.Module):
     """Convolution, batch norm, swish."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
     ) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            plain_conv(in_channels, out_channels, kernel_size, stride=stride, groups=groups),
+            plain_conv(in_channels, out_channels, kernel_size, stride, groups),
             BatchNormSwish(out_channels),
         )
 
@@ -86,7 +92,10 @@ class ConvBatchNormSwish(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """[nearest upsampling ->] batch norm -> expand 1x1 -> depthwise or grouped -> project 1x1 -> batch norm."""
+    """[nearest upsampling ->] batch norm -> 1x1 -> depthwise or grouped -> 1x1 -> batch norm.
+
+    Batch norm and swish follow the first two convolutions, which are ``expansion`` times wider.
+    """
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
 """Reading official checkpoints; reading and writing safetensors files.
 
-An official ``checkpoint.pt`` is a dict with ``state_dict`` and ``args`` (an ``argparse.Namespace``) beside the state of its
-training. It is unpickled with ``weights_only=True``; nothing but tensors, containers and that namespace can be in it.
-Convolutions without weight normalisation appear twice in its state dict, as ``*.weight`` and ``*.weight_normalized``; files
-older than that duplicate lack it, and files of this library do too.
+An official ``checkpoint.pt`` is a dict with ``state_dict`` and ``args`` (an ``argparse.Namespace``)
+beside the state of its training. It is unpickled with ``weights_only=True``; nothing but tensors,
+containers and that namespace can be in it. Convolutions without weight normalisation appear twice
+in its state dict, as ``*.weight`` and ``*.weight_normalized``; files older than that duplicate lack
+it, and files of this library do too.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .config import NVAEConfig
-from .layers import Conv2d
-from .nvae import NVAE
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.layers import Conv2d
+from pyro_vae_defence.models.nvae.nvae import NVAE
 
 FORMAT = "pyro_vae_defence.nvae.v1"
 _ALIAS = "weight_normalized"
@@ -34,8 +35,9 @@ _ALIAS = "weight_normalized"
 def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] = ()) -> NVAE:
     """Model of an official checkpoint, on the CPU, in eval mode.
 
-    The architecture is rebuilt from the file's ``args``, as the official evaluation does. ``res_elu`` models are used with
-    their trained weights (the official program would overwrite some of them at its first pass).
+    The architecture is rebuilt from the file's ``args``, as the official evaluation does.
+    ``res_elu`` models are used with their trained weights (the official program would overwrite
+    some of them at its first pass).
 
     Args:
         path: file in the official format, written by CPU or GPU.
@@ -43,8 +45,9 @@ def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint or damaged, holds other objects than described above, arguments that are missing,
-            unknown or unsupported, or a state dict whose keys or shapes do not fit; the message names them.
+        ValueError: the file is no checkpoint or damaged, holds other objects than described above,
+            arguments that are missing, unknown or unsupported, or a state dict whose keys or shapes
+            do not fit; the message names them.
     """
     path = Path(path)
     checkpoint = _unpickle(path)
@@ -54,7 +57,9 @@ def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] 
         raise ValueError(f"{path}: not an official checkpoint; it lacks {error}") from error
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, Mapping) or not isinstance(state_dict, Mapping):
-        raise ValueError(f"{path}: not an official checkpoint; args and state_dict must be mappings")
+        raise ValueError(
+            f"{path}: not an official checkpoint; args and state_dict must be mappings"
+        )
     try:
         network = NVAE(NVAEConfig.from_official_args(args, ignore_args=ignore_args))
         _load(network, _without_aliases(network, state_dict))
@@ -64,7 +69,7 @@ def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] 
 
 
 def official_state_dict(network: NVAE) -> dict[str, Tensor]:
-    """State dict with the official keys, duplicates included, in the official order; tensors are not copied."""
+    """State dict with the official keys in their order, duplicates included; nothing is copied."""
     aliases = _aliases(network)
     official: dict[str, Tensor] = {}
     for key, value in network.state_dict().items():
@@ -75,7 +80,10 @@ def official_state_dict(network: NVAE) -> dict[str, Tensor]:
 
 
 def save_safetensors(network: NVAE, path: str | os.PathLike[str]) -> None:
-    """Write weights, and the configuration as JSON in the metadata; an existing file is replaced at once or not at all."""
+    """Write the weights, and the configuration as JSON in the metadata.
+
+    An existing file is replaced at once or not at all.
+    """
     path = Path(path)
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
     metadata = {"format": FORMAT, "config": json.dumps(network.config.to_dict(), sort_keys=True)}
@@ -97,7 +105,8 @@ def load_safetensors(path: str | os.PathLike[str]) -> NVAE:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another format, or its configuration, keys or shapes do not fit.
+        ValueError: the file is damaged, of another format, or its configuration, keys or shapes do
+            not fit.
     """
     path = Path(path)
     try:
@@ -123,7 +132,9 @@ def _unpickle(path: Path) -> Any:
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint of plain tensors: {error}") from error
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint of plain tensors: {error}"
+        ) from error
 
 
 def _aliases(network: nn.Module) -> dict[str, str]:
@@ -140,7 +151,10 @@ def _without_aliases(network: NVAE, state_dict: Mapping[str, Tensor]) -> dict[st
     state_dict = dict(state_dict)
     for key, alias in _aliases(network).items():
         duplicate = state_dict.pop(alias, None)
-        if duplicate is not None and key in state_dict and not torch.equal(duplicate, state_dict[key]):
+        original = state_dict.get(key)
+        if duplicate is None or original is None:
+            continue  # an old file, or a missing key that is reported with all the others
+        if not torch.equal(duplicate, original):
             raise ValueError(f"state_dict[{alias!r}] differs from state_dict[{key!r}]")
     return state_dict
 
@@ -150,6 +164,8 @@ def _load(network: NVAE, state_dict: Mapping[str, Tensor]) -> None:
     # Only a count of batches, which nothing reads.
     optional = {key for key in expected if key.endswith("num_batches_tracked")}
     problems = []
+    if others := sorted(str(k) for k, v in state_dict.items() if not isinstance(v, Tensor)):
+        raise ValueError(f"state_dict holds other things than tensors: {_few(others)}")
     if missing := sorted(set(expected) - optional - set(state_dict)):
         problems.append(f"keys are missing: {_few(missing)}")
     if unexpected := sorted(set(state_dict) - set(expected)):

@@ -1,8 +1,8 @@
-"""What decides an NVAE: the official program's arguments, its tables of architectures and data sets.
+"""What decides an NVAE: the official arguments, architectures and data sets.
 
 Reference: NVAE: A Deep Hierarchical Variational Autoencoder, A. Vahdat and J. Kautz, NeurIPS 2020,
-https://arxiv.org/abs/2007.03898. Field names and defaults are those of the official command line, so that
-the arguments stored in a published checkpoint are a configuration as they stand.
+https://arxiv.org/abs/2007.03898. Field names and defaults are those of the official command line,
+so that the arguments stored in a published checkpoint are a configuration as they stand.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "res55_mbconv": Architecture(
         ("res_bnswish5", "res_bnswish5"), _MCONV6, ("res_bnswish5", "res_bnswish5"), _MCONV3
     ),
-    # The official code lists this one but lacks its 9x9 operations; no official checkpoint can have it.
+    # The official code lists this one but lacks its 9x9 operations: no official checkpoint has it.
     "res_mbconv9": Architecture(_BNSWISH, ("mconv_e6k9g0",), _BNSWISH, ("mconv_e3k9g0",)),
     "mbconv_res": Architecture(_MCONV6, _BNSWISH, _MCONV3, _BNSWISH),
     "mbconv_den": Architecture(_MCONV6, _MCONV6, ("mconv_e3k5g8",), ("mconv_e3k5g8",)),
@@ -72,7 +72,7 @@ INPUT_SIZES: dict[str, int] = {
 _GREY = frozenset({"mnist", "omniglot"})
 _MAY_BE_ZERO = frozenset({"num_nf"})
 
-# Absent from files written before these options existed, with the values those files were trained with.
+# Options that old files lack, with the values those files were trained with.
 _OLD_FILE_DEFAULTS: dict[str, Any] = {
     "ada_groups": False,
     "min_groups_per_scale": 1,
@@ -81,11 +81,34 @@ _OLD_FILE_DEFAULTS: dict[str, Any] = {
 
 # Stored beside the configuration and without influence on the network.
 _TRAINING_ARGS = frozenset(
-    "root save data batch_size learning_rate learning_rate_min weight_decay weight_decay_norm "
-    "weight_decay_norm_init weight_decay_norm_anneal epochs warmup_epochs fast_adamax "
-    "kl_anneal_portion kl_const_portion kl_const_coeff cont_training num_proc_node node_rank "
-    "local_rank global_rank num_process_per_node master_address seed distributed "
-    "num_total_iter".split()
+    {
+        "root",
+        "save",
+        "data",
+        "batch_size",
+        "learning_rate",
+        "learning_rate_min",
+        "weight_decay",
+        "weight_decay_norm",
+        "weight_decay_norm_init",
+        "weight_decay_norm_anneal",
+        "epochs",
+        "warmup_epochs",
+        "fast_adamax",
+        "kl_anneal_portion",
+        "kl_const_portion",
+        "kl_const_coeff",
+        "cont_training",
+        "num_proc_node",
+        "node_rank",
+        "local_rank",
+        "global_rank",
+        "num_process_per_node",
+        "master_address",
+        "seed",
+        "distributed",
+        "num_total_iter",
+    }
 )
 
 
@@ -93,13 +116,14 @@ _TRAINING_ARGS = frozenset(
 class NVAEConfig:
     """Configuration of an NVAE; names and defaults are the official arguments'.
 
-    Scales: ``num_latent_scales`` resolutions carry latents, each half the one before; the first, finest one has
-    ``num_groups_per_scale`` groups, the others as many or, with ``ada_groups``, half (rounded down) of the scale
-    before, but at least ``min_groups_per_scale``. One scale with one group is a plain VAE without towers.
+    ``num_latent_scales`` resolutions carry latents, each half the one before. The first, finest one
+    has ``num_groups_per_scale`` groups; the others have as many or, with ``ada_groups``, half
+    (rounded down) of the scale before, but at least ``min_groups_per_scale``. One scale with one
+    group is a plain VAE without towers.
 
     Raises:
-        ValueError: a field of the wrong type or out of range, an unknown ``dataset`` or ``arch_instance``,
-            or sizes that do not fit together; the message names the field.
+        ValueError: a field of the wrong type or out of range, an unknown ``dataset`` or
+            ``arch_instance``, or sizes that do not fit together; the message names the field.
     """
 
     dataset: str = "mnist"
@@ -138,13 +162,15 @@ class NVAEConfig:
             raise ValueError(f"dataset={self.dataset!r} is unknown; choose one of {known}")
         if self.arch_instance not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
-            raise ValueError(f"arch_instance={self.arch_instance!r} is unknown; choose one of {known}")
+            raise ValueError(
+                f"arch_instance={self.arch_instance!r} is unknown; choose one of {known}"
+            )
         if self.num_x_bits > 8:
             raise ValueError(f"num_x_bits={self.num_x_bits} must lie in 1..8")
         if self.num_preprocess_blocks != self.num_postprocess_blocks:
             raise ValueError(
                 f"num_preprocess_blocks={self.num_preprocess_blocks} and num_postprocess_blocks="
-                f"{self.num_postprocess_blocks} must be equal: the output has the input's resolution"
+                f"{self.num_postprocess_blocks} must be equal: output and input have one size"
             )
         if self.input_size % self.downsampling:
             raise ValueError(
@@ -155,7 +181,7 @@ class NVAEConfig:
         if self.num_channels_enc < 2 or self.num_channels_dec < 2:
             raise ValueError(
                 f"num_channels_enc={self.num_channels_enc} and num_channels_dec="
-                f"{self.num_channels_dec} must be at least 2: a down cell spreads twice as many over 4"
+                f"{self.num_channels_dec} must be at least 2: down cells divide twice as many by 4"
             )
         if self.is_flat and self.num_channels_enc != self.num_channels_dec:
             raise ValueError(
@@ -172,7 +198,9 @@ class NVAEConfig:
         """
         unknown = sorted(set(values) - _field_names())
         if unknown:
-            raise ValueError(f"unknown NVAE configuration keys {unknown}; known: {sorted(_field_names())}")
+            raise ValueError(
+                f"unknown NVAE configuration keys {unknown}; known: {sorted(_field_names())}"
+            )
         return cls(**values)
 
     @classmethod
@@ -189,7 +217,8 @@ class NVAEConfig:
             ignore_args: further names to drop, for files of a modified training program.
 
         Raises:
-            ValueError: an argument is missing, or one is neither known nor listed in ``ignore_args``.
+            ValueError: an argument is missing, or one is neither known nor listed in
+                ``ignore_args``.
         """
         unknown = sorted(set(args) - _field_names() - _TRAINING_ARGS - set(ignore_args))
         if unknown:
@@ -229,7 +258,7 @@ class NVAEConfig:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of an image: grey ones are 28x28 and padded to 32x32 for the network only."""
+        """Shape ``(C, H, W)`` of an image; grey ones are 28x28, padded for the network only."""
         return (1, 28, 28) if self.is_grey else (3, self.input_size, self.input_size)
 
     @property
@@ -241,7 +270,7 @@ class NVAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """Ratio of the image's side to the side of the top group; also the top's channel multiplier."""
+        """Ratio of the image's side to the top group's; also the channel multiplier at the top."""
         return int(2 ** (self.num_preprocess_blocks + self.num_latent_scales - 1))
 
     @property

@@ -2,22 +2,24 @@ r"""Volume-preserving autoregressive flows that enrich the posterior of a latent
 
 .. math:: z' = z - m(z), \qquad \log\lvert\det \partial z' / \partial z\rvert = 0,
 
-where :math:`m` is a masked convolutional network: in raster order, and by channel within a pixel, :math:`m_i` reads
-only elements before :math:`i`. A mirrored flow reads the image from its other end.
+where :math:`m` is a masked convolutional network: in raster order, and by channel within a pixel,
+:math:`m_i` reads only elements before :math:`i`. A mirrored flow reads the image from its other
+end.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.distributions.transforms import Transform
+from torch.distributions.transforms import AffineTransform, Transform
 from torch.nn import functional as F
 
-from .config import NVAEConfig
-from .layers import Conv2d
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.layers import Conv2d
 
 HIDDEN_FACTOR = 6
 SHIFT_INIT = 0.1
@@ -28,9 +30,10 @@ def autoregressive_mask(
 ) -> Tensor:
     """Which weights a causal convolution may use: 1 or 0, shape ``(C_out, C_in, k, k)``.
 
-    Rows above the centre are free, and so is the left half of the centre row; at the centre itself an output channel
-    reads the input channels of earlier blocks, and of its own unless ``zero_diag``. ``mirror`` flips space,
-    not channels. A depthwise kernel has one input channel, its own.
+    Rows above the centre are free, and so is the left half of the centre row; at the centre itself
+    an output channel reads the input channels of earlier blocks, and of its own unless
+    ``zero_diag``. ``mirror`` flips space, not channels. A depthwise kernel has one input channel,
+    its own.
     """
     mask = torch.zeros(out_channels, in_channels, kernel_size, kernel_size)
     centre = kernel_size // 2
@@ -106,7 +109,7 @@ class _Head(nn.Module):
 
 
 class AutoregressiveShift(nn.Module):
-    """The network ``m(z)``, ``(N, L, h, w)`` -> ``(N, L, h, w)``; element ``i`` reads elements before ``i``."""
+    """The network ``m(z)``, same shape ``(N, L, h, w)``; element ``i`` reads those before ``i``."""
 
     def __init__(self, channels: int, *, mirror: bool) -> None:
         super().__init__()
@@ -142,11 +145,12 @@ class ShiftTransform(Transform):
     """``z -> z - m(z)`` on events ``(L, h, w)``.
 
     The value just produced is inverted from the cache. Any other value is inverted by iterating
-    ``z = y + m(z)``, which ends after at most ``L h w`` steps because ``m`` is strictly autoregressive, and in practice
-    after a few dozen; gradients are those of the implicit function (first order only).
+    ``z = y + m(z)``, which ends after at most ``L h w`` steps because ``m`` is strictly
+    autoregressive, and in practice much earlier; gradients are those of the implicit function,
+    first order only.
 
-    Two transforms are equal when they share their network, so that the divergence of two posteriors behind the same flow
-    is, as it must be, the divergence of their Gaussians.
+    Two transforms are equal when they share their network, so that the divergence of two posteriors
+    behind the same flow is, as it must be, the divergence of their Gaussians.
     """
 
     domain = constraints.independent(constraints.real, 3)
@@ -178,6 +182,36 @@ class ShiftTransform(Transform):
         return x.new_zeros(x.shape[:-3])
 
 
+class FlowPosterior(dist.TransformedDistribution):
+    """Gaussian behind flows: the posterior of a latent group, event shape ``(L, h, w)``.
+
+    Two posteriors behind the same flows have an exact KL-divergence. Moments have no closed form;
+    ``mean`` and ``variance`` are stand-ins for those who need a point and a scale.
+    """
+
+    @property
+    def mode(self) -> Tensor:
+        """The Gaussian's mean sent through the flows; exact, since they do not stretch volume."""
+        value: Tensor = self.base_dist.mean
+        for transform in self.transforms:
+            value = transform(value)
+        return value
+
+    @property
+    def mean(self) -> Tensor:
+        """The mode."""
+        return self.mode
+
+    @property
+    def variance(self) -> Tensor:
+        """The Gaussian's variance, rescaled by affine transforms alone."""
+        variance: Tensor = self.base_dist.variance
+        for transform in self.transforms:
+            if isinstance(transform, AffineTransform):
+                variance = variance * transform.scale**2
+        return variance
+
+
 def invert_shift(shift: AutoregressiveShift, y: Tensor) -> Tensor:
     """The ``z`` with ``z - m(z) = y``, shapes ``(N, L, h, w)``."""
     max_steps = y[0].numel() + 1
@@ -197,7 +231,8 @@ def invert_shift(shift: AutoregressiveShift, y: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return z
 
-    # dz = dy + dm + J dz with J strictly triangular: the last step carries dy and dm, the hook solves for dz.
+    # dz = dy + dm + J dz with J strictly triangular: the last step carries dy and dm, the hook
+    # solves for dz.
     result = y + shift(z)
     if result.requires_grad:
         anchor = z.detach().requires_grad_()

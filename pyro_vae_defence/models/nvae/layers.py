@@ -66,10 +66,14 @@ def effective_weight(conv: nn.Conv2d) -> Tensor:
     return conv.effective_weight() if isinstance(conv, Conv2d) else conv.weight
 
 
-def plain_conv(in_channels: int, out_channels: int, kernel_size: int, **options: int) -> nn.Conv2d:
+def plain_conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
     """Convolution without weight normalisation or bias; batch norm follows it."""
     padding = (kernel_size - 1) // 2
-    return nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False, **options)
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
+    )
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -89,7 +93,7 @@ class BatchNormSwish(nn.BatchNorm2d):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm one level down, where the official state dict keeps it when no activation follows."""
+    """Batch norm without activation; the official state dict keeps it one level down."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -120,8 +124,8 @@ class SqueezeExcite(nn.Module):
 class FactorisedReduce(nn.Module):
     """Skip connection that halves the resolution and maps ``in_channels`` to ``out_channels``.
 
-    Four 1x1 convolutions of stride 2 read the four pixels of each 2x2 block and write a quarter of the
-    channels each, so that no pixel is lost.
+    Four 1x1 convolutions of stride 2 read the four pixels of each 2x2 block and write a quarter of
+    the channels each, so that no pixel is lost.
     """
 
     # (rows, columns) dropped at the top left in front of conv_1 .. conv_4.

@@ -1,7 +1,7 @@
-r"""Distributions of an image given the network's output.
+"""Distributions of an image given the network's output.
 
-Images lie in [0, 1]; colour likelihoods work on :math:`y = 2x - 1`. All have event shape ``(C, H, W)`` and one
-log-probability per image, in nats.
+Images ``x`` lie in [0, 1]; colour likelihoods work on ``y = 2x - 1``. All have event shape
+``(C, H, W)`` and one log-probability per image, in nats.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F
 
-from .config import NVAEConfig
-from .samplers import gaussian
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.samplers import gaussian
 
-# Parameters and branch points of the mixture of logistics (Salimans et al., PixelCNN++, 2017; NVAE's official values).
+# Parameters and branch points of the mixture of logistics (Salimans et al., PixelCNN++, 2017;
+# NVAE's official values).
 MIN_LOG_SCALE = -7.0
 LOWER_EDGE, UPPER_EDGE = -0.999, 0.99
 MIN_DELTA = 1e-5
@@ -31,7 +32,7 @@ def observation(config: NVAEConfig, logits: Tensor) -> TorchDistribution:
 
     Args:
         config: what kind of images the model is for.
-        logits: output of the network, ``(N, config.output_channels, S, S)`` with ``S = config.input_size``.
+        logits: output of the network, ``(N, config.output_channels, S, S)``.
     """
     if config.is_grey:
         return dist.Bernoulli(logits=crop(config, logits), validate_args=False).to_event(3)
@@ -64,11 +65,12 @@ def quantise(images: Tensor, num_bits: int) -> Tensor:
     return torch.floor(images * 255 / 2 ** (8 - num_bits)) / (2**num_bits - 1)
 
 
-class GaussianImage(dist.Normal):  # type: ignore[misc]
+class GaussianImage(dist.Normal):
     """Gaussian on ``y = 2x - 1`` seen as a distribution of ``x``; parameters ``(N, 6, H, W)``.
 
-    ``loc`` and ``scale`` are those of ``x``. The log-density is taken with respect to ``y``, as published figures are; the
-    density with respect to ``x`` is larger by ``log 2`` per channel and pixel.
+    ``loc`` and ``scale`` are those of ``x``. The log-density is taken with respect to ``y``, as
+    published figures are; the density with respect to ``x`` is larger by ``log 2`` per channel and
+    pixel.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -87,16 +89,18 @@ class GaussianImage(dist.Normal):  # type: ignore[misc]
         return expanded
 
 
-class DiscretisedLogisticMixture(TorchDistribution):  # type: ignore[misc]
+class DiscretisedLogisticMixture(TorchDistribution):
     r"""Mixture of logistics over the levels of three colour channels (DMOL).
 
-    A pixel picks one of ``M`` components; within it, each channel is a logistic integrated over the width of one
-    level, and its mean depends linearly on the channels before it (red, green, blue).
+    A pixel picks one of ``M`` components; within it, each channel is a logistic integrated over the
+    width of one level, and its mean depends linearly on the channels before it (red, green, blue).
 
     Args:
-        logits: ``(N, 10 M, H, W)``: M mixture logits, then per colour M means, M log-scales and M coefficients before
-            their tanh. The coefficients of red, green, blue slots are those of green on red, blue on red, blue on green.
-        num_bits: bits per channel; the images have ``2 ** num_bits`` equally spaced levels in [0, 1].
+        logits: ``(N, 10 M, H, W)``: M mixture logits, then per colour M means, M log-scales and M
+            coefficients before their tanh. The coefficients of red, green, blue slots are those of
+            green on red, blue on red, blue on green.
+        num_bits: bits per channel; the images have ``2 ** num_bits`` equally spaced levels in [0,
+            1].
         validate_args: whether :meth:`log_prob` checks that images lie in [0, 1].
     """
 
@@ -104,7 +108,9 @@ class DiscretisedLogisticMixture(TorchDistribution):  # type: ignore[misc]
     support = constraints.independent(constraints.unit_interval, 3)
     has_rsample = False
 
-    def __init__(self, logits: Tensor, *, num_bits: int = 8, validate_args: bool | None = None) -> None:
+    def __init__(
+        self, logits: Tensor, *, num_bits: int = 8, validate_args: bool | None = None
+    ) -> None:
         if logits.dim() < 3 or logits.shape[-3] % 10 or not logits.shape[-3]:
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)} do not have 10 channels per component"
@@ -119,7 +125,9 @@ class DiscretisedLogisticMixture(TorchDistribution):  # type: ignore[misc]
         self.loc = per_colour[..., 0, :, :, :]
         self.log_scale = per_colour[..., 1, :, :, :].clamp(min=MIN_LOG_SCALE)
         self.coefficients = per_colour[..., 2, :, :, :].tanh()
-        super().__init__(logits.shape[:-3], torch.Size((3, height, width)), validate_args=validate_args)
+        super().__init__(
+            logits.shape[:-3], torch.Size((3, height, width)), validate_args=validate_args
+        )
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretisedLogisticMixture:
         """The same distribution on a larger batch."""
@@ -140,7 +148,8 @@ class DiscretisedLogisticMixture(TorchDistribution):  # type: ignore[misc]
         red, green, _ = y.unbind(-4)
         on_red, blue_on_red, blue_on_green = self.coefficients.unbind(-4)
         from_others = torch.stack(
-            [torch.zeros_like(on_red), on_red * red, blue_on_red * red + blue_on_green * green], dim=-4
+            [torch.zeros_like(on_red), on_red * red, blue_on_red * red + blue_on_green * green],
+            dim=-4,
         )
         half_width = 1 / (2**self.num_bits - 1)
         distance = y - (self.loc + from_others)
@@ -167,7 +176,7 @@ class DiscretisedLogisticMixture(TorchDistribution):  # type: ignore[misc]
 
     @property
     def mean(self) -> Tensor:
-        """The official "mean image", ``(N, 3, H, W)``: averaged parameters put through the colour recursion."""
+        """The official "mean image", ``(N, 3, H, W)``: averaged parameters, colours in turn."""
         weights = self.mixture_logits.softmax(dim=-3).unsqueeze(-4)
         loc = (weights * self.loc).sum(dim=-3)
         coefficients = (weights * self.coefficients).sum(dim=-3)
@@ -179,9 +188,9 @@ class DiscretisedLogisticMixture(TorchDistribution):  # type: ignore[misc]
         mixture_shape = shape + self.mixture_logits.shape[-3:]
 
         def uniform(size: torch.Size) -> Tensor:
-            return torch.empty(
-                size, dtype=self.logits.dtype, device=self.logits.device
-            ).uniform_(UNIFORM_MARGIN, 1 - UNIFORM_MARGIN)
+            return torch.empty(size, dtype=self.logits.dtype, device=self.logits.device).uniform_(
+                UNIFORM_MARGIN, 1 - UNIFORM_MARGIN
+            )
 
         with torch.no_grad():
             return self.draw(uniform(mixture_shape), uniform(shape + self._event_shape))
@@ -194,14 +203,15 @@ class DiscretisedLogisticMixture(TorchDistribution):  # type: ignore[misc]
         Args:
             uniform_mixture: ``(*, M, H, W)``, chooses the component (Gumbel trick).
             uniform_logistic: ``(*, 3, H, W)``, the noise of the colours.
-            temperature: divides the mixture logits, and, as in the official program, also divides the scales.
+            temperature: divides the mixture logits, and, as in the official program, also divides
+                the scales.
         """
         score = self.mixture_logits / temperature - (-uniform_mixture.log()).log()
         choice = score.argmax(dim=-3, keepdim=True).unsqueeze(-4)
 
         def chosen(parameter: Tensor) -> Tensor:
             shape = choice.shape[:-4] + parameter.shape[-4:]
-            index = choice.expand(choice.shape[:-4] + (3,) + choice.shape[-3:])
+            index = choice.expand((*choice.shape[:-4], 3, *choice.shape[-3:]))
             return parameter.expand(shape).gather(-3, index).squeeze(-3)
 
         logistic = uniform_logistic.log() - (1 - uniform_logistic).log()

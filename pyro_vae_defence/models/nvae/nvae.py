@@ -1,14 +1,15 @@
 r"""NVAE as two Pyro programs.
 
-Latent groups :math:`z_0` (top, coarsest) to :math:`z_{G-1}`; with :math:`s_g` the decoder's features behind
-:math:`z_0, \dots, z_{g-1}` and :math:`r_g` the encoder's features at the same place,
+The latent groups are :math:`z_0` (top, coarsest) to :math:`z_{G-1}`. With :math:`s_g` the decoder's
+features behind :math:`z_0, \dots, z_{g-1}`, and :math:`r_g` the encoder's at the same place,
 
 .. math::
 
     p(x, z) &= p(x \mid z) \prod_g \mathcal N(z_g \mid \mu_g(s_g), \sigma_g(s_g)^2), \\
-    q(z \mid x) &= \prod_g F_{g\,\#}\, \mathcal N(\mu'_g(s_g, r_g), \sigma'_g(s_g, r_g)^2)(z_g),
+    q(z \mid x) &= \prod_g F_{g\#}\, \mathcal N(\mu'_g(s_g, r_g), \sigma'_g(s_g, r_g)^2)(z_g),
 
-where the flow :math:`F_g` may be absent. Both programs walk the same top-down path through ``s_g``.
+where the flow :math:`F_g` may be absent. Both programs walk the same top-down path through the
+:math:`s_g`; that walk is written once, and they differ in how they choose the next latent.
 
 Reference: NVAE: A Deep Hierarchical Variational Autoencoder, A. Vahdat and J. Kautz, NeurIPS 2020,
 https://arxiv.org/abs/2007.03898.
@@ -16,130 +17,112 @@ https://arxiv.org/abs/2007.03898.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import kl_divergence
+from torch.distributions.transforms import Transform
 
-from ...types import Latents, LatentsLike
-from . import likelihoods
-from .config import NVAEConfig
-from .flows import build_flows
-from .layers import Conv2d
-from .samplers import build_posterior_samplers, build_prior_samplers, gaussian
-from .towers import DecoderTower, EncoderTower, build_post_process, build_pre_process
+from pyro_vae_defence.models.nvae import likelihoods
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.flows import FlowPair, FlowPosterior, build_flows
+from pyro_vae_defence.models.nvae.layers import Conv2d
+from pyro_vae_defence.models.nvae.samplers import (
+    build_posterior_samplers,
+    build_prior_samplers,
+    gaussian,
+)
+from pyro_vae_defence.models.nvae.terms import GroupTerms, Terms
+from pyro_vae_defence.models.nvae.towers import (
+    DecoderTower,
+    EncoderTower,
+    build_post_process,
+    build_pre_process,
+)
+from pyro_vae_defence.types import Latents, LatentsLike
+
+if TYPE_CHECKING:
+    from pyro_vae_defence.models.nvae.noncentred import NonCentredNVAE
+
+_instances = itertools.count()
 
 
 class TopDownState(NamedTuple):
-    """Where the top-down path stands in front of a group."""
+    """Where the top-down path stands in front of a group.
+
+    Attributes:
+        features: the decoder's features ``s_g``, ``(N, C, h, w)``.
+        prior: raw parameters of the group's prior, ``(N, 2 L, h, w)``.
+    """
 
     features: Tensor
-    """Decoder features ``s_g``, ``(N, C, h, w)``."""
     prior: Tensor
-    """Raw parameters of the group's prior, ``(N, 2 L, h, w)``."""
+
+
+class Path(NamedTuple):
+    """A walk down all groups.
+
+    Attributes:
+        latents: the latent of every group, from the top down.
+        states: the state in front of every group.
+    """
+
+    latents: list[Tensor]
+    states: list[TopDownState]
+
+
+Choose = Callable[[int, TopDownState], Tensor]
+"""Number of a group and the state in front of it -> its latent ``(N, L, h, w)``."""
 
 
 @dataclass(frozen=True)
-class GroupTerms:
-    """One latent group in a pass over images; maps have shape ``(N, L, h, w)``, nats."""
-
-    posterior: dist.Normal
-    """Gaussian before the flows."""
-    prior: dist.Normal
-    z_base: Tensor
-    """Sample of ``posterior``."""
-    z: Tensor
-    """The latent: ``z_base`` behind the flows."""
-
-    @property
-    def log_q_map(self) -> Tensor:
-        """Elementwise log q; the flows preserve volume."""
-        return self.posterior.log_prob(self.z_base)
-
-    @property
-    def log_p_map(self) -> Tensor:
-        """Elementwise log p."""
-        return self.prior.log_prob(self.z)
-
-    @property
-    def kl_map(self) -> Tensor:
-        """Elementwise KL(q || p): exact without flows, else the one-sample estimate ``log q - log p``."""
-        if self.z is self.z_base:
-            return kl_divergence(self.posterior, self.prior)
-        return self.log_q_map - self.log_p_map
-
-
-@dataclass(frozen=True)
-class Terms:
-    """Everything a loss is made of, from one pass over images; per image and group, from the top down, nats."""
-
-    groups: tuple[GroupTerms, ...]
-    logits: Tensor
-    """Output of the network, ``(N, C_out, S, S)``."""
-    reconstruction_loss: Tensor
-    """``-log p(x | z)``, ``(N,)``."""
-
-    @property
-    def kl(self) -> Tensor:
-        """KL, ``(N, G)``; see :attr:`GroupTerms.kl_map`."""
-        return self._per_group([g.kl_map for g in self.groups])
-
-    @property
-    def log_q(self) -> Tensor:
-        """log q of the sample, ``(N, G)``."""
-        return self._per_group([g.log_q_map for g in self.groups])
-
-    @property
-    def log_p(self) -> Tensor:
-        """log p of the sample, ``(N, G)``."""
-        return self._per_group([g.log_p_map for g in self.groups])
-
-    @staticmethod
-    def _per_group(maps: list[Tensor]) -> Tensor:
-        return torch.stack([m.flatten(1).sum(dim=1) for m in maps], dim=1)
-
-
-@dataclass
 class _SharedPath:
-    """The path a guide walked, for the model that is run next on the very same latents."""
+    """The path a guide walked, for a model run on the very same latents."""
 
     stamp: object = None
-    latents: list[Tensor] = field(default_factory=list)
-    states: list[TopDownState] = field(default_factory=list)
+    path: Path = field(default_factory=lambda: Path([], []))
 
-    def covers(self, latents: list[Tensor]) -> bool:
-        return all(mine is theirs for mine, theirs in zip(self.latents, latents))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Copies and pickles of the network do not carry the path along.
-        return (_SharedPath, ())
+    def state(self, latents: list[Tensor]) -> TopDownState | None:
+        """The state behind ``latents`` if the path went there."""
+        if not self.path.states:
+            return None
+        same = all(mine is theirs for mine, theirs in zip(self.path.latents, latents))
+        return self.path.states[len(latents)] if same else None
 
 
 class NVAE(nn.Module):
-    """Hierarchical VAE: ``model(x)`` and ``guide(x)`` over latent sites ``z_00`` (top) to ``z_{G-1}``.
+    """Hierarchical VAE: latent sites ``z_00`` (top), ``z_01``, ..., and the image at ``obs``.
 
-    Images ``x`` have shape ``(N, C, H, W) = (N, *config.image_shape)`` and values in [0, 1] (not checked: that would wait for
-    the device on every call). For grey data 28x28 images are padded to 32x32 for the encoder; 32x32 images are
-    taken as they are. Site ``obs`` always holds the 28x28 image.
+    Images have shape ``(N, *image_shape)`` and values in [0, 1] (not checked: that would wait for
+    the device at every call). Grey images are 28x28 and padded to 32x32 for the encoder; images
+    already padded to 32x32 are taken as they are, and cropped to 28x28 for ``obs``.
 
-    Sharing: the guide walks the top-down path to build its posteriors. A model run that follows, on the very same latent
-    tensors (``poutine.replay``) and with unchanged weights, takes the features over from the guide instead of computing them
-    again, so an ELBO costs one pass; any other model run computes its own. The guide's features live until the
-    next call of either program; ``share=False`` switches this off.
+    **Sharing.** The guide walks the top-down path to build its posteriors. A model run that follows
+    on the very same latent tensors (``poutine.replay``), with nothing changed in between, takes the
+    features over instead of computing them again, so an ELBO costs one pass. Any other model run
+    computes its own. The guide's features are kept until the next call of a program;
+    ``share=False`` switches this off.
 
-    Training mode: batch statistics are used and updated, and the parameters are registered with Pyro's parameter store under a
-    name of this instance's own, so that ``SVI`` finds them. In eval mode neither happens.
+    **Modes.** In train mode batch statistics are used and updated, and the parameters are
+    registered with Pyro's parameter store so that ``SVI`` finds them, under a name of this
+    instance's own. In eval mode neither happens.
 
     Args:
         config: the architecture.
-        share: whether a model run may reuse the guide's path.
+        share: whether a model run may take over the guide's path.
+
+    Example:
+        >>> config = NVAEConfig(num_groups_per_scale=2, num_channels_enc=4, num_channels_dec=4)
+        >>> vae = NVAE(config).eval()
+        >>> {site: tuple(z.shape) for site, z in vae.guide(torch.rand(3, 1, 28, 28)).items()}
+        {'z_00': (3, 20, 8, 8), 'z_01': (3, 20, 8, 8)}
     """
 
     def __init__(self, config: NVAEConfig, *, share: bool = True) -> None:
@@ -147,6 +130,7 @@ class NVAE(nn.Module):
         self.config = config
         self.share = share
         self._shared = _SharedPath()
+        self._scope = self._new_scope()
         top_enc = config.num_channels_enc * config.downsampling
         top_dec = config.num_channels_dec * config.downsampling
         top_shape = config.latent_shapes[0][1:]
@@ -167,133 +151,24 @@ class NVAE(nn.Module):
             nn.ELU(), Conv2d(config.num_channels_dec, config.output_channels, 3)
         )
 
-    # ---------------------------------------------------------------- the two programs
+    # Pyro's parameter store is global and keyed by name: two networks under one name would share
+    # weights by accident, so every instance, copies included, has its own.
+    @staticmethod
+    def _new_scope() -> str:
+        return f"NVAE_{next(_instances)}"
 
-    def model(self, x: Tensor) -> TorchDistribution:
-        """Generative program: latent sites, then ``x`` observed at ``obs``.
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles do not carry a path, part of an autograd graph, along.
+        return self.__dict__ | {"_shared": _SharedPath()}
 
-        Returns:
-            The distribution of the image, batch shape ``(N,)``.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scope = self._new_scope()
 
-        Raises:
-            ValueError: ``x`` has the wrong shape.
-        """
-        image = self._image(x)
-        self._register()
-        path, self._shared = self._shared, _SharedPath()
-        if path.states and path.stamp != self._stamp():
-            path = _SharedPath()
-
-        def choose(group: int, state: TopDownState) -> Tensor:
-            z: Tensor = pyro.sample(self.site(group), gaussian(state.prior).to_event(3))
-            return z
-
-        with pyro.plate("data", x.shape[0]):
-            latents, states = self._walk(x.shape[0], choose, path)
-            observation = self.observation(self._output(states[-1], latents[-1]))
-            pyro.sample("obs", observation, obs=image)
-        return observation
-
-    def guide(self, x: Tensor) -> Latents:
-        """Inference program q(z | x).
-
-        A site's distribution is a Gaussian or, with flows, a ``TransformedDistribution`` of one; two of the latter from the
-        same group have an exact KL divergence.
-
-        Returns:
-            Site name -> latent ``(N, L, h, w)``.
-
-        Raises:
-            ValueError: ``x`` has the wrong shape.
-        """
-        encoded = self._encode(x)
-        self._register()
-        self._shared = _SharedPath()  # frees the last path before this one is built
-
-        def choose(group: int, state: TopDownState) -> Tensor:
-            z: Tensor = pyro.sample(self.site(group), self._posterior(group, state, encoded))
-            return z
-
-        with pyro.plate("data", x.shape[0]):
-            latents, states = self._walk(x.shape[0], choose)
-        if self.share:
-            self._shared = _SharedPath(self._stamp(), latents, states)
-        return self._named(latents)
-
-    # ---------------------------------------------------------------- without Pyro
-
-    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Terms:
-        """One pass as the official program makes it: sample the posterior, decode, collect the terms.
-
-        Args:
-            x: images, see the class.
-            noise: standard normal draws ``(N, L, h, w)`` per group, from the top down; drawn when ``None``.
-
-        Raises:
-            ValueError: ``x`` or ``noise`` has the wrong shape.
-        """
-        image = self._image(x)
-        draws = self._noise(x.shape[0], noise)
-        encoded = self._encode(x)
-        groups: list[GroupTerms] = []
-
-        def choose(group: int, state: TopDownState) -> Tensor:
-            posterior = self._posterior_base(group, state, encoded)
-            z = z_base = posterior.loc + posterior.scale * draws[group]
-            for transform in self._flow(group):
-                z = transform(z)
-            groups.append(GroupTerms(posterior, gaussian(state.prior), z_base, z))
-            return z
-
-        latents, states = self._walk(x.shape[0], choose)
-        logits = self._output(states[-1], latents[-1])
-        return Terms(tuple(groups), logits, -self.observation(logits).log_prob(image))
-
-    def decode(self, latents: LatentsLike) -> TorchDistribution:
-        """p(x | z): latents by site name -> distribution of images, batch shape ``(N,)``; its ``mean`` is an image.
-
-        Raises:
-            ValueError: a site is missing, unknown or has the wrong shape.
-        """
-        return self.observation(self.logits(latents))
-
-    def logits(self, latents: LatentsLike) -> Tensor:
-        """Output of the network ``(N, C_out, S, S)`` for latents by site name; errors as in :meth:`decode`."""
-        values = self._checked(latents)
-        values, states = self._walk(values[0].shape[0], lambda group, _: values[group])
-        return self._output(states[-1], values[-1])
-
-    def sample_latents(
-        self, num: int, temperature: float = 1.0, *, noise: Sequence[Tensor] | None = None
-    ) -> Latents:
-        """Latents of ``num`` images from the prior, standard deviations multiplied by ``temperature``.
-
-        Args:
-            num: number of images.
-            temperature: positive; below 1 gives more typical images.
-            noise: standard normal draws ``(num, L, h, w)`` per group; drawn when ``None``.
-
-        Raises:
-            ValueError: ``num`` or ``temperature`` is not positive, or ``noise`` has the wrong shape.
-        """
-        return self._named(self._ancestral(num, temperature, noise)[0])
-
-    def sample(self, num: int, temperature: float = 1.0) -> Tensor:
-        """``num`` images ``(num, C, H, W)`` in [0, 1], as the official program shows them.
-
-        Grey images are the Bernoulli probabilities; colour images are drawn from the likelihood.
-
-        Raises:
-            ValueError: ``num`` or ``temperature`` is not positive.
-        """
-        latents, states = self._ancestral(num, temperature, None)
-        observation = self.observation(self._output(states[-1], latents[-1]))
-        images: Tensor = observation.mean if self.config.is_grey else observation.sample()
-        return images.clamp(0, 1)
-
-    def observation(self, logits: Tensor) -> TorchDistribution:
-        """Distribution of the image given the network's output; see :func:`likelihoods.observation`."""
-        return likelihoods.observation(self.config, logits)
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape ``(C, H, W)`` of the images."""
+        return self.config.image_shape
 
     @staticmethod
     def site(group: int) -> str:
@@ -305,101 +180,227 @@ class NVAE(nn.Module):
         """Names of the latent sites, from the top down."""
         return tuple(self.site(group) for group in range(self.config.num_groups))
 
-    # ---------------------------------------------------------------- files
+    # --- The two programs -------------------------------------------------------------------------
+
+    def model(self, x: Tensor) -> TorchDistribution:
+        """Generative program p(x, z): the latent sites, then ``x`` observed at ``obs``.
+
+        Returns:
+            The distribution of the image given the latents, batch shape ``(N,)``.
+
+        Raises:
+            ValueError: ``x`` has the wrong shape.
+        """
+        image = self._image(x)
+        self._register()
+        shared, self._shared = self._shared, _SharedPath()
+        if shared.stamp != self._stamp(shared.path.latents):
+            shared = _SharedPath()
+
+        def choose(group: int, state: TopDownState) -> Tensor:
+            z: Tensor = pyro.sample(self.site(group), gaussian(state.prior).to_event(3))
+            return z
+
+        with pyro.plate("data", x.shape[0]):
+            path = self._walk(x.shape[0], choose, shared)
+            observation = likelihoods.observation(self.config, self._output(path))
+            pyro.sample("obs", observation, obs=image)
+        return observation
+
+    def guide(self, x: Tensor) -> Latents:
+        """Inference program q(z | x).
+
+        The distribution of a site is a Gaussian or, with flows, a :class:`flows.FlowPosterior`.
+
+        Returns:
+            Site name -> latent ``(N, L, h, w)``.
+
+        Raises:
+            ValueError: ``x`` has the wrong shape.
+        """
+        self._shared = _SharedPath()  # frees the last path before the next one is built
+        encoded = self._encode(x)
+        self._register()
+
+        def choose(group: int, state: TopDownState) -> Tensor:
+            posterior, flow = self._posterior(group, state, encoded)
+            q = posterior.to_event(3)
+            if flow:
+                q = FlowPosterior(q, flow, validate_args=False)
+            z: Tensor = pyro.sample(self.site(group), q)
+            return z
+
+        with pyro.plate("data", x.shape[0]):
+            path = self._walk(x.shape[0], choose)
+        if self.share:
+            self._shared = _SharedPath(self._stamp(path.latents), path)
+        return dict(zip(self.sites, path.latents))
+
+    # --- Without Pyro -----------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> Terms:
+        """One pass as the official program makes it: sample the posterior, decode, keep the terms.
+
+        Args:
+            x: images, as for the programs.
+            noise: standard normal draws ``(N, L, h, w)`` per group, from the top down; drawn from
+                the global seed when ``None``.
+
+        Raises:
+            ValueError: ``x`` or ``noise`` has the wrong shape.
+        """
+        image = self._image(x)
+        draws = self._noise(x.shape[0], noise)
+        encoded = self._encode(x)
+        groups: list[GroupTerms] = []
+
+        def choose(group: int, state: TopDownState) -> Tensor:
+            posterior, flow = self._posterior(group, state, encoded)
+            z = z_base = posterior.loc + posterior.scale * draws[group]
+            for transform in flow:
+                z = transform(z)
+            groups.append(GroupTerms(posterior, gaussian(state.prior), z_base, z))
+            return z
+
+        logits = self._output(self._walk(x.shape[0], choose))
+        log_likelihood = likelihoods.observation(self.config, logits).log_prob(image)
+        return Terms(tuple(groups), logits, -log_likelihood)
+
+    def logits(self, latents: LatentsLike) -> Tensor:
+        """Output of the network for latents by site name: ``(N, C_out, S, S)``.
+
+        Raises:
+            ValueError: a site is missing, unknown, or has the wrong shape.
+        """
+        values = self._checked(latents, self.sites)
+        return self._output(self._walk(values[0].shape[0], lambda group, _: values[group]))
+
+    def observation(self, latents: LatentsLike) -> TorchDistribution:
+        """p(x | z) for latents by site name, batch shape ``(N,)``; errors as in :meth:`logits`."""
+        return likelihoods.observation(self.config, self.logits(latents))
+
+    def decode(self, latents: LatentsLike) -> Tensor:
+        """Mean of p(x | z) for latents by site name: images ``(N, C, H, W)``."""
+        images: Tensor = self.observation(latents).mean
+        return images
+
+    def sample_latents(
+        self, num: int, temperature: float = 1.0, *, noise: Sequence[Tensor] | None = None
+    ) -> Latents:
+        """Latents of ``num`` images from the prior, by site name.
+
+        Args:
+            num: number of images.
+            temperature: factor of all standard deviations, positive; below 1 images become typical.
+            noise: as in :meth:`forward`.
+
+        Raises:
+            ValueError: ``num`` or ``temperature`` is not positive, or ``noise`` has wrong shapes.
+        """
+        return dict(zip(self.sites, self._ancestral(num, temperature, noise).latents))
+
+    def sample(self, num: int, temperature: float = 1.0) -> Tensor:
+        """``num`` images ``(num, C, H, W)`` in [0, 1], as the official program shows them.
+
+        Grey images are the Bernoulli's probabilities, colour images are draws from the likelihood.
+        Arguments and errors as in :meth:`sample_latents`.
+        """
+        logits = self._output(self._ancestral(num, temperature, None))
+        observation = likelihoods.observation(self.config, logits)
+        images: Tensor = observation.mean if self.config.is_grey else observation.sample()
+        return images.clamp(0, 1)
+
+    def noncentred(self) -> NonCentredNVAE:
+        """The same model over the noise of its latents; see :class:`noncentred.NonCentredNVAE`."""
+        from pyro_vae_defence.models.nvae.noncentred import NonCentredNVAE
+
+        return NonCentredNVAE(self)
+
+    # --- Files ------------------------------------------------------------------------------------
 
     @classmethod
     def from_official(
         cls, path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] = ()
     ) -> NVAE:
         """Model from an official ``checkpoint.pt``; see :func:`checkpoint.load_official`."""
-        from .checkpoint import load_official
+        from pyro_vae_defence.models.nvae.checkpoint import load_official
 
         return load_official(path, ignore_args=ignore_args)
 
     @classmethod
     def from_safetensors(cls, path: str | os.PathLike[str]) -> NVAE:
-        """Model from a file of :meth:`save_safetensors`; see :func:`checkpoint.load_safetensors`."""
-        from .checkpoint import load_safetensors
+        """Model from a file of this library; see :func:`checkpoint.load_safetensors`."""
+        from pyro_vae_defence.models.nvae.checkpoint import load_safetensors
 
         return load_safetensors(path)
 
     def save_safetensors(self, path: str | os.PathLike[str]) -> None:
         """Write weights and configuration; see :func:`checkpoint.save_safetensors`."""
-        from .checkpoint import save_safetensors
+        from pyro_vae_defence.models.nvae.checkpoint import save_safetensors
 
         save_safetensors(self, path)
 
-    # ---------------------------------------------------------------- parts
+    # --- Parts ------------------------------------------------------------------------------------
 
     def _encode(self, x: Tensor) -> list[Tensor]:
-        """Encoder features at every group, from the top down."""
-        self._image(x)
-        if x.shape[-1] != self.config.input_size:
+        """The encoder's features at every group, from the top down."""
+        if self._image(x) is x:
             x = likelihoods.pad(self.config, x)
-        features = self.pre_process(self.stem(2 * x - 1))
-        top, at_combiners = self.enc_tower(features)
+        top, at_combiners = self.enc_tower(self.pre_process(self.stem(2 * x - 1)))
         return [self.enc0(top), *at_combiners]
 
-    def _posterior_base(self, group: int, state: TopDownState, encoded: list[Tensor]) -> dist.Normal:
+    def _posterior(
+        self, group: int, state: TopDownState, encoded: list[Tensor]
+    ) -> tuple[dist.Normal, list[Transform]]:
+        """The group's Gaussian, and the flows behind it."""
         features = encoded[group]
         if group > 0:
             features = self.enc_tower.combiners()[group - 1](features, state.features)
         raw = self.enc_sampler[group](features)
-        # Residual posteriors: raw parameters are relative to the prior's (zero at the top).
-        return gaussian(raw + state.prior if self.config.res_dist else raw)
+        # A residual posterior's raw parameters are relative to the prior's, which are 0 at the top.
+        posterior = gaussian(raw + state.prior if self.config.res_dist else raw)
+        flow: list[Transform] = []
+        for index in range(group * self.config.num_nf, (group + 1) * self.config.num_nf):
+            pair = self.nf_cells[index]
+            assert isinstance(pair, FlowPair)
+            flow += pair.transforms()
+        return posterior, flow
 
-    def _posterior(self, group: int, state: TopDownState, encoded: list[Tensor]) -> TorchDistribution:
-        base = self._posterior_base(group, state, encoded).to_event(3)
-        flow = self._flow(group)
-        return dist.TransformedDistribution(base, flow, validate_args=False) if flow else base
-
-    def _flow(self, group: int) -> list[Any]:
-        pairs = range(group * self.config.num_nf, (group + 1) * self.config.num_nf)
-        return [transform for j in pairs for transform in self.nf_cells[j].transforms()]
-
-    def _walk(
-        self,
-        num: int,
-        choose: Callable[[int, TopDownState], Tensor],
-        path: _SharedPath | None = None,
-    ) -> tuple[list[Tensor], list[TopDownState]]:
-        """Walk down the groups; ``choose`` gives the latent of each. ``path`` is reused while its latents are met."""
-        latents: list[Tensor] = []
-        states: list[TopDownState] = []
+    def _walk(self, num: int, choose: Choose, shared: _SharedPath | None = None) -> Path:
+        """Walk down the groups; ``choose`` gives the latent of each."""
+        path = Path([], [])
         for group in range(self.config.num_groups):
-            if path is not None and path.states and path.covers(latents):
-                state = path.states[group]
-            elif group == 0:
-                state = self._start(num)
-            else:
-                features = self._take_in(group - 1, states[-1], latents[-1])
-                state = TopDownState(features, self.dec_sampler[group - 1](features))
-            states.append(state)
-            latents.append(choose(group, state))
-        return latents, states
+            state = shared.state(path.latents) if shared is not None else None
+            if state is None:
+                state = self._descend(path) if group > 0 else self._top(num)
+            path.states.append(state)
+            path.latents.append(choose(group, state))
+        return path
 
-    def _start(self, num: int) -> TopDownState:
+    def _top(self, num: int) -> TopDownState:
         constant = self.prior_ftr0
-        num_latent, height, width = self.config.latent_shapes[0]
-        return TopDownState(
-            constant.expand(num, *constant.shape),
-            constant.new_zeros(num, 2 * num_latent, height, width),
-        )
+        num_latents, height, width = self.config.latent_shapes[0]
+        prior = constant.new_zeros(num, 2 * num_latents, height, width)
+        return TopDownState(constant.expand(num, *constant.shape), prior)
 
-    def _take_in(self, group: int, state: TopDownState, z: Tensor) -> Tensor:
+    def _descend(self, path: Path) -> TopDownState:
+        features = self._take_in(path)
+        return TopDownState(features, self.dec_sampler[len(path.latents) - 1](features))
+
+    def _take_in(self, path: Path) -> Tensor:
+        """Features behind the last latent of ``path``."""
+        z = path.latents[-1]
         if self.config.is_flat:
-            out: Tensor = self.stem_decoder(z)
-            return out
-        return self.dec_tower.advance(group, state.features, z)
+            features: Tensor = self.stem_decoder(z)
+            return features
+        return self.dec_tower.advance(len(path.latents) - 1, path.states[-1].features, z)
 
-    def _output(self, state: TopDownState, z: Tensor) -> Tensor:
-        features = self._take_in(self.config.num_groups - 1, state, z)
-        out: Tensor = self.image_conditional(self.post_process(features))
-        return out
+    def _output(self, path: Path) -> Tensor:
+        """Output of the network behind a complete path."""
+        logits: Tensor = self.image_conditional(self.post_process(self._take_in(path)))
+        return logits
 
-    def _ancestral(
-        self, num: int, temperature: float, noise: Sequence[Tensor] | None
-    ) -> tuple[list[Tensor], list[TopDownState]]:
+    def _ancestral(self, num: int, temperature: float, noise: Sequence[Tensor] | None) -> Path:
         if num < 1:
             raise ValueError(f"num={num} must be at least 1")
         if not temperature > 0:
@@ -408,7 +409,8 @@ class NVAE(nn.Module):
 
         def choose(group: int, state: TopDownState) -> Tensor:
             prior = gaussian(state.prior, temperature)
-            return prior.loc + prior.scale * draws[group]
+            z: Tensor = prior.loc + prior.scale * draws[group]
+            return z
 
         return self._walk(num, choose)
 
@@ -418,18 +420,16 @@ class NVAE(nn.Module):
             return [self.prior_ftr0.new_empty(shape).normal_() for shape in shapes]
         given = [tuple(draw.shape) for draw in noise]
         if given != shapes:
-            raise ValueError(f"noise has shapes {given}; expected {shapes}")
+            raise ValueError(f"noise has shapes {given}; the groups have {shapes}")
         return noise
 
-    def _named(self, latents: Sequence[Tensor]) -> Latents:
-        return dict(zip(self.sites, latents))
-
-    def _checked(self, latents: LatentsLike) -> list[Tensor]:
-        if set(latents) != set(self.sites):
-            raise ValueError(f"latents have sites {sorted(latents)}; expected {list(self.sites)}")
-        values = [latents[site] for site in self.sites]
+    def _checked(self, latents: LatentsLike, sites: Sequence[str]) -> list[Tensor]:
+        """The values of ``latents`` in the order of ``sites``."""
+        if set(latents) != set(sites):
+            raise ValueError(f"latents have the sites {sorted(latents)}; expected {list(sites)}")
+        values = [latents[site] for site in sites]
         num = values[0].shape[0]
-        for site, value, shape in zip(self.sites, values, self.config.latent_shapes):
+        for site, value, shape in zip(sites, values, self.config.latent_shapes):
             if tuple(value.shape) != (num, *shape):
                 raise ValueError(
                     f"latents[{site!r}] has shape {tuple(value.shape)}; expected {(num, *shape)}"
@@ -438,27 +438,28 @@ class NVAE(nn.Module):
 
     def _image(self, x: Tensor) -> Tensor:
         """What the likelihood sees of ``x``."""
-        channels, height, width = self.config.image_shape
+        channels, height, width = self.image_shape
         size = self.config.input_size
-        accepted = {(channels, height, width), (channels, size, size)}
-        if x.dim() != 4 or tuple(x.shape[1:]) not in accepted:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; images of {self.config.dataset!r} have shape "
-                f"{' or '.join(str(('N', *shape)) for shape in sorted(accepted))}"
-            )
-        return x if x.shape[-1] == width else likelihoods.crop(self.config, x)
+        if tuple(x.shape[1:]) == (channels, height, width):
+            return x
+        if tuple(x.shape[1:]) == (channels, size, size):
+            return likelihoods.crop(self.config, x)
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; images of dataset {self.config.dataset!r} have shape "
+            f"(N, {channels}, {height}, {width})"
+        )
 
     def _register(self) -> None:
-        # Two networks under one name would silently share weights in Pyro's global store, hence the id, which stays
-        # taken as long as the store holds the parameter. It is costly, and nothing needs it in eval mode.
         if self.training:
-            pyro.module(f"nvae_{id(self.prior_ftr0):x}", self)
+            pyro.module(self._scope, self)
 
-    def _stamp(self) -> object:
-        """Changes with anything that could make the features of a path stale."""
+    def _stamp(self, latents: list[Tensor]) -> object:
+        """Two equal stamps: features computed at the first are right at the second."""
+        if not latents:
+            return None
         if torch.is_inference_mode_enabled():
-            return object()  # no version counters there: equal to no other stamp
-        tensors = [*self.parameters(), *self.buffers()]
+            return object()  # nothing has a version there; equal to no other stamp
+        tensors = [*latents, *self.parameters(), *self.buffers()]
         return (
             torch.is_grad_enabled(),
             torch.is_autocast_enabled(self.prior_ftr0.device.type),

@@ -1,9 +1,15 @@
-r"""What NVAE's training adds to the negative ELBO: balanced KL terms, spectral and batch-norm penalties.
+r"""What NVAE's training adds to the ELBO: balanced KL terms, spectral and batch-norm penalties.
 
 The training loss is
 
-.. math:: \frac1N \sum_n \Bigl( -\log p(x_n \mid z_n) + \beta \sum_g c_g\, \mathrm{KL}_{ng} \Bigr)
-          + \lambda \Bigl( \sum_\text{conv} \sigma_{\max}(W) + \sum_\text{bn} \max_c \lvert\gamma_c\rvert \Bigr).
+.. math::
+
+    \frac1N \sum_n \Bigl( -\log p(x_n \mid z_n) + \beta \sum_g c_g\, \mathrm{KL}_{ng} \Bigr)
+    + \lambda \Bigl( \sum_\text{conv} \sigma_{\max}(W)
+    + \sum_\text{bn} \max_c \lvert\gamma_c\rvert \Bigr).
+
+Reference: NVAE: A Deep Hierarchical Variational Autoencoder, A. Vahdat and J. Kautz, NeurIPS 2020,
+https://arxiv.org/abs/2007.03898.
 """
 
 from __future__ import annotations
@@ -14,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import NVAEConfig
-from .layers import effective_weight
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.layers import effective_weight
 
 NORMALISE_EPS = 1e-3
 
@@ -27,11 +33,11 @@ def batch_norm_penalty(network: nn.Module) -> Tensor:
 
 
 class SpectralPenalty(nn.Module):
-    """Sum over all convolutions of the largest singular value of the weight as a matrix ``(C_out, -1)``.
+    """Sum over convolutions of the largest singular value of the weight as ``(C_out, -1)`` matrix.
 
-    Power iteration whose vectors persist from call to call and are batched over weights of equal shape. The network is
-    not registered as a submodule; the vectors are buffers, so that an interrupted training resumes exactly.
-    Create it once the network is on its device.
+    Power iteration whose vectors persist from call to call and are batched over weights of equal
+    shape. The network is not registered as a submodule; the vectors are buffers, so that an
+    interrupted training resumes exactly. Create it once the network is on its device.
 
     Args:
         network: any module; its ``nn.Conv2d`` are penalised.
@@ -97,14 +103,19 @@ class BalancedKL(NamedTuple):
 
 
 def kl_balance_weights(config: NVAEConfig) -> Tensor:
-    """How much KL a group of each scale should carry, relative to the least one: ``(G,)``, from the top down."""
+    """KL a group should carry, relative to the least one: ``(G,)``, from the top down.
+
+    Per scale it grows as the number of latent variables, and the groups of a scale share it.
+    """
     groups = list(reversed(config.groups_per_scale))
-    alpha = torch.tensor([4.0**scale / count for scale, count in enumerate(groups) for _ in range(count)])
+    alpha = torch.tensor(
+        [4.0**scale / count for scale, count in enumerate(groups) for _ in range(count)]
+    )
     return alpha / alpha.min()
 
 
 def balance_kl(kl: Tensor, alpha: Tensor, beta: float) -> BalancedKL:
-    """Weigh the KL terms so that no group is switched off while ``beta`` is annealed (NVAE, appendix A).
+    """Weigh the KL terms so that no group is switched off while ``beta`` is annealed.
 
     Args:
         kl: KL per image and group, ``(N, G)``, nats.
@@ -132,12 +143,14 @@ def kl_coefficient(
     constant_portion: float = 1e-4,
     constant: float = 1e-4,
 ) -> float:
-    """``beta`` at training step ``step`` of ``num_steps``: constant, then linear up to 1 (official defaults).
+    """``beta`` at step ``step`` of ``num_steps``: constant, then linear up to 1, then 1.
 
     Raises:
         ValueError: ``num_steps`` or ``anneal_portion`` is not positive.
     """
     if num_steps < 1 or anneal_portion <= 0:
-        raise ValueError(f"num_steps={num_steps} and anneal_portion={anneal_portion} must be positive")
+        raise ValueError(
+            f"num_steps={num_steps} and anneal_portion={anneal_portion} must be positive"
+        )
     ramp = (step - constant_portion * num_steps) / (anneal_portion * num_steps)
     return max(min(ramp, 1.0), constant)

@@ -5,7 +5,8 @@ The first half of the channels is the raw mean, the second half the raw log-scal
 
 .. math:: \mu = c(\mu_\text{raw}), \qquad \sigma = t \, (\exp c(\log\sigma_\text{raw}) + 0.01),
 
-where :math:`t` is a temperature. Raw zeros therefore give a standard deviation of 1.01; so has the top prior.
+where :math:`t` is a temperature. Raw zeros therefore give a standard deviation of 1.01; so has the
+top prior.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from __future__ import annotations
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from .config import NVAEConfig
-from .layers import Conv2d
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.layers import Conv2d
 
 CLAMP = 5.0
 MIN_SCALE = 0.01
@@ -36,7 +37,8 @@ def build_posterior_samplers(config: NVAEConfig) -> nn.ModuleList:
     """One 3x3 convolution per group, from the top down: features -> raw posterior parameters."""
     num_raw = 2 * config.num_latent_per_group
     return nn.ModuleList(
-        Conv2d(config.num_channels_enc * multiplier, num_raw, 3) for multiplier in _multipliers(config)
+        Conv2d(config.num_channels_enc * multiplier, num_raw, 3)
+        for multiplier in _multipliers(config)
     )
 
 

@@ -1,4 +1,4 @@
-"""The four stacks of cells: image to features, features up, features down past the latents, features to image.
+"""The four stacks of cells: from the image, up, down past the latents, and to the image.
 
 Each stack is one flat list, cells and combiners mixed, as the official state dict numbers them.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor, cat, nn
 
-from .cells import Cell, Resize
-from .config import NVAEConfig
-from .layers import Conv2d
+from pyro_vae_defence.models.nvae.cells import Cell, Resize
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.layers import Conv2d
 
 
 class EncoderCombiner(nn.Module):
@@ -39,32 +39,36 @@ class DecoderCombiner(nn.Module):
 
 
 def build_pre_process(config: NVAEConfig) -> nn.Sequential:
-    """Cells between the stem and the encoder tower; the last of each block halves the resolution."""
+    """Cells between stem and encoder tower; the last of each block halves the resolution."""
     cells = []
     channels = config.num_channels_enc
     for _ in range(config.num_preprocess_blocks):
         for index in range(config.num_preprocess_cells):
             is_last = index == config.num_preprocess_cells - 1
             resize = Resize.DOWN if is_last else Resize.NONE
-            cells.append(Cell(config.architecture.pre_process, channels, resize, use_se=config.use_se))
+            cells.append(
+                Cell(config.architecture.pre_process, channels, resize, use_se=config.use_se)
+            )
             channels = resize.channels(channels)
     return nn.Sequential(*cells)
 
 
 def build_post_process(config: NVAEConfig) -> nn.Sequential:
-    """Cells between the decoder tower and the output; the first of each block doubles the resolution."""
+    """Cells between decoder tower and output; the first of each block doubles the resolution."""
     cells = []
     channels = config.num_channels_dec * 2**config.num_postprocess_blocks
     for _ in range(config.num_postprocess_blocks):
         for index in range(config.num_postprocess_cells):
             resize = Resize.UP if index == 0 else Resize.NONE
-            cells.append(Cell(config.architecture.post_process, channels, resize, use_se=config.use_se))
+            cells.append(
+                Cell(config.architecture.post_process, channels, resize, use_se=config.use_se)
+            )
             channels = resize.channels(channels)
     return nn.Sequential(*cells)
 
 
 class EncoderTower(nn.ModuleList):
-    """Bottom-up cells; one combiner per latent group but the top one. Empty for a model of one group."""
+    """Bottom-up cells; one combiner per latent group but the top one. Empty for one group."""
 
     def __init__(self, config: NVAEConfig) -> None:
         super().__init__()
@@ -85,7 +89,7 @@ class EncoderTower(nn.ModuleList):
                 multiplier *= 2
 
     def forward(self, features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Features of the image -> features at the top, and those at the combiners, from the top down."""
+        """Features of the image -> those at the top, and at the combiners from the top down."""
         at_combiners = []
         for item in self:
             if isinstance(item, EncoderCombiner):
@@ -122,7 +126,7 @@ class DecoderTower(nn.ModuleList):
         self._segments = list(zip(combiners, [*combiners[1:], len(self)]))
 
     def advance(self, group: int, features: Tensor, z: Tensor) -> Tensor:
-        """Take in the latent of ``group`` and go on to where the next group, or the output, begins."""
+        """Take in the latent of ``group`` and go on to the next group, or to the output."""
         combiner, end = self._segments[group]
         features = self[combiner](features, z)
         for index in range(combiner + 1, end):
