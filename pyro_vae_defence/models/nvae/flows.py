@@ -109,7 +109,7 @@ class _Head(nn.Module):
 
 
 class AutoregressiveShift(nn.Module):
-    """The network ``m(z)``, same shape ``(N, L, h, w)``; element ``i`` reads those before ``i``."""
+    """The network ``m(z)``, of z's shape ``(..., L, h, w)``; element ``i`` reads those before ``i``."""
 
     def __init__(self, channels: int, *, mirror: bool) -> None:
         super().__init__()
@@ -118,8 +118,8 @@ class AutoregressiveShift(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """The shift ``m(z)``."""
-        out: Tensor = self.mu(self.conv(z))
-        return out
+        out: Tensor = self.mu(self.conv(z.flatten(0, -4)))
+        return out.reshape(z.shape)
 
 
 class FlowPair(nn.Module):
@@ -178,7 +178,7 @@ class ShiftTransform(Transform):
         return invert_shift(self.shift, y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Zero for every event: shape ``(N,)``."""
+        """Zero for every event."""
         return x.new_zeros(x.shape[:-3])
 
 
@@ -213,8 +213,8 @@ class FlowPosterior(dist.TransformedDistribution):
 
 
 def invert_shift(shift: AutoregressiveShift, y: Tensor) -> Tensor:
-    """The ``z`` with ``z - m(z) = y``, shapes ``(N, L, h, w)``."""
-    max_steps = y[0].numel() + 1
+    """The ``z`` with ``z - m(z) = y``, shapes ``(..., L, h, w)``."""
+    max_steps = y.shape[-3:].numel() + 1
 
     def iterate(step: Any, start: Tensor) -> Tensor:
         value = start

@@ -147,10 +147,9 @@ class DiscretisedLogisticMixture(TorchDistribution):
         y = (2 * value - 1).unsqueeze(-3)
         red, green, _ = y.unbind(-4)
         on_red, blue_on_red, blue_on_green = self.coefficients.unbind(-4)
-        from_others = torch.stack(
-            [torch.zeros_like(on_red), on_red * red, blue_on_red * red + blue_on_green * green],
-            dim=-4,
-        )
+        for_green = on_red * red
+        for_blue = blue_on_red * red + blue_on_green * green
+        from_others = torch.stack([torch.zeros_like(for_green), for_green, for_blue], dim=-4)
         half_width = 1 / (2**self.num_bits - 1)
         distance = y - (self.loc + from_others)
         inverse_scale = (-self.log_scale).exp()

@@ -451,7 +451,9 @@ class NVAE(nn.Module):
 
     def _register(self) -> None:
         if self.training:
-            pyro.module(self._scope, self)
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    pyro.param(f"{self._scope}.{name}", parameter)
 
     def _stamp(self, latents: list[Tensor]) -> object:
         """Two equal stamps: features computed at the first are right at the second."""
@@ -460,9 +462,11 @@ class NVAE(nn.Module):
         if torch.is_inference_mode_enabled():
             return object()  # nothing has a version there; equal to no other stamp
         tensors = [*latents, *self.parameters(), *self.buffers()]
+        device_type = self.prior_ftr0.device.type
+        autocast = torch.amp.is_autocast_available(device_type)
         return (
             torch.is_grad_enabled(),
-            torch.is_autocast_enabled(self.prior_ftr0.device.type),
+            autocast and torch.is_autocast_enabled(device_type),
             [module.training for module in self.modules()],
             [(id(t), t.device, t.dtype, t.requires_grad, t._version) for t in tensors],
         )
