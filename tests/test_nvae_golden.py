@@ -1,7 +1,7 @@
 """NVAE against the official program's outputs, for tiny models with random weights.
 
-The tolerance is 1e-5 of an array's largest entry in float32 and 1e-12 in float64. One model's data is packaged; the
-full set is looked for beside the repository (or in ``PVD_SHARED``).
+The tolerance is 1e-5 of an array's largest entry in float32 and 1e-12 in float64. One model's data
+is packaged; the full set is looked for beside the repository (or in ``PVD_SHARED``).
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ def test_weight_norm() -> None:
         conv.log_weight_norm.copy_(torch.randn(4, 1, 1, 1))
     lengths = conv.effective_weight().flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, conv.log_weight_norm.exp().flatten(), rtol=1e-4, atol=0)
-    # The length it starts with is that of torch's own initialisation, up to the two small constants.
+    # It starts with the length torch's own initialisation gave, up to the two small constants.
     fresh = Conv2d(3, 4, 5)
     torch.testing.assert_close(fresh.effective_weight(), fresh.weight, rtol=0.02, atol=0)
 
@@ -251,7 +251,7 @@ def test_gradient_of_the_inverse() -> None:
 
 
 def test_flow_posterior_density() -> None:
-    """The density behind the flows integrates the Jacobian: compared by automatic differentiation."""
+    """Against the change of variables with the Jacobian by automatic differentiation."""
     pair = FlowPair(2).double()
     loc, log_scale = torch.randn(2, 3, 2, 3, 3, dtype=torch.float64)
     base = dist.Normal(loc, log_scale.exp()).to_event(3)

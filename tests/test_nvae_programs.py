@@ -231,7 +231,7 @@ def test_an_elbo_runs_every_layer_once(vae: NVAE) -> None:
         assert set(calls.values()) == {1}
         vae.share = False
         calls.clear()
-        guide, model = run(vae, images(vae))
+        run(vae, images(vae))
     twice = {name for name, count in calls.items() if count == 2}
     assert bool(twice) == (not vae.config.is_flat)
     assert not any(name.startswith("enc_tower") for name in twice)
@@ -286,7 +286,7 @@ def test_a_stale_path_is_not_reused(change: str) -> None:
 def test_inference_mode() -> None:
     vae = build(GREY)
     with torch.inference_mode():
-        guide, model = run(vae, images(vae))
+        _, model = run(vae, images(vae))
     assert model.nodes["obs"]["log_prob"].shape == (3,)
 
 
@@ -359,9 +359,7 @@ def test_noncentred_is_a_change_of_variables(vae: NVAE) -> None:
         model = poutine.trace(poutine.condition(vae.model, data=latents)).get_trace(x)
         scales = [model.nodes[site]["fn"].base_dist.scale for site in vae.sites]
         log_volume = sum(scale.log().sum(dim=(1, 2, 3)) for scale in scales)
-        torch.testing.assert_close(
-            joint(noncentred, x, noise), joint(vae, x, latents) + log_volume
-        )
+        torch.testing.assert_close(joint(noncentred, x, noise), joint(vae, x, latents) + log_volume)
         centred = poutine.trace(poutine.condition(vae.guide, data=latents)).get_trace(x)
         centred.compute_log_prob()
     torch.testing.assert_close(

@@ -147,6 +147,8 @@ def _aliases(network: nn.Module) -> dict[str, str]:
 def _without_aliases(network: NVAE, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The official state dict without duplicates, each of which must equal its original."""
     state_dict = dict(state_dict)
+    if others := sorted(str(k) for k, v in state_dict.items() if not isinstance(v, Tensor)):
+        raise ValueError(f"state_dict holds other things than tensors: {_few(others)}")
     for key, alias in _aliases(network).items():
         duplicate = state_dict.pop(alias, None)
         original = state_dict.get(key)
@@ -162,8 +164,6 @@ def _load(network: NVAE, state_dict: Mapping[str, Tensor]) -> None:
     # Only a count of batches, which nothing reads.
     optional = {key for key in expected if key.endswith("num_batches_tracked")}
     problems = []
-    if others := sorted(str(k) for k, v in state_dict.items() if not isinstance(v, Tensor)):
-        raise ValueError(f"state_dict holds other things than tensors: {_few(others)}")
     if missing := sorted(set(expected) - optional - set(state_dict)):
         problems.append(f"keys are missing: {_few(missing)}")
     if unexpected := sorted(set(state_dict) - set(expected)):
