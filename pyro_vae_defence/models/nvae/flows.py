@@ -109,7 +109,7 @@ class _Head(nn.Module):
 
 
 class AutoregressiveShift(nn.Module):
-    """The network ``m(z)``, of the shape ``(..., L, h, w)`` of z; element i reads those before it."""
+    """The network ``m(z)``; z and result ``(..., L, h, w)``, element i reads those before it."""
 
     def __init__(self, channels: int, *, mirror: bool) -> None:
         super().__init__()
