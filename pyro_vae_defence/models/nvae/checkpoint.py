@@ -1,0 +1,185 @@
+"""Reading official checkpoints; reading and writing safetensors files.
+
+An official ``checkpoint.pt`` is a dict with ``state_dict`` and ``args`` (an ``argparse.Namespace``)
+beside the state of its training. It is unpickled with ``weights_only=True``; nothing but tensors,
+containers and that namespace can be in it. Convolutions without weight normalisation appear twice
+in its state dict, as ``*.weight`` and ``*.weight_normalized``; files older than that duplicate lack
+it, and files of this library do too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.layers import Conv2d
+from pyro_vae_defence.models.nvae.nvae import NVAE
+
+FORMAT = "pyro_vae_defence.nvae.v1"
+_ALIAS = "weight_normalized"
+
+
+def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] = ()) -> NVAE:
+    """Model of an official checkpoint, on the CPU, in eval mode.
+
+    The architecture is rebuilt from the file's ``args``, as the official evaluation does.
+    ``res_elu`` models are used with their trained weights (the official program would overwrite
+    some of them at its first pass).
+
+    Args:
+        path: file in the official format, written by CPU or GPU.
+        ignore_args: names of stored arguments to ignore, for files of a modified training program.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint or damaged, holds other objects than described above,
+            arguments that are missing, unknown or unsupported, or a state dict whose keys or shapes
+            do not fit; the message names them.
+    """
+    path = Path(path)
+    checkpoint = _unpickle(path)
+    try:
+        state_dict, args = checkpoint["state_dict"], checkpoint["args"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an official checkpoint; it lacks {error}") from error
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, Mapping) or not isinstance(state_dict, Mapping):
+        raise ValueError(
+            f"{path}: not an official checkpoint; args and state_dict must be mappings"
+        )
+    try:
+        network = NVAE(NVAEConfig.from_official_args(args, ignore_args=ignore_args))
+        _load(network, _without_aliases(network, state_dict))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return network.eval()
+
+
+def official_state_dict(network: NVAE) -> dict[str, Tensor]:
+    """State dict with the official keys in their order, duplicates included; nothing is copied."""
+    aliases = _aliases(network)
+    official: dict[str, Tensor] = {}
+    for key, value in network.state_dict().items():
+        official[key] = value
+        if key in aliases:
+            official[aliases[key]] = value
+    return official
+
+
+def save_safetensors(network: NVAE, path: str | os.PathLike[str]) -> None:
+    """Write the weights, and the configuration as JSON in the metadata.
+
+    An existing file is replaced at once or not at all.
+    """
+    path = Path(path)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    metadata = {"format": FORMAT, "config": json.dumps(network.config.to_dict(), sort_keys=True)}
+    content = safetensors.torch.save(tensors, metadata)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_safetensors(path: str | os.PathLike[str]) -> NVAE:
+    """Model of a file of :func:`save_safetensors`, on the CPU, in eval mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, of another format, or its configuration, keys or shapes do
+            not fit.
+    """
+    path = Path(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"format is {metadata.get('format')!r}, expected {FORMAT!r}")
+        network = NVAE(NVAEConfig.from_dict(json.loads(metadata["config"])))
+        _load(network, state_dict)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not an NVAE safetensors file: {error}") from error
+    return network.eval()
+
+
+def _unpickle(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            # Optimiser state makes up two thirds of a file; mapped, it is never read.
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint of plain tensors: {error}"
+        ) from error
+
+
+def _aliases(network: nn.Module) -> dict[str, str]:
+    """Key of every weight without normalisation -> its duplicate's key."""
+    return {
+        f"{name}.weight": f"{name}.{_ALIAS}"
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d) and not isinstance(module, Conv2d)
+    }
+
+
+def _without_aliases(network: NVAE, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The official state dict without duplicates, each of which must equal its original."""
+    state_dict = dict(state_dict)
+    if others := sorted(str(k) for k, v in state_dict.items() if not isinstance(v, Tensor)):
+        raise ValueError(f"state_dict holds other things than tensors: {_few(others)}")
+    for key, alias in _aliases(network).items():
+        duplicate = state_dict.pop(alias, None)
+        original = state_dict.get(key)
+        if duplicate is None or original is None:
+            continue  # an old file, or a missing key that is reported with all the others
+        if not torch.equal(duplicate, original):
+            raise ValueError(f"state_dict[{alias!r}] differs from state_dict[{key!r}]")
+    return state_dict
+
+
+def _load(network: NVAE, state_dict: Mapping[str, Tensor]) -> None:
+    expected = network.state_dict()
+    # Only a count of batches, which nothing reads.
+    optional = {key for key in expected if key.endswith("num_batches_tracked")}
+    problems = []
+    if missing := sorted(set(expected) - optional - set(state_dict)):
+        problems.append(f"keys are missing: {_few(missing)}")
+    if unexpected := sorted(set(state_dict) - set(expected)):
+        problems.append(f"keys are unexpected: {_few(unexpected)}")
+    wrong = [
+        f"{key} {tuple(value.shape)} instead of {tuple(expected[key].shape)}"
+        for key, value in state_dict.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    if wrong:
+        problems.append(f"shapes are wrong: {_few(wrong)}")
+    if problems:
+        raise ValueError("the weights do not fit the configuration; " + "; ".join(problems))
+    network.load_state_dict(expected | dict(state_dict))
+
+
+def _few(items: list[str]) -> str:
+    shown = ", ".join(items[:5])
+    return shown if len(items) <= 5 else f"{shown} and {len(items) - 5} more"

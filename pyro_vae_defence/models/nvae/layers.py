@@ -1,0 +1,155 @@
+r"""Layers NVAE is built of. Images and feature maps have shape ``(N, C, H, W)``.
+
+Weight-normalised convolution: filter ``o`` has direction :math:`v_o` and log-length :math:`g_o`,
+
+.. math:: w_o = e^{g_o} \, v_o / (\lVert v_o \rVert_2 + 10^{-5}).
+
+Attribute names are those of the official state dict; they are part of the file format.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WEIGHT_NORM_EPS = 1e-5
+BATCH_NORM_MOMENTUM = 0.05
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution with normalised weights, stride given, "same" padding; bias is optional."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=dilation * (kernel_size - 1) // 2,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+        )
+        # Starting at the length torch's own initialisation gave.
+        self.log_weight_norm = nn.Parameter(torch.log(self._norm(self.weight) + 1e-2))
+
+    @staticmethod
+    def _norm(weight: Tensor) -> Tensor:
+        return weight.detach().square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+
+    def effective_weight(self) -> Tensor:
+        """The weight the convolution uses, ``(C_out, C_in / groups, k, k)``."""
+        return self._normalised(self.weight)
+
+    def _normalised(self, weight: Tensor) -> Tensor:
+        norm = weight.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+        return self.log_weight_norm.exp() * weight / (norm + WEIGHT_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x``."""
+        return self._conv_forward(x, self.effective_weight(), self.bias)
+
+
+def effective_weight(conv: nn.Conv2d) -> Tensor:
+    """The weight a convolution of the network uses, whether it is normalised or not."""
+    return conv.effective_weight() if isinstance(conv, Conv2d) else conv.weight
+
+
+def plain_conv(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """Convolution without weight normalisation or bias; batch norm follows it."""
+    padding = (kernel_size - 1) // 2
+    return nn.Conv2d(
+        in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
+    )
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Batch norm with NVAE's momentum."""
+    return nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM)
+
+
+class BatchNormSwish(nn.BatchNorm2d):
+    """Batch norm, then ``x * sigmoid(x)``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=BATCH_NORM_MOMENTUM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise and activate ``x``."""
+        return F.silu(super().forward(x))
+
+
+class BatchNorm(nn.Module):
+    """Batch norm without activation; the official state dict keeps it one level down."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = batch_norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x``."""
+        out: Tensor = self.bn(x)
+        return out
+
+
+class SqueezeExcite(nn.Module):
+    """Scales every channel by a gate computed from all channel means (Hu, Shen and Sun, 2018)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 4)
+        self.se = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate ``x``."""
+        gate: Tensor = self.se(x.mean(dim=(2, 3)))
+        return gate[:, :, None, None] * x
+
+
+class FactorisedReduce(nn.Module):
+    """Skip connection that halves the resolution and maps ``in_channels`` to ``out_channels``.
+
+    Four 1x1 convolutions of stride 2 read the four pixels of each 2x2 block and write a quarter of
+    the channels each, so that no pixel is lost.
+    """
+
+    # (rows, columns) dropped at the top left in front of conv_1 .. conv_4.
+    _SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        quarter = out_channels // 4
+        self.conv_1 = Conv2d(in_channels, quarter, 1, stride=2)
+        self.conv_2 = Conv2d(in_channels, quarter, 1, stride=2)
+        self.conv_3 = Conv2d(in_channels, quarter, 1, stride=2)
+        self.conv_4 = Conv2d(in_channels, out_channels - 3 * quarter, 1, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` -> ``(N, out_channels, H / 2, W / 2)``."""
+        x = F.silu(x)
+        convs = (self.conv_1, self.conv_2, self.conv_3, self.conv_4)
+        parts = [conv(x[:, :, dy:, dx:]) for conv, (dy, dx) in zip(convs, self._SHIFTS)]
+        return torch.cat(parts, dim=1)
+
+
+def upsampling_skip(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Skip connection that doubles the resolution."""
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        Conv2d(in_channels, out_channels, 1, bias=False),
+    )

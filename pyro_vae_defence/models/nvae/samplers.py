@@ -1,0 +1,60 @@
+r"""Gaussians of the latent groups, from the raw output of a convolution.
+
+The first half of the channels is the raw mean, the second half the raw log-scale. With
+:math:`c(v) = 5 \tanh(v / 5)`,
+
+.. math:: \mu = c(\mu_\text{raw}), \qquad \sigma = t \, (\exp c(\log\sigma_\text{raw}) + 0.01),
+
+where :math:`t` is a temperature. Raw zeros therefore give a standard deviation of 1.01; so has the
+top prior.
+"""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from pyro_vae_defence.models.nvae.config import NVAEConfig
+from pyro_vae_defence.models.nvae.layers import Conv2d
+
+CLAMP = 5.0
+MIN_SCALE = 0.01
+
+
+def soft_clamp(value: Tensor) -> Tensor:
+    """Smooth and monotone map of the real line into (-5, 5)."""
+    return CLAMP * (value / CLAMP).tanh()
+
+
+def gaussian(raw: Tensor, temperature: float = 1.0) -> dist.Normal:
+    """Elementwise Gaussian of shape ``(N, L, h, w)`` from raw parameters ``(N, 2 L, h, w)``."""
+    loc, log_scale = raw.chunk(2, dim=1)
+    scale = soft_clamp(log_scale).exp() + MIN_SCALE
+    return dist.Normal(soft_clamp(loc), temperature * scale, validate_args=False)
+
+
+def build_posterior_samplers(config: NVAEConfig) -> nn.ModuleList:
+    """One 3x3 convolution per group, from the top down: features -> raw posterior parameters."""
+    num_raw = 2 * config.num_latent_per_group
+    return nn.ModuleList(
+        Conv2d(config.num_channels_enc * multiplier, num_raw, 3)
+        for multiplier in _multipliers(config)
+    )
+
+
+def build_prior_samplers(config: NVAEConfig) -> nn.ModuleList:
+    """ELU and 1x1 convolution per group but the top one: features -> raw prior parameters."""
+    num_raw = 2 * config.num_latent_per_group
+    return nn.ModuleList(
+        nn.Sequential(nn.ELU(), Conv2d(config.num_channels_dec * multiplier, num_raw, 1))
+        for multiplier in _multipliers(config)[1:]
+    )
+
+
+def _multipliers(config: NVAEConfig) -> list[int]:
+    """Channel multiplier at each group, from the top down."""
+    return [
+        config.downsampling >> scale
+        for scale, groups in enumerate(reversed(config.groups_per_scale))
+        for _ in range(groups)
+    ]

@@ -1,0 +1,419 @@
+"""NVAE's two programs: contract, sharing, gradients, training, the non-centred form."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor
+
+from pyro_vae_defence.models.nvae import NVAE, NonCentredNVAE, NVAEConfig
+from pyro_vae_defence.types import VAE
+
+GREY = NVAEConfig(
+    dataset="mnist",
+    num_latent_scales=2,
+    num_groups_per_scale=2,
+    ada_groups=True,
+    num_latent_per_group=2,
+    num_channels_enc=4,
+    num_channels_dec=4,
+    num_preprocess_cells=1,
+    num_postprocess_cells=1,
+    use_se=True,
+    res_dist=True,
+)
+COLOUR: dict[str, Any] = GREY.to_dict() | {"dataset": "cifar10", "num_nf": 1}
+CONFIGS = {
+    "grey": GREY,
+    "mixture": NVAEConfig.from_dict(COLOUR | {"num_mixture_dec": 2}),
+    "gaussian": NVAEConfig.from_dict(COLOUR | {"num_mixture_dec": 1, "res_dist": False}),
+    "flat": NVAEConfig.from_dict(
+        GREY.to_dict() | {"num_latent_scales": 1, "num_groups_per_scale": 1, "num_nf": 2}
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture(params=CONFIGS)
+def vae(request: pytest.FixtureRequest) -> NVAE:
+    return build(CONFIGS[request.param])
+
+
+def build(config: NVAEConfig, **options: bool) -> NVAE:
+    """A network whose tensors all differ from their initial values."""
+    vae = NVAE(config, **options).double().eval()
+    with torch.no_grad():
+        for tensor in [*vae.parameters(), *vae.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand_like(tensor))
+    return vae
+
+
+def images(vae: Any, num: int = 3) -> Tensor:
+    return torch.rand(num, *vae.image_shape, dtype=torch.float64)
+
+
+def run(vae: Any, x: Tensor) -> tuple[poutine.Trace, poutine.Trace]:
+    guide = poutine.trace(vae.guide).get_trace(x)
+    model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
+    guide.compute_log_prob()
+    model.compute_log_prob()
+    return guide, model
+
+
+def log_probs(trace: poutine.Trace, sites: tuple[str, ...]) -> Tensor:
+    return torch.stack([trace.nodes[site]["log_prob"] for site in sites], dim=1)
+
+
+def joint(vae: Any, x: Tensor, latents: dict[str, Tensor]) -> Tensor:
+    trace = poutine.trace(poutine.condition(vae.model, data=latents)).get_trace(x)
+    trace.compute_log_prob()
+    return log_probs(trace, (*vae.sites, "obs")).sum(dim=1)
+
+
+# --- Contract -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noncentred", [False, True])
+def test_contract(vae: NVAE, noncentred: bool) -> None:
+    programs = vae.noncentred() if noncentred else vae
+    assert isinstance(programs, VAE)
+    x = images(programs)
+    guide, model = run(programs, x)
+    latent_sites = [n for n in guide.nodes if guide.nodes[n]["type"] == "sample" and n != "data"]
+    assert latent_sites == list(programs.sites)
+    observed = [n for n, s in model.nodes.items() if s.get("is_observed")]
+    assert [n for n in observed if n != "data"] == ["obs"]
+    assert torch.equal(model.nodes["obs"]["value"], x)
+    for trace in (guide, model):
+        for site in programs.sites:
+            node = trace.nodes[site]
+            assert [frame.name for frame in node["cond_indep_stack"]] == ["data"]
+            assert node["log_prob"].shape == (3,)
+    shapes = [guide.nodes[site]["value"].shape[1:] for site in programs.sites]
+    assert [tuple(shape) for shape in shapes] == list(vae.config.latent_shapes)
+    latents = {site: guide.nodes[site]["value"] for site in programs.sites}
+    assert programs.decode(latents).shape == x.shape
+    torch.testing.assert_close(programs.decode(latents), model.nodes["obs"]["fn"].mean)
+
+
+def test_images_of_a_batch_do_not_meet(vae: NVAE) -> None:
+    x = images(vae)
+    with torch.no_grad():
+        guide, model = run(vae, x)
+        latents = {site: guide.nodes[site]["value"] for site in vae.sites}
+        together = joint(vae, x, latents)
+        alone = [
+            joint(vae, x[i : i + 1], {k: v[i : i + 1] for k, v in latents.items()})
+            for i in range(3)
+        ]
+    torch.testing.assert_close(together, torch.cat(alone))
+    torch.testing.assert_close(together, log_probs(model, (*vae.sites, "obs")).sum(1))
+
+
+def test_one_pass_agrees_with_the_programs(vae: NVAE) -> None:
+    x = images(vae)
+    with torch.no_grad():
+        terms = vae(x)
+        latents = {site: group.z for site, group in zip(vae.sites, terms.groups)}
+        guide = poutine.trace(poutine.condition(vae.guide, data=latents)).get_trace(x)
+        model = poutine.trace(poutine.condition(vae.model, data=latents)).get_trace(x)
+        guide.compute_log_prob()
+        model.compute_log_prob()
+    torch.testing.assert_close(log_probs(guide, vae.sites), terms.log_q)
+    torch.testing.assert_close(log_probs(model, vae.sites), terms.log_p)
+    torch.testing.assert_close(-model.nodes["obs"]["log_prob"], terms.reconstruction_loss)
+    if not vae.config.num_nf:
+        kl = torch.distributions.kl_divergence
+        exact = [kl(guide.nodes[s]["fn"], model.nodes[s]["fn"]) for s in vae.sites]
+        torch.testing.assert_close(torch.stack(exact, dim=1), terms.kl)
+
+
+def test_guides_behind_one_flow_have_exact_kl() -> None:
+    """Volume is preserved and the map is shared, so the KL is that of the Gaussians."""
+    vae = build(CONFIGS["mixture"])
+    with torch.no_grad():
+        first, second = (
+            poutine.trace(vae.guide).get_trace(images(vae)).nodes["z_00"]["fn"] for _ in range(2)
+        )
+        exact = torch.distributions.kl_divergence(first, second)
+        # Monte Carlo, two-sided at 5 standard errors: false alarm below 1e-6 per image.
+        draws = 4000
+        z = first.sample((draws,))
+        log_ratio = first.log_prob(z) - second.log_prob(z)
+    error = log_ratio.std(0) / draws**0.5
+    assert exact.shape == (3,)
+    assert ((log_ratio.mean(0) - exact).abs() < 5 * error).all()
+
+
+def test_mode_of_a_flow_posterior_is_its_densest_point() -> None:
+    vae = build(CONFIGS["mixture"])
+    with torch.no_grad():
+        q = poutine.trace(vae.guide).get_trace(images(vae)).nodes["z_00"]["fn"]
+        top = q.log_prob(q.mode)
+        assert all((q.log_prob(q.sample()) < top).all() for _ in range(20))
+    assert torch.equal(q.mean, q.mode)
+    assert q.variance.shape == q.mean.shape
+
+
+# --- Gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noncentred", [False, True])
+def test_gradients_reach_images_latents_and_weights(vae: NVAE, noncentred: bool) -> None:
+    programs = vae.noncentred() if noncentred else vae
+    x = images(programs).requires_grad_()
+    guide, model = run(programs, x)
+    loss = guide.log_prob_sum() - model.log_prob_sum()
+    unused = {"prior_ftr0"} if vae.config.is_flat else set()
+    named = dict(vae.named_parameters())
+    values = [x, *(guide.nodes[site]["value"] for site in programs.sites), *named.values()]
+    names = ["x", *programs.sites, *named]
+    gradients = torch.autograd.grad(loss, values, allow_unused=True)
+    for name, gradient in zip(names, gradients):
+        if name in unused:
+            assert gradient is None
+        else:
+            assert gradient is not None, name
+            assert gradient.isfinite().all(), name
+    assert gradients[0].abs().amax(dim=(1, 2, 3)).min() > 0
+
+
+def test_gradient_of_the_joint_density_is_right(vae: NVAE) -> None:
+    vae.requires_grad_(False)
+    x = images(vae, 1)
+    with torch.no_grad():
+        latents = vae.guide(x)
+    leaves = {site: z.clone().requires_grad_() for site, z in latents.items()}
+    gradients = torch.autograd.grad(joint(vae, x, leaves).sum(), list(leaves.values()))
+    direction = [torch.randn_like(z) for z in latents.values()]
+    slope = sum((g * d).sum() for g, d in zip(gradients, direction))
+
+    def moved(step: float) -> Tensor:
+        return joint(vae, x, {k: z + step * d for (k, z), d in zip(latents.items(), direction)})
+
+    with torch.no_grad():
+        difference = ((moved(1e-5) - moved(-1e-5)) / 2e-5).sum()
+    torch.testing.assert_close(slope, difference, rtol=1e-5, atol=1e-6)
+
+
+# --- Sharing --------------------------------------------------------------------------------------
+
+
+def count_calls(vae: NVAE) -> Counter[str]:
+    calls: Counter[str] = Counter()
+    for name, module in vae.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    return calls
+
+
+def test_an_elbo_runs_every_layer_once(vae: NVAE) -> None:
+    calls = count_calls(vae)
+    with torch.no_grad():
+        run(vae, images(vae))
+        assert set(calls.values()) == {1}
+        vae.share = False
+        calls.clear()
+        run(vae, images(vae))
+    twice = {name for name, count in calls.items() if count == 2}
+    assert bool(twice) == (not vae.config.is_flat)
+    assert not any(name.startswith("enc_tower") for name in twice)
+
+
+def test_sharing_changes_nothing(vae: NVAE) -> None:
+    x = images(vae)
+    results = []
+    for share in (True, False):
+        vae.share = share
+        torch.manual_seed(1)
+        guide, model = run(vae, x)
+        loss = guide.log_prob_sum() - model.log_prob_sum()
+        used = [p for n, p in vae.named_parameters() if n != "prior_ftr0"]
+        results.append([loss, *torch.autograd.grad(loss, used)])
+    for shared, own in zip(*results):
+        torch.testing.assert_close(shared, own)
+
+
+@pytest.mark.parametrize("change", ["weights", "buffers", "latents", "frozen latents", "mode"])
+def test_a_stale_path_is_not_reused(change: str) -> None:
+    vae = build(GREY)
+    x = images(vae)
+    vae.requires_grad_(False)
+    latents = vae.guide(x)
+    with torch.no_grad():
+        if change == "weights":
+            for parameter in vae.parameters():
+                parameter.mul_(1.1)
+        elif change == "buffers":
+            for name, buffer in vae.named_buffers():
+                if name.endswith("running_var"):
+                    buffer.mul_(1.1)
+        elif change == "latents":
+            latents["z_00"].mul_(1.1)
+        elif change == "mode":
+            vae.train()
+    if change == "frozen latents":  # as a sampler does with its initial values
+        for z in latents.values():
+            z.requires_grad_()
+    value = joint(vae, x, latents)
+    copies = {k: z.detach().clone().requires_grad_(z.requires_grad) for k, z in latents.items()}
+    expected = joint(vae, x, copies)
+    assert torch.equal(value, expected)
+    if change == "frozen latents":
+        ours = torch.autograd.grad(value.sum(), list(latents.values()))
+        theirs = torch.autograd.grad(expected.sum(), list(copies.values()))
+        for one, other in zip(ours, theirs):
+            torch.testing.assert_close(one, other)
+
+
+def test_inference_mode() -> None:
+    vae = build(GREY)
+    with torch.inference_mode():
+        _, model = run(vae, images(vae))
+    assert model.nodes["obs"]["log_prob"].shape == (3,)
+
+
+def test_copies_leave_the_path_behind() -> None:
+    vae = build(GREY)
+    vae.guide(images(vae))
+    twin = copy.deepcopy(vae)
+    twin = pickle.loads(pickle.dumps(twin))
+    x = images(vae)
+    noise = [torch.randn(3, *shape, dtype=torch.float64) for shape in vae.config.latent_shapes]
+    assert torch.equal(twin(x, noise).logits, vae(x, noise).logits)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+def test_svi_trains(vae: NVAE, elbo: Any) -> None:
+    vae.train()
+    other = copy.deepcopy(vae)
+    before = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), elbo())
+    x = images(vae, 4)
+    SVI(other.model, other.guide, pyro.optim.Adam({"lr": 1e-3}), elbo()).step(x)
+    for name, parameter in vae.named_parameters():
+        assert torch.equal(parameter, before[name]), "two networks share parameters"
+    losses = [svi.step(x) for _ in range(12)]
+    unchanged = {n for n, p in vae.named_parameters() if torch.equal(p, before[n])}
+    assert unchanged == ({"prior_ftr0"} if vae.config.is_flat else set())
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_eval_mode_registers_nothing() -> None:
+    vae = build(GREY)
+    run(vae, images(vae))
+    assert not list(pyro.get_param_store())
+
+
+# --- Samples and the non-centred form -------------------------------------------------------------
+
+
+def test_samples(vae: NVAE) -> None:
+    with torch.no_grad():
+        pictures = vae.sample(5, temperature=0.7)
+    assert pictures.shape == (5, *vae.image_shape)
+    assert pictures.dtype == torch.float64
+    assert 0 <= pictures.min() < pictures.max() <= 1
+
+
+def test_temperature_scales_the_top_group(vae: NVAE) -> None:
+    noise = [torch.randn(2, *shape, dtype=torch.float64) for shape in vae.config.latent_shapes]
+    with torch.no_grad():
+        top = vae.sample_latents(2, 0.5, noise=noise)["z_00"]
+    torch.testing.assert_close(top, 0.5 * 1.01 * noise[0])
+
+
+def test_noncentred_is_a_change_of_variables(vae: NVAE) -> None:
+    x = images(vae)
+    noncentred = vae.noncentred()
+    assert isinstance(noncentred, NonCentredNVAE)
+    with torch.no_grad():
+        guide = poutine.trace(noncentred.guide).get_trace(x)
+        guide.compute_log_prob()
+        noise = {site: guide.nodes[site]["value"] for site in noncentred.sites}
+        latents = noncentred.to_latents(noise)
+        for site, value in noncentred.to_noise(latents).items():
+            torch.testing.assert_close(value, noise[site])
+        torch.testing.assert_close(noncentred.decode(noise), vae.decode(latents))
+
+        model = poutine.trace(poutine.condition(vae.model, data=latents)).get_trace(x)
+        scales = [model.nodes[site]["fn"].base_dist.scale for site in vae.sites]
+        log_volume = sum(scale.log().sum(dim=(1, 2, 3)) for scale in scales)
+        torch.testing.assert_close(joint(noncentred, x, noise), joint(vae, x, latents) + log_volume)
+        centred = poutine.trace(poutine.condition(vae.guide, data=latents)).get_trace(x)
+        centred.compute_log_prob()
+    torch.testing.assert_close(
+        log_probs(guide, noncentred.sites).sum(1),
+        log_probs(centred, vae.sites).sum(1) + log_volume,
+    )
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def test_wrong_images_are_refused() -> None:
+    vae = build(GREY)
+    for shape in [(2, 3, 28, 28), (2, 1, 30, 30), (1, 28, 28)]:
+        for program in (vae.model, vae.guide, vae, vae.noncentred().model):
+            with pytest.raises(ValueError, match="x has shape"):
+                program(torch.rand(shape, dtype=torch.float64))
+
+
+def test_wrong_latents_are_refused() -> None:
+    vae = build(GREY)
+    latents = vae.sample_latents(2)
+    with pytest.raises(ValueError, match="latents have the sites"):
+        vae.decode({k: z for k, z in latents.items() if k != "z_01"})
+    with pytest.raises(ValueError, match="latents have the sites"):
+        vae.noncentred().decode(latents)
+    with pytest.raises(ValueError, match=r"latents\['z_01'\] has shape"):
+        vae.decode(latents | {"z_01": latents["z_01"][:1]})
+
+
+def test_wrong_sampling_arguments_are_refused() -> None:
+    vae = build(GREY)
+    with pytest.raises(ValueError, match="num=0"):
+        vae.sample(0)
+    with pytest.raises(ValueError, match="temperature=0"):
+        vae.sample(1, 0)
+    with pytest.raises(ValueError, match="noise has shapes"):
+        vae.sample_latents(1, noise=[torch.zeros(1)])
+    with pytest.raises(ValueError, match="noise has shapes"):
+        vae(images(vae), noise=[torch.zeros(1)])
+
+
+# --- Placement ------------------------------------------------------------------------------------
+
+
+def test_everything_follows_the_device() -> None:
+    """On the meta device an operation that left a tensor behind on the CPU would fail."""
+    for config in CONFIGS.values():
+        with torch.device("meta"):
+            vae = NVAE(config).train()
+        x = torch.rand(2, *vae.image_shape, device="meta")
+        for programs in (vae, vae.noncentred()):
+            with pyro.validation_enabled(False):  # it would look for NaN, where there are no values
+                _, model = run(programs, x)
+            assert model.nodes["obs"]["log_prob"].device.type == "meta"
+        assert vae(x).kl.device.type == "meta"
+        assert vae.sample(2).shape == x.shape
