@@ -36,7 +36,8 @@ test-slow: $(VENV)/.stamp-test
 
 # The oldest versions setup.cfg allows, in an environment of their own (downloads several GB).
 test-lower-bounds:
-	$(MAKE) test VENV=.venv-lower-bounds PIP_CONSTRAINT=tests/lower-bounds.txt ARGS="$(ARGS)"
+	$(MAKE) test VENV=.venv-lower-bounds PIP_CONSTRAINT=tests/lower-bounds.txt \
+		ARGS="-W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)"
 
 lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff format --check .

@@ -124,10 +124,8 @@ def to_arviz(tree: xarray.DataTree) -> Any:
 
     if int(arviz.__version__.split(".")[0]) >= 1:
         return tree
-    return arviz.InferenceData(
-        **{name: group.to_dataset() for name, group in tree.children.items()},
-        warn_on_custom_groups=False,
-    )
+    groups: dict[str, Any] = {name: group.to_dataset() for name, group in tree.children.items()}
+    return arviz.InferenceData(**groups)
 
 
 def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:

@@ -70,7 +70,7 @@ class DefendConfig:
     radius: float
     num_references: int = 50
     num_restarts: int = 10
-    defences: tuple[DefenceName, ...] = ("none", "hmc", "nuts", "paper")
+    defences: tuple[DefenceName, ...] = ("none", "hmc", "paper")
     num_samples: int = 20
     warmup_steps: int = 30
     num_steps: int = 4

@@ -104,7 +104,7 @@ class DiscretisedLogisticMixture(TorchDistribution):
         validate_args: whether :meth:`log_prob` checks that images lie in [0, 1].
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (the name and type are torch's)
+    arg_constraints: dict[str, Any] = {}
     support = constraints.independent(constraints.unit_interval, 3)
     has_rsample = False
 
