@@ -138,7 +138,7 @@ class MCMCDefence:
         kernel: any callable from a Pyro model to an ``MCMCKernel``. With a kernel of this library, e.g.
             ``functools.partial(BatchedHMC, num_steps=4)``, all images and chains run as one batch; with
             any other, such as ``pyro.infer.NUTS``, images and chains run one after the other, since such
-            a kernel takes a batch for a single state.
+            a kernel takes a batch for a single state (their noise comes from torch's global seed).
         num_samples: draws kept per chain, >= 1.
         warmup_steps: transitions before them, >= 0, during which kernels adapt.
         num_chains: chains per image, >= 1. Chain 0 is the one that is decoded; more of them serve

@@ -1,0 +1,75 @@
+"""Plots draw what they are given onto the axes they are given."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from pyro_vae_defence import plots
+
+
+@pytest.fixture
+def axes():
+    figure, axes = plt.subplots()
+    yield axes
+    plt.close(figure)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image(axes, channels):
+    image = torch.rand(channels, 4, 5)
+    assert plots.show_image(axes, image) is axes
+    drawn = np.asarray(axes.images[0].get_array())
+    expected = image.permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(drawn, expected[..., 0] if channels == 1 else expected)
+
+
+def test_panel_has_a_column_per_entry_and_a_row_per_image():
+    figure, grid = plt.subplots(2, 3, squeeze=False)
+    columns = {name: torch.rand(2, 1, 4, 4) for name in ("a", "b", "c")}
+    plots.panel(grid, columns)
+    assert [ax.get_title() for ax in grid[0]] == ["a", "b", "c"]
+    np.testing.assert_allclose(grid[1, 2].images[0].get_array(), columns["c"][1, 0])
+    with pytest.raises(ValueError, match="axes must have 2 columns"):
+        plots.panel(grid, {"a": columns["a"], "b": columns["b"]})
+    with pytest.raises(ValueError, match="'a' has 1 images for 2 rows"):
+        plots.panel(grid, {**columns, "a": columns["a"][:1]})
+    plt.close(figure)
+
+
+def test_trace_has_a_line_per_chain(axes):
+    draws = torch.randn(3, 20)
+    plots.trace(axes, draws, "z")
+    assert len(axes.lines) == 3
+    np.testing.assert_allclose(axes.lines[1].get_ydata(), draws[1])
+
+
+def test_ranks_are_flat_for_equal_chains_and_not_for_shifted_ones(axes):
+    def counts(draws):
+        axes.clear()
+        plots.rank(axes, draws, bins=4)
+        return np.array([patch.get_data().values for patch in axes.patches])
+
+    interleaved = np.arange(40.0).reshape(20, 2).T
+    assert (counts(interleaved) == 5).all()
+    shifted = np.arange(40.0).reshape(2, 20)
+    assert counts(shifted).tolist() == [[10, 10, 0, 0], [0, 0, 10, 10]]
+
+
+def test_histograms_and_curves(axes):
+    plots.posterior_ratios(axes, torch.randn(50), torch.randn(50))
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["undefended", "defended"]
+    axes.clear()
+    plots.curve(axes, [0, 1], [0.5, 0.6], [0.4, 0.5], [0.6, 0.7], "hmc")
+    assert axes.lines[0].get_label() == "hmc"
+    assert len(axes.collections) == 1
+
+
+def test_draws_of_the_wrong_shape(axes):
+    with pytest.raises(ValueError, match=r"draws must have shape \(chain, draw\), got \(3,\)"):
+        plots.trace(axes, torch.zeros(3))
