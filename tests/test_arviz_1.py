@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,8 +54,11 @@ def test_conversion_under_arviz_1(tmp_path):
 
 
 def _interpreter(version):
-    name = shutil.which(f"python{version}")
-    works = (
-        name and subprocess.run([name, "-c", "import venv"], capture_output=True).returncode == 0
-    )
-    return name if works else None
+    """A working interpreter on the path or under pyenv, whose shims fail unless selected."""
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    candidates = [shutil.which(f"python{version}")]
+    candidates += sorted(root.glob(f"versions/{version}.*/bin/python"))
+    for candidate in filter(None, candidates):
+        if subprocess.run([candidate, "-c", "import venv"], capture_output=True).returncode == 0:
+            return candidate
+    return None
