@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +34,19 @@ def parser() -> argparse.ArgumentParser:
     defend.add_argument("--output", default="runs/results", help="directory for result files")
     defend.add_argument("--models", help="directory of weights; the packaged ones by default")
 
-    for command in (train, defend):
+    evaluate = commands.add_parser("evaluate", help="measure a trained model on test images")
+    evaluate.add_argument("name", help="name of a trained model, e.g. mnist_vae")
+    evaluate.add_argument("--output", default="runs/evaluate", help="directory for result files")
+    evaluate.add_argument("--models", help="directory of weights; the packaged ones by default")
+    evaluate.add_argument(
+        "--full",
+        action="append_const",
+        const=("num_images", None),
+        dest="set",
+        help="the full test set instead of 1,000 class-stratified images",
+    )
+
+    for command in (train, defend, evaluate):
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",
@@ -47,6 +60,14 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write the tables of a directory of result files")
     report.add_argument("results", help="directory with result files (*.json)")
+
+    table = commands.add_parser("table", help="print a table of the paper beside our results")
+    table.add_argument("number", type=int, help="number of the table: 7")
+    table.add_argument(
+        "--results",
+        default="docs/results/evaluate",
+        help="directory with the result files of evaluate",
+    )
     return top
 
 
@@ -79,6 +100,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress=not options.quiet,
             )
             print(report(options.output))
+        elif options.command == "evaluate":
+            from pyro_vae_defence.experiments.evaluate import evaluate
+
+            result = evaluate(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+            )
+            print(json.dumps(result["metrics"], indent=2))
+        elif options.command == "table":
+            from pyro_vae_defence.experiments.tables import table
+
+            print(table(options.number, options.results))
         else:
             from pyro_vae_defence.experiments.report import write_report
 

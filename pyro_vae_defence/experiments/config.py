@@ -78,7 +78,26 @@ class DefendConfig:
     seed: int = 0
 
 
-Config = TypeVar("Config", TrainConfig, DefendConfig)
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How a trained model is measured (Table 7).
+
+    Args:
+        model: name of a trained model.
+        num_images: class-stratified test images; the full test set when ``None``.
+        num_samples: importance samples per image.
+        rows: pairs of image and sample computed at once, which bounds the memory.
+        seed: seed of the choice of images and of all draws.
+    """
+
+    model: str
+    num_images: int | None = 1000
+    num_samples: int = 1000
+    rows: int = 1000
+    seed: int = 0
+
+
+Config = TypeVar("Config", TrainConfig, DefendConfig, EvaluateConfig)
 
 
 def override(config: Config, changes: dict[str, Any] | None) -> Config:
