@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
         action="append_const",
         const=("num_images", None),
         dest="set",
+        default=[],
         help="the full test set instead of 1,000 class-stratified images",
     )
 
