@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from pyro_vae_defence.experiments.registry import CLASSIFIERS
+
 
 def _setting(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
@@ -26,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train a named model; resumes when interrupted")
-    train.add_argument("name", help="model of the registry, e.g. mnist_vae")
+    train.add_argument("name", help="model or classifier of the registry, e.g. mnist_vae")
+    train.add_argument(
+        "--models", help="directory of the weights under a classifier; the packaged ones by default"
+    )
     train.add_argument("--output", default="runs/models", help="directory for weights and cards")
 
     defend = commands.add_parser("defend", help="attack a trained model's encoder and defend it")
@@ -77,7 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         # Imported late, so that --help and mistakes answer at once.
-        if options.command == "train":
+        if options.command == "train" and options.name in CLASSIFIERS:
+            from pyro_vae_defence.experiments.classify import train_classifier
+
+            card = train_classifier(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+            )
+            print(f"{card.name}: test accuracy {card.metrics['test_accuracy']['estimate']:.4f}")
+        elif options.command == "train":
             from pyro_vae_defence.experiments.train import train
 
             card = train(

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import data, metrics
+from pyro_vae_defence.experiments import annealing
 from pyro_vae_defence.experiments.config import EvaluateConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import (
     PACKAGED,
     load_card,
@@ -73,6 +75,14 @@ def evaluate(
 
     started = time.perf_counter()
     result["metrics"] = measure(vae, x, config, generator)
+    if config.features is not None:
+        extractor, _ = load_classifier(config.features, models)
+        name_of_distance = metrics.metric_name("frechet", config.features)
+        samples = sample(vae, x, config.rows, generator)
+        result["metrics"][name_of_distance] = {
+            "estimate": float(metrics.frechet(x, samples, extractor.features)),
+            "num_images": len(x),
+        }
     result["seconds"] = round(time.perf_counter() - started, 1)
 
     path = Path(output) / f"{name}{'_full' if config.num_images is None else ''}.json"
@@ -91,6 +101,7 @@ def measure(
     Returns:
         Metric's full name -> estimate and 95% interval over images, or active and all units per site.
     """
+    ais: dict[str, Any] = {}
     nll = metrics.nll(vae, x, config.num_samples, config.rows, generator)
     errors, means = [], []
     with torch.no_grad(), program.evaluation_mode(vae):
@@ -103,15 +114,47 @@ def measure(
             decoded = program.decode(vae, latents, tuple(x.shape[1:]))
             errors.append(metrics.mse(batch, decoded))
             means.append(program.posterior_mean(vae, batch))
+    if config.ais_images > 0:
+        some = slice(0, config.ais_images)
+        walk = annealing.ais(
+            vae,
+            x[some],
+            metrics.sigmoid_schedule(config.ais_steps),
+            config.ais_chains,
+            generator=generator,
+        )
+        both = {
+            nll_name(config.num_samples): _interval(nll[some]),
+            "difference": _interval(walk.nll - nll[some]),
+            "acceptance_rate": float(walk.acceptance_rate.mean()),
+        }
+        ais = {f"nll[ais {config.ais_steps}]": {**_interval(walk.nll), "on_the_same_images": both}}
     units = {site: torch.cat([mean[site] for mean in means]) for site in means[0]}
     return {
         nll_name(config.num_samples): _interval(nll),
         MSE: _interval(torch.cat(errors)),
+        **ais,
         "active_units": {
             site: {"active": int(metrics.active_units(mean).sum()), "all": mean[0].numel()}
             for site, mean in units.items()
         },
     }
+
+
+@torch.no_grad()
+def sample(
+    vae: VAE, like: Tensor, rows: int = 1000, generator: torch.Generator | None = None
+) -> Tensor:
+    """Means of p(x | z) at draws from the prior, clamped to [0, 1]: as many images as ``like`` has, of its shape."""
+    seed = draw_seed(generator)
+    images = []
+    with program.evaluation_mode(vae):
+        for first in range(0, len(like), rows):
+            batch = like[first : first + rows]
+            streams = Streams.create(len(batch), seed=seed, first_image=first, device=like.device)
+            latents = program.prior(vae, batch, streams=streams)
+            images.append(program.decode(vae, latents, tuple(like.shape[1:])))
+    return torch.cat(images).clamp(0, 1)
 
 
 def nll_name(num_samples: int) -> str:
