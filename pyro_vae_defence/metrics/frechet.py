@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def fid(
     return inception.compute()
 
 
-def _inception(weights_path: str | None):  # type: ignore[no-untyped-def]
+def _inception(weights_path: str | None) -> Any:
     mend = "FID needs torchmetrics and torch-fidelity: pip install 'pyro-vae-defence[metrics]'"
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
