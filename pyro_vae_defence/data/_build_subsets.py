@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vae_defence.data.datasets import ImageDataset
+from pyro_vae_defence.data.datasets import Images
 from pyro_vae_defence.data.loading import load
 
 PER_CLASS = {"train": 600, "validation": 50, "test": 100}
 PACKAGED = Path(__file__).parent / "packaged"
 
 
-def some_of_each_class(dataset: ImageDataset, count: int) -> torch.Tensor:
+def some_of_each_class(dataset: Images, count: int) -> torch.Tensor:
     """Indices of ``count`` images of every class at even distances, in their original order."""
     chosen = []
     for label in dataset.labels.unique():

@@ -1,11 +1,12 @@
 """Datasets that keep 8-bit images and hand out floating-point ones.
 
-Both classes are ordinary torch datasets that also take whole lists of indices, so that a batch is one
-gather and one division instead of a Python loop.
+All are ordinary torch datasets that also take whole lists of indices, so that a batch is one gather and one
+division instead of a Python loop.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -26,11 +27,46 @@ COLORS: dict[str, tuple[int, int, int]] = {
 """The seven corners of the RGB cube other than black, in the order of ColorMNIST's colour labels."""
 
 
-class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images and labels in memory.
+class Images(Dataset[tuple[Tensor, Tensor]], ABC):
+    """What every dataset of this package offers, wherever its images are.
 
     ``dataset[i]`` is an image ``(C, H, W)`` and its label; ``dataset[indices]`` for a slice, list or tensor is
     a batch ``(B, C, H, W)`` and its labels. Images are float32 in [0, 1].
+
+    Attributes:
+        labels: int64, ``(N,)`` or ``(N, columns)``.
+        name: dataset's name.
+        split: split's name.
+        class_names: one name per class.
+    """
+
+    def __init__(self, labels: Tensor, name: str, split: str, class_names: Sequence[str]) -> None:
+        self.labels = labels
+        self.name = name
+        self.split = split
+        self.class_names = tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {self.split!r}, {len(self)} images)"
+
+    def __getitem__(self, index: Index) -> tuple[Tensor, Tensor]:
+        return self.images(index), self.labels[index]
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape ``(C, H, W)`` of one image."""
+
+    @abstractmethod
+    def images(self, index: Index | None = None) -> Tensor:
+        """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
+
+
+class ImageDataset(Images):
+    """Images and labels in memory.
 
     Args:
         images: uint8 ``(N, C, H, W)``.
@@ -57,17 +93,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
             )
         if labels.shape[:1] != images.shape[:1]:
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
+        super().__init__(labels, name, split, class_names)
         self._images = images
-        self.labels = labels
-        self.name = name
-        self.split = split
-        self.class_names = tuple(class_names)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {self.split!r}, {len(self)} images)"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -79,9 +106,6 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
         chosen = self._images if index is None else self._images[index]
         return chosen.float().div_(255)
-
-    def __getitem__(self, index: Index) -> tuple[Tensor, Tensor]:
-        return self.images(index), self.labels[index]
 
 
 class ColoredImages(ImageDataset):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
-from pyro_vae_defence.data.datasets import ColoredImages, ImageDataset
+from pyro_vae_defence.data.datasets import ColoredImages, ImageDataset, Images
+from pyro_vae_defence.data.files import load_celeba
+from pyro_vae_defence.data.variants import (
+    ImageTransform,
+    TexturedImages,
+    TransformedImages,
+    invert,
+)
 
 Split = Literal["train", "validation", "test"]
 
 SPLITS = ("train", "validation", "test")
-DATASETS = ("mnist", "fashion_mnist", "color_mnist", "mnist_subset", "fashion_mnist_subset")
+_PLAIN = ("mnist", "fashion_mnist", "color_mnist", "mnist_subset", "fashion_mnist_subset")
+_VARIANTS = ("textured", "inverted")
+DATASETS = (*_PLAIN, "celeba64", *(f"{name}_{variant}" for name in _PLAIN for variant in _VARIANTS))
 
 ROOT_VARIABLE = "PYRO_VAE_DEFENCE_DATA"
 NUM_VALIDATION = 5000
@@ -106,16 +116,21 @@ def load(
     split: Split,
     root: str | os.PathLike[str] | None = None,
     download: bool = False,
-) -> ImageDataset:
+    transform: ImageTransform | None = None,
+) -> Images:
     """Load one split of a dataset.
 
     Args:
         name: ``"mnist"``, ``"fashion_mnist"`` or ``"color_mnist"`` (55,000 / 5,000 / 10,000 images of 28x28;
             ColorMNIST has each in seven colours), or one of the class-balanced subsets packaged with
-            the library, ``"mnist_subset"`` and ``"fashion_mnist_subset"`` (6,000 / 500 / 1,000).
+            the library, ``"mnist_subset"`` and ``"fashion_mnist_subset"`` (6,000 / 500 / 1,000). Any of these
+            with ``_textured`` or ``_inverted`` appended is a harder variant
+            (:mod:`pyro_vae_defence.data.variants`). ``"celeba64"`` is decoded from its files on demand
+            (:mod:`pyro_vae_defence.data.files`).
         split: ``"train"``, ``"validation"`` or ``"test"``.
         root: directory of the full datasets; :func:`default_root` when ``None``.
         download: fetch missing files through torchvision.
+        transform: applied on the fly to float batches ``(B, C, H, W)``.
 
     Raises:
         ValueError: for an unknown name or split, or a truncated or corrupted file.
@@ -125,11 +140,24 @@ def load(
         raise ValueError(f"name must be one of {', '.join(DATASETS)}; got {name!r}")
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}; got {split!r}")
+    if transform is not None:
+        return TransformedImages(load(name, split, root, download), transform)
+    plain, _, variant = name.rpartition("_")
+    if variant == "textured":
+        return TexturedImages(load(plain, split, root, download), name)
+    if variant == "inverted":
+        return TransformedImages(load(plain, split, root, download), invert, name)
     if name in _PACKAGED_SHA256:
         return _load_packaged(name, split)
     if name == "color_mnist":
-        return ColoredImages(load("mnist", split, root, download), "color_mnist")
-    return _load_full(name, split, default_root() if root is None else Path(root), download)
+        return ColoredImages(_load_full("mnist", split, _root(root), download), "color_mnist")
+    if name == "celeba64":
+        return load_celeba(_root(root), split, download)
+    return _load_full(name, split, _root(root), download)
+
+
+def _root(root: str | os.PathLike[str] | None) -> Path:
+    return default_root() if root is None else Path(root)
 
 
 def batches(
@@ -145,7 +173,7 @@ def batches(
     that a training run can be resumed exactly.
 
     Args:
-        dataset: an :class:`ImageDataset`, or any dataset that takes lists of indices.
+        dataset: any of this package's datasets, or any dataset that takes lists of indices.
         batch_size: images per batch, >= 1.
         shuffle: a new random order for every pass.
         generator: source of the order.
@@ -165,7 +193,7 @@ def batches(
 
 
 def stratified(
-    dataset: ImageDataset,
+    dataset: Images,
     num: int,
     generator: torch.Generator | None = None,
     column: int = 0,
@@ -212,7 +240,7 @@ def _load_full(name: str, split: str, root: Path, download: bool) -> ImageDatase
     raw = root / source.torchvision_class / "raw"
     if download and not all((raw / file).exists() for file in source.sha256):
         try:
-            dataset_class(root, download=True)
+            _download(dataset_class, root, raw)
         except Exception as error:
             raise FileNotFoundError(
                 f"downloading {name} to {root} failed ({type(error).__name__}: {error}); check the "
@@ -228,6 +256,16 @@ def _load_full(name: str, split: str, root: Path, download: bool) -> ImageDatase
     elif split == "validation":
         images, labels = images[-NUM_VALIDATION:], labels[-NUM_VALIDATION:]
     return ImageDataset(images, labels, name, split, source.class_names)
+
+
+def _download(dataset_class: Any, root: Path, raw: Path) -> None:
+    """Fetch the missing files. They appear in their place when whole; files that are there stay."""
+    raw.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as temporary:
+        dataset_class(temporary, download=True)
+        for file in _SIZES:
+            if not (raw / file).exists():
+                os.replace(Path(temporary) / raw.relative_to(root) / file, raw / file)
 
 
 def _verify(path: Path, sha256: str, size: int, name: str, packaged: str) -> None:

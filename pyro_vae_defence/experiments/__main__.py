@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from pyro_vae_defence.experiments.registry import CLASSIFIERS
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -25,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     train = commands.add_parser("train", help="train a named model; resumes when interrupted")
-    train.add_argument("name", help="model of the registry, e.g. mnist_vae")
+    train.add_argument("name", help="model or classifier of the registry, e.g. mnist_vae")
+    train.add_argument(
+        "--models", help="directory of the weights under a classifier; the packaged ones by default"
+    )
     train.add_argument("--output", default="runs/models", help="directory for weights and cards")
 
     defend = commands.add_parser("defend", help="attack a trained model's encoder and defend it")
@@ -33,7 +39,20 @@ def parser() -> argparse.ArgumentParser:
     defend.add_argument("--output", default="runs/results", help="directory for result files")
     defend.add_argument("--models", help="directory of weights; the packaged ones by default")
 
-    for command in (train, defend):
+    evaluate = commands.add_parser("evaluate", help="measure a trained model on test images")
+    evaluate.add_argument("name", help="name of a trained model, e.g. mnist_vae")
+    evaluate.add_argument("--output", default="runs/evaluate", help="directory for result files")
+    evaluate.add_argument("--models", help="directory of weights; the packaged ones by default")
+    evaluate.add_argument(
+        "--full",
+        action="append_const",
+        const=("num_images", None),
+        dest="set",
+        default=[],
+        help="the full test set instead of 1,000 class-stratified images",
+    )
+
+    for command in (train, defend, evaluate):
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",
@@ -47,6 +66,14 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write the tables of a directory of result files")
     report.add_argument("results", help="directory with result files (*.json)")
+
+    table = commands.add_parser("table", help="print a table of the paper beside our results")
+    table.add_argument("number", type=int, help="number of the table: 7")
+    table.add_argument(
+        "--results",
+        default="docs/results/evaluate",
+        help="directory with the result files of evaluate",
+    )
     return top
 
 
@@ -55,7 +82,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         # Imported late, so that --help and mistakes answer at once.
-        if options.command == "train":
+        if options.command == "train" and options.name in CLASSIFIERS:
+            from pyro_vae_defence.experiments.classify import train_classifier
+
+            card = train_classifier(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+            )
+            print(f"{card.name}: test accuracy {card.metrics['test_accuracy']['estimate']:.4f}")
+        elif options.command == "train":
             from pyro_vae_defence.experiments.train import train
 
             card = train(
@@ -79,6 +117,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress=not options.quiet,
             )
             print(report(options.output))
+        elif options.command == "evaluate":
+            from pyro_vae_defence.experiments.evaluate import evaluate
+
+            result = evaluate(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+            )
+            print(json.dumps(result["metrics"], indent=2))
+        elif options.command == "table":
+            from pyro_vae_defence.experiments.tables import table
+
+            print(table(options.number, options.results))
         else:
             from pyro_vae_defence.experiments.report import write_report
 

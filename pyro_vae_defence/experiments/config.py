@@ -78,7 +78,65 @@ class DefendConfig:
     seed: int = 0
 
 
-Config = TypeVar("Config", TrainConfig, DefendConfig)
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How a trained model is measured (Table 7).
+
+    Args:
+        model: name of a trained model.
+        num_images: class-stratified test images; the full test set when ``None``.
+        num_samples: importance samples per image.
+        rows: pairs of image and sample computed at once, which bounds the memory.
+        features: trained feature extractor for the Fréchet distance between as many samples of the model as there are
+            images, and the images; ``None`` leaves it out.
+        ais_images: of so many of the images, the NLL by annealed importance sampling as well.
+        ais_steps, ais_chains: temperatures and chains of that.
+        seed: seed of the choice of images and of all draws.
+    """
+
+    model: str
+    num_images: int | None = 1000
+    num_samples: int = 1000
+    rows: int = 1000
+    features: str | None = None
+    ais_images: int = 0
+    ais_steps: int = 100
+    ais_chains: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """How a classifier is trained; the defaults are the paper's downstream task, but for the batch size, which it
+    does not state.
+
+    Args:
+        dataset: name for :func:`pyro_vae_defence.data.load`.
+        model: trained model whose guide's means are classified, linearly; ``None`` classifies images by a small
+            convolutional network.
+        column: which label, where there are several (ColorMNIST: 0 digit, 1 colour).
+        optimiser: ``"sgd"`` or ``"adam"``.
+        learning_rate: at the start; halved when the validation loss has not fallen for ``patience`` epochs.
+        patience: epochs.
+        early_stop: stop when the validation loss has not fallen for so many epochs.
+        max_epochs: stop in any case.
+        batch_size: images per step.
+        seed: seed of initialisation and order.
+    """
+
+    dataset: str
+    model: str | None = None
+    column: int = 0
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    learning_rate: float = 1.0
+    patience: int = 3
+    early_stop: int = 20
+    max_epochs: int = 200
+    batch_size: int = 128
+    seed: int = 0
+
+
+Config = TypeVar("Config", TrainConfig, DefendConfig, EvaluateConfig, ClassifierConfig)
 
 
 def override(config: Config, changes: dict[str, Any] | None) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_vae_defence.experiments.config import DefendConfig, TrainConfig
+from pyro_vae_defence.experiments.config import ClassifierConfig, DefendConfig, TrainConfig
 
 # An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as on MNIST.
 _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
@@ -32,3 +32,24 @@ DEFENCES: dict[str, DefendConfig] = {
     for radius in (0.1, 0.2)
 }
 """The encoder attacks of Tables 2 and 3: ``<dataset>_radius_<radius>``."""
+
+
+def _classifiers() -> dict[str, ClassifierConfig]:
+    classifiers = {}
+    for model, config in MODELS.items():
+        classifiers[f"{model}_classifier"] = ClassifierConfig(config.dataset, model)
+        if config.dataset == "color_mnist":
+            classifiers[f"{model}_color_classifier"] = ClassifierConfig("color_mnist", model, 1)
+    for dataset in _IMAGES:
+        classifiers[f"{dataset}_features"] = ClassifierConfig(
+            dataset,
+            optimiser="adam",
+            learning_rate=1e-3,
+            max_epochs=1 if dataset == "color_mnist" else 5,
+        )
+    return classifiers
+
+
+CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
+"""``<model>_classifier``, the paper's linear classifier on latents (on ColorMNIST of the digit;
+``<model>_color_classifier`` of the colour), and ``<dataset>_features``, whose features measure Fréchet distances."""

@@ -1,6 +1,8 @@
-"""Scores of images, latents and models: pure functions, one value per image."""
+"""Scores of images, latents and models: pure functions; one value per image, or per set where the name says so."""
 
 from pyro_vae_defence.metrics.accuracy import adversarial_accuracy, correct
+from pyro_vae_defence.metrics.evidence import ais_log_weights, nll, simulate
+from pyro_vae_defence.metrics.frechet import fid, frechet, frechet_distance
 from pyro_vae_defence.metrics.images import MS_SSIM_VARIANTS, metric_name, ms_ssim, mse, ssim
 from pyro_vae_defence.metrics.intervals import Interval, bootstrap_interval
 from pyro_vae_defence.metrics.latents import active_units
@@ -21,8 +23,12 @@ __all__ = [
     "active_units",
     "adversarial_accuracy",
     "ais",
+    "ais_log_weights",
     "bootstrap_interval",
     "correct",
+    "fid",
+    "frechet",
+    "frechet_distance",
     "importance_nll",
     "ks_test",
     "log_mean_exp",
@@ -30,6 +36,8 @@ __all__ = [
     "metric_name",
     "ms_ssim",
     "mse",
+    "nll",
     "sigmoid_schedule",
+    "simulate",
     "ssim",
 ]

@@ -77,6 +77,25 @@ def load_card(name: str, directory: str | os.PathLike[str] | None = None) -> Wei
         raise ValueError(f"card {path} is damaged ({error}); restore or train it again") from error
 
 
+def load_weights(
+    name: str, directory: str | os.PathLike[str] | None = None
+) -> tuple[WeightCard, dict[str, Tensor]]:
+    """The card and the tensors of a model, once their sha256 was found to match.
+
+    Raises:
+        ValueError: for an unknown name, or weights that are tampered with or truncated.
+    """
+    card = load_card(name, directory)
+    path = _directory(directory) / f"{name}.safetensors"
+    content = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(content).hexdigest() != card.sha256:
+        raise ValueError(
+            f"weights {path} do not match their card (sha256): the file is missing, truncated or "
+            "altered; restore it or train the model again"
+        )
+    return card, load_tensors(content)
+
+
 def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) -> ConvVAE:
     """A trained VAE in eval mode, on the CPU.
 
@@ -90,21 +109,13 @@ def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) 
     Raises:
         ValueError: for an unknown name, or weights that are tampered with, truncated or misfit.
     """
-    card = load_card(name, directory)
-    path = _directory(directory) / f"{name}.safetensors"
-    content = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(content).hexdigest() != card.sha256:
-        raise ValueError(
-            f"weights {path} do not match their card (sha256): the file is missing, truncated or "
-            "altered; restore it or train the model again"
-        )
+    card, tensors = load_weights(name, directory)
     if card.architecture not in _ARCHITECTURES:
         raise ValueError(
             f"card of {name!r} asks for architecture {card.architecture!r}; "
             f"this version knows {sorted(_ARCHITECTURES)}"
         )
     vae = _ARCHITECTURES[card.architecture](**card.architecture_config)
-    tensors = load_tensors(content)
     variance = {
         key.removeprefix(_METRIC_PREFIX): tensors.pop(key).float()
         for key in list(tensors)
@@ -113,13 +124,13 @@ def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) 
     try:
         vae.load_state_dict({key: value.float() for key, value in tensors.items()})
     except RuntimeError as error:
-        raise ValueError(f"weights {path} do not fit {card.architecture}: {error}") from error
+        raise ValueError(f"weights of {name!r} do not fit {card.architecture}: {error}") from error
     vae.mean_posterior_variance = variance
     return vae.eval()
 
 
 def save_pretrained(
-    vae: ConvVAE,
+    vae: Any,
     name: str,
     directory: str | os.PathLike[str],
     *,
@@ -133,7 +144,7 @@ def save_pretrained(
     """Write weights and card atomically, the card last.
 
     Args:
-        vae: the trained model.
+        vae: the trained module; its ``config`` holds the constructor's arguments.
         name: file stem.
         directory: made when missing.
         training, command, provenance, metrics: see :class:`WeightCard`.

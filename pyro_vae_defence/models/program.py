@@ -37,7 +37,7 @@ from torch.distributions import (
 )
 
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, Latents, LatentsLike
+from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
 
 DATA_PLATE = "data"
 
@@ -49,6 +49,7 @@ __all__ = [
     "decode",
     "encode",
     "evaluation_mode",
+    "guide_potential",
     "mean_posterior_variance",
     "observation",
     "observation_site",
@@ -56,6 +57,7 @@ __all__ = [
     "posterior_mean",
     "potential",
     "prior",
+    "sample_with_log_prob",
 ]
 
 
@@ -272,6 +274,17 @@ def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     return _latent_values(_guide_trace(vae, x, streams))
 
 
+def sample_with_log_prob(
+    vae: VAE, x: Tensor, *, streams: Streams | None = None
+) -> tuple[Latents, Tensor]:
+    """One draw z from the guide per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in nats."""
+    trace = _guide_trace(vae, x, streams)
+    log_prob = x.new_zeros(x.shape[0])
+    for name, site in _sample_sites(trace).items():
+        log_prob = log_prob + _log_prob_per_image(name, site, x.shape[0])
+    return _latent_values(trace), log_prob
+
+
 def posterior_mean(vae: VAE, x: Tensor) -> Latents:
     """Mean of the guide's distribution of every site: site name -> ``(N, *event)``.
 
@@ -451,12 +464,12 @@ class ModelPotential:
         """Energies of shape ``(N,)``, in nats."""
         conditioned = poutine.condition(self._model, data=self.constrain(latents))
         trace = _get_trace(conditioned, *self._args, **self._kwargs)
-        energy = self._log_determinant(latents)
+        energy = self.log_determinant(latents)
         for name, site in _sample_sites(trace).items():
             energy = energy - _log_prob_per_image(name, site, self.num_images)
         return energy
 
-    def _log_determinant(self, latents: LatentsLike) -> Tensor:
+    def log_determinant(self, latents: LatentsLike) -> Tensor:
         """Minus the log-determinant of the constraining transforms (zero without any)."""
         first = next(iter(latents.values()))
         total = first.new_zeros(self.num_images)
@@ -471,6 +484,41 @@ class ModelPotential:
 def potential(vae: VAE, x: Tensor) -> ModelPotential:
     """Energy U(z; x) of ``vae`` at images ``x`` of shape ``(N, C, H, W)`` (eq. 9 of the paper)."""
     return ModelPotential(vae.model, x)
+
+
+def guide_potential(
+    vae: VAE, x: Tensor, model_potential: ModelPotential | None = None
+) -> Potential:
+    """Energy -log q(z | x) of the guide per image, normalised, on the scale of :func:`potential`.
+
+    The guide's counterpart of U(z; x): on the same unconstrained latents, with the same log-determinants, so that
+    ``guide_potential(vae, x)(z) - potential(vae, x)(z)`` is the log-weight log p(x, z) - log q(z | x).
+
+    Args:
+        vae: any Pyro VAE.
+        x: images ``(N, C, H, W)``.
+        model_potential: ``potential(vae, x)``, where it is at hand.
+
+    Raises:
+        ValueError: when called, if the guide's latent sites are not those of the model.
+    """
+    energy = potential(vae, x) if model_potential is None else model_potential
+    names = {site.name for site in energy.sites}
+
+    def energy_of_guide(latents: LatentsLike) -> Tensor:
+        conditioned = poutine.condition(vae.guide, data=energy.constrain(latents))
+        sites = _sample_sites(_get_trace(conditioned, x))
+        if sites.keys() != names:
+            raise ValueError(
+                f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "
+                "a density of the guide needs the same sites in both"
+            )
+        total = energy.log_determinant(latents)
+        for name, site in sites.items():
+            total = total - _log_prob_per_image(name, site, energy.num_images)
+        return total
+
+    return energy_of_guide
 
 
 def mean_posterior_variance(

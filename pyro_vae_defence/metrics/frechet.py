@@ -1,0 +1,136 @@
+r"""Fréchet distance between two sets of images, in the space of a feature extractor.
+
+With mean m and covariance C of each set's features,
+
+.. math:: d^2 = \lVert m_1 - m_2 \rVert^2
+                + \mathrm{tr}\bigl(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr),
+
+the squared 2-Wasserstein distance of two Gaussians. Its size means nothing without the extractor: the name
+*FID* stands for features of Inception-v3 trained on ImageNet alone (:func:`fid`), and everything else is
+reported as ``frechet[<extractor>]``. Estimates from few images are biased upwards, so compare only
+values from equally many.
+
+Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs trained by a two time-scale update rule converge to
+a local Nash equilibrium", 2017; https://arxiv.org/abs/1706.08500
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Extractor = Callable[[Tensor], Tensor]
+"""Images ``(N, C, H, W)`` in [0, 1] -> features ``(N, F)``."""
+
+
+def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
+    """Squared Fréchet distance of two sets of features.
+
+    Args:
+        features: shape ``(N, F)``, two rows or more.
+        other: shape ``(M, F)``, two rows or more.
+
+    Returns:
+        A float64 scalar, not negative.
+
+    Raises:
+        ValueError: the shapes do not fit, or there are fewer than two rows.
+    """
+    for name, value in (("features", features), ("other", other)):
+        if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[1]:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and the same F "
+                "in both"
+            )
+    mean, covariance = _moments(features)
+    other_mean, other_covariance = _moments(other)
+    root = _square_root(covariance)
+    # The product is symmetric, so its root has the square roots of its eigenvalues for a trace.
+    overlap = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp(min=0).sqrt().sum()
+    distance = (mean - other_mean).square().sum() + (covariance + other_covariance).trace()
+    return (distance - 2 * overlap).clamp(min=0)
+
+
+@torch.no_grad()
+def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tensor:
+    """Squared Fréchet distance of two sets of images; report it as ``frechet[<extractor>]``.
+
+    Args:
+        x: images ``(N, C, H, W)`` in [0, 1].
+        y: images ``(M, C, H, W)``.
+        extractor: images to features, e.g. a
+            :class:`~pyro_vae_defence.models.classifier.ConvClassifier`'s ``features``.
+        rows: images at once.
+
+    Returns:
+        A float64 scalar.
+    """
+    sets = (torch.cat([extractor(batch) for batch in images.split(rows)]) for images in (x, y))
+    return frechet_distance(*sets)
+
+
+@torch.no_grad()
+def fid(
+    x: Tensor,
+    y: Tensor,
+    weights_path: str | os.PathLike[str] | None = None,
+    rows: int = 50,
+) -> Tensor:
+    """Fréchet Inception distance through torchmetrics, as in Table 7; grey images become three channels.
+
+    Args:
+        x: images ``(N, C, H, W)`` in [0, 1] with one or three channels.
+        y: images ``(M, C, H, W)``.
+        weights_path: file of the Inception weights (``pt_inception-2015-12-05-6726825d.pth`` of
+            torch-fidelity); downloaded when ``None``.
+        rows: images at once.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: torchmetrics is not installed, there is no such file, or the images do not fit.
+    """
+    if weights_path is not None and not Path(weights_path).is_file():
+        raise ValueError(
+            f"weights_path={str(weights_path)!r} is no file: download torch-fidelity's Inception weights "
+            "and pass their path"
+        )
+    for name, images in (("x", x), ("y", y)):
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[0] < 2:
+            raise ValueError(
+                f"{name} has shape {tuple(images.shape)}: pass (N, C, H, W) with two images or more and "
+                "one or three channels"
+            )
+    inception = _inception(None if weights_path is None else str(weights_path)).to(x.device)
+    for images, real in ((x, True), (y, False)):
+        for batch in images.split(rows):
+            inception.update(batch.expand(-1, 3, -1, -1).clamp(0, 1), real=real)
+    return inception.compute()
+
+
+def _inception(weights_path: str | None) -> Any:
+    mend = "FID needs torchmetrics and torch-fidelity: pip install 'pyro-vae-defence[metrics]'"
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+    except ImportError as error:
+        raise ValueError(mend) from error
+    try:
+        return FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=weights_path)
+    except ModuleNotFoundError as error:  # torchmetrics without torch-fidelity
+        raise ValueError(mend) from error
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    double = features.detach().double()
+    return double.mean(0), torch.atleast_2d(double.mT.cov())
+
+
+def _square_root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT

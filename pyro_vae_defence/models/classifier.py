@@ -1,0 +1,141 @@
+r"""Classifiers: the paper's linear one on latents, and a small convolutional one for its features.
+
+The downstream task of the paper is a linear classifier on the means of the guide, :math:`m = E_q[z \mid x]`,
+
+.. math:: p(y \mid x) = \mathrm{softmax}(W m + b),
+
+trained with cross-entropy by SGD (learning rate 1, halved when the validation loss has not fallen for 3 epochs,
+stopped after 20 without improvement; the best epoch's weights are kept).
+
+The convolutional one reads images. Its penultimate layer is a feature extractor for
+:func:`pyro_vae_defence.metrics.frechet`, which must be reported under the extractor's name.
+
+Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with MCMC", NeurIPS
+2022, section 5.1.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.pretrained import WeightCard, load_weights
+from pyro_vae_defence.types import VAE, LatentsLike
+
+
+def flatten_latents(latents: LatentsLike) -> Tensor:
+    """All latents of an image as one vector, sites in their order: ``(N, D)``."""
+    return torch.cat([value.flatten(1) for value in latents.values()], 1)
+
+
+class LinearClassifier(nn.Module):
+    """Class scores from the latents of any VAE.
+
+    Args:
+        num_latents: D, of all sites together.
+        num_classes: number of classes.
+    """
+
+    def __init__(self, num_latents: int, num_classes: int) -> None:
+        super().__init__()
+        if num_latents < 1 or num_classes < 2:
+            raise ValueError(
+                f"need num_latents >= 1 and num_classes >= 2, got {num_latents} and {num_classes}"
+            )
+        self.linear = nn.Linear(num_latents, num_classes)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this classifier."""
+        return {
+            "num_latents": self.linear.in_features,
+            "num_classes": self.linear.out_features,
+        }
+
+    def forward(self, latents: Tensor | LatentsLike) -> Tensor:
+        """Latents ``(N, D)``, or site -> ``(N, *event)``, to scores ``(N, num_classes)``."""
+        return self.linear(latents if isinstance(latents, Tensor) else flatten_latents(latents))
+
+    def classify(self, vae: VAE, x: Tensor) -> Tensor:
+        """Classes predicted from the guide's means at images ``x``: int64 ``(N,)``."""
+        with torch.no_grad(), program.evaluation_mode(vae):
+            return self(program.posterior_mean(vae, x)).argmax(-1)
+
+
+class ConvClassifier(nn.Module):
+    """Class scores from images of 16x16 pixels or more; ``features`` is its penultimate layer.
+
+    Args:
+        in_channels: channels of the images.
+        num_classes: number of classes.
+        num_features: width of the penultimate layer.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, num_features: int = 64) -> None:
+        super().__init__()
+        if in_channels < 1 or num_classes < 2 or num_features < 1:
+            raise ValueError(
+                "need in_channels >= 1, num_classes >= 2 and num_features >= 1, got "
+                f"{in_channels}, {num_classes} and {num_features}"
+            )
+        self.config = {
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "num_features": num_features,
+        }
+        self.trunk = nn.Sequential(
+            nn.Conv2d(in_channels, 16, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, num_features),
+        )
+        self.linear = nn.Linear(num_features, num_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Images ``(N, C, H, W)`` in [0, 1] to features ``(N, num_features)``, before any nonlinearity."""
+        return self.trunk(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(N, C, H, W)`` to scores ``(N, num_classes)``."""
+        return self.linear(self.features(x).relu())
+
+
+_ARCHITECTURES: dict[str, Any] = {
+    "LinearClassifier": LinearClassifier,
+    "ConvClassifier": ConvClassifier,
+}
+
+
+def load_classifier(
+    name: str, directory: str | os.PathLike[str] | None = None
+) -> tuple[Any, WeightCard]:
+    """A trained classifier in eval mode, and its card.
+
+    Args:
+        name: the classifier's name.
+        directory: where the files are; the packaged ones when ``None``.
+
+    Raises:
+        ValueError: for an unknown name, another kind of model, or weights that do not match their card.
+    """
+    card, tensors = load_weights(name, directory)
+    if card.architecture not in _ARCHITECTURES:
+        raise ValueError(
+            f"{name!r} is a {card.architecture}, no classifier; "
+            f"this function loads {sorted(_ARCHITECTURES)}"
+        )
+    classifier = _ARCHITECTURES[card.architecture](**card.architecture_config)
+    try:
+        classifier.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"weights of {name!r} do not fit {card.architecture}: {error}") from error
+    return classifier.eval(), card

@@ -1,0 +1,134 @@
+"""Classifiers: the paper's linear one and the feature extractor, trained, stored, and used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from pyro_vae_defence import data
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.classify import fit_classifier, train_classifier
+from pyro_vae_defence.experiments.config import ClassifierConfig
+from pyro_vae_defence.experiments.evaluate import evaluate
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, MODELS
+from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models.classifier import (
+    ConvClassifier,
+    LinearClassifier,
+    flatten_latents,
+    load_classifier,
+)
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained
+
+TINY = {"dataset": "mnist_subset", "max_epochs": 2, "batch_size": 500}
+
+
+@pytest.fixture
+def models(tmp_path):
+    torch.manual_seed(0)
+    save_pretrained(
+        ConvVAE(), "mnist_vae", tmp_path / "models", training={"dataset": "mnist_subset"},
+        command="none", provenance={},
+    )  # fmt: skip
+    return tmp_path / "models"
+
+
+def separable(num):
+    x = torch.randn(num, 2)
+    return TensorDataset(x, (x[:, 0] > x[:, 1]).long())
+
+
+def test_the_papers_rule_learns_halves_and_stops():
+    classifier = LinearClassifier(2, 2)
+    config = ClassifierConfig("toy", learning_rate=1.0, early_stop=4, batch_size=50)
+    history = fit_classifier(classifier, separable(500), separable(200), config)
+    assert min(history) < 0.1  # nats; a coin has 0.69
+    x, y = separable(500).tensors
+    assert (classifier(x).argmax(-1) == y).double().mean() > 0.97
+    assert not classifier.training
+    # Labels without pattern: no improvement for early_stop epochs ends it, and the best weights stay.
+    torch.manual_seed(0)
+    noise = TensorDataset(torch.randn(200, 2), torch.randint(2, (200,)))
+    other = TensorDataset(torch.randn(200, 2), torch.randint(2, (200,)))
+    classifier = LinearClassifier(2, 2)
+    history = fit_classifier(classifier, noise, other, config)
+    best = history.index(min(history))
+    assert len(history) == best + 5 < config.max_epochs
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(classifier(other.tensors[0]), other.tensors[1])
+    assert float(loss) == pytest.approx(min(history), rel=1e-5)
+
+
+def test_linear_classifier_reads_any_programs_latents(tutorial_vae):
+    x = torch.rand(3, 1, 28, 28)
+    classifier = LinearClassifier(5, 10)
+    means = program.posterior_mean(tutorial_vae, x)
+    assert torch.equal(classifier(means), classifier(means["latent"]))
+    assert torch.equal(classifier.classify(tutorial_vae, x), classifier(means).argmax(-1))
+    two = {"a": torch.ones(2, 3, 2), "b": torch.zeros(2, 4)}
+    assert flatten_latents(two).shape == (2, 10)
+
+
+def test_a_linear_classifier_of_means_is_trained_and_stored(tmp_path):
+    card = train_classifier("mnist_vae_classifier", tmp_path, overrides=TINY)
+    classifier, loaded = load_classifier("mnist_vae_classifier", tmp_path)
+    assert loaded == card
+    assert card.training["weights"] == load_card("mnist_vae").sha256
+    assert card.training["epochs"] == 2
+    vae = load_pretrained("mnist_vae")
+    test = data.load("mnist_subset", "test")
+    right = (classifier.classify(vae, test.images()) == test.labels).double().mean()
+    entry = card.metrics["test_accuracy"]
+    assert float(right) == pytest.approx(entry["estimate"])
+    # The packaged VAE's means separate digits linearly; chance is one in ten.
+    assert entry["low"] > 0.7
+    assert entry["num_images"] == 1000
+
+
+def test_features_are_trained_by_the_same_command_and_measure_distances(models, capsys):
+    settings = [f"--set={key}={value}" for key, value in TINY.items()]
+    arguments = ["train", "mnist_features", "--output", str(models), *settings]
+    assert main(arguments) == 0
+    assert "mnist_features: test accuracy 0." in capsys.readouterr().out
+    extractor, _ = load_classifier("mnist_features", models)
+    assert isinstance(extractor, ConvClassifier)
+    assert extractor.features(torch.rand(2, 1, 28, 28)).shape == (2, 64)
+    result = evaluate(
+        "mnist_vae", models / "out", models=models,
+        overrides={"num_images": 50, "num_samples": 2, "features": "mnist_features",
+                   "ais_images": 3, "ais_steps": 3, "ais_chains": 2},
+    )  # fmt: skip
+    distance = result["metrics"]["frechet[mnist_features]"]
+    assert distance["estimate"] > 0
+    assert "fid" not in json.dumps(result).lower()
+    ais = result["metrics"]["nll[ais 3]"]
+    assert ais["num_images"] == 3
+    assert set(ais["on_the_same_images"]) == {"nll[iwae 2]", "difference", "acceptance_rate"}
+
+
+def test_registry_has_a_classifier_for_every_model():
+    for model, config in MODELS.items():
+        assert CLASSIFIERS[f"{model}_classifier"].model == model
+        if config.dataset == "color_mnist":
+            assert CLASSIFIERS[f"{model}_color_classifier"].column == 1
+    defaults = CLASSIFIERS["mnist_vae_classifier"]
+    assert (defaults.learning_rate, defaults.patience, defaults.early_stop) == (1.0, 3, 20)
+
+
+def test_mistakes(models, tmp_path):
+    with pytest.raises(ValueError, match="no classifier named 'x'"):
+        train_classifier("x", tmp_path)
+    with pytest.raises(ValueError, match="'mnist_vae' is a ConvVAE, no classifier"):
+        load_classifier("mnist_vae", models)
+    with pytest.raises(ValueError, match="num_latents >= 1 and num_classes >= 2, got 0 and 3"):
+        LinearClassifier(0, 3)
+    with pytest.raises(ValueError, match="need in_channels >= 1"):
+        ConvClassifier(0, 3)
+    train_classifier("mnist_vae_classifier", tmp_path, models=models, overrides=TINY)
+    path = tmp_path / "mnist_vae_classifier.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="do not match their card"):
+        load_classifier("mnist_vae_classifier", tmp_path)

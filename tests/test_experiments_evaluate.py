@@ -1,0 +1,141 @@
+"""Evaluation of trained models: result files, cards, and the paper's table beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from programs import LinearGaussianVAE
+
+from pyro_vae_defence import metrics
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.config import EvaluateConfig
+from pyro_vae_defence.experiments.evaluate import evaluate, measure, nll_name
+from pyro_vae_defence.experiments.paper import TABLE_7
+from pyro_vae_defence.experiments.registry import MODELS
+from pyro_vae_defence.experiments.tables import NOT_MEASURED, table
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained
+
+
+@pytest.fixture
+def models(tmp_path):
+    save_pretrained(
+        ConvVAE(), "mnist_vae", tmp_path / "models", training={"dataset": "mnist_subset"},
+        command="none", provenance={}, metrics={"validation_nelbo": 1.0},
+    )  # fmt: skip
+    return tmp_path / "models"
+
+
+def test_measured_numbers_are_those_of_the_exact_model(float64):
+    """NLL within 5 standard errors of the exact one, MSE of its expectation (two tests, 1e-6)."""
+    torch.manual_seed(0)
+    vae = LinearGaussianVAE()
+    x = metrics.simulate(vae, torch.zeros(200, 1, 4, 4))[1]
+    found = measure(vae, x, EvaluateConfig("toy", num_samples=200, rows=64))
+    gap = torch.tensor(found["nll[iwae 200]"]["estimate"]) + vae.evidence(x).mean()
+    assert (
+        abs(gap) < 0.05
+    )  # an exact bound would be 0; the guide's own gap is 0.4 nats for one draw
+    # E||x - Wz - b||^2 / 16 for z from the guide: the exact posterior's mean, the guide's variance.
+    mean, covariance = vae.exact(x)
+    residual = (x.flatten(1) - mean @ vae.weight.T - vae.bias).square().mean(1)
+    spread = (vae.weight.square() * covariance.diagonal()).sum() / 16
+    expected = 255**2 * (residual + spread).mean()
+    entry = found["mse[0..255]"]
+    half_width = (entry["high"] - entry["low"]) / 2
+    assert abs(entry["estimate"] - expected) < 5 / 1.96 * half_width
+    assert entry["num_images"] == 200
+    assert found["active_units"] == {"z": {"active": 3, "all": 3}}
+
+
+def test_evaluate_writes_result_and_card(models, tmp_path):
+    changes = {"num_images": 20, "num_samples": 4, "rows": 30}
+    result = evaluate("mnist_vae", tmp_path / "out", models=models, overrides=changes)
+    assert json.loads((tmp_path / "out" / "mnist_vae.json").read_text()) == result
+    assert set(result["provenance"]) >= {"commit", "torch", "threads"}
+    assert result["config"]["num_images"] == 20
+    entry = result["metrics"][nll_name(4)]
+    assert entry["low"] < entry["estimate"] < entry["high"]
+    card = load_card("mnist_vae", models)
+    assert card.metrics == {"validation_nelbo": 1.0, "test": result["metrics"]}
+    assert result["weights"] == card.sha256
+    load_pretrained("mnist_vae", models)  # a new card still fits its weights
+    again = evaluate(
+        "mnist_vae", tmp_path / "again", models=models, overrides={**changes, "rows": 7}
+    )
+    assert again["metrics"][nll_name(4)]["estimate"] == pytest.approx(entry["estimate"], rel=1e-5)
+
+
+def test_full_test_set_has_a_file_of_its_own(models, tmp_path):
+    arguments = ["evaluate", "mnist_vae", "--models", str(models), "--output", str(tmp_path)]
+    assert main([*arguments, "--full", "--set", "num_samples=1"]) == 0
+    result = json.loads((tmp_path / "mnist_vae_full.json").read_text())
+    assert result["metrics"]["mse[0..255]"]["num_images"] == 1000
+    assert "--set num_images=None" in result["command"]
+
+
+def test_table_7_prints_files_and_says_what_is_missing(models, tmp_path, capsys):
+    evaluate(
+        "mnist_vae",
+        tmp_path,
+        models=models,
+        overrides={"num_images": 10, "num_samples": 2},
+    )
+    path = tmp_path / "mnist_vae.json"
+    result = json.loads(path.read_text())
+    result["metrics"][nll_name(2)].update(estimate=87.654, low=86.0, high=89.0)
+    path.write_text(json.dumps(result))
+    text = table(7, tmp_path)
+    assert re.search(r"\| VAE \| 88.3 \| 87.65 \[86.00, 89.00\] \| 578.6 \|", text)
+    assert text.count(NOT_MEASURED) == 2 * 20
+    assert text.count("### Table 7") == 3
+    # The full test set goes first, when there is one.
+    result["metrics"][nll_name(2)]["estimate"] = 99.0
+    (tmp_path / "mnist_vae_full.json").write_text(json.dumps(result))
+    assert "99.00" in table(7, tmp_path)
+    assert main(["table", "7", "--results", str(tmp_path / "none")]) == 0
+    assert capsys.readouterr().out.count(NOT_MEASURED) == 2 * 21
+
+
+def test_paper_and_registry_agree_on_names():
+    assert set(TABLE_7) <= set(MODELS)
+    assert len(TABLE_7) == 21
+    for printed in TABLE_7.values():
+        assert set(printed) <= {"nll", "mse", "fid"}
+    # The paper: beta = 1 has the lowest NLL and MSE on every dataset.
+    for dataset in ("mnist", "fashion_mnist", "color_mnist"):
+        rows = [TABLE_7[name] for name in TABLE_7 if MODELS[name].dataset == dataset]
+        assert min(rows, key=lambda row: row["nll"]) is rows[0]
+
+
+def test_config_defaults_are_the_papers():
+    config = dataclasses.asdict(EvaluateConfig("x"))
+    assert (config["num_images"], config["num_samples"]) == (1000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "mnist_gan"], "no pretrained model named 'mnist_gan'"),
+        (["evaluate", "mnist_vae", "--set", "images=3"], "unknown setting 'images'"),
+        (["evaluate", "mnist_vae", "--set", "num_samples=0"], "num_samples=0 must be positive"),
+        (["table", "9"], "no generator for table 9"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys, tmp_path, models):
+    if arguments[0] == "evaluate":
+        arguments = [*arguments, "--models", str(models), "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_damaged_result_file_is_named(tmp_path):
+    (tmp_path / "mnist_vae.json").write_text("{")
+    with pytest.raises(ValueError, match=r"mnist_vae\.json is damaged .*run evaluate mnist_vae"):
+        table(7, tmp_path)
