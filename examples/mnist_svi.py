@@ -35,6 +35,7 @@ from pyro_vae_defence.models.pretrained import write_atomically
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.training import FitConfig, fit
 
+DATASETS = ("mnist_subset", "fashion_mnist_subset", "mnist", "fashion_mnist", "color_mnist")
 KERNELS = ("hmc", "nuts", "pyro-hmc", "pyro-nuts")
 # Initial step size and number of leapfrog steps. The batched kernels run in the metric of the training set's
 # mean posterior variance, hence on a scale of order one; stock Pyro kernels start from the identity.
@@ -289,7 +290,7 @@ def parse_arguments():
     )
     positive, unsigned = at_least(1), at_least(0)
     parser.add_argument("--kernel", choices=KERNELS, default="hmc")
-    parser.add_argument("--dataset", choices=data.DATASETS, default="mnist_subset")
+    parser.add_argument("--dataset", choices=DATASETS, default="mnist_subset")
     parser.add_argument("--data-root", help="directory of full datasets")
     parser.add_argument("--download", action="store_true", help="fetch a missing dataset")
     parser.add_argument("--epochs", type=positive, default=30)

@@ -38,7 +38,7 @@ def _table(result: dict[str, Any]) -> str:
     config = result["config"]
     versions = result["provenance"]
     lines = [
-        f"## {result['experiment']}",
+        f"### {result['experiment']}",
         "",
         f"{config['num_references']} reference images x {config['num_restarts']} restarts, radius "
         f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals over "
