@@ -106,7 +106,8 @@ def fit(
         if config.compile:
             stack.enter_context(compiled_children(vae))
         log = _open_log(tensorboard, stack)
-        if path is not None and path.exists():
+        # The first process's answer holds for all: it has written whatever an earlier call saved.
+        if path is not None and parallel.gather(path.exists())[0]:
             run.load(path)
         else:
             run.start()
