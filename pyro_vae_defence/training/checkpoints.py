@@ -1,0 +1,77 @@
+"""Files that are whole or absent, and the states of random generators."""
+
+from __future__ import annotations
+
+import glob
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 2
+
+_PARTIAL = ".partial"
+
+
+def atomic_save(contents: Any, path: str | os.PathLike[str]) -> None:
+    """``torch.save`` to a temporary name beside ``path``, then rename: never a half-written file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(_PARTIAL, f".{path.name}.", path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def remove_partial(path: Path) -> None:
+    """Delete the temporary files that killed processes have left beside ``path``."""
+    for name in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
+        name.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Contents of a checkpoint; ``ValueError`` if it cannot be read or has another format."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["format"]
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); "
+            "it is damaged or no checkpoint of fit: delete it to train from the start"
+        ) from error
+    if found != FORMAT:
+        raise ValueError(
+            f"checkpoint {path} has format {found}, this version reads {FORMAT}; "
+            "delete it to train from the start"
+        )
+    return state
+
+
+def get_rng(loader: Iterable[Any]) -> dict[str, Any]:
+    """States of torch's global generators and of the loader's own."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    generator = getattr(loader, "generator", None)
+    if isinstance(generator, torch.Generator):
+        state["loader"] = generator.get_state()
+    return state
+
+
+def set_rng(state: dict[str, Any], loader: Iterable[Any]) -> None:
+    """Undo :func:`get_rng`."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    generator = getattr(loader, "generator", None)
+    if isinstance(generator, torch.Generator) and "loader" in state:
+        generator.set_state(state["loader"])

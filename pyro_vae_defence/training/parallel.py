@@ -1,0 +1,136 @@
+r"""What the processes of a data-parallel training tell each other.
+
+Every process holds all weights and sees its own share of each batch. The loss is a sum over images, so the
+gradient of the total batch is the *sum* of the processes' gradients,
+
+.. math:: \nabla \sum_{n \in B} \ell_n = \sum_r \nabla \sum_{n \in B_r} \ell_n,
+
+and each process makes the same step as a single one would with the whole batch. With the noise of
+the latents that holds in distribution, since each process draws its own; it holds up to rounding where
+an image's noise depends on the image alone.
+
+``DistributedDataParallel`` is not used: it wraps the ``forward`` of one module, and a VAE is a pair of
+programs that an objective runs as often as it likes.
+
+Outside of an initialised process group there is one process, and the functions leave everything as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _active() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if _active() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files and shows progress."""
+    return rank() == 0
+
+
+def check_initialised() -> None:
+    """Raise ``ValueError`` where torchrun's processes would train without knowing of each other."""
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    if launched and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _active():
+        raise ValueError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, but they have no process group; "
+            "call torch.distributed.init_process_group() before fit"
+        )
+
+
+def check_shares(length: int | None, x: Tensor) -> None:
+    """Raise ``ValueError`` unless the processes have as many batches each, and different images.
+
+    Args:
+        length: number of batches, where known.
+        x: the first batch.
+    """
+    if world_size() == 1:
+        return
+    lengths, sums = zip(*gather((length, float(x.double().sum()))))
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"loader has {lengths} batches in the different processes; they must have the same number, "
+            "as with torch.utils.data.DistributedSampler"
+        )
+    if len(set(sums)) == 1:
+        raise ValueError(
+            "loader gives every process the same images; give each its share, e.g. by a "
+            "torch.utils.data.DistributedSampler"
+        )
+
+
+def separate_noise() -> None:
+    """Seed the processes differently, from what each has in its global generator."""
+    if world_size() > 1:
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank())
+
+
+def total(*numbers: float) -> list[float]:
+    """Sums of numbers over the processes."""
+    if world_size() == 1:
+        return list(numbers)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace each parameter's gradient by its sum over the processes, a missing one counting as zero."""
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # One message for all of them.
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, summed in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+@torch.no_grad()
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace tensors by their mean over the processes."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= world_size()
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors with those of the first process."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank, in each of them."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _active() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,339 @@
+"""fit in processes of its own: killed by the system at random moments, and several at once.
+
+Run as a script, this file is what these processes execute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import TutorialVAE
+from pyro.infer import TraceMeanField_ELBO
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
+
+from pyro_vae_defence.objectives import BetaELBO, linear_schedule
+from pyro_vae_defence.training import FitConfig, NonFiniteLossError, fit
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command):
+    """Run this file with the given prefix and arguments; its output if it fails."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+class Images(Dataset):
+    """Images by lists of indices, with fresh noise at every access where asked for."""
+
+    def __init__(self, num, noise=0.0):
+        self.images = torch.rand(num, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+        self.noise = noise
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        x = self.images[index].to(torch.get_default_dtype())
+        return (x + self.noise * torch.rand_like(x)).clamp(max=1.0) if self.noise else x
+
+
+# --- Killed at any moment -------------------------------------------------------------------------
+
+
+class ForgetfulVAE(TutorialVAE):
+    """With dropout and batch norm: noise in training, and buffers beside the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Sequential(
+            nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Softplus(), nn.Dropout(0.2), nn.Linear(16, 784)
+        )
+
+
+def train_once(folder):
+    """A run with all there is to resume; in a new process also after a kill."""
+    path = folder / "checkpoint.pt"
+    torch.manual_seed(os.getpid() if path.exists() else 0)
+    vae = ForgetfulVAE()
+    loader = DataLoader(Images(60, noise=0.1), batch_size=10, shuffle=True)
+    settings = FitConfig(
+        epochs=25, learning_rate=1e-2, patience=0, clip_norm=200.0, ema_decay=0.95,
+        checkpoint_every=2, progress=False,
+    )  # fmt: skip
+    result = fit(
+        vae, BetaELBO(linear_schedule(60, end=2.0)), loader, settings,
+        validation=[torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(2))],
+        checkpoint=path,
+    )  # fmt: skip
+    history = [{**entry, "seconds": 0.0} for entry in result.history]
+    torch.save({"weights": vae.state_dict(), "history": history}, folder / "result.pt")
+
+
+def fork(folder):
+    """Start a process that trains; it shares the imports and nothing else."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            train_once(folder)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+
+def kill_at_random(folder, seed):
+    """Train without and with kills; write where they struck."""
+    torch.optim.Adam([torch.zeros(1)])  # imports half of torch, which the processes need not repeat
+    (folder / "whole").mkdir()
+    (folder / "killed").mkdir()
+    started = time.perf_counter()
+    assert os.waitpid(fork(folder / "whole"), 0)[1] == 0
+    duration = time.perf_counter() - started
+    moments = random.Random(seed)
+    kills = []
+    while True:
+        child = fork(folder / "killed")
+        # Ten kills at most, then it may finish; more than three, as each comes before a quarter is done.
+        if len(kills) < 10:
+            time.sleep(moments.uniform(0.02, 0.25) * duration)
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):
+            assert status == 0
+            break
+        checkpoint = folder / "killed" / "checkpoint.pt"
+        steps = torch.load(checkpoint)["steps"] if checkpoint.exists() else 0
+        kills.append(steps)
+    (folder / "kills.json").write_text(json.dumps(kills))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_killed_at_random_moments_equals_uninterrupted(tmp_path):
+    seed = random.randrange(10**6)
+    run(__file__, "kill", tmp_path, seed)
+    kills = json.loads((tmp_path / "kills.json").read_text())
+    message = f"seed {seed}, killed after the checkpoints of steps {kills}"
+    assert len(kills) >= 3, message
+    assert any(0 < steps < 150 for steps in kills), message
+    whole, killed = (torch.load(tmp_path / name / "result.pt") for name in ("whole", "killed"))
+    assert whole["history"] == killed["history"], message
+    for name, value in whole["weights"].items():
+        assert torch.equal(value, killed["weights"][name]), f"{name}: {message}"
+
+
+# --- Data-parallel --------------------------------------------------------------------------------
+
+
+class FixedNoise(dist.Normal):
+    """A Gaussian whose draw is given: the same whichever process draws it."""
+
+    def __init__(self, loc, scale, noise):
+        super().__init__(loc, scale)
+        self.noise = noise
+
+    def expand(self, batch_shape, _instance=None):
+        return FixedNoise(*(p.expand(batch_shape) for p in (self.loc, self.scale, self.noise)))
+
+    def rsample(self, sample_shape=()):
+        return self.loc + self.scale * self.noise
+
+
+class FixedNoiseVAE(TutorialVAE):
+    """The noise of an image is a function of the image."""
+
+    def guide(self, x):
+        pyro.module("encoder", nn.ModuleList([self.hidden, self.loc, self.log_scale]))
+        with pyro.plate("data", x.shape[0]):
+            flat = x.reshape(-1, 784)
+            h = nn.functional.softplus(self.hidden(flat))
+            loc, scale = self.loc(h), torch.exp(self.log_scale(h))
+            noise = 2 * torch.sin(100 * flat[:, : self.z_dim])
+            pyro.sample("latent", FixedNoise(loc, scale, noise).to_event(1))
+
+
+class NoiseOfProcess(TraceMeanField_ELBO):
+    """Records what the global generator gives after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = []
+
+    def loss_and_grads(self, *args):
+        self.noise.append(float(torch.rand(())))
+        return super().loss_and_grads(*args)
+
+
+class NonFiniteInSecond(TraceMeanField_ELBO):
+    def loss_and_grads(self, *args):
+        loss = super().loss_and_grads(*args)
+        return float("nan") if torch.distributed.get_rank() == 1 else loss
+
+
+def share_of(dataset, batch_size, rank, world_size, shuffle):
+    sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=3)
+    batches = BatchSampler(sampler, batch_size // world_size, False)
+    return DataLoader(dataset, sampler=batches, batch_size=None)
+
+
+def train_share(rank, world_size, epochs, checkpoint=None, objective=None, **changes):
+    """Train on this process's share, from initial weights that differ between processes."""
+    pyro.clear_param_store()
+    torch.manual_seed(rank)
+    vae = FixedNoiseVAE()
+    settings = {
+        "epochs": epochs, "learning_rate": 1e-2, "patience": 0, "clip_norm": 300.0,
+        "ema_decay": 0.9, "checkpoint_every": 3, "progress": False,
+    }  # fmt: skip
+    result = fit(
+        vae, objective or TraceMeanField_ELBO(),
+        share_of(Images(48), 12, rank, world_size, shuffle=True),
+        FitConfig(**{**settings, **changes}),
+        validation=share_of(Images(20), 10, rank, world_size, shuffle=False),
+        checkpoint=checkpoint,
+    )  # fmt: skip
+    weights = {name: value.clone() for name, value in vae.state_dict().items()}
+    return weights, [{**entry, "seconds": 0.0} for entry in result.history]
+
+
+def all_equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def error(kind, call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except kind as raised:
+        return str(raised)
+    return None
+
+
+def parallel(folder):
+    """What two processes do; each writes what it saw."""
+    torch.set_default_dtype(torch.float64)
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    whole, history = train_share(rank, size, 5)
+    parts = folder / "parts.pt"
+    train_share(rank, size, 2, parts)
+    # Resumed with other seeds; and from the middle of an epoch, where sampled noise tells of the RNG.
+    resumed, resumed_history = train_share(rank, size, 5, parts)
+    noise = NoiseOfProcess()
+    train_share(rank, size, 3, folder / "noise.pt", noise)
+    first = NoiseOfProcess()
+    train_share(rank, size, 1, folder / "half.pt", first)
+    second = NoiseOfProcess()
+    train_share(rank, size, 3, folder / "half.pt", second)
+    same = DataLoader(Images(8), batch_size=4)
+    uneven = DataLoader(Images(4 + 4 * rank), batch_size=4)
+    constant = FitConfig(epochs=1, schedule="constant", progress=False)
+    pyro.clear_param_store()
+    vae = FixedNoiseVAE()
+    report = {
+        "weights": whole,
+        "history": history,
+        "resumed": all_equal(whole, resumed) and history == resumed_history,
+        "noise": noise.noise,
+        "resumed_noise": first.noise + second.noise[1:],  # the first call only finds the parameters
+        "same": error(ValueError, fit, vae, TraceMeanField_ELBO(), same, constant),
+        "uneven": error(ValueError, fit, vae, TraceMeanField_ELBO(), uneven, constant),
+        "nan": error(NonFiniteLossError, train_share, rank, size, 1, None, NonFiniteInSecond()),
+    }
+    torch.save(report, folder / f"report{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def uninitialised(folder):
+    """torchrun without a process group."""
+    message = error(ValueError, train_share, 0, 1, 1)
+    (folder / f"message{os.environ['RANK']}").write_text(str(message))
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+needs_gloo = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch was built without gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    run(*TORCHRUN, __file__, "parallel", folder)
+    return [torch.load(folder / f"report{rank}.pt") for rank in range(2)]
+
+
+@needs_gloo
+class TestTwoProcesses:
+    def test_loss_curve_is_that_of_one_process(self, reports, float64):
+        weights, history = train_share(0, 1, 5)
+        for one, two in zip(history, reports[0]["history"], strict=True):
+            assert one.keys() == two.keys()
+            assert [two[name] for name in one] == pytest.approx(list(one.values()), rel=1e-9)
+        assert history[-1]["validation_nelbo"] < 0.99 * history[0]["validation_nelbo"]
+        for name, value in weights.items():
+            torch.testing.assert_close(reports[0]["weights"][name], value, rtol=1e-7, atol=1e-9)
+
+    def test_processes_agree(self, reports):
+        assert reports[0]["history"] == reports[1]["history"]
+        assert all_equal(reports[0]["weights"], reports[1]["weights"])
+
+    def test_resumption_is_exact(self, reports):
+        assert all(report["resumed"] for report in reports)
+
+    def test_noise_differs_between_processes_and_is_resumed(self, reports):
+        first, second = reports
+        assert not set(first["noise"]) & set(second["noise"])
+        assert first["resumed_noise"] == first["noise"]
+        assert second["resumed_noise"] == second["noise"]
+
+    def test_errors_reach_every_process(self, reports):
+        for report in reports:
+            assert "loader gives every process the same images" in report["same"]
+            assert "loader has (1, 2) batches" in report["uneven"]
+            assert "the loss is nan at epoch 1, step 1" in report["nan"]
+
+    def test_other_number_of_processes_is_refused(self, reports, tmp_path, float64):
+        path = tmp_path / "c.pt"
+        train_share(0, 1, 1, path)
+        state = torch.load(path)
+        torch.save({**state, "rng": state["rng"] * 2}, path)
+        with pytest.raises(ValueError, match=r"other settings .*'processes': \(2, 1\)"):
+            train_share(0, 1, 1, path)
+
+
+@pytest.mark.slow
+@needs_gloo
+def test_torchrun_without_a_process_group_is_refused(tmp_path):
+    run(*TORCHRUN, __file__, "uninitialised", tmp_path)
+    for rank in range(2):
+        message = (tmp_path / f"message{rank}").read_text()
+        assert "torchrun started 2 processes" in message
+        assert "init_process_group() before fit" in message
+
+
+if __name__ == "__main__":
+    task, folder, *rest = sys.argv[1:]
+    torch.set_num_threads(1)
+    if task == "kill":
+        kill_at_random(Path(folder), int(rest[0]))
+    else:
+        {"parallel": parallel, "uninitialised": uninitialised}[task](Path(folder))
