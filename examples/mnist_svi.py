@@ -31,8 +31,8 @@ from pyro_vae_defence import attacks, data, diagnostics, metrics, plots
 from pyro_vae_defence.defence import MCMCDefence, NoDefence
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.pretrained import write_atomically
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.training import FitConfig, fit
 
 DATASETS = ("mnist_subset", "fashion_mnist_subset", "mnist", "fashion_mnist", "color_mnist")

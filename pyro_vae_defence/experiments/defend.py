@@ -19,8 +19,9 @@ from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained, write_atomically
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.files import write_atomically
 
 VARIANT = "paper"
 

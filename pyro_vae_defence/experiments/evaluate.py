@@ -23,8 +23,8 @@ from pyro_vae_defence.models.pretrained import (
     load_card,
     load_pretrained,
     save_card,
-    write_atomically,
 )
+from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE
 

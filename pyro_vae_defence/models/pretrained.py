@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pyro_vae_defence.models.conv import ConvVAE
+from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.types import Latents
 
 PACKAGED = Path(__file__).parent / "weights"
@@ -178,21 +178,6 @@ def save_card(card: WeightCard, directory: str | os.PathLike[str]) -> None:
     """Write a card atomically."""
     text = json.dumps(asdict(card), indent=2, sort_keys=False) + "\n"
     write_atomically(Path(directory) / f"{card.name}.json", text.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside ``path``, then rename: never a half-written file."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _directory(directory: str | os.PathLike[str] | None) -> Path:

@@ -1,41 +1,25 @@
-"""Files that are whole or absent, and the states of random generators."""
+"""Checkpoint files, and the states of random generators."""
 
 from __future__ import annotations
 
-import glob
+import io
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-FORMAT = 2
+from pyro_vae_defence.ops.files import write_atomically
 
-_PARTIAL = ".partial"
+FORMAT = 2
 
 
 def atomic_save(contents: Any, path: str | os.PathLike[str]) -> None:
-    """``torch.save`` to a temporary name beside ``path``, then rename: never a half-written file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(_PARTIAL, f".{path.name}.", path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def remove_partial(path: Path) -> None:
-    """Delete the temporary files that killed processes have left beside ``path``."""
-    for name in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
-        name.unlink(missing_ok=True)
+    """``torch.save``, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from pyro_vae_defence.models.program import (
     evaluation_mode,
     mean_posterior_variance,
 )
+from pyro_vae_defence.ops.files import remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
 from pyro_vae_defence.training.averaging import WeightAverage
@@ -112,7 +113,7 @@ def fit(
         else:
             run.start()
         if path is not None and parallel.is_first():
-            checkpoints.remove_partial(path)
+            remove_partial(path)
         for entry in run.history:
             log(entry)
         hidden = not (config.progress and parallel.is_first())
