@@ -257,6 +257,15 @@ def test_death_between_the_last_batch_and_validation_is_resumed(images, tmp_path
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_what_on_epoch_draws_does_not_change_the_run(images):
+    def run(on_epoch):
+        vae = new()
+        fit(vae, TraceMeanField_ELBO(), [images], config(), on_epoch=on_epoch)
+        return vae.loc.weight
+
+    assert torch.equal(run(None), run(lambda entry: torch.rand(3)))
+
+
 # --- bfloat16 and compilation ---------------------------------------------------------------------
 
 

@@ -82,7 +82,8 @@ def fit(
         checkpoint: file written after every epoch, atomically; parent directories are made. Its
             ``"weights"`` are those being trained; an average of them is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
-        on_epoch: called with each new entry of the history, the weights being those validated.
+        on_epoch: called with each new entry of the history, the weights being those validated. What it
+            draws from torch's generators does not change the run.
 
     Raises:
         ValueError: if an argument does not fit, the checkpoint belongs to another configuration, or
@@ -128,8 +129,7 @@ def fit(
             bar.update()
             log(entry)
             if on_epoch is not None and parallel.is_first():
-                with run.validated_weights():
-                    on_epoch(entry)
+                run.report(on_epoch, entry)
         variance = run.finish()
     return FitResult(list(run.history), run.steps, variance)
 
@@ -291,6 +291,14 @@ class _Run:
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
         return variance
+
+    def report(self, on_epoch: Callable[[dict[str, float]], None], entry: dict[str, float]) -> None:
+        """Call the user's function in a way that training does not depend on it."""
+        # A run resumed from the checkpoint of this epoch will not call it again.
+        rng = self._get_rng()
+        with self.validated_weights():
+            on_epoch(entry)
+        self._set_rng(rng)
 
     def validated_weights(self) -> contextlib.AbstractContextManager[None]:
         """For a while, put the average of the weights in their place, if there is one."""
