@@ -29,11 +29,12 @@ import torch
 
 from pyro_vae_defence import attacks, data, diagnostics, metrics, plots
 from pyro_vae_defence.defence import MCMCDefence, NoDefence
+from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
-from pyro_vae_defence.training import FitConfig, fit
+from pyro_vae_defence.training import FitConfig, NonFiniteLossError, fit
 
 DATASETS = ("mnist_subset", "fashion_mnist_subset", "mnist", "fashion_mnist", "color_mnist")
 KERNELS = ("hmc", "nuts", "pyro-hmc", "pyro-nuts")
@@ -63,6 +64,7 @@ def main() -> int:
         "options": {k: v for k, v in vars(options).items() if k != "output"},
         "metric": metrics.metric_name("ms_ssim", "paper"),
         "validation_nelbo": nelbo,
+        "provenance": provenance(),
         "radii": {},
     }
     for radius in options.radius:
@@ -88,7 +90,12 @@ def train(options, train_set, output):
         weighted,
         pyro.infer.TraceMeanField_ELBO(),
         loader,
-        FitConfig(epochs=options.epochs, learning_rate=1e-3, schedule="one_cycle"),
+        FitConfig(
+            epochs=options.epochs,
+            learning_rate=1e-3,
+            schedule="one_cycle",
+            name=f"{options.dataset} beta={options.beta:g} seed={options.seed}",
+        ),
         validation=OnDevice(data.batches(validation_set, 500), options.device),
         checkpoint=options.checkpoint or output / "vae.pt",
     )
@@ -356,7 +363,7 @@ if __name__ == "__main__":
     started = time.perf_counter()
     try:
         code = main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

@@ -114,6 +114,8 @@ class NoDefence:
         with torch.no_grad(), evaluation_mode(self.vae):
             streams = Streams.create(x.shape[0], seed=draw_seed(generator), device=x.device)
             latents = encode(self.vae, x, streams=streams)
+            energy = potential(self.vae, x)
+            energy.check(energy.unconstrain(latents))
             reconstruction = decode(self.vae, latents, tuple(x.shape[1:]))
             site = observation_site(self.vae.model, x)
         return DefenceResult(
@@ -145,7 +147,8 @@ class MCMCDefence:
             diagnostics (R-hat) and averages.
         initial: where chains start: ``"guide"``, a draw from q(z | x) as in the paper, or ``"prior"``.
         batch_size: most chains (images times ``num_chains``) at a time; results do not depend on it
-            unless the kernel itself couples images, as the paper's preset does.
+            unless the kernel itself couples images, as the paper's preset does, or the guide has
+            latents that are not Gaussian, whose start comes from torch's global seed.
         progress: show a progress bar.
 
     Raises:
@@ -166,7 +169,7 @@ class MCMCDefence:
         progress: bool = False,
     ) -> None:
         self.vae = check_vae(vae)
-        if not callable(kernel):
+        if not callable(kernel) or isinstance(kernel, MCMCKernel):
             raise ValueError(
                 f"kernel must be a callable from a Pyro model to an MCMCKernel, such as BatchedHMC "
                 f"or functools.partial(BatchedHMC, step_size=0.1), got {kernel!r}"
@@ -228,7 +231,12 @@ class MCMCDefence:
         seed = draw_seed(generator)
         with evaluation_mode(self.vae):
             site = observation_site(self.vae.model, x)
-            batched = isinstance(self.kernel(self.vae.model), BatchedKernel)
+            kernel = self.kernel(self.vae.model)
+            if not isinstance(kernel, MCMCKernel):
+                raise ValueError(
+                    f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
+                )
+            batched = isinstance(kernel, BatchedKernel)
             run = self._run_batched if batched else self._run_one_by_one
             initial, samples, stats = run(x, seed)
             latents = {name: value[0, -1] for name, value in samples.items()}
@@ -254,7 +262,12 @@ class MCMCDefence:
         while isinstance(kernel, functools.partial):
             options = {**kernel.keywords, **options}
             kernel = kernel.func
-        shown = {k: v for k, v in options.items() if isinstance(v, (int, float, str))}
+        # As netCDF stores attributes, which knows no booleans.
+        shown = {
+            k: int(v) if isinstance(v, bool) else v
+            for k, v in options.items()
+            if isinstance(v, (int, float, str))
+        }
         return {
             "defence": "mcmc",
             "kernel": getattr(kernel, "__name__", type(kernel).__name__),
@@ -379,6 +392,12 @@ class MCMCDefence:
         )
         energy = potential(self.vae, x)
         start = self._start(x, energy, streams)
+        if not bool(energy(start).isfinite().all()):
+            # Pyro's own search for a step size would not come back from here.
+            raise ValueError(
+                f"the starting energy is not finite for image {image}, chain {chain}; check the "
+                "image and what the guide returns for it"
+            )
         calls = 0
 
         def counted(*args: Any, **kwargs: Any) -> Any:

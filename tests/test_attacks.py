@@ -9,7 +9,7 @@ import torch
 from programs import LinearGaussianVAE
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.streams import Streams
 
@@ -165,6 +165,41 @@ def test_attack_beats_random_noise_of_equal_radius(tutorial_vae):
     attacked = attacks.PGD(prepared, Linf(0.1))(x).objective[0]
     noise = (x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1)
     assert (attacked > 2 * prepared(x)(noise)).all()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_rows_without_a_finite_gradient_stay_in_the_ball(preset):
+    def prepare(x_ref):
+        # Infinite slope for the first image, an ordinary one for the second.
+        slope = torch.tensor([torch.inf, 1.0]).reshape(-1, 1, 1, 1)
+        return lambda x: (slope * x).flatten(1).sum(1)
+
+    x = torch.full((2, 1, 2, 2), 0.5)
+    result = attacks.PGD(prepare, Linf(0.1), 3, num_restarts=1, preset=preset)(x)
+    assert result.x_adv.isfinite().all()
+    assert (result.x_adv[0] - x).abs().max() <= 0.1
+
+
+def test_best_ignores_restarts_without_a_value():
+    value = torch.tensor([[torch.nan], [2.0]])
+    x_adv = torch.arange(2.0).reshape(2, 1, 1, 1, 1)
+    assert attacks.AttackResult(x_adv, value, x_adv[0], 1).best().item() == 1.0
+
+
+def test_the_encoder_is_attacked_in_eval_mode():
+    class Normed(ConvVAE):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(1)
+
+        def posterior(self, x):
+            return super().posterior(self.norm(x))
+
+    vae = Normed().train()
+    objective = attacks.symmetric_kl(vae)(torch.rand(2, 1, 28, 28))
+    objective(torch.rand(2, 1, 28, 28))
+    assert vae.norm.num_batches_tracked == 0
+    assert vae.training
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,10 @@ def test_contract_of_every_kernel(tutorial_vae, name):
     energy = program.potential(tutorial_vae, x)
     last = energy({"latent": result.samples["latent"][1, 2]})
     assert torch.allclose(result.sample_stats["lp"][1, 2], -last, rtol=1e-4)
+    if own:
+        # The Hamiltonian is the potential energy and a positive kinetic energy.
+        kinetic = result.sample_stats["energy"] + result.sample_stats["lp"]
+        assert (kinetic > 0).all()
     assert (result.num_gradients >= result.sample_stats["n_steps"].sum((0, 1))).all()
     tree = result.to_datatree()
     assert set(tree.children) == {"posterior", "sample_stats", "observed_data"}
@@ -132,6 +136,13 @@ def test_no_defence_is_one_draw_decoded(tutorial_vae):
     assert torch.equal(NoDefence(tutorial_vae).encode(x)["latent"], first)
 
 
+def test_settings_survive_netcdf(tutorial_vae, tmp_path):
+    kernel = functools.partial(BatchedHMC, num_steps=1, adapt_step_size=False)
+    result = MCMCDefence(tutorial_vae, kernel, 2, 0)(torch.rand(1, 1, 28, 28))
+    result.to_arviz().to_netcdf(str(tmp_path / "chains.nc"))
+    assert result.settings["kernel_adapt_step_size"] == 0
+
+
 def test_train_mode_is_restored_and_not_used():
     class Normed(ConvVAE):
         def __init__(self):
@@ -158,6 +169,10 @@ class TestErrors:
             ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
             ({"initial": "mode"}, "initial must be 'guide' or 'prior', got 'mode'"),
             ({"kernel": "hmc"}, "kernel must be a callable from a Pyro model"),
+            (
+                {"kernel": BatchedHMC(ConvVAE().model)},
+                "kernel must be a callable from a Pyro model",
+            ),
         ],
     )
     def test_settings(self, tutorial_vae, settings, message):
@@ -172,9 +187,15 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"x must lie in \[0, 1\], got values from -1"):
             MCMCDefence(tutorial_vae)(-torch.ones(1, 1, 28, 28))
 
+    def test_kernel_that_makes_no_kernel(self, tutorial_vae):
+        with pytest.raises(ValueError, match="kernel must return an MCMCKernel"):
+            MCMCDefence(tutorial_vae, lambda model: 3)(torch.rand(1, 1, 28, 28))
+
     def test_non_finite_start(self, tutorial_vae):
         with torch.no_grad():
             tutorial_vae.decoder[2].bias[0] = torch.nan
+        with pytest.raises(ValueError, match="not finite for image 0, chain 0"):
+            MCMCDefence(tutorial_vae, KERNELS["pyro-hmc"])(torch.rand(2, 1, 28, 28))
         with pytest.raises(ValueError, match="starting energy is not finite for 2 of 2 rows"):
             MCMCDefence(tutorial_vae)(torch.rand(2, 1, 28, 28))
 

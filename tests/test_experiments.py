@@ -150,6 +150,7 @@ def test_registry_holds_the_models_of_table_7():
         (["defend", "mnist"], "no experiment named 'mnist'"),
         (["defend", "mnist_radius_0.1", "--models", "/nowhere"], "no pretrained model"),
         (["report", "/nowhere"], "no result files"),
+        (["defend", "mnist_radius_0.1", "--set", "defences=hmc"], "defences must be a tuple"),
     ],
 )
 def test_command_line_mistakes(arguments, message, capsys, tmp_path):

@@ -278,6 +278,11 @@ class TestErrors:
         pyro.clear_param_store()
         with pytest.raises(ValueError, match="belongs to another architecture"):
             fit(TutorialVAE(z_dim=3), Trace_ELBO(), loader(images), config(), checkpoint=path)
+        with pytest.raises(ValueError, match="written with other settings .*another"):
+            fit(
+                TutorialVAE(), Trace_ELBO(), loader(images), config(name="another"),
+                checkpoint=path,
+            )  # fmt: skip
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(ValueError, match="cannot be read .* delete it"):
             fit(TutorialVAE(), Trace_ELBO(), loader(images), config(), checkpoint=path)

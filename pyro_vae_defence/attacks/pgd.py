@@ -55,8 +55,8 @@ class AttackResult(NamedTuple):
     num_gradients: int
 
     def best(self) -> Tensor:
-        """The strongest restart of each image, ``(N, C, H, W)``."""
-        winner = self.objective.argmax(0)
+        """The strongest restart of each image, ``(N, C, H, W)``; one without a value never wins."""
+        winner = self.objective.nan_to_num(nan=-torch.inf).argmax(0)
         return self.x_adv[winner, torch.arange(len(winner), device=winner.device)]
 
 
@@ -72,7 +72,9 @@ class PGD:
             ``None``. Not used by the paper's preset.
         num_restarts: random starts per image, >= 1.
         preset: ``"paper"`` for the published optimiser.
-        batch_size: most rows (restarts times images) at a time; results do not depend on it.
+        batch_size: most rows (restarts times images) at a time; results do not depend on it, but for
+            objectives that are random themselves, as through a guide with several latent levels, whose
+            noise comes from torch's global seed.
 
     Raises:
         ValueError: if an argument is out of range, or images are not in [0, 1].
@@ -192,4 +194,5 @@ def _value_and_gradient(
         leaf = perturbation.detach().requires_grad_()
         value = objective((x_ref + leaf).clamp(0.0, 1.0))
         (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), gradient
+    # A row whose gradient overflows stays where it is instead of leaving the ball as NaN.
+    return value.detach(), torch.where(gradient.isfinite(), gradient, 0.0)

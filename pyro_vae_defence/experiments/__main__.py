@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors in the arguments are one line and exit code 2."""
     options = parser().parse_args(arguments)
+    # Imported late, so that --help and mistakes in the arguments answer at once.
+    from pyro_vae_defence.training import NonFiniteLossError
+
     try:
         # Imported late, so that --help and mistakes answer at once.
         if options.command == "train" and options.name in CLASSIFIERS:
@@ -136,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pyro_vae_defence.experiments.report import write_report
 
             print(f"wrote {write_report(options.results)}")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"]
 
@@ -76,6 +76,13 @@ class DefendConfig:
     num_steps: int = 4
     step_size: float = 0.5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = get_args(DefenceName)
+        if isinstance(self.defences, str) or not set(self.defences) <= set(known):
+            raise ValueError(
+                f"defences must be a tuple of names from {known}, got {self.defences!r}"
+            )
 
 
 @dataclass(frozen=True)

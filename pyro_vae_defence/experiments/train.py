@@ -106,6 +106,7 @@ def train(
             schedule=config.schedule,
             checkpoint_every=200,
             progress=progress,
+            name=f"{name}: {config}",
         ),
         validation=validation,
         checkpoint=folder / "checkpoint.pt",

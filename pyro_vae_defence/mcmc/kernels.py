@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -63,6 +63,14 @@ class BatchedKernel(MCMCKernel):
                 raise ValueError(f"{name} must be callable, got {type(value).__name__}")
         if not (isinstance(step_size, (int, float)) and 0 < step_size < math.inf):
             raise ValueError(f"step_size must be a positive finite number, got {step_size!r}")
+        if inverse_mass_matrix is not None and not (
+            isinstance(inverse_mass_matrix, Mapping)
+            and all(isinstance(value, Tensor) for value in inverse_mass_matrix.values())
+        ):
+            raise ValueError(
+                "inverse_mass_matrix must be a dict from site to tensor, e.g. "
+                f"mean_posterior_variance(vae, loader), got {type(inverse_mass_matrix).__name__}"
+            )
         if inverse_mass_matrix is not None:
             for site, diagonal in inverse_mass_matrix.items():
                 if not bool(((diagonal > 0) & diagonal.isfinite()).all()):

@@ -243,7 +243,7 @@ class _StreamMessenger(Messenger):
         if msg["is_observed"] or msg["value"] is not None or not isinstance(base, Normal):
             return
         shape = base.batch_shape
-        if shape[0] != self.streams.image.shape[0]:
+        if not shape or shape[0] != self.streams.image.shape[0]:
             return
         noise = self.streams.normal(self.step, self.purpose, tuple(shape[1:]), base.loc.dtype)
         self.purpose += 1

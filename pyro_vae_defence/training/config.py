@@ -37,6 +37,8 @@ class FitConfig:
         posterior_variance: whether to measure :attr:`FitResult.mean_posterior_variance` at the end.
         checkpoint_every: steps between checkpoints within an epoch; ``None`` saves at epoch ends only.
         progress: show a progress bar.
+        name: what is trained, e.g. ``"mnist beta=1 seed=0"``; a checkpoint of another name is refused. The
+            objective and the loader of a resumed run cannot be compared, their name can.
     """
 
     epochs: int = 300
@@ -51,6 +53,7 @@ class FitConfig:
     posterior_variance: bool = True
     checkpoint_every: int | None = None
     progress: bool = True
+    name: str = ""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.epochs, int) and self.epochs >= 1):
