@@ -187,7 +187,10 @@ def make_kernel(options, metric):
             BatchedHMC, step_size=step_size, num_steps=num_steps, inverse_mass_matrix=metric
         )
     if options.kernel == "nuts":
-        return functools.partial(BatchedNUTS, step_size=step_size, inverse_mass_matrix=metric)
+        # A batch costs its largest tree; in this metric few trees would grow beyond 31 leaves.
+        return functools.partial(
+            BatchedNUTS, step_size=step_size, max_tree_depth=5, inverse_mass_matrix=metric
+        )
     if options.kernel == "pyro-hmc":
         return functools.partial(pyro.infer.HMC, step_size=step_size, num_steps=num_steps)
     return functools.partial(pyro.infer.NUTS, step_size=step_size)
