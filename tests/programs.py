@@ -7,6 +7,8 @@ import pyro.distributions as dist
 import torch
 from torch import nn
 
+from pyro_vae_defence.models import ConvVAE
+
 
 class TutorialVAE(nn.Module):
     """As in Pyro's VAE tutorial: fully connected, sites latent and obs, a flattened observation."""
@@ -105,3 +107,14 @@ class HierarchicalVAE:
             pyro.sample("rate", dist.Gamma(3.0 + x.new_zeros(x.shape[0], 1), 2.0))
             with pyro.plate("groups", 3, dim=-1):
                 pyro.sample("low", dist.Normal(top.sum(-1).expand(-1, 3), 0.6))
+
+
+class BatchNormVAE(ConvVAE):
+    """An encoder that couples the images of a batch, and changes, whenever it runs in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+
+    def posterior(self, x):
+        return super().posterior(self.norm(x))

@@ -8,7 +8,7 @@ import numpy as np
 import pyro.infer
 import pytest
 import torch
-from programs import HierarchicalVAE
+from programs import BatchNormVAE, HierarchicalVAE
 
 from pyro_vae_defence import diagnostics
 from pyro_vae_defence.defence import MCMCDefence, NoDefence
@@ -144,15 +144,7 @@ def test_settings_survive_netcdf(tutorial_vae, tmp_path):
 
 
 def test_train_mode_is_restored_and_not_used():
-    class Normed(ConvVAE):
-        def __init__(self):
-            super().__init__()
-            self.norm = torch.nn.BatchNorm2d(1)
-
-        def posterior(self, x):
-            return super().posterior(self.norm(x))
-
-    vae = Normed().train()
+    vae = BatchNormVAE().train()
     x = torch.rand(2, 1, 28, 28)
     MCMCDefence(vae, KERNELS["hmc"], 1, 1)(x)
     assert vae.training

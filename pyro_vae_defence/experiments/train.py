@@ -20,7 +20,6 @@ from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.pretrained import WeightCard, save_pretrained
-from pyro_vae_defence.models.program import mean_posterior_variance
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.training import FitConfig, fit
 
@@ -124,7 +123,7 @@ def train(
             "seconds": round(sum(entry["seconds"] for entry in result.history), 1),
         },
         metrics={"validation_nelbo": last["validation_nelbo"]},
-        mean_posterior_variance=mean_posterior_variance(vae, loader),
+        mean_posterior_variance=result.mean_posterior_variance,
     )
 
 

@@ -63,21 +63,8 @@ class BatchedKernel(MCMCKernel):
                 raise ValueError(f"{name} must be callable, got {type(value).__name__}")
         if not (isinstance(step_size, (int, float)) and 0 < step_size < math.inf):
             raise ValueError(f"step_size must be a positive finite number, got {step_size!r}")
-        if inverse_mass_matrix is not None and not (
-            isinstance(inverse_mass_matrix, Mapping)
-            and all(isinstance(value, Tensor) for value in inverse_mass_matrix.values())
-        ):
-            raise ValueError(
-                "inverse_mass_matrix must be a dict from site to tensor, e.g. "
-                f"mean_posterior_variance(vae, loader), got {type(inverse_mass_matrix).__name__}"
-            )
         if inverse_mass_matrix is not None:
-            for site, diagonal in inverse_mass_matrix.items():
-                if not bool(((diagonal > 0) & diagonal.isfinite()).all()):
-                    raise ValueError(
-                        f"inverse_mass_matrix[{site!r}] must be positive and finite; "
-                        "it is the diagonal of the inverse mass matrix, e.g. posterior variances"
-                    )
+            _check_inverse_mass(inverse_mass_matrix)
         self.model = model
         self.step_size = step_size
         self.rule = rule
@@ -252,6 +239,22 @@ class BatchedKernel(MCMCKernel):
                     f"{fitting}; give it one image's shape {fitting[1:]}"
                 )
         return {name: matrix[name].to(like[name]) for name in like}
+
+
+def _check_inverse_mass(matrix: LatentsLike) -> None:
+    if not (
+        isinstance(matrix, Mapping) and all(isinstance(value, Tensor) for value in matrix.values())
+    ):
+        raise ValueError(
+            "inverse_mass_matrix must be a dict from site to tensor, e.g. "
+            f"mean_posterior_variance(vae, loader), got {type(matrix).__name__}"
+        )
+    for site, diagonal in matrix.items():
+        if not bool(((diagonal > 0) & diagonal.isfinite()).all()):
+            raise ValueError(
+                f"inverse_mass_matrix[{site!r}] must be positive and finite; "
+                "it is the diagonal of the inverse mass matrix, e.g. posterior variances"
+            )
 
 
 def _make_rule(
