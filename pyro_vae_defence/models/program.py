@@ -36,6 +36,8 @@ from torch.distributions import (
     constraints,
 )
 
+from pyro_vae_defence.models.perturbation import PerturbationAware
+from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
 
@@ -58,6 +60,7 @@ __all__ = [
     "potential",
     "prior",
     "sample_with_log_prob",
+    "target",
 ]
 
 
@@ -481,9 +484,21 @@ class ModelPotential:
         return total
 
 
-def potential(vae: VAE, x: Tensor) -> ModelPotential:
-    """Energy U(z; x) of ``vae`` at images ``x`` of shape ``(N, C, H, W)`` (eq. 9 of the paper)."""
-    return ModelPotential(vae.model, x)
+def potential(vae: VAE, x: Tensor, perturbation: Ball | None = None) -> ModelPotential:
+    """Energy U(z; x) of ``vae`` at images ``x`` of shape ``(N, C, H, W)`` (eq. 9 of the paper).
+
+    Args:
+        vae: any Pyro VAE.
+        x: images ``(N, C, H, W)``.
+        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)``, for the energy
+            :math:`U_\\delta(z; x)` of :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
+    """
+    return ModelPotential(target(vae, perturbation), x)
+
+
+def target(vae: VAE, perturbation: Ball | None = None) -> Callable[..., Any]:
+    """The Pyro model whose posterior a defence samples: ``vae.model``, or its perturbation-aware variant."""
+    return vae.model if perturbation is None else PerturbationAware(vae.model, perturbation)
 
 
 def guide_potential(

@@ -36,8 +36,10 @@ from pyro_vae_defence.models.program import (
     observation_site,
     potential,
     prior,
+    target,
 )
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents
 
@@ -146,6 +148,8 @@ class MCMCDefence:
         num_chains: chains per image, >= 1. Chain 0 is the one that is decoded; more of them serve
             diagnostics (R-hat) and averages.
         initial: where chains start: ``"guide"``, a draw from q(z | x) as in the paper, or ``"prior"``.
+        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)``; the chains then sample the
+            perturbation-aware posterior of :mod:`pyro_vae_defence.models.perturbation`. ``None`` is the paper.
         batch_size: most chains (images times ``num_chains``) at a time; results do not depend on it
             unless the kernel itself couples images, as the paper's preset does, or the guide has
             latents that are not Gaussian, whose start comes from torch's global seed.
@@ -165,6 +169,7 @@ class MCMCDefence:
         num_chains: int = 1,
         *,
         initial: Literal["guide", "prior"] = "guide",
+        perturbation: Ball | None = None,
         batch_size: int = 4096,
         progress: bool = False,
     ) -> None:
@@ -188,7 +193,13 @@ class MCMCDefence:
                 )
         if initial not in ("guide", "prior"):
             raise ValueError(f"initial must be 'guide' or 'prior', got {initial!r}")
+        if not (perturbation is None or isinstance(perturbation, Ball)):
+            raise ValueError(
+                f"perturbation must be a ball such as Linf(0.1), or None, got {perturbation!r}"
+            )
         self.kernel = kernel
+        self.perturbation = perturbation
+        self.model = target(vae, perturbation)
         self.num_samples = num_samples
         self.warmup_steps = warmup_steps
         self.num_chains = num_chains
@@ -231,7 +242,7 @@ class MCMCDefence:
         seed = draw_seed(generator)
         with evaluation_mode(self.vae):
             site = observation_site(self.vae.model, x)
-            kernel = self.kernel(self.vae.model)
+            kernel = self.kernel(self.model)
             if not isinstance(kernel, MCMCKernel):
                 raise ValueError(
                     f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
@@ -276,6 +287,7 @@ class MCMCDefence:
             "warmup_steps": self.warmup_steps,
             "num_chains": self.num_chains,
             "initial": self.initial,
+            "perturbation": str(self.perturbation),
         }
 
     # --- Chains of this library: all at once ---
@@ -303,9 +315,9 @@ class MCMCDefence:
             first_image=first_image,
             device=x.device,
         )
-        energy = potential(self.vae, folded)
+        energy = potential(self.vae, folded, self.perturbation)
         start = self._start(folded, energy, streams)
-        kernel = self.kernel(self.vae.model)
+        kernel = self.kernel(self.model)
         assert isinstance(kernel, BatchedKernel)
         kernel.streams = streams
         # The start itself costs one gradient.
@@ -390,7 +402,7 @@ class MCMCDefence:
             torch.full((1,), image, device=x.device),
             torch.full((1,), chain, device=x.device),
         )
-        energy = potential(self.vae, x)
+        energy = potential(self.vae, x, self.perturbation)
         start = self._start(x, energy, streams)
         if not bool(energy(start).isfinite().all()):
             # Pyro's own search for a step size would not come back from here.
@@ -403,7 +415,7 @@ class MCMCDefence:
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            return self.vae.model(*args, **kwargs)
+            return self.model(*args, **kwargs)
 
         kernel: Any = self.kernel(counted)
         acceptance: list[float] = []
@@ -434,7 +446,9 @@ class MCMCDefence:
         mcmc.run(x)
         draws = {name: value[:, 0] for name, value in mcmc.get_samples().items()}
         with torch.no_grad():
-            repeated = potential(self.vae, x.expand(self.num_samples, -1, -1, -1))
+            repeated = potential(
+                self.vae, x.expand(self.num_samples, -1, -1, -1), self.perturbation
+            )
             lp = -repeated(repeated.unconstrain(draws))
         sizes = torch.tensor(ends[self.warmup_steps :]) - torch.tensor(
             ends[max(self.warmup_steps - 1, 0) : -1] if self.warmup_steps else [0, *ends[:-1]]

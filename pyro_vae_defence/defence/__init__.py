@@ -1,0 +1,5 @@
+"""Defences: what runs between the encoder and whatever uses its latents."""
+
+from pyro_vae_defence.defence.mcmc import DefenceResult, KernelFactory, MCMCDefence, NoDefence
+
+__all__ = ["DefenceResult", "KernelFactory", "MCMCDefence", "NoDefence"]
