@@ -11,7 +11,7 @@ _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
 
 
 # Passes of the plain model, of which the others are variants, per dataset.
-_EPOCHS = {"mnist": 40, "fashion_mnist": 40, "color_mnist": 30}
+_EPOCHS = {"mnist": 40, "fashion_mnist": 40, "color_mnist": 16}
 
 # SE searches a neighbour by 20 gradients of the encoder for every image it sees, twelve times the cost of
 # a plain step.

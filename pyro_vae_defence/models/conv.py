@@ -202,15 +202,16 @@ class ConvVAE(nn.Module):
 # functions compute the same, up to rounding, in about half the time on a CPU.
 
 
-def _first_two_layers(z: Tensor, first: nn.ConvTranspose2d, second: nn.ConvTranspose2d) -> Tensor:
+def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
     """``second(relu(first(z)))`` of latents ``(N, D)``: ``(N, 96, 7, 7)``.
 
     A single pixel through a 3x3 kernel of dilation 2 reaches the 9 even positions of 5x5, so the first layer is a
     matrix product. The other 16 positions hold relu(bias) for every image: their share of the second layer is computed
     once, and the 9 positions' share is a transposed convolution of stride 2.
     """
+    assert isinstance(first, nn.ConvTranspose2d)
     assert first.bias is not None
-    assert second.bias is not None
+    assert isinstance(second, nn.ConvTranspose2d)
     channels = first.out_channels
     weight = first.weight.permute(0, 2, 3, 1).reshape(first.in_channels, -1)
     hidden = torch.addmm(first.bias.repeat(9), z, weight).relu()
@@ -222,8 +223,9 @@ def _first_two_layers(z: Tensor, first: nn.ConvTranspose2d, second: nn.ConvTrans
     return F.conv_transpose2d(moving, second.weight, stride=2) + share
 
 
-def _last_layer(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
+def _last_layer(x: Tensor, layer: nn.Module) -> Tensor:
     """``layer(x)`` for 4x4 kernels of stride 2 and few output channels: a matrix product, then overlapping sums."""
+    assert isinstance(layer, nn.ConvTranspose2d)
     assert layer.bias is not None
     count, channels, height, width = x.shape
     taps = x.permute(0, 2, 3, 1).reshape(-1, channels) @ layer.weight.reshape(channels, -1)
