@@ -10,8 +10,8 @@ from pyro_vae_defence.experiments.config import ClassifierConfig, DefendConfig, 
 _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
 
 
-# Passes of the plain model, of which the others are variants, per dataset.
-_EPOCHS = {"mnist": 40, "fashion_mnist": 40, "color_mnist": 16}
+# Passes of a plain model, of which the others are variants.
+_EPOCHS = 40
 
 # SE searches a neighbour by 20 gradients of the encoder for every image it sees, twelve times the cost of
 # a plain step.
@@ -22,7 +22,7 @@ def _models() -> dict[str, TrainConfig]:
     models = {}
     for dataset, images in _IMAGES.items():
         plain = f"{dataset}_vae"
-        models[plain] = TrainConfig(dataset, epochs=_EPOCHS[dataset], images_per_epoch=images)
+        models[plain] = TrainConfig(dataset, epochs=_EPOCHS, images_per_epoch=images)
         variant = TrainConfig(
             dataset,
             start_from=plain,
