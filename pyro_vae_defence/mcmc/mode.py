@@ -143,7 +143,7 @@ def search_mode_lbfgs(
         slope = (direction * gradient).sum(1)
         # Comparisons with NaN are false.
         enough = trial_energy <= energy + _SUFFICIENT_DECREASE * step * slope
-        moved = enough & trial_gradient.isfinite().all(1)
+        moved = enough & trial_energy.isfinite() & trial_gradient.isfinite().all(1)
         newest = torch.stack([trial - position, trial_gradient - gradient])
         # Without positive curvature along the step the pair would spoil the metric.
         curved = moved & ((newest[0] * newest[1]).sum(1) > 0)
