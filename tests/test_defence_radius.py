@@ -62,16 +62,17 @@ def test_probabilities_tell_clean_images_from_attacked_ones(vae):
     unknown = calibrate_radius(vae, x[:40], RADII, num_steps=20)
     x = x[40:]
     # Perturbations that no latents explain.
-    x_adv = (x + 0.3 * torch.randn_like(x).sign()).clamp(0, 1)
-    expected = []
+    x_adv = (x + 0.2 * torch.randn_like(x).sign()).clamp(0, 1)
+    found = []
     for images in (x, x_adv):
         latents = MODE(vae, perturbation=unknown).encode(images)
         probability = radius_probabilities(vae, latents, images, unknown)
         assert probability.shape == (20, 4)
         assert torch.allclose(probability.sum(1), torch.ones(20))
-        expected.append(probability @ torch.tensor(RADII))
-    assert expected[0].mean() < 0.1
-    assert expected[1].mean() == pytest.approx(0.3, abs=0.1)
+        found.append(probability)
+    # Most clean images keep radius 0; what is too small for an attack is excluded, what is too large is not.
+    assert found[0][:, 0].mean() > 0.7
+    assert found[1][:, :2].sum(1).max() < 0.01
 
 
 def test_probabilities_of_a_flattened_observation(tutorial_vae):

@@ -111,11 +111,10 @@ class PosteriorModeDefence:
                 self._search(x[first : first + self.batch_size], seed, first)
                 for first in range(0, x.shape[0], self.batch_size)
             ]
-            latents, initial = (
-                {name: torch.cat([part[i][name] for part in parts]) for name in parts[0][i]}
-                for i in (0, 1)
-            )
-            log_prob, gradients = (torch.cat([part[i] for part in parts]) for i in (2, 3))
+            latents = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
+            initial = {name: torch.cat([part[1][name] for part in parts]) for name in parts[0][1]}
+            log_prob = torch.cat([part[2] for part in parts])
+            gradients = torch.cat([part[3] for part in parts])
             with torch.no_grad():
                 reconstruction = decode(self.vae, latents, tuple(x.shape[1:]))
             site = observation_site(self.vae.model, x)

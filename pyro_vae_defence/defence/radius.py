@@ -13,7 +13,8 @@ The penalty of :math:`\delta` is a quantile over clean images of the gain at the
 
 With the quantile .95 at most one clean image in twenty prefers that radius to none (by the densities at the modes;
 the volumes around them are taken for equal). An attack's gain is larger: every pixel it has moved away from its
-explanation adds to it, up to the attack's own radius, and beyond that it grows as on clean images.
+explanation adds to it, up to the attack's own radius, and beyond that it grows about as on clean images. Radii that
+are too small are excluded, those that are too large only as far as their penalty goes on growing.
 """
 
 from __future__ import annotations
