@@ -112,6 +112,9 @@ class EvaluateConfig:
     seed: int = 0
 
 
+LatentInputs = Literal["mean", "guide", "posterior"]
+
+
 @dataclass(frozen=True)
 class ClassifierConfig:
     """How a classifier is trained; the defaults are the paper's downstream task, but for the batch size, which it
@@ -119,8 +122,13 @@ class ClassifierConfig:
 
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
-        model: trained model whose guide's means are classified, linearly; ``None`` classifies images by a small
+        model: trained model whose latents are classified, linearly; ``None`` classifies images by a small
             convolutional network.
+        inputs: which latents: the guide's ``"mean"``, draws from the ``"guide"``, or draws from the ``"posterior"``
+            p(z|x) by HMC.
+        num_draws: draws per image, where they are draws.
+        num_images: class-stratified training images, and at most as many for validation and test; all when ``None``.
+        radius: L_inf radius of the perturbations that the chains assume; 0 for the paper's posterior.
         column: which label, where there are several (ColorMNIST: 0 digit, 1 colour).
         optimiser: ``"sgd"`` or ``"adam"``.
         learning_rate: at the start; halved when the validation loss has not fallen for ``patience`` epochs.
@@ -133,6 +141,10 @@ class ClassifierConfig:
 
     dataset: str
     model: str | None = None
+    inputs: LatentInputs = "mean"
+    num_draws: int = 4
+    num_images: int | None = None
+    radius: float = 0.0
     column: int = 0
     optimiser: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 1.0
@@ -141,6 +153,12 @@ class ClassifierConfig:
     max_epochs: int = 200
     batch_size: int = 128
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.inputs not in get_args(LatentInputs):
+            raise ValueError(f"inputs must be one of {get_args(LatentInputs)}, got {self.inputs!r}")
+        if not (isinstance(self.num_draws, int) and self.num_draws >= 1):
+            raise ValueError(f"num_draws must be an integer of at least 1, got {self.num_draws!r}")
 
 
 Config = TypeVar("Config", TrainConfig, DefendConfig, EvaluateConfig, ClassifierConfig)
