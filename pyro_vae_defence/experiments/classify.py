@@ -183,8 +183,11 @@ def _inputs(dataset: data.Images, vae: ConvVAE | None, config: ClassifierConfig)
         return _OneLabel(dataset, labels)
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.arange(len(dataset))
-    if config.num_images is not None and config.num_images < len(dataset):
-        chosen = data.stratified(dataset, config.num_images, generator, config.column)
+    if config.num_images is not None:
+        # A tenth of it decides when to stop, and what accuracy the card names.
+        wanted = config.num_images if dataset.split == "train" else config.num_images // 10
+        if wanted < len(dataset):
+            chosen = data.stratified(dataset, wanted, generator, config.column)
     draw = _draw(vae, config)
     parts = [draw(dataset.images(some), generator) for some in chosen.split(_ROWS)]
     inputs = torch.cat(parts, 1)

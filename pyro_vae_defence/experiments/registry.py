@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from pyro_vae_defence.experiments.config import ClassifierConfig, DefendConfig, TrainConfig
+from pyro_vae_defence.experiments.config import (
+    ClassifierConfig,
+    CompareConfig,
+    DefendConfig,
+    TrainConfig,
+)
 
 # An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as on MNIST.
 _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
@@ -41,6 +46,12 @@ DEFENCES: dict[str, DefendConfig] = {
 }
 """The encoder attacks of Tables 2 and 3: ``<dataset>_radius_<radius>``."""
 
+
+COMPARISONS: dict[str, CompareConfig] = {
+    dataset: CompareConfig(f"{dataset}_vae")
+    for dataset in (*_IMAGES, "fashion_mnist_inverted", "color_mnist_textured")
+}
+"""Defences and controls side by side, by the name of the dataset."""
 
 # The part of a classifier's name that says which column of labels it predicts.
 _LABELS = {"color_mnist": ("", "_color"), "color_mnist_textured": ("", "_color")}
