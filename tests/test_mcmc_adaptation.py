@@ -28,7 +28,7 @@ def test_dual_averaging_equals_pyros(target):
     """Image by image, for a sequence of acceptances that differs between images."""
     acceptances = torch.rand(40, 5) * torch.linspace(0.2, 1.0, 5)
     initial = torch.logspace(-3, 1, 5)
-    rule = DualAveraging(target)
+    rule = DualAveraging(target, shrink_factor=10.0)
     state = rule.init(initial)
     peers = [pyro.ops.dual_averaging.DualAveraging(math.log(10 * float(e))) for e in initial]
     for acceptance in acceptances:

@@ -30,6 +30,7 @@ KERNELS = {
     "ghmc": functools.partial(BatchedGHMC, num_steps=2),
     "mams": functools.partial(BatchedMAMS, num_steps=4),
     "ula": BatchedULA,
+    "burn-in": functools.partial(BatchedHMC, num_steps=4, burn_in=10),
 }
 ROWS = 7
 SCALES = torch.logspace(-2, 2, ROWS).double()
@@ -177,7 +178,7 @@ def assert_same_results(got, expected, images=slice(None), chains=slice(None)):
 
 
 @pytest.mark.parametrize("pool_replicas", [False, True])
-@pytest.mark.parametrize("name", ["hmc", "nuts", "ghmc"])
+@pytest.mark.parametrize("name", ["hmc", "nuts", "ghmc", "burn-in"])
 def test_micro_batches_do_not_matter(name, pool_replicas, linear_vae):
     x = torch.rand(7, 1, 4, 4)
     kernel = functools.partial(KERNELS[name], pool_replicas=pool_replicas)

@@ -33,6 +33,7 @@ KERNELS = {
     "ghmc": functools.partial(BatchedGHMC, num_steps=2),
     "mams": functools.partial(BatchedMAMS, num_steps=3),
     "ula": BatchedULA,
+    "burn-in": functools.partial(BatchedHMC, num_steps=3, burn_in=4),
 }
 each_kernel = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
 
@@ -261,9 +262,11 @@ def test_persistent_momentum_is_drawn_anew_for_a_run():
     assert abs(float(correlation) - 0.8) < 0.03
 
 
-def test_one_dimension_is_too_few_for_mams():
+def test_one_dimension_is_too_few_for_microcanonical_dynamics():
     with pytest.raises(ValueError, match="MAMS needs at least 2 latent dimensions"):
         run(BatchedMAMS(potential_fn=gaussian), start={"z": torch.randn(5, 1)})
+    with pytest.raises(ValueError, match="burn_in > 0 needs at least 2 latent dimensions"):
+        run(BatchedHMC(potential_fn=gaussian, burn_in=5), start={"z": torch.randn(5, 1)})
 
 
 def test_images_of_a_batch_do_not_share_noise():
@@ -308,6 +311,8 @@ def test_images_of_a_batch_do_not_share_noise():
         (BatchedGHMC, {"persistence": -0.1}, r"persistence must lie in \[0, 1\), got -0.1"),
         (BatchedMAMS, {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         (BatchedMAMS, {"jitter": 2.0}, r"jitter must lie in \[0, 1\], got 2.0"),
+        (BatchedHMC, {"burn_in": -1}, "burn_in must be an integer of at least 0, got -1"),
+        (BatchedNUTS, {"burn_in": 2.5}, "burn_in must be an integer of at least 0, got 2.5"),
         (BatchedHMC, {"preset": "papper"}, "preset must be 'paper' or None, got 'papper'"),
         (
             BatchedHMC,

@@ -78,15 +78,15 @@ class DualAveraging:
         target: acceptance probability to reach, in (0, 1).
         gamma, t0, kappa: regularisation scale, iteration offset and averaging exponent; the defaults
             are those of Hoffman and Gelman (2014, section 3.2).
-        shrink_factor: the step size is shrunk towards ``shrink_factor`` times its initial value; they
-            take 10, which favours bold trials.
+        shrink_factor: the step size is shrunk towards ``shrink_factor`` times its initial value. They
+            take 10, which favours bold trials; a warm-up of ten or twenty transitions has none to lose.
     """
 
     target: float = 0.8
     gamma: float = 0.05
     t0: float = 10.0
     kappa: float = 0.75
-    shrink_factor: float = 10.0
+    shrink_factor: float = 1.0
 
     adapts_while_sampling = False
 
