@@ -120,8 +120,10 @@ def step(
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
     phase = Phase(state.position, momentum, state.energy, state.gradient)
     start = state.energy + kinetic_energy(momentum, inverse_mass)
-    for _ in range(num_steps):
-        phase = leapfrog(potential, phase, step_size, inverse_mass)
+    for number in range(num_steps):
+        # Only the last energy is read.
+        last = number == num_steps - 1
+        phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=last)
     end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
     error = energy_error(end, start)
     log_uniform = streams.uniform(state.step, _ACCEPT, (), error.dtype).log()

@@ -17,7 +17,8 @@ log-determinant enters the energy.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -427,6 +428,31 @@ class ModelPotential:
         transform = _to_support(fn.support)
         unconstrained = value if transform is None else transform.inv(value)
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors among the model's positional arguments, the batch of images first."""
+        return tuple(arg for arg in self._args if isinstance(arg, Tensor))
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What, besides the values of :attr:`tensors` and of the latents, an energy depends on."""
+        arguments = (
+            (tuple(arg.shape), arg.stride(), arg.dtype, arg.device)
+            if isinstance(arg, Tensor)
+            else id(arg)
+            for arg in self._args
+        )
+        keywords = ((name, id(value)) for name, value in self._kwargs.items())
+        # A bound method is a new object each time, but equal.
+        return (self._model, *arguments, *keywords)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> ModelPotential:
+        """The same energy with other values, of the same shapes, for :attr:`tensors`."""
+        values = iter(tensors)
+        other = copy.copy(self)
+        other._args = tuple(next(values) if isinstance(a, Tensor) else a for a in self._args)
+        return other
 
     @property
     def transforms(self) -> dict[str, Transform]:
