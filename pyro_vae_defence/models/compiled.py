@@ -127,11 +127,12 @@ class Recorder:
         if next(iter(start.values())).device.type == "meta":
             return None, "latents on the meta device have no values to compare"
         try:
-            program = _capture(potential, start)
+            recording = _capture(potential, start)
+            program: Program = recording
             expected = _traced(potential, start)
             why_not = _difference(program, expected)
             if why_not is None:
-                faster = _rewritten(program)
+                faster: Program = _rewritten(recording)
                 if self.compile:
                     faster = torch.compile(faster, dynamic=False)
                 if _difference(faster, expected, _KINKS) is None:
@@ -222,8 +223,8 @@ def _rewritten(program: fx.GraphModule) -> fx.GraphModule:
                 elif list(node.args[10]) == [True, False, False]:
                     _replace_backward(program, node, matrix)
             elif not backward and _scatters_to_few_channels(program, weight, settings):
-                stride, padding, dilation = settings[:3]
-                size = list(node.meta["val"].shape[2:])
+                stride, padding, dilation = (tuple(setting) for setting in settings[:3])
+                size = tuple(node.meta["val"].shape[2:])
                 arguments = (image, weight, node.args[2], size, stride, padding, dilation)
                 node.replace_all_uses_with(
                     program.graph.call_function(_scatter_convolution, arguments)
@@ -308,20 +309,28 @@ def _scatter_convolution(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
 ) -> Tensor:
     """Transposed convolution as one matrix product per pixel and a sum of overlapping patches."""
     pixels = x.movedim(1, -1).reshape(-1, x.shape[1])
     patches = (pixels @ weight.flatten(1)).view(x.shape[0], -1, weight[0].numel())
-    kernel = list(weight.shape[2:])
+    kernel = tuple(weight.shape[2:])
     output = F.fold(patches.transpose(1, 2), size, kernel, dilation, padding, stride)
     return output if bias is None else output + bias[:, None, None]
 
 
 # --- Forces in reduced precision ------------------------------------------------------------------
+
+
+def check_force_dtype(dtype: Any) -> None:
+    """Raise ``ValueError`` unless ``dtype`` is a reduced precision, or ``None``."""
+    if dtype not in (torch.bfloat16, torch.float16, None):
+        raise ValueError(
+            f"force_dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}"
+        )
 
 
 class ReducedForce(ModelPotential):
@@ -336,10 +345,7 @@ class ReducedForce(ModelPotential):
     """
 
     def __init__(self, potential: ModelPotential, dtype: torch.dtype) -> None:
-        if dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"force_dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}"
-            )
+        check_force_dtype(dtype)
         self.__dict__.update(potential.__dict__)
         self._dtype = dtype
 

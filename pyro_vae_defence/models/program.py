@@ -20,7 +20,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -41,6 +41,9 @@ from pyro_vae_defence.models.perturbation import PerturbationAware
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DATA_PLATE = "data"
 
@@ -447,11 +450,25 @@ class ModelPotential:
         # A bound method is a new object each time, but equal.
         return (self._model, *arguments, *keywords)
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> ModelPotential:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
         """The same energy with other values, of the same shapes, for :attr:`tensors`."""
         values = iter(tensors)
         other = copy.copy(self)
         other._args = tuple(next(values) if isinstance(a, Tensor) else a for a in self._args)
+        return other
+
+    def take(self, rows: Tensor) -> Self:
+        """The energy of the images at ``rows``, int64 ``(M,)``, alone."""
+
+        def select(value: Any) -> Any:
+            per_image = isinstance(value, Tensor) and value.shape[:1] == (self.num_images,)
+            return value[rows] if per_image else value
+
+        other = copy.copy(self)
+        other._args = tuple(select(arg) for arg in self._args)
+        other._kwargs = {name: select(value) for name, value in self._kwargs.items()}
+        other._prototype = {name: value[rows] for name, value in self._prototype.items()}
+        other.num_images = rows.shape[0]
         return other
 
     @property
