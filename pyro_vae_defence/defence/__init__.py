@@ -14,6 +14,7 @@ from pyro_vae_defence.defence.controls import (
     gaussian_filter,
     median_filter,
 )
+from pyro_vae_defence.defence.convergence import Convergence, ConvergenceRule
 from pyro_vae_defence.defence.detection import detection_scores
 from pyro_vae_defence.defence.mcmc import DefenceResult, KernelFactory, MCMCDefence, NoDefence
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
@@ -27,6 +28,8 @@ from pyro_vae_defence.defence.radius import (
 
 __all__ = [
     "READINGS",
+    "Convergence",
+    "ConvergenceRule",
     "Defence",
     "DefenceResult",
     "DefendedClassifier",
