@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from pyro_vae_defence.experiments.config import ClassifierConfig, DefendConfig, TrainConfig
+from pyro_vae_defence.experiments.config import (
+    BenchmarkConfig,
+    ClassifierConfig,
+    DefendConfig,
+    TrainConfig,
+)
 
 # An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as on MNIST.
 _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
@@ -53,3 +58,6 @@ def _classifiers() -> dict[str, ClassifierConfig]:
 CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
 """``<model>_classifier``, the paper's linear classifier on latents (on ColorMNIST of the digit;
 ``<model>_color_classifier`` of the colour), and ``<dataset>_features``, whose features measure Fréchet distances."""
+
+BENCHMARKS: dict[str, BenchmarkConfig] = {"samplers": BenchmarkConfig("mnist_vae")}
+"""``samplers``, the benchmark of the sampler engine."""
