@@ -176,7 +176,9 @@ def gold_run(
         warm=0,
     )
     tree = _tree(trace, config.num_chains)
-    rhat, ess = diagnostics.rhat(tree), diagnostics.ess(tree)
+    # A chain that never moved has no variance; its R-hat is infinite, as it should be.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rhat, ess = diagnostics.rhat(tree), diagnostics.ess(tree)
     energy = _per_image(trace.energy.mean(0), config.num_chains)
     spread = _per_image(trace.energy.var(0), config.num_chains)
     # Images are independent: the variance of the mean over images is the mean variance over their number.
@@ -372,6 +374,6 @@ def _interval(values: np.ndarray) -> dict[str, float]:
 def _quantiles(values: np.ndarray) -> dict[str, float]:
     return {
         "median": float(np.median(values)),
-        "q99": float(np.quantile(values, 0.99)),
+        "q99": float(np.quantile(values, 0.99, method="higher")),
         "max": float(np.max(values)),
     }

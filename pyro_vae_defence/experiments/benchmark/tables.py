@@ -160,13 +160,15 @@ def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
     if isinstance(numpyro, str):
         note = f"{numpyro}: not measured."
     else:
-        compiled = [
-            entry["compile_seconds"] for entry in found.values() if "compile_seconds" in entry
-        ]
+        compiled = " and ".join(
+            f"{entry['compile_seconds']:.1f}"
+            for entry in found.values()
+            if "compile_seconds" in entry
+        )
         note = (
-            f"NumPyro {numpyro['numpyro']} on JAX {numpyro['jax']}; compiling took "
-            f"{' and '.join(f'{s:.1f}' for s in compiled)} seconds and is not counted. Relative differences of the decoders: "
-            f"energies {numpyro['energy_difference']:.1g}, gradients {numpyro['gradient_difference']:.1g}."
+            f"NumPyro {numpyro['numpyro']} on JAX {numpyro['jax']}; compiling took {compiled} seconds and is not "
+            f"counted. Relative differences of the decoders: energies {numpyro['energy_difference']:.1g}, gradients "
+            f"{numpyro['gradient_difference']:.1g}."
         )
     return [*lines, "", note, ""]
 
