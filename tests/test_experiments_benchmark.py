@@ -7,11 +7,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.benchmark import engines
 from pyro_vae_defence.experiments.benchmark.chains import encodings, run
+from pyro_vae_defence.experiments.benchmark.decoder import layer_flops
 from pyro_vae_defence.experiments.benchmark.memory import memory, peak_memory
 from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, energy, serve
 from pyro_vae_defence.experiments.benchmark.run import benchmark
@@ -19,7 +20,7 @@ from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.benchmark.settling import running_means, settled
 from pyro_vae_defence.experiments.config import BenchmarkConfig
 from pyro_vae_defence.experiments.report import report
-from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import load_pretrained
 
 TINY = {
@@ -85,21 +86,20 @@ def vae():
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_gradients_are_counted_as_the_decoder_sees_them(name, vae):
+def test_gradients_are_counted_as_the_decoder_sees_them(name, vae, monkeypatch):
     x = torch.rand(3, *vae.image_shape)
     start, streams = encodings(vae, x, 2, 0)
     backward_passes = 0
+    grad = torch.autograd.grad
 
-    def count(*_):
+    def counted(*arguments, **options):
         nonlocal backward_passes
         backward_passes += 1
+        return grad(*arguments, **options)
 
-    hook = vae.decoder[-1].register_full_backward_hook(count)
-    try:
-        folded = x.repeat(2, 1, 1, 1)
-        trace = run(vae, SAMPLERS[name], folded, start, streams, 25, 10, folded, 5)
-    finally:
-        hook.remove()
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    folded = x.repeat(2, 1, 1, 1)
+    trace = run(vae, SAMPLERS[name], folded, start, streams, 25, 10, folded, 5)
     assert trace.gradients[-1] == backward_passes >= 25
     assert trace.energy.shape == (len(trace.gradients), 6)
     assert trace.position.shape == (len(trace.gradients), 6, 64)
@@ -153,19 +153,15 @@ def test_numpyro_runs_what_it_is_asked(vae, monkeypatch):
     assert set(versions["versions"]) == {"jax", "numpyro"}
     assert first["gradients"] == first["batch_gradients"] == 1 + 5 * 2
     assert first["finite"]
-    assert 0 < first["acceptance_rate"] <= 1
+    assert 0.5 < first["acceptance_rate"] <= 1
     assert second["compile_seconds"] == first["compile_seconds"]
 
 
-def forward_flops_by_hand(vae):
-    """Two per multiply-add: every input pixel of a transposed convolution meets the whole kernel."""
-    total, side = 0, 1
-    for layer in vae.decoder:
-        if isinstance(layer, nn.ConvTranspose2d):
-            total += 2 * side**2 * layer.weight.numel()
-            extent = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
-            side = (side - 1) * layer.stride[0] - 2 * layer.padding[0] + extent
-    return total
+def test_operations_of_the_layers_are_those_torch_counts(vae):
+    z = torch.randn(3, 64, 1, 1, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(vae.decoder(1.0 * z).sum(), z)
+    assert counter.get_total_flops() == 3 * layer_flops(vae)
 
 
 def test_results_tables_and_resumption(tmp_path, monkeypatch):
@@ -175,9 +171,9 @@ def test_results_tables_and_resumption(tmp_path, monkeypatch):
     assert list(sections) == [
         "decoder", "seconds_per_gradient", "engines", "memory", "chains 0.1"
     ]  # fmt: skip
-    # Backwards as much as forwards: only the latents are differentiated, no parameter is.
+    # Only the latents are differentiated: gradients of weights would add half as much again.
     for entry in sections["decoder"]["rows"]:
-        assert entry["flops_per_row"] == 2 * forward_flops_by_hand(ConvVAE())
+        assert entry["flops_per_row"] < 1.2 * sections["decoder"]["flops_per_row_as_written"]
         assert 0 < entry["share_of_matmul_rate"] < 10
     assert set(sections["seconds_per_gradient"]) == {"hmc", "paper"}
     assert sections["engines"]["numpyro"] == engines.NO_NUMPYRO

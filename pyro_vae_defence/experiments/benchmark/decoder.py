@@ -2,7 +2,9 @@
 
 Torch itself counts the operations of one gradient while it runs (:class:`torch.utils.flop_counter.FlopCounterMode`:
 convolutions and matrix products, two per multiply-add); the rate is that of one large float32 product in the same
-process. Products and gradients take turns and medians are compared, so that whatever else the machine does slows both.
+process. A model may compute its layers in another way than they are written, with fewer operations: the share of the
+rate counts what is computed, and beside it stands the share that the layers as written would amount to. Products and
+gradients take turns and medians are compared, so that whatever else the machine does slows both.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -56,20 +58,38 @@ def decoder(vae: ConvVAE, x: Tensor, config: BenchmarkConfig) -> dict[str, Any]:
             seconds[rows].append(_seconds(calls[rows]))
             shares[rows].append(flops[rows] / seconds[rows][-1] / rate)
     largest = max(config.rows)
+    written = layer_flops(vae)
     return {
         "matmul_size": size,
         "matmul_flops_per_second": float(np.median(rates)),
+        "flops_per_row_as_written": written,
         "rows": [
             {
                 "rows": rows,
                 "flops_per_row": flops[rows] / rows,
                 "seconds_per_row": float(np.median(seconds[rows])) / rows,
                 "share_of_matmul_rate": float(np.median(shares[rows])),
+                "share_as_written": float(np.median(shares[rows])) * written * rows / flops[rows],
             }
             for rows in config.rows
         ],
         "operators": {"rows": largest, "shares": _breakdown(calls[largest])},
     }
+
+
+def layer_flops(vae: ConvVAE) -> int:
+    """Operations of one row's gradient through the decoder's layers as they are written.
+
+    Every input pixel of a transposed convolution meets the whole kernel, two operations per weight; backwards, with
+    respect to the input alone, it is as many again.
+    """
+    total, side = 0, 1
+    for layer in vae.decoder:
+        if isinstance(layer, nn.ConvTranspose2d):
+            total += 2 * 2 * side**2 * layer.weight.numel()
+            extent = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
+            side = (side - 1) * layer.stride[0] - 2 * int(layer.padding[0]) + extent
+    return total
 
 
 def _gradient(vae: ConvVAE, x: Tensor, rows: int, generator: torch.Generator) -> Callable[[], Any]:

@@ -19,7 +19,7 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.defence import DefenceResult, MCMCDefence
 from pyro_vae_defence.experiments.benchmark.chains import encodings
 from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, Layer, serve
 from pyro_vae_defence.experiments.config import BenchmarkConfig
@@ -68,8 +68,15 @@ def engines(
     result: dict[str, Any] = {"images": len(x), "transitions": config.engine_transitions}
     runs: dict[str, list[dict[str, float]]] = {}
 
-    def record(name: str, seconds: float, images: int, gradients: float, **more: float) -> None:
-        per_image = {"seconds_per_image": seconds / images, "gradients": gradients, **more}
+    def record(
+        name: str, seconds: float, images: int, gradients: float, acceptance: float, **more: float
+    ) -> None:
+        per_image = {
+            "seconds_per_image": seconds / images,
+            "gradients": gradients,
+            "acceptance_rate": acceptance,
+            **more,
+        }
         runs.setdefault(name, []).append(per_image)
 
     with _numpyro(vae, x, start["z"]) as numpyro:
@@ -83,16 +90,14 @@ def engines(
             for name, defend in batched.items():
                 note(f"engines, turn {turn + 1}: {name}")
                 outcome = defend(x, generator)
-                own = float(outcome.num_gradients.double().mean())
-                record(name, outcome.seconds, len(x), own)
+                record(name, outcome.seconds, len(x), *_counted(outcome))
             for name, defend in one_by_one.items():
                 note(f"engines, turn {turn + 1}: {name}")
                 some = x[turn :: config.repeats][: -(-config.one_by_one_images // config.repeats)]
                 began = time.perf_counter()
                 outcome = defend(some, generator)
                 seconds = time.perf_counter() - began
-                own = float(outcome.num_gradients.double().mean())
-                record(name, seconds, len(some), own)
+                record(name, seconds, len(some), *_counted(outcome))
             if numpyro is not None:
                 for algorithm, steps in (("HMC", config.engine_steps), ("NUTS", depth)):
                     note(f"engines, turn {turn + 1}: NumPyro {algorithm}")
@@ -114,6 +119,7 @@ def engines(
                         found["seconds"],
                         len(x),
                         found["gradients"],
+                        found["acceptance_rate"],
                         compile_seconds=found["compile_seconds"],
                     )
     result["engines"] = {
@@ -121,6 +127,12 @@ def engines(
         for name, turns in runs.items()
     }
     return result
+
+
+def _counted(outcome: DefenceResult) -> tuple[float, float]:
+    """Gradients per image and mean acceptance probability."""
+    gradients = float(outcome.num_gradients.double().mean())
+    return gradients, float(outcome.sample_stats["acceptance_rate"].mean())
 
 
 def decoder_layers(vae: ConvVAE) -> list[Layer]:

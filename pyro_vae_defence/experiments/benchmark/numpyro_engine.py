@@ -128,7 +128,11 @@ def _compile(
     import jax
     from numpyro.infer.hmc import hmc
 
-    length = {"num_steps": job.steps} if job.algorithm == "HMC" else {"max_tree_depth": job.steps}
+    if job.algorithm == "HMC":
+        # NumPyro's default trajectory_length would replace the step size by its own quotient.
+        length = {"num_steps": job.steps, "trajectory_length": None}
+    else:
+        length = {"max_tree_depth": job.steps}
 
     def one_image(key: Any, image: Any, z: Any) -> Any:
         init, sample = hmc(lambda z: energy(layers, z, image), algo=job.algorithm)
