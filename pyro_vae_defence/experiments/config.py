@@ -174,9 +174,10 @@ class ClassifierConfig:
             raise ValueError(f"num_draws must be an integer of at least 1, got {self.num_draws!r}")
 
 
-CHAINS = ("hmc", "aware")
-CONTROLS = ("encoder_samples", "dark_clip", "extreme_clip", "median", "gaussian")
-_WITH_RADIUS = ("aware", "dark_clip", "extreme_clip")
+CHAINS = ("hmc", "aware", "aware_unknown")
+MODES = ("mode", "aware_mode")
+CONTROLS = ("mode", "encoder_samples", "dark_clip", "extreme_clip", "median", "gaussian")
+WITH_RADIUS = ("aware", "aware_mode", "dark_clip", "extreme_clip")
 _NAME = re.compile(r"(?P<kind>[a-z_]+?)(_(?P<radius>[\d.]+))?(@(?P<transitions>\d+))?")
 
 
@@ -195,16 +196,16 @@ def defence_spec(name: str) -> DefenceSpec:
         ValueError: if it names none.
     """
     found = _NAME.fullmatch(name)
-    if found and found["kind"] in ("none", *CHAINS, *CONTROLS):
+    if found and found["kind"] in ("none", *CHAINS, *MODES, *CONTROLS):
         radius = None if found["radius"] is None else float(found["radius"])
         transitions = None if found["transitions"] is None else int(found["transitions"])
-        radius_fits = radius is None or (found["kind"] in _WITH_RADIUS and radius <= 1)
+        radius_fits = radius is None or (found["kind"] in WITH_RADIUS and radius <= 1)
         transitions_fit = transitions is None or (found["kind"] in CHAINS and transitions > 1)
         if radius_fits and transitions_fit:
             return DefenceSpec(found["kind"], radius, transitions)
     raise ValueError(
-        f"defences has no {name!r}; known are none, {', '.join(CHAINS + CONTROLS)}, "
-        f"{', '.join(f'{kind}_RADIUS' for kind in _WITH_RADIUS)} and KIND@TRANSITIONS for chains"
+        f"defences has no {name!r}; known are none, {', '.join(dict.fromkeys(CHAINS + MODES + CONTROLS))}, "
+        f"{', '.join(f'{kind}_RADIUS' for kind in WITH_RADIUS)} and KIND@TRANSITIONS for chains"
     )
 
 
@@ -213,7 +214,8 @@ class CompareConfig:
     """Every defence and control against the encoder attack of the paper, over its radius.
 
     Defences are named: ``none``; ``hmc``, chains on the paper's target; ``aware``, chains on the perturbation-aware
-    one. Controls: ``encoder_samples``, ``dark_clip``, ``extreme_clip``, ``median``, ``gaussian``
+    one, ``aware_unknown`` with a radius left open; ``aware_mode``, the mode of that target. Controls: ``mode``, the
+    mode of the paper's target; ``encoder_samples``, ``dark_clip``, ``extreme_clip``, ``median``, ``gaussian``
     (:mod:`pyro_vae_defence.defence.controls`). What assumes a radius assumes the attack's own, or that of its name, as
     in ``aware_0.1``. ``@20`` appended means one chain of 20 transitions, half of them warm-up, instead of the settings
     below.
@@ -229,6 +231,7 @@ class CompareConfig:
         num_references: class-stratified test images whose reconstructions are compared.
         num_restarts: attacks per reference; all of them count.
         num_images: class-stratified test images that are classified.
+        num_noise: of these, with random noise of the attack's radius.
         curve_restarts, curve_images: of these, at the other radii.
         cost_radius: radius of the comparison by cost.
         num_samples, warmup_steps, num_chains, num_steps, step_size: of the chains.
@@ -242,6 +245,9 @@ class CompareConfig:
         "aware",
         "aware_0.1",
         "aware_0.2",
+        "aware_unknown",
+        "aware_mode",
+        "mode",
         "encoder_samples",
         "dark_clip",
         "dark_clip_0.2",
@@ -253,15 +259,16 @@ class CompareConfig:
         *(f"hmc@{transitions}" for transitions in (4, 10, 20, 40)),
         *(f"aware_0.2@{transitions}" for transitions in (4, 10, 20, 40)),
     )
-    inputs: tuple[LatentInputs, ...] = ("mean", "guide", "posterior")
+    inputs: tuple[LatentInputs, ...] = ("mean",)
     reading: str = "reencoded/mean"
-    radii: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+    radii: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     full_radii: tuple[float, ...] = (0.1, 0.2)
     num_references: int = 50
     num_restarts: int = 10
     num_images: int = 1000
-    curve_restarts: int = 2
-    curve_images: int = 200
+    num_noise: int = 200
+    curve_restarts: int = 1
+    curve_images: int = 100
     cost_radius: float = 0.2
     num_samples: int = 10
     warmup_steps: int = 15
