@@ -17,7 +17,7 @@ from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
 
 TINY = {
-    "defences": ("none", "aware", "aware_0.1", "dark_clip", "median"),
+    "defences": ("none", "aware", "aware_0.1", "aware_unknown", "aware_mode", "dark_clip", "mode"),
     "costs": ("hmc@2",),
     "inputs": ("mean", "guide"),
     "radii": (0.0, 0.1),
