@@ -237,11 +237,11 @@ def chains(
             start,
             streams,
             config.max_gradients * SAMPLERS[name].patience,
-            config.warmup_gradients,
+            config.warmup_gradients * SAMPLERS[name].patience,
             decoded,
             config.similarity_every,
         )
-        entry = _settling(trace, energy, similarity, gold["similarity"], config)
+        entry = _settling(trace, energy, similarity, config)
         if config.ess_gradients > 0:
             entry["ess"] = _effective(
                 vae,
@@ -259,11 +259,13 @@ def _settling(
     trace: Trace,
     energy: np.ndarray,
     similarity: np.ndarray,
-    interval: dict[str, float],
     config: BenchmarkConfig,
 ) -> dict[str, Any]:
     excess = trace.energy - np.tile(energy, config.num_chains)
-    mean_excess, mean_similarity = excess.mean(1), trace.similarity.mean(1)
+    mean_excess = excess.mean(1)
+    gain = trace.similarity - trace.similarity[0]
+    start = _per_image(trace.similarity[0], config.num_chains)
+    gold_gain = _interval(similarity - start)
     at = trace.gradients[trace.similarity_at]
     window = config.window
     last = running_means(trace.gradients, excess, window)[-1]
@@ -274,8 +276,10 @@ def _settling(
             trace.gradients, mean_excess, -config.tolerance, config.tolerance, window
         ),
         "gradients_similarity": settled(
-            at, mean_similarity, interval["low"], interval["high"], window
+            at, gain.mean(1), gold_gain["low"], gold_gain["high"], window
         ),
+        "similarity_start": float(start.mean()),
+        "gold_gain_of_similarity": gold_gain,
         "budget": int(trace.gradients[-1]),
         "excess_energy_last": _interval(_per_image(last, config.num_chains)),
         "similarity_last_minus_gold": _interval(
@@ -297,7 +301,7 @@ def _effective(
     """ESS per gradient, over all chains of an image, of a run that starts where the gold run ended."""
     # A kernel of long transitions needs more gradients for a meaningful autocorrelation.
     budget = config.ess_gradients * max(1, sampler.gradients // 4)
-    warmup = config.warmup_gradients
+    warmup = config.warmup_gradients * sampler.patience
     trace = run(vae, sampler, x, start, streams, budget, warmup, after_warmup=True)
     kept = trace._replace(energy=trace.energy[trace.warm :], position=trace.position[trace.warm :])
     ess = diagnostics.ess(_tree(kept, config.num_chains))

@@ -27,7 +27,7 @@ class Sampler(NamedTuple):
         make: from a trained VAE to what makes a kernel from a Pyro model.
         gradients: gradients of a usual transition, which turns a warm-up in gradients into transitions.
         exact: whether its draws come from the target.
-        patience: its budget of gradients, as a multiple of ``max_gradients``.
+        patience: its budget and warm-up, as multiples of ``max_gradients`` and ``warmup_gradients``.
     """
 
     label: str
@@ -55,7 +55,9 @@ SAMPLERS: dict[str, Sampler] = {
         _whitened(BatchedHMC, step_size=0.5, num_steps=4, burn_in=30),
         4,
     ),
-    "nuts": Sampler("NUTS, whitened", _whitened(BatchedNUTS, step_size=0.5, max_tree_depth=6), 8),
+    "nuts": Sampler(
+        "NUTS, whitened", _whitened(BatchedNUTS, step_size=0.5, max_tree_depth=6), 24, patience=3
+    ),
     "mala": Sampler("MALA, whitened", _whitened(BatchedMALA, step_size=0.5), 1),
     "ghmc": Sampler("generalised HMC, whitened", _whitened(BatchedGHMC, step_size=0.5), 1),
     "mams": Sampler("MAMS, whitened", _whitened(BatchedMAMS, step_size=0.5, num_steps=4), 4),
