@@ -91,9 +91,10 @@ def test_constrained_sites_of_every_common_support(make):
     assert torch.allclose(draws["simplex"].sum(-1), torch.ones(4, 6), atol=1e-5)
 
 
-@each_kernel
-def test_chains_start_at_initial_params(make):
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "burn-in"])
+def test_chains_start_at_initial_params(name):
     """With a step size next to nothing a chain stays where it started, on the unconstrained scale."""
+    make = KERNELS[name]
     x = torch.rand(5, 1, 4, 4)
     start = {"top": torch.randn(5, 1, 2), "rate": torch.randn(5, 1), "low": torch.randn(5, 3)}
     kernel = make(HierarchicalVAE().model, step_size=1e-7)

@@ -1,5 +1,53 @@
 """Defences: what runs between the encoder and whatever uses its latents."""
 
+from pyro_vae_defence.defence.classifier import (
+    READINGS,
+    Defence,
+    DefendedClassifier,
+    Reading,
+    read_latents,
+)
+from pyro_vae_defence.defence.controls import (
+    EncoderDefence,
+    clip_dark_pixels,
+    clip_extreme_pixels,
+    gaussian_filter,
+    median_filter,
+)
+from pyro_vae_defence.defence.convergence import Convergence, ConvergenceRule
+from pyro_vae_defence.defence.detection import detection_scores
 from pyro_vae_defence.defence.mcmc import DefenceResult, KernelFactory, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.mode import PosteriorModeDefence
+from pyro_vae_defence.defence.radius import (
+    RadiusChoice,
+    calibrate_radius,
+    choose_radius,
+    radius_probabilities,
+    scores_by_radius,
+)
 
-__all__ = ["DefenceResult", "KernelFactory", "MCMCDefence", "NoDefence"]
+__all__ = [
+    "READINGS",
+    "Convergence",
+    "ConvergenceRule",
+    "Defence",
+    "DefenceResult",
+    "DefendedClassifier",
+    "EncoderDefence",
+    "KernelFactory",
+    "MCMCDefence",
+    "NoDefence",
+    "PosteriorModeDefence",
+    "RadiusChoice",
+    "Reading",
+    "calibrate_radius",
+    "choose_radius",
+    "clip_dark_pixels",
+    "clip_extreme_pixels",
+    "detection_scores",
+    "gaussian_filter",
+    "median_filter",
+    "radius_probabilities",
+    "read_latents",
+    "scores_by_radius",
+]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pyro_vae_defence.experiments.config import (
     BenchmarkConfig,
     ClassifierConfig,
+    CompareConfig,
     DefendConfig,
     TrainConfig,
 )
@@ -15,8 +16,8 @@ from pyro_vae_defence.experiments.config import (
 _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
 
 
-# Passes of the plain model, of which the others are variants, per dataset.
-_EPOCHS = {"mnist": 40, "fashion_mnist": 40, "color_mnist": 16}
+# Passes of a plain model, of which the others are variants.
+_EPOCHS = 40
 
 # SE searches a neighbour by 20 gradients of the encoder for every image it sees, twelve times the cost of
 # a plain step.
@@ -27,7 +28,7 @@ def _models() -> dict[str, TrainConfig]:
     models = {}
     for dataset, images in _IMAGES.items():
         plain = f"{dataset}_vae"
-        models[plain] = TrainConfig(dataset, epochs=_EPOCHS[dataset], images_per_epoch=images)
+        models[plain] = TrainConfig(dataset, epochs=_EPOCHS, images_per_epoch=images)
         variant = TrainConfig(
             dataset,
             start_from=plain,
@@ -49,13 +50,19 @@ def _models() -> dict[str, TrainConfig]:
         models[f"{dataset}_avae"] = replace(variant, objective="avae")
         models[f"{dataset}_se_avae"] = replace(smooth, objective="se_avae")
         models[f"{dataset}_avae_ss"] = replace(variant, objective="avae_ss")
+    # Backgrounds that no clip of dark pixels can restore.
+    models["fashion_mnist_inverted_vae"] = TrainConfig("fashion_mnist_inverted")
+    models["color_mnist_textured_vae"] = TrainConfig(
+        "color_mnist_textured", images_per_epoch=55_000
+    )
     return models
 
 
 MODELS: dict[str, TrainConfig] = _models()
 """Models of the paper's tables: ``<dataset>_vae``, ``<dataset>_beta_vae_<beta>`` and
 ``<dataset>_tcvae_<beta>`` (Table 7), and for MNIST and ColorMNIST ``<dataset>_se_<radius>``,
-``<dataset>_avae``, ``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3)."""
+``<dataset>_avae``, ``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); and VAEs of two harder variants,
+``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``."""
 
 DEFENCES: dict[str, DefendConfig] = {
     f"{dataset}_radius_{radius:g}": DefendConfig(f"{dataset}_vae", radius)
@@ -65,12 +72,30 @@ DEFENCES: dict[str, DefendConfig] = {
 """The encoder attacks of Tables 2 and 3: ``<dataset>_radius_<radius>``."""
 
 
+COMPARISONS: dict[str, CompareConfig] = {
+    dataset: CompareConfig(f"{dataset}_vae")
+    for dataset in (*_IMAGES, "fashion_mnist_inverted", "color_mnist_textured")
+}
+"""Defences and controls side by side, by the name of the dataset."""
+
+# The part of a classifier's name that says which column of labels it predicts.
+_LABELS = {"color_mnist": ("", "_color"), "color_mnist_textured": ("", "_color")}
+
+
 def _classifiers() -> dict[str, ClassifierConfig]:
     classifiers = {}
     for model, config in MODELS.items():
-        classifiers[f"{model}_classifier"] = ClassifierConfig(config.dataset, model)
-        if config.dataset == "color_mnist":
-            classifiers[f"{model}_color_classifier"] = ClassifierConfig("color_mnist", model, 1)
+        for column, label in enumerate(_LABELS.get(config.dataset, ("",))):
+            plain = ClassifierConfig(config.dataset, model, column=column)
+            # ColorMNIST has every image in seven colours; draws of as many images as MNIST's will do.
+            guide = replace(
+                plain, inputs="guide", num_images=55_000 if config.dataset in _LABELS else None
+            )
+            # A tenth of the training images, at some hundred gradients each.
+            posterior = replace(plain, inputs="posterior", num_images=5_500)
+            classifiers[f"{model}{label}_classifier"] = plain
+            classifiers[f"{model}{label}_classifier_guide"] = guide
+            classifiers[f"{model}{label}_classifier_posterior"] = posterior
     for dataset in _IMAGES:
         classifiers[f"{dataset}_features"] = ClassifierConfig(
             dataset,
@@ -82,8 +107,9 @@ def _classifiers() -> dict[str, ClassifierConfig]:
 
 
 CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
-"""``<model>_classifier``, the paper's linear classifier on latents (on ColorMNIST of the digit;
-``<model>_color_classifier`` of the colour), and ``<dataset>_features``, whose features measure Fréchet distances."""
+"""``<model>_classifier``, the paper's linear classifier on the guide's means (on ColorMNIST of the digit;
+``<model>_color_classifier`` of the colour), the same with ``_guide`` or ``_posterior`` appended on draws from the
+guide or from p(z|x), and ``<dataset>_features``, whose features measure Fréchet distances."""
 
 BENCHMARKS: dict[str, BenchmarkConfig] = {"samplers": BenchmarkConfig("mnist_vae")}
 """``samplers``, the benchmark of the sampler engine."""

@@ -166,7 +166,9 @@ def step(
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
     phase = Phase(state.position, momentum, state.energy, state.gradient)
     start = state.energy + kinetic_energy(momentum, inverse_mass)
-    for _ in range(num_steps):
-        phase = leapfrog(potential, phase, step_size, inverse_mass)
+    for number in range(num_steps):
+        # Only the last energy is read.
+        last = number == num_steps - 1
+        phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=last)
     end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
     return accept(state, phase, start, end, streams, step_size, num_steps)

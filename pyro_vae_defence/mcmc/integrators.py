@@ -63,13 +63,11 @@ class Phase(NamedTuple):
 def energy_and_gradient(potential: Potential, position: LatentsLike) -> tuple[Tensor, Latents]:
     """Energies ``(N,)`` and their gradients; rows do not see each other's values.
 
-    Only the latents are differentiated: no gradient of a model's parameter is computed.
+    A potential that has a method of this name is asked for both, as those of
+    :mod:`pyro_vae_defence.models.compiled` do; any other is differentiated.
     """
-    with torch.enable_grad():
-        leaves = {name: value.detach().requires_grad_() for name, value in position.items()}
-        energy = potential(leaves)
-        gradients = torch.autograd.grad(energy.sum(), tuple(leaves.values()))
-    return energy.detach(), dict(zip(leaves, gradients, strict=True))
+    own = getattr(potential, "energy_and_gradient", None)
+    return lat.value_and_gradient(potential, position) if own is None else own(position)
 
 
 def velocity(momentum: LatentsLike, inverse_mass: LatentsLike | None) -> Latents:
@@ -87,6 +85,7 @@ def leapfrog(
     phase: Phase,
     step_size: Tensor,
     inverse_mass: LatentsLike | None = None,
+    needs_energy: bool = True,
 ) -> Phase:
     """One leapfrog step: one gradient.
 
@@ -95,10 +94,16 @@ def leapfrog(
         phase: current point.
         step_size: one per image ``(N,)``; negative values integrate backwards.
         inverse_mass: diagonal of M^-1, site -> tensor broadcastable to ``(N, *event)``.
+        needs_energy: ``False`` where nobody reads the energy of the new point: a potential with a method
+            ``force`` is then asked for the force alone, and the energy is left as it was.
     """
     momentum = lat.add(phase.momentum, phase.gradient, -0.5 * step_size)
     position = lat.add(phase.position, velocity(momentum, inverse_mass), step_size)
-    energy, gradient = energy_and_gradient(potential, position)
+    force = None if needs_energy else getattr(potential, "force", None)
+    if force is None:
+        energy, gradient = energy_and_gradient(potential, position)
+    else:
+        energy, gradient = phase.energy, force(position)
     momentum = lat.add(momentum, gradient, -0.5 * step_size)
     return Phase(position, momentum, energy, gradient)
 

@@ -48,6 +48,8 @@ class BatchedKernel(MCMCKernel):
     Attributes:
         streams: random streams of the chains, one row per chain; set them before a run to name images
             and chains, leave ``None`` for fresh ones drawn from ``generator``.
+        prepare: what makes the run's potential of the model's energy, such as a
+            :class:`~pyro_vae_defence.models.compiled.Recorder`; set it before a run.
         state: last state; ``state.energy`` is the potential energy per chain.
         info: diagnostics of the last transition.
     """
@@ -83,6 +85,7 @@ class BatchedKernel(MCMCKernel):
         self.burn_in = burn_in
         self.transforms: dict[str, Transform] = {}
         self.streams: Streams | None = None
+        self.prepare: Callable[[ModelPotential], ModelPotential] | None = None
         self.info: HMCInfo | None = None
         self.state: HMCState | GHMCState | None = None
         self._potential = potential_fn
@@ -114,7 +117,7 @@ class BatchedKernel(MCMCKernel):
         self._divergences = None
         if self.model is not None:
             potential = ModelPotential(self.model, *args, **kwargs)
-            self._potential = potential
+            self._potential = potential if self.prepare is None else self.prepare(potential)
             # MCMC maps its samples back by the inverse of these.
             self.transforms = {name: t.inv for name, t in potential.transforms.items()}
         self._run_streams = self.streams
@@ -202,7 +205,53 @@ class BatchedKernel(MCMCKernel):
         """Let go of the start of the run; its last state and info stay readable."""
         self._initial_params = None
 
+    # --- Runs that end before all chains do ---
+
+    per_row: tuple[str, ...] = (
+        "state",
+        "info",
+        "_run_streams",
+        "_adaptation",
+        "_acceptance_sum",
+        "_divergences",
+    )
+    """Attributes with one row per chain, tensors or nests of them; a subclass adds its own."""
+
+    @property
+    def couples_images(self) -> bool:
+        """Whether a chain depends on the others of its batch, so that none may leave it."""
+        return isinstance(self.rule, PaperStepSize) and self.rule.pooled
+
+    def gradients_of(self, seed: int, step: int) -> int:
+        """Most gradients per chain that transition ``step`` (from 0) of a run with ``seed`` can take."""
+        return self._most_gradients(seed, step) + (self.burn_in if step == 0 else 0)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the chains at ``rows`` alone, int64 ``(M,)``; they move as they would have moved.
+
+        Raises:
+            ValueError: if chains are coupled, or run on a ``potential_fn``, whose rows are its own.
+        """
+        if self.couples_images:
+            raise ValueError("this kernel shares one step size in the batch; no chain may leave it")
+        if not isinstance(self._potential, ModelPotential):
+            raise ValueError("keep needs a model; the rows of a potential_fn cannot be selected")
+        size = self._potential.num_images
+        self._potential = self._potential.take(rows)
+        for name in self.per_row:
+            setattr(self, name, _take(getattr(self, name), rows))
+        if self.inverse_mass_matrix is not None and self.state is not None:
+            self.inverse_mass_matrix = {
+                name: value[rows]
+                if value.dim() == self.state.position[name].dim() and value.shape[0] == size
+                else value
+                for name, value in self.inverse_mass_matrix.items()
+            }
+
     # --- Inside ---
+
+    def _most_gradients(self, seed: int, step: int) -> int:
+        return 1
 
     def _step(self, state: Any, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
         raise NotImplementedError
@@ -270,6 +319,18 @@ class BatchedKernel(MCMCKernel):
         return {name: matrix[name].to(like[name]) for name in like}
 
 
+def _take(nest: Any, rows: Tensor) -> Any:
+    """Rows of every tensor in a nest of mappings and tuples; numbers stay as they are."""
+    if isinstance(nest, Tensor):
+        return nest[rows] if nest.dim() else nest
+    if isinstance(nest, Mapping):
+        return {name: _take(value, rows) for name, value in nest.items()}
+    if isinstance(nest, tuple):
+        parts = [_take(value, rows) for value in nest]
+        return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
+    return nest
+
+
 def _check_inverse_mass(matrix: LatentsLike) -> None:
     if not (
         isinstance(matrix, Mapping) and all(isinstance(value, Tensor) for value in matrix.values())
@@ -321,6 +382,10 @@ def trajectory_length(seed: int, step: int, num_steps: int, jitter: float) -> in
 
 class BatchedHMC(BatchedKernel):
     """Hamiltonian Monte Carlo with one independent chain per image.
+
+    Recommended for attacked images, and stationary within some 50 gradients on MNIST at radius 0.1 and 0.2:
+    ``step_size=0.2, num_steps=4, burn_in=30`` with a metric that whitens, such as
+    ``inverse_mass_matrix=vae.mean_posterior_variance``, and ten transitions of warm-up.
 
     Args:
         model: Pyro model with one data plate around all its sites.
@@ -390,6 +455,9 @@ class BatchedHMC(BatchedKernel):
         self.num_steps = num_steps
         self.jitter = jitter
 
+    def _most_gradients(self, seed: int, step: int) -> int:
+        return trajectory_length(seed, step, self.num_steps, self.jitter)
+
     def _step(
         self, state: HMCState, streams: Streams, step_size: Tensor
     ) -> tuple[HMCState, HMCInfo]:
@@ -454,6 +522,9 @@ class BatchedNUTS(BatchedKernel):
         if not (isinstance(max_tree_depth, int) and 1 <= max_tree_depth <= 20):
             raise ValueError(f"max_tree_depth must be an integer in 1..20, got {max_tree_depth!r}")
         self.max_tree_depth = max_tree_depth
+
+    def _most_gradients(self, seed: int, step: int) -> int:
+        return 2**self.max_tree_depth - 1
 
     def _step(
         self, state: HMCState, streams: Streams, step_size: Tensor
@@ -581,6 +652,9 @@ class BatchedGHMC(BatchedKernel):
     def _extend(self, state: HMCState, streams: Streams) -> GHMCState:
         return ghmc.init(state, streams, self._inverse_mass(state.position))
 
+    def _most_gradients(self, seed: int, step: int) -> int:
+        return self.num_steps
+
     def _step(
         self, state: GHMCState, streams: Streams, step_size: Tensor
     ) -> tuple[GHMCState, HMCInfo]:
@@ -650,6 +724,9 @@ class BatchedMAMS(BatchedKernel):
     def _extend(self, state: HMCState, streams: Streams) -> HMCState:
         _check_dimension(state.position, "MAMS")
         return state
+
+    def _most_gradients(self, seed: int, step: int) -> int:
+        return trajectory_length(seed, step, self.num_steps, self.jitter)
 
     def _step(
         self, state: HMCState, streams: Streams, step_size: Tensor
