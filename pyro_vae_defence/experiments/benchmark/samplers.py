@@ -51,8 +51,8 @@ def _whitened(kernel: Any, **options: Any) -> Callable[[ConvVAE], KernelFactory]
 SAMPLERS: dict[str, Sampler] = {
     "hmc": Sampler("HMC, whitened", _whitened(BatchedHMC, step_size=0.5, num_steps=4), 4),
     "hmc_burn_in": Sampler(
-        "HMC, whitened, burn-in of 30",
-        _whitened(BatchedHMC, step_size=0.5, num_steps=4, burn_in=30),
+        "HMC as recommended: whitened, burn-in of 30",
+        _whitened(BatchedHMC, step_size=0.2, num_steps=4, burn_in=30),
         4,
     ),
     "nuts": Sampler(
