@@ -303,7 +303,7 @@ class BenchmarkConfig:
         num_images: attacked images, class-stratified.
         num_chains: chains per image.
         samplers: names of :data:`~pyro_vae_defence.experiments.benchmark.samplers.SAMPLERS`; all when ``None``.
-        max_gradients: budget per chain; samplers known to be slow get a multiple of it.
+        max_gradients: budget per chain; samplers known to be slow get a multiple of it and of the warm-up.
         warmup_gradients: of these, spent on adaptation.
         window: length of the running mean, in gradients.
         tolerance: distance in nats from the gold run's mean energy that counts as reached.
