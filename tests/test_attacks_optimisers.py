@@ -17,21 +17,22 @@ SHAPE = (4, 1, 4, 4)
 
 # Settings that suffice for the known maxima below, and what a step costs: (gradients, queries).
 OPTIMISERS = {
-    "PGD": (attacks.PGD, {"num_steps": 150, "step_size": 0.01}),
-    "MomentumPGD": (attacks.MomentumPGD, {"num_steps": 150, "step_size": 0.005}),
+    "PGD": (attacks.PGD, {"num_steps": 150}),
+    "MomentumPGD": (attacks.MomentumPGD, {"num_steps": 150}),
     "APGD": (attacks.APGD, {"num_steps": 120}),
     "LBFGS": (attacks.LBFGS, {"num_steps": 60}),
-    "Square": (attacks.Square, {"num_steps": 1500, "share": 0.3}),
-    "NES": (attacks.NES, {"num_steps": 100, "step_size": 0.02, "num_directions": 20}),
+    "Square": (attacks.Square, {"num_steps": 1000, "share": 0.3}),
+    "NES": (attacks.NES, {"num_steps": 100, "num_directions": 20}),
 }
-# How far from the maximum they may end, as a share of what there is to gain from the reference on.
+# How far from the maximum they may end, as a share of what there is to gain from the reference on: little for
+# those that adapt their steps, more for fixed steps, most for those that do not see a gradient.
 TOLERANCE = {
-    "PGD": 0.02,
-    "MomentumPGD": 0.02,
-    "APGD": 5e-3,
+    "PGD": 0.05,
+    "MomentumPGD": 0.05,
+    "APGD": 1e-5,
     "LBFGS": 1e-6,
     "Square": 0.15,
-    "NES": 0.03,
+    "NES": 0.2,
 }
 
 
@@ -58,7 +59,8 @@ def problem(kind):
 
     def maximiser(ball):
         if kind == "linear":
-            return x + ball.climb(towards, ball.radius, -x, 1 - x)
+            # The projection of a far step maximises a linear function (test_ops).
+            return x + ball.project_box(1e4 * towards, -x, 1 - x)
         return x + ball.project_box(towards, -x, 1 - x)
 
     return x, prepare, maximiser
@@ -85,18 +87,19 @@ def test_reaches_a_known_maximum(name, kind, ball):
     best = objective_at(prepare, x, maximiser(ball))
     gain = best - objective_at(prepare, x, x)
     short = (best - result.objective[0]) / gain
-    assert (short >= -1e-9).all()
+    assert (short >= -1e-6).all()
     assert (short <= TOLERANCE[name]).all()
 
 
 def test_quasi_newton_needs_few_gradients_where_the_curvature_varies():
-    x, prepare, _ = problem("bent")
-    spent = attacks.LBFGS(prepare, L2(1.0), num_steps=40)(x).objective
-    exact = attacks.LBFGS(prepare, L2(1.0), num_steps=400)(x).objective
-    start = objective_at(prepare, x, x)
-    assert ((exact - spent) <= 1e-5 * (exact - start)).all()
-    plain = attacks.PGD(prepare, L2(1.0), num_steps=40)(x).objective
-    assert (spent >= plain).all()
+    # In a box every pixel has its own maximum, whatever the weights.
+    x, prepare, maximiser = problem("bent")
+    best = objective_at(prepare, x, maximiser(Linf(2.0)))
+    gain = best - objective_at(prepare, x, x)
+    short = (best - attacks.LBFGS(prepare, Linf(2.0), num_steps=25)(x).objective[0]) / gain
+    assert (short <= 1e-4).all()
+    plain = (best - attacks.PGD(prepare, Linf(2.0), num_steps=25)(x).objective[0]) / gain
+    assert (short < plain).all()
 
 
 @pytest.mark.parametrize("ball", BALLS, ids=str)

@@ -221,19 +221,10 @@ def test_projection_on_ball_and_box_is_the_nearest_point(ball):
 
 
 @pytest.mark.parametrize("ball", [Linf(0.3), L2(1.2), L1(2.5)], ids=str)
-def test_climb_is_the_best_step_of_ball_and_box(ball):
+def test_projection_of_a_far_step_is_the_best_point_of_ball_and_box(ball):
     gradient, low, high = _boxes()
-    length = torch.full((5,), ball.radius, dtype=torch.float64)
-    step = ball.climb(gradient, length, low, high)
-    assert (ball.norm(step) <= ball.radius * (1 + 1e-12)).all()
-    assert ((low <= step) & (step <= high)).all()
-    gain = (gradient * step).flatten(1).sum(1)
+    best = ball.project_box(1e4 * ball.step_direction(gradient), low, high)
+    gain = (gradient * best).flatten(1).sum(1)
     for point in _feasible(ball, low, high):
-        assert (gain >= (gradient * point).flatten(1).sum(1) - 1e-6).all()
-    # Wide boxes leave steepest ascent, no gradient leaves no step, and lengths are per row.
-    free = ball.climb(gradient, ball.radius, low - 99, high + 99)
-    assert torch.allclose(free, ball.radius * ball.steepest_ascent(gradient))
-    assert (ball.climb(torch.zeros_like(gradient), length, low, high) == 0).all()
-    half = ball.climb(gradient, length * torch.tensor([1, 1, 0.5, 1, 1]), low - 99, high + 99)
-    assert torch.allclose(half[2], 0.5 * free[2])
-    assert torch.allclose(half[3], free[3])
+        assert (gain >= (gradient * point).flatten(1).sum(1) - 1e-3).all()
+    assert (ball.step_direction(torch.zeros_like(gradient)) == 0).all()

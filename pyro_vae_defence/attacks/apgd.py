@@ -9,8 +9,8 @@ with :math:`d_t` the steepest ascent in the ball's norm (the sign of the gradien
 :math:`p_{j+1} = p_j + \max(p_j - p_{j-1} - 0.03, 0.06)`, a row halves its step and goes on from its best point if at
 most 75% of the steps since the last checkpoint have raised the objective, or the best value is what it was there.
 
-(The original waives the second condition right after a halving. For L1 the original adapts the sparsity of
-its steps; here a step moves the coordinates of the largest gradients as far as the range of images allows.)
+(The original waives the second condition right after a halving. For L1 the original, in a later paper, adapts the
+sparsity of its steps; here the exact projection on the ball and the range of images decides on it.)
 
 Reference: Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
 attacks", ICML 2020, https://arxiv.org/abs/2003.01690 (Algorithm 1)."""

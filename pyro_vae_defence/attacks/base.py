@@ -109,10 +109,9 @@ class Problem:
         return self.ball.project_box(perturbation, self.low, self.high)
 
     def climb(self, perturbation: Tensor, gradient: Tensor, length: Tensor | float) -> Tensor:
-        """Project a step of the ball's norm ``length`` along the steepest valid direction."""
-        low, high = self.low - perturbation, self.high - perturbation
-        step = self.ball.climb(gradient, length, low.clamp(max=0.0), high.clamp(min=0.0))
-        return self.project(perturbation + step)
+        """Project a step of ``length``, a number or one per row, along the ball's direction of ascent."""
+        length = rows(length, gradient) if isinstance(length, Tensor) else length
+        return self.project(perturbation + length * self.ball.step_direction(gradient))
 
     def value(self, perturbation: Tensor) -> Tensor:
         """The objective, ``(rows,)``; one query."""

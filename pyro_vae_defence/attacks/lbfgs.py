@@ -42,7 +42,7 @@ PATIENCE = 6
 STIFFEN = 100.0
 
 # A step without a model of the curvature, in diameters of the ball.
-LONG = 10.0
+LONG = 100.0
 
 
 @dataclass(frozen=True)

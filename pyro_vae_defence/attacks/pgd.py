@@ -3,9 +3,9 @@ r"""Projected gradient ascent in a ball around each reference image, plain, as p
 .. math::
     \varepsilon_{t+1} = \Pi\bigl(\varepsilon_t + \eta_t d_t\bigr),
 
-where :math:`\Pi` projects on the ball and the range of images and :math:`d_t` is the direction of steepest ascent in
-the ball's norm: the sign of the gradient for L_inf, the normalised gradient for L2, the largest coordinates for L1,
-in each case where the range leaves room.
+where :math:`\Pi` projects on the ball and the range of images and :math:`d_t` is the direction of steepest ascent
+in the ball's norm: the sign of the gradient for L_inf, the normalised gradient for L2, and for L1 too, where the
+projection makes the step sparse.
 
 The preset ``"paper"`` (appendix D.2, Table 8) goes along the raw gradient instead, from :math:`\varepsilon_0 \sim
 N(0, 0.2^2)` per pixel, which the first projection brings into the ball, 50 steps with learning rate 1, halved when

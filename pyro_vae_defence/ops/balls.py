@@ -2,11 +2,10 @@ r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, on
 
 Each ball knows ``project`` (the nearest point of the ball; exactly inside, also in floating point),
 ``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`) and ``random_start``.
-Images have a range as well: ``project_box`` and ``climb`` are the first two on the intersection of the ball with a
-box :math:`l \le \varepsilon \le u` that contains 0. Clipping a projection, or projecting a clipped point, finds a
-point of the intersection but not the nearest one, and a step along the steepest coordinate of an L1 ball gets stuck
-at a saturated pixel. Perturbations have shape ``(N, *event)``; norms are per row. ``Linf`` is the paper's choice
-(Table 8).
+Images have a range as well: ``project_box`` projects on the intersection of the ball with a box :math:`l \le
+\varepsilon \le u` that contains 0. Clipping a projection, or projecting a clipped point, finds a point of the
+intersection but not the nearest one, and projected gradient ascent then stops short of the maximum. Perturbations
+have shape ``(N, *event)``; norms are per row. ``Linf`` is the paper's choice (Table 8).
 
 References: Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient projections onto the l1-ball", ICML 2008,
 https://doi.org/10.1145/1390156.1390191; Croce, Hein, "Mind the box: l1-APGD for sparse adversarial attacks on
@@ -62,6 +61,14 @@ class Ball:
         """Direction of unit norm with the largest inner product with ``gradient``, same shape."""
         raise NotImplementedError
 
+    def step_direction(self, gradient: Tensor) -> Tensor:
+        """Direction of a step before ``project_box``: steepest ascent, and for L1 the Euclidean one.
+
+        The projection of a Euclidean step on an L1 ball chooses how many coordinates move; steepest ascent
+        moves one, and gets stuck once that one has reached the box.
+        """
+        return self.steepest_ascent(gradient)
+
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """A random point of the ball for each row of ``like``, drawn from its own stream."""
         raise NotImplementedError
@@ -72,16 +79,6 @@ class Ball:
         Args:
             perturbation: ``(N, *event)``.
             low, high: bounds of every value, same shape, ``low <= 0 <= high``.
-        """
-        raise NotImplementedError
-
-    def climb(self, gradient: Tensor, length: Tensor | float, low: Tensor, high: Tensor) -> Tensor:
-        """Step of norm at most ``length`` inside the box with the largest inner product with ``gradient``.
-
-        Args:
-            gradient: ``(N, *event)``.
-            length: longest step, a number or one per row ``(N,)``.
-            low, high: bounds of the step's values, same shape as ``gradient``, ``low <= 0 <= high``.
         """
         raise NotImplementedError
 
@@ -127,11 +124,6 @@ class Linf(Ball):
         """Sign of the gradient."""
         return gradient.sign()
 
-    def climb(self, gradient: Tensor, length: Tensor | float, low: Tensor, high: Tensor) -> Tensor:
-        """``length`` in every coordinate, or as far as the box allows."""
-        step = gradient.sign() * _column(length, gradient)
-        return torch.minimum(torch.maximum(step, low), high)
-
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """Uniform in the cube."""
         uniform = streams.uniform(0, 0, tuple(like.shape[1:]), like.dtype)
@@ -155,38 +147,18 @@ class L2(Ball):
         return perturbation * rows(scale, perturbation)
 
     def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """The perturbation scaled and clamped: clip(s v, low, high) with the largest s <= 1 inside."""
-        norm = self.norm(perturbation)
-        inner = (self.radius / norm.clamp(min=1e-30)).clamp(max=1.0)
-        return self._scaled(perturbation, inner, torch.ones_like(inner), self.radius, low, high)
-
-    def climb(self, gradient: Tensor, length: Tensor | float, low: Tensor, high: Tensor) -> Tensor:
-        """The gradient scaled and clamped: saturated coordinates leave their share to the others."""
-        norm = self.norm(gradient)
-        inner = length / torch.where(norm > 0, norm, 1.0)
-        # Coordinates with a millionth of the gradient's norm need not be moved to the box's edge.
-        return self._scaled(gradient, inner, 1e6 * inner, length, low, high)
-
-    def _scaled(
-        self,
-        direction: Tensor,
-        inner: Tensor,
-        outer: Tensor,
-        limit: Tensor | float,
-        low: Tensor,
-        high: Tensor,
-    ) -> Tensor:
-        """clip(s v, low, high) with the largest s in [inner, outer] of norm at most ``limit``."""
+        """clip(s v, low, high) with the largest s <= 1 inside."""
 
         def at(scale: Tensor) -> Tensor:
-            scaled = rows(scale, direction) * direction
+            scaled = rows(scale, perturbation) * perturbation
             return torch.minimum(torch.maximum(scaled, low), high)
 
-        fits = self.norm(at(outer)) <= limit
-        inner = torch.where(fits, outer, inner)
+        inner = (self.radius / self.norm(perturbation).clamp(min=1e-30)).clamp(max=1.0)
+        outer = torch.ones_like(inner)
+        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
         for _ in range(_BISECTIONS):
             middle = (inner * outer).sqrt()
-            inside = self.norm(at(middle)) <= limit
+            inside = self.norm(at(middle)) <= self.radius
             inner = torch.where(inside, middle, inner)
             outer = torch.where(inside, outer, middle)
         return at(inner)
@@ -249,23 +221,17 @@ class L1(Ball):
             outer = torch.where(inside, outer, middle)
         return at(inner)
 
-    def climb(self, gradient: Tensor, length: Tensor | float, low: Tensor, high: Tensor) -> Tensor:
-        """Move the coordinates of the largest gradients to the box's edge until ``length`` is used up."""
-        flat = gradient.flatten(1)
-        room = torch.where(gradient > 0, high, -low).flatten(1) * (flat != 0)
-        order = flat.abs().argsort(dim=1, descending=True, stable=True)
-        ordered = room.gather(1, order)
-        left = _column(length, flat) - (ordered.cumsum(1) - ordered)
-        moved = torch.minimum(ordered, left.clamp(min=0))
-        step = torch.zeros_like(flat).scatter(1, order, moved) * flat.sign()
-        return step.reshape(gradient.shape)
-
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """The coordinate with the largest absolute gradient, with its sign."""
         flat = gradient.flatten(1)
         largest = flat.abs().argmax(1, keepdim=True)
         direction = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign())
         return direction.reshape(gradient.shape)
+
+    def step_direction(self, gradient: Tensor) -> Tensor:
+        """Gradient over its Euclidean norm (zero where the gradient is zero)."""
+        norm = gradient.flatten(1).norm(dim=1)
+        return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
 
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """Uniform in the L1 ball: signed exponential spacings."""
@@ -275,7 +241,3 @@ class L1(Ball):
         rest = -streams.uniform(0, 2, (), like.dtype).log()
         total = spacings.flatten(1).sum(1) + rest
         return self.project(self.radius * signs * spacings / rows(total, like))
-
-
-def _column(length: Tensor | float, like: Tensor) -> Tensor | float:
-    return rows(length, like) if isinstance(length, Tensor) else length
