@@ -29,6 +29,9 @@ PreparedObjective: TypeAlias = Callable[[Tensor], Objective]
 Encode: TypeAlias = Callable[[Tensor], Latents]
 """Images ``(N, C, H, W)`` -> latents; may be random (an encoder, or an encoder and a defence)."""
 
+ImageEnergy: TypeAlias = Callable[[Tensor, Latents], Tensor]
+"""Images ``(N, C, H, W)`` and latents of ``N`` rows -> energies U(z; x), ``(N,)``, differentiable in both."""
+
 Perturb: TypeAlias = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` -> perturbed images of the same shape."""
 

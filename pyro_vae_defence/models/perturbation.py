@@ -11,9 +11,13 @@ For every attack inside the ball, :math:`e = x^a - x^r` is feasible, hence
 latent that explained the reference; it can only add other explanations. :math:`\delta` is the defender's choice,
 not knowledge of the attack, and :math:`\delta = 0` is the paper's defence.
 
-The minimiser :math:`x^* = x - e` is found per likelihood by :func:`most_likely_image`. In gradients it is a constant,
-by the envelope theorem; energies use it in full, so that Hamiltonian kernels stay exact for
-:math:`\exp(-U_\delta)`.
+The minimiser :math:`x^* = x - e` is found per likelihood by :func:`most_likely_image`. For the gradient in z it may be
+taken for a constant, by the envelope theorem; energies use it in full, so that Hamiltonian kernels stay exact for
+:math:`\exp(-U_\delta)`. It stays in the graph nevertheless: second derivatives need how it moves with z, and an
+attacker needs how it moves with x, which is where the ball, and not the range [0, 1] or the likelihood, holds it,
+
+.. math::
+    \nabla_x U_\delta(z; x) = -\nabla \log p(x^* \mid z) \odot 1[|x^* - x| = \delta].
 """
 
 from __future__ import annotations
@@ -97,8 +101,7 @@ class _MostLikely(Messenger):
         # Latents conditioned from outside are not yet observed here: this is the innermost handler.
         if not msg["is_observed"] or isinstance(msg["fn"], _Subsample):
             return
-        with torch.no_grad():
-            msg["value"] = most_likely_image(msg["fn"], msg["value"], self.ball)
+        msg["value"] = most_likely_image(msg["fn"], msg["value"], self.ball)
 
 
 class PerturbationAware:

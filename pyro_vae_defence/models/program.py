@@ -17,6 +17,7 @@ log-determinant enters the energy.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -427,6 +428,14 @@ class ModelPotential:
         transform = _to_support(fn.support)
         unconstrained = value if transform is None else transform.inv(value)
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
+
+    def at(self, x: Tensor) -> ModelPotential:
+        """The energy of the same model at other images, in any number; its sites are not read again."""
+        other = copy.copy(self)
+        other._args = (x,)
+        other._kwargs = {}
+        other.num_images = x.shape[0]
+        return other
 
     @property
     def transforms(self) -> dict[str, Transform]:
