@@ -52,7 +52,20 @@ def parser() -> argparse.ArgumentParser:
         help="the full test set instead of 1,000 class-stratified images",
     )
 
-    for command in (train, defend, evaluate):
+    compare = commands.add_parser(
+        "compare",
+        help="every defence and control over the attack's radius, with tables and figures",
+    )
+    compare.add_argument(
+        "names", nargs="*", help="datasets, e.g. mnist; without any, tables and figures alone"
+    )
+    compare.add_argument("--output", default="runs/compare", help="directory for result files")
+    compare.add_argument(
+        "--images", default="runs/compare/images", help="directory for the figures"
+    )
+    compare.add_argument("--models", help="directory of weights; the packaged ones by default")
+
+    for command in (train, defend, evaluate, compare):
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",
@@ -131,6 +144,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dict(options.set),
             )
             print(json.dumps(result["metrics"], indent=2))
+        elif options.command == "compare":
+            from pyro_vae_defence.experiments.compare import compare
+            from pyro_vae_defence.experiments.compare_report import write_comparison
+
+            for name in options.names:
+                compare(
+                    name,
+                    options.output,
+                    options.data_root,
+                    options.models,
+                    dict(options.set),
+                    progress=not options.quiet,
+                )
+            tables, figures = write_comparison(options.output, options.images)
+            print("\n".join(f"wrote {path}" for path in (tables, *figures)))
         elif options.command == "table":
             from pyro_vae_defence.experiments.tables import table
 

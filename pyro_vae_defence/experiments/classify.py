@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data, metrics
+from pyro_vae_defence.defence import EncoderDefence, MCMCDefence
 from pyro_vae_defence.experiments.config import ClassifierConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import CLASSIFIERS
-from pyro_vae_defence.models import program
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import (
     ConvClassifier,
     LinearClassifier,
@@ -30,9 +33,13 @@ from pyro_vae_defence.models.pretrained import (
     load_pretrained,
     save_pretrained,
 )
-from pyro_vae_defence.types import VAE
+from pyro_vae_defence.ops.balls import Linf
 
 _ROWS = 1000
+
+# Of the chains whose draws are classified: transitions before the first, and per draw that is kept.
+_WARMUP_STEPS = 15
+_THINNING = 3
 
 
 def train_classifier(
@@ -61,7 +68,7 @@ def train_classifier(
     started = time.perf_counter()
     vae = None if config.model is None else load_pretrained(config.model, models)
     train, validation, test = (
-        _inputs(data.load(config.dataset, split, root), vae, config.column)
+        _inputs(data.load(config.dataset, split, root), vae, config)
         for split in ("train", "validation", "test")
     )
     torch.manual_seed(config.seed)
@@ -74,7 +81,9 @@ def train_classifier(
     correct = torch.cat(
         [metrics.correct(classifier(x).argmax(-1), y) for x, y in data.batches(test, _ROWS)]
     )
-    found = metrics.bootstrap_interval(correct, generator=torch.Generator().manual_seed(0))
+    # Draws of one image are not independent: images are resampled.
+    image = torch.arange(len(test)) % test.num_images
+    found = metrics.bootstrap_interval(correct, image, generator=torch.Generator().manual_seed(0))
     training = dataclasses.asdict(config)
     if config.model is not None:
         training["weights"] = load_card(config.model, models).sha256
@@ -91,7 +100,7 @@ def train_classifier(
                 "estimate": found.estimate,
                 "low": found.low,
                 "high": found.high,
-                "num_images": found.num_values,
+                "num_images": found.num_groups,
             },
         },
     )
@@ -144,11 +153,12 @@ def _cross_entropy(classifier: nn.Module, loader: Iterable[Any]) -> float:
 
 
 class _Labelled(TensorDataset):
-    """Inputs in memory and one label each."""
+    """Inputs in memory and one label each; row ``d * num_images + i`` is draw d of image i."""
 
-    def __init__(self, inputs: Tensor, labels: Tensor) -> None:
+    def __init__(self, inputs: Tensor, labels: Tensor, num_images: int) -> None:
         super().__init__(inputs, labels)
         self.labels = labels
+        self.num_images = num_images
 
 
 class _OneLabel:
@@ -157,6 +167,7 @@ class _OneLabel:
     def __init__(self, dataset: data.Images, labels: Tensor) -> None:
         self.dataset = dataset
         self.labels = labels
+        self.num_images = len(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -165,13 +176,50 @@ class _OneLabel:
         return self.dataset.images(index), self.labels[index]
 
 
-def _inputs(dataset: data.Images, vae: VAE | None, column: int) -> Any:
-    """What a classifier reads: the guide's means, computed once, or the images themselves."""
-    labels = dataset.labels if dataset.labels.dim() == 1 else dataset.labels[:, column]
+def _inputs(dataset: data.Images, vae: ConvVAE | None, config: ClassifierConfig) -> Any:
+    """What a classifier reads: latents, computed once, or the images themselves."""
+    labels = dataset.labels if dataset.labels.dim() == 1 else dataset.labels[:, config.column]
     if vae is None:
         return _OneLabel(dataset, labels)
-    with torch.no_grad(), program.evaluation_mode(vae):
-        means = [
-            flatten_latents(program.posterior_mean(vae, x)) for x, _ in data.batches(dataset, _ROWS)
-        ]
-    return _Labelled(torch.cat(means), labels)
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = torch.arange(len(dataset))
+    if config.num_images is not None:
+        # A tenth of it decides when to stop, and what accuracy the card names.
+        wanted = config.num_images if dataset.split == "train" else config.num_images // 10
+        if wanted < len(dataset):
+            chosen = data.stratified(dataset, wanted, generator, config.column)
+    draw = _draw(vae, config)
+    parts = [draw(dataset.images(some), generator) for some in chosen.split(_ROWS)]
+    inputs = torch.cat(parts, 1)
+    return _Labelled(inputs.flatten(0, 1), labels[chosen].repeat(len(inputs)), len(chosen))
+
+
+def _draw(vae: ConvVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """From images to ``(num_draws, N, D)`` latents of the kind a configuration names."""
+
+    def mean(x: Tensor, generator: torch.Generator) -> Tensor:
+        with torch.no_grad(), program.evaluation_mode(vae):
+            return flatten_latents(program.posterior_mean(vae, x))[None]
+
+    if config.inputs == "mean":
+        return mean
+    defence: Any = EncoderDefence(vae, config.num_draws)
+    if config.inputs == "posterior":
+        kernel = functools.partial(
+            BatchedHMC, step_size=0.5, num_steps=4, inverse_mass_matrix=vae.mean_posterior_variance
+        )
+        defence = MCMCDefence(
+            vae,
+            kernel,
+            num_samples=_THINNING * config.num_draws,
+            warmup_steps=_WARMUP_STEPS,
+            perturbation=Linf(config.radius) if config.radius > 0 else None,
+        )
+    thinning = _THINNING if config.inputs == "posterior" else 1
+
+    def draws(x: Tensor, generator: torch.Generator) -> Tensor:
+        samples = defence(x, generator).samples
+        kept = {name: value[0, thinning - 1 :: thinning] for name, value in samples.items()}
+        return torch.cat([value.flatten(2) for value in kept.values()], 2)
+
+    return draws

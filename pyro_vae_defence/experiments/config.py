@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"]
 
@@ -112,6 +113,9 @@ class EvaluateConfig:
     seed: int = 0
 
 
+LatentInputs = Literal["mean", "guide", "posterior"]
+
+
 @dataclass(frozen=True)
 class ClassifierConfig:
     """How a classifier is trained; the defaults are the paper's downstream task, but for the batch size, which it
@@ -119,8 +123,13 @@ class ClassifierConfig:
 
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
-        model: trained model whose guide's means are classified, linearly; ``None`` classifies images by a small
+        model: trained model whose latents are classified, linearly; ``None`` classifies images by a small
             convolutional network.
+        inputs: which latents: the guide's ``"mean"``, draws from the ``"guide"``, or draws from the ``"posterior"``
+            p(z|x) by HMC.
+        num_draws: draws per image, where they are draws.
+        num_images: class-stratified training images, and a tenth of that for validation and test; all when ``None``.
+        radius: L_inf radius of the perturbations that the chains assume; 0 for the paper's posterior.
         column: which label, where there are several (ColorMNIST: 0 digit, 1 colour).
         optimiser: ``"sgd"`` or ``"adam"``.
         learning_rate: at the start; halved when the validation loss has not fallen for ``patience`` epochs.
@@ -133,6 +142,10 @@ class ClassifierConfig:
 
     dataset: str
     model: str | None = None
+    inputs: LatentInputs = "mean"
+    num_draws: int = 4
+    num_images: int | None = None
+    radius: float = 0.0
     column: int = 0
     optimiser: Literal["sgd", "adam"] = "sgd"
     learning_rate: float = 1.0
@@ -142,8 +155,127 @@ class ClassifierConfig:
     batch_size: int = 128
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.inputs not in get_args(LatentInputs):
+            raise ValueError(f"inputs must be one of {get_args(LatentInputs)}, got {self.inputs!r}")
+        if not (isinstance(self.num_draws, int) and self.num_draws >= 1):
+            raise ValueError(f"num_draws must be an integer of at least 1, got {self.num_draws!r}")
 
-Config = TypeVar("Config", TrainConfig, DefendConfig, EvaluateConfig, ClassifierConfig)
+
+CHAINS = ("hmc", "aware")
+CONTROLS = ("encoder_samples", "dark_clip", "extreme_clip", "median", "gaussian")
+_WITH_RADIUS = ("aware", "dark_clip", "extreme_clip")
+_NAME = re.compile(r"(?P<kind>[a-z_]+?)(_(?P<radius>[\d.]+))?(@(?P<transitions>\d+))?")
+
+
+class DefenceSpec(NamedTuple):
+    """What a name such as ``aware_0.1@20`` stands for; see :class:`CompareConfig`."""
+
+    kind: str
+    radius: float | None
+    transitions: int | None
+
+
+def defence_spec(name: str) -> DefenceSpec:
+    """Read the name of a defence or control.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    found = _NAME.fullmatch(name)
+    if found and found["kind"] in ("none", *CHAINS, *CONTROLS):
+        radius = None if found["radius"] is None else float(found["radius"])
+        transitions = None if found["transitions"] is None else int(found["transitions"])
+        radius_fits = radius is None or (found["kind"] in _WITH_RADIUS and radius <= 1)
+        transitions_fit = transitions is None or (found["kind"] in CHAINS and transitions > 1)
+        if radius_fits and transitions_fit:
+            return DefenceSpec(found["kind"], radius, transitions)
+    raise ValueError(
+        f"defences has no {name!r}; known are none, {', '.join(CHAINS + CONTROLS)}, "
+        f"{', '.join(f'{kind}_RADIUS' for kind in _WITH_RADIUS)} and KIND@TRANSITIONS for chains"
+    )
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Every defence and control against the encoder attack of the paper, over its radius.
+
+    Defences are named: ``none``; ``hmc``, chains on the paper's target; ``aware``, chains on the perturbation-aware
+    one. Controls: ``encoder_samples``, ``dark_clip``, ``extreme_clip``, ``median``, ``gaussian``
+    (:mod:`pyro_vae_defence.defence.controls`). What assumes a radius assumes the attack's own, or that of its name, as
+    in ``aware_0.1``. ``@20`` appended means one chain of 20 transitions, half of them warm-up, instead of the settings
+    below.
+
+    Args:
+        model: name of a trained VAE; its classifiers are found by name.
+        defences: what to compare.
+        costs: what to compare at ``cost_radius`` by its cost as well.
+        inputs: what the classifiers were trained on; see :class:`ClassifierConfig`.
+        reading: how classifiers read a defence in the main table; all readings are in the result.
+        radii: L_inf radii of the attack, in units of the image range; 0 for no attack.
+        full_radii: radii with all references, restarts and images; the others have those of the curve.
+        num_references: class-stratified test images whose reconstructions are compared.
+        num_restarts: attacks per reference; all of them count.
+        num_images: class-stratified test images that are classified.
+        curve_restarts, curve_images: of these, at the other radii.
+        cost_radius: radius of the comparison by cost.
+        num_samples, warmup_steps, num_chains, num_steps, step_size: of the chains.
+        seed: seed of images, attacks and defences.
+    """
+
+    model: str
+    defences: tuple[str, ...] = (
+        "none",
+        "hmc",
+        "aware",
+        "aware_0.1",
+        "aware_0.2",
+        "encoder_samples",
+        "dark_clip",
+        "dark_clip_0.2",
+        "extreme_clip",
+        "median",
+        "gaussian",
+    )
+    costs: tuple[str, ...] = (
+        *(f"hmc@{transitions}" for transitions in (4, 10, 20, 40)),
+        *(f"aware_0.2@{transitions}" for transitions in (4, 10, 20, 40)),
+    )
+    inputs: tuple[LatentInputs, ...] = ("mean", "guide", "posterior")
+    reading: str = "reencoded/mean"
+    radii: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+    full_radii: tuple[float, ...] = (0.1, 0.2)
+    num_references: int = 50
+    num_restarts: int = 10
+    num_images: int = 1000
+    curve_restarts: int = 2
+    curve_images: int = 200
+    cost_radius: float = 0.2
+    num_samples: int = 10
+    warmup_steps: int = 15
+    num_chains: int = 2
+    num_steps: int = 4
+    step_size: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("defences", "costs", "inputs", "radii", "full_radii"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ValueError(f"{name} must be a tuple, got {getattr(self, name)!r}")
+        for name in (*self.defences, *self.costs):
+            defence_spec(name)
+        if "mean" not in self.inputs or not set(self.inputs) <= set(get_args(LatentInputs)):
+            raise ValueError(
+                f"inputs must hold 'mean' and names from {get_args(LatentInputs)}, got {self.inputs}"
+            )
+        for radius in (*self.radii, self.cost_radius):
+            if not 0 <= radius <= 1:
+                raise ValueError(f"radii must lie in [0, 1], the range of images, got {radius!r}")
+
+
+Config = TypeVar(
+    "Config", TrainConfig, DefendConfig, EvaluateConfig, ClassifierConfig, CompareConfig
+)
 
 
 def override(config: Config, changes: dict[str, Any] | None) -> Config:

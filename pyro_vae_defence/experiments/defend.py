@@ -90,7 +90,7 @@ def defend(
     image = torch.arange(len(x_ref)).repeat(config.num_restarts)
     # rec(x^r) decodes one draw of the guide; a second draw gives the noise floor.
     before, again = (NoDefence(vae)(references, generator) for _ in range(2))
-    result["symmetric_kl"] = _interval(attacked.objective.flatten(), image)
+    result["symmetric_kl"] = interval(attacked.objective.flatten(), image)
     result["noise_floor"] = _similarity(before.reconstruction, again.reconstruction, image)
     seeds = {d: int(torch.randint(2**62, (), generator=generator)) for d in sorted(_MAKERS)}
     for defence in config.defences:
@@ -135,10 +135,10 @@ _MAKERS: dict[str, Any] = {
 
 
 def _similarity(x: Tensor, y: Tensor, image: Tensor) -> dict[str, float]:
-    return _interval(metrics.ms_ssim(x, y, variant=VARIANT), image)
+    return interval(metrics.ms_ssim(x, y, variant=VARIANT), image)
 
 
-def _interval(values: Tensor, image: Tensor, statistic: Any = "mean") -> dict[str, float]:
+def interval(values: Tensor, image: Tensor, statistic: Any = "mean") -> dict[str, float]:
     """Estimate and bootstrap interval over reference images (restarts of one stay together)."""
     found = metrics.bootstrap_interval(
         values, image, statistic=statistic, generator=torch.Generator().manual_seed(0)
@@ -160,8 +160,8 @@ def _score(
     stats = outcome.sample_stats
     scores = {
         "ms_ssim": _similarity(before.reconstruction, outcome.reconstruction, image),
-        "log_posterior_ratio_median": _interval(ratio, image, "median"),
-        "energy": _interval(final, image),
+        "log_posterior_ratio_median": interval(ratio, image, "median"),
+        "energy": interval(final, image),
         "gradients_per_image": float(outcome.num_gradients.double().mean()),
         "seconds_per_image": outcome.seconds / len(references),
         "settings": outcome.settings,

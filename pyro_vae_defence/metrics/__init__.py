@@ -1,6 +1,7 @@
 """Scores of images, latents and models: pure functions; one value per image, or per set where the name says so."""
 
 from pyro_vae_defence.metrics.accuracy import adversarial_accuracy, correct
+from pyro_vae_defence.metrics.detection import auroc, detection_interval, fpr_at_tpr
 from pyro_vae_defence.metrics.evidence import ais_log_weights, nll, simulate
 from pyro_vae_defence.metrics.frechet import fid, frechet, frechet_distance
 from pyro_vae_defence.metrics.images import MS_SSIM_VARIANTS, metric_name, ms_ssim, mse, ssim
@@ -24,9 +25,12 @@ __all__ = [
     "adversarial_accuracy",
     "ais",
     "ais_log_weights",
+    "auroc",
     "bootstrap_interval",
     "correct",
+    "detection_interval",
     "fid",
+    "fpr_at_tpr",
     "frechet",
     "frechet_distance",
     "importance_nll",

@@ -1,0 +1,153 @@
+r"""Classification behind a defence: from the draws of a chain to class probabilities.
+
+A defence turns images into draws :math:`z_{c,t}` of chains c at times t. A classifier of latents reads them in one of
+four ways (:data:`Reading`),
+
+.. math::
+    \begin{aligned}
+    \text{last:} \quad & p(y \mid z_{1,T}), \\
+    \text{draws:} \quad & \tfrac{1}{CT} \textstyle\sum_{c,t} p(y \mid z_{c,t}), \\
+    \text{mean:} \quad & p(y \mid \bar z), \qquad \bar z = \tfrac{1}{CT} \textstyle\sum_{c,t} z_{c,t}, \\
+    \text{reencoded:} \quad & p\bigl(y \mid E_q[z \mid g(\bar z)]\bigr), \qquad g(z) = E[x \mid z].
+    \end{aligned}
+
+*Last* is the paper's protocol. A draw is noisier than the means that the paper's classifier was trained on, which costs
+it dearly on clean images already: average over draws with a classifier that was trained on draws, or hand the
+classifier a mean. *Reencoded* decodes the mean and encodes the image that comes out, which has left the attack behind,
+so that the classifier reads what it was trained on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.defence.mcmc import DefenceResult, MCMCDefence
+from pyro_vae_defence.models.classifier import flatten_latents
+from pyro_vae_defence.models.program import check_vae, decode, evaluation_mode, posterior_mean
+from pyro_vae_defence.types import VAE, Latents
+
+Reading = Literal["last", "draws", "mean", "reencoded"]
+"""How a classifier reads the draws of a defence; see the module's text."""
+
+READINGS: tuple[Reading, ...] = get_args(Reading)
+
+
+class Defence(Protocol):
+    """What every defence and control of this package is: images to a :class:`DefenceResult`."""
+
+    vae: VAE
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
+        """Defend images ``(N, C, H, W)`` in [0, 1]."""
+
+
+def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded") -> Latents:
+    """Latents a classifier is asked about, ``num`` readings of each image: site -> ``(num, N, *event)``.
+
+    Args:
+        vae: the VAE that was defended.
+        result: what its defence returned.
+        reading: ``"draws"`` gives every draw of every chain, the others one value per image.
+
+    Raises:
+        ValueError: for an unknown reading.
+    """
+    if reading not in READINGS:
+        raise ValueError(f"reading must be one of {READINGS}, got {reading!r}")
+    if reading == "last":
+        return {name: value[None] for name, value in result.latents.items()}
+    if reading == "draws":
+        return {name: value.flatten(0, 1) for name, value in result.samples.items()}
+    mean = {name: value.mean((0, 1)) for name, value in result.samples.items()}
+    if reading == "reencoded":
+        with torch.no_grad(), evaluation_mode(vae):
+            # A Gaussian likelihood's mean may leave the range the encoder knows.
+            decoded = decode(vae, mean, tuple(result.x.shape[1:])).clamp(0.0, 1.0)
+            mean = posterior_mean(vae, decoded)
+    return {name: value[None] for name, value in mean.items()}
+
+
+class DefendedClassifier:
+    """Classes of images, predicted from latents that went through a defence.
+
+    Args:
+        defence: any defence or control, e.g. ``MCMCDefence(vae, perturbation=Linf(0.1))``.
+        classifier: latents ``(M, D)`` of all sites together to scores ``(M, classes)``, such as a
+            :class:`~pyro_vae_defence.models.classifier.LinearClassifier`. For ``reading="draws"`` it should be one
+            trained on draws, else one trained on the guide's means.
+        reading: what the classifier is asked about, see the module's text.
+
+    Raises:
+        ValueError: if an argument is not what it should be.
+
+    Example:
+        >>> from pyro_vae_defence.defence import MCMCDefence
+        >>> from pyro_vae_defence.models import ConvVAE
+        >>> from pyro_vae_defence.models.classifier import LinearClassifier
+        >>> defence = MCMCDefence(ConvVAE(), num_samples=2, warmup_steps=1)
+        >>> classify = DefendedClassifier(defence, LinearClassifier(64, 10))
+        >>> classify.predict(torch.rand(3, 1, 28, 28)).shape
+        torch.Size([3])
+    """
+
+    def __init__(
+        self,
+        defence: Defence,
+        classifier: Callable[[Tensor], Tensor],
+        reading: Reading = "reencoded",
+    ) -> None:
+        for name, value in (("defence", defence), ("classifier", classifier)):
+            if not callable(value):
+                raise ValueError(f"{name} must be callable, got {value!r}")
+        check_vae(getattr(defence, "vae", None))
+        if reading not in READINGS:
+            raise ValueError(f"reading must be one of {READINGS}, got {reading!r}")
+        self.defence = defence
+        self.classifier = classifier
+        self.reading: Reading = reading
+
+    @classmethod
+    def paper(
+        cls,
+        vae: VAE,
+        classifier: Callable[[Tensor], Tensor],
+        dataset: str = "mnist",
+        **options: Any,
+    ) -> DefendedClassifier:
+        """The published protocol: one draw of the published chain, a classifier trained on the guide's means.
+
+        Args:
+            vae: any Pyro VAE.
+            classifier: see :class:`DefendedClassifier`.
+            dataset: selects T and the step size, see :meth:`MCMCDefence.paper`.
+            **options: further arguments of :class:`MCMCDefence`.
+        """
+        return cls(MCMCDefence.paper(vae, dataset, **options), classifier, "last")
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Log-probabilities of the classes of images ``(N, C, H, W)`` in [0, 1]: ``(N, classes)``, in nats.
+
+        Args:
+            x: images, attacked or not.
+            generator: source of the defence's seed; torch's global seed when ``None``.
+        """
+        return self.log_probabilities(self.defence(x, generator))
+
+    def predict(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The most probable class of each image, int64 ``(N,)``."""
+        return self(x, generator).argmax(-1)
+
+    @torch.no_grad()
+    def log_probabilities(self, result: DefenceResult) -> Tensor:
+        """As a call, from a run of the defence that is at hand: ``(N, classes)``."""
+        latents = read_latents(self.defence.vae, result, self.reading)
+        num, rows = next(iter(latents.values())).shape[:2]
+        folded = flatten_latents({name: value.flatten(0, 1) for name, value in latents.items()})
+        with evaluation_mode(self.classifier):
+            scores = self.classifier(folded)
+        return scores.log_softmax(-1).unflatten(0, (num, rows)).logsumexp(0) - math.log(num)

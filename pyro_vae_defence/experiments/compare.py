@@ -1,0 +1,390 @@
+"""Every defence and control against the paper's encoder attack, over its radius: one result file per dataset.
+
+For each radius and defence a cell holds, with 95% intervals over images:
+
+- the similarity of reconstructions before and after the attack, for one draw of the defence and for the mean of its
+  draws;
+- how often the class of the attacked image is the label, and how often it is the class that the *undefended* model
+  gives the reference, a yardstick no defence can bend; the same for clean images and for random noise of the attack's
+  radius;
+- how well the chains tell attacked images from clean ones and from noise;
+- gradients and seconds per image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vae_defence import attacks, data, metrics
+from pyro_vae_defence.defence import (
+    Defence,
+    DefenceResult,
+    DefendedClassifier,
+    EncoderDefence,
+    MCMCDefence,
+    NoDefence,
+    clip_dark_pixels,
+    clip_extreme_pixels,
+    detection_scores,
+    gaussian_filter,
+    median_filter,
+)
+from pyro_vae_defence.experiments.config import (
+    CHAINS,
+    CompareConfig,
+    command,
+    defence_spec,
+    override,
+)
+from pyro_vae_defence.experiments.defend import VARIANT, interval
+from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained
+from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.files import write_atomically
+
+UNDEFENDED_READING = "guide's mean"
+
+# Classifiers of means read means, or are shown what draws do to them; classifiers of draws read draws.
+_READINGS: dict[str, tuple[Any, ...]] = {
+    "mean": ("last", "draws", "mean", "reencoded"),
+    "guide": ("last", "draws"),
+    "posterior": ("last", "draws"),
+}
+
+
+def compare(
+    name: str,
+    output: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    models: str | os.PathLike[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compare defences on the dataset ``name``; cells that the result file already holds are not run again.
+
+    Args:
+        name: a name of :data:`pyro_vae_defence.experiments.registry.COMPARISONS`.
+        output: directory of the result file ``NAME.json``, written after every cell.
+        root: directory of the datasets.
+        models: directory of the weights of VAE and classifiers; the packaged ones when ``None``.
+        overrides: fields of the configuration to change; they are recorded in the result.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: for an unknown name or override, weights that are missing, or a result file of another run.
+    """
+    if name not in COMPARISONS:
+        raise ValueError(f"no comparison named {name!r}; choose one of {', '.join(COMPARISONS)}")
+    config = override(COMPARISONS[name], overrides)
+    study = _Study.load(config, root, models)
+    path = Path(output) / f"{name}.json"
+    result: dict[str, Any] = {
+        "experiment": f"compare {name}",
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "weights": study.weights,
+        "metric": metrics.metric_name("ms_ssim", VARIANT),
+        "command": command("compare", name, overrides),
+        "provenance": provenance(),
+        "clean": study.undefended_accuracy(),
+        "noise_floor": {},
+        "radii": {},
+        "costs": {},
+    }
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        for key in ("config", "weights"):
+            if earlier[key] != result[key]:
+                raise ValueError(
+                    f"{path} belongs to another run (its {key} differs); "
+                    "move it away, or choose another output directory"
+                )
+        result.update({key: earlier[key] for key in ("noise_floor", "radii", "costs")})
+
+    # (where cells go, radius, names, all images or those of the curve)
+    parts: list[tuple[dict[str, Any], float, tuple[str, ...], bool]] = [
+        (result["radii"].setdefault(f"{r:g}", {}), r, config.defences, r in config.full_radii)
+        for r in config.radii
+    ]
+    parts.append((result["costs"], config.cost_radius, config.costs, False))
+    total = sum(len(names) for _, _, names, _ in parts)
+    with tqdm(total=total, unit="cell", disable=not progress, leave=False) as bar:
+        for cells, radius, names, full in parts:
+            missing = [defence for defence in names if defence not in cells]
+            bar.update(len(names) - len(missing))
+            inputs = study.inputs(radius, full) if missing else None
+            for defence in missing:
+                assert inputs is not None
+                cells[defence] = study.cell(defence, radius, inputs)
+                result["noise_floor"].setdefault("full" if full else "curve", inputs.noise_floor)
+                write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+                bar.update()
+    return result
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One column of labels, and the classifiers that predict it, by what they were trained on."""
+
+    column: int
+    classifiers: dict[str, LinearClassifier]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What is given to every defence at one radius."""
+
+    x_adv: Tensor
+    image: Tensor
+    before: Tensor
+    noise_floor: dict[str, float]
+    classified: dict[str, Tensor]
+    labels: Tensor
+
+
+class _Study:
+    """A trained VAE with its classifiers, test images, and defences by name."""
+
+    def __init__(
+        self,
+        config: CompareConfig,
+        vae: ConvVAE,
+        tasks: dict[str, _Task],
+        weights: dict[str, str],
+        test_set: data.Images,
+    ) -> None:
+        self.config = config
+        self.vae = vae
+        self.tasks = tasks
+        self.weights = weights
+        chosen = data.stratified(test_set, config.num_references, self._generator("references"))
+        self.references = test_set.images(chosen)
+        chosen = data.stratified(test_set, config.num_images, self._generator("images"))
+        self.images = test_set.images(chosen)
+        self.labels = test_set.labels[chosen].reshape(len(chosen), -1)
+        self._clean: dict[tuple[str, int], DefenceResult] = {}
+
+    @classmethod
+    def load(
+        cls,
+        config: CompareConfig,
+        root: str | os.PathLike[str] | None,
+        models: str | os.PathLike[str] | None,
+    ) -> _Study:
+        """Read weights and data."""
+        vae, card = load_pretrained(config.model, models), load_card(config.model, models)
+        weights = {config.model: card.sha256}
+        tasks = {}
+        labels = {"class": "", "color": "_color"}
+        for task, label in labels.items():
+            plain = f"{config.model}{label}_classifier"
+            if plain not in CLASSIFIERS:
+                continue
+            classifiers: dict[str, LinearClassifier] = {}
+            for inputs in config.inputs:
+                name = plain if inputs == "mean" else f"{plain}_{inputs}"
+                classifiers[inputs], of = load_classifier(name, models)
+                weights[name] = of.sha256
+            tasks[task] = _Task(CLASSIFIERS[plain].column, classifiers)
+        known = [f"{how}/{inputs}" for inputs in config.inputs for how in _READINGS[inputs]]
+        if config.reading not in known:
+            raise ValueError(f"reading must be one of {', '.join(known)}, got {config.reading!r}")
+        return cls(config, vae, tasks, weights, data.load(card.training["dataset"], "test", root))
+
+    def undefended_accuracy(self) -> dict[str, Any]:
+        """Accuracy of the undefended model on clean images, per task."""
+        return {
+            task: interval(
+                metrics.correct(self._undefended(task, self.images), self._labels(task)),
+                torch.arange(len(self.images)),
+            )
+            for task in self.tasks
+        }
+
+    def inputs(self, radius: float, full: bool) -> _Inputs:
+        """Attack references and images at a radius; the curve's are the first of all."""
+        config = self.config
+        restarts = config.num_restarts if full else min(config.curve_restarts, config.num_restarts)
+        num_images = len(self.images) if full else min(config.curve_images, len(self.images))
+        x = self.images[:num_images]
+        references = self.references.repeat(restarts, 1, 1, 1)
+        before, again = (
+            NoDefence(self.vae)(references, self._generator(purpose)).reconstruction
+            for purpose in ("before", "again")
+        )
+        image = torch.arange(len(self.references)).repeat(restarts)
+        classified = {"clean": x}
+        x_adv = references
+        if radius > 0:
+            attack = functools.partial(
+                attacks.PGD, attacks.symmetric_kl(self.vae), Linf(radius), preset="paper"
+            )
+            found = attack(num_restarts=restarts)(self.references, self._generator("attack"))
+            x_adv = found.x_adv.flatten(0, 1)
+            classified["attacked"] = attack()(x, self._generator("attack images")).x_adv[0]
+            noise = attacks.random_noise(x, Linf(radius), self._generator("noise"))
+            classified["noise"] = noise
+        floor = interval(metrics.ms_ssim(before, again, variant=VARIANT), image)
+        return _Inputs(x_adv, image, before, floor, classified, self.labels[:num_images])
+
+    def cell(self, name: str, radius: float, inputs: _Inputs) -> dict[str, Any]:
+        """Everything about one defence at one radius."""
+        defence = self.defence(name, radius)
+        outcome = defence(inputs.x_adv, self._generator("similarity"))
+        with torch.no_grad():
+            mean = {site: value.mean((0, 1)) for site, value in outcome.samples.items()}
+            decoded = program.decode(self.vae, mean, tuple(inputs.x_adv.shape[1:]))
+        runs = {
+            kind: self._run(name, radius, defence, kind, x) for kind, x in inputs.classified.items()
+        }
+        entry = {
+            "ms_ssim": self._similarity(inputs, outcome.reconstruction),
+            "ms_ssim_of_mean": self._similarity(inputs, decoded),
+            "accuracy": {
+                task: self._accuracy(name, defence, task, runs, inputs) for task in self.tasks
+            },
+            "gradients_per_image": float(outcome.num_gradients.double().mean()),
+            "seconds_per_image": outcome.seconds / len(inputs.x_adv),
+            "num_attacks": len(inputs.x_adv),
+            "num_classified": len(inputs.labels),
+            "settings": outcome.settings,
+        }
+        if isinstance(defence, MCMCDefence) and "attacked" in runs:
+            entry["detection"] = self._detection(defence, runs)
+        return entry
+
+    def defence(self, name: str, radius: float) -> Any:
+        """The defence or control of a name; see :class:`CompareConfig`."""
+        config, (kind, assumed, transitions) = self.config, defence_spec(name)
+        delta = radius if assumed is None else assumed
+        if kind in CHAINS:
+            kernel = functools.partial(
+                BatchedHMC,
+                step_size=config.step_size,
+                num_steps=config.num_steps,
+                inverse_mass_matrix=self.vae.mean_posterior_variance,
+            )
+            lengths = (config.num_samples, config.warmup_steps, config.num_chains)
+            if transitions is not None:
+                lengths = (transitions - transitions // 2, transitions // 2, 1)
+            perturbation = Linf(delta) if kind == "aware" and delta > 0 else None
+            return MCMCDefence(self.vae, kernel, *lengths, perturbation=perturbation)
+        if kind == "none":
+            return NoDefence(self.vae)
+        filters: dict[str, Any] = {
+            "encoder_samples": None,
+            "dark_clip": functools.partial(clip_dark_pixels, delta=delta),
+            "extreme_clip": functools.partial(clip_extreme_pixels, delta=delta),
+            "median": median_filter,
+            "gaussian": gaussian_filter,
+        }
+        return EncoderDefence(self.vae, preprocess=filters[kind])
+
+    def _run(
+        self, name: str, radius: float, defence: Defence, kind: str, x: Tensor
+    ) -> DefenceResult:
+        """Defend images to be classified; clean ones once, if the defence does not depend on the attack's radius."""
+        generator = self._generator(f"classify {kind}")
+        if kind != "clean":
+            return defence(x, generator)
+        key = (str((name, getattr(self.defence(name, radius), "perturbation", radius))), len(x))
+        if key not in self._clean:
+            self._clean[key] = defence(x, generator)
+        return self._clean[key]
+
+    def _similarity(self, inputs: _Inputs, reconstruction: Tensor) -> dict[str, float]:
+        return interval(
+            metrics.ms_ssim(inputs.before, reconstruction, variant=VARIANT), inputs.image
+        )
+
+    def _accuracy(
+        self,
+        name: str,
+        defence: Defence,
+        task: str,
+        runs: dict[str, DefenceResult],
+        inputs: _Inputs,
+    ) -> dict[str, Any]:
+        """Reading/classifier -> share of images with the right class, and with the reference's, per kind of image."""
+        reference = self._undefended(task, inputs.classified["clean"])
+        label = self._labels(task)[: len(reference)]
+        predictions = {
+            UNDEFENDED_READING: {
+                kind: self._undefended(task, x) for kind, x in inputs.classified.items()
+            }
+        }
+        if name != "none":
+            predictions = {
+                f"{reading}/{trained_on}": {
+                    kind: DefendedClassifier(defence, classifier, reading)
+                    .log_probabilities(run)
+                    .argmax(-1)
+                    for kind, run in runs.items()
+                }
+                for trained_on, classifier in self.tasks[task].classifiers.items()
+                for reading in _READINGS[trained_on]
+            }
+        image = torch.arange(len(reference))
+        return {
+            reading: {
+                kind: {
+                    "correct": interval(metrics.correct(found, label), image),
+                    "unchanged": interval(metrics.adversarial_accuracy(reference, found), image),
+                }
+                for kind, found in of_kind.items()
+            }
+            for reading, of_kind in predictions.items()
+        }
+
+    def _detection(self, defence: MCMCDefence, runs: dict[str, DefenceResult]) -> dict[str, Any]:
+        """Score -> other images -> AUROC and false positive rate at 95% of attacked images caught."""
+        scores = {
+            kind: detection_scores(defence, run, self.vae.mean_posterior_variance)
+            for kind, run in runs.items()
+        }
+        return {
+            score: {
+                f"against_{kind}": {
+                    metric.__name__: _as_dict(
+                        metrics.detection_interval(
+                            metric,
+                            scores[kind][score],
+                            value,
+                            generator=torch.Generator().manual_seed(0),
+                        )
+                    )
+                    for metric in (metrics.auroc, metrics.fpr_at_tpr)
+                }
+                for kind in ("clean", "noise")
+            }
+            for score, value in scores["attacked"].items()
+        }
+
+    def _undefended(self, task: str, x: Tensor) -> Tensor:
+        return self.tasks[task].classifiers["mean"].classify(self.vae, x)
+
+    def _labels(self, task: str) -> Tensor:
+        return self.labels[:, self.tasks[task].column]
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        """Randomness of one purpose, whatever ran before it, in this process or an interrupted one."""
+        seed = zlib.crc32(f"{self.config.seed} {purpose}".encode())
+        return torch.Generator().manual_seed(seed)
+
+
+def _as_dict(found: metrics.Interval) -> dict[str, float]:
+    return {"estimate": found.estimate, "low": found.low, "high": found.high}

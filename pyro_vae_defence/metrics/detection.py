@@ -1,0 +1,121 @@
+r"""How well a score tells attacked images from others: two error rates and their intervals.
+
+A detector raises the alarm where a score s exceeds a threshold. With scores s of attacked images (positives) and
+t of others (negatives), independent of any threshold,
+
+.. math:: \mathrm{AUROC} = P(s > t) + \tfrac12 P(s = t),
+
+the Mann-Whitney statistic: 1 for a perfect detector, 1/2 for a blind one, less where the score points the wrong way.
+At the largest threshold that still catches a share :math:`\tau` of the attacked images, the *false positive rate at
+TPR* :math:`\tau` is the share of the others that raise the alarm as well.
+
+Reference: Hanley, McNeil, "The meaning and use of the area under a receiver operating characteristic (ROC) curve",
+1982, https://doi.org/10.1148/radiology.143.1.7063747.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.metrics.intervals import Interval
+
+
+def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
+    """Probability that an attacked image scores above another one, ties counted half.
+
+    Args:
+        negatives: scores of images that are not attacked, ``(N,)``.
+        positives: scores of attacked images, ``(M,)``, high where an attack is suspected.
+
+    Returns:
+        A scalar in [0, 1], float64.
+
+    Raises:
+        ValueError: if an argument is not a vector of scores.
+    """
+    _check(negatives, positives)
+    ordered = negatives.sort().values
+    below = torch.searchsorted(ordered, positives)
+    not_above = torch.searchsorted(ordered, positives, right=True)
+    return (below + not_above).double().mean() / (2 * negatives.shape[0])
+
+
+def fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tensor:
+    """Share of other images that raise the alarm when at least ``tpr`` of the attacked ones do.
+
+    Args:
+        negatives: scores of images that are not attacked, ``(N,)``.
+        positives: scores of attacked images, ``(M,)``.
+        tpr: share of attacked images to catch, in (0, 1].
+
+    Returns:
+        A scalar in [0, 1], float64.
+
+    Raises:
+        ValueError: if an argument is not a vector of scores, or ``tpr`` is out of range.
+    """
+    _check(negatives, positives)
+    if not 0 < tpr <= 1:
+        raise ValueError(f"tpr={tpr} must lie in (0, 1]: use 0.95 for 95 percent")
+    # Rounding must not ask for one image more than the share does (0.95 * 20 > 19 in floating point).
+    caught = math.ceil(tpr * positives.shape[0] - 1e-9)
+    threshold = positives.sort(descending=True).values[max(caught, 1) - 1]
+    return (negatives >= threshold).double().mean()
+
+
+def detection_interval(
+    statistic: Callable[[Tensor, Tensor], Tensor],
+    negatives: Tensor,
+    positives: Tensor,
+    level: float = 0.95,
+    num_resamples: int = 500,
+    generator: torch.Generator | None = None,
+) -> Interval:
+    """Percentile bootstrap interval of :func:`auroc` or :func:`fpr_at_tpr` over images.
+
+    Entry i of both vectors belongs to image i, clean and attacked: images are resampled, both their scores together.
+
+    Args:
+        statistic: function of negatives and positives.
+        negatives: scores of the images before the attack, ``(N,)``.
+        positives: scores of the same images after it, ``(N,)``.
+        level: nominal coverage, between 0 and 1.
+        num_resamples: bootstrap samples.
+        generator: randomness, on the CPU; the global one by default.
+
+    Raises:
+        ValueError: if the lengths differ, there are fewer than two images, or scores or options are out of range.
+    """
+    _check(negatives, positives)
+    num_images = negatives.shape[0]
+    if positives.shape[0] != num_images or num_images < 2:
+        raise ValueError(
+            f"negatives has {num_images} scores and positives {positives.shape[0]}: pass one of each for every "
+            "image, of two images or more"
+        )
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1: use 0.95 for 95 percent")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples={num_resamples} must be positive: use 500 or more")
+    negatives, positives = (v.detach().to("cpu", torch.float64) for v in (negatives, positives))
+    drawn = torch.randint(num_images, (num_resamples, num_images), generator=generator)
+    resampled = torch.stack([statistic(negatives[rows], positives[rows]) for rows in drawn])
+    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(resampled, tails)
+    estimate = statistic(negatives, positives)
+    return Interval(float(estimate), float(low), float(high), level, num_images, num_images)
+
+
+def _check(negatives: Tensor, positives: Tensor) -> None:
+    for name, scores in (("negatives", negatives), ("positives", positives)):
+        if scores.ndim != 1 or scores.shape[0] == 0 or not scores.is_floating_point():
+            raise ValueError(
+                f"{name} has shape {tuple(scores.shape)} and dtype {scores.dtype}: "
+                "pass one floating-point score per image, (N,)"
+            )
+        if scores.device.type != "meta" and bool(scores.isnan().any()):
+            raise ValueError(f"{name} has scores that are not a number: drop these images first")

@@ -1,0 +1,184 @@
+"""Classification behind a defence, and what its chains say about attacks."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from programs import HierarchicalVAE
+from torch import nn
+
+from pyro_vae_defence.attacks import random_noise
+from pyro_vae_defence.defence import (
+    READINGS,
+    DefendedClassifier,
+    EncoderDefence,
+    MCMCDefence,
+    NoDefence,
+    detection_scores,
+    read_latents,
+)
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.metrics import auroc
+from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models.classifier import LinearClassifier
+from pyro_vae_defence.ops.balls import Linf
+
+KERNEL = functools.partial(BatchedHMC, num_steps=2)
+
+
+def softmax(scores):
+    return scores.exp() / scores.exp().sum(-1, keepdim=True)
+
+
+class TestReadings:
+    @pytest.fixture
+    def run(self, tutorial_vae):
+        defence = MCMCDefence(tutorial_vae, KERNEL, 4, 2, 3)
+        return defence, LinearClassifier(5, 10), defence(torch.rand(6, 1, 28, 28))
+
+    def test_are_what_the_formulas_say(self, run):
+        defence, classifier, result = run
+        draws = result.samples["latent"]
+        mean = draws.mean((0, 1))
+        decoded = program.decode(defence.vae, {"latent": mean}, (1, 28, 28))
+        encoded = program.posterior_mean(defence.vae, decoded)["latent"]
+        expected = {
+            "last": softmax(classifier(draws[0, -1])),
+            "draws": softmax(classifier(draws)).mean((0, 1)),
+            "mean": softmax(classifier(mean)),
+            "reencoded": softmax(classifier(encoded)),
+        }
+        assert set(expected) == set(READINGS)
+        for reading, probabilities in expected.items():
+            found = DefendedClassifier(defence, classifier, reading).log_probabilities(result)
+            assert found.shape == (6, 10)
+            assert torch.allclose(found.exp(), probabilities, atol=1e-6)
+            # Readings differ, or the options would be one.
+            others = [p for name, p in expected.items() if name != reading]
+            assert all((found.exp() - other).abs().max() > 1e-4 for other in others)
+
+    def test_call_and_prediction_are_those_of_the_run(self, run):
+        defence, classifier, _ = run
+        x = torch.rand(4, 1, 28, 28)
+        classify = DefendedClassifier(defence, classifier, "draws")
+        result = defence(x, torch.Generator().manual_seed(1))
+        log_probabilities = classify(x, torch.Generator().manual_seed(1))
+        assert torch.equal(log_probabilities, classify.log_probabilities(result))
+        assert not log_probabilities.requires_grad
+        predicted = classify.predict(x, torch.Generator().manual_seed(1))
+        assert torch.equal(predicted, log_probabilities.argmax(-1))
+
+    def test_of_a_single_draw_agree(self, tutorial_vae):
+        classifier, x = LinearClassifier(5, 10), torch.rand(4, 1, 28, 28)
+        result = NoDefence(tutorial_vae)(x)
+        last, draws, mean = (
+            DefendedClassifier(NoDefence(tutorial_vae), classifier, reading).log_probabilities(
+                result
+            )
+            for reading in ("last", "draws", "mean")
+        )
+        assert torch.allclose(last, draws, atol=1e-6)
+        assert torch.allclose(last, mean, atol=1e-6)
+
+    @pytest.mark.parametrize("reading", READINGS)
+    def test_work_for_every_control_and_hierarchies(self, reading):
+        vae = HierarchicalVAE()
+        for defence in (NoDefence(vae), EncoderDefence(vae, 3), MCMCDefence(vae, KERNEL, 2, 1)):
+            classify = DefendedClassifier(defence, LinearClassifier(6, 3), reading)
+            log_probabilities = classify(torch.rand(4, 1, 4, 4))
+            assert torch.allclose(log_probabilities.logsumexp(-1), torch.zeros(4), atol=1e-5)
+
+    def test_log_probabilities_survive_certainty(self, tutorial_vae):
+        classifier = LinearClassifier(5, 3)
+        with torch.no_grad():
+            classifier.linear.bias.copy_(torch.tensor([0.0, 500.0, 0.0]))
+        classify = DefendedClassifier(EncoderDefence(tutorial_vae, 4), classifier, "draws")
+        found = classify(torch.rand(2, 1, 28, 28))
+        assert found.isfinite().all()
+        assert (found[:, 0] < -400).all()
+
+    def test_use_the_classifier_in_eval_mode(self, tutorial_vae):
+        classifier = nn.Sequential(nn.Dropout(0.9), LinearClassifier(5, 3)).train()
+        classify = DefendedClassifier(EncoderDefence(tutorial_vae, 1), classifier, "mean")
+        x = torch.rand(3, 1, 28, 28)
+        first, again = (classify(x, torch.Generator().manual_seed(0)) for _ in range(2))
+        assert torch.equal(first, again)
+        assert classifier.training
+
+
+def test_the_papers_protocol_is_one_setting():
+    vae = ConvVAE()
+    paper = DefendedClassifier.paper(vae, LinearClassifier(64, 10), num_chains=2)
+    assert paper.reading == "last"
+    assert isinstance(paper.defence, MCMCDefence)
+    assert (paper.defence.num_samples, paper.defence.num_chains) == (500, 2)
+
+
+class TestDetection:
+    def test_scores_by_hand(self, linear_vae):
+        # Dimensions are told apart by their units.
+        variance = {"z": torch.tensor([1.0, 4.0, 0.25])}
+        defence = MCMCDefence(linear_vae, KERNEL, 5, 3, 2, perturbation=Linf(0.1))
+        result = defence(torch.rand(4, 1, 4, 4))
+        found = detection_scores(defence, result, variance)
+        assert all(value.shape == (4,) for value in found.values())
+        initial, samples = result.initial["z"], result.samples["z"]
+        aware = program.potential(linear_vae, result.x, Linf(0.1))
+        plain = program.potential(linear_vae, result.x)
+
+        def energy(potential, draws):
+            return torch.stack([potential({"z": z}) for z in draws.flatten(0, -3)])
+
+        def length(z):
+            return (z**2 / variance["z"]).mean(-1).sqrt()
+
+        means = samples.mean(1)
+        end = samples[:, -1]
+        expected = {
+            "energy_drop": energy(aware, initial).mean(0) - energy(aware, samples).mean(0),
+            "perturbation_gain": (energy(plain, end) - energy(aware, end)).mean(0),
+            "start_energy": energy(plain, initial).mean(0),
+            "distance": length(means - initial).mean(0),
+            "disagreement": (length(means - means.mean(0)) ** 2).mean(0).sqrt(),
+        }
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.allclose(found[name], value), name
+        assert (found["perturbation_gain"] >= 0).all()
+
+    def test_scores_that_a_defence_does_not_have_are_left_out(self, tutorial_vae):
+        defence = MCMCDefence(tutorial_vae, KERNEL, 2, 1)
+        found = detection_scores(defence, defence(torch.rand(3, 1, 28, 28)))
+        assert set(found) == {"energy_drop", "start_energy", "distance"}
+
+    def test_an_image_outside_the_model_is_suspicious(self, linear_vae):
+        clean = (0.5 + 0.05 * torch.randn(60, 1, 4, 4)).clamp(0, 1)
+        defence = MCMCDefence(linear_vae, KERNEL, 2, 1)
+        scores = [
+            detection_scores(defence, defence(x))["start_energy"]
+            for x in (clean, random_noise(clean, Linf(0.4)))
+        ]
+        # A blind score has 1/2 with standard error 0.053 (60 of each): 5 of them, error rate 3e-7.
+        assert auroc(*scores) > 0.77
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda d, c: DefendedClassifier(3, c), "defence must be callable"),
+        (lambda d, c: DefendedClassifier(d, 3), "classifier must be callable"),
+        (lambda d, c: DefendedClassifier(c, c), "vae must have two Pyro programs"),
+        (lambda d, c: DefendedClassifier(d, c, "median"), "reading must be one of .* got 'median'"),
+        (lambda d, c: read_latents(d.vae, None, "median"), "reading must be one of"),
+        (
+            lambda d, c: detection_scores(d, d(torch.rand(1, 1, 28, 28)), {"z": torch.ones(5)}),
+            r"variance must have the latents' sites \['latent'\], got \['z'\]",
+        ),
+    ],
+)
+def test_mistakes(tutorial_vae, call, message):
+    defence = MCMCDefence(tutorial_vae, KERNEL, 1, 0)
+    with pytest.raises(ValueError, match=message):
+        call(defence, LinearClassifier(5, 3))

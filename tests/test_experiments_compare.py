@@ -1,0 +1,193 @@
+"""The comparison of defences: cells, resumption, tables that say who loses, figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.compare import compare
+from pyro_vae_defence.experiments.compare_report import label, verdict, write_comparison
+from pyro_vae_defence.experiments.config import CompareConfig, defence_spec
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS, MODELS
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.classifier import LinearClassifier
+from pyro_vae_defence.models.pretrained import save_pretrained
+
+TINY = {
+    "defences": ("none", "aware", "aware_0.1", "dark_clip", "median"),
+    "costs": ("hmc@2",),
+    "inputs": ("mean", "guide"),
+    "radii": (0.0, 0.1),
+    "full_radii": (0.1,),
+    "num_references": 10,
+    "num_restarts": 2,
+    "num_images": 20,
+    "curve_restarts": 1,
+    "curve_images": 10,
+    "cost_radius": 0.1,
+    "num_samples": 2,
+    "warmup_steps": 1,
+    "num_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
+    variance = {"z": torch.rand(64) + 0.1}
+    save_pretrained(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance, **common)
+    for name in ("mnist_vae_classifier", "mnist_vae_classifier_guide"):
+        save_pretrained(LinearClassifier(64, 10), name, directory, **common)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("results")
+    return output, compare("mnist", output, models=models, overrides=TINY, progress=False)
+
+
+def test_cells_hold_every_figure(run):
+    _, result = run
+    assert set(result["radii"]) == {"0", "0.1"}
+    for cells in result["radii"].values():
+        assert list(cells) == list(TINY["defences"])
+    cell = result["radii"]["0.1"]["aware"]
+    assert (cell["num_attacks"], cell["num_classified"]) == (20, 20)
+    assert result["radii"]["0"]["aware"]["num_classified"] == 10
+    readings = {f"{how}/mean" for how in ("last", "draws", "mean", "reencoded")}
+    assert set(cell["accuracy"]["class"]) == readings | {"last/guide", "draws/guide"}
+    kinds = cell["accuracy"]["class"]["reencoded/mean"]
+    assert set(kinds) == {"clean", "attacked", "noise"}
+    for entry in (cell["ms_ssim"], cell["ms_ssim_of_mean"], kinds["attacked"]["unchanged"]):
+        assert 0 <= entry["low"] <= entry["estimate"] <= entry["high"] <= 1
+    scores = {"energy_drop", "perturbation_gain", "start_energy", "distance", "disagreement"}
+    assert set(cell["detection"]) == scores
+    assert set(cell["detection"]["distance"]) == {"against_clean", "against_noise"}
+    assert cell["settings"]["perturbation"] == "Linf(radius=0.1)"
+    # 3 transitions of at least one leapfrog step in 2 chains, and their starts; 2 of them in one chain.
+    assert cell["gradients_per_image"] >= 8
+    assert 3 <= result["costs"]["hmc@2"]["gradients_per_image"] < cell["gradients_per_image"]
+    assert result["radii"]["0"]["aware"]["settings"]["perturbation"] == "None"
+
+
+def test_the_attacks_own_radius_and_the_same_one_by_name_agree(run):
+    cells = run[1]["radii"]["0.1"]
+    for key in ("ms_ssim", "accuracy", "detection"):
+        assert cells["aware"][key] == cells["aware_0.1"][key]
+
+
+def test_without_an_attack_nothing_is_to_be_detected(run):
+    cells = run[1]["radii"]["0"]
+    assert all("detection" not in cell for cell in cells.values())
+    assert set(cells["none"]["accuracy"]["class"]) == {"guide's mean"}
+    found = cells["none"]["accuracy"]["class"]["guide's mean"]["clean"]
+    assert found["unchanged"]["estimate"] == 1.0
+
+
+def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path):
+    _, result = run
+    path = tmp_path / "mnist.json"
+    cut = json.loads(json.dumps(result))
+    expected = cut["radii"]["0.1"].pop("median")
+    del cut["radii"]["0.1"]["dark_clip"], cut["costs"]["hmc@2"]
+    cut["radii"]["0"]["none"]["marked"] = True
+    path.write_text(json.dumps(cut))
+    again = compare("mnist", tmp_path, models=models, overrides=TINY, progress=False)
+    assert again["radii"]["0"]["none"]["marked"]
+    found = json.loads(path.read_text())["radii"]["0.1"]["median"]
+    assert {k: v for k, v in found.items() if k != "seconds_per_image"} == {
+        k: v for k, v in expected.items() if k != "seconds_per_image"
+    }
+    before = path.stat().st_mtime_ns
+    compare("mnist", tmp_path, models=models, overrides=TINY, progress=False)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="belongs to another run"):
+        compare("mnist", tmp_path, models=models, overrides={**TINY, "seed": 1}, progress=False)
+
+
+def test_tables_and_figures_come_from_the_files_alone(run, tmp_path, capsys):
+    output, result = run
+    tables, figures = write_comparison(output, tmp_path / "images")
+    text = tables.read_text()
+    value = result["radii"]["0.1"]["aware_0.1"]["ms_ssim"]["estimate"]
+    assert f"| HMC, perturbation-aware δ = 0.1 | {value:.3f} [" in text
+    assert "control: dark-pixel clipping δ = radius" in text
+    assert "not told apart from" in text
+    assert "start energy" in text
+    assert [path.name for path in figures] == ["compare_mnist.png", "compare_mnist_cost.png"]
+    assert all(path.stat().st_size > 5000 for path in figures)
+    before = [path.read_bytes() for path in figures]
+    assert main(["compare", "--output", str(output), "--images", str(tmp_path / "images")]) == 0
+    assert "compare_mnist_cost.png" in capsys.readouterr().out
+    assert [path.read_bytes() for path in figures] == before
+
+
+def test_a_defence_that_does_not_beat_the_best_control_is_told_so():
+    def cell(similarity, accuracy):
+        def entry(value):
+            return {"estimate": value, "low": value - 0.01, "high": value + 0.01}
+
+        attacked = {"correct": entry(accuracy)}
+        return {
+            "ms_ssim_of_mean": entry(similarity),
+            "accuracy": {"class": {"reencoded/mean": {"attacked": attacked, "clean": attacked}}},
+        }
+
+    result = {"clean": {"class": {}}, "config": {"reading": "reencoded/mean"}}
+    cells = {
+        "aware": cell(0.9, 0.5),
+        "hmc": cell(0.8, 0.615),
+        "median": cell(0.7, 0.6),
+        "dark_clip": cell(0.85, 0.1),
+    }
+    assert verdict(result, cells, "aware") == (
+        "similarity: better than dark-pixel clipping δ = radius; accuracy: **worse** than median filter"
+    )
+    assert verdict(result, cells, "hmc") == (
+        "similarity: **worse** than dark-pixel clipping δ = radius; "
+        "accuracy: not told apart from median filter"
+    )
+    assert verdict(result, cells, "median") == ""
+
+
+def test_names_of_defences():
+    assert defence_spec("aware_0.15@20") == ("aware", 0.15, 20)
+    assert defence_spec("encoder_samples") == ("encoder_samples", None, None)
+    assert label("hmc@10") == "HMC, the paper's target, 10 transitions"
+    for name in ("nothing", "median_0.1", "median@3", "aware_2", "hmc@1", "hmc_0.1"):
+        with pytest.raises(ValueError, match=f"defences has no '{name}'"):
+            defence_spec(name)
+
+
+def test_registry_has_model_and_classifiers_of_every_comparison():
+    for config in COMPARISONS.values():
+        assert config.model in MODELS
+        for inputs in ("", "_guide", "_posterior"):
+            assert f"{config.model}_classifier{inputs}" in CLASSIFIERS
+            if "color" in config.model:
+                assert f"{config.model}_color_classifier{inputs}" in CLASSIFIERS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"defences": "hmc"}, "defences must be a tuple"),
+        ({"defences": ("hcm",)}, "defences has no 'hcm'"),
+        ({"radii": (0.1, 2.0)}, r"radii must lie in \[0, 1\]"),
+        ({"inputs": ("guide",)}, "inputs must hold 'mean'"),
+        ({"reading": "mean/posterior"}, "reading must be one of"),
+        ({"inputs": ("mean", "posterior")}, "no pretrained model named 'mnist_vae_classifier_post"),
+    ],
+)
+def test_mistakes(changes, message, models, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        compare("mnist", tmp_path, models=models, overrides={**TINY, **changes})
+    with pytest.raises(ValueError, match="no comparison named 'x'"):
+        compare("x", tmp_path)
+    assert isinstance(COMPARISONS["mnist"], CompareConfig)

@@ -1,0 +1,112 @@
+"""Detection: rank statistics against brute force and scipy, intervals that cover."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+
+from pyro_vae_defence import metrics
+
+
+def scores(ties):
+    negatives, positives = torch.randn(40), torch.randn(30) + 0.7
+    if ties:
+        negatives, positives = negatives.round(), positives.round()
+    return negatives, positives
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_is_the_mann_whitney_statistic(ties):
+    negatives, positives = scores(ties)
+    above = (positives[:, None] > negatives).double()
+    equal = (positives[:, None] == negatives).double()
+    found = metrics.auroc(negatives, positives)
+    assert float(found) == pytest.approx(float((above + equal / 2).mean()))
+    u = stats.mannwhitneyu(positives.numpy(), negatives.numpy()).statistic
+    assert float(found) == pytest.approx(u / (40 * 30))
+    # The other way round the alarm is wrong where it was right.
+    assert float(metrics.auroc(positives, negatives)) == pytest.approx(1 - float(found))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("tpr", [0.5, 0.95, 1.0])
+def test_fpr_is_the_smallest_among_thresholds_that_catch_enough(ties, tpr):
+    negatives, positives = scores(ties)
+    found = float(metrics.fpr_at_tpr(negatives, positives, tpr))
+    rates = [
+        float((negatives >= threshold).double().mean())
+        for threshold in torch.cat([negatives, positives])
+        if (positives >= threshold).double().mean() >= tpr - 1e-9
+    ]
+    assert found == pytest.approx(min(rates))
+
+
+def test_extremes_by_hand():
+    low, high = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([3.0, 4.0])
+    assert float(metrics.auroc(low, high)) == 1.0
+    assert float(metrics.fpr_at_tpr(low, high)) == 0.0
+    assert float(metrics.auroc(low, low)) == 0.5
+    assert float(metrics.fpr_at_tpr(low, low)) == 1.0
+    # 19 of 20 are 95 percent: the one that is missed may score lowest.
+    twenty = torch.arange(20.0)
+    assert float(metrics.fpr_at_tpr(torch.tensor([0.5]), twenty)) == 0.0
+    assert float(metrics.fpr_at_tpr(torch.tensor([1.5]), twenty)) == 1.0
+
+
+def test_infinite_energies_are_the_highest_scores():
+    low, high = torch.tensor([0.0, 1.0]), torch.tensor([torch.inf, 0.5])
+    assert float(metrics.auroc(low, high)) == 0.75
+
+
+def test_interval_covers_the_true_value():
+    # Scores N(0, 1) and N(1, 1), independent: AUROC = Phi(1 / sqrt 2).
+    truth = stats.norm.cdf(0.5**0.5)
+    generator = torch.Generator().manual_seed(3)
+    covered = 0
+    for _ in range(30):
+        negatives, positives = torch.randn(80), torch.randn(80) + 1
+        found = metrics.detection_interval(
+            metrics.auroc, negatives, positives, num_resamples=100, generator=generator
+        )
+        assert found.low <= found.estimate <= found.high
+        covered += found.low <= truth <= found.high
+    # Nominal 95 percent, percentile intervals of 80 images somewhat less, say 0.92: fewer than 22 of 30 has
+    # probability 1e-3 (binomial); the seeds are fixed.
+    assert covered >= 22
+
+
+def test_images_are_resampled_with_both_their_scores():
+    # An attack that always raises the score by 0.1 keeps that order in every resample of pairs.
+    clean = torch.arange(50.0)
+    shifted = metrics.detection_interval(lambda t, s: (s - t).mean(), clean, clean + 0.1)
+    assert shifted.high - shifted.low == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("metric", [metrics.auroc, metrics.fpr_at_tpr])
+def test_stays_on_its_device(metric):
+    placed = metric(torch.rand(4, device="meta"), torch.rand(3, device="meta"))
+    assert placed.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: metrics.auroc(s[None], s), r"negatives has shape \(1, 5\)"),
+        (lambda s: metrics.auroc(s, s.long()), "positives has shape .* dtype torch.int64"),
+        (lambda s: metrics.fpr_at_tpr(s, s / 0 * 0), "positives has scores that are not a number"),
+        (lambda s: metrics.fpr_at_tpr(s, s, 0.0), r"tpr=0.0 must lie in \(0, 1\]"),
+        (
+            lambda s: metrics.detection_interval(metrics.auroc, s, s[1:]),
+            "negatives has 5 scores and positives 4",
+        ),
+        (lambda s: metrics.detection_interval(metrics.auroc, s, s, level=2.0), "level=2.0"),
+        (
+            lambda s: metrics.detection_interval(metrics.auroc, s, s, num_resamples=0),
+            "num_resamples=0",
+        ),
+    ],
+)
+def test_mistakes(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.rand(5) + 1)
