@@ -89,25 +89,54 @@ def record(
         raise ValueError(
             f"kernel must be a BatchedHMC or BatchedNUTS to be unrolled, got {type(kernel).__name__}"
         )
+    inverse_mass = _inverse_mass(kernel.inverse_mass_matrix, start)
+    before, decisions = lat.detach(start), []
+    steps = _transitions(kernel, x, start, streams, num_transitions, warmup_steps)
+    for step, (position, info) in enumerate(steps):
+        if isinstance(kernel, BatchedNUTS):
+            reach = int(info.num_steps.max())
+            offset = _find_offset(
+                kernel.potential, before, position, streams, step, info.step_size, reach, inverse_mass
+            )  # fmt: skip
+        else:
+            offset = torch.where(info.accepted, info.num_steps, 0)
+        decisions.append(Decision(step, info.step_size, offset, int(offset.abs().max())))
+        before = position
+    return before, decisions
+
+
+def run(
+    kernel: BatchedKernel,
+    x: Tensor,
+    start: LatentsLike,
+    streams: Streams,
+    num_transitions: int,
+    warmup_steps: int = 0,
+) -> Latents:
+    """Where the chains end that :func:`record` follows, for any batched kernel and without noting decisions."""
+    end = lat.detach(start)
+    for position, _ in _transitions(kernel, x, start, streams, num_transitions, warmup_steps):
+        end = position
+    return end
+
+
+def _transitions(
+    kernel: BatchedKernel,
+    x: Tensor,
+    start: LatentsLike,
+    streams: Streams,
+    num_transitions: int,
+    warmup_steps: int,
+) -> Iterator[tuple[Latents, hmc.HMCInfo]]:
     if not num_transitions >= 1:
         raise ValueError(f"num_transitions must be at least 1, got {num_transitions!r}")
     kernel.streams = streams
     kernel.setup(warmup_steps, x.detach())
-    inverse_mass = _inverse_mass(kernel.inverse_mass_matrix, start)
     position = lat.detach(start)
-    decisions = []
-    for step in range(num_transitions):
-        before, position = position, kernel.sample(position)
+    for _ in range(num_transitions):
+        position = kernel.sample(position)
         assert kernel.info is not None
-        taken, step_size = kernel.info.num_steps, kernel.info.step_size
-        if isinstance(kernel, BatchedNUTS):
-            offset = _find_offset(
-                kernel.potential, before, position, streams, step, step_size, int(taken.max()), inverse_mass
-            )  # fmt: skip
-        else:
-            offset = torch.where(kernel.info.accepted, taken, 0)
-        decisions.append(Decision(step, step_size, offset, int(offset.abs().max())))
-    return position, decisions
+        yield position, kernel.info
 
 
 def _find_offset(
@@ -278,12 +307,11 @@ class UnrolledKernel:
     def __call__(self, x: Tensor, start: LatentsLike, streams: Streams) -> Latents:
         """Where the chains of images ``(N, C, H, W)`` end, from unconstrained latents of ``N`` rows."""
         kernel = self.make_kernel()
-        with torch.no_grad():
-            end, decisions = record(
-                kernel, x, start, streams, self.num_transitions, self.warmup_steps
-            )
+        numbers = self.num_transitions, self.warmup_steps
         if not torch.is_grad_enabled():
-            return end
+            return run(kernel, x, start, streams, *numbers)
+        with torch.no_grad():
+            _, decisions = record(kernel, x, start, streams, *numbers)
         matrix = kernel.inverse_mass_matrix
         return replay(self.energy, x, start, streams, decisions, matrix, self.checkpoint)
 
