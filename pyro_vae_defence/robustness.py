@@ -386,7 +386,8 @@ class _Victim:
         """Whether the defence is a chain whose every transition is known."""
         if not isinstance(self.defence, MCMCDefence):
             return False
-        return isinstance(self.defence.kernel(self.model), (BatchedHMC, BatchedNUTS))
+        kernel = self.defence.kernel(self.model)
+        return isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
 
     def energy(self, x: Tensor, latents: Latents) -> Tensor:
         return self.prototype.at(x)(latents)

@@ -147,7 +147,8 @@ def test_implicit_is_the_derivative_of_the_mode(float64, ball):
         with torch.enable_grad():
             for _ in range(12):
                 z = z.requires_grad_()
-                total = energy.at(x)({"z": z}).sum()
+                # Second derivatives in z need how x* moves with z, which comes with a gradient in x.
+                total = energy.at(x.detach().requires_grad_())({"z": z}).sum()
                 (gradient,) = torch.autograd.grad(total, z, create_graph=True)
                 hessian = [
                     torch.autograd.grad(gradient[:, d].sum(), z, retain_graph=True)[0]

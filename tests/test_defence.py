@@ -159,7 +159,7 @@ class TestErrors:
             ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1"),
             ({"num_chains": 0}, "num_chains must be an integer of at least 1, got 0"),
             ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-            ({"initial": "mode"}, "initial must be 'guide' or 'prior', got 'mode'"),
+            ({"initial": "encoder"}, "initial must be one of .*, got .encoder."),
             ({"kernel": "hmc"}, "kernel must be a callable from a Pyro model"),
             (
                 {"kernel": BatchedHMC(ConvVAE().model)},

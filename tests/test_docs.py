@@ -17,7 +17,8 @@ SMALL = {
         "num_images": 5,
         "num_samples": 4,
         "warmup_steps": 3,
-    }
+    },
+    "choosing_a_defence.md": {"num_images": 5, "warmup_steps": 2},
 }
 
 

@@ -77,3 +77,17 @@ def test_bring_your_own_vae():
     done = run("bring_your_own_vae.py", "--epochs", 1, "--num-images", 10)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("median R-hat") == 2
+
+
+def test_defend_classifier():
+    small = ("--num-images", 20, "--num-samples", 2, "--warmup-steps", 2)
+    done = run("defend_classifier.py", *small)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum("[" in line for line in lines) == 4
+    assert "perturbation gain" in done.stdout
+    assert lines[-1].endswith("gradients per image")
+    wrong = run("defend_classifier.py", *small, "--radius", -1)
+    assert wrong.returncode == 2
+    assert "radius must be a positive finite number" in wrong.stderr.splitlines()[-1]
+    assert "Traceback" not in wrong.stderr

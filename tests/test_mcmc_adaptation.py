@@ -10,8 +10,15 @@ import pytest
 import torch
 from pyro.infer import MCMC
 
-from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
-from pyro_vae_defence.mcmc.adaptation import DualAveraging, FixedStepSize, PaperStepSize
+from pyro_vae_defence.mcmc import BatchedGHMC, BatchedHMC, BatchedMALA, BatchedMAMS, BatchedNUTS
+from pyro_vae_defence.mcmc.adaptation import (
+    DualAveraging,
+    FixedStepSize,
+    PaperStepSize,
+    pool_by_image,
+)
+from pyro_vae_defence.mcmc.kernels import trajectory_length
+from pyro_vae_defence.ops.streams import Streams
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -21,7 +28,7 @@ def test_dual_averaging_equals_pyros(target):
     """Image by image, for a sequence of acceptances that differs between images."""
     acceptances = torch.rand(40, 5) * torch.linspace(0.2, 1.0, 5)
     initial = torch.logspace(-3, 1, 5)
-    rule = DualAveraging(target)
+    rule = DualAveraging(target, shrink_factor=10.0)
     state = rule.init(initial)
     peers = [pyro.ops.dual_averaging.DualAveraging(math.log(10 * float(e))) for e in initial]
     for acceptance in acceptances:
@@ -91,8 +98,11 @@ def run(kernel, warmup_steps, num_samples, start=None):
         (functools.partial(BatchedHMC, target_accept_prob=0.8), 400),
         (functools.partial(BatchedHMC, target_accept_prob=0.9), 400),
         (functools.partial(BatchedNUTS, target_accept_prob=0.8, max_tree_depth=5), 120),
+        (BatchedMALA, 400),
+        (BatchedGHMC, 400),
+        (BatchedMAMS, 400),
     ],
-    ids=["hmc-0.8", "hmc-0.9", "nuts-0.8"],
+    ids=["hmc-0.8", "hmc-0.9", "nuts-0.8", "mala", "ghmc", "mams"],
 )
 def test_every_image_comes_near_its_target_acceptance(make, warmup_steps):
     """Twelve images with scales over four decades, all started at step size 0.1.
@@ -158,9 +168,42 @@ def test_jittered_lengths_have_the_stated_range_and_mean():
         (5, 0.0, 5, 5),
         (1, 1.0, 1, 2),
     ):
-        kernel = BatchedHMC(potential_fn=gaussians, num_steps=num_steps, jitter=jitter)
-        lengths = torch.tensor([kernel._length(seed=1, step=t) for t in range(4000)])
+        lengths = torch.tensor([trajectory_length(1, t, num_steps, jitter) for t in range(4000)])
         assert (int(lengths.min()), int(lengths.max())) == (low, high)
         # 5 standard errors of a uniform integer's mean: an error rate of 6e-7.
         width = math.sqrt(((high - low + 1) ** 2 - 1) / 12 / 4000)
         assert abs(float(lengths.double().mean()) - (low + high) / 2) <= 5 * width
+
+
+# --- Replicas -------------------------------------------------------------------------------------
+
+
+def test_pooling_averages_the_rows_of_an_image():
+    image = torch.tensor([7, 3, 7, 2**31, 3, 7])
+    values = torch.tensor([0.1, 0.2, 0.4, 0.9, 0.6, 1.0])
+    pooled = pool_by_image(values, image)
+    assert torch.allclose(pooled, torch.tensor([0.5, 0.4, 0.5, 0.9, 0.4, 0.5]))
+    alone = pool_by_image(values[image == 7], image[image == 7])
+    assert torch.equal(alone, pooled[image == 7])
+
+
+@pytest.mark.parametrize("make", [BatchedHMC, BatchedMALA, BatchedGHMC, BatchedMAMS])
+def test_replicas_share_a_step_size(make):
+    """One step size per image, and less noise in it: 3 images of 16 chains each, of three scales."""
+    scales = torch.tensor([0.1, 1.0, 10.0]).repeat(16)
+
+    def potential(latents):
+        return 0.5 * (latents["z"] / scales[:, None]).square().sum(-1)
+
+    spread = {}
+    for pool_replicas in (False, True):
+        kernel = make(potential_fn=potential, pool_replicas=pool_replicas)
+        kernel.streams = Streams.create(3, 16, seed=1)
+        start = {"z": torch.randn(48, 10) * scales[:, None]}
+        step_size = run(kernel, 60, 2, start)[-1].step_size.reshape(16, 3)
+        spread[pool_replicas] = step_size.log().std(0)
+        # A shared step size is an image's own all the same.
+        relative = step_size.mean(0) / scales[:3]
+        assert relative.max() / relative.min() < 1.5
+    assert (spread[False] > 0.02).all()
+    assert (spread[True] == 0).all()

@@ -10,7 +10,14 @@ from programs import HierarchicalVAE
 from pyro.infer import MCMC
 
 from pyro_vae_defence.defence import MCMCDefence
-from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
+from pyro_vae_defence.mcmc import (
+    BatchedGHMC,
+    BatchedHMC,
+    BatchedMALA,
+    BatchedMAMS,
+    BatchedNUTS,
+    BatchedULA,
+)
 from pyro_vae_defence.ops.streams import Streams
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -19,6 +26,11 @@ KERNELS = {
     "hmc": functools.partial(BatchedHMC, num_steps=4),
     "hmc-fixed": functools.partial(BatchedHMC, num_steps=3, jitter=0.0, adapt_step_size=False),
     "nuts": functools.partial(BatchedNUTS, max_tree_depth=5),
+    "mala": BatchedMALA,
+    "ghmc": functools.partial(BatchedGHMC, num_steps=2),
+    "mams": functools.partial(BatchedMAMS, num_steps=4),
+    "ula": BatchedULA,
+    "burn-in": functools.partial(BatchedHMC, num_steps=4, burn_in=10),
 }
 ROWS = 7
 SCALES = torch.logspace(-2, 2, ROWS).double()
@@ -103,7 +115,7 @@ def test_images_of_a_pyro_model(name, linear_vae):
         assert_same_chains(alone, together, rows, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["hmc", "nuts"])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "hmc-fixed"])
 def test_images_of_a_hierarchical_constrained_model(name):
     x = torch.rand(ROWS, 1, 4, 4)
     start = {
@@ -165,13 +177,17 @@ def assert_same_results(got, expected, images=slice(None), chains=slice(None)):
         assert close(value, expected.sample_stats[name][chains, :, images]), name
 
 
-@pytest.mark.parametrize("name", ["hmc", "nuts"])
-def test_micro_batches_do_not_matter(name, linear_vae):
+@pytest.mark.parametrize("pool_replicas", [False, True])
+@pytest.mark.parametrize("name", ["hmc", "nuts", "ghmc", "burn-in"])
+def test_micro_batches_do_not_matter(name, pool_replicas, linear_vae):
     x = torch.rand(7, 1, 4, 4)
-    whole = defend(linear_vae, x, KERNELS[name], num_chains=2)
+    kernel = functools.partial(KERNELS[name], pool_replicas=pool_replicas)
+    whole = defend(linear_vae, x, kernel, num_chains=2)
     assert whole.samples["z"].shape == (2, 6, 7, 3)
+    shared = (whole.sample_stats["step_size"][0] == whole.sample_stats["step_size"][1]).all()
+    assert bool(shared) == pool_replicas
     for batch_size in (1, 6):
-        parts = defend(linear_vae, x, KERNELS[name], num_chains=2, batch_size=batch_size)
+        parts = defend(linear_vae, x, kernel, num_chains=2, batch_size=batch_size)
         assert_same_results(parts, whole)
         assert torch.equal(parts.num_gradients, whole.num_gradients)
         assert torch.allclose(parts.reconstruction, whole.reconstruction)

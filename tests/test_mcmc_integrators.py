@@ -1,4 +1,4 @@
-"""Leapfrog: reversible, volume preserving, second order, one step size per image, any diagonal metric."""
+"""Integrators: reversible, volume preserving, second order, one step size per image, any diagonal metric."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_vae_defence.mcmc import hmc, nuts
+from pyro_vae_defence.mcmc import ghmc, hmc, langevin, mams, nuts
+from pyro_vae_defence.mcmc.burn_in import burn_in
 from pyro_vae_defence.mcmc.integrators import (
     Phase,
     energy_and_gradient,
+    isokinetic,
     kinetic_energy,
     leapfrog,
+    normalise,
 )
 from pyro_vae_defence.ops.streams import Streams
 
@@ -130,7 +133,16 @@ def test_each_image_has_its_own_step_size():
         assert torch.allclose(flat(alone.position), flat(together.position)[i], rtol=1e-13)
 
 
-@pytest.mark.parametrize("kernel", ["hmc", "nuts"])
+STEPS = {
+    "hmc": lambda *args: hmc.step(*args[:4], 5, *args[4:]),
+    "nuts": lambda *args: nuts.step(*args[:4], 6, *args[4:]),
+    "ghmc": lambda *args: ghmc.step(*args[:4], 3, 0.7, *args[4:]),
+    "mams": lambda *args: mams.step(*args[:4], 5, *args[4:]),
+    "ula": langevin.step,
+}
+
+
+@pytest.mark.parametrize("kernel", STEPS)
 def test_a_metric_is_a_change_of_variables(kernel):
     """Inverse mass S on U(z) takes the same trajectory as the identity on U(S^(1/2) y)."""
     scale = {"a": torch.tensor([0.1, 3.0]), "b": torch.tensor([[0.7]])}
@@ -144,13 +156,13 @@ def test_a_metric_is_a_change_of_variables(kernel):
     streams = Streams.create(12, seed=5)
     step_size = torch.linspace(0.02, 0.2, 12)
     in_z, in_y = hmc.init(anharmonic, z), hmc.init(whitened, y)
+    in_z = burn_in(anharmonic, in_z, streams, 3, inverse_mass)
+    in_y = burn_in(whitened, in_y, streams, 3)
+    if kernel == "ghmc":
+        in_z, in_y = ghmc.init(in_z, streams, inverse_mass), ghmc.init(in_y, streams)
     for _ in range(4):
-        if kernel == "hmc":
-            in_z, info_z = hmc.step(anharmonic, in_z, streams, step_size, 5, inverse_mass)
-            in_y, info_y = hmc.step(whitened, in_y, streams, step_size, 5)
-        else:
-            in_z, info_z = nuts.step(anharmonic, in_z, streams, step_size, 6, inverse_mass)
-            in_y, info_y = nuts.step(whitened, in_y, streams, step_size, 6)
+        in_z, info_z = STEPS[kernel](anharmonic, in_z, streams, step_size, inverse_mass)
+        in_y, info_y = STEPS[kernel](whitened, in_y, streams, step_size)
         assert torch.equal(info_z.num_steps, info_y.num_steps)
         assert torch.equal(info_z.accepted, info_y.accepted)
         for name in z:
@@ -167,3 +179,100 @@ def test_only_the_latents_are_differentiated():
     assert weight.grad is None
     assert not energy.requires_grad
     assert not gradient["z"].requires_grad
+
+
+# --- Isokinetic -----------------------------------------------------------------------------------
+
+
+def start_on_the_sphere(rows):
+    phase = start(rows)
+    return phase._replace(momentum=normalise(phase.momentum))
+
+
+def integrate_isokinetic(phase, step_size, num_steps, inverse_mass=None):
+    kinetic = torch.zeros_like(phase.energy)
+    for _ in range(num_steps):
+        phase, change = isokinetic(anharmonic, phase, step_size, inverse_mass)
+        kinetic = kinetic + change
+    return phase, kinetic
+
+
+@pytest.mark.parametrize("inverse_mass", [None, INVERSE_MASS], ids=["identity", "diagonal"])
+def test_isokinetic_is_reversible(inverse_mass):
+    first = start_on_the_sphere(20)
+    step_size = torch.linspace(0.02, 0.2, 20)
+    there, kinetic = integrate_isokinetic(first, step_size, 25, inverse_mass)
+    turned = there._replace(momentum={n: -u for n, u in there.momentum.items()})
+    back, kinetic_back = integrate_isokinetic(turned, step_size, 25, inverse_mass)
+    assert (flat(there.position) - flat(first.position)).abs().min() > 1e-4  # it did move
+    assert (flat(back.position) - flat(first.position)).abs().max() < 1e-9
+    assert (flat(back.momentum) + flat(first.momentum)).abs().max() < 1e-9
+    assert (kinetic + kinetic_back).abs().max() < 1e-9
+    assert (flat(there.momentum).norm(dim=1) - 1).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("inverse_mass", [None, INVERSE_MASS], ids=["identity", "diagonal"])
+def test_isokinetic_energy_error_is_second_order(inverse_mass):
+    """Over a fixed time U + K is kept up to the square of the step size."""
+    first = start_on_the_sphere(64)
+    step_sizes = 0.1 * 0.5 ** np.arange(5)
+    errors = []
+    for step_size in step_sizes:
+        num_steps = round(1.0 / step_size)
+        end, kinetic = integrate_isokinetic(
+            first, torch.full((64,), step_size), num_steps, inverse_mass
+        )
+        errors.append(float((end.energy + kinetic - first.energy).abs().median()))
+    slope = np.polyfit(np.log(step_sizes), np.log(errors), 1)[0]
+    assert 1.8 < slope < 2.2
+
+
+def test_isokinetic_kinetic_energy_is_the_change_of_volume():
+    """In two dimensions, with the direction as an angle, det d(z*, angle*) / d(z, angle) = exp(-change of K)."""
+
+    def energy(latents):
+        z = latents["z"]
+        return 0.25 * z.pow(4).sum(-1) + (z[:, 0] * z[:, 1]).sin() + z[:, 0]
+
+    def flow(values):  # (B, 3) -> (B, 3), (B,)
+        position = {"z": values[:, :2]}
+        direction = {"z": torch.stack([values[:, 2].cos(), values[:, 2].sin()], 1)}
+        phase = Phase(position, direction, *energy_and_gradient(energy, position))
+        kinetic = torch.zeros(len(values))
+        for _ in range(3):
+            phase, change = isokinetic(energy, phase, torch.full((len(values),), 0.15))
+            kinetic = kinetic + change
+        u = phase.momentum["z"]
+        angle = torch.atan2(u[:, 1], u[:, 0])[:, None]
+        return torch.cat([phase.position["z"], angle], 1), kinetic
+
+    h = 1e-3
+    for _ in range(5):
+        first = torch.randn(3)
+        offsets = h * torch.eye(3)
+        near = flow(first + offsets)[0] - flow(first - offsets)[0]
+        far = flow(first + 2 * offsets)[0] - flow(first - 2 * offsets)[0]
+        turn = 2 * torch.pi  # an angle may jump by it
+        near[:, 2], far[:, 2] = (v[:, 2] - turn * (v[:, 2] / turn).round() for v in (near, far))
+        determinant = torch.linalg.det((8 * near - far) / (12 * h))
+        kinetic = flow(first[None])[1][0]
+        assert abs(kinetic) > 1e-2
+        assert torch.allclose(determinant.log(), -kinetic, rtol=1e-6, atol=1e-8)
+
+
+def test_isokinetic_survives_steep_and_vanishing_gradients():
+    def steep(latents):
+        return 1e6 * latents["z"][:, 0]
+
+    def flat_energy(latents):
+        return 0.0 * latents["z"].sum(-1)
+
+    position = {"z": torch.randn(6, 4)}
+    direction = normalise({"z": torch.randn(6, 4)})
+    for energy in (steep, flat_energy):
+        phase = Phase(position, direction, *energy_and_gradient(energy, position))
+        end, kinetic = isokinetic(energy, phase, torch.full((6,), 0.5))
+        assert kinetic.isfinite().all()
+        assert torch.allclose(end.momentum["z"].norm(dim=1), torch.ones(6))
+    assert (kinetic.abs() < 1e-300).all()
+    assert torch.allclose(end.position["z"], position["z"] + 0.5 * 2 * direction["z"])

@@ -15,13 +15,25 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
+from pyro_vae_defence.mcmc import (
+    BatchedGHMC,
+    BatchedHMC,
+    BatchedMALA,
+    BatchedMAMS,
+    BatchedNUTS,
+    BatchedULA,
+)
 from pyro_vae_defence.ops.streams import Streams
 
 KERNELS = {
     "hmc": functools.partial(BatchedHMC, num_steps=3),
     "hmc-paper": functools.partial(BatchedHMC, preset="paper"),
     "nuts": functools.partial(BatchedNUTS, max_tree_depth=3),
+    "mala": BatchedMALA,
+    "ghmc": functools.partial(BatchedGHMC, num_steps=2),
+    "mams": functools.partial(BatchedMAMS, num_steps=3),
+    "ula": BatchedULA,
+    "burn-in": functools.partial(BatchedHMC, num_steps=3, burn_in=4),
 }
 each_kernel = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
 
@@ -79,9 +91,10 @@ def test_constrained_sites_of_every_common_support(make):
     assert torch.allclose(draws["simplex"].sum(-1), torch.ones(4, 6), atol=1e-5)
 
 
-@each_kernel
-def test_chains_start_at_initial_params(make):
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "burn-in"])
+def test_chains_start_at_initial_params(name):
     """With a step size next to nothing a chain stays where it started, on the unconstrained scale."""
+    make = KERNELS[name]
     x = torch.rand(5, 1, 4, 4)
     start = {"top": torch.randn(5, 1, 2), "rate": torch.randn(5, 1), "low": torch.randn(5, 3)}
     kernel = make(HierarchicalVAE().model, step_size=1e-7)
@@ -213,7 +226,7 @@ def test_two_runs_of_one_kernel_are_independent(make):
     assert torch.equal(kernel.info.step_size, step_size)
 
 
-@pytest.mark.parametrize("make", [BatchedHMC, functools.partial(BatchedNUTS, max_tree_depth=5)])
+@each_kernel
 def test_no_two_uses_share_noise(make, monkeypatch):
     """With many sites too, every purpose of a transition is its own, and none is the guide's."""
     used = []
@@ -230,6 +243,31 @@ def test_no_two_uses_share_noise(make, monkeypatch):
     kernel.sample(kernel.sample(start))
     assert len(set(used)) == len(used)
     assert max(purpose for _, purpose in used) < 2048  # where those of the guide begin
+
+
+def test_persistent_momentum_is_drawn_anew_for_a_run():
+    """The momentum belongs to the state: it starts from N(0, M), and goes on only within a run."""
+    kernel = BatchedGHMC(
+        potential_fn=gaussian, inverse_mass_matrix={"z": torch.tensor([4.0])}, step_size=1e-6
+    )
+    kernel.setup(0)
+    kernel.sample({"z": torch.zeros(4000, 1)})
+    # 4000 draws of variance 1/4: 5 standard errors of a variance, an error rate of 6e-7.
+    variance = kernel.state.momentum["z"].var()
+    assert abs(float(variance) - 0.25) < 5 * 0.25 * math.sqrt(2 / 4000)
+    before = kernel.state.momentum["z"]
+    kernel.sample(kernel.state.position)
+    after = kernel.state.momentum["z"]
+    # Persistence 0.8 is the correlation of consecutive momenta; its standard error is 0.006.
+    correlation = torch.corrcoef(torch.stack([before[:, 0], after[:, 0]]))[0, 1]
+    assert abs(float(correlation) - 0.8) < 0.03
+
+
+def test_one_dimension_is_too_few_for_microcanonical_dynamics():
+    with pytest.raises(ValueError, match="MAMS needs at least 2 latent dimensions"):
+        run(BatchedMAMS(potential_fn=gaussian), start={"z": torch.randn(5, 1)})
+    with pytest.raises(ValueError, match="burn_in > 0 needs at least 2 latent dimensions"):
+        run(BatchedHMC(potential_fn=gaussian, burn_in=5), start={"z": torch.randn(5, 1)})
 
 
 def test_images_of_a_batch_do_not_share_noise():
@@ -267,6 +305,15 @@ def test_images_of_a_batch_do_not_share_noise():
         ),
         (BatchedNUTS, {"max_tree_depth": 0}, "max_tree_depth must be an integer in 1..20, got 0"),
         (BatchedNUTS, {"max_tree_depth": 21}, "max_tree_depth must be an integer in 1..20"),
+        (BatchedMALA, {"target_accept_prob": 1.0}, r"target_accept_prob must lie in \(0, 1\)"),
+        (BatchedULA, {"step_size": 0.0}, "step_size must be a positive finite number, got 0.0"),
+        (BatchedGHMC, {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
+        (BatchedGHMC, {"persistence": 1.0}, r"persistence must lie in \[0, 1\), got 1.0"),
+        (BatchedGHMC, {"persistence": -0.1}, r"persistence must lie in \[0, 1\), got -0.1"),
+        (BatchedMAMS, {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
+        (BatchedMAMS, {"jitter": 2.0}, r"jitter must lie in \[0, 1\], got 2.0"),
+        (BatchedHMC, {"burn_in": -1}, "burn_in must be an integer of at least 0, got -1"),
+        (BatchedNUTS, {"burn_in": 2.5}, "burn_in must be an integer of at least 0, got 2.5"),
         (BatchedHMC, {"preset": "papper"}, "preset must be 'paper' or None, got 'papper'"),
         (
             BatchedHMC,
@@ -285,7 +332,7 @@ def test_arguments_out_of_range(make, options, message):
         make(potential_fn=gaussian, **options)
 
 
-@pytest.mark.parametrize("make", [BatchedHMC, BatchedNUTS])
+@each_kernel
 def test_exactly_one_of_model_and_potential(make):
     with pytest.raises(ValueError, match="exactly one of model and potential_fn"):
         make()
@@ -350,11 +397,14 @@ def test_a_potential_needs_a_start(make):
 # --- Placement ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", [None, "paper"])
-def test_hmc_runs_on_a_device_that_cannot_answer(preset):
+@pytest.mark.parametrize("pool_replicas", [False, True])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name != "nuts"])
+def test_kernels_run_on_a_device_that_cannot_answer(name, pool_replicas):
     """Tensors on "meta" have no values: whatever asks for one (a host sync) raises."""
     metric = {"z": torch.ones(3)}
-    kernel = BatchedHMC(potential_fn=gaussian, inverse_mass_matrix=metric, preset=preset)
+    kernel = KERNELS[name](
+        potential_fn=gaussian, inverse_mass_matrix=metric, pool_replicas=pool_replicas
+    )
     kernel.setup(warmup_steps=2)
     params = {"z": torch.empty(5, 3, device="meta")}
     for _ in range(4):
@@ -387,18 +437,18 @@ class CountSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_host_syncs_of_a_transition():
-    """HMC asks for nothing, model or potential; NUTS asks once per leaf of the largest tree."""
+@each_kernel
+def test_host_syncs_of_a_transition(make):
+    """NUTS asks once per leaf of the largest tree; the others ask for nothing, model or potential."""
     vae, x = LinearGaussianVAE(), torch.rand(5, 1, 4, 4)
-    for make in (BatchedHMC, BatchedNUTS):
-        kernel = make(vae.model)
-        kernel.setup(3, x)
-        params = kernel.sample(kernel.initial_params)  # checks the start, which asks
-        for _ in range(5):
-            with CountSyncs() as syncs:
-                params = kernel.sample(params)
-            if make is BatchedHMC:
-                assert syncs.count == 0
-            else:
-                depth = int(kernel.info.tree_depth.max())
-                assert 0 < syncs.count <= 2**depth
+    kernel = make(vae.model, pool_replicas=True)
+    kernel.setup(3, x)
+    params = kernel.sample(kernel.initial_params)  # checks the start, which asks
+    for _ in range(5):
+        with CountSyncs() as syncs:
+            params = kernel.sample(params)
+        if isinstance(kernel, BatchedNUTS):
+            depth = int(kernel.info.tree_depth.max())
+            assert 0 < syncs.count <= 2**depth
+        else:
+            assert syncs.count == 0

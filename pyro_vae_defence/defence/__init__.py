@@ -14,11 +14,22 @@ from pyro_vae_defence.defence.controls import (
     gaussian_filter,
     median_filter,
 )
+from pyro_vae_defence.defence.convergence import Convergence, ConvergenceRule
 from pyro_vae_defence.defence.detection import detection_scores
 from pyro_vae_defence.defence.mcmc import DefenceResult, KernelFactory, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.mode import PosteriorModeDefence
+from pyro_vae_defence.defence.radius import (
+    RadiusChoice,
+    calibrate_radius,
+    choose_radius,
+    radius_probabilities,
+    scores_by_radius,
+)
 
 __all__ = [
     "READINGS",
+    "Convergence",
+    "ConvergenceRule",
     "Defence",
     "DefenceResult",
     "DefendedClassifier",
@@ -26,11 +37,17 @@ __all__ = [
     "KernelFactory",
     "MCMCDefence",
     "NoDefence",
+    "PosteriorModeDefence",
+    "RadiusChoice",
     "Reading",
+    "calibrate_radius",
+    "choose_radius",
     "clip_dark_pixels",
     "clip_extreme_pixels",
     "detection_scores",
     "gaussian_filter",
     "median_filter",
+    "radius_probabilities",
     "read_latents",
+    "scores_by_radius",
 ]

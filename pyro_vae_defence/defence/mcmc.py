@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,7 +26,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence import diagnostics
+from pyro_vae_defence.defence.convergence import (
+    MIN_CHAINS,
+    MIN_DRAWS,
+    Convergence,
+    ConvergenceRule,
+    assess,
+)
 from pyro_vae_defence.mcmc.kernels import BatchedHMC, BatchedKernel
+from pyro_vae_defence.mcmc.mode import search_mode
+from pyro_vae_defence.models.compiled import Recorder, ReducedForce, check_force_dtype
+from pyro_vae_defence.models.perturbation import Perturbation
 from pyro_vae_defence.models.program import (
     ModelPotential,
     check_images,
@@ -34,16 +45,19 @@ from pyro_vae_defence.models.program import (
     encode,
     evaluation_mode,
     observation_site,
+    posterior_mean,
     potential,
     prior,
     target,
 )
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents
 
 KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
+
+Initial = Literal["guide", "mean", "prior", "mode"]
+INITIALS: tuple[str, ...] = get_args(Initial)
 
 PAPER_SETTINGS: dict[str, tuple[int, float]] = {
     "mnist": (500, 0.1),
@@ -68,6 +82,9 @@ class DefenceResult:
         seconds: wall time of the whole call.
         observation: name of the model's observation site.
         settings: what the run was made with.
+        convergence: ``converged``, ``r_hat``, ``energy_drift`` and ``forgotten_after`` per image, ``(N,)`` each, of
+            :class:`~pyro_vae_defence.defence.convergence.Convergence`; empty with fewer than 4 chains or 8
+            draws, where nothing can be said.
     """
 
     latents: Latents
@@ -80,6 +97,7 @@ class DefenceResult:
     seconds: float
     observation: str
     settings: dict[str, Any] = field(default_factory=dict)
+    convergence: dict[str, Tensor] = field(default_factory=dict)
 
     def to_datatree(self) -> Any:
         """The chains as an ``xarray.DataTree``; see :mod:`pyro_vae_defence.diagnostics`."""
@@ -143,13 +161,34 @@ class MCMCDefence:
             ``functools.partial(BatchedHMC, num_steps=4)``, all images and chains run as one batch; with
             any other, such as ``pyro.infer.NUTS``, images and chains run one after the other, since such
             a kernel takes a batch for a single state (their noise comes from torch's global seed).
-        num_samples: draws kept per chain, >= 1.
+        num_samples: transitions per chain after warm-up, >= 1.
         warmup_steps: transitions before them, >= 0, during which kernels adapt.
         num_chains: chains per image, >= 1. Chain 0 is the one that is decoded; more of them serve
             diagnostics (R-hat) and averages.
-        initial: where chains start: ``"guide"``, a draw from q(z | x) as in the paper, or ``"prior"``.
-        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)``; the chains then sample the
-            perturbation-aware posterior of :mod:`pyro_vae_defence.models.perturbation`. ``None`` is the paper.
+        initial: where chains start: ``"guide"``, a draw from q(z | x) as in the paper; ``"mean"``, its mean;
+            ``"prior"``, a draw from p(z); ``"mode"``, the best of ``mode_steps`` steps of
+            :func:`~pyro_vae_defence.mcmc.mode.search_mode` from a draw of the guide, whose gradients count.
+        mode_steps: steps of that search, >= 0.
+        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an ``UnknownRadius``; the chains
+            then sample the perturbation-aware posterior of :mod:`pyro_vae_defence.models.perturbation`.
+            ``None`` is the paper.
+        keep_draws: draws kept per chain, the last ones; ``None`` keeps all ``num_samples``. Memory per image
+            then depends on this alone. With ``until_converged`` at most its ``check_every``, the default.
+        max_gradients: most gradients of the energy per image, over all its chains, the start and a mode search
+            included; ``None`` for no bound. Where it does not suffice for all transitions, warm-up keeps its
+            share ``warmup_steps / (warmup_steps + num_samples)`` of those that it does. NUTS is counted by its
+            largest tree, since no image's tree is known beforehand.
+        until_converged: stop each image's chains when they keep this rule; ``num_samples`` is then the most
+            transitions after warm-up. Needs at least 4 chains. An image whose every transition between two looks
+            diverged, in all chains, stops too, unconverged. Images that are done leave the batch once they are
+            half of it, unless the kernel couples images; results do not depend on that.
+        capture: record the energy and its gradient once per shape of a batch instead of running the model's
+            Python every time (:class:`~pyro_vae_defence.models.compiled.Recorder`, which falls back to tracing).
+            A recording takes some tenths of a second and a few gradients.
+        compile: also hand recordings to ``torch.compile``.
+        force_dtype: precision of forces, e.g. ``torch.bfloat16``; energies stay full, so that chains stay exact
+            (:class:`~pyro_vae_defence.models.compiled.ReducedForce`). It pays where the device multiplies faster
+            in it; not combined with ``capture``.
         batch_size: most chains (images times ``num_chains``) at a time; results do not depend on it
             unless the kernel itself couples images, as the paper's preset does, or the guide has
             latents that are not Gaussian, whose start comes from torch's global seed.
@@ -168,8 +207,15 @@ class MCMCDefence:
         warmup_steps: int = 40,
         num_chains: int = 1,
         *,
-        initial: Literal["guide", "prior"] = "guide",
-        perturbation: Ball | None = None,
+        initial: Initial = "guide",
+        mode_steps: int = 30,
+        perturbation: Perturbation | None = None,
+        keep_draws: int | None = None,
+        max_gradients: int | None = None,
+        until_converged: ConvergenceRule | None = None,
+        capture: bool = False,
+        compile: bool = False,
+        force_dtype: torch.dtype | None = None,
         batch_size: int = 4096,
         progress: bool = False,
     ) -> None:
@@ -179,24 +225,40 @@ class MCMCDefence:
                 f"kernel must be a callable from a Pyro model to an MCMCKernel, such as BatchedHMC "
                 f"or functools.partial(BatchedHMC, step_size=0.1), got {kernel!r}"
             )
-        smallest = {"num_samples": 1, "warmup_steps": 0, "num_chains": 1, "batch_size": 1}
-        given = {
-            "num_samples": num_samples,
-            "warmup_steps": warmup_steps,
-            "num_chains": num_chains,
-            "batch_size": batch_size,
-        }
-        for name, value in given.items():
-            if not (isinstance(value, int) and value >= smallest[name]):
+        _check_at_least("num_samples", num_samples, 1)
+        _check_at_least("warmup_steps", warmup_steps, 0)
+        _check_at_least("num_chains", num_chains, 1)
+        _check_at_least("mode_steps", mode_steps, 0)
+        _check_at_least("batch_size", batch_size, 1)
+        if max_gradients is not None:
+            _check_at_least("max_gradients", max_gradients, 1)
+        if initial not in INITIALS:
+            raise ValueError(f"initial must be one of {INITIALS}, got {initial!r}")
+        most = num_samples
+        if until_converged is not None:
+            if not isinstance(until_converged, ConvergenceRule):
                 raise ValueError(
-                    f"{name} must be an integer of at least {smallest[name]}, got {value!r}"
+                    f"until_converged must be a ConvergenceRule or None, got {until_converged!r}"
                 )
-        if initial not in ("guide", "prior"):
-            raise ValueError(f"initial must be 'guide' or 'prior', got {initial!r}")
-        if not (perturbation is None or isinstance(perturbation, Ball)):
+            if num_chains < MIN_CHAINS:
+                raise ValueError(
+                    f"until_converged compares chains: num_chains must be at least {MIN_CHAINS}, "
+                    f"got {num_chains}"
+                )
+            most = min(num_samples, until_converged.check_every)
+        if keep_draws is None:
+            keep_draws = most
+        _check_at_least("keep_draws", keep_draws, 1)
+        if keep_draws > most:
             raise ValueError(
-                f"perturbation must be a ball such as Linf(0.1), or None, got {perturbation!r}"
+                f"keep_draws must be at most {most}, the fewest draws an image can have, "
+                f"got {keep_draws}"
             )
+        if capture and force_dtype is not None:
+            raise ValueError("capture and force_dtype cannot be combined; give one of them")
+        if compile and not capture:
+            raise ValueError("compile works on recordings; give capture=True as well")
+        check_force_dtype(force_dtype)
         self.kernel = kernel
         self.perturbation = perturbation
         self.model = target(vae, perturbation)
@@ -204,6 +266,13 @@ class MCMCDefence:
         self.warmup_steps = warmup_steps
         self.num_chains = num_chains
         self.initial = initial
+        self.mode_steps = mode_steps
+        self.keep_draws = keep_draws
+        self.max_gradients = max_gradients
+        self.until_converged = until_converged
+        self.capture = capture
+        self.compile = compile
+        self.force_dtype = force_dtype
         self.batch_size = batch_size
         self.progress = progress
 
@@ -237,34 +306,76 @@ class MCMCDefence:
             generator: source of the run's seed; torch's global seed when ``None``.
         """
         check_images(x)
-        started = time.perf_counter()
-        # Drawn before anything that consumes randomness in proportion to the batch.
-        seed = draw_seed(generator)
-        with evaluation_mode(self.vae):
-            site = observation_site(self.vae.model, x)
+        parts = list(self._parts([x], draw_seed(generator), whole=True))
+        return parts[0] if len(parts) == 1 else _join(parts, x)
+
+    def stream(
+        self, batches: Iterable[Any], generator: torch.Generator | None = None
+    ) -> Iterator[DefenceResult]:
+        """Defend any number of images in constant memory: one result per micro-batch, as they are ready.
+
+        Images are numbered through, so that together the results are those of one call on all images.
+
+        Args:
+            batches: iterable of images ``(N, C, H, W)`` in [0, 1], or of tuples that start with them, e.g. a
+                ``DataLoader``; batches of more than ``batch_size`` chains are divided.
+            generator: source of the run's seed; torch's global seed when ``None``.
+
+        Raises:
+            ValueError: while iterating, if a batch does not hold images in [0, 1].
+        """
+        yield from self._parts(batches, draw_seed(generator), whole=False)
+
+    def _parts(self, batches: Iterable[Any], seed: int, whole: bool) -> Iterator[DefenceResult]:
+        # The seed was drawn before anything that consumes randomness in proportion to the batch.
+        recorder = Recorder(compile=self.compile) if self.capture else None
+        first = 0
+        for batch in batches:
+            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            if not whole:
+                check_images(images, "batches")
             kernel = self.kernel(self.model)
             if not isinstance(kernel, MCMCKernel):
                 raise ValueError(
                     f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
                 )
             batched = isinstance(kernel, BatchedKernel)
-            run = self._run_batched if batched else self._run_one_by_one
-            initial, samples, stats = run(x, seed)
-            latents = {name: value[0, -1] for name, value in samples.items()}
+            if not batched and (self.max_gradients is not None or self.until_converged is not None):
+                raise ValueError(
+                    "max_gradients and until_converged need a kernel of this library, such as "
+                    f"BatchedHMC; got {type(kernel).__name__}"
+                )
+            size = max(1, self.batch_size // self.num_chains) if batched else images.shape[0]
+            for x in images.split(size):
+                yield self._part(x, seed, first, recorder, batched)
+                first += x.shape[0]
+
+    def _part(
+        self, x: Tensor, seed: int, first: int, recorder: Recorder | None, batched: bool
+    ) -> DefenceResult:
+        """The chains of one micro-batch, whose first image has the number ``first``."""
+        started = time.perf_counter()
+        with evaluation_mode(self.vae):
+            site = observation_site(self.vae.model, x)
+            if batched:
+                run = self._run_batch(x, seed, first, recorder)
+            else:
+                run = self._run_one_by_one(x, seed, first)
+            latents = {name: value[0, -1] for name, value in run.samples.items()}
             with torch.no_grad():
                 reconstruction = decode(self.vae, latents, tuple(x.shape[1:]))
-        num_gradients = stats.pop("num_gradients").sum(0)
         return DefenceResult(
             latents,
             reconstruction,
-            samples,
-            stats,
-            initial,
+            run.samples,
+            run.stats,
+            run.initial,
             x,
-            num_gradients,
+            run.num_gradients,
             time.perf_counter() - started,
             site,
             self._settings(),
+            run.convergence,
         )
 
     def _settings(self) -> dict[str, Any]:
@@ -288,100 +399,135 @@ class MCMCDefence:
             "num_chains": self.num_chains,
             "initial": self.initial,
             "perturbation": str(self.perturbation),
+            "keep_draws": self.keep_draws,
+            "max_gradients": str(self.max_gradients),
+            "until_converged": str(self.until_converged),
+            "capture": int(self.capture),
+            "force_dtype": str(self.force_dtype),
         }
 
     # --- Chains of this library: all at once ---
 
-    def _run_batched(self, x: Tensor, seed: int) -> tuple[Latents, Latents, dict[str, Tensor]]:
-        images_at_once = max(1, self.batch_size // self.num_chains)
-        parts = [
-            self._run_batch(x[first : first + images_at_once], seed, first)
-            for first in range(0, x.shape[0], images_at_once)
-        ]
-        initial = {n: torch.cat([p[0][n] for p in parts], 1) for n in parts[0][0]}
-        samples = {n: torch.cat([p[1][n] for p in parts], 2) for n in parts[0][1]}
-        # num_gradients is (chain, image), the others (chain, draw, image).
-        stats = {n: torch.cat([p[2][n] for p in parts], -1) for n in parts[0][2]}
-        return initial, samples, stats
-
-    def _run_batch(
-        self, x: Tensor, seed: int, first_image: int
-    ) -> tuple[Latents, Latents, dict[str, Tensor]]:
-        folded = x.repeat(self.num_chains, 1, 1, 1)
-        streams = Streams.create(
-            x.shape[0],
-            self.num_chains,
-            seed=seed,
-            first_image=first_image,
-            device=x.device,
-        )
-        energy = potential(self.vae, folded, self.perturbation)
-        start = self._start(folded, energy, streams)
+    def _run_batch(self, x: Tensor, seed: int, first: int, recorder: Recorder | None) -> _Run:
+        num_images, num_chains, rule = x.shape[0], self.num_chains, self.until_converged
         kernel = self.kernel(self.model)
         assert isinstance(kernel, BatchedKernel)
-        kernel.streams = streams
-        # The start itself costs one gradient.
-        gradients = torch.ones(folded.shape[0], dtype=torch.long, device=x.device)
-        collected: dict[str, list[Tensor]] = {name: [] for name in diagnostics.SAMPLE_STATS}
-
-        def collect(kernel: Any, params: Any, stage: str, number: int) -> None:
-            nonlocal gradients
-            gradients = gradients + kernel.info.num_steps
-            bar.update()
-            if stage.startswith("Warmup"):
-                return
-            info = kernel.info
-            for name, value in (
-                ("acceptance_rate", info.acceptance_rate),
-                ("diverging", info.diverging),
-                ("energy", info.energy),
-                ("lp", -kernel.state.energy),
-                ("step_size", info.step_size),
-                ("n_steps", info.num_steps),
-                ("tree_depth", info.tree_depth),
-            ):
-                collected[name].append(value)
-
-        mcmc = MCMC(
-            kernel,
-            self.num_samples,
-            self.warmup_steps,
-            initial_params=start,
-            hook_fn=collect,
-            disable_progbar=True,
+        kernel.streams = Streams.create(
+            num_images, num_chains, seed=seed, first_image=first, device=x.device
         )
-        with self._bar(self.num_samples + self.warmup_steps, "transition") as bar:
-            mcmc.run(folded)
-        draws = mcmc.get_samples()
-        samples = {
-            name: lat.unfold(value.transpose(0, 1), self.num_chains).transpose(1, 2)
-            for name, value in draws.items()
-        }
-        stats = {
-            name: lat.unfold(torch.stack(values, 1), self.num_chains).transpose(1, 2)
-            for name, values in collected.items()
-        }
-        stats["num_gradients"] = lat.unfold(gradients, self.num_chains)
-        initial = {
-            name: lat.unfold(value, self.num_chains)
-            for name, value in energy.constrain(start).items()
-        }
-        return initial, samples, stats
+        kernel.prepare = self._prepare(recorder)
+        warmup_steps, num_samples = self._plan(kernel, seed)
+        folded = x.repeat(num_chains, 1, 1, 1)
+        kernel.setup(warmup_steps, folded)
+        energy = kernel.potential
+        assert isinstance(energy, ModelPotential)
+        position, gradients = self._start(folded, energy, kernel.streams)
+        initial = energy.constrain(position)
+        # The start itself costs one gradient.
+        gradients = gradients + 1
+        history: deque[_Draw] = deque(maxlen=self.keep_draws if rule is None else None)
+        collector = _Collector(num_images, num_chains, self.keep_draws)
+        present = torch.arange(num_images, device=x.device)  # images in the batch
+        running = torch.ones(num_images, dtype=torch.bool, device=x.device)
+        with self._bar(warmup_steps + num_samples, "transition") as bar:
+            for number in range(1, warmup_steps + num_samples + 1):
+                position = kernel.sample(position)
+                assert kernel.info is not None
+                gradients = gradients + kernel.info.num_steps
+                bar.update()
+                made = number - warmup_steps
+                if made < 1:
+                    continue
+                history.append(_Draw(position, _statistics(kernel)))
+                last = made == num_samples
+                if not last and (rule is None or made % rule.check_every):
+                    continue
+                verdict = self._assess(history, warmup_steps)
+                done = running
+                if not last:
+                    assert rule is not None
+                    assert verdict is not None
+                    recent = [
+                        draw.stats["diverging"] for draw in list(history)[-rule.check_every :]
+                    ]
+                    stuck = lat.unfold(torch.stack(recent).all(0), num_chains).all(0)
+                    done = running & (verdict.converged | stuck)
+                collector.collect(energy, history, gradients, verdict, present, done)
+                running = running & ~done
+                left = int(running.sum())
+                if left == 0:
+                    break
+                if 2 * left <= present.shape[0] and not kernel.couples_images:
+                    rows = running.nonzero()[:, 0]
+                    chains = torch.arange(num_chains, device=x.device)[:, None]
+                    folded_rows = (chains * present.shape[0] + rows).flatten()
+                    kernel.keep(folded_rows)
+                    assert kernel.state is not None
+                    position = kernel.state.position
+                    gradients = gradients[folded_rows]
+                    history = deque(draw.take(folded_rows) for draw in history)
+                    present, running = present[rows], running[rows]
+        kernel.cleanup()
+        return collector.result({n: lat.unfold(v, num_chains) for n, v in initial.items()})
 
-    def _start(self, x: Tensor, energy: ModelPotential, streams: Streams) -> Latents:
-        """Unconstrained starting points of the chains, one row of ``x`` each."""
-        draw = encode if self.initial == "guide" else prior
+    def _prepare(
+        self, recorder: Recorder | None
+    ) -> Callable[[ModelPotential], ModelPotential] | None:
+        if self.force_dtype is None:
+            return recorder
+        return functools.partial(ReducedForce, dtype=self.force_dtype)
+
+    def _plan(self, kernel: BatchedKernel, seed: int) -> tuple[int, int]:
+        """Transitions of warm-up and after it that fit ``max_gradients``."""
+        total = self.warmup_steps + self.num_samples
+        if self.max_gradients is None:
+            return self.warmup_steps, self.num_samples
+        budget = self.max_gradients // self.num_chains
+        spent = 1 + (self.mode_steps + 1 if self.initial == "mode" else 0)
+        steps = 0
+        while steps < total and spent + kernel.gradients_of(seed, steps) <= budget:
+            spent += kernel.gradients_of(seed, steps)
+            steps += 1
+        if steps == 0:
+            raise ValueError(
+                f"max_gradients={self.max_gradients} leaves no transition to any of {self.num_chains} "
+                f"chains: the start takes {spent} of the {budget} gradients of each; raise it"
+            )
+        warmup_steps = self.warmup_steps * steps // total
+        return warmup_steps, min(steps - warmup_steps, self.num_samples)
+
+    def _assess(self, history: Sequence[_Draw], warmup_steps: int) -> Convergence | None:
+        if self.num_chains < MIN_CHAINS or len(history) < 2 * MIN_DRAWS:
+            return None
+        stacked = _stack(history, self.num_chains)
+        rule = self.until_converged or ConvergenceRule()
+        first = warmup_steps
+        if self.until_converged is None:
+            first += self.num_samples - len(history)
+        return assess(-stacked.stats["lp"], stacked.position, rule, first)
+
+    def _start(self, x: Tensor, energy: ModelPotential, streams: Streams) -> tuple[Latents, Tensor]:
+        """Unconstrained starts of the chains, one row of ``x`` each, and the gradients they took."""
         with torch.no_grad():
-            return lat.detach(energy.unconstrain(draw(self.vae, x, streams=streams)))
+            if self.initial == "prior":
+                drawn = prior(self.vae, x, streams=streams)
+            elif self.initial == "mean":
+                drawn = posterior_mean(self.vae, x)
+            else:
+                drawn = encode(self.vae, x, streams=streams)
+            start = lat.detach(energy.unconstrain(drawn))
+        if self.initial == "mode":
+            return search_mode(energy, start, num_steps=self.mode_steps)
+        return start, torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
 
     # --- Any other kernel: one image and chain after the other ---
 
-    def _run_one_by_one(self, x: Tensor, seed: int) -> tuple[Latents, Latents, dict[str, Tensor]]:
+    def _run_one_by_one(self, x: Tensor, seed: int, first: int) -> _Run:
         jobs = [(c, i) for c in range(self.num_chains) for i in range(x.shape[0])]
         with self._bar(len(jobs), "chain") as bar:
             chains = []
             for chain, image in jobs:
-                chains.append(self._run_single(x[image : image + 1], seed, image, chain))
+                chains.append(self._run_single(x[image : image + 1], seed, first + image, chain))
                 bar.update()
 
         def grid(values: list[Tensor]) -> Tensor:
@@ -391,8 +537,15 @@ class MCMCDefence:
         initial = {n: grid([c[0][n] for c in chains]) for n in chains[0][0]}
         samples = {n: grid([c[1][n] for c in chains]).transpose(1, 2) for n in chains[0][1]}
         stats = {n: grid([c[2][n] for c in chains]) for n in chains[0][2]}
-        per_draw = {n: v.transpose(1, 2) for n, v in stats.items() if n != "num_gradients"}
-        return initial, samples, {**per_draw, "num_gradients": stats["num_gradients"]}
+        num_gradients = stats.pop("num_gradients").sum(0)
+        kept = {n: v.transpose(1, 2)[:, -self.keep_draws :] for n, v in stats.items()}
+        return _Run(
+            initial,
+            {n: v[:, -self.keep_draws :] for n, v in samples.items()},
+            kept,
+            num_gradients,
+            {},
+        )
 
     def _run_single(
         self, x: Tensor, seed: int, image: int, chain: int
@@ -403,7 +556,7 @@ class MCMCDefence:
             torch.full((1,), chain, device=x.device),
         )
         energy = potential(self.vae, x, self.perturbation)
-        start = self._start(x, energy, streams)
+        start, spent = self._start(x, energy, streams)
         if not bool(energy(start).isfinite().all()):
             # Pyro's own search for a step size would not come back from here.
             raise ValueError(
@@ -459,13 +612,134 @@ class MCMCDefence:
             "lp": lp,
             "step_size": x.new_tensor(step_sizes),
             "n_steps": sizes.to(x.device),
-            "num_gradients": torch.tensor(calls, device=x.device),
+            "num_gradients": torch.tensor(calls, device=x.device) + spent[0],
         }
         initial = {name: value[0] for name, value in energy.constrain(start).items()}
         return initial, draws, stats
 
     def _bar(self, total: int, unit: str) -> tqdm:
         return tqdm(total=total, unit=unit, disable=not self.progress, leave=False)
+
+
+class _Draw(NamedTuple):
+    """One transition of all rows: unconstrained positions and statistics, ``(rows, ...)``."""
+
+    position: Latents
+    stats: dict[str, Tensor]
+
+    def take(self, rows: Tensor) -> _Draw:
+        return _Draw(lat.index(self.position, rows), lat.index(self.stats, rows))
+
+
+class _Run(NamedTuple):
+    """The chains of a micro-batch, in the shapes of :class:`DefenceResult`."""
+
+    initial: Latents
+    samples: Latents
+    stats: dict[str, Tensor]
+    num_gradients: Tensor
+    convergence: dict[str, Tensor]
+
+
+def _statistics(kernel: BatchedKernel) -> dict[str, Tensor]:
+    info, state = kernel.info, kernel.state
+    assert info is not None
+    assert state is not None
+    return {
+        "acceptance_rate": info.acceptance_rate,
+        "diverging": info.diverging,
+        "energy": info.energy,
+        "lp": -state.energy,
+        "step_size": info.step_size,
+        "n_steps": info.num_steps,
+        "tree_depth": info.tree_depth,
+    }
+
+
+def _stack(history: Sequence[_Draw], num_chains: int) -> _Draw:
+    """Draws of one transition each to tensors ``(chain, draw, image, ...)``."""
+
+    def stack(values: list[Tensor]) -> Tensor:
+        return lat.unfold(torch.stack(values, 1), num_chains).transpose(1, 2)
+
+    first = history[0]
+    return _Draw(
+        {n: stack([draw.position[n] for draw in history]) for n in first.position},
+        {n: stack([draw.stats[n] for draw in history]) for n in first.stats},
+    )
+
+
+class _Collector:
+    """Last draws of every image, taken when the image is done."""
+
+    def __init__(self, num_images: int, num_chains: int, keep_draws: int) -> None:
+        self.num_images = num_images
+        self.num_chains = num_chains
+        self.keep_draws = keep_draws
+        self.parts: list[tuple[Tensor, _Run]] = []
+
+    def collect(
+        self,
+        energy: ModelPotential,
+        history: Sequence[_Draw],
+        gradients: Tensor,
+        verdict: Convergence | None,
+        present: Tensor,
+        done: Tensor,
+    ) -> None:
+        """Take the images marked by ``done``; ``present`` are the images of the rows."""
+        columns = done.nonzero()[:, 0]
+        if columns.shape[0] == 0:
+            return
+        last = _stack(list(history)[-self.keep_draws :], self.num_chains)
+        # Whatever the batch, a site's transform acts on its event dimensions, the last ones.
+        samples = {n: v[:, :, columns] for n, v in energy.constrain(last.position).items()}
+        stats = {n: v[:, :, columns] for n, v in last.stats.items()}
+        spent = lat.unfold(gradients, self.num_chains).sum(0)[columns]
+        seen = {} if verdict is None else {n: v[columns] for n, v in verdict._asdict().items()}
+        self.parts.append((present[columns], _Run({}, samples, stats, spent, seen)))
+
+    def result(self, initial: Latents) -> _Run:
+        order = torch.cat([images for images, _ in self.parts]).argsort()
+        runs = [run for _, run in self.parts]
+
+        def join(values: Iterable[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+            return {n: v.index_select(dim, order) for n, v in _concatenate(values, dim).items()}
+
+        return _Run(
+            initial,
+            join((run.samples for run in runs), 2),
+            join((run.stats for run in runs), 2),
+            torch.cat([run.num_gradients for run in runs])[order],
+            join((run.convergence for run in runs), 0),
+        )
+
+
+def _concatenate(values: Iterable[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
+    parts = list(values)
+    return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
+
+
+def _join(parts: list[DefenceResult], x: Tensor) -> DefenceResult:
+    """Results of consecutive micro-batches of ``x`` as one."""
+    return DefenceResult(
+        _concatenate((p.latents for p in parts), 0),
+        torch.cat([p.reconstruction for p in parts]),
+        _concatenate((p.samples for p in parts), 2),
+        _concatenate((p.sample_stats for p in parts), 2),
+        _concatenate((p.initial for p in parts), 1),
+        x,
+        torch.cat([p.num_gradients for p in parts]),
+        sum(p.seconds for p in parts),
+        parts[0].observation,
+        parts[0].settings,
+        _concatenate((p.convergence for p in parts), 0),
+    )
+
+
+def _check_at_least(name: str, value: Any, smallest: int) -> None:
+    if not (isinstance(value, int) and value >= smallest):
+        raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
 
 
 def _to_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:

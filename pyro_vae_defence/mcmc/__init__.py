@@ -1,5 +1,19 @@
-"""Hamiltonian kernels that run one independent chain per image in one tensor program."""
+"""Hamiltonian and Langevin kernels that run one independent chain per image in one tensor program."""
 
-from pyro_vae_defence.mcmc.kernels import BatchedHMC, BatchedNUTS
+from pyro_vae_defence.mcmc.kernels import (
+    BatchedGHMC,
+    BatchedHMC,
+    BatchedMALA,
+    BatchedMAMS,
+    BatchedNUTS,
+    BatchedULA,
+)
 
-__all__ = ["BatchedHMC", "BatchedNUTS"]
+__all__ = [
+    "BatchedGHMC",
+    "BatchedHMC",
+    "BatchedMALA",
+    "BatchedMAMS",
+    "BatchedNUTS",
+    "BatchedULA",
+]

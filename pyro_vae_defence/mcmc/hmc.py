@@ -29,9 +29,11 @@ from pyro_vae_defence.types import Latents, LatentsLike, Potential
 DIVERGENCE_THRESHOLD = 1000.0
 """Energy error in nats beyond which a trajectory counts as divergent (as in Stan and Pyro)."""
 
-# Purposes of the random streams: NUTS takes 1 to 31, the guide those from 2048 on.
+# Purposes of the random streams: NUTS takes 1 to 31, the guide those from 2048 on. Within the noise of
+# momenta, 1024 + site refreshes them between trajectories, 1536 + site serves a second draw of a transition.
 _ACCEPT = 0
-_MOMENTUM = 1024  # + number of the site
+MOMENTUM = 1024
+SECOND_MOMENTUM = 1536
 
 
 class HMCState(NamedTuple):
@@ -79,11 +81,15 @@ def init(potential: Potential, position: LatentsLike) -> HMCState:
 
 
 def draw_momentum(
-    streams: Streams, step: int, like: LatentsLike, inverse_mass: LatentsLike | None
+    streams: Streams,
+    step: int,
+    like: LatentsLike,
+    inverse_mass: LatentsLike | None,
+    purpose: int = MOMENTUM,
 ) -> Latents:
-    """Momentum from N(0, M) for each site, from each image's own stream."""
+    """Momentum from N(0, M) for each site, from each image's own stream; sites count on from ``purpose``."""
     momentum = {
-        name: streams.normal(step, _MOMENTUM + number, tuple(value.shape[1:]), value.dtype)
+        name: streams.normal(step, purpose + number, tuple(value.shape[1:]), value.dtype)
         for number, (name, value) in enumerate(like.items())
     }
     if inverse_mass is None:
@@ -97,6 +103,46 @@ def energy_error(end: Tensor, start: Tensor) -> Tensor:
     That includes minus infinity: a chain that went there would never leave.
     """
     return torch.where(end.isfinite(), end - start, torch.inf)
+
+
+def accept(
+    state: HMCState,
+    proposal: Phase,
+    start: Tensor,
+    end: Tensor,
+    streams: Streams,
+    step_size: Tensor,
+    num_steps: int,
+) -> tuple[HMCState, HMCInfo]:
+    """The Metropolis test: each chain moves to ``proposal`` with probability min(1, exp(start - end)).
+
+    Args:
+        state: current state.
+        proposal: end of the trajectory.
+        start, end: Hamiltonian before and after, ``(N,)``; what a kernel counts as its energy error is
+            their difference.
+        streams: random streams of the chains.
+        step_size, num_steps: of the trajectory, for the record.
+    """
+    error = energy_error(end, start)
+    log_uniform = streams.uniform(state.step, _ACCEPT, (), error.dtype).log()
+    accepted = log_uniform < -error
+    info = HMCInfo(
+        acceptance_rate=(-error).clamp(max=0.0).exp(),
+        accepted=accepted,
+        diverging=error > DIVERGENCE_THRESHOLD,
+        energy=torch.where(accepted, end, start),
+        step_size=step_size,
+        num_steps=torch.full_like(step_size, num_steps, dtype=torch.long),
+        tree_depth=torch.zeros_like(step_size, dtype=torch.long),
+    )
+    moved = HMCState(
+        lat.where(accepted, proposal.position, state.position),
+        torch.where(accepted, proposal.energy, state.energy),
+        lat.where(accepted, proposal.gradient, state.gradient),
+        state.step + 1,
+    )
+    return moved, info
 
 
 def step(
@@ -120,25 +166,9 @@ def step(
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
     phase = Phase(state.position, momentum, state.energy, state.gradient)
     start = state.energy + kinetic_energy(momentum, inverse_mass)
-    for _ in range(num_steps):
-        phase = leapfrog(potential, phase, step_size, inverse_mass)
+    for number in range(num_steps):
+        # Only the last energy is read.
+        last = number == num_steps - 1
+        phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=last)
     end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
-    error = energy_error(end, start)
-    log_uniform = streams.uniform(state.step, _ACCEPT, (), error.dtype).log()
-    accepted = log_uniform < -error
-    info = HMCInfo(
-        acceptance_rate=(-error).clamp(max=0.0).exp(),
-        accepted=accepted,
-        diverging=error > DIVERGENCE_THRESHOLD,
-        energy=torch.where(accepted, end, start),
-        step_size=step_size,
-        num_steps=torch.full_like(step_size, num_steps, dtype=torch.long),
-        tree_depth=torch.zeros_like(step_size, dtype=torch.long),
-    )
-    state = HMCState(
-        lat.where(accepted, phase.position, state.position),
-        torch.where(accepted, phase.energy, state.energy),
-        lat.where(accepted, phase.gradient, state.gradient),
-        state.step + 1,
-    )
-    return state, info
+    return accept(state, phase, start, end, streams, step_size, num_steps)

@@ -89,6 +89,10 @@ def record(
         raise ValueError(
             f"kernel must be a BatchedHMC or BatchedNUTS to be unrolled, got {type(kernel).__name__}"
         )
+    if kernel.burn_in > 0:
+        raise ValueError(
+            f"kernel has burn_in={kernel.burn_in}, which is not unrolled; use burn_in=0"
+        )
     inverse_mass = _inverse_mass(kernel.inverse_mass_matrix, start)
     before, decisions = lat.detach(start), []
     steps = _transitions(kernel, x, start, streams, num_transitions, warmup_steps)

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
@@ -37,10 +37,12 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_vae_defence.models.perturbation import PerturbationAware
-from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DATA_PLATE = "data"
 
@@ -438,6 +440,45 @@ class ModelPotential:
         return other
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Tensors among the model's positional arguments, the batch of images first."""
+        return tuple(arg for arg in self._args if isinstance(arg, Tensor))
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What, besides the values of :attr:`tensors` and of the latents, an energy depends on."""
+        arguments = (
+            (tuple(arg.shape), arg.stride(), arg.dtype, arg.device)
+            if isinstance(arg, Tensor)
+            else id(arg)
+            for arg in self._args
+        )
+        keywords = ((name, id(value)) for name, value in self._kwargs.items())
+        # A bound method is a new object each time, but equal.
+        return (self._model, *arguments, *keywords)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """The same energy with other values, of the same shapes, for :attr:`tensors`."""
+        values = iter(tensors)
+        other = copy.copy(self)
+        other._args = tuple(next(values) if isinstance(a, Tensor) else a for a in self._args)
+        return other
+
+    def take(self, rows: Tensor) -> Self:
+        """The energy of the images at ``rows``, int64 ``(M,)``, alone."""
+
+        def select(value: Any) -> Any:
+            per_image = isinstance(value, Tensor) and value.shape[:1] == (self.num_images,)
+            return value[rows] if per_image else value
+
+        other = copy.copy(self)
+        other._args = tuple(select(arg) for arg in self._args)
+        other._kwargs = {name: select(value) for name, value in self._kwargs.items()}
+        other._prototype = {name: value[rows] for name, value in self._prototype.items()}
+        other.num_images = rows.shape[0]
+        return other
+
+    @property
     def transforms(self) -> dict[str, Transform]:
         """Transforms of the constrained sites, from the unconstrained scale to the support."""
         return {site.name: site.transform for site in self.sites if site.transform is not None}
@@ -493,19 +534,19 @@ class ModelPotential:
         return total
 
 
-def potential(vae: VAE, x: Tensor, perturbation: Ball | None = None) -> ModelPotential:
+def potential(vae: VAE, x: Tensor, perturbation: Perturbation | None = None) -> ModelPotential:
     """Energy U(z; x) of ``vae`` at images ``x`` of shape ``(N, C, H, W)`` (eq. 9 of the paper).
 
     Args:
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
-        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)``, for the energy
-            :math:`U_\\delta(z; x)` of :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
+        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an ``UnknownRadius``, for the
+            energy :math:`U_\\delta(z; x)` of :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
     """
     return ModelPotential(target(vae, perturbation), x)
 
 
-def target(vae: VAE, perturbation: Ball | None = None) -> Callable[..., Any]:
+def target(vae: VAE, perturbation: Perturbation | None = None) -> Callable[..., Any]:
     """The Pyro model whose posterior a defence samples: ``vae.model``, or its perturbation-aware variant."""
     return vae.model if perturbation is None else PerturbationAware(vae.model, perturbation)
 

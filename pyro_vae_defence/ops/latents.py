@@ -6,9 +6,10 @@ folded into the batch. Row ``c * num_images + i`` of a folded tensor is chain ``
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from pyro_vae_defence.types import Latents, LatentsLike
+from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 
 def rows(value: Tensor, like: Tensor) -> Tensor:
@@ -68,3 +69,15 @@ def repeat(latents: LatentsLike, num_chains: int) -> Latents:
 def unfold(value: Tensor, num_chains: int) -> Tensor:
     """Undo the folding of chains: ``(num_chains * N, ...)`` to ``(num_chains, N, ...)``."""
     return value.reshape((num_chains, value.shape[0] // num_chains, *value.shape[1:]))
+
+
+def value_and_gradient(potential: Potential, latents: LatentsLike) -> tuple[Tensor, Latents]:
+    """Energies ``(N,)`` and their gradients: one forward and one backward pass to the latents alone.
+
+    No gradient of a model's parameter is computed; what comes back is detached.
+    """
+    with torch.enable_grad():
+        leaves = {name: value.detach().requires_grad_() for name, value in latents.items()}
+        energy = potential(leaves)
+        gradients = torch.autograd.grad(energy.sum(), tuple(leaves.values()))
+    return energy.detach(), dict(zip(leaves, gradients, strict=True))

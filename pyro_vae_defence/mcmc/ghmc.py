@@ -1,0 +1,90 @@
+r"""Generalised Hamiltonian Monte Carlo: the momentum outlives a transition.
+
+A transition refreshes the momentum in part, with persistence :math:`\alpha \in [0, 1)`,
+
+.. math:: r \leftarrow \alpha r + \sqrt{1 - \alpha^2}\, \xi, \qquad \xi \sim N(0, M),
+
+integrates L leapfrog steps to (z*, r*), and accepts them with probability
+:math:`\min\{1, \exp(H(z, r) - H(z^*, r^*))\}`. On rejection the momentum turns: the next state is (z, -r). Without that
+flip the chain has another stationary distribution. With one leapfrog step and persistent momentum a chain moves on as
+on a long trajectory, but is tested after every gradient; :math:`\alpha = 0` is HMC.
+
+Reference: Horowitz, "A generalized guided Monte Carlo algorithm", Physics Letters B, 1991,
+https://doi.org/10.1016/0370-2693(91)90812-5.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from pyro_vae_defence.mcmc.hmc import SECOND_MOMENTUM, HMCInfo, HMCState, accept, draw_momentum
+from pyro_vae_defence.mcmc.integrators import Phase, kinetic_energy, leapfrog
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import Latents, LatentsLike, Potential
+
+
+class GHMCState(NamedTuple):
+    """What the next transition needs: an :class:`~pyro_vae_defence.mcmc.hmc.HMCState` and its momentum.
+
+    Attributes:
+        position: unconstrained latents, site -> ``(N, *event)``.
+        energy: potential energy, ``(N,)``, in nats.
+        gradient: gradient of the energy at ``position``.
+        step: number of transitions made, which selects the noise of the next.
+        momentum: same shapes as ``position``.
+    """
+
+    position: Latents
+    energy: Tensor
+    gradient: Latents
+    step: int
+    momentum: Latents
+
+
+def init(state: HMCState, streams: Streams, inverse_mass: LatentsLike | None = None) -> GHMCState:
+    """``state`` with a momentum drawn from N(0, M)."""
+    momentum = draw_momentum(streams, state.step, state.position, inverse_mass, SECOND_MOMENTUM)
+    return GHMCState(*state, momentum)
+
+
+def refresh(momentum: LatentsLike, noise: LatentsLike, persistence: float) -> Latents:
+    """Keep ``persistence`` of a momentum and draw the rest anew."""
+    fresh = math.sqrt(1 - persistence**2)
+    return {name: persistence * value + fresh * noise[name] for name, value in momentum.items()}
+
+
+def step(
+    potential: Potential,
+    state: GHMCState,
+    streams: Streams,
+    step_size: Tensor,
+    num_steps: int,
+    persistence: float,
+    inverse_mass: LatentsLike | None = None,
+) -> tuple[GHMCState, HMCInfo]:
+    """One transition of every chain: ``num_steps`` gradients.
+
+    Args:
+        potential: energy per image.
+        state: current state.
+        streams: random streams of the chains.
+        step_size: per chain ``(N,)``.
+        num_steps: leapfrog steps L >= 1, common to the batch and independent of the state.
+        persistence: share of the momentum that is kept, in [0, 1).
+        inverse_mass: diagonal of M^-1 per site; identity when ``None``.
+    """
+    noise = draw_momentum(streams, state.step, state.position, inverse_mass)
+    momentum = refresh(state.momentum, noise, persistence)
+    phase = Phase(state.position, momentum, state.energy, state.gradient)
+    start = state.energy + kinetic_energy(momentum, inverse_mass)
+    for _ in range(num_steps):
+        phase = leapfrog(potential, phase, step_size, inverse_mass)
+    end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
+    before = HMCState(*state[:4])
+    moved, info = accept(before, phase, start, end, streams, step_size, num_steps)
+    turned = {name: -value for name, value in momentum.items()}
+    return GHMCState(*moved, lat.where(info.accepted, phase.momentum, turned)), info

@@ -1,0 +1,246 @@
+"""Recorded energies equal traced ones, or the model is traced and says why; forces in reduced precision."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
+from pyro.infer import MCMC
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.models import ConvVAE, compiled, program
+from pyro_vae_defence.models.compiled import Recorder, ReducedForce
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.balls import Linf
+
+CASES = {
+    "linear": (LinearGaussianVAE, (1, 4, 4), None),
+    "hierarchical": (HierarchicalVAE, (1, 4, 4), None),
+    "tutorial": (TutorialVAE, (1, 28, 28), None),
+    "tutorial-aware": (TutorialVAE, (1, 28, 28), Linf(0.1)),
+    "conv": (lambda: ConvVAE(latent_dim=3), (1, 28, 28), None),
+    "conv-contiguous": (lambda: ConvVAE(latent_dim=3, channels_last=False), (1, 28, 28), None),
+    "conv-colour-aware": (lambda: ConvVAE(3, latent_dim=3), (3, 28, 28), Linf(0.1)),
+}
+
+
+def build(name, rows):
+    make, shape, ball = CASES[name]
+    vae = make()
+    if isinstance(vae, nn.Module):
+        vae = vae.double().eval()
+    return vae, torch.rand(rows, *shape), ball
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_equals_traced(float64, name):
+    vae, x, ball = build(name, 3)
+    model = program.target(vae, ball)
+    energy = program.ModelPotential(model, x)
+    recorder = Recorder()
+    recorded = recorder(energy)
+    for scale in (0.0, 1.0, 5.0):
+        z = {n: scale * torch.randn_like(v) for n, v in energy.prototype.items()}
+        value, gradient = recorded.energy_and_gradient(z)
+        assert (recorded.captured, recorded.why_not) == (True, None)
+        expected, slope = lat.value_and_gradient(energy, z)
+        assert torch.allclose(value, expected, rtol=1e-12)
+        assert torch.allclose(recorded(z), expected)
+        for site in z:
+            assert torch.allclose(gradient[site], slope[site], rtol=1e-9, atol=1e-9)
+        assert not value.requires_grad
+    # Other images of the same shape take the same recording.
+    other = program.ModelPotential(model, torch.rand_like(x))
+    value, _ = recorder(other).energy_and_gradient(z)
+    assert torch.allclose(value, other(z), rtol=1e-12)
+    assert len(recorder._programs) == 1
+
+
+def test_rewritten_convolutions_are_used_and_the_plain_recording_is_bitwise(float64):
+    vae, x, _ = build("conv", 3)
+    energy = program.potential(vae, x)
+    z = {"z": torch.randn(3, 3)}
+    plain = compiled._capture(energy, z)
+    value, gradient = lat.value_and_gradient(energy, z)
+    with torch.no_grad():
+        got = plain(x, z["z"])
+        faster = compiled._rewritten(plain)
+    assert torch.equal(got[0], value)
+    assert torch.equal(got[1], gradient["z"])
+    used = {getattr(node.target, "__name__", "") for node in faster.graph.nodes}
+    assert {
+        "_pixel_convolution",
+        "_pixel_convolution_backward",
+        "_scatter_convolution",
+    } <= used
+
+
+class CountOperations(TorchDispatchMode):
+    """Names of operations; convolutions' backward passes with what they were asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+        self.masks = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(list(args[10]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_a_gradient_is_one_forward_and_one_backward_to_the_latents(record):
+    vae, x = ConvVAE(latent_dim=3).eval(), torch.rand(2, 1, 28, 28)
+    energy = program.potential(vae, x)
+    z = {"z": torch.randn(2, 3)}
+    potential = Recorder()(energy) if record else energy
+    kernel = BatchedHMC(potential_fn=potential, num_steps=3, jitter=0.0)
+    kernel.setup(0)
+    params = kernel.sample(z)
+    with CountOperations() as counted:
+        kernel.sample(params)
+    assert all(mask == [True, False, False] for mask in counted.masks)
+    # Five layers and three gradients; recorded, two layers forward and one backward are products.
+    layers = (3, 4) if record else (5, 5)
+    assert counted.names.count("aten::convolution") == 3 * layers[0]
+    assert len(counted.masks) == 3 * layers[1]
+    assert "aten::_local_scalar_dense" not in counted.names
+    assert all(p.grad is None and p.requires_grad for p in vae.parameters())
+
+
+# --- Models that cannot be recorded ---------------------------------------------------------------
+
+
+def plated(observe):
+    def model(x):
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[0]), 1.0))
+            observe(z, x)
+
+    return model
+
+
+def branching(z, x):
+    scale = 1.0 if float(z.sum()) > 0 else 2.0
+    pyro.sample("obs", dist.Normal(z, scale), obs=x)
+
+
+def noisy(z, x):
+    pyro.sample("obs", dist.Normal(z + torch.rand(x.shape[0]), 1.0), obs=x)
+
+
+def escaping(z, x):
+    shift = float(z.detach().numpy().sum())  # unseen by the recording
+    pyro.sample("obs", dist.Normal(z + shift, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("observe", "reason"),
+    [
+        (branching, "recording failed"),
+        (noisy, "draws random numbers"),
+        (escaping, "recording failed|differ by more than rounding"),
+    ],
+)
+def test_falls_back_to_tracing_and_says_why(observe, reason):
+    x = torch.randn(4)
+    energy = program.ModelPotential(plated(observe), x)
+    recorded = Recorder()(energy)
+    z = {"z": torch.randn(4)}
+    torch.manual_seed(1)
+    recorded.energy_and_gradient(z)
+    assert recorded.captured is False
+    assert re.search(reason, recorded.why_not)
+    torch.manual_seed(1)
+    value, _ = recorded.energy_and_gradient(z)
+    torch.manual_seed(1)
+    assert torch.equal(value, energy(z))
+
+
+def test_parameters_changed_in_place_are_seen():
+    vae = TutorialVAE().eval()
+    energy = program.potential(vae, torch.rand(2, 1, 28, 28))
+    recorded = Recorder()(energy)
+    z = {"latent": torch.randn(2, 5)}
+    recorded.energy_and_gradient(z)
+    with torch.no_grad():
+        vae.decoder[2].bias += 1.0
+    assert torch.allclose(recorded.energy_and_gradient(z)[0], energy(z))
+
+
+def test_chains_are_those_of_the_traced_model(linear_vae):
+    x, start = torch.rand(5, 1, 4, 4), {"z": torch.randn(5, 3)}
+    energy = program.potential(linear_vae, x)
+    draws = []
+    for potential in (energy, Recorder()(energy)):
+        generator = torch.Generator().manual_seed(3)
+        kernel = BatchedHMC(potential_fn=potential, generator=generator)
+        mcmc = MCMC(kernel, 20, 10, initial_params=start, disable_progbar=True)
+        mcmc.run()
+        draws.append(mcmc.get_samples()["z"])
+    assert torch.allclose(draws[0], draws[1], rtol=1e-9, atol=1e-9)
+
+
+# --- Forces in reduced precision ------------------------------------------------------------------
+
+
+def test_reduced_forces_sample_the_exact_posterior():
+    """Forces of three digits, energies in full."""
+    vae = LinearGaussianVAE()
+    x = torch.rand(1, 1, 4, 4).repeat(1000, 1, 1, 1)
+    energy = program.potential(vae, x)
+    reduced = ReducedForce(energy, torch.bfloat16)
+    z = {"z": torch.randn(1000, 3)}
+    value, force = reduced.energy_and_gradient(z)
+    assert torch.equal(value, energy(z))
+    assert torch.equal(force["z"], reduced.force(z)["z"])  # a function of z
+    exact = lat.value_and_gradient(energy, z)[1]
+    error = (force["z"] - exact["z"]).norm() / exact["z"].norm()
+    assert 1e-4 < error < 0.1  # it is reduced
+    mean, covariance = vae.exact(x[:1])
+    kernel = BatchedHMC(
+        potential_fn=reduced, step_size=0.1, num_steps=5, generator=torch.Generator().manual_seed(0)
+    )
+    mcmc = MCMC(kernel, 1, 40, initial_params=z, disable_progbar=True)
+    mcmc.run()
+    draws = mcmc.get_samples()["z"][-1]
+    sd = covariance.diagonal().sqrt()
+    # Three means and three variances over 1000 chains, 5 standard errors: error rate 4e-6.
+    assert ((draws.mean(0) - mean[0]).abs() < 5 * sd / math.sqrt(1000)).all()
+    assert ((draws.var(0) / sd.square() - 1).abs() < 5 * math.sqrt(2 / 1000)).all()
+
+
+def test_only_the_last_energy_of_a_trajectory_is_asked_for():
+    energy = program.potential(LinearGaussianVAE(), torch.rand(2, 1, 4, 4))
+
+    class Counting(ReducedForce):
+        forces = energies = 0
+
+        def force(self, latents):
+            self.forces += 1
+            return super().force(latents)
+
+        def energy_and_gradient(self, latents):
+            self.energies += 1
+            return super().energy_and_gradient(latents)
+
+    counting = Counting(energy, torch.bfloat16)
+    kernel = BatchedHMC(potential_fn=counting, num_steps=5, jitter=0.0)
+    kernel.setup(0)
+    kernel.sample(kernel.sample({"z": torch.zeros(2, 3)}))
+    assert (counting.energies, counting.forces) == (3, 11)  # start and two ends; each a force
+
+
+def test_force_dtype():
+    energy = program.potential(LinearGaussianVAE(), torch.rand(2, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"force_dtype must be torch.bfloat16, .* torch.float32"):
+        ReducedForce(energy, torch.float32)

@@ -1,0 +1,455 @@
+"""The perturbation-aware posterior: brute force, feasibility, the inequality, gradients, chains."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.infer
+import pytest
+import torch
+from mcmc_reference import assert_moments
+from scipy.optimize import minimize
+
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.nvae.likelihoods import DiscretisedLogisticMixture, GaussianImage
+from pyro_vae_defence.models.perturbation import (
+    PerturbationAware,
+    UnknownRadius,
+    most_likely_image,
+)
+from pyro_vae_defence.ops import reach
+from pyro_vae_defence.ops.balls import L1, L2, Ball, Linf
+from pyro_vae_defence.ops.streams import Streams
+
+BALLS = {"linf": Linf, "l2": L2, "l1": L1}
+RADII = {"linf": 0.15, "l2": 0.7, "l1": 2.0}
+
+
+def bernoulli(h):
+    # Flattened, as in Pyro's tutorial.
+    return dist.Bernoulli(logits=h[:, :48], validate_args=False).to_event(1)
+
+
+def continuous_bernoulli(h):
+    return dist.ContinuousBernoulli(logits=h[:, :48].reshape(-1, 3, 4, 4)).to_event(3)
+
+
+def normal(h):
+    loc, scale = (h[:, :48].reshape(-1, 3, 4, 4) / 4, h[:, 48:96].reshape(-1, 3, 4, 4).exp())
+    return dist.Normal(loc, scale).to_event(3)
+
+
+def gaussian_image(h):
+    return GaussianImage(h[:, :96].reshape(-1, 6, 4, 4)).to_event(3)
+
+
+def laplace(h):
+    return dist.Laplace(h[:, :48].reshape(-1, 3, 4, 4), 0.3).to_event(3)
+
+
+def logistic_mixture(h):
+    logits = h.reshape(-1, 20, 4, 4)
+    return DiscretisedLogisticMixture(logits, num_bits=4, validate_args=False)
+
+
+LIKELIHOODS = [bernoulli, continuous_bernoulli, normal, gaussian_image, laplace, logistic_mixture]
+ONLY_LINF = {laplace, logistic_mixture}
+CASES = [
+    pytest.param(likelihood, kind, id=f"{likelihood.__name__}-{kind}")
+    for likelihood in LIKELIHOODS
+    for kind in BALLS
+    if kind == "linf" or likelihood not in ONLY_LINF
+]
+
+
+class RandomVAE:
+    """z ~ N(0, I) in 4 dimensions, 3x4x4 images, random weights, any likelihood."""
+
+    def __init__(self, likelihood, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(3)
+        self.weight = torch.randn(4, 320, generator=generator, dtype=dtype)
+        self.likelihood = likelihood
+
+    def observation(self, z):
+        return self.likelihood(z @ self.weight)
+
+    def model(self, x):
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[0], 4), 1.0).to_event(1))
+            fn = self.observation(z)
+            pyro.deterministic("mean", fn.mean)
+            pyro.sample("obs", fn, obs=x.reshape(-1, *fn.event_shape))
+
+    def guide(self, x):
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(x.new_zeros(x.shape[0], 4), 1.0).to_event(1))
+
+
+def references(num_images, dtype=torch.float64):
+    """Images on the 16 levels of the discrete likelihood, with black and white parts."""
+    return torch.randint(-3, 19, (num_images, 3, 4, 4)).clamp(0, 15).to(dtype) / 15
+
+
+def attacks_on(x, ball: Ball):
+    """Attacks of several kinds, exactly inside the ball and the valid range."""
+    streams = Streams.create(x.shape[0])
+    large = [torch.randn_like(x), torch.randn_like(x) * 9, ball.radius * torch.randn_like(x).sign()]
+    for change in (ball.random_start(x, streams), *map(ball.project, large)):
+        attacked = ball.inside(x, (x + change).clamp(0, 1))
+        assert (ball.norm(attacked - x) <= ball.radius).all()
+        yield attacked
+
+
+def energy(vae, x, perturbation=None):
+    return program.potential(vae, x, perturbation)
+
+
+# --- Solvers --------------------------------------------------------------------------------------
+
+
+def brute_force(objective, x, ball):
+    """Minimum over what is in reach of one image, by sequential quadratic programming from several starts."""
+    r, size = ball.radius, len(x)
+    # In units of the radius; the L1 ball is smooth in the positive and negative parts of the change.
+    parts = 2 if isinstance(ball, L1) else 1
+    low, high = np.maximum(-x / r, -1), np.minimum((1 - x) / r, 1)
+    constraints = []
+    if isinstance(ball, L2):
+        constraints = [{"type": "ineq", "fun": lambda w: 1 - (w**2).sum()}]
+    elif isinstance(ball, L1):
+        constraints = [{"type": "ineq", "fun": lambda w: 1 - w.sum()}]
+        low, high = np.zeros(2 * size), np.concatenate([high, -low])
+
+    def change(w):
+        return w if parts == 1 else w[:size] - w[size:]
+
+    rng = np.random.default_rng(0)
+    results = [
+        minimize(
+            lambda w: objective(x + r * change(w)),
+            low + (high - low) * rng.random(parts * size) / (2 * size),
+            bounds=list(zip(low, high, strict=True)),
+            constraints=constraints,
+            method="SLSQP",
+            options={"ftol": 1e-13, "maxiter": 500},
+        )
+        for _ in range(3)
+    ]
+    return min(f.fun for f in results if all(c["fun"](f.x) > -1e-9 for c in constraints))
+
+
+@pytest.mark.parametrize("kind", BALLS)
+@pytest.mark.parametrize("radius", [0.05, 0.4, 1.5])
+@pytest.mark.usefixtures("float64")
+def test_solvers_find_the_optimum_that_brute_force_finds(kind, radius):
+    ball = BALLS[kind](radius)
+    x = torch.rand(3, 4)
+    x[0, 0], x[1, 1] = 0.0, 1.0
+    slope, target = torch.randn(3, 4) * 3, torch.rand(3, 4) * 2 - 0.5
+    precision = (2 * torch.randn(3, 4)).exp()
+    linear = reach.maximise_linear(slope, x, ball).numpy()
+    quadratic = reach.nearest(target, precision, x, ball).numpy()
+    for i in range(3):
+        s, a, m = slope[i].numpy(), precision[i].numpy(), target[i].numpy()
+        for objective, found in (
+            (lambda y, s=s: -(s * y).sum(), linear[i]),
+            (lambda y, a=a, m=m: 0.5 * (a * (y - m) ** 2).sum(), quadratic[i]),
+        ):
+            least = brute_force(objective, x[i].numpy(), ball)
+            assert objective(found) == pytest.approx(least, abs=2e-6 * (1 + abs(least)))
+
+
+@pytest.mark.parametrize("kind", BALLS)
+@pytest.mark.parametrize("radius", [1e-3, 0.3, 4.0, 1e3])
+def test_solutions_are_inside_exactly_in_single_precision(kind, radius):
+    ball = BALLS[kind](radius)
+    x = torch.rand(6, 3, 16, 16)
+    x[0], x[1] = 0.0, 1.0
+    slope = torch.randn_like(x) * torch.randn_like(x).mul(3).exp()
+    slope[2] = 0.0
+    precision = torch.randn_like(x).mul(2).exp()
+    for found in (
+        reach.maximise_linear(slope, x, ball),
+        reach.nearest(torch.rand_like(x) * 2 - 0.5, precision, x, ball),
+    ):
+        assert (ball.norm(x - found) <= radius).all()
+        assert found.min() >= 0
+        assert found.max() <= 1
+        assert found.dtype == x.dtype
+    assert torch.equal(reach.maximise_linear(slope, x, ball)[2], x[2])
+    # A target within reach is reached.
+    near = ball.inside(x, (x + 0.5 * ball.project(torch.randn_like(x))).clamp(0, 1))
+    assert torch.allclose(reach.nearest(near, precision, x, ball), near, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", BALLS)
+def test_solvers_treat_rows_by_themselves_and_never_ask_the_device(kind):
+    ball = BALLS[kind](0.5)
+    x, slope, precision = torch.rand(3, 7), torch.randn(3, 7), torch.rand(3, 7) + 0.1
+    for solve in (
+        lambda rows: reach.maximise_linear(slope[rows], x[rows], ball),
+        lambda rows: reach.nearest(slope[rows], precision[rows], x[rows], ball),
+    ):
+        together = solve(slice(None))
+        alone = torch.cat([solve(slice(i, i + 1)) for i in range(3)])
+        assert torch.allclose(together, alone, atol=1e-6)
+    meta = torch.empty(3, 7, device="meta")
+    assert reach.maximise_linear(meta, meta, ball).device.type == "meta"
+    assert reach.nearest(meta, meta, meta, ball).device.type == "meta"
+
+
+def test_discretised_logistics_against_all_triples_of_levels():
+    bits, radius = 3, 0.3
+    levels = torch.arange(2**bits) / (2**bits - 1)
+    mixture = DiscretisedLogisticMixture(
+        1.5 * torch.randn(4, 100, 8, 8), num_bits=bits, validate_args=False
+    )
+    x_ref = levels[torch.randint(len(levels), (4, 3, 8, 8))]
+    x = (x_ref + radius * (2 * torch.rand_like(x_ref) - 1)).clamp(0, 1)
+    found = most_likely_image(mixture, x, Linf(radius))
+    start, best = (mixture.log_prob_map(x) for _ in range(2))
+    for triple in itertools.product(levels, repeat=3):
+        candidate = torch.stack(triple)[:, None, None].expand_as(x)
+        inside = ((candidate - x).abs() <= radius).all(1)
+        best = torch.where(inside, torch.maximum(best, mixture.log_prob_map(candidate)), best)
+    log_prob = mixture.log_prob_map(found)
+    on_grid = (found[..., None] == levels).any(-1) | (found == x)
+    assert on_grid.all()
+    assert (log_prob >= start).all()
+    assert (log_prob <= best + 1e-5).all()
+    # A search, not exhaustive: see its docstring.
+    assert (best - log_prob < 1e-5).float().mean() > 0.9
+    assert (best - log_prob).sum() < 0.02 * (best - start).sum()
+
+
+def test_logistics_of_one_component_without_coefficients_are_exact():
+    logits = torch.randn(3, 10, 4, 4)
+    logits[:, [3, 6, 9]] = 0.0
+    mixture = DiscretisedLogisticMixture(logits, num_bits=3, validate_args=False)
+    x, ball = torch.rand(3, 3, 4, 4), Linf(0.25)
+    best = mixture.log_prob_map(x)
+    for triple in itertools.product(torch.arange(8) / 7, repeat=3):
+        candidate = torch.stack(triple)[:, None, None].expand_as(x)
+        inside = ((candidate - x).abs() <= ball.radius).all(1)
+        best = torch.where(inside, torch.maximum(best, mixture.log_prob_map(candidate)), best)
+    found = most_likely_image(mixture, x, ball)
+    assert torch.allclose(mixture.log_prob_map(found), best, atol=1e-5)
+
+
+# --- The energy -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), CASES)
+@pytest.mark.usefixtures("float64")
+def test_no_attack_in_the_ball_raises_the_energy_of_any_latent(likelihood, kind):
+    vae, ball = RandomVAE(likelihood), BALLS[kind](RADII[kind])
+    x_ref = references(20)
+    strict = 0
+    for x_adv in attacks_on(x_ref, ball):
+        for spread in (0.3, 1.0, 2.0):
+            z = {"z": spread * torch.randn(20, 4)}
+            reference = energy(vae, x_ref)(z)
+            aware = energy(vae, x_adv, ball)(z)
+            # Up to rounding of sums of 48 terms.
+            assert (aware <= reference + 1e-9 * (1 + reference.abs())).all()
+            strict += int((energy(vae, x_adv)(z) > reference).sum())
+    # The paper's energy breaks it, or the test would say nothing.
+    assert strict > 50
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), CASES)
+@pytest.mark.usefixtures("float64")
+def test_minimiser_is_feasible_energy_falls_with_the_radius_and_starts_at_the_paper(
+    likelihood, kind
+):
+    vae, make = RandomVAE(likelihood), BALLS[kind]
+    x, z = references(6), {"z": torch.randn(6, 4)}
+    fn = vae.observation(z["z"])
+    observed = x.reshape(-1, *fn.event_shape)
+    paper = energy(vae, x)(z)
+    energies = [paper]
+    for scale in (1e-9, 0.3, 0.6, 1.0, 3.0):
+        ball = make(scale * RADII[kind])
+        found = most_likely_image(fn, observed, ball)
+        assert found.shape == observed.shape
+        assert (ball.norm(observed - found) <= ball.radius).all()
+        assert found.min() >= 0
+        assert found.max() <= 1
+        energies.append(energy(vae, x, ball)(z))
+        # The energy is that of the image found.
+        assert torch.allclose(energies[-1], energy(vae, found.reshape_as(x))(z))
+    assert torch.allclose(energies[1], paper, rtol=1e-5)
+    if likelihood is not logistic_mixture:  # a search promises no more than the first
+        for smaller, larger in itertools.pairwise(energies):
+            assert (larger <= smaller + 1e-9 * (1 + smaller.abs())).all()
+    assert (energies[-1] <= paper).all()
+    assert (energies[-1] < paper).any()
+
+
+@pytest.mark.parametrize(("likelihood", "kind"), CASES)
+@pytest.mark.usefixtures("float64")
+def test_gradient_is_that_of_finite_differences(likelihood, kind):
+    vae = RandomVAE(likelihood)
+    x, z = references(2), 0.7 * torch.randn(2, 4)
+    for perturbation in (
+        BALLS[kind](RADII[kind]),
+        UnknownRadius(BALLS[kind], (0, RADII[kind] / 2, RADII[kind]), (0.0, 3.0, 5.0)),
+    ):
+        potential = energy(vae, x, perturbation)
+        # Kinks have measure zero, and these latents are off them.
+        assert torch.autograd.gradcheck(
+            lambda z, u=potential: u({"z": z}), z.clone().requires_grad_(), eps=1e-7, atol=1e-4
+        )
+
+
+def test_flattened_and_deterministic_sites_and_nested_plates(tutorial_vae):
+    x = torch.rand(3, 1, 28, 28)
+    z = {"latent": torch.randn(3, 5)}
+    values = [energy(tutorial_vae, x, b)(z) for b in (None, L2(0.5), L2(1.0))]
+    assert (values[0] > values[1]).all()
+    assert (values[1] > values[2]).all()
+
+    def plated(x):
+        with pyro.plate("data", x.shape[0], dim=-2):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[0], 1), 1.0))
+            pyro.factor("nothing", torch.zeros_like(z))
+            with pyro.plate("pixels", 48, dim=-1):
+                pyro.sample("obs", dist.Normal(z, 1.0), obs=x.flatten(1))
+
+    x, z = references(3, torch.float32), {"z": torch.randn(3, 1)}
+    paper = program.ModelPotential(plated, x)(z)
+    aware = program.ModelPotential(PerturbationAware(plated, Linf(0.1)), x)(z)
+    assert (aware < paper).all()
+    for perturbation in (L2(0.1), UnknownRadius(Linf, (0.1,), (0.0,))):
+        with pytest.raises(ValueError, match="'obs': an L2 or L1 ball and an unknown radius need"):
+            program.ModelPotential(PerturbationAware(plated, perturbation), x)(z)
+
+
+# --- Chains ---------------------------------------------------------------------------------------
+
+
+class OnePixel:
+    """z ~ N(0, 1), one pixel with mean .5 + z / 4: the density of z is known up to a quadrature."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def model(self, x):
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[0], 1), 1.0).to_event(1))
+            if self.kind == "normal":
+                fn = dist.Normal(0.5 + z / 4, 0.1)
+            else:
+                fn = dist.Bernoulli(logits=4 * z, validate_args=False)
+            pyro.sample("obs", fn.to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("kind", ["normal", "bernoulli", "unknown"])
+@pytest.mark.usefixtures("float64")
+def test_chains_follow_the_density_with_the_kinks_in_it(kind):
+    observed, radius = 0.8, 0.15
+    grid = torch.linspace(-6, 6, 20001)
+    if kind == "bernoulli":
+        logit = 4 * grid
+        best = torch.where(logit > 0, observed + radius, observed - radius)
+        log_density = best * logit - torch.nn.functional.softplus(logit) - grid.square() / 2
+    else:
+        distance = (0.5 + grid / 4 - observed).abs()
+        near = -0.5 * ((distance - radius).clamp(min=0) / 0.1).square()
+        if kind == "unknown":
+            near = torch.logaddexp(near - 1.0, -0.5 * (distance / 0.1).square())
+        log_density = near - grid.square() / 2
+    density = log_density.exp()
+    mean = (density * grid).sum() / density.sum()
+    variance = (density * (grid - mean).square()).sum() / density.sum()
+
+    perturbation = (
+        UnknownRadius(Linf, (0, radius), (0.0, 1.0)) if kind == "unknown" else Linf(radius)
+    )
+    model = OnePixel("bernoulli" if kind == "bernoulli" else "normal").model
+    kernel = BatchedHMC(
+        PerturbationAware(model, perturbation), step_size=0.5, num_steps=3, adapt_step_size=False
+    )
+    rows = 400
+    mcmc = pyro.infer.MCMC(
+        kernel,
+        60,
+        20,
+        initial_params={"z": mean + variance.sqrt() * torch.randn(rows, 1)},
+        disable_progbar=True,
+    )
+    mcmc.run(torch.full((rows, 1), observed))
+    # 2 moments: error rate below 3e-6 (see assert_moments).
+    assert_moments((mcmc.get_samples()["z"] - mean) / variance.sqrt(), min_ess=2000)
+
+
+def test_stock_nuts_takes_the_model(linear_vae):
+    x = torch.rand(1, 1, 4, 4)
+    for perturbation in (L2(0.3), UnknownRadius(Linf, (0.05, 0.1), (0.0, 1.0))):
+        kernel = pyro.infer.NUTS(PerturbationAware(linear_vae.model, perturbation))
+        mcmc = pyro.infer.MCMC(kernel, 5, 5, disable_progbar=True)
+        mcmc.run(x)
+        assert mcmc.get_samples()["z"].shape == (5, 1, 3)
+        assert mcmc.get_samples()["z"].isfinite().all()
+
+
+# --- Unknown radius -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64")
+def test_unknown_radius_is_the_mixture_of_its_balls():
+    vae, x, z = RandomVAE(bernoulli), references(5), {"z": torch.randn(5, 4)}
+    radii, penalties = (0.0, 0.1, 0.3), (0.5, 4.0, 9.0)
+    unknown = UnknownRadius(Linf, radii, penalties)
+    each = torch.stack([energy(vae, x, Linf(r) if r else None)(z) for r in radii], -1)
+    expected = -(-each - torch.tensor(penalties)).logsumexp(-1)
+    assert torch.allclose(energy(vae, x, unknown)(z), expected)
+    x_ref = references(5)
+    bound = energy(vae, x_ref)(z) + penalties[1]
+    for x_adv in attacks_on(x_ref, Linf(0.1)):
+        assert (energy(vae, x_adv, unknown)(z) <= bound + 1e-9).all()
+    one = UnknownRadius(L2, (0.3,), (0.0,))
+    assert torch.allclose(energy(vae, x, one)(z), energy(vae, x, L2(0.3))(z))
+
+
+# --- Arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.1, (0.1,), (0.0,)), "ball must be a kind of ball such as Linf, got 0.1"),
+        ((Linf, (), ()), "radii must be finite, >= 0 and increasing"),
+        ((Linf, (0.2, 0.1), (0.0, 0.0)), "radii must be finite, >= 0 and increasing"),
+        ((Linf, (-0.1, 0.1), (0.0, 0.0)), "radii must be finite, >= 0 and increasing"),
+        ((Linf, (0.1, math.inf), (0.0, 0.0)), "radii must be finite, >= 0 and increasing"),
+        ((Linf, (0.1, 0.2), (0.0,)), "penalties must be one finite number for each of the 2 radii"),
+        (
+            (Linf, (0.1,), (math.nan,)),
+            "penalties must be one finite number for each of the 1 radii",
+        ),
+    ],
+)
+def test_unknown_radius_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        UnknownRadius(*arguments)
+
+
+def test_refusals():
+    x = torch.rand(2, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"perturbation must be a ball such as Linf\(0.1\)"):
+        PerturbationAware(RandomVAE(normal).model, 0.1)
+    with pytest.raises(ValueError, match="no perturbation-aware posterior is known for .* Gamma"):
+        most_likely_image(dist.Gamma(x, 1.0), x, Linf(0.1))
+    for likelihood in (laplace, logistic_mixture):
+        with pytest.raises(ValueError, match="perturbation must be an Linf ball for a"):
+            most_likely_image(likelihood(torch.randn(2, 320)), x, L2(0.1))
+    for solve in (reach.maximise_linear, functools.partial(reach.nearest, x)):
+        with pytest.raises(ValueError, match="ball must be an Linf, L2 or L1 ball"):
+            solve(x, x, Ball(0.1))
