@@ -1,5 +1,6 @@
 # make run   the main job: train, attack, defend, report (examples/mnist_svi.py)
 # make test  the test suite
+# make bench the sampler engine against the machine, stock Pyro and NumPyro (about 25 minutes)
 # make lint  format, lint and types
 # Each sets up .venv on its own when it is missing or setup.cfg has changed.
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test test-slow test-lower-bounds lint format docs clean help
+.PHONY: run test test-slow test-lower-bounds bench lint format docs clean help
 
 help:
 	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +39,9 @@ test-slow: $(VENV)/.stamp-test
 test-lower-bounds:
 	$(MAKE) test VENV=.venv-lower-bounds PIP_CONSTRAINT=tests/lower-bounds.txt \
 		ARGS="-W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)"
+
+bench: $(VENV)/.stamp-bench
+	$(BIN)/python -m pyro_vae_defence.experiments benchmark samplers $(ARGS)
 
 lint: $(VENV)/.stamp-lint
 	$(BIN)/ruff format --check .

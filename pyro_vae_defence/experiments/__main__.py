@@ -66,7 +66,12 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--models", help="directory of weights; the packaged ones by default")
 
-    for command in (train, defend, evaluate, compare):
+    benchmark = commands.add_parser("benchmark", help="measure the sampler engine")
+    benchmark.add_argument("name", help="benchmark of the registry: samplers")
+    benchmark.add_argument("--output", default="runs/benchmark", help="directory for result files")
+    benchmark.add_argument("--models", help="directory of weights; the packaged ones by default")
+
+    for command in (train, defend, evaluate, compare, benchmark):
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",
@@ -135,6 +140,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress=not options.quiet,
             )
             print(report(options.output))
+        elif options.command == "benchmark":
+            from pyro_vae_defence.experiments.benchmark.run import benchmark
+            from pyro_vae_defence.experiments.report import write_report
+
+            benchmark(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+                progress=not options.quiet,
+            )
+            print(write_report(options.output).read_text())
         elif options.command == "evaluate":
             from pyro_vae_defence.experiments.evaluate import evaluate
 

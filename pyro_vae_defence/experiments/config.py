@@ -285,8 +285,93 @@ class CompareConfig:
                 raise ValueError(f"radii must lie in [0, 1], the range of images, got {radius!r}")
 
 
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What the benchmark of the sampler engine runs; see ``docs/benchmark.md`` for what it measures.
+
+    Args:
+        model: name of a trained model with Bernoulli likelihood.
+        dataset: test images of this name; the packaged subset needs no download.
+        radii: L_inf radii of the attack on the encoder.
+        num_images: attacked images, class-stratified.
+        num_chains: chains per image.
+        samplers: names of :data:`~pyro_vae_defence.experiments.benchmark.samplers.SAMPLERS`; all when ``None``.
+        max_gradients: budget per chain; samplers known to be slow get a multiple of it.
+        warmup_gradients: of these, spent on adaptation.
+        window: length of the running mean, in gradients.
+        tolerance: distance in nats from the gold run's mean energy that counts as reached.
+        similarity_every: least number of gradients between two similarities.
+        gold_warmup, gold_gradients: gradients per chain of the gold run.
+        ess_images, ess_gradients: images, and gradients per chain after warm-up, of the effective sample size; 0
+            gradients leave it out.
+        timed_gradients: gradients per turn when kernels are timed.
+        matmul_size: side of the matrices that give the machine's rate.
+        rows: batch sizes of the decoder's gradient.
+        repeats: turns of everything that is timed.
+        engine_images: images for the comparison with other libraries.
+        engine_transitions, engine_warmup: transitions, and how many of them adapt the step size.
+        engine_steps, engine_tree_depth: leapfrog steps of HMC, and largest tree depth of NUTS.
+        one_by_one_images: images that run one after the other, over all turns.
+        memory_images: numbers of images whose peak memory is measured.
+        memory_batch_size, memory_transitions: of those runs.
+        seed: seed of images, attack and chains.
+    """
+
+    model: str
+    dataset: str = "mnist_subset"
+    radii: tuple[float, ...] = (0.1, 0.2)
+    num_images: int = 40
+    num_chains: int = 4
+    samplers: tuple[str, ...] | None = None
+    max_gradients: int = 300
+    warmup_gradients: int = 120
+    window: int = 40
+    tolerance: float = 1.0
+    similarity_every: int = 8
+    gold_warmup: int = 300
+    gold_gradients: int = 1500
+    ess_images: int = 20
+    ess_gradients: int = 200
+    timed_gradients: int = 20
+    matmul_size: int = 2048
+    rows: tuple[int, ...] = (1, 16, 128, 512)
+    repeats: int = 3
+    engine_images: int = 500
+    engine_transitions: int = 30
+    engine_warmup: int = 10
+    engine_steps: int = 4
+    engine_tree_depth: int = 4
+    one_by_one_images: int = 6
+    memory_images: tuple[int, ...] = (500, 2000, 8000)
+    memory_batch_size: int = 512
+    memory_transitions: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("radii", "rows", "memory_images", "samplers"):
+            value = getattr(self, name)
+            if not (isinstance(value, tuple) or (name == "samplers" and value is None)):
+                raise ValueError(f"{name} must be a tuple such as (1, 2), got {value!r}")
+        if not 0 <= self.engine_warmup < self.engine_transitions:
+            raise ValueError(
+                f"engine_warmup must lie in 0..{self.engine_transitions - 1}, below engine_transitions, "
+                f"got {self.engine_warmup}"
+            )
+        if not 0 < self.warmup_gradients < self.max_gradients:
+            raise ValueError(
+                f"warmup_gradients must lie between 0 and max_gradients = {self.max_gradients}, "
+                f"got {self.warmup_gradients}"
+            )
+
+
 Config = TypeVar(
-    "Config", TrainConfig, DefendConfig, EvaluateConfig, ClassifierConfig, CompareConfig
+    "Config",
+    TrainConfig,
+    DefendConfig,
+    EvaluateConfig,
+    ClassifierConfig,
+    CompareConfig,
+    BenchmarkConfig,
 )
 
 

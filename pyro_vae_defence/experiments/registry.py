@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pyro_vae_defence.experiments.config import (
+    BenchmarkConfig,
     ClassifierConfig,
     CompareConfig,
     DefendConfig,
@@ -109,3 +110,6 @@ CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
 """``<model>_classifier``, the paper's linear classifier on the guide's means (on ColorMNIST of the digit;
 ``<model>_color_classifier`` of the colour), the same with ``_guide`` or ``_posterior`` appended on draws from the
 guide or from p(z|x), and ``<dataset>_features``, whose features measure Fréchet distances."""
+
+BENCHMARKS: dict[str, BenchmarkConfig] = {"samplers": BenchmarkConfig("mnist_vae")}
+"""``samplers``, the benchmark of the sampler engine."""

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
+
 _LABELS = {
     "none": "no defence",
     "hmc": "HMC, dual averaging",
@@ -16,7 +18,7 @@ _LABELS = {
 
 
 def report(results: str | os.PathLike[str]) -> str:
-    """One Markdown table per result file of a directory.
+    """Markdown tables of the result files of ``defend`` and ``benchmark`` in a directory.
 
     Raises:
         ValueError: if the directory holds no result file.
@@ -35,6 +37,8 @@ def write_report(results: str | os.PathLike[str]) -> Path:
 
 
 def _table(result: dict[str, Any]) -> str:
+    if "sections" in result:
+        return benchmark_tables(result)
     config = result["config"]
     versions = result["provenance"]
     lines = [

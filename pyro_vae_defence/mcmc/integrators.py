@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_vae_defence.ops import latents as lat

@@ -1,0 +1,199 @@
+"""Tables of a benchmark's result file, in Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
+from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
+
+_ENGINES = {
+    "hmc": "this library, HMC, all images at once",
+    "nuts": "this library, NUTS, all images at once",
+    "pyro_hmc": "Pyro, HMC, image by image",
+    "pyro_nuts": "Pyro, NUTS, image by image",
+    "numpyro_hmc": "NumPyro, HMC, vmap over images, jit",
+    "numpyro_nuts": "NumPyro, NUTS, vmap over images, jit",
+}
+
+
+def benchmark_tables(result: dict[str, Any]) -> str:
+    """All tables of a result file of :func:`~pyro_vae_defence.experiments.benchmark.run.benchmark`.
+
+    Sections that are missing are left out.
+    """
+    config = result["config"]
+    sections = {name: entry["results"] for name, entry in result["sections"].items()}
+    seconds = sections.get("seconds_per_gradient", {})
+    parts = []
+    for name, section in sections.items():
+        if name.startswith("chains"):
+            parts += _chains(section, seconds, config)
+    if "decoder" in sections:
+        parts += _decoder(sections["decoder"])
+    if "engines" in sections:
+        parts += _engines(sections["engines"], config)
+    if "memory" in sections:
+        parts += _memory(sections["memory"])
+    versions = result["provenance"]
+    spent = sum(entry["wall_seconds"] for entry in result["sections"].values()) / 60
+    parts += [
+        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
+        f"{versions['threads']} thread(s), {versions['machine']}; model `{config['model']}`, "
+        f"images of `{config['dataset']}`, seed {config['seed']}; {spent:.0f} minutes.",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _chains(
+    section: dict[str, Any], seconds: dict[str, float], config: dict[str, Any]
+) -> list[str]:
+    gold = section["gold"]
+    rhat = gold["rhat_energy"], gold["rhat_latents"]
+    lines = [
+        f"### Until stationary, radius {section['radius']:g}",
+        "",
+        f"{config['num_images']} attacked images, {config['num_chains']} chains each. Gold run: "
+        f"{gold['transitions_per_chain']:,} transitions ({gold['gradients_per_chain']:,} gradients) per chain after "
+        f"warm-up; mean energy {gold['energy']:.2f} ± {gold['energy_monte_carlo_error']:.2f} nats, MSSSIM[paper] "
+        f"{_interval(gold['similarity'], 3)}; R-hat of the energy {rhat[0]['median']:.3f} in the median over images "
+        f"and {rhat[0]['max']:.3f} at most, of the latents {rhat[1]['median']:.3f} and {rhat[1]['q99']:.3f} (99%).",
+        "",
+        "| kernel | gradients to energy | gradients to MSSSIM | seconds per image | "
+        "energy above gold at the end (nats) | acceptance | divergences |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in section["samplers"].items():
+        energy, similarity = entry["gradients_energy"], entry["gradients_similarity"]
+        both = None if energy is None or similarity is None else max(energy, similarity)
+        time = "" if both is None or name not in seconds else f"{both * seconds[name]:.3g}"
+        lines.append(
+            f"| {SAMPLERS[name].label} | {_count(energy, entry['budget'])} | "
+            f"{_count(similarity, entry['budget'])} | {time} | "
+            f"{_interval(entry['excess_energy_last'], 1)} | {entry['acceptance_rate']:.2f} | "
+            f"{entry['divergences']} |"
+        )
+    lines += ["", *_against_paper(section["samplers"], seconds)]
+    if all("ess" in entry for entry in section["samplers"].values()):
+        lines += [
+            f"#### Effective sample size afterwards, radius {section['radius']:g}",
+            "",
+            "| kernel | energy, per 1,000 gradients | latents, per 1,000 gradients | slowest latent | "
+            "energy, per second | latents, per second |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, entry in section["samplers"].items():
+            ess = entry["ess"]
+            rates = [ess["energy_per_gradient"], ess["latents_per_gradient"]]
+            cells = [f"{1000 * rate:.3g}" for rate in (*rates, ess["worst_latent_per_gradient"])]
+            cells += [f"{rate / seconds[name]:.3g}" if name in seconds else "" for rate in rates]
+            lines.append(f"| {SAMPLERS[name].label} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def _against_paper(samplers: dict[str, Any], seconds: dict[str, float]) -> list[str]:
+    """What the fastest exact answer saves against the paper's rule and against the paper's full budget."""
+    if not {"hmc", "paper"} <= samplers.keys() & seconds.keys():
+        return []
+    num_steps, _ = PAPER_SETTINGS["mnist"]
+    full = 1 + 20 * (num_steps // 2 + num_steps)
+    budget_seconds = full * seconds["paper"]
+    lines = [
+        f"The paper's full budget, {full:,} gradients, takes {budget_seconds:.3g} seconds per image (its seconds per "
+        "gradient were measured on a share of it)."
+    ]
+    ours, theirs = (samplers[name]["gradients_energy"] for name in ("hmc", "paper"))
+    if ours is not None:
+        least = "" if theirs is not None else "at least "
+        ratio = (theirs or samplers["paper"]["budget"]) / ours
+        lines.append(
+            f"Whitened HMC needs {least}{ratio:.0f} times fewer gradients than the paper's rule to reach the energy, "
+            f"and {budget_seconds / (ours * seconds['hmc']):.0f} times less wall time than the full budget."
+        )
+    return [*lines, ""]
+
+
+def _decoder(section: dict[str, Any]) -> list[str]:
+    lines = [
+        "### One gradient against the matrix-multiply rate",
+        "",
+        f"A float32 product of two {section['matmul_size']} x {section['matmul_size']} matrices ran at "
+        f"{section['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. "
+        f"One gradient through the layers as they are written takes {section['flops_per_row_as_written'] / 1e6:.1f} "
+        "MFLOP per row.",
+        "",
+        "| rows | MFLOP per row | µs per row | share of the matmul rate | the same, layers as written |",
+        "|---|---|---|---|---|",
+    ]
+    for entry in section["rows"]:
+        lines.append(
+            f"| {entry['rows']} | {entry['flops_per_row'] / 1e6:.1f} | "
+            f"{entry['seconds_per_row'] * 1e6:.0f} | {100 * entry['share_of_matmul_rate']:.0f}% | "
+            f"{100 * entry['share_as_written']:.0f}% |"
+        )
+    shares = ", ".join(
+        f"`{name}` {100 * share:.0f}%" for name, share in section["operators"]["shares"].items()
+    )
+    return [*lines, "", f"CPU time at {section['operators']['rows']} rows: {shares}.", ""]
+
+
+def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    found = section["engines"]
+    lines = [
+        "### Other libraries",
+        "",
+        f"{section['images']} images, {section['transitions']} transitions; HMC with {config['engine_steps']} leapfrog "
+        f"steps, NUTS with trees of at most {config['engine_tree_depth']} doublings.",
+        "",
+        "| | gradients per image | acceptance | seconds per image | µs per gradient | times this library's, per "
+        "image | per gradient |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in found.items():
+        per_gradient = entry["seconds_per_image"] / entry["gradients"]
+        ours = found[name.split("_")[-1]]
+        lines.append(
+            f"| {_ENGINES[name]} | {entry['gradients']:.0f} | {entry['acceptance_rate']:.2f} | "
+            f"{entry['seconds_per_image']:.3g} | "
+            f"{1e6 * per_gradient:.0f} | {entry['seconds_per_image'] / ours['seconds_per_image']:.2f} | "
+            f"{per_gradient / (ours['seconds_per_image'] / ours['gradients']):.2f} |"
+        )
+    numpyro = section["numpyro"]
+    if isinstance(numpyro, str):
+        note = f"{numpyro}: not measured."
+    else:
+        compiled = " and ".join(
+            f"{entry['compile_seconds']:.1f}"
+            for entry in found.values()
+            if "compile_seconds" in entry
+        )
+        note = (
+            f"NumPyro {numpyro['numpyro']} on JAX {numpyro['jax']}; compiling took {compiled} seconds and is not "
+            f"counted. Relative differences of the decoders: energies {numpyro['energy_difference']:.1g}, gradients "
+            f"{numpyro['gradient_difference']:.1g}."
+        )
+    return [*lines, "", note, ""]
+
+
+def _memory(section: dict[str, Any]) -> list[str]:
+    lines = [
+        "### Memory",
+        "",
+        f"Peak resident memory of HMC in micro-batches of {section['batch_size']:,} chains.",
+        "",
+        "| images | before (MiB) | peak (MiB) |",
+        "|---|---|---|",
+    ]
+    for entry in section["measured"]:
+        lines.append(f"| {entry['images']:,} | {entry['idle_mib']:.0f} | {entry['peak_mib']:.0f} |")
+    return [*lines, ""]
+
+
+def _count(gradients: int | None, budget: int) -> str:
+    return f"not within {budget:,}" if gradients is None else f"{gradients:,}"
+
+
+def _interval(entry: dict[str, float], digits: int) -> str:
+    return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
