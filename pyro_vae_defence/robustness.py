@@ -230,7 +230,7 @@ def evaluate_robustness(
     ball: Ball | None = None,
     budget: Budget | None = None,
     attacks: Sequence[str] | None = None,
-    engine: Callable[..., Any] = attacks.PGD,
+    engine: Callable[..., Any] = attacks.APGD,
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
     checks: bool = True,
     generator: torch.Generator | None = None,

@@ -1,12 +1,15 @@
 r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one perturbation per image.
 
-Each ball knows three things: ``project`` (the nearest point of the ball; exactly inside, also in floating
-point), ``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`), and
-``random_start``. Perturbations have shape ``(N, *event)``; norms are per row. ``Linf`` is the paper's
-choice (Table 8).
+Each ball knows ``project`` (the nearest point of the ball; exactly inside, also in floating point),
+``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`) and ``random_start``.
+Images have a range as well: ``project_box`` projects on the intersection of the ball with a box :math:`l \le
+\varepsilon \le u` that contains 0. Clipping a projection, or projecting a clipped point, finds a point of the
+intersection but not the nearest one, and projected gradient ascent then stops short of the maximum. Perturbations
+have shape ``(N, *event)``; norms are per row. ``Linf`` is the paper's choice (Table 8).
 
 References: Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient projections onto the l1-ball", ICML 2008,
-https://doi.org/10.1145/1390156.1390191.
+https://doi.org/10.1145/1390156.1390191; Croce, Hein, "Mind the box: l1-APGD for sparse adversarial attacks on
+image classifiers", ICML 2021, https://arxiv.org/abs/2103.01208 (why the box matters).
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from torch import Tensor
 
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.ops.streams import Streams
+
+# Halvings of a bracket; the bracket of a projection ends narrower than float32 resolves.
+_BISECTIONS = 32
 
 # More than enough: rounding adds a few units in the last place of the image to a perturbation.
 _ROUNDING_STEPS = 4
@@ -55,8 +61,25 @@ class Ball:
         """Direction of unit norm with the largest inner product with ``gradient``, same shape."""
         raise NotImplementedError
 
+    def step_direction(self, gradient: Tensor) -> Tensor:
+        """Direction of a step before ``project_box``: steepest ascent, and for L1 the Euclidean one.
+
+        The projection of a Euclidean step on an L1 ball chooses how many coordinates move; steepest ascent
+        moves one, and gets stuck once that one has reached the box.
+        """
+        return self.steepest_ascent(gradient)
+
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """A random point of the ball for each row of ``like``, drawn from its own stream."""
+        raise NotImplementedError
+
+    def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Nearest point of the ball's intersection with ``low <= perturbation <= high``.
+
+        Args:
+            perturbation: ``(N, *event)``.
+            low, high: bounds of every value, same shape, ``low <= 0 <= high``.
+        """
         raise NotImplementedError
 
     def inside(self, x_ref: Tensor, x_adv: Tensor) -> Tensor:
@@ -93,6 +116,10 @@ class Linf(Ball):
             x_adv = torch.where(outside, torch.nextafter(x_adv, x_ref), x_adv)
         return x_adv
 
+    def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Clamp every value to both intervals."""
+        return torch.minimum(torch.maximum(self.project(perturbation), low), high)
+
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """Sign of the gradient."""
         return gradient.sign()
@@ -118,6 +145,23 @@ class L2(Ball):
         # A hair under 1 keeps the rounded norm inside the ball.
         scale = torch.where(scale < 1, scale * (1 - 8 * torch.finfo(scale.dtype).eps), 1.0)
         return perturbation * rows(scale, perturbation)
+
+    def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """clip(s v, low, high) with the largest s <= 1 inside."""
+
+        def at(scale: Tensor) -> Tensor:
+            scaled = rows(scale, perturbation) * perturbation
+            return torch.minimum(torch.maximum(scaled, low), high)
+
+        inner = (self.radius / self.norm(perturbation).clamp(min=1e-30)).clamp(max=1.0)
+        outer = torch.ones_like(inner)
+        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
+        for _ in range(_BISECTIONS):
+            middle = (inner * outer).sqrt()
+            inside = self.norm(at(middle)) <= self.radius
+            inner = torch.where(inside, middle, inner)
+            outer = torch.where(inside, outer, middle)
+        return at(inner)
 
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """Normalised gradient (zero where the gradient is zero)."""
@@ -160,12 +204,34 @@ class L1(Ball):
         scale = torch.where(inside, 1.0, scale)
         return (shrunk * scale[:, None]).reshape(perturbation.shape)
 
+    def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Soft thresholding, then clamping, with the smallest threshold that ends inside."""
+
+        def at(threshold: Tensor) -> Tensor:
+            shrunk = (perturbation.abs() - rows(threshold, perturbation)).clamp(min=0)
+            return torch.minimum(torch.maximum(perturbation.sign() * shrunk, low), high)
+
+        outer = torch.zeros_like(self.norm(perturbation))
+        inner = perturbation.flatten(1).abs().amax(1)
+        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
+        for _ in range(_BISECTIONS):
+            middle = 0.5 * (inner + outer)
+            inside = self.norm(at(middle)) <= self.radius
+            inner = torch.where(inside, middle, inner)
+            outer = torch.where(inside, outer, middle)
+        return at(inner)
+
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """The coordinate with the largest absolute gradient, with its sign."""
         flat = gradient.flatten(1)
         largest = flat.abs().argmax(1, keepdim=True)
         direction = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign())
         return direction.reshape(gradient.shape)
+
+    def step_direction(self, gradient: Tensor) -> Tensor:
+        """Gradient over its Euclidean norm (zero where the gradient is zero)."""
+        norm = gradient.flatten(1).norm(dim=1)
+        return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
 
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """Uniform in the L1 ball: signed exponential spacings."""
