@@ -38,6 +38,9 @@ PreparedCriterion: TypeAlias = Callable[..., Criterion]
 Encode: TypeAlias = Callable[[Tensor], Latents]
 """Images ``(N, C, H, W)`` -> latents; may be random (an encoder, or an encoder and a defence)."""
 
+ImageEnergy: TypeAlias = Callable[[Tensor, Latents], Tensor]
+"""Images ``(N, C, H, W)`` and latents of ``N`` rows -> energies U(z; x), ``(N,)``, differentiable in both."""
+
 Perturb: TypeAlias = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` -> perturbed images of the same shape."""
 

@@ -11,12 +11,13 @@ LAYERS = [
     {"types", "ops"},
     {"data", "models"},
     {"objectives", "mcmc", "attacks", "metrics"},
-    {"training", "defence", "diagnostics", "plots"},
+    {"training", "defence", "diagnostics", "plots", "robustness"},
     {"experiments"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# Neighbours that may use each other: the lowest layer, a defence's chains and their form for ArviZ.
-SAME_LAYER = {("ops", "types"), ("defence", "diagnostics")}
+# Neighbours that may use each other: the lowest layer, a defence's chains and their form for ArviZ, a defence
+# and its evaluation.
+SAME_LAYER = {("ops", "types"), ("defence", "diagnostics"), ("robustness", "defence")}
 
 
 def imports(path: Path) -> set[str]:

@@ -23,8 +23,18 @@ DiscretisedLogisticMixture      Linf                  search over grid levels (`
 ==============================  ====================  =================================================
 
 A search that misses the minimum gives a larger energy, never one of an image out of reach; the inequality above is
-then no longer proved. In gradients :math:`x^*` is a constant, by the envelope theorem; energies use it in full, so that
-Hamiltonian kernels stay exact for :math:`\exp(-U_\delta)`.
+then no longer proved. For the gradient in z :math:`x^*` is a constant, by the envelope theorem; energies use it in
+full, so that Hamiltonian kernels stay exact for :math:`\exp(-U_\delta)`.
+
+An attacker asks for the gradient in x, too. A pixel of :math:`x^*` moves with x where the ball holds it, and stays
+where the range [0, 1] or the likelihood's own maximum does, hence in an L_inf ball
+
+.. math:: \nabla_x U_\delta(z; x) = -\nabla \log p(x^* \mid z) \odot 1[|x^* - x| = \delta].
+
+Where x requires a gradient, :math:`x^*` therefore carries its derivative in x, and that of a Gaussian's mean it has
+reached, without which second derivatives would be wrong. For L2 and L1 balls pixels move with x unless they are 0 or 1;
+this neglects that a pixel at the edge of the range still takes its share of the ball, and second derivatives of the
+projection.
 
 **An unknown radius.** :math:`U_\delta` falls as :math:`\delta` grows, for every image, so a prior over
 :math:`\delta` alone would always choose the largest: :math:`\exp(-U_\delta)` is a profile, not a density of x, and its
@@ -116,6 +126,25 @@ def _(likelihood: Laplace, x: Tensor, ball: Ball) -> Tensor:
     return reach.nearest(likelihood.loc, 1.0, x, ball)
 
 
+def _moving(closest: Tensor, likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
+    """The most likely image, with its derivatives where ``x`` has one; values stay as they are."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return closest
+    rounding = 8 * torch.finfo(x.dtype).eps
+    if not isinstance(ball, Linf):
+        held = (closest > 0) & (closest < 1)
+        return closest + torch.where(held, x - x.detach(), 0.0)
+    held = (closest - x).abs() >= ball.radius - rounding
+    moving = closest + torch.where(held, x - x.detach(), 0.0)
+    while isinstance(likelihood, Independent):
+        likelihood = likelihood.base_dist
+    if isinstance(likelihood, Normal):
+        mean = likelihood.loc
+        reached = ~held & ((closest - mean).abs() <= rounding)
+        moving = moving + torch.where(reached, mean - mean.detach(), 0.0)
+    return moving
+
+
 @dataclass(frozen=True)
 class UnknownRadius:
     """A perturbation in one of several balls, with a penalty in nats for each.
@@ -175,6 +204,7 @@ class UnknownRadius:
         for ball, penalty in zip(self.balls, self.penalties, strict=True):
             with torch.no_grad():
                 closest = x if ball is None else most_likely_image(likelihood, x, ball)
+            closest = closest if ball is None else _moving(closest, likelihood, x, ball)
             columns.append(likelihood.log_prob(closest) - penalty)
         return torch.stack(columns, -1)
 
@@ -218,7 +248,8 @@ class _MostLikely(Messenger):
             if not isinstance(self.perturbation, Linf):
                 _check_rows(msg)
             with torch.no_grad():
-                msg["value"] = most_likely_image(msg["fn"], msg["value"], self.perturbation)
+                closest = most_likely_image(msg["fn"], msg["value"], self.perturbation)
+            msg["value"] = _moving(closest, msg["fn"], msg["value"], self.perturbation)
         else:
             _check_rows(msg)
             msg["fn"] = _UnknownRadiusLikelihood(msg["fn"], self.perturbation)

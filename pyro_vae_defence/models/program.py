@@ -456,6 +456,14 @@ class ModelPotential:
         unconstrained = value if transform is None else transform.inv(value)
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
 
+    def at(self, x: Tensor) -> ModelPotential:
+        """The energy of the same model at other images, in any number; its sites are not read again."""
+        other = copy.copy(self)
+        other._args = (x,)
+        other._kwargs = {}
+        other.num_images = x.shape[0]
+        return other
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Tensors among the model's positional arguments, the batch of images first."""

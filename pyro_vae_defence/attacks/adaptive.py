@@ -1,0 +1,572 @@
+r"""Gradients through a randomised, defended encoder, for an attacker who knows the defence (section 4.4, C.3).
+
+The defended encoder starts at :math:`z_0 \sim q(z|x)` and runs a chain to :math:`z_T = F(x, z_0; \xi)`; the attacker
+maximises :math:`E[f(z_T)]`, with f a distance of latents, damage to the reconstruction, or a classifier's loss. Nothing
+here knows what the chain is: it comes as a callable. Seven gradients, by what they take for known:
+
+1. *transfer*: the chain is the identity. The paper's attack.
+2. *bpda*: the true :math:`z_T`, with :math:`dz_T/dz_0 = I` and :math:`\partial F/\partial x = 0`.
+3. *unroll*: through a differentiable chain with its noise and decisions frozen
+   (:mod:`pyro_vae_defence.mcmc.unrolled`).
+4. *truncated*: T - K transitions without gradient, then K unrolled, the start of which is constant.
+5. *implicit*: as if :math:`z_T` were the mode of :math:`U(\cdot; x)`, where :math:`\nabla_z U = 0` gives
+   :math:`dz/dx = -(\nabla_z^2 U)^{-1} \nabla_x \nabla_z U`. The system :math:`\nabla_z^2 U\, w = \nabla f` is solved by
+   conjugate gradients on Hessian-vector products, and the gradient is :math:`-\nabla_x \langle w, \nabla_z U \rangle`.
+6. *equilibrium*: with the chain at stationarity, :math:`z \sim p(z|x) \propto e^{-U(z; x)}`,
+
+   .. math:: \nabla_x E[f(z)] = -\mathrm{Cov}(f(z), \nabla_x U(z; x)),
+
+   from draws of independent chains, which go on from where the attacker's last step left them. No gradient goes
+   through the chain. For :math:`U_0`, :math:`-\nabla_x U = \nabla_x \log p(x|z)`: the decoder's logits for a Bernoulli
+   likelihood, :math:`(\mu - x)/\sigma^2` for a Gaussian one. For the perturbation-aware :math:`U_\delta` the same
+   identity holds with its own derivative. :math:`U_\delta` is a minimum over :math:`x^*` in a box that moves with x,
+   so (envelope theorem) a pixel contributes :math:`\partial \log p(x^*|z) / \partial x^*_i` where the side
+   :math:`x_i \pm \delta` of the box holds :math:`x^*_i`, and nothing where the range [0, 1] or the likelihood's own
+   maximum does: there the defence does not see x move.
+7. *nes*: a black box, from values alone, by antithetic Gaussian smoothing,
+   :math:`\frac{1}{2 \sigma n} \sum_j [f(x + \sigma u_j) - f(x - \sigma u_j)] u_j`.
+
+Of these 1 to 5 are *pathwise*: an encoder whose values are the defence's latents and whose derivative is the estimate
+(:class:`Encode`), which :func:`expected` makes an objective of by averaging over draws (EOT). 6 and 7 are objectives
+whose value is the estimated :math:`E[f]` and whose derivative is the estimate. An objective's noise is fresh with every
+call, unless ``resample=False`` freezes it (common random numbers).
+
+Biases. Unroll is exact for one trajectory, not for how decisions depend on x. BPDA replaces
+:math:`\partial_x F + \partial_{z_0} F\, dz_0/dx` by :math:`dz_0/dx`: for a chain that has forgotten its start it is the
+derivative of the *encoder*. Implicit is exact at a mode, and off by the difference between
+the derivative of a mode and of a draw elsewhere. Truncated omits what the first T - K transitions carry, which fades
+with mixing. Equilibrium and NES are unbiased, up to stationarity and to the smoothing, but noisy.
+
+References: Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
+https://arxiv.org/abs/1802.00420 (BPDA, EOT); Tramer, Carlini, Brendel, Madry, "On adaptive attacks to adversarial
+example defenses", NeurIPS 2020, https://arxiv.org/abs/2002.08347; Ilyas, Engstrom, Athalye, Lin, "Black-box adversarial
+attacks with limited queries and information", ICML 2018, https://arxiv.org/abs/1804.08598 (NES).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.streams import Streams, draw_seed
+from pyro_vae_defence.types import (
+    ImageEnergy,
+    Latents,
+    LatentsLike,
+    Objective,
+    PreparedObjective,
+)
+
+_DIRECTION = 2  # purpose of the random streams; an attack's start has 0 to 2 of other seeds
+
+Start: TypeAlias = Callable[[Tensor, Streams], Latents]
+"""Images ``(M, C, H, W)`` and the streams of their rows -> where chains start, differentiable in the images."""
+
+Chain: TypeAlias = Callable[[Tensor, Latents, Streams], Latents]
+"""Images, where chains start, and the streams of their rows -> where chains end."""
+
+Score: TypeAlias = Callable[[Latents], Tensor]
+"""Latents of M rows -> what the attacker maximises, ``(M,)``, differentiable."""
+
+PreparedScore: TypeAlias = Callable[[Tensor], Score]
+"""Reference images ``(M, C, H, W)`` -> the :data:`Score` against these references, row by row."""
+
+
+class Encode(Protocol):
+    """A defended encoder with a derivative of the attacker's choice."""
+
+    def __call__(self, x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
+        """Latents of images ``(M, C, H, W)``.
+
+        Args:
+            x: images.
+            streams: random streams of the rows.
+            previous: where the chains of the same rows ended at the attacker's last step, for encoders that go on
+                from there.
+        """
+
+
+# --- Pathwise estimators --------------------------------------------------------------------------
+
+
+def transfer(start: Start) -> Encode:
+    """The undefended encoder: attacks against it are transferred to the defence."""
+
+    def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
+        return start(x, streams)
+
+    return encode
+
+
+def bpda(start: Start, chain: Chain, resume: Chain | None = None) -> Encode:
+    """The chain's end, with the derivative of its start (backward pass differentiable approximation).
+
+    Args:
+        start: where chains start, differentiable.
+        chain: the defence's chain; called without gradient.
+        resume: goes on from the last step's end instead, for a few transitions.
+    """
+
+    def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
+        begin = start(x, streams)
+        end = _run(chain, resume, x, begin, streams, previous)
+        return {name: end[name] + (value - value.detach()) for name, value in begin.items()}
+
+    return encode
+
+
+def unroll(start: Start, chain: Chain) -> Encode:
+    """The derivative through start and chain.
+
+    Args:
+        start: where chains start, differentiable.
+        chain: differentiable in images and start, such as :class:`~pyro_vae_defence.mcmc.unrolled.UnrolledKernel`.
+    """
+
+    def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
+        return chain(x, start(x, streams), streams)
+
+    return encode
+
+
+def truncated(start: Start, first: Chain, last: Chain, resume: Chain | None = None) -> Encode:
+    """The derivative through the last transitions alone.
+
+    Args:
+        start: where chains start.
+        first: the transitions without gradient.
+        last: the transitions that are unrolled, differentiable in the images; their noise is another than that of
+            ``first``.
+        resume: stands for ``first`` where chains go on from the last step.
+    """
+
+    def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
+        middle = _run(first, resume, x, start(x, streams), streams, previous)
+        return last(x, middle, _other(streams))
+
+    return encode
+
+
+def implicit(
+    start: Start,
+    chain: Chain,
+    energy: ImageEnergy,
+    num_iterations: int = 10,
+    damping: float = 0.0,
+    resume: Chain | None = None,
+) -> Encode:
+    r"""The chain's end, with the derivative of a mode of U(z; x).
+
+    Args:
+        start: where chains start.
+        chain: the defence's chain, or a mode search; called without gradient.
+        energy: U(z; x), twice differentiable.
+        num_iterations: conjugate gradient iterations, >= 1, each one Hessian-vector product. In D dimensions D of them
+            solve the system but for rounding.
+        damping: :math:`\lambda \ge 0` of :math:`\nabla_z^2 U + \lambda I`; for ends where the Hessian is not positive
+            definite. Iterations stop, row by row, at a direction of negative curvature.
+        resume: goes on from the last step's end instead.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    if not num_iterations >= 1:
+        raise ValueError(f"num_iterations must be at least 1, got {num_iterations!r}")
+    if not damping >= 0:
+        raise ValueError(f"damping must not be negative, got {damping!r}")
+
+    def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
+        with torch.no_grad():
+            end = _run(chain, resume, x, start(x, streams), streams, previous)
+        names = tuple(end)
+        values = _ImplicitFunction.apply(
+            energy, num_iterations, damping, names, x, *(end[name] for name in names)
+        )
+        return dict(zip(names, values, strict=True))
+
+    return encode
+
+
+class _ImplicitFunction(torch.autograd.Function):
+    """Latents as they are; their derivative in the image is that of a mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        energy: ImageEnergy,
+        num_iterations: int,
+        damping: float,
+        names: tuple[str, ...],
+        x: Tensor,
+        *values: Tensor,
+    ) -> Any:
+        ctx.energy, ctx.num_iterations, ctx.damping = energy, num_iterations, damping
+        ctx.names = names
+        ctx.save_for_backward(x, *values)
+        return tuple(value.clone() for value in values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, *values = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            inputs = tuple(value.detach().requires_grad_() for value in values)
+            total = ctx.energy(x, dict(zip(ctx.names, inputs, strict=True))).sum()
+            slope = torch.autograd.grad(total, inputs, create_graph=True)
+
+            def hessian(direction: Latents) -> Latents:
+                product = torch.autograd.grad(
+                    slope, inputs, tuple(direction.values()), retain_graph=True
+                )
+                product_of = dict(zip(ctx.names, product, strict=True))
+                return lat.add(product_of, direction, ctx.damping)
+
+            right = dict(zip(ctx.names, gradients, strict=True))
+            solution = conjugate_gradients(hessian, right, ctx.num_iterations)
+            (found,) = torch.autograd.grad(slope, x, tuple(-v for v in solution.values()))
+        return (None, None, None, None, found, *(None for _ in values))
+
+
+def conjugate_gradients(
+    matrix: Callable[[Latents], Latents], right: LatentsLike, num_iterations: int
+) -> Latents:
+    """Solve one symmetric positive definite system per row, from zero.
+
+    Args:
+        matrix: multiplies latents of N rows by the rows' matrices.
+        right: right-hand sides.
+        num_iterations: iterations; a row that is solved, or meets negative curvature, stays as it is.
+    """
+    solution = {name: torch.zeros_like(value) for name, value in right.items()}
+    residual, direction = dict(right), dict(right)
+    norm = lat.dot(residual, residual)
+    for _ in range(num_iterations):
+        product = matrix(direction)
+        curvature = lat.dot(direction, product)
+        going = (curvature > 0) & (norm > 0)
+        length = torch.where(going, norm / torch.where(going, curvature, 1.0), 0.0)
+        solution = lat.add(solution, direction, length)
+        residual = lat.add(residual, product, -length)
+        new_norm = lat.dot(residual, residual)
+        ratio = torch.where(going, new_norm / torch.where(going, norm, 1.0), 0.0)
+        direction = lat.add(residual, direction, ratio)
+        # Zero marks a row that has stopped.
+        norm = torch.where(going, new_norm, 0.0)
+    return solution
+
+
+def _run(
+    chain: Chain,
+    resume: Chain | None,
+    x: Tensor,
+    begin: LatentsLike,
+    streams: Streams,
+    previous: Latents | None,
+) -> Latents:
+    with torch.no_grad():
+        if resume is not None and previous is not None:
+            return lat.detach(resume(x.detach(), previous, streams))
+        return lat.detach(chain(x.detach(), lat.detach(begin), streams))
+
+
+def _other(streams: Streams) -> Streams:
+    """Streams of the same rows with other noise."""
+    return streams._replace(seed=streams.seed ^ 1)
+
+
+# --- Objectives -----------------------------------------------------------------------------------
+
+
+def expected(
+    encode: Encode,
+    score: PreparedScore,
+    num_draws: int = 1,
+    *,
+    of_mean: bool = False,
+    persistent: bool = False,
+    resample: bool = True,
+    generator: torch.Generator | None = None,
+) -> PreparedObjective:
+    """Expectation over transformation: the score averaged over draws of a randomised encoder.
+
+    Args:
+        encode: the encoder; its derivative is the attack's.
+        score: what to maximise.
+        num_draws: draws per image and call, >= 1.
+        of_mean: score the mean of the draws instead of each draw, against a defence that averages latents.
+        persistent: hand the encoder where its chains ended at the call before.
+        resample: fresh noise with every call; ``False`` for common random numbers.
+        generator: source of the seed, drawn when references are prepared; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: if ``num_draws`` is out of range, or persistent chains would see the same noise again and again.
+    """
+    _check_positive("num_draws", num_draws)
+    _check_noise(persistent, resample)
+
+    def prepare(x_ref: Tensor) -> Objective:
+        score_ref = score(x_ref if of_mean else _repeat(x_ref, num_draws))
+        noise = _Noise(num_draws, resample, generator)
+        previous: Latents | None = None
+
+        def objective(x: Tensor) -> Tensor:
+            nonlocal previous
+            latents = encode(_repeat(x, num_draws), noise(x), previous)
+            if persistent:
+                previous = lat.detach(latents)
+            if of_mean:
+                return score_ref(_mean(latents, num_draws))
+            return lat.unfold(score_ref(latents), num_draws).mean(0)
+
+        return objective
+
+    return prepare
+
+
+def equilibrium(
+    start: Start,
+    chain: Chain,
+    energy: ImageEnergy,
+    score: PreparedScore,
+    num_chains: int = 50,
+    *,
+    resume: Chain | None = None,
+    of_mean: bool = False,
+    resample: bool = True,
+    generator: torch.Generator | None = None,
+) -> PreparedObjective:
+    r"""The score at stationarity, with the derivative :math:`-\mathrm{Cov}(f(z), \nabla_x U(z; x))`.
+
+    The covariance is the unbiased one, over chains of one image, which are independent. The score need not be
+    differentiable, unless ``of_mean``.
+
+    Args:
+        start: where chains start at the first call.
+        chain: reaches stationarity from there; called without gradient.
+        energy: U(z; x), differentiable in the image.
+        score: what to maximise.
+        num_chains: independent chains per image, >= 2.
+        resume: goes on from the last call's end instead, for a few transitions: persistent chains. Without it every
+            call starts anew.
+        of_mean: maximise the score of the mean latent, f(E[z]), with the derivative
+            :math:`-\mathrm{Cov}(\langle \nabla f(\bar z), z \rangle, \nabla_x U)`, whose bias is that of
+            :math:`f(\bar z)` for :math:`f(E[z])`.
+        resample: fresh noise with every call.
+        generator: source of the seed; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: if ``num_chains`` is out of range, or persistent chains would see the same noise again and again.
+    """
+    if not (isinstance(num_chains, int) and num_chains >= 2):
+        raise ValueError(
+            f"num_chains must be an integer of at least 2 for a covariance, got {num_chains!r}"
+        )
+    _check_noise(resume is not None, resample)
+
+    def prepare(x_ref: Tensor) -> Objective:
+        score_ref = score(x_ref if of_mean else _repeat(x_ref, num_chains))
+        noise = _Noise(num_chains, resample, generator)
+        previous: Latents | None = None
+
+        def objective(x: Tensor) -> Tensor:
+            nonlocal previous
+            images, streams = _repeat(x, num_chains), noise(x)
+            begin = {} if resume is not None and previous is not None else start(images, streams)
+            latents = _run(chain, resume, images, begin, streams, previous)
+            previous = latents
+            if of_mean:
+                value, per_chain = _linearised(score_ref, latents, num_chains)
+            else:
+                with torch.no_grad():
+                    per_chain = lat.unfold(score_ref(latents), num_chains)
+                value = per_chain.mean(0)
+            weight = (per_chain - per_chain.mean(0)) / (num_chains - 1)
+            energies = lat.unfold(energy(images, latents), num_chains)
+            return value + _derivative_only(-(weight * energies).sum(0))
+
+        return objective
+
+    return prepare
+
+
+def nes(
+    objective: PreparedObjective,
+    num_directions: int = 10,
+    scale: float = 0.05,
+    generator: torch.Generator | None = None,
+) -> PreparedObjective:
+    """A black box: values of an objective, with a derivative estimated from values.
+
+    The references are prepared anew for every call, so that an objective with ``resample=False`` has the same noise for
+    all queries of one estimate, and fresh noise for the next. Costs ``2 num_directions + 1`` queries a call.
+
+    Args:
+        objective: what to maximise; no gradient is asked of it.
+        num_directions: antithetic pairs per call, >= 1.
+        scale: standard deviation of the smoothing per pixel, > 0, in units of the image range.
+        generator: source of the seed of directions; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+    _check_positive("num_directions", num_directions)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale!r}")
+
+    def prepare(x_ref: Tensor) -> Objective:
+        noise = _Noise(1, True, generator)
+
+        def black_box(x: Tensor) -> Tensor:
+            streams = noise(x)
+            with torch.no_grad():
+                inner = objective(x_ref)
+                value = inner(x)
+                if not x.requires_grad:
+                    return value
+                gradient = torch.zeros_like(x)
+                for number in range(num_directions):
+                    step = scale * streams.normal(number, _DIRECTION, tuple(x.shape[1:]), x.dtype)
+                    rise = inner((x + step).clamp(0.0, 1.0)) - inner((x - step).clamp(0.0, 1.0))
+                    gradient += lat.rows(rise, x) * step / (2 * scale**2 * num_directions)
+            return value + _derivative_only((gradient * x).flatten(1).sum(1))
+
+        return black_box
+
+    return prepare
+
+
+def _linearised(score: Score, latents: Latents, num: int) -> tuple[Tensor, Tensor]:
+    """f at the mean of ``num`` draws, ``(N,)``, and its linear part at every draw, ``(num, N)``."""
+    with torch.enable_grad():
+        mean = {n: v.detach().requires_grad_() for n, v in _mean(latents, num).items()}
+        value = score(mean)
+        slope = torch.autograd.grad(value.sum(), tuple(mean.values()))
+    slopes = lat.repeat(dict(zip(mean, slope, strict=True)), num)
+    return value.detach(), lat.unfold(lat.dot(slopes, latents), num)
+
+
+def _derivative_only(surrogate: Tensor) -> Tensor:
+    """Zero in value, but for its derivative."""
+    return surrogate - surrogate.detach()
+
+
+def _repeat(x: Tensor, num: int) -> Tensor:
+    return x.repeat(num, 1, 1, 1)
+
+
+def _mean(latents: LatentsLike, num: int) -> Latents:
+    return {name: lat.unfold(value, num).mean(0) for name, value in latents.items()}
+
+
+class _Noise:
+    """Streams of each call: other ones every time, or always the same."""
+
+    def __init__(self, num_draws: int, resample: bool, generator: torch.Generator | None) -> None:
+        self.num_draws = num_draws
+        self.resample = resample
+        self.seed = draw_seed(generator)
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Streams:
+        # Even seeds: the odd ones are `_other`.
+        seed = 2 * (self.seed + self.calls) % 2**64
+        self.calls += self.resample
+        return Streams.create(x.shape[0], self.num_draws, seed=seed, device=x.device)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _check_noise(persistent: bool, resample: bool) -> None:
+    if persistent and not resample:
+        raise ValueError("persistent chains need fresh noise at every call: leave resample=True")
+
+
+# --- Scores ---------------------------------------------------------------------------------------
+
+
+def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedScore:
+    r"""Squared distance :math:`\|z - z^r\|^2` of latents (eq. 64), summed over sites.
+
+    Args:
+        encode: reference images to :math:`z^r`, e.g. the defended encoder; called once, without gradient.
+    """
+
+    def prepare(x_ref: Tensor) -> Score:
+        with torch.no_grad():
+            reference = lat.detach(encode(x_ref))
+
+        def score(latents: Latents) -> Tensor:
+            difference = lat.add(latents, reference, -1.0)
+            return lat.dot(difference, difference)
+
+        return score
+
+    return prepare
+
+
+def output_damage(
+    decode: Callable[[Latents], Tensor],
+    reconstruct: Callable[[Tensor], Tensor],
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> PreparedScore:
+    """How far the decoded latents are from the reference's reconstruction.
+
+    Args:
+        decode: latents to images, differentiable.
+        reconstruct: reference images to their reconstructions; called once, without gradient.
+        distance: of image pairs, one value per pair; the squared distance summed over pixels when ``None``.
+    """
+
+    def prepare(x_ref: Tensor) -> Score:
+        with torch.no_grad():
+            reference = reconstruct(x_ref)
+
+        def score(latents: Latents) -> Tensor:
+            image = decode(latents)
+            if distance is None:
+                return (image - reference).square().flatten(1).sum(1)
+            return distance(image, reference)
+
+        return score
+
+    return prepare
+
+
+def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> PreparedScore:
+    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of a classifier's scores: positive where it errs.
+
+    Args:
+        classify: latents of M rows to scores ``(M, classes)``, differentiable.
+        labels: classes of the references, int64 ``(N,)``. References may come repeated whole, as restarts and draws
+            are folded.
+
+    Raises:
+        ValueError: when references are prepared whose number is no multiple of the labels'.
+    """
+
+    def prepare(x_ref: Tensor) -> Score:
+        times, rest = divmod(x_ref.shape[0], labels.shape[0])
+        if rest:
+            raise ValueError(
+                f"labels has {labels.shape[0]} entries for {x_ref.shape[0]} references; they must come "
+                "in one batch (restarts folded), so choose a larger batch_size"
+            )
+        repeated = labels.repeat(times)[:, None]
+
+        def score(latents: Latents) -> Tensor:
+            scores = classify(latents)
+            own = scores.gather(1, repeated)[:, 0]
+            return scores.scatter(1, repeated, -torch.inf).amax(1) - own
+
+        return score
+
+    return prepare
