@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
-ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"]
+ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class TrainConfig:
         radius: L_inf radius of SE's perturbations.
         gamma: SE's coupling strength.
         rho: AVAE's correlation (Cemgil et al. 2020).
+        architecture: fields of :class:`~pyro_vae_defence.models.nvae.NVAEConfig` for an NVAE; ``None`` is the
+            paper's convolutional VAE.
+        kl_anneal: share of the training in which NVAE's KL weight rises to 1.
+        penalty: weight of NVAE's spectral and batch-norm penalties.
         epochs: passes over the training set.
         learning_rate: peak learning rate of the one-cycle schedule.
         schedule: see :class:`pyro_vae_defence.training.FitConfig`.
@@ -40,6 +44,9 @@ class TrainConfig:
     radius: float = 0.1
     gamma: float = 1.0
     rho: float = 0.975
+    architecture: dict[str, Any] | None = None
+    kl_anneal: float = 0.3
+    penalty: float = 1e-2
     epochs: int = 12
     learning_rate: float = 2e-3
     schedule: Literal["plateau", "one_cycle", "constant"] = "one_cycle"

@@ -18,8 +18,8 @@ from pyro_vae_defence.experiments.config import DefendConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
-from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.pretrained import TrainedVAE, load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
 
@@ -103,16 +103,16 @@ def defend(
     return result
 
 
-def _no_defence(vae: ConvVAE, config: DefendConfig, dataset: str, progress: bool) -> Any:
+def _no_defence(vae: TrainedVAE, config: DefendConfig, dataset: str, progress: bool) -> Any:
     return NoDefence(vae)
 
 
-def _paper(vae: ConvVAE, config: DefendConfig, dataset: str, progress: bool) -> Any:
+def _paper(vae: TrainedVAE, config: DefendConfig, dataset: str, progress: bool) -> Any:
     return MCMCDefence.paper(vae, dataset, progress=progress)
 
 
 def _batched(
-    kernel: Any, vae: ConvVAE, config: DefendConfig, dataset: str, progress: bool
+    kernel: Any, vae: TrainedVAE, config: DefendConfig, dataset: str, progress: bool
 ) -> MCMCDefence:
     options = {"step_size": config.step_size, "inverse_mass_matrix": vae.mean_posterior_variance}
     if kernel is BatchedHMC:
@@ -147,7 +147,7 @@ def _interval(values: Tensor, image: Tensor, statistic: Any = "mean") -> dict[st
 
 
 def _score(
-    vae: ConvVAE,
+    vae: TrainedVAE,
     references: Tensor,
     before: DefenceResult,
     outcome: DefenceResult,

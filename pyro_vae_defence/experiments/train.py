@@ -18,8 +18,9 @@ from pyro_vae_defence.attacks.objectives import squared_wasserstein
 from pyro_vae_defence.experiments.config import TrainConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import MODELS
-from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.pretrained import WeightCard, save_pretrained
+from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
+from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.training import FitConfig, fit
 
@@ -27,8 +28,15 @@ SE_STEPS = 20
 """Gradient steps of SE's inner maximisation (Cemgil et al. 2020)."""
 
 
-def make_objective(config: TrainConfig, vae: ConvVAE, data_size: int) -> Any:
-    """The Pyro ELBO a configuration names."""
+def make_vae(config: TrainConfig, in_channels: int) -> TrainedVAE:
+    """The untrained model a configuration names, for images of ``in_channels`` channels."""
+    if config.architecture is None:
+        return ConvVAE(in_channels)
+    return NVAE(NVAEConfig.from_dict(config.architecture))
+
+
+def make_objective(config: TrainConfig, vae: TrainedVAE, data_size: int, num_steps: int) -> Any:
+    """The Pyro ELBO a configuration names, for ``num_steps`` optimisation steps in all."""
 
     def perturb(x: torch.Tensor) -> torch.Tensor:
         attack = PGD(squared_wasserstein(vae), Linf(config.radius), num_steps=SE_STEPS)
@@ -46,6 +54,14 @@ def make_objective(config: TrainConfig, vae: ConvVAE, data_size: int) -> Any:
         return objectives.SEAVAE(perturb, config.gamma, config.rho)
     if config.objective == "avae_ss":
         return objectives.AVAESS(config.rho)
+    if config.objective == "nvae":
+        if not isinstance(vae, NVAE):
+            raise ValueError(
+                "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
+            )
+        return objectives.NVAEObjective(
+            vae, num_steps, kl_anneal=config.kl_anneal, penalty=config.penalty
+        )
     raise ValueError(f"unknown objective {config.objective!r}")
 
 
@@ -93,8 +109,9 @@ def train(
 
     torch.manual_seed(config.seed)
     pyro.clear_param_store()
-    vae = ConvVAE(train_set.image_shape[0])
-    objective = make_objective(config, vae, len(train_set))
+    vae = make_vae(config, train_set.image_shape[0])
+    num_steps = config.epochs * len(loader)
+    objective = make_objective(config, vae, len(train_set), num_steps)
     result = fit(
         vae,
         objective,
@@ -112,6 +129,9 @@ def train(
         on_epoch=lambda entry: _append(folder / "history.jsonl", entry),
     )
     last = result.history[-1]
+    noise_variance = None
+    if isinstance(vae, NVAE):
+        noise_variance = program.mean_posterior_variance(vae.noncentred(), loader)
     return save_pretrained(
         vae,
         name,
@@ -124,6 +144,7 @@ def train(
         },
         metrics={"validation_nelbo": last["validation_nelbo"]},
         mean_posterior_variance=result.mean_posterior_variance,
+        mean_noise_variance=noise_variance,
     )
 
 

@@ -125,6 +125,12 @@ class NVAE(nn.Module):
         {'z_00': (3, 20, 8, 8), 'z_01': (3, 20, 8, 8)}
     """
 
+    mean_posterior_variance: Latents | None = None
+    """The training set's mean variance of the guide per site, where it is known."""
+
+    mean_noise_variance: Latents | None = None
+    """The same for the sites of :meth:`noncentred`."""
+
     def __init__(self, config: NVAEConfig, *, share: bool = True) -> None:
         super().__init__()
         self.config = config
