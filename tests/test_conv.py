@@ -150,3 +150,24 @@ def test_bad_images_and_beta():
         vae.guide(torch.rand(2, 3, 28, 28))
     with pytest.raises(ValueError, match="beta must be > 0, got 0"):
         vae.model(torch.rand(2, 1, 28, 28), beta=0)
+
+
+@pytest.mark.parametrize("in_channels", [1, 3])
+def test_the_decoder_equals_its_layers_one_by_one(in_channels):
+    """Also in the gradients of inputs and parameters, with biases that are not zero."""
+    torch.manual_seed(0)
+    vae = ConvVAE(in_channels).double()
+    for parameter in vae.decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    z = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
+    outputs = vae.observation(z), vae.decoder(z[:, :, None, None])
+    fast = outputs[0].base_dist
+    fast = fast.logits if in_channels == 1 else fast.mean
+    torch.testing.assert_close(fast, outputs[1])
+    weights = torch.randn_like(fast)
+    inputs = [z, *vae.decoder.parameters()]
+    one, other = (
+        torch.autograd.grad((output * weights).sum(), inputs) for output in (fast, outputs[1])
+    )
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b)

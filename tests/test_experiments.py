@@ -11,9 +11,10 @@ from conftest import shared_path
 from pyro_vae_defence.experiments import config as configs
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.defend import defend
+from pyro_vae_defence.experiments.paper import TABLE_7
 from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
 from pyro_vae_defence.experiments.report import report
-from pyro_vae_defence.experiments.train import make_objective, train
+from pyro_vae_defence.experiments.train import HALF_TOLERANCE, make_objective, train
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE
 from pyro_vae_defence.models.pretrained import (
@@ -158,7 +159,7 @@ def test_defend_writes_results_and_runs_nothing_twice(models, tmp_path):
 @pytest.mark.parametrize("objective", ["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"])
 def test_every_objective_of_a_configuration_trains(objective):
     vae = ConvVAE()
-    config = configs.TrainConfig("mnist_subset", objective, beta=2.0)  # type: ignore[arg-type]
+    config = configs.TrainConfig("mnist_subset", objective, "mnist_vae", beta=2.0)  # type: ignore[arg-type]
     loss = make_objective(config, vae, 1000, 10).loss_and_grads(
         vae.model, vae.guide, torch.rand(4, 1, 28, 28)
     )
@@ -168,9 +169,35 @@ def test_every_objective_of_a_configuration_trains(objective):
 
 def test_registry_holds_the_models_of_table_7():
     for dataset in ("mnist", "fashion_mnist", "color_mnist"):
-        names = {n for n in MODELS if n.startswith(dataset + "_") and MODELS[n].dataset == dataset}
-        assert len([n for n in names if MODELS[n].architecture is None]) == 7
+        names = {n for n in TABLE_7 if n.startswith(dataset + "_") and MODELS[n].dataset == dataset}
+        assert len(names) == 7
     assert all(entry.model in MODELS for entry in DEFENCES.values())
+    for dataset in ("mnist", "color_mnist"):
+        for variant in ("se_0.1", "se_0.2", "avae", "se_avae", "avae_ss"):
+            assert MODELS[f"{dataset}_{variant}"].start_from == f"{dataset}_vae"
+
+
+def test_a_variant_starts_from_trained_weights(models, tmp_path):
+    """AVAE-SS leaves the decoder as it found it, up to float16; the encoder learns."""
+    card = train("mnist_avae_ss", tmp_path, overrides=TINY, progress=False, models=models)
+    before, after = (
+        load_pretrained(*where) for where in (("mnist_vae", models), (card.name, tmp_path))
+    )
+    assert card.training["start_from_sha256"] == load_card("mnist_vae", models).sha256
+    assert abs(card.metrics["validation_nelbo_change[float16]"]) <= HALF_TOLERANCE
+    size = (tmp_path / "mnist_avae_ss.safetensors").stat().st_size
+    assert size < 0.6 * (models / "mnist_vae.safetensors").stat().st_size
+    for name, value in before.state_dict().items():
+        found = after.state_dict()[name]
+        if name.startswith("decoder"):
+            assert torch.equal(found, value.half().float())
+        elif name.endswith("weight"):
+            assert not torch.equal(found, value.half().float())
+
+
+def test_avae_ss_needs_a_trained_model():
+    with pytest.raises(ValueError, match="set start_from=NAME"):
+        configs.TrainConfig("mnist", "avae_ss")
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_what_on_epoch_draws_does_not_change_the_run(images):
 def test_sites_stay_float32_around_bfloat16_layers(images):
     vae = ConvVAE()
     layers = []
-    vae.decoder[2].register_forward_hook(lambda module, x, y: layers.append(y.dtype))
+    vae.decoder[4].register_forward_hook(lambda module, x, y: layers.append(y.dtype))
     guide = poutine.trace(in_bfloat16(vae.guide)).get_trace(images)
     replayed = poutine.replay(in_bfloat16(vae.model), trace=guide)
     model = poutine.trace(replayed).get_trace(images)

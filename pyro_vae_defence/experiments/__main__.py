@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a named model; resumes when interrupted")
     train.add_argument("name", help="model or classifier of the registry, e.g. mnist_vae")
     train.add_argument(
-        "--models", help="directory of the weights under a classifier; the packaged ones by default"
+        "--models",
+        help="directory of the weights a model starts from or a classifier reads; the packaged ones by default",
     )
     train.add_argument("--output", default="runs/models", help="directory for weights and cards")
 
@@ -105,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.data_root,
                 dict(options.set),
                 progress=not options.quiet,
+                models=options.models,
             )
             print(f"{card.name}: validation -ELBO {card.metrics['validation_nelbo']:.2f} nats")
         elif options.command == "defend":

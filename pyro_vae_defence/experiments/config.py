@@ -15,11 +15,14 @@ class TrainConfig:
     """How a named model is trained.
 
     The paper trains for 300 epochs with a plateau rule; the one-cycle schedule reaches a comparable
-    likelihood in a tenth of that, which is what these models can afford.
+    likelihood in a tenth of that, which is what these models can afford. For the same reason the variants
+    of a model start from the trained plain one and are trained until they have adapted.
 
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
         objective: which objective of :mod:`pyro_vae_defence.objectives`.
+        start_from: name of a trained model whose weights the training starts from; random ones when ``None``.
+            AVAE-SS, which post-processes a trained model, needs it.
         beta: weight of the KL (``beta``) or total correlation (``beta_tcvae``) term.
         estimator: minibatch estimator of the total correlation.
         radius: L_inf radius of SE's perturbations.
@@ -34,11 +37,13 @@ class TrainConfig:
         schedule: see :class:`pyro_vae_defence.training.FitConfig`.
         batch_size: images per step.
         images_per_epoch: images drawn per epoch; all of them when ``None``.
+        half: store the weights in float16, unless that changes the validation -ELBO by more than 0.01 nats.
         seed: seed of initialisation, order and noise.
     """
 
     dataset: str
     objective: ObjectiveName = "beta"
+    start_from: str | None = None
     beta: float = 1.0
     estimator: Literal["mws", "mss", "published"] = "mws"
     radius: float = 0.1
@@ -52,7 +57,14 @@ class TrainConfig:
     schedule: Literal["plateau", "one_cycle", "constant"] = "one_cycle"
     batch_size: int = 128
     images_per_epoch: int | None = None
+    half: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective == "avae_ss" and self.start_from is None:
+            raise ValueError(
+                "objective 'avae_ss' trains the encoder of a trained model: set start_from=NAME"
+            )
 
 
 DefenceName = Literal["none", "paper", "hmc", "nuts"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -20,12 +21,21 @@ from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import MODELS
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
-from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
+from pyro_vae_defence.models.pretrained import (
+    TrainedVAE,
+    WeightCard,
+    load_card,
+    load_pretrained,
+    save_pretrained,
+)
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.training import FitConfig, fit
+from pyro_vae_defence.training import FitConfig, evaluate, fit
 
 SE_STEPS = 20
 """Gradient steps of SE's inner maximisation (Cemgil et al. 2020)."""
+
+HALF_TOLERANCE = 0.01
+"""Largest change of the validation -ELBO, in nats, for which weights are stored in float16."""
 
 
 def make_vae(config: TrainConfig, in_channels: int) -> TrainedVAE:
@@ -71,6 +81,7 @@ def train(
     root: str | os.PathLike[str] | None = None,
     overrides: dict[str, Any] | None = None,
     progress: bool = True,
+    models: str | os.PathLike[str] | None = None,
 ) -> WeightCard:
     """Train the model ``name`` of the registry; resumes when interrupted.
 
@@ -83,6 +94,8 @@ def train(
         root: directory of the datasets.
         overrides: fields of the configuration to change; they are recorded in the card.
         progress: show a progress bar.
+        models: directory of the model it starts from, where its configuration names one; the packaged ones
+            when ``None``.
 
     Raises:
         ValueError: for an unknown name or override.
@@ -109,7 +122,12 @@ def train(
 
     torch.manual_seed(config.seed)
     pyro.clear_param_store()
-    vae = make_vae(config, train_set.image_shape[0])
+    training = dataclasses.asdict(config)
+    if config.start_from is None:
+        vae = make_vae(config, train_set.image_shape[0])
+    else:
+        vae = load_pretrained(config.start_from, models).train()
+        training["start_from_sha256"] = load_card(config.start_from, models).sha256
     num_steps = config.epochs * len(loader)
     objective = make_objective(config, vae, len(train_set), num_steps)
     result = fit(
@@ -128,7 +146,13 @@ def train(
         checkpoint=folder / "checkpoint.pt",
         on_epoch=lambda entry: _append(folder / "history.jsonl", entry),
     )
-    last = result.history[-1]
+    measured = {"validation_nelbo": result.history[-1]["validation_nelbo"]}
+    dtype = torch.float32
+    if config.half:
+        before, after = (_nelbo(each, validation) for each in (vae, _rounded(vae)))
+        measured["validation_nelbo_change[float16]"] = after - before
+        if abs(after - before) <= HALF_TOLERANCE:
+            dtype = torch.float16
     noise_variance = None
     if isinstance(vae, NVAE):
         noise_variance = program.mean_posterior_variance(vae.noncentred(), loader)
@@ -136,16 +160,31 @@ def train(
         vae,
         name,
         output,
-        training=dataclasses.asdict(config),
+        training=training,
         command=command("train", name, overrides),
         provenance={
             **provenance(),
             "seconds": round(sum(entry["seconds"] for entry in result.history), 1),
         },
-        metrics={"validation_nelbo": last["validation_nelbo"]},
+        metrics=measured,
         mean_posterior_variance=result.mean_posterior_variance,
         mean_noise_variance=noise_variance,
+        dtype=dtype,
     )
+
+
+def _rounded(vae: TrainedVAE) -> TrainedVAE:
+    """A copy whose weights went through float16."""
+    rounded = copy.deepcopy(vae)
+    rounded.load_state_dict({key: value.half() for key, value in vae.state_dict().items()})
+    return rounded
+
+
+def _nelbo(vae: TrainedVAE, validation: Any) -> float:
+    """Validation -ELBO with the same draws whichever model it is of."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return evaluate(vae, objectives.BetaELBO(1.0), validation)
 
 
 def _append(path: Path, entry: dict[str, float]) -> None:

@@ -24,6 +24,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pyro_vae_defence.types import Latents
 
@@ -148,9 +149,11 @@ class ConvVAE(nn.Module):
 
     def observation(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z): latents ``(N, D)`` to a likelihood with event shape ``(C, 28, 28)``."""
-        # The first layer maps one pixel, which has no layout to speak of.
-        hidden = self.decoder[0](z[:, :, None, None])
-        output = self.decoder[1:](self._layout(hidden))
+        first, _, second, *middle, last = self.decoder
+        output = self._layout(_first_two_layers(z, first, second))
+        for layer in middle:
+            output = layer(output)
+        output = _last_layer(output, last)
         if self.likelihood == "bernoulli":
             # Intensities between 0 and 1 are no outcomes of a coin; their log-likelihood is defined all
             # the same, hence no validation of values.
@@ -193,3 +196,39 @@ class ConvVAE(nn.Module):
                 f"x must have shape (N, {self.in_channels}, {IMAGE_SIZE}, {IMAGE_SIZE}), "
                 f"got {tuple(x.shape)}"
             )
+
+
+# The decoder's outer layers have shapes that general routines for transposed convolutions handle slowly. These two
+# functions compute the same, up to rounding, in about half the time on a CPU.
+
+
+def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+    """``second(relu(first(z)))`` of latents ``(N, D)``: ``(N, 96, 7, 7)``.
+
+    A single pixel through a 3x3 kernel of dilation 2 reaches the 9 even positions of 5x5, so the first layer is a
+    matrix product. The other 16 positions hold relu(bias) for every image: their share of the second layer is computed
+    once, and the 9 positions' share is a transposed convolution of stride 2.
+    """
+    assert isinstance(first, nn.ConvTranspose2d)
+    assert first.bias is not None
+    assert isinstance(second, nn.ConvTranspose2d)
+    channels = first.out_channels
+    weight = first.weight.permute(0, 2, 3, 1).reshape(first.in_channels, -1)
+    hidden = torch.addmm(first.bias.repeat(9), z, weight).relu()
+    moving = hidden.reshape(-1, 3, 3, channels).permute(0, 3, 1, 2)
+    even = torch.zeros(5, 5, dtype=torch.bool, device=z.device)
+    even[::2, ::2] = True
+    constant = first.bias.relu()[:, None, None].expand(-1, 5, 5).masked_fill(even, 0.0)
+    share = F.conv_transpose2d(constant[None], second.weight, second.bias)
+    return F.conv_transpose2d(moving, second.weight, stride=2) + share
+
+
+def _last_layer(x: Tensor, layer: nn.Module) -> Tensor:
+    """``layer(x)`` for 4x4 kernels of stride 2 and few output channels: a matrix product, then overlapping sums."""
+    assert isinstance(layer, nn.ConvTranspose2d)
+    assert layer.bias is not None
+    count, channels, height, width = x.shape
+    taps = x.permute(0, 2, 3, 1).reshape(-1, channels) @ layer.weight.reshape(channels, -1)
+    columns = taps.reshape(count, height * width, -1).transpose(1, 2)
+    size = (2 * height, 2 * width)
+    return F.fold(columns, size, 4, stride=2, padding=1) + layer.bias[:, None, None]
