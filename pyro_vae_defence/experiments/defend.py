@@ -16,7 +16,7 @@ from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.defence import DefenceResult, MCMCDefence, NoDefence
 from pyro_vae_defence.experiments.config import DefendConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
-from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
+from pyro_vae_defence.experiments.registry import DEFENCES, HIERARCHIES, MODELS
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import TrainedVAE, load_card, load_pretrained
@@ -48,7 +48,8 @@ def defend(
         ValueError: for an unknown name or override, or a result file of another configuration.
     """
     if name not in DEFENCES:
-        raise ValueError(f"no experiment named {name!r}; choose one of {', '.join(DEFENCES)}")
+        known = ", ".join((*DEFENCES, *HIERARCHIES))
+        raise ValueError(f"no experiment named {name!r}; choose one of {known}")
     config = override(DEFENCES[name], overrides)
     path = Path(output) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pyro_vae_defence.experiments.config import ClassifierConfig, DefendConfig, TrainConfig
+from pyro_vae_defence.experiments.config import (
+    ClassifierConfig,
+    DefendConfig,
+    HierarchyConfig,
+    TrainConfig,
+)
 
 # An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as on MNIST.
 _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
@@ -80,6 +85,32 @@ DEFENCES: dict[str, DefendConfig] = {
     for radius in (0.1, 0.2)
 }
 """The encoder attacks of Tables 2 and 3: ``<dataset>_radius_<radius>``."""
+
+HIERARCHIES: dict[str, HierarchyConfig] = {
+    **{
+        f"mnist_nvae_radius_{radius:g}": HierarchyConfig(
+            "mnist_nvae", "mnist", "mnist_nvae", radius, groups=(1, 2, 4, 6)
+        )
+        for radius in (0.1, 0.2)
+    },
+    **{
+        f"celeba_nvae_radius_{radius:g}": HierarchyConfig(
+            "celeba_nvae",
+            "celeba64",
+            "celeba_nvae",
+            radius,
+            groups=(1, 5, 10, 20),
+            num_references=20,
+            column=20,  # "Male"
+            defences=("none", "paper", "hmc", "aware"),
+            batch_size=20,
+            checkpointing=True,
+        )
+        for radius in (0.05, 0.1)
+    },
+}
+"""The attacks on hierarchical VAEs of Figure 4 and Table 8: ``<model>_radius_<radius>``. The weights of
+``celeba_nvae`` are the official ones and have to be given as a file."""
 
 
 def _classifiers() -> dict[str, ClassifierConfig]:

@@ -170,7 +170,12 @@ def save_pretrained(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {
-        key: value.detach().cpu().to(dtype).contiguous() for key, value in vae.state_dict().items()
+        # Counters, as batch norm has one, stay whole numbers.
+        key: value.detach()
+        .cpu()
+        .to(dtype if value.is_floating_point() else value.dtype)
+        .contiguous()
+        for key, value in vae.state_dict().items()
     }
     for statistic, by_site in zip(_STATISTICS, (mean_posterior_variance, mean_noise_variance)):
         for site, value in (by_site or {}).items():

@@ -32,6 +32,7 @@ from torch.distributions import (
     Independent,
     Normal,
     Transform,
+    TransformedDistribution,
     biject_to,
     constraints,
 )
@@ -231,7 +232,7 @@ def observation_site(model: Callable[..., Any], *args: Any, **kwargs: Any) -> st
 
 
 class _StreamMessenger(Messenger):
-    """Draw Gaussian sites from per-image streams; other families fall back on the global seed."""
+    """Draw Gaussian sites, behind transforms too, from per-image streams; others fall back on the global seed."""
 
     def __init__(self, streams: Streams, step: int) -> None:
         super().__init__()
@@ -241,7 +242,10 @@ class _StreamMessenger(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         base = msg["fn"]
-        while isinstance(base, Independent):
+        transforms: list[Transform] = []
+        while isinstance(base, (Independent, TransformedDistribution)):
+            if isinstance(base, TransformedDistribution):
+                transforms = [*base.transforms, *transforms]
             base = base.base_dist
         if msg["is_observed"] or msg["value"] is not None or not isinstance(base, Normal):
             return
@@ -250,7 +254,10 @@ class _StreamMessenger(Messenger):
             return
         noise = self.streams.normal(self.step, self.purpose, tuple(shape[1:]), base.loc.dtype)
         self.purpose += 1
-        msg["value"] = base.loc + base.scale * noise
+        value = base.loc + base.scale * noise
+        for transform in transforms:
+            value = transform(value)
+        msg["value"] = value
 
 
 def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[str, Distribution]:
