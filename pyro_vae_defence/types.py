@@ -23,8 +23,17 @@ LatentsLike: TypeAlias = Mapping[str, Tensor]
 Objective: TypeAlias = Callable[[Tensor], Tensor]
 """What an attacker maximises, images ``(N, C, H, W)`` -> one value per image ``(N,)``."""
 
-PreparedObjective: TypeAlias = Callable[[Tensor], Objective]
-"""Reference images ``(N, C, H, W)`` -> the :data:`Objective` against these references."""
+PreparedObjective: TypeAlias = Callable[..., Objective]
+"""Reference images ``(N, C, H, W)`` -> the :data:`Objective` against these references.
+
+It may take a second argument ``streams``, the rows' random streams (:class:`ops.streams.Streams`); attacks pass
+them, so that noise and what is known per image stay with a row wherever it is computed."""
+
+Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Whether an attack has succeeded: images ``(N, C, H, W)`` and objective ``(N,)`` -> bool ``(N,)``."""
+
+PreparedCriterion: TypeAlias = Callable[..., Criterion]
+"""Reference images, and perhaps ``streams`` -> the :data:`Criterion` against these references."""
 
 Encode: TypeAlias = Callable[[Tensor], Latents]
 """Images ``(N, C, H, W)`` -> latents; may be random (an encoder, or an encoder and a defence)."""

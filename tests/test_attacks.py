@@ -141,7 +141,8 @@ def test_generator_decides(tutorial_vae):
 def test_best_takes_the_strongest_restart_per_image():
     value = torch.tensor([[1.0, 5.0], [2.0, 3.0]])
     x_adv = torch.arange(4.0).reshape(2, 2, 1, 1, 1)
-    result = attacks.AttackResult(x_adv, value, x_adv[0], 1)
+    count = torch.ones_like(value, dtype=torch.long)
+    result = attacks.AttackResult(x_adv, value, x_adv[0], count, count, count > 1)
     assert result.best().flatten().tolist() == [2.0, 1.0]
 
 
@@ -183,7 +184,9 @@ def test_rows_without_a_finite_gradient_stay_in_the_ball(preset):
 def test_best_ignores_restarts_without_a_value():
     value = torch.tensor([[torch.nan], [2.0]])
     x_adv = torch.arange(2.0).reshape(2, 1, 1, 1, 1)
-    assert attacks.AttackResult(x_adv, value, x_adv[0], 1).best().item() == 1.0
+    count = torch.ones_like(value, dtype=torch.long)
+    result = attacks.AttackResult(x_adv, value, x_adv[0], count, count, count > 1)
+    assert result.best().item() == 1.0
 
 
 def test_the_encoder_is_attacked_in_eval_mode():

@@ -187,3 +187,53 @@ def test_latents_arithmetic():
     assert torch.equal(chosen["v"][1], b["v"][1])
     folded = lat.repeat(a, 3)
     assert torch.equal(lat.unfold(folded["v"], 3)[2], a["v"])
+
+
+def _boxes(event=(1, 3, 4)):
+    """Perturbations, gradients, and bounds around 0, some of which are 0 themselves, as for images."""
+    x = torch.rand(5, *event, dtype=torch.float64).round(decimals=1)
+    return 2 * torch.randn(5, *event, dtype=torch.float64), -x, 1 - x
+
+
+def _feasible(ball, low, high, num=400):
+    """Random points of a ball and a box, on the border of both as well."""
+    for _ in range(num):
+        direction = torch.randn_like(low) * (torch.rand_like(low) < torch.rand(()))
+        point = ball.project(3 * ball.radius * torch.rand(()) * direction)
+        yield torch.minimum(torch.maximum(point, low), high)
+
+
+@pytest.mark.parametrize("ball", [Linf(0.3), L2(1.2), L1(2.5)], ids=str)
+def test_projection_on_ball_and_box_is_the_nearest_point(ball):
+    far, low, high = _boxes()
+    nearest = ball.project_box(far, low, high)
+    assert (ball.norm(nearest) <= ball.radius * (1 + 1e-12)).all()
+    assert ((low <= nearest) & (nearest <= high)).all()
+    for point in _feasible(ball, low, high):
+        # The characterisation of a projection on a convex set.
+        angle = ((far - nearest) * (point - nearest)).flatten(1).sum(1)
+        assert (angle <= 1e-6).all()
+    assert torch.allclose(ball.project_box(0.01 * low, low, high), 0.01 * low)
+    # Clipping the projection is not enough where the box cuts the ball.
+    if not isinstance(ball, Linf):
+        clipped = torch.minimum(torch.maximum(ball.project(far), low), high)
+        assert ((far - clipped).norm() > (far - nearest).norm() + 1e-3).any()
+
+
+@pytest.mark.parametrize("ball", [Linf(0.3), L2(1.2), L1(2.5)], ids=str)
+def test_climb_is_the_best_step_of_ball_and_box(ball):
+    gradient, low, high = _boxes()
+    length = torch.full((5,), ball.radius, dtype=torch.float64)
+    step = ball.climb(gradient, length, low, high)
+    assert (ball.norm(step) <= ball.radius * (1 + 1e-12)).all()
+    assert ((low <= step) & (step <= high)).all()
+    gain = (gradient * step).flatten(1).sum(1)
+    for point in _feasible(ball, low, high):
+        assert (gain >= (gradient * point).flatten(1).sum(1) - 1e-6).all()
+    # Wide boxes leave steepest ascent, no gradient leaves no step, and lengths are per row.
+    free = ball.climb(gradient, ball.radius, low - 99, high + 99)
+    assert torch.allclose(free, ball.radius * ball.steepest_ascent(gradient))
+    assert (ball.climb(torch.zeros_like(gradient), length, low, high) == 0).all()
+    half = ball.climb(gradient, length * torch.tensor([1, 1, 0.5, 1, 1]), low - 99, high + 99)
+    assert torch.allclose(half[2], 0.5 * free[2])
+    assert torch.allclose(half[3], free[3])

@@ -1,6 +1,48 @@
-"""Attacks: what an attacker maximises (objectives) and how (engines), apart."""
+"""Attacks: what an attacker maximises (objectives) and how (one file per optimiser), apart."""
 
-from pyro_vae_defence.attacks.objectives import squared_wasserstein, symmetric_kl
-from pyro_vae_defence.attacks.pgd import PGD, AttackResult
+from pyro_vae_defence.attacks.apgd import APGD
+from pyro_vae_defence.attacks.base import Attack, AttackResult, reaches
+from pyro_vae_defence.attacks.blackbox import NES, Square
+from pyro_vae_defence.attacks.lbfgs import LBFGS
+from pyro_vae_defence.attacks.margin import RMargin, r_margin
+from pyro_vae_defence.attacks.objectives import (
+    TABLE_1,
+    cross_entropy,
+    dlr,
+    forward_kl,
+    maximum_damage,
+    mean_distance,
+    misclassified,
+    reverse_kl,
+    squared_wasserstein,
+    symmetric_kl,
+    table_1,
+    targeted_output,
+)
+from pyro_vae_defence.attacks.pgd import PGD, MomentumPGD
 
-__all__ = ["PGD", "AttackResult", "squared_wasserstein", "symmetric_kl"]
+__all__ = [
+    "APGD",
+    "LBFGS",
+    "NES",
+    "PGD",
+    "TABLE_1",
+    "Attack",
+    "AttackResult",
+    "MomentumPGD",
+    "RMargin",
+    "Square",
+    "cross_entropy",
+    "dlr",
+    "forward_kl",
+    "maximum_damage",
+    "mean_distance",
+    "misclassified",
+    "r_margin",
+    "reaches",
+    "reverse_kl",
+    "squared_wasserstein",
+    "symmetric_kl",
+    "table_1",
+    "targeted_output",
+]

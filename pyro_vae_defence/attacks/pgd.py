@@ -1,198 +1,173 @@
-r"""Projected gradient ascent in a ball around each reference image.
+r"""Projected gradient ascent in a ball around each reference image, plain, as published, and with momentum.
 
 .. math::
-    x_t = \mathrm{clip}(x^r + \varepsilon_t, 0, 1), \qquad
-    \varepsilon_{t+1} = \Pi_{\|\varepsilon\|_p \le r}\bigl(\varepsilon_t + \eta_t d_t\bigr),
+    \varepsilon_{t+1} = \Pi\bigl(\varepsilon_t + \eta_t d_t\bigr),
 
-where :math:`d_t` is the direction of steepest ascent in the norm (the sign of the gradient for the L_inf ball) or,
-in the paper's setting, the raw gradient. Each restart of each image is a row of one batch: restarts do not
-see each other, and a row's noise comes from the image's own stream.
+where :math:`\Pi` projects on the ball and the range of images and :math:`d_t` is the direction of steepest ascent in
+the ball's norm: the sign of the gradient for L_inf, the normalised gradient for L2, the largest coordinates for L1,
+in each case where the range leaves room.
 
-The preset ``"paper"`` (appendix D.2, Table 8): :math:`\varepsilon_0 \sim N(0, 0.2^2)` per pixel, which the first
-projection brings into the ball, 50 steps along the raw gradient with learning rate 1, halved when the
-objective has not risen for 20 steps, and the last iterate as the result.
+The preset ``"paper"`` (appendix D.2, Table 8) goes along the raw gradient instead, from :math:`\varepsilon_0 \sim
+N(0, 0.2^2)` per pixel, which the first projection brings into the ball, 50 steps with learning rate 1, halved when
+the objective has not risen for 20 steps; :math:`x_t = \mathrm{clip}(x^r + \varepsilon_t, 0, 1)`, and the last
+iterate is the result.
+
+:class:`MomentumPGD` (MI-FGSM) takes :math:`d_t` from the accumulated gradient
+:math:`g_{t+1} = \mu g_t + \nabla\Delta / \|\nabla\Delta\|_1`.
 
 References: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018,
-https://arxiv.org/abs/1706.06083; Kuzina, Welling, Tomczak, NeurIPS 2022, appendix D.2.
+https://arxiv.org/abs/1706.06083; Dong et al., "Boosting adversarial attacks with momentum", CVPR 2018,
+https://arxiv.org/abs/1710.06081; Kuzina, Welling, Tomczak, NeurIPS 2022, appendix D.2.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.program import check_images
-from pyro_vae_defence.ops.balls import Ball
-from pyro_vae_defence.ops.latents import rows, unfold
-from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import Objective, PreparedObjective
+from pyro_vae_defence.attacks.base import (
+    Attack,
+    AttackResult,
+    Problem,
+    State,
+    first_result,
+    keep_best,
+)
+from pyro_vae_defence.ops.latents import rows
+
+__all__ = ["PGD", "AttackResult", "MomentumPGD"]
 
 PAPER_START_SCALE = 0.2
 PAPER_LEARNING_RATE = 1.0
-PAPER_NUM_STEPS = 50
 PAPER_PATIENCE = 20
 
 # torch's ReduceLROnPlateau counts smaller relative changes as none; the published code used it.
 _RELATIVE_IMPROVEMENT = 1e-4
 
 
-class AttackResult(NamedTuple):
-    """Perturbed images of every restart.
-
-    Attributes:
-        x_adv: ``(num_restarts, N, C, H, W)``, in [0, 1] and in the ball around ``x_ref``.
-        objective: value the attacker reached, ``(num_restarts, N)``.
-        x_ref: the references ``(N, C, H, W)``.
-        num_gradients: gradients of the objective spent per restart and image.
-    """
-
-    x_adv: Tensor
-    objective: Tensor
-    x_ref: Tensor
-    num_gradients: int
-
-    def best(self) -> Tensor:
-        """The strongest restart of each image, ``(N, C, H, W)``; one without a value never wins."""
-        winner = self.objective.nan_to_num(nan=-torch.inf).argmax(0)
-        return self.x_adv[winner, torch.arange(len(winner), device=winner.device)]
+def default_step_size(attack: Attack, step_size: float | None) -> float:
+    """``step_size``, or 2.5 radii over ``num_steps``: enough to cross the ball from any start."""
+    return 2.5 * attack.ball.radius / attack.num_steps if step_size is None else step_size
 
 
 @dataclass(frozen=True)
-class PGD:
-    """Projected gradient ascent; call it with reference images.
+class PGD(Attack):
+    """Projected gradient ascent; one gradient per step, and the best iterate is the result.
 
     Args:
-        objective: a prepared objective, e.g. ``attacks.symmetric_kl(vae)``.
-        ball: where perturbations live, e.g. ``ops.balls.Linf(0.1)``.
-        num_steps: gradient steps, >= 1.
         step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when
             ``None``. Not used by the paper's preset.
-        num_restarts: random starts per image, >= 1.
-        preset: ``"paper"`` for the published optimiser.
-        batch_size: most rows (restarts times images) at a time; results do not depend on it, but for
-            objectives that are random themselves, as through a guide with several latent levels, whose
-            noise comes from torch's global seed.
-
-    Raises:
-        ValueError: if an argument is out of range, or images are not in [0, 1].
+        preset: ``"paper"`` for the published optimiser, whose result is the last iterate.
     """
 
-    objective: PreparedObjective
-    ball: Ball
-    num_steps: int = PAPER_NUM_STEPS
     step_size: float | None = None
-    num_restarts: int = 1
     preset: Literal["paper"] | None = None
-    batch_size: int = 4096
 
     def __post_init__(self) -> None:
-        if not callable(self.objective):
-            raise ValueError(
-                f"objective must be a prepared objective such as symmetric_kl(vae), "
-                f"got {self.objective!r}"
-            )
-        if not isinstance(self.ball, Ball):
-            raise ValueError(f"ball must be a Ball such as Linf(0.1), got {self.ball!r}")
-        for name in ("num_steps", "num_restarts", "batch_size"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size!r}")
+        super().__post_init__()
+        self._check_positive("step_size")
         if self.preset not in (None, "paper"):
             raise ValueError(f"preset must be 'paper' or None, got {self.preset!r}")
 
-    def __call__(self, x_ref: Tensor, generator: torch.Generator | None = None) -> AttackResult:
-        """Attack every image from ``num_restarts`` random starts.
-
-        Args:
-            x_ref: reference images ``(N, C, H, W)`` in [0, 1].
-            generator: source of the run's seed; torch's global seed when ``None``.
-        """
-        check_images(x_ref, "x_ref")
-        num_images = x_ref.shape[0]
-        folded = x_ref.repeat(self.num_restarts, 1, 1, 1)
-        streams = Streams.create(
-            num_images,
-            self.num_restarts,
-            seed=draw_seed(generator),
-            device=x_ref.device,
+    def _start(self, problem: Problem) -> State:
+        if self.preset is None:
+            start = problem.start()
+            return {**first_result(start), "perturbation": start}
+        x_ref = problem.x_ref
+        start = PAPER_START_SCALE * problem.streams.normal(
+            0, 0, tuple(x_ref.shape[1:]), x_ref.dtype
         )
-        x_adv, value = [], []
-        for first in range(0, folded.shape[0], self.batch_size):
-            part = slice(first, first + self.batch_size)
-            some = Streams(streams.seed, streams.image[part], streams.chain[part])
-            adversarial, reached = self._attack(folded[part], some)
-            x_adv.append(adversarial)
-            value.append(reached)
-        return AttackResult(
-            unfold(torch.cat(x_adv), self.num_restarts),
-            unfold(torch.cat(value), self.num_restarts),
-            x_ref,
-            self.num_steps,
-        )
+        state = first_result(start)
+        return {
+            **state,
+            "perturbation": start,
+            "rate": torch.full_like(state["result_value"], PAPER_LEARNING_RATE),
+            "record": state["result_value"],
+            "waited": torch.zeros_like(state["result_value"], dtype=torch.long),
+        }
 
-    def _attack(self, x_ref: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
-        objective = self.objective(x_ref)
+    def _step(self, problem: Problem, state: State, t: int) -> State:
         if self.preset == "paper":
-            perturbation = self._ascend_as_published(objective, x_ref, streams)
-        else:
-            perturbation = self._ascend(objective, x_ref, streams)
-        x_adv = self.ball.inside(x_ref, (x_ref + perturbation).clamp(0.0, 1.0))
-        with torch.no_grad():
-            return x_adv, objective(x_adv)
+            return self._step_as_published(problem, state)
+        perturbation = state["perturbation"]
+        value, gradient = problem.value_and_gradient(perturbation)
+        state = keep_best(state, perturbation, value)
+        length = default_step_size(self, self.step_size)
+        return {**state, "perturbation": problem.climb(perturbation, gradient, length)}
 
-    def _ascend(self, objective: Objective, x_ref: Tensor, streams: Streams) -> Tensor:
-        """Steepest ascent in the ball's norm; returns each row's best iterate."""
-        length = self.step_size
-        if length is None:
-            length = 2.5 * self.ball.radius / self.num_steps
-        perturbation = _keep_valid(x_ref, self.ball.random_start(x_ref, streams))
-        best, best_value = perturbation, torch.full_like(x_ref[:, 0, 0, 0], -torch.inf)
-        for _ in range(self.num_steps):
-            value, gradient = _value_and_gradient(objective, x_ref, perturbation)
-            better = value > best_value
-            best = torch.where(rows(better, best), perturbation, best)
-            best_value = torch.where(better, value, best_value)
-            moved = perturbation + length * self.ball.steepest_ascent(gradient)
-            perturbation = _keep_valid(x_ref, self.ball.project(moved))
-        with torch.no_grad():
-            better = objective(x_ref + perturbation) > best_value
-        return torch.where(rows(better, best), perturbation, best)
+    def _step_as_published(self, problem: Problem, state: State) -> State:
+        """A step along the raw gradient with a rate halved on plateaus, per row."""
+        perturbation, rate, record = state["perturbation"], state["rate"], state["record"]
+        value, gradient = problem.value_and_gradient(perturbation, through_clip=True)
+        moved = problem.ball.project(perturbation + rows(rate, gradient) * gradient)
+        better = value > record + _RELATIVE_IMPROVEMENT * record.abs().nan_to_num(posinf=0.0)
+        waited = torch.where(better, 0, state["waited"] + 1)
+        stagnant = waited > PAPER_PATIENCE
+        return {
+            **state,
+            # The start may lie outside the ball; as a result it would be projected.
+            "result": problem.ball.project(perturbation),
+            "result_value": value,
+            "perturbation": moved,
+            "rate": torch.where(stagnant, 0.5 * rate, rate),
+            "record": torch.where(better, value, record),
+            "waited": torch.where(stagnant, 0, waited),
+        }
 
-    def _ascend_as_published(self, objective: Objective, x_ref: Tensor, streams: Streams) -> Tensor:
-        """Raw-gradient ascent with a rate halved on plateaus, per row; returns the last iterate."""
-        event = tuple(x_ref.shape[1:])
-        perturbation = PAPER_START_SCALE * streams.normal(0, 0, event, x_ref.dtype)
-        rate = torch.full_like(x_ref[:, 0, 0, 0], PAPER_LEARNING_RATE)
-        best = torch.full_like(rate, -torch.inf)
-        waited = torch.zeros_like(rate, dtype=torch.long)
-        for _ in range(self.num_steps):
-            value, gradient = _value_and_gradient(objective, x_ref, perturbation)
-            perturbation = self.ball.project(perturbation + rows(rate, gradient) * gradient)
-            better = value > best + _RELATIVE_IMPROVEMENT * best.abs().nan_to_num(posinf=0.0)
-            best = torch.where(better, value, best)
-            waited = torch.where(better, 0, waited + 1)
-            stagnant = waited > PAPER_PATIENCE
-            rate = torch.where(stagnant, 0.5 * rate, rate)
-            waited = torch.where(stagnant, 0, waited)
-        return perturbation
+    def _finish(self, problem: Problem, state: State) -> State:
+        if self.preset == "paper":
+            return {**state, "result": state["perturbation"]}
+        return last_iterate(problem, state)
 
 
-def _keep_valid(x_ref: Tensor, perturbation: Tensor) -> Tensor:
-    """Shrink a perturbation so that the perturbed image lies in [0, 1]; never leaves a ball."""
-    return (x_ref + perturbation).clamp(0.0, 1.0) - x_ref
+@dataclass(frozen=True)
+class MomentumPGD(Attack):
+    """Gradient ascent along an accumulated gradient (MI-FGSM) from a random start; one gradient per step.
+
+    Args:
+        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when ``None``.
+        decay: factor mu of the accumulated gradient, >= 0; the paper's 1.0 by default.
+    """
+
+    step_size: float | None = None
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("step_size")
+        if not self.decay >= 0:
+            raise ValueError(f"decay must be at least 0, got {self.decay!r}")
+
+    def _start(self, problem: Problem) -> State:
+        start = problem.start()
+        return {
+            **first_result(start),
+            "perturbation": start,
+            "momentum": torch.zeros_like(start),
+        }
+
+    def _step(self, problem: Problem, state: State, t: int) -> State:
+        perturbation = state["perturbation"]
+        value, gradient = problem.value_and_gradient(perturbation)
+        state = keep_best(state, perturbation, value)
+        momentum = self.decay * state["momentum"] + normalised(gradient)
+        length = default_step_size(self, self.step_size)
+        moved = problem.climb(perturbation, momentum, length)
+        return {**state, "perturbation": moved, "momentum": momentum}
+
+    def _finish(self, problem: Problem, state: State) -> State:
+        return last_iterate(problem, state)
 
 
-def _value_and_gradient(
-    objective: Objective, x_ref: Tensor, perturbation: Tensor
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = perturbation.detach().requires_grad_()
-        value = objective((x_ref + leaf).clamp(0.0, 1.0))
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    # A row whose gradient overflows stays where it is instead of leaving the ball as NaN.
-    return value.detach(), torch.where(gradient.isfinite(), gradient, 0.0)
+def normalised(gradient: Tensor) -> Tensor:
+    """The gradient over its L1 norm; zero stays zero."""
+    norm = gradient.flatten(1).abs().sum(1)
+    return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
+
+
+def last_iterate(problem: Problem, state: State) -> State:
+    """Compare the result with the last iterate, which no step has evaluated; one query."""
+    return keep_best(state, state["perturbation"], problem.value(state["perturbation"]))

@@ -47,6 +47,7 @@ DATA_PLATE = "data"
 __all__ = [
     "DATA_PLATE",
     "ModelPotential",
+    "check_guide",
     "check_images",
     "check_vae",
     "decode",
@@ -277,6 +278,30 @@ def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[st
     return {
         name: site["fn"] for name, site in _sample_sites(trace).items() if not site["is_observed"]
     }
+
+
+def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
+    """Run ``vae.guide`` on images ``x`` once and see whether it keeps the contract of :class:`types.VAE`.
+
+    Raises:
+        ValueError: if it fails on such images, has no latent site, or one outside its data plate.
+    """
+    check_vae(vae)
+    try:
+        with torch.no_grad(), evaluation_mode(vae):
+            trace = _guide_trace(vae, x, streams)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"vae.guide failed on images of shape {tuple(x.shape)}: {error}; it must run as guide(x), "
+            f'with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
+        ) from error
+    latents = {n: site for n, site in _sample_sites(trace).items() if not site["is_observed"]}
+    if not latents:
+        raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
+    for name, site in latents.items():
+        _data_frame(name, site, x.shape[0])
 
 
 def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:

@@ -25,7 +25,7 @@ Posterior = Mapping[str, Distribution]
 
 def kl(p: Posterior, q: Posterior) -> Tensor:
     """KL(p || q) per image, in nats."""
-    return _over_sites(p, q, kl_divergence)
+    return _over_sites(p, q, _kl_site)
 
 
 def symmetric_kl(p: Posterior, q: Posterior) -> Tensor:
@@ -33,9 +33,24 @@ def symmetric_kl(p: Posterior, q: Posterior) -> Tensor:
     return 0.5 * (kl(p, q) + kl(q, p))
 
 
+def squared_mean_distance(p: Posterior, q: Posterior) -> Tensor:
+    """Squared Euclidean distance between the means per image (appendix C.6 of the paper)."""
+    return _over_sites(p, q, lambda a, b: (a.mean - b.mean).square())
+
+
 def squared_wasserstein(p: Posterior, q: Posterior) -> Tensor:
     """Squared 2-Wasserstein distance between factorised Gaussians per image."""
     return _over_sites(p, q, _squared_wasserstein_site)
+
+
+def _kl_site(p: Distribution, q: Distribution) -> Tensor:
+    try:
+        return kl_divergence(p, q)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"no KL-divergence is registered between {p} and {q}; register one with "
+            "torch.distributions.kl.register_kl, or compare means with squared_mean_distance"
+        ) from error
 
 
 def _squared_wasserstein_site(p: Distribution, q: Distribution) -> Tensor:

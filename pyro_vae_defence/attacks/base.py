@@ -1,0 +1,417 @@
+r"""The template of every attack: objective x ball x optimiser.
+
+All attacks of this package look for
+
+.. math:: \max_\varepsilon \; \Delta(x^r + \varepsilon) \quad \text{subject to} \quad
+          \|\varepsilon\|_p \le r, \;\; 0 \le x^r + \varepsilon \le 1 ,
+
+for every reference image from several random starts. :class:`Attack` does what they have in common: it checks
+arguments, folds restarts into the batch, cuts the batch into micro-batches, counts evaluations, lets solved rows
+leave, keeps progress in a file, and sees that results are inside the ball. An optimiser adds three methods on
+*states*, dicts of tensors with one row per (restart, image) pair: a start, a step, and a finish. Rows do not see
+each other, and a row's noise comes from its own stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.attacks.objectives._rows import prepare
+from pyro_vae_defence.models.program import check_images
+from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.latents import rows, unfold
+from pyro_vae_defence.ops.streams import Streams, draw_seed
+from pyro_vae_defence.types import Criterion, Objective, PreparedCriterion, PreparedObjective
+
+State = dict[str, Tensor]
+"""What an optimiser knows, one row per (restart, image) pair. Two entries are the template's: ``result``, the
+perturbation it would return now, and ``result_value``, its objective."""
+
+# Purposes of the streams' draws that belong to attacks; see docs/architecture.md.
+SEARCH_PURPOSE = 3072
+
+
+class AttackResult(NamedTuple):
+    """Perturbed images of every restart.
+
+    Attributes:
+        x_adv: ``(num_restarts, N, C, H, W)``, in [0, 1] and in the ball around ``x_ref``.
+        objective: value the attacker reached, ``(num_restarts, N)``.
+        x_ref: the references ``(N, C, H, W)``.
+        num_gradients: evaluations of the objective with its gradient, int64 ``(num_restarts, N)``.
+        num_queries: evaluations without one, int64 ``(num_restarts, N)``.
+        solved: whether ``stop`` was met, bool ``(num_restarts, N)``; all False without ``stop``.
+    """
+
+    x_adv: Tensor
+    objective: Tensor
+    x_ref: Tensor
+    num_gradients: Tensor
+    num_queries: Tensor
+    solved: Tensor
+
+    def best(self) -> Tensor:
+        """The strongest restart of each image, ``(N, C, H, W)``; one without a value never wins."""
+        winner = self.objective.nan_to_num(nan=-torch.inf).argmax(0)
+        return self.x_adv[winner, torch.arange(len(winner), device=winner.device)]
+
+
+def reaches(threshold: float) -> PreparedCriterion:
+    """Criterion for ``stop``: the objective is at least ``threshold``."""
+
+    def prepare_threshold(x_ref: Tensor) -> Criterion:
+        return lambda x, value: value >= threshold
+
+    return prepare_threshold
+
+
+@dataclass
+class Problem:
+    """Rows under attack: the maximisation an optimiser works on, with a count of what it spends.
+
+    Attributes:
+        objective: against the references of these rows.
+        ball: where perturbations live.
+        x_ref: references ``(rows, C, H, W)``.
+        streams: the rows' random streams.
+        num_gradients, num_queries: evaluations so far with and without a gradient, of every row.
+    """
+
+    objective: Objective
+    ball: Ball
+    x_ref: Tensor
+    streams: Streams
+    num_gradients: int = 0
+    num_queries: int = 0
+    low: Tensor = field(init=False)
+    high: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.low, self.high = -self.x_ref, 1.0 - self.x_ref
+
+    def start(self) -> Tensor:
+        """A random point of the ball, clipped so that the image is valid."""
+        start = self.ball.random_start(self.x_ref, self.streams)
+        return torch.minimum(torch.maximum(start, self.low), self.high)
+
+    def project(self, perturbation: Tensor) -> Tensor:
+        """Nearest perturbation inside the ball whose image is in [0, 1]."""
+        return self.ball.project_box(perturbation, self.low, self.high)
+
+    def climb(self, perturbation: Tensor, gradient: Tensor, length: Tensor | float) -> Tensor:
+        """Project a step of the ball's norm ``length`` along the steepest valid direction."""
+        low, high = self.low - perturbation, self.high - perturbation
+        step = self.ball.climb(gradient, length, low.clamp(max=0.0), high.clamp(min=0.0))
+        return self.project(perturbation + step)
+
+    def value(self, perturbation: Tensor) -> Tensor:
+        """The objective, ``(rows,)``; one query."""
+        self.num_queries += 1
+        with torch.no_grad():
+            return self.objective((self.x_ref + perturbation).clamp(0.0, 1.0))
+
+    def value_and_gradient(
+        self, perturbation: Tensor, *, through_clip: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The objective and its gradient; one gradient. Entries that are not finite become zero.
+
+        The gradient is that at the clipped image. ``through_clip`` differentiates the clipping too: then
+        pixels that are clipped have gradient zero, also those that only rounding has put outside of [0, 1].
+        """
+        self.num_gradients += 1
+        with torch.enable_grad():
+            if through_clip:
+                leaf = perturbation.detach().requires_grad_()
+                value = self.objective((self.x_ref + leaf).clamp(0.0, 1.0))
+            else:
+                leaf = (self.x_ref + perturbation).clamp(0.0, 1.0).detach().requires_grad_()
+                value = self.objective(leaf)
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        # A row whose gradient overflows stays where it is instead of leaving the ball as NaN.
+        return value.detach(), torch.where(gradient.isfinite(), gradient, 0.0)
+
+
+def keep_best(state: State, perturbation: Tensor, value: Tensor) -> State:
+    """Replace each row's result where ``value`` is higher."""
+    better = value > state["result_value"]
+    return {
+        **state,
+        "result": torch.where(rows(better, perturbation), perturbation, state["result"]),
+        "result_value": torch.where(better, value, state["result_value"]),
+    }
+
+
+def first_result(perturbation: Tensor) -> State:
+    """The template's entries before anything was evaluated."""
+    return {
+        "result": perturbation,
+        "result_value": torch.full_like(perturbation.flatten(1)[:, 0], -torch.inf),
+    }
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack; use one of its subclasses and call it with reference images.
+
+    Args:
+        objective: a prepared objective, e.g. ``attacks.symmetric_kl(vae)``.
+        ball: where perturbations live, e.g. ``ops.balls.Linf(0.1)``.
+        num_steps: steps of the optimiser, >= 1; the subclass says what a step costs.
+        num_restarts: random starts per image, >= 1.
+        batch_size: most rows (restarts times images) at a time; results do not depend on it.
+        stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows whose result so far meets
+            it leave the batch. The criterion's own evaluations of the model are not counted. It costs a
+            synchronisation with the device per step.
+        checkpoint: file for progress. A call that finds it goes on from there, with the seed stored in it, and
+            removes it when it is done.
+        checkpoint_every: steps between writes; the end of a micro-batch is always written.
+
+    Raises:
+        ValueError: if an argument is out of range, images are not in [0, 1], or the checkpoint belongs to
+            other images or settings. (Objectives and criteria cannot be compared: name files after them.)
+    """
+
+    objective: PreparedObjective
+    ball: Ball
+    num_steps: int = 50
+    num_restarts: int = 1
+    batch_size: int = 4096
+    stop: PreparedCriterion | None = None
+    checkpoint: str | os.PathLike[str] | None = None
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        if not callable(self.objective):
+            raise ValueError(
+                f"objective must be a prepared objective such as symmetric_kl(vae), "
+                f"got {self.objective!r}"
+            )
+        if not isinstance(self.ball, Ball):
+            raise ValueError(f"ball must be a Ball such as Linf(0.1), got {self.ball!r}")
+        if not (self.stop is None or callable(self.stop)):
+            raise ValueError(
+                f"stop must be a prepared criterion such as reaches(10.0), got {self.stop!r}"
+            )
+        self._check_integers("num_steps", "num_restarts", "batch_size", "checkpoint_every")
+
+    def _check_integers(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value!r}")
+
+    # --- What an optimiser adds -------------------------------------------------------------------
+
+    def _start(self, problem: Problem) -> State:
+        """The state before the first step, with the entries of :func:`first_result`."""
+        raise NotImplementedError
+
+    def _step(self, problem: Problem, state: State, t: int) -> State:
+        """The state after step ``t`` (0, 1, ...)."""
+        raise NotImplementedError
+
+    def _finish(self, problem: Problem, state: State) -> State:
+        """The state after the last step; a last iterate that was not evaluated may be compared here."""
+        return state
+
+    # --- The template -----------------------------------------------------------------------------
+
+    def __call__(self, x_ref: Tensor, generator: torch.Generator | None = None) -> AttackResult:
+        """Attack every image from ``num_restarts`` random starts.
+
+        Args:
+            x_ref: reference images ``(N, C, H, W)`` in [0, 1].
+            generator: source of the run's seed; torch's global seed when ``None``.
+        """
+        check_images(x_ref, "x_ref")
+        progress = _Progress(self, x_ref, draw_seed(generator))
+        return self.attack_rows(
+            x_ref,
+            Streams.create(
+                x_ref.shape[0], self.num_restarts, seed=progress.seed, device=x_ref.device
+            ),
+            progress,
+        )
+
+    def attack_rows(
+        self, x_ref: Tensor, streams: Streams, progress: _Progress | None = None
+    ) -> AttackResult:
+        """Attack images whose rows (restarts folded in) have the given streams; ``checkpoint`` is not used."""
+        progress = progress or _Progress(dataclasses.replace(self, checkpoint=None), x_ref, 0)
+        folded = x_ref.repeat(self.num_restarts, 1, 1, 1)
+        firsts = range(0, folded.shape[0], self.batch_size)
+        for index, first in enumerate(firsts):
+            if index < len(progress.finished):
+                continue
+            part = slice(first, first + self.batch_size)
+            some = Streams(streams.seed, streams.image[part], streams.chain[part])
+            progress.finish(self._attack(folded[part], some, progress))
+        whole = {
+            name: unfold(torch.cat([part[name] for part in progress.finished]), self.num_restarts)
+            for name in progress.finished[0]
+        }
+        progress.remove()
+        return AttackResult(x_ref=x_ref, **whole)
+
+    def _attack(self, x_ref: Tensor, streams: Streams, progress: _Progress) -> State:
+        """Attack the rows of one micro-batch; returns the fields of the result, one row each."""
+        problem = self._problem(x_ref, streams)
+        if progress.underway:
+            # Popped, so that the next micro-batch starts anew.
+            first, active, state, outcome = progress.pop()
+            problem = self._problem(x_ref[active], _take(streams, active))
+        else:
+            first, active = 0, torch.arange(x_ref.shape[0], device=x_ref.device)
+            state = self._start(problem)
+            zero = torch.zeros_like(active)
+            state |= {"num_gradients": zero, "num_queries": zero, "solved": zero.bool()}
+            state = _charge(state, problem)
+            names = ("result", "num_gradients", "num_queries", "solved")
+            outcome = {name: torch.zeros_like(state[name]) for name in names}
+        criterion = self._criterion(problem)
+        for t in range(first, self.num_steps):
+            if len(active) == 0:
+                break
+            state = _charge(self._step(problem, state, t), problem)
+            if criterion is not None:
+                x = (problem.x_ref + state["result"]).clamp(0.0, 1.0)
+                solved = criterion(x, state["result_value"])
+                state["solved"] = solved
+                if bool(solved.any()):
+                    outcome = _put(outcome, active[solved], _select(state, solved))
+                    active, state = active[~solved], _select(state, ~solved)
+                    if len(active) == 0:
+                        break
+                    problem = self._problem(x_ref[active], _take(streams, active))
+                    criterion = self._criterion(problem)
+            progress.step(t + 1, active, state, outcome)
+        if len(active) > 0:
+            state = _charge(self._finish(problem, state), problem)
+            outcome = _put(outcome, active, state)
+        x_adv = (x_ref + outcome.pop("result")).clamp(0.0, 1.0)
+        x_adv = self.ball.inside(x_ref, x_adv)
+        with torch.no_grad():
+            value = prepare(self.objective, x_ref, streams)(x_adv)
+        outcome["num_queries"] = outcome["num_queries"] + 1
+        return {"x_adv": x_adv, "objective": value, **outcome}
+
+    def _problem(self, x_ref: Tensor, streams: Streams) -> Problem:
+        return Problem(prepare(self.objective, x_ref, streams), self.ball, x_ref, streams)
+
+    def _criterion(self, problem: Problem) -> Criterion | None:
+        if self.stop is None:
+            return None
+        return prepare(self.stop, problem.x_ref, problem.streams)
+
+
+def _charge(state: State, problem: Problem) -> State:
+    """Book what the problem has counted since the last call to every row."""
+    state = {
+        **state,
+        "num_gradients": state["num_gradients"] + problem.num_gradients,
+        "num_queries": state["num_queries"] + problem.num_queries,
+    }
+    problem.num_gradients = problem.num_queries = 0
+    return state
+
+
+def _take(streams: Streams, index: Tensor) -> Streams:
+    return Streams(streams.seed, streams.image[index], streams.chain[index])
+
+
+def _select(state: State, mask: Tensor) -> State:
+    return {name: value[mask] for name, value in state.items()}
+
+
+def _put(outcome: State, index: Tensor, state: State) -> State:
+    return {name: value.index_copy(0, index, state[name]) for name, value in outcome.items()}
+
+
+class _Progress:
+    """Finished micro-batches and the one under way, in memory and in the checkpoint's file."""
+
+    def __init__(self, attack: Attack, x_ref: Tensor, seed: int) -> None:
+        self.path = None if attack.checkpoint is None else Path(attack.checkpoint)
+        self.every = attack.checkpoint_every
+        self.seed = seed
+        self.finished: list[State] = []
+        self.underway: dict[str, Any] = {}
+        self.identity = ""
+        if self.path is None:
+            return
+        self.identity = _identity(attack, x_ref)
+        if self.path.exists():
+            saved = torch.load(self.path, map_location=x_ref.device, weights_only=True)
+            if saved["identity"] != self.identity:
+                raise ValueError(
+                    f"checkpoint {str(self.path)!r} belongs to other images or settings; "
+                    "delete it, or give this attack another file"
+                )
+            self.seed = saved["seed"]
+            self.finished, self.underway = saved["finished"], saved["underway"]
+
+    def pop(self) -> tuple[int, Tensor, State, State]:
+        """The micro-batch under way: next step, rows still in it, their state, what the others came to."""
+        saved, self.underway = self.underway, {}
+        return saved["step"], saved["active"], saved["state"], saved["outcome"]
+
+    def step(self, step: int, active: Tensor, state: State, outcome: State) -> None:
+        """Note that ``step`` steps of the current micro-batch are done; write every so often."""
+        if self.path is not None and step % self.every == 0:
+            underway = {"step": step, "active": active, "state": state, "outcome": outcome}
+            self._write(underway)
+
+    def finish(self, part: State) -> None:
+        """Note a finished micro-batch."""
+        self.finished.append(part)
+        self._write({})
+
+    def remove(self) -> None:
+        """Delete the file of a complete attack."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _write(self, underway: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "identity": self.identity,
+                "seed": self.seed,
+                "finished": self.finished,
+                "underway": underway,
+            },
+            buffer,
+        )
+        write_atomically(self.path, buffer.getvalue())
+
+
+def _identity(attack: Attack, x_ref: Tensor) -> str:
+    """A digest of the images and of every setting that has a value of its own."""
+    skipped = {"objective", "stop", "checkpoint", "checkpoint_every"}
+    settings = [
+        (entry.name, getattr(attack, entry.name))
+        for entry in dataclasses.fields(attack)
+        if entry.name not in skipped
+    ]
+    digest = hashlib.sha256(repr((type(attack).__name__, settings)).encode())
+    digest.update(repr((tuple(x_ref.shape), x_ref.dtype)).encode())
+    digest.update(x_ref.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,235 @@
+r"""Attacks that see values of the objective only: Square and NES.
+
+Square is a random search: a candidate changes the perturbation inside a random square to values on the boundary of
+the ball, and is kept if the objective rises. The share of pixels a square covers starts at ``share`` and is halved
+at the published iterations. For L_inf a square gets one of :math:`\pm r` per channel; for L2 it takes its budget
+from a second square, which is zeroed, and adds a pattern of two pyramids of opposite signs to what was there.
+
+NES estimates a gradient from antithetic Gaussian directions :math:`u_i`,
+
+.. math:: \hat g = \frac{1}{2 \sigma n} \sum_{i=1}^{n} \bigl[\Delta(x + \sigma u_i) - \Delta(x - \sigma u_i)\bigr] u_i ,
+
+and climbs along it as PGD does. Images it queries are clipped to [0, 1].
+
+References: Andriushchenko, Croce, Flammarion, Hein, "Square attack: a query-efficient black-box adversarial attack
+via random search", ECCV 2020, https://arxiv.org/abs/1912.00049; Ilyas, Engstrom, Athalye, Lin, "Black-box
+adversarial attacks with limited queries and information", ICML 2018, https://arxiv.org/abs/1804.08598."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.attacks.base import (
+    SEARCH_PURPOSE,
+    Attack,
+    Problem,
+    State,
+    first_result,
+    keep_best,
+)
+from pyro_vae_defence.attacks.pgd import default_step_size, last_iterate
+from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.latents import rows
+from pyro_vae_defence.ops.streams import Streams
+
+# Iterations of 10,000 at which the share of changed pixels is halved (section 3 of the Square attack).
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+def square_share(share: float, t: int, num_steps: int) -> float:
+    """Share of pixels that the square of step ``t`` covers.
+
+    >>> [square_share(0.8, t, 10_000) for t in (0, 11, 51, 9_999)]
+    [0.8, 0.4, 0.2, 0.0015625]
+    """
+    scaled = t * 10_000 // num_steps
+    return share / 2 ** sum(scaled > halving for halving in _HALVINGS)
+
+
+@dataclass(frozen=True)
+class Square(Attack):
+    """Random search over squares in an L_inf or L2 ball; one query per step.
+
+    Args:
+        share: share of pixels in the first squares, in (0, 1]; that of AutoAttack by default.
+    """
+
+    num_steps: int = 1000
+    share: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.ball, (Linf, L2)):
+            raise ValueError(f"Square needs an Linf or L2 ball, got {self.ball!r}; use NES for L1")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be in (0, 1], got {self.share!r}")
+
+    def _start(self, problem: Problem) -> State:
+        start = _stripes(problem) if isinstance(self.ball, Linf) else _tiles(problem)
+        return first_result(start)
+
+    def _step(self, problem: Problem, state: State, t: int) -> State:
+        candidate = state["result"]
+        if t > 0:
+            height, width = problem.x_ref.shape[-2:]
+            side = round((square_share(self.share, t, self.num_steps) * height * width) ** 0.5)
+            move = _linf_move if isinstance(self.ball, Linf) else _l2_move
+            candidate = move(problem, candidate, side, t)
+        return keep_best(state, candidate, problem.value(candidate))
+
+
+@dataclass(frozen=True)
+class NES(Attack):
+    """Gradient ascent along estimated gradients; ``num_directions + 1`` queries per step.
+
+    Args:
+        num_directions: evaluations per estimate, even, >= 2: half as many directions, both ways.
+        scale: standard deviation of the directions, in units of the image range.
+        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when ``None``.
+    """
+
+    num_directions: int = 50
+    scale: float = 1e-3
+    step_size: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_integers("num_directions")
+        self._check_positive("scale", "step_size")
+        if self.num_directions % 2:
+            raise ValueError(f"num_directions must be even, got {self.num_directions!r}")
+
+    def _start(self, problem: Problem) -> State:
+        start = problem.start()
+        return {**first_result(start), "perturbation": start}
+
+    def _step(self, problem: Problem, state: State, t: int) -> State:
+        perturbation = state["perturbation"]
+        state = keep_best(state, perturbation, problem.value(perturbation))
+        gradient = torch.zeros_like(perturbation)
+        event = tuple(perturbation.shape[1:])
+        for i in range(self.num_directions // 2):
+            direction = problem.streams.normal(t, SEARCH_PURPOSE + i, event, perturbation.dtype)
+            ahead = problem.value(perturbation + self.scale * direction)
+            behind = problem.value(perturbation - self.scale * direction)
+            gradient = gradient + rows(ahead - behind, direction) * direction
+        gradient = gradient / (self.scale * self.num_directions)
+        gradient = torch.where(gradient.isfinite(), gradient, 0.0)
+        length = default_step_size(self, self.step_size)
+        return {**state, "perturbation": problem.climb(perturbation, gradient, length)}
+
+    def _finish(self, problem: Problem, state: State) -> State:
+        return last_iterate(problem, state)
+
+
+# --- Square's moves -------------------------------------------------------------------------------
+
+
+def _signs(
+    streams: Streams, t: int, purpose: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    uniform = streams.uniform(t, SEARCH_PURPOSE + purpose, shape, dtype)
+    return torch.where(uniform > 0.5, 1.0, -1.0).to(dtype)
+
+
+def _corner(streams: Streams, t: int, purpose: int, places: int) -> Tensor:
+    """A uniform integer below ``places`` for each row."""
+    uniform = streams.uniform(t, SEARCH_PURPOSE + purpose, (), torch.float64)
+    return ((1.0 - uniform) * places).long().clamp(max=places - 1)
+
+
+def _window(problem: Problem, side: int, t: int, purpose: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A random square: its mask ``(rows, 1, H, W)``, and every pixel's place in it, clamped to it."""
+    height, width = problem.x_ref.shape[-2:]
+    top = _corner(problem.streams, t, purpose, height - side + 1)
+    left = _corner(problem.streams, t, purpose + 1, width - side + 1)
+    device = problem.x_ref.device
+    down = torch.arange(height, device=device) - top[:, None]
+    across = torch.arange(width, device=device) - left[:, None]
+    rows_in = (down >= 0) & (down < side)
+    columns_in = (across >= 0) & (across < side)
+    mask = (rows_in[:, :, None] & columns_in[:, None, :])[:, None]
+    return mask, down.clamp(0, side - 1), across.clamp(0, side - 1)
+
+
+def _stripes(problem: Problem) -> Tensor:
+    """The L_inf start: vertical stripes of +-r, one sign per channel and column."""
+    channels, _, width = problem.x_ref.shape[1:]
+    signs = _signs(problem.streams, 0, 0, (channels, 1, width), problem.x_ref.dtype)
+    return problem.project((problem.ball.radius * signs).expand_as(problem.x_ref))
+
+
+def _linf_move(problem: Problem, perturbation: Tensor, side: int, t: int) -> Tensor:
+    side = min(max(side, 1), *problem.x_ref.shape[-2:])
+    mask, _, _ = _window(problem, side, t, 1)
+    channels = problem.x_ref.shape[1]
+    signs = _signs(problem.streams, t, 0, (channels, 1, 1), problem.x_ref.dtype)
+    return problem.project(torch.where(mask, problem.ball.radius * signs, perturbation))
+
+
+def _pyramid(height: int, width: int) -> Tensor:
+    """Concentric rectangles whose values grow towards the centre (eq. 2 of the Square attack)."""
+    half = height // 2
+    r = torch.arange(1, height + 1)[:, None]
+    s = torch.arange(1, width + 1)[None, :]
+    reach = half - torch.maximum((r - half - 1).abs(), (s - width // 2 - 1).abs())
+    terms = 1.0 / (half + 1 - torch.arange(half + 1, dtype=torch.float64)) ** 2
+    return torch.where(reach >= 0, terms.cumsum(0)[reach.clamp(min=0)], terms[0])
+
+
+def _pattern(side: int, like: Tensor) -> Tensor:
+    """Two pyramids of opposite signs side by side, ``(side, side)``, of unit norm."""
+    left = side // 2
+    pattern = torch.cat([_pyramid(side, left), -_pyramid(side, side - left)], 1)
+    return (pattern / pattern.norm()).to(like)
+
+
+def _tiles(problem: Problem) -> Tensor:
+    """The L2 start: patterns with random signs on a grid of about 5 x 5 tiles, on the sphere."""
+    height, width = problem.x_ref.shape[-2:]
+    channels = problem.x_ref.shape[1]
+    side = max(min(height, width) // 5, 2)
+    pattern = _pattern(side, problem.x_ref)
+    repeats = (-(-height // side), -(-width // side))
+    signs = _signs(problem.streams, 0, 0, (channels, *repeats), problem.x_ref.dtype)
+    signs = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
+    tiled = signs * pattern.repeat(repeats)
+    return _on_sphere(problem, tiled[..., :height, :width])
+
+
+def _l2_move(problem: Problem, perturbation: Tensor, side: int, t: int) -> Tensor:
+    streams, radius = problem.streams, problem.ball.radius
+    channels, height, width = problem.x_ref.shape[1:]
+    # An odd side of at least 3, as published, where the image has room for it.
+    side = min(max(side, 3) | 1, height, width)
+    mask, down, across = _window(problem, side, t, 1)
+    other, _, _ = _window(problem, side, t, 3)
+    signs = _signs(streams, t, 0, (channels, 1, 1), perturbation.dtype)
+
+    pattern = _pattern(side, perturbation)
+    # Transposed for every other row, at random.
+    flip = _signs(streams, t, 5, (1, 1), perturbation.dtype) > 0
+    straight = pattern[down[:, :, None], across[:, None, :]]
+    turned = pattern[across[:, None, :], down[:, :, None]]
+    pattern = torch.where(flip, straight, turned)[:, None]
+
+    def norm(values: Tensor, dims: tuple[int, ...] = (2, 3)) -> Tensor:
+        return values.square().sum(dims, keepdim=True).sqrt()
+
+    inside = torch.where(mask, perturbation, 0.0)
+    both = torch.where(mask | other, perturbation, 0.0)
+    unused = (radius**2 - norm(perturbation, (1, 2, 3)).square()).clamp(min=0.0)
+    budget = (unused / channels + norm(both).square()).sqrt()
+    added = torch.where(mask, signs * pattern, 0.0) + inside / norm(inside).clamp(min=1e-12)
+    added = added / norm(added).clamp(min=1e-12) * budget
+    changed = torch.where(mask, added, torch.where(other, 0.0, perturbation))
+    return _on_sphere(problem, changed)
+
+
+def _on_sphere(problem: Problem, perturbation: Tensor) -> Tensor:
+    """Scale to the radius, then clip to the range of images."""
+    norm = problem.ball.norm(perturbation).clamp(min=1e-12)
+    return problem.project(rows(problem.ball.radius / norm, perturbation) * perturbation)

@@ -1,0 +1,129 @@
+r"""The r-robustness margin: how far an attacker may go before most reconstructions move by more than r.
+
+An encoder is random, so robustness at :math:`x` is a statement about the distribution of reconstructions: the VAE is
+r-robust to a perturbation :math:`\varepsilon` if
+
+.. math:: \Pr\bigl( \| g(\tilde z_\varepsilon) - g(\tilde z) \|_2 \le r \bigr) > \tfrac12, \qquad
+          \tilde z_\varepsilon \sim q(z|x + \varepsilon), \; \tilde z \sim q(z|x),
+
+and its margin :math:`R^r(x)` is the largest radius such that it is r-robust to every perturbation in the ball. An
+attack can only show that a radius is too large, hence bisection over radii gives an *upper* estimate of the margin,
+as good as the attack.
+
+Reference: Camuto, Willetts, Roberts, Holmes, Rainforth, "Towards a theoretical understanding of the robustness of
+variational autoencoders", AISTATS 2021, https://arxiv.org/abs/2007.07365 (definitions 1 and 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.attacks.base import Attack
+from pyro_vae_defence.attacks.objectives._rows import (
+    check_num_draws,
+    draws,
+    reconstruct,
+)
+from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode
+from pyro_vae_defence.ops.streams import Streams, draw_seed
+from pyro_vae_defence.types import VAE
+
+
+class RMargin(NamedTuple):
+    """Brackets of the margin per image, in the units of the ball.
+
+    Attributes:
+        survived: ``(N,)``, the largest radius tried at which the attack failed; 0 if there is none.
+        broken: ``(N,)``, the smallest radius tried at which it succeeded; infinite if there is none, and 0
+            where two reconstructions of the reference itself mostly differ by more than r.
+    """
+
+    survived: Tensor
+    broken: Tensor
+
+
+def r_margin(
+    vae: VAE,
+    attack: Attack,
+    x_ref: Tensor,
+    r: float,
+    *,
+    num_bisections: int = 6,
+    num_draws: int = 20,
+    generator: torch.Generator | None = None,
+) -> RMargin:
+    """Estimate the r-robustness margin of each image by bisection over attack radii.
+
+    Args:
+        vae: any Pyro VAE.
+        attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``: the largest radius of interest is its ball's. Any
+            restart that succeeds counts.
+        x_ref: reference images ``(N, C, H, W)`` in [0, 1].
+        r: largest Euclidean distance between reconstructions that is tolerated, > 0.
+        num_bisections: radii tried after the largest; the bracket is the largest radius over 2 to this power.
+        num_draws: pairs of reconstructions per decision, with noise the attack has not seen.
+        generator: source of the run's seed; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: for a bad setting.
+    """
+    check_vae(vae)
+    check_images(x_ref, "x_ref")
+    check_num_draws(num_draws)
+    if not r > 0:
+        raise ValueError(f"r must be positive, got {r!r}")
+    if not (isinstance(num_bisections, int) and num_bisections >= 0):
+        raise ValueError(f"num_bisections must be an integer of at least 0, got {num_bisections!r}")
+    num_images, largest = x_ref.shape[0], attack.ball.radius
+    # The attack's noise is the same at every radius; that of the decisions is fresh.
+    attacker, first, second = (
+        Streams.create(num_images, 1, seed=draw_seed(generator), device=x_ref.device)
+        for _ in range(3)
+    )
+
+    def breaks(index: Tensor, radius: float) -> Tensor:
+        """Whether an attack on the images ``index`` succeeds within ``radius``, bool."""
+        repeated = dataclasses.replace(
+            attack, ball=dataclasses.replace(attack.ball, radius=radius), checkpoint=None
+        )
+        chain = torch.arange(attack.num_restarts, device=index.device)
+        streams = Streams(
+            attacker.seed,
+            index.repeat(attack.num_restarts),
+            chain.repeat_interleave(len(index)),
+        )
+        x_adv = repeated.attack_rows(x_ref[index], streams).x_adv
+        return torch.stack([differs(x, index) for x in x_adv]).any(0)
+
+    @torch.no_grad()
+    def differs(x: Tensor, index: Tensor) -> Tensor:
+        """Whether at least half of the reconstructions of ``x`` are more than r away."""
+        streams = [s._replace(image=index, chain=torch.zeros_like(index)) for s in (first, second)]
+        far = []
+        with evaluation_mode(vae):
+            for noise, noise_ref in zip(*(draws(s, num_draws) for s in streams)):
+                difference = reconstruct(vae, x, "sample", noise) - reconstruct(
+                    vae, x_ref[index], "sample", noise_ref
+                )
+                far.append(difference.flatten(1).norm(dim=1) > r)
+        return torch.stack(far).double().mean(0) >= 0.5
+
+    every = torch.arange(num_images, device=x_ref.device)
+    survived = x_ref.new_zeros(num_images)
+    at_rest = differs(x_ref, every)
+    at_most = breaks(every, largest)
+    survived = torch.where(at_most | at_rest, survived, largest)
+    broken = torch.where(at_most, largest, torch.full_like(survived, torch.inf))
+    broken = torch.where(at_rest, 0.0, broken)
+    for _ in range(num_bisections):
+        middle = 0.5 * (survived + broken)
+        # Images with the same bracket are attacked together.
+        for radius in middle[middle.isfinite() & (middle > 0)].unique().tolist():
+            index = every[middle == radius]
+            fell = breaks(index, radius)
+            broken[index] = torch.where(fell, radius, broken[index])
+            survived[index] = torch.where(fell, survived[index], radius)
+    return RMargin(survived, broken)

@@ -1,0 +1,476 @@
+"""Every optimiser through the same tests: known maxima, balls, batches, early exit, resume, honest counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from programs import LinearGaussianVAE
+
+from pyro_vae_defence import attacks
+from pyro_vae_defence.attacks.apgd import checkpoints
+from pyro_vae_defence.ops.balls import L1, L2, Linf
+
+BALLS = [Linf(0.2), L2(1.0), L1(3.0)]
+SHAPE = (4, 1, 4, 4)
+
+# Settings that suffice for the known maxima below, and what a step costs: (gradients, queries).
+OPTIMISERS = {
+    "PGD": (attacks.PGD, {"num_steps": 150, "step_size": 0.01}),
+    "MomentumPGD": (attacks.MomentumPGD, {"num_steps": 150, "step_size": 0.005}),
+    "APGD": (attacks.APGD, {"num_steps": 120}),
+    "LBFGS": (attacks.LBFGS, {"num_steps": 60}),
+    "Square": (attacks.Square, {"num_steps": 1500, "share": 0.3}),
+    "NES": (attacks.NES, {"num_steps": 100, "step_size": 0.02, "num_directions": 20}),
+}
+# How far from the maximum they may end, as a share of what there is to gain from the reference on.
+TOLERANCE = {
+    "PGD": 0.02,
+    "MomentumPGD": 0.02,
+    "APGD": 5e-3,
+    "LBFGS": 1e-6,
+    "Square": 0.15,
+    "NES": 0.03,
+}
+
+
+def make(name, objective, ball, **settings):
+    optimiser, defaults = OPTIMISERS[name]
+    return optimiser(objective, ball, **{**defaults, **settings})
+
+
+def problem(kind):
+    """References with saturated pixels, an objective, and its maximiser in a ball."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(*SHAPE, generator=generator, dtype=torch.float64)
+    x = torch.where(torch.rand(*SHAPE, generator=generator) < 0.3, 0.0, x)
+    towards = torch.randn(*SHAPE, generator=generator, dtype=torch.float64)
+
+    def prepare(x_ref, streams):
+        # Rows follow their images, whatever the batch.
+        own = towards[streams.image]
+        if kind == "linear":
+            return lambda y: (own * y).flatten(1).sum(1)
+        bend = torch.linspace(1, 20, 16, dtype=torch.float64).reshape(1, 1, 4, 4)
+        weight = 1.0 if kind == "quadratic" else bend
+        return lambda y: -(weight * (y - x_ref - own).square()).flatten(1).sum(1)
+
+    def maximiser(ball):
+        if kind == "linear":
+            return x + ball.climb(towards, ball.radius, -x, 1 - x)
+        return x + ball.project_box(towards, -x, 1 - x)
+
+    return x, prepare, maximiser
+
+
+def objective_at(prepare, x, y):
+    from pyro_vae_defence.ops.streams import Streams
+
+    return prepare(x, Streams.create(x.shape[0], seed=0))(y)
+
+
+def supported(name, ball):
+    if name == "Square" and isinstance(ball, L1):
+        pytest.skip("Square is defined for L_inf and L2")
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "quadratic"])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_reaches_a_known_maximum(name, kind, ball):
+    supported(name, ball)
+    x, prepare, maximiser = problem(kind)
+    result = make(name, prepare, ball)(x)
+    best = objective_at(prepare, x, maximiser(ball))
+    gain = best - objective_at(prepare, x, x)
+    short = (best - result.objective[0]) / gain
+    assert (short >= -1e-9).all()
+    assert (short <= TOLERANCE[name]).all()
+
+
+def test_quasi_newton_needs_few_gradients_where_the_curvature_varies():
+    x, prepare, _ = problem("bent")
+    spent = attacks.LBFGS(prepare, L2(1.0), num_steps=40)(x).objective
+    exact = attacks.LBFGS(prepare, L2(1.0), num_steps=400)(x).objective
+    start = objective_at(prepare, x, x)
+    assert ((exact - spent) <= 1e-5 * (exact - start)).all()
+    plain = attacks.PGD(prepare, L2(1.0), num_steps=40)(x).objective
+    assert (spent >= plain).all()
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=str)
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_ball_and_range_hold_and_more_steps_are_no_worse(name, ball):
+    supported(name, ball)
+    vae = LinearGaussianVAE()
+    x = torch.rand(*SHAPE).round(decimals=1)
+    prepared = attacks.symmetric_kl(vae)
+    seen = []
+
+    def recording(x_ref):
+        inner = prepared(x_ref)
+
+        def objective(y):
+            assert y.min() >= 0
+            assert y.max() <= 1
+            seen.append(inner(y))
+            return seen[-1]
+
+        return objective
+
+    settings = {"num_steps": 12, "num_restarts": 2}
+    if name == "NES":
+        settings["num_directions"] = 4
+    result = make(name, recording, ball, **settings)(x)
+    assert result.x_adv.shape == (2, *SHAPE)
+    assert result.x_adv.min() >= 0
+    assert result.x_adv.max() <= 1
+    assert (ball.norm((result.x_adv - x).flatten(0, 1)) <= ball.radius).all()
+    assert torch.allclose(result.objective[1], prepared(x)(result.x_adv[1]), rtol=1e-4)
+    # The best so far: nothing it has seen beats it, unless it looked outside the ball (NES's directions).
+    if name != "NES":
+        best_seen = torch.stack([value.detach() for value in seen]).amax(0)
+        assert torch.allclose(result.objective.flatten(), best_seen, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*OPTIMISERS, "paper"])
+def test_counts_are_honest(name):
+    calls = {"gradient": 0, "value": 0}
+
+    def prepare(x_ref):
+        def objective(y):
+            calls["gradient" if y.requires_grad else "value"] += 1
+            return y.square().flatten(1).sum(1)
+
+        return objective
+
+    x = torch.rand(*SHAPE)
+    if name == "paper":
+        attack = attacks.PGD(prepare, Linf(0.1), num_steps=7, preset="paper")
+    else:
+        extra = {"num_directions": 4} if name == "NES" else {}
+        attack = make(name, prepare, Linf(0.1), num_steps=7, **extra)
+    result = attack(x)
+    assert result.num_gradients.unique().tolist() == [calls["gradient"]]
+    assert result.num_queries.unique().tolist() == [calls["value"]]
+    assert calls["gradient"] == (0 if name in ("Square", "NES") else 7)
+    assert calls["value"] == {"paper": 1, "LBFGS": 1, "Square": 8, "NES": 7 * 5 + 2}.get(name, 2)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_result_does_not_depend_on_the_batch(name):
+    x, prepare, _ = problem("quadratic")
+
+    def run(x, **settings):
+        torch.manual_seed(3)
+        extra = {"num_directions": 4} if name == "NES" else {}
+        return make(name, prepare, L2(0.5), num_steps=9, num_restarts=2, **extra, **settings)(x)
+
+    whole = run(x)
+    parts = run(x, batch_size=3)
+    for one, other in zip(whole, parts):
+        assert torch.equal(one, other)
+    assert torch.equal(run(x[:2]).x_adv, whole.x_adv[:, :2])
+    assert not torch.equal(whole.x_adv[0], whole.x_adv[1])
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_solved_rows_leave_and_the_others_do_not_notice(name):
+    x, prepare, _ = problem("linear")
+    extra = {"num_directions": 4} if name == "NES" else {}
+    torch.manual_seed(3)
+    full = make(name, prepare, Linf(0.2), num_steps=15, **extra)(x)
+    # Two images can get above the threshold, two cannot.
+    threshold = full.objective[0].sort().values[1:3].mean().item()
+    torch.manual_seed(3)
+    early = make(name, prepare, Linf(0.2), num_steps=15, stop=attacks.reaches(threshold), **extra)(
+        x
+    )
+    solved = early.solved[0]
+    assert torch.equal(solved, full.objective[0] >= threshold)
+    assert (early.objective[0][solved] >= threshold).all()
+    assert torch.equal(early.x_adv[0][~solved], full.x_adv[0][~solved])
+    spent = (early.num_gradients + early.num_queries)[0]
+    assert (spent[solved] < (full.num_gradients + full.num_queries)[0][solved]).all()
+    assert torch.equal(spent[~solved], (full.num_gradients + full.num_queries)[0][~solved])
+    assert not full.solved.any()
+
+
+def test_criterion_on_classes_and_targets_follow_rows_that_leave():
+    from pyro_vae_defence.models.classifier import LinearClassifier
+
+    torch.manual_seed(1)
+    vae, classifier, x = LinearGaussianVAE(), LinearClassifier(3, 4), torch.rand(12, 1, 4, 4)
+    labels = classifier.classify(vae, x)
+    attack = attacks.APGD(
+        attacks.dlr(vae, classifier, labels),
+        Linf(0.15),
+        num_steps=30,
+        stop=attacks.misclassified(vae, classifier, labels),
+    )
+    result = attack(x)
+    changed = classifier.classify(vae, result.best()) != labels
+    assert torch.equal(result.solved[0], changed)
+    assert 0 < changed.sum() < 12
+    assert (result.num_gradients[0][changed] < 30).all()
+    targets = (labels + 1) % 4
+    towards = dataclasses.replace(
+        attack,
+        objective=attacks.dlr(vae, classifier, labels, targets=targets),
+        stop=attacks.misclassified(vae, classifier, targets=targets),
+        ball=Linf(0.5),
+    )(x)
+    assert torch.equal(classifier.classify(vae, towards.best()) == targets, towards.solved[0])
+    assert towards.solved.any()
+
+
+class _Interrupt(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [None, attacks.reaches(-8.0)], ids=["all", "early exit"])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_resumes_where_it_was_interrupted(name, stop, tmp_path):
+    x, prepare, _ = problem("quadratic")
+    extra = {"num_directions": 4} if name == "NES" else {}
+    settings = {"num_steps": 10, "num_restarts": 2, "batch_size": 5, "stop": stop, **extra}
+    path = tmp_path / "progress.pt"
+    calls = []
+
+    def counting(budget):
+        def counted(x_ref, streams):
+            inner = prepare(x_ref, streams)
+
+            def objective(y):
+                calls.append(1)
+                if len(calls) > budget:
+                    raise _Interrupt
+                return inner(y)
+
+            return objective
+
+        return counted
+
+    torch.manual_seed(3)
+    whole = make(name, counting(10**6), L2(0.5), **settings)(x)
+    total = len(calls)
+    calls.clear()
+    torch.manual_seed(3)
+    keep = {**settings, "checkpoint": path, "checkpoint_every": 2}
+    with pytest.raises(_Interrupt):
+        make(name, counting(total - 4), L2(0.5), **keep)(x)
+    assert path.exists()
+    calls.clear()
+    # Another seed now: the file's is used.
+    resumed = make(name, counting(10**6), L2(0.5), **keep)(x)
+    assert len(calls) < total / 2
+    for one, other in zip(whole, resumed):
+        assert torch.equal(one, other)
+    assert not path.exists()
+
+
+def test_checkpoint_of_another_attack(tmp_path):
+    x, prepare, _ = problem("quadratic")
+
+    def failing(x_ref, streams):
+        if streams.image[0] > 0:
+            raise _Interrupt
+        return prepare(x_ref, streams)
+
+    path = tmp_path / "progress.pt"
+    attack = attacks.PGD(failing, L2(0.5), 3, batch_size=1, checkpoint=path)
+    with pytest.raises(_Interrupt):
+        attack(x)
+    for other in (
+        dataclasses.replace(attack, ball=L2(0.6)),
+        dataclasses.replace(attack, num_steps=4),
+    ):
+        with pytest.raises(ValueError, match="belongs to other images or settings"):
+            other(x)
+    with pytest.raises(ValueError, match="belongs to other images or settings"):
+        attack(x.flip(0))
+
+
+def test_apgd_checkpoints_and_halving(float64):
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert checkpoints(50)[0] == 11
+    # A flat objective never improves: the step is halved at each checkpoint. A linear one always
+    # does until it reaches the ball's border.
+    lengths = []
+
+    class Recording(attacks.APGD):
+        def _step(self, problem, state, t):
+            state = super()._step(problem, state, t)
+            lengths.append(state["length"].tolist())
+            return state
+
+    x = torch.full((2, 1, 1, 1), 0.5)
+    slope = torch.tensor([0.0, 1e-9]).reshape(2, 1, 1, 1)
+
+    def prepare(x_ref):
+        return lambda y: (slope * y).flatten()
+
+    Recording(prepare, Linf(0.1), num_steps=100)(x)
+    flat, sloped = zip(*lengths)
+    assert flat[21] == pytest.approx(0.2)
+    assert flat[22] == pytest.approx(0.1)
+    assert flat[99] == pytest.approx(0.2 / 2**8)
+    assert sloped[99] == pytest.approx(0.2 / 2**8)
+
+
+def test_apgd_steps_by_hand(float64):
+    # One pixel, concave parabola: the formula of METHOD 7 with the first step plain.
+    seen = []
+
+    def prepare(x_ref):
+        def objective(y):
+            seen.append(y.item())
+            return -(y - 0.53).square().flatten()
+
+        return objective
+
+    attacks.APGD(prepare, Linf(0.1), num_steps=9)(torch.full((1, 1, 1, 1), 0.5))
+
+    def clip(value):
+        return min(max(value, 0.4), 0.6)
+
+    at = [seen[0]]
+    at.append(clip(at[0] + (0.2 if at[0] < 0.53 else -0.2)))
+    z = clip(at[1] + (0.2 if at[1] < 0.53 else -0.2))
+    at.append(clip(at[1] + 0.75 * (z - at[1]) + 0.25 * (at[1] - at[0])))
+    # checkpoints(9) starts at 2: one improving step of two at most, so halve and go back to the best.
+    assert checkpoints(9)[0] == 2
+    best = max(at, key=lambda v: -((v - 0.53) ** 2))
+    z = clip(best + (0.1 if best < 0.53 else -0.1))
+    at.append(clip(best + 0.75 * (z - best) + 0.25 * (best - at[1])))
+    assert seen[:4] == pytest.approx(at)
+
+
+def test_momentum_remembers(float64):
+    # The gradient changes its sign after a few steps; with momentum the iterate overshoots.
+    def run(decay):
+        seen = []
+
+        def prepare(x_ref):
+            def objective(y):
+                seen.append(y.item())
+                return -(y - 0.55).abs().flatten()
+
+            return objective
+
+        torch.manual_seed(0)
+        x = torch.full((1, 1, 1, 1), 0.5)
+        attacks.MomentumPGD(prepare, Linf(0.1), num_steps=20, step_size=0.02, decay=decay)(x)
+        return max(seen)
+
+    assert run(1.0) > run(0.0) + 0.01
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_stays_on_the_device_of_the_images(name):
+    x = torch.empty(*SHAPE, device="meta", dtype=torch.float32)
+    extra = {"num_directions": 2} if name == "NES" else {}
+    for ball in BALLS[:2] if name == "Square" else BALLS:
+        attack = make(
+            name,
+            attacks.symmetric_kl(LinearGaussianVAE()),
+            ball,
+            num_steps=12,
+            num_restarts=2,
+            **extra,
+        )
+        result = attack(x)
+        assert {value.device.type for value in result} == {"meta"}
+        assert result.x_adv.dtype == result.objective.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_rows_without_a_finite_value_stay_in_the_ball(name):
+    def prepare(x_ref, streams):
+        broken = torch.where(streams.image == 0, torch.nan, 1.0)
+        return lambda y: broken * y.flatten(1).sum(1)
+
+    x = torch.full((2, 1, 4, 4), 0.5)
+    extra = {"num_directions": 4} if name == "NES" else {}
+    result = make(name, prepare, Linf(0.1), num_steps=20, **extra)(x)
+    assert result.x_adv.isfinite().all()
+    assert ((result.x_adv[0] - x).abs() <= 0.1).all()
+    assert result.objective[0, 1] > 8.0
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "settings", "message"),
+    [
+        (attacks.APGD, {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
+        (attacks.APGD, {"stop": 3}, "stop must be a prepared criterion"),
+        (attacks.APGD, {"checkpoint_every": 0}, "checkpoint_every must be an integer"),
+        (attacks.MomentumPGD, {"decay": -1.0}, "decay must be at least 0, got -1.0"),
+        (attacks.MomentumPGD, {"step_size": 0.0}, "step_size must be positive, got 0.0"),
+        (attacks.LBFGS, {"memory": 0}, "memory must be an integer of at least 1, got 0"),
+        (attacks.LBFGS, {"inner_steps": 0}, "inner_steps must be an integer of at least 1"),
+        (attacks.Square, {"ball": L1(3.0)}, "Square needs an Linf or L2 ball"),
+        (attacks.Square, {"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
+        (attacks.NES, {"num_directions": 5}, "num_directions must be even, got 5"),
+        (attacks.NES, {"scale": -1.0}, "scale must be positive, got -1.0"),
+    ],
+)
+def test_bad_settings(optimiser, settings, message):
+    with pytest.raises(ValueError, match=message):
+        optimiser(**{"objective": problem("linear")[1], "ball": Linf(0.1), **settings})
+
+
+# --- The r-robustness margin ----------------------------------------------------------------------
+
+
+class PixelVAE:
+    """Encodes the mean of an image with hardly any noise and decodes it into every pixel."""
+
+    def model(self, x):
+        import pyro
+        import pyro.distributions as dist
+
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[0], 1), 1.0).to_event(1))
+            mean = z[:, :, None, None].expand(-1, 1, 4, 4)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x):
+        import pyro
+        import pyro.distributions as dist
+
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z", dist.Normal(x.mean((2, 3)), 1e-4).to_event(1))
+
+
+def test_r_margin_brackets_the_exact_margin(float64):
+    # An L_inf perturbation of radius R moves each of 16 decoded pixels by R, the image by 4 R, where
+    # the range of images leaves room: margins are r / 4, and infinite where the radius needed is not tried.
+    vae = PixelVAE()
+    x = torch.stack([torch.full((1, 4, 4), value) for value in (0.5, 0.3, 0.7)])
+    attack = attacks.PGD(attacks.maximum_damage(vae), Linf(0.3), 10)
+    margin = attacks.r_margin(vae, attack, x, r=0.4, num_draws=4)
+    assert (margin.survived <= 0.1).all()
+    assert (margin.broken >= 0.1 - 1e-3).all()
+    assert torch.allclose(margin.broken - margin.survived, torch.tensor(0.3 / 2**6))
+    never = attacks.r_margin(vae, attack, x, r=2.0, num_bisections=2, num_draws=4)
+    assert never.survived.tolist() == pytest.approx([0.3] * 3)
+    assert never.broken.isinf().all()
+    # Two reconstructions of the same image differ by more: nothing to be robust about.
+    noise = attacks.r_margin(vae, attack, x, r=1e-6, num_bisections=2, num_draws=4)
+    assert noise.survived.tolist() == noise.broken.tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"r": 0.0}, "r must be positive, got 0.0"),
+        ({"num_bisections": -1}, "num_bisections must be an integer of at least 0, got -1"),
+        ({"num_draws": 0}, "num_draws must be an integer of at least 1, got 0"),
+    ],
+)
+def test_r_margin_settings(settings, message):
+    vae = PixelVAE()
+    attack = attacks.PGD(attacks.maximum_damage(vae), Linf(0.3), 1)
+    with pytest.raises(ValueError, match=message):
+        attacks.r_margin(vae, attack, torch.rand(1, 1, 4, 4), **{"r": 1.0, **settings})
