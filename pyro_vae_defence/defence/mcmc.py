@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae_defence import diagnostics
 from pyro_vae_defence.mcmc.kernels import BatchedHMC, BatchedKernel
+from pyro_vae_defence.models.perturbation import Perturbation
 from pyro_vae_defence.models.program import (
     ModelPotential,
     check_images,
@@ -39,7 +40,6 @@ from pyro_vae_defence.models.program import (
     target,
 )
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents
 
@@ -160,8 +160,9 @@ class MCMCDefence:
         num_chains: chains per image, >= 1. Chain 0 is the one that is decoded; more of them serve
             diagnostics (R-hat) and averages.
         initial: where chains start: ``"guide"``, a draw from q(z | x) as in the paper, or ``"prior"``.
-        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)``; the chains then sample the
-            perturbation-aware posterior of :mod:`pyro_vae_defence.models.perturbation`. ``None`` is the paper.
+        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an ``UnknownRadius``; the chains
+            then sample the perturbation-aware posterior of :mod:`pyro_vae_defence.models.perturbation`.
+            ``None`` is the paper.
         batch_size: most chains (images times ``num_chains``) at a time; results do not depend on it
             unless the kernel itself couples images, as the paper's preset does, or the guide has
             latents that are not Gaussian, whose start comes from torch's global seed.
@@ -181,7 +182,7 @@ class MCMCDefence:
         num_chains: int = 1,
         *,
         initial: Literal["guide", "prior"] = "guide",
-        perturbation: Ball | None = None,
+        perturbation: Perturbation | None = None,
         batch_size: int = 4096,
         progress: bool = False,
     ) -> None:
@@ -205,10 +206,6 @@ class MCMCDefence:
                 )
         if initial not in ("guide", "prior"):
             raise ValueError(f"initial must be 'guide' or 'prior', got {initial!r}")
-        if not (perturbation is None or isinstance(perturbation, Ball)):
-            raise ValueError(
-                f"perturbation must be a ball such as Linf(0.1), or None, got {perturbation!r}"
-            )
         self.kernel = kernel
         self.perturbation = perturbation
         self.model = target(vae, perturbation)

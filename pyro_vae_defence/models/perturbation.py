@@ -11,44 +11,74 @@ For every attack inside the ball, :math:`e = x^a - x^r` is feasible, hence
 latent that explained the reference; it can only add other explanations. :math:`\delta` is the defender's choice,
 not knowledge of the attack, and :math:`\delta = 0` is the paper's defence.
 
-The minimiser :math:`x^* = x - e` is found per likelihood by :func:`most_likely_image`. In gradients it is a constant,
-by the envelope theorem; energies use it in full, so that Hamiltonian kernels stay exact for
-:math:`\exp(-U_\delta)`.
+The minimiser :math:`x^* = x - e` is found per likelihood by :func:`most_likely_image`:
+
+==============================  ====================  =================================================
+likelihood                      balls                 minimiser
+==============================  ====================  =================================================
+Bernoulli, ContinuousBernoulli  Linf, L2, L1          exact (the log-likelihood is linear in x)
+Normal, GaussianImage           Linf, L2, L1          exact (weighted projection of the mean)
+Laplace                         Linf                  exact
+DiscretisedLogisticMixture      Linf                  search over grid levels (``models.nvae.likelihoods``)
+==============================  ====================  =================================================
+
+A search that misses the minimum gives a larger energy, never one of an image out of reach; the inequality above is
+then no longer proved. In gradients :math:`x^*` is a constant, by the envelope theorem; energies use it in full, so that
+Hamiltonian kernels stay exact for :math:`\exp(-U_\delta)`.
+
+**An unknown radius.** :math:`U_\delta` falls as :math:`\delta` grows, for every image, so a prior over
+:math:`\delta` alone would always choose the largest: :math:`\exp(-U_\delta)` is a profile, not a density of x, and its
+total mass grows with the ball. :class:`UnknownRadius` marginalises over a grid with a penalty per radius,
+
+.. math:: U(z; x) = -\log \sum_k \exp\bigl(-U_{\delta_k}(z; x) - c_k\bigr).
+
+The exact normaliser :math:`\log \int \max_e p(x - e \mid z) dx` would be the penalty of a calibrated likelihood. Image
+likelihoods are not calibrated (a Bernoulli pixel with logit -8 expects intensities about .125, which no black
+background shows), so penalties are to be measured on clean images instead, as what the radius gains there:
+:func:`pyro_vae_defence.defence.calibrate_radius`. Since each term is a
+lower bound on the sum, :math:`U(z; x^a) \le U_0(z; x^r) + c_k` for every attack within :math:`\delta_k`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
+from pyro.distributions import Unit
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.distributions import Bernoulli, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Laplace, Normal
 
+from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
 
-__all__ = ["PerturbationAware", "most_likely_image"]
+__all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_image"]
 
 
 @functools.singledispatch
 def most_likely_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
     """The image x - e with e in the ball and values in [0, 1] that ``likelihood`` finds most probable.
 
-    To add a likelihood, register a function of the same three arguments for its class::
+    To add a likelihood, register a function of the same three arguments for its class. A log-likelihood that is
+    linear or quadratic in x is one line with :mod:`pyro_vae_defence.ops.reach`::
 
         @most_likely_image.register
-        def _(likelihood: MyLikelihood, x: Tensor, ball: Ball) -> Tensor: ...
+        def _(likelihood: MyLikelihood, x: Tensor, ball: Ball) -> Tensor:
+            return reach.nearest(likelihood.loc, likelihood.precision, x, ball)
 
     Args:
         likelihood: p(x | z) with one row per image.
-        x: observed images, of the shape the likelihood observes, values in [0, 1].
-        ball: where perturbations live.
+        x: observed images, of the shape the likelihood observes, rows first, values in [0, 1].
+        ball: where perturbations live. Its norm is that of a row over all other dimensions.
 
     Returns:
-        Images of the shape of ``x``.
+        Images of the shape of ``x``, inside the ball around it and in [0, 1] exactly.
 
     Raises:
         ValueError: for a likelihood or a ball without a known minimiser.
@@ -64,41 +94,143 @@ def _(likelihood: Independent, x: Tensor, ball: Ball) -> Tensor:
     return most_likely_image(likelihood.base_dist, x, ball)
 
 
-@most_likely_image.register
-def _(likelihood: Bernoulli, x: Tensor, ball: Ball) -> Tensor:
-    # The log-likelihood is linear in x, with the logits as slope.
-    low, high = _interval(likelihood, x, ball)
-    return torch.where(likelihood.logits > 0, high, low)
+@most_likely_image.register(Bernoulli)
+@most_likely_image.register(ContinuousBernoulli)
+def _(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
+    # Linear in x, with the logits as slope.
+    return reach.maximise_linear(likelihood.logits, x, ball)
 
 
 @most_likely_image.register
 def _(likelihood: Normal, x: Tensor, ball: Ball) -> Tensor:
-    low, high = _interval(likelihood, x, ball)
-    return torch.minimum(torch.maximum(likelihood.loc, low), high)
+    return reach.nearest(likelihood.loc, likelihood.scale**-2, x, ball)
 
 
-def _interval(likelihood: Distribution, x: Tensor, ball: Ball) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value each pixel may have had."""
+@most_likely_image.register
+def _(likelihood: Laplace, x: Tensor, ball: Ball) -> Tensor:
     if not isinstance(ball, Linf):
         raise ValueError(
-            f"perturbation must be an Linf ball for a {type(likelihood).__name__} likelihood, got {ball!r}"
+            f"perturbation must be an Linf ball for a Laplace likelihood, got {ball!r}"
         )
-    return (x - ball.radius).clamp(min=0.0), (x + ball.radius).clamp(max=1.0)
+    # Any unimodal density of independent pixels: as close to the mode as one can get.
+    return reach.nearest(likelihood.loc, 1.0, x, ball)
+
+
+@dataclass(frozen=True)
+class UnknownRadius:
+    """A perturbation in one of several balls, with a penalty in nats for each.
+
+    Args:
+        ball: the kind of ball, e.g. ``Linf``.
+        radii: increasing radii >= 0; 0 stands for an unperturbed image.
+        penalties: one finite number c_k per radius, added to its energy: what the radius gains on clean images, see
+            :func:`pyro_vae_defence.defence.calibrate_radius`, minus the logarithm of a prior probability if there
+            is one. Only their differences matter to the posterior.
+
+    Raises:
+        ValueError: if radii are not increasing, or there are not as many penalties.
+
+    Example:
+        >>> unknown = UnknownRadius(Linf, (0.0, 0.1, 0.2), (0.0, 20.0, 45.0))
+        >>> unknown.balls[1:]
+        (Linf(radius=0.1), Linf(radius=0.2))
+    """
+
+    ball: type[Ball]
+    radii: tuple[float, ...]
+    penalties: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.ball, type) and issubclass(self.ball, Ball)):
+            raise ValueError(f"ball must be a kind of ball such as Linf, got {self.ball!r}")
+        object.__setattr__(self, "radii", tuple(float(radius) for radius in self.radii))
+        object.__setattr__(self, "penalties", tuple(float(value) for value in self.penalties))
+        increasing = all(a < b for a, b in zip(self.radii, self.radii[1:], strict=False))
+        if not (self.radii and increasing and self.radii[0] >= 0 and self.radii[-1] < math.inf):
+            raise ValueError(f"radii must be finite, >= 0 and increasing, got {self.radii}")
+        if len(self.penalties) != len(self.radii) or not all(map(math.isfinite, self.penalties)):
+            raise ValueError(
+                f"penalties must be one finite number for each of the {len(self.radii)} radii, "
+                f"got {self.penalties}"
+            )
+
+    def __str__(self) -> str:
+        return f"UnknownRadius({self.ball.__name__}, {self.radii}, {self.penalties})"
+
+    @property
+    def balls(self) -> tuple[Ball | None, ...]:
+        """The ball of each radius; ``None`` for radius 0."""
+        return tuple(self.ball(radius) if radius else None for radius in self.radii)
+
+    def log_joint(self, likelihood: Any, x: Tensor) -> Tensor:
+        """log p(x* | z) - c_k of every image and radius, ``(N, radii)``, in nats.
+
+        Its softmax over radii is the posterior probability of each radius given z.
+
+        Args:
+            likelihood: p(x | z), one row per image.
+            x: observed images, of the shape the likelihood observes.
+        """
+        columns = []
+        for ball, penalty in zip(self.balls, self.penalties, strict=True):
+            with torch.no_grad():
+                closest = x if ball is None else most_likely_image(likelihood, x, ball)
+            columns.append(likelihood.log_prob(closest) - penalty)
+        return torch.stack(columns, -1)
+
+
+Perturbation: TypeAlias = Ball | UnknownRadius
+"""What a defender assumes about perturbations: a ball, or several."""
+
+
+class _UnknownRadiusLikelihood(TorchDistribution):
+    """The mixture over radii, as the likelihood of the image as it was observed."""
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, likelihood: Any, perturbation: UnknownRadius) -> None:
+        self.likelihood = likelihood
+        self.perturbation = perturbation
+        super().__init__(likelihood.batch_shape, likelihood.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.likelihood.support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.perturbation.log_joint(self.likelihood, value).logsumexp(-1)
 
 
 class _MostLikely(Messenger):
-    """Replace the observed image by the most likely one in reach."""
+    """Replace the observed image by the most likely one in reach, or its likelihood by the mixture over radii."""
 
-    def __init__(self, ball: Ball) -> None:
+    def __init__(self, perturbation: Perturbation) -> None:
         super().__init__()
-        self.ball = ball
+        self.perturbation = perturbation
 
     def _pyro_sample(self, msg: Any) -> None:
         # Latents conditioned from outside are not yet observed here: this is the innermost handler.
-        if not msg["is_observed"] or isinstance(msg["fn"], _Subsample):
+        if not msg["is_observed"] or isinstance(msg["fn"], (_Subsample, Unit)):
             return
-        with torch.no_grad():
-            msg["value"] = most_likely_image(msg["fn"], msg["value"], self.ball)
+        if msg["infer"].get("_deterministic", False):
+            return
+        if isinstance(self.perturbation, Ball):
+            if not isinstance(self.perturbation, Linf):
+                _check_rows(msg)
+            with torch.no_grad():
+                msg["value"] = most_likely_image(msg["fn"], msg["value"], self.perturbation)
+        else:
+            _check_rows(msg)
+            msg["fn"] = _UnknownRadiusLikelihood(msg["fn"], self.perturbation)
+
+
+def _check_rows(msg: Any) -> None:
+    """Norms and mixtures over all dimensions of an image need rows that are images, and nothing masked."""
+    if msg["value"].shape[0] != msg["fn"].batch_shape.numel() or isinstance(msg["mask"], Tensor):
+        raise ValueError(
+            f"site {msg['name']!r}: an L2 or L1 ball and an unknown radius need one image per row; "
+            "declare the pixels' dimensions with .to_event(...) and mask none, or use an Linf ball"
+        )
 
 
 class PerturbationAware:
@@ -108,7 +240,11 @@ class PerturbationAware:
 
     Args:
         model: Pyro model p(x, z) that observes its image.
-        ball: perturbations the defender assumes, e.g. ``Linf(0.1)``.
+        perturbation: what the defender assumes, e.g. ``Linf(0.1)``, or an :class:`UnknownRadius`.
+
+    Raises:
+        ValueError: if ``perturbation`` is neither; when called, for a likelihood without a known minimiser, or if an
+            L2 or L1 ball or an unknown radius meets pixels that are not event dimensions.
 
     Example:
         >>> from pyro_vae_defence.models import ConvVAE
@@ -120,13 +256,16 @@ class PerturbationAware:
         True
     """
 
-    def __init__(self, model: Callable[..., Any], ball: Ball) -> None:
-        if not isinstance(ball, Ball):
-            raise ValueError(f"perturbation must be a ball such as Linf(0.1), got {ball!r}")
+    def __init__(self, model: Callable[..., Any], perturbation: Perturbation) -> None:
+        if not isinstance(perturbation, (Ball, UnknownRadius)):
+            raise ValueError(
+                "perturbation must be a ball such as Linf(0.1), an UnknownRadius, or None, "
+                f"got {perturbation!r}"
+            )
         self.model = model
-        self.ball = ball
+        self.perturbation = perturbation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with its observation replaced."""
-        with _MostLikely(self.ball):
+        """Run the model with its observation, or its likelihood, replaced."""
+        with _MostLikely(self.perturbation):
             return self.model(*args, **kwargs)

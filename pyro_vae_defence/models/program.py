@@ -37,8 +37,7 @@ from torch.distributions import (
     constraints,
 )
 
-from pyro_vae_defence.models.perturbation import PerturbationAware
-from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
 
@@ -516,19 +515,19 @@ class ModelPotential:
         return total
 
 
-def potential(vae: VAE, x: Tensor, perturbation: Ball | None = None) -> ModelPotential:
+def potential(vae: VAE, x: Tensor, perturbation: Perturbation | None = None) -> ModelPotential:
     """Energy U(z; x) of ``vae`` at images ``x`` of shape ``(N, C, H, W)`` (eq. 9 of the paper).
 
     Args:
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
-        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)``, for the energy
-            :math:`U_\\delta(z; x)` of :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
+        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an ``UnknownRadius``, for the
+            energy :math:`U_\\delta(z; x)` of :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
     """
     return ModelPotential(target(vae, perturbation), x)
 
 
-def target(vae: VAE, perturbation: Ball | None = None) -> Callable[..., Any]:
+def target(vae: VAE, perturbation: Perturbation | None = None) -> Callable[..., Any]:
     """The Pyro model whose posterior a defence samples: ``vae.model``, or its perturbation-aware variant."""
     return vae.model if perturbation is None else PerturbationAware(vae.model, perturbation)
 

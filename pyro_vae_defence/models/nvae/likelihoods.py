@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from pyro_vae_defence.models.nvae.config import NVAEConfig
 from pyro_vae_defence.models.nvae.samplers import gaussian
+from pyro_vae_defence.models.perturbation import most_likely_image
+from pyro_vae_defence.ops.balls import Ball, Linf
 
 # Parameters and branch points of the mixture of logistics (Salimans et al., PixelCNN++, 2017;
 # NVAE's official values).
@@ -225,3 +227,71 @@ class DiscretisedLogisticMixture(TorchDistribution):
         green = (green + on_red * red).clamp(-1, 1)
         blue = (blue + blue_on_red * red + blue_on_green * green).clamp(-1, 1)
         return torch.stack([red, green, blue], dim=-3) / 2 + 0.5
+
+
+# --- The most likely image within a ball ----------------------------------------------------------
+
+
+@most_likely_image.register
+def _(likelihood: DiscretisedLogisticMixture, x: Tensor, ball: Ball) -> Tensor:
+    """Search of the most likely grid levels of each pixel in an L_inf ball.
+
+    Minimised per pixel is minus ``log_prob_map`` over the (red, green, blue) made of grid levels, the values of which
+    this is a distribution, that lie within the radius of the observed ones, and over the observed values themselves,
+    which need not be on the grid. The mixture and the means of green and blue couple the three channels, and
+    all triples are too many. So: the best of the observed pixel and, for every component, the levels in reach closest
+    to its means in turn; then steps of single channels by .., 4, 2, 1 levels up and down, each kept where the
+    likelihood rises. It never falls on the way, in some 50 evaluations at a radius of .1 and 8 bits. The result is the
+    minimum of most pixels but not proved to be: with random logits all triples of levels do better in one pixel of
+    twenty (the tests compare), by a nat or two per image where the ball gains hundreds.
+    """
+    if not isinstance(ball, Linf):
+        raise ValueError(
+            f"perturbation must be an Linf ball for a DiscretisedLogisticMixture likelihood, got {ball!r}"
+        )
+    last = 2**likelihood.num_bits - 1
+
+    def in_reach(level: Tensor, otherwise: Tensor) -> Tensor:
+        value = level.clamp(0, last) / last
+        return torch.where((value - x).abs() <= ball.radius, value, otherwise)
+
+    best, best_log_prob = x, likelihood.log_prob_map(x)
+
+    def consider(candidate: Tensor) -> None:
+        nonlocal best, best_log_prob
+        log_prob = likelihood.log_prob_map(candidate)
+        better = log_prob > best_log_prob
+        best = torch.where(better.unsqueeze(-3), candidate, best)
+        best_log_prob = torch.where(better, log_prob, best_log_prob)
+
+    lowest = torch.ceil((x - ball.radius).clamp(min=0) * last)
+    highest = torch.floor((x + ball.radius).clamp(max=1) * last)
+    for component in range(likelihood.mixture_logits.shape[-3]):
+        on_red, blue_on_red, blue_on_green = likelihood.coefficients.select(-3, component).unbind(
+            -3
+        )
+        red_loc, green_loc, blue_loc = likelihood.loc.select(-3, component).unbind(-3)
+
+        def closest(y: Tensor, channel: int) -> Tensor:
+            level = torch.round((y + 1) / 2 * last)
+            level = torch.maximum(level, lowest.select(-3, channel))
+            return torch.minimum(level, highest.select(-3, channel))
+
+        red = closest(red_loc, 0)
+        red_y = 2 * red / last - 1
+        green = closest(green_loc + on_red * red_y, 1)
+        green_y = 2 * green / last - 1
+        blue = closest(blue_loc + blue_on_red * red_y + blue_on_green * green_y, 2)
+        consider(in_reach(torch.stack([red, green, blue], -3), x))
+    # One row per channel, to change that channel alone.
+    channels = torch.eye(3, dtype=x.dtype, device=x.device)[:, :, None, None]
+    # The first step reaches both ends from anywhere: the outermost levels own the tails of the components.
+    widest = min(last, math.ceil(2 * ball.radius * last))
+    steps = [2**power for power in reversed(range(widest.bit_length() + 1))]
+    for step in steps:
+        for channel in channels:
+            for change in (step * channel, -step * channel):
+                level = torch.round(best * last) + change
+                level = torch.minimum(torch.maximum(level, lowest), highest)
+                consider(in_reach(level, best))
+    return best

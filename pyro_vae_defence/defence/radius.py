@@ -1,0 +1,233 @@
+r"""How large a perturbation to assume: what clean images say about it.
+
+The radius :math:`\delta` of the perturbation-aware posterior is the defender's choice. Too small, and part of an attack
+still counts as signal; too large, and details of clean images are explained away. Nothing here looks at an attack.
+
+- :func:`calibrate_radius` leaves the radius open: a grid, each with the penalty that makes clean images prefer none.
+- :func:`choose_radius` fixes it: the largest whose cost on clean images stays within a bound.
+- :func:`scores_by_radius` measures what a wrong guess costs, on whatever images it is given.
+
+The penalty of :math:`\delta` is a quantile over clean images of the gain at the posterior modes,
+
+.. math:: G_\delta(x) = \min_z U_0(z; x) - \min_z U_\delta(z; x) \ge 0 .
+
+With the quantile .95 at most one clean image in twenty prefers that radius to none (by the densities at the modes;
+the volumes around them are taken for equal). An attack's gain is larger: every pixel it has moved away from its
+explanation adds to it, up to the attack's own radius, and beyond that it grows as on clean images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence import metrics
+from pyro_vae_defence.defence.mcmc import DefenceResult, MCMCDefence, NoDefence
+from pyro_vae_defence.mcmc.mode import search_mode_lbfgs
+from pyro_vae_defence.models.perturbation import UnknownRadius
+from pyro_vae_defence.models.program import (
+    check_images,
+    check_vae,
+    evaluation_mode,
+    observation,
+    posterior_mean,
+    potential,
+)
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.ops.streams import draw_seed
+from pyro_vae_defence.types import VAE, LatentsLike
+
+Score = Callable[[DefenceResult], Tensor]
+"""A defence's result -> one score per image ``(N,)``, higher is better."""
+
+
+class RadiusChoice(NamedTuple):
+    """What :func:`choose_radius` found.
+
+    Attributes:
+        radius: the largest radius within the bound.
+        clean_costs: undefended minus defended score of every radius and image, ``(radii, N)``.
+    """
+
+    radius: float
+    clean_costs: Tensor
+
+
+def similarity_to_input(result: DefenceResult) -> Tensor:
+    """MS-SSIM, variant ``paper``, between each image and its reconstruction, ``(N,)``."""
+    return metrics.ms_ssim(result.x, result.reconstruction, variant="paper")
+
+
+def calibrate_radius(
+    vae: VAE,
+    clean_images: Tensor,
+    radii: Iterable[float],
+    *,
+    ball: type[Ball] = Linf,
+    quantile: float = 0.95,
+    num_steps: int = 30,
+    batch_size: int = 1024,
+) -> UnknownRadius:
+    """An unknown radius whose penalties are the gains of clean images.
+
+    Args:
+        vae: any Pyro VAE.
+        clean_images: ``(N, C, H, W)`` in [0, 1]; a hundred will do, of the validation set rather than the test set.
+        radii: increasing radii >= 0. With 0 among them clean images keep the paper's posterior.
+        ball: kind of ball.
+        quantile: share of the clean images that gain less than the penalty, 0 to 1.
+        num_steps: L-BFGS steps of each search, from the guide's mean.
+        batch_size: most images at a time.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from pyro_vae_defence.models import ConvVAE
+        >>> unknown = calibrate_radius(
+        ...     ConvVAE().eval(), torch.rand(4, 1, 28, 28), (0.0, 0.1), num_steps=2
+        ... )
+        >>> unknown.penalties[0], unknown.penalties[1] > 0
+        (0.0, True)
+    """
+    check_vae(vae)
+    check_images(clean_images, "clean_images")
+    if not 0.0 <= quantile <= 1.0:
+        raise ValueError(f"quantile must lie in [0, 1], got {quantile!r}")
+    radii = tuple(radii)
+    balls = UnknownRadius(ball, radii, (0.0,) * len(radii)).balls
+    gains = []
+    with evaluation_mode(vae):
+        for x in clean_images.split(batch_size):
+            unperturbed = potential(vae, x)
+            with torch.no_grad():
+                start = lat.detach(unperturbed.unconstrain(posterior_mean(vae, x)))
+            mode, _ = search_mode_lbfgs(unperturbed, start, num_steps=num_steps)
+            with torch.no_grad():
+                lowest = unperturbed(mode)
+            columns = []
+            for each in balls:
+                energy = potential(vae, x, each)
+                # From the same mode, so that a gain is never negative.
+                closer, _ = search_mode_lbfgs(energy, mode, num_steps=0 if each is None else num_steps)
+                with torch.no_grad():
+                    columns.append(lowest - energy(closer))
+            gains.append(torch.stack(columns))
+    penalties = torch.cat(gains, 1).quantile(quantile, dim=1)
+    return UnknownRadius(ball, radii, tuple(penalties.tolist()))
+
+
+def radius_probabilities(
+    vae: VAE, latents: LatentsLike, x: Tensor, perturbation: UnknownRadius
+) -> Tensor:
+    """Posterior probability of every radius given latents, ``(N, radii)``.
+
+    Args:
+        vae: any Pyro VAE.
+        latents: one row per image, as in :attr:`DefenceResult.latents`.
+        x: the images that were defended, ``(N, C, H, W)``.
+        perturbation: what the defence assumed.
+    """
+    check_images(x)
+    with torch.no_grad(), evaluation_mode(vae):
+        likelihood = observation(vae, latents, tuple(x.shape[1:]))
+        observed = x.reshape(likelihood.batch_shape + likelihood.event_shape)
+        return perturbation.log_joint(likelihood, observed).reshape(x.shape[0], -1).softmax(-1)
+
+
+def scores_by_radius(
+    vae: VAE,
+    x: Tensor,
+    radii: Iterable[float],
+    *,
+    score: Score = similarity_to_input,
+    ball: type[Ball] = Linf,
+    defence: Callable[..., Any] = MCMCDefence,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Score of a defence that assumes each radius, ``(radii, N)``: the cost of guessing too small or too large.
+
+    Call it with clean images, and with attacked ones and a score that compares with what they were, e.g.
+    ``score=lambda result: metrics.ms_ssim(reference, result.reconstruction)``.
+
+    Args:
+        vae: any Pyro VAE.
+        x: images ``(N, C, H, W)`` in [0, 1], clean or attacked.
+        radii: radii >= 0; 0 is the paper's target.
+        score: one value per image, higher is better.
+        ball: kind of ball.
+        defence: called as ``defence(vae, perturbation=...)``, e.g. ``functools.partial(MCMCDefence, num_samples=20)``
+            or ``PosteriorModeDefence``. All radii share one seed, so that their noise is common.
+        generator: source of that seed; torch's global seed when ``None``.
+    """
+    check_vae(vae)
+    seed = draw_seed(generator)
+    scores = []
+    for radius in radii:
+        run = defence(vae, perturbation=ball(radius) if radius else None)
+        values = score(run(x, torch.Generator().manual_seed(seed)))
+        if tuple(values.shape) != (x.shape[0],):
+            raise ValueError(
+                f"score must return one value per image, shape ({x.shape[0]},), got {tuple(values.shape)}"
+            )
+        scores.append(values.detach())
+    if not scores:
+        raise ValueError("radii is empty; give at least one radius")
+    return torch.stack(scores)
+
+
+def choose_radius(
+    vae: VAE,
+    clean_images: Tensor,
+    radii: Iterable[float],
+    *,
+    max_clean_cost: float,
+    score: Score = similarity_to_input,
+    ball: type[Ball] = Linf,
+    defence: Callable[..., Any] = MCMCDefence,
+    generator: torch.Generator | None = None,
+) -> RadiusChoice:
+    """The largest radius whose clean cost stays within a bound.
+
+    The cost of a radius is the mean score of the undefended VAE minus that of the defence, both on clean images.
+    For a loss of accuracy, score whether a label is right:
+    ``score=lambda result: (classify(result.latents) == labels).float()``.
+
+    Args:
+        vae: any Pyro VAE.
+        clean_images: ``(N, C, H, W)`` in [0, 1], not of the test set.
+        radii: candidates >= 0.
+        max_clean_cost: largest mean loss of score that is accepted.
+        score: as for :func:`scores_by_radius`.
+        ball: kind of ball.
+        defence: as for :func:`scores_by_radius`.
+        generator: source of the seed; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: if no radius stays within the bound.
+    """
+    radii = tuple(radii)
+    seed = draw_seed(generator)
+    undefended = score(NoDefence(vae)(clean_images, torch.Generator().manual_seed(seed)))
+    scores = scores_by_radius(
+        vae,
+        clean_images,
+        radii,
+        score=score,
+        ball=ball,
+        defence=defence,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    costs = undefended - scores
+    means = costs.double().mean(1).tolist()
+    fitting = [radius for radius, mean in zip(radii, means, strict=True) if mean <= max_clean_cost]
+    if not fitting:
+        raise ValueError(
+            f"no radius of {radii} keeps the clean cost within max_clean_cost={max_clean_cost:g} "
+            f"(the least is {min(means):.3g}); allow more, or add smaller radii"
+        )
+    return RadiusChoice(max(fitting), costs)
