@@ -77,3 +77,13 @@ def test_bring_your_own_vae():
     done = run("bring_your_own_vae.py", "--epochs", 1, "--num-images", 10)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("median R-hat") == 2
+
+
+def test_nvae_defence():
+    done = run(
+        "nvae_defence.py", "--untrained",
+        "--num-images", 2, "--attack-steps", 2, "--warmup-steps", 2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "z_02: 4 maps of 8x8" in done.stdout
+    assert "HMC, perturbation-aware" in done.stdout

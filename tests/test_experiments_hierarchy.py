@@ -21,7 +21,8 @@ from pyro_vae_defence.models.pretrained import save_pretrained
 SMALL = {
     "dataset": "mnist_subset",
     "groups": (1, 3),
-    "num_references": 4,
+    "attack_steps": 2,
+    "num_references": 2,
     "num_restarts": 2,
     "num_samples": 1,
     "warmup_steps": 2,
@@ -70,7 +71,8 @@ def test_every_group_and_defence_is_scored(models, tmp_path):
     assert f"{estimate:.3f}" in text
     assert text.count("HMC, perturbation-aware") == 2
     write_report(tmp_path)
-    assert Image.open(tmp_path / "mnist_nvae_groups.png").width > 100
+    with Image.open(tmp_path / "mnist_nvae_groups.png") as figure:
+        assert figure.width > 100
 
 
 def test_results_do_not_depend_on_batches_or_interruptions(models, tmp_path):
@@ -144,18 +146,18 @@ def test_table_8_of_celeba_is_one_command(tmp_path, capsys):
     """The whole way of `defend celeba_nvae_radius_0.1`, on a tiny model in the official format."""
     checkpoint = shared_path("golden", "nvae", "celeba64_checkpoint.pt")
     config = HIERARCHIES["celeba_nvae_radius_0.1"]
-    assert (config.num_references, config.num_restarts, config.checkpointing) == (20, 10, True)
+    assert (config.num_references, config.num_restarts, config.attack_steps) == (20, 10, 50)
     arguments = ["defend", "celeba_nvae_radius_0.1", "--checkpoint", str(checkpoint)]
     arguments += ["--data-root", str(celeba(tmp_path, 2)), "--output", str(tmp_path / "results")]
     small = {"groups": (2,), "num_references": 2, "num_restarts": 1, "num_samples": 1}
     small |= {"warmup_steps": 1, "num_steps": 1, "metric_images": 2, "device": "cpu"}
-    small |= {"defences": ("none", "hmc")}
+    small |= {"attack_steps": 2, "defences": ("none", "hmc", "aware")}
     for key, value in small.items():
         arguments += ["--set", f"{key}={value}"]
     assert main([*arguments, "--quiet"]) == 0, capsys.readouterr().err
     assert "HMC, dual averaging" in capsys.readouterr().out
     result = json.loads((tmp_path / "results" / "celeba_nvae_radius_0.1.json").read_text())
-    assert set(result["groups"]["2"]["defences"]) == {"none", "hmc"}
+    assert set(result["groups"]["2"]["defences"]) == {"none", "hmc", "aware"}
     assert f"--checkpoint {checkpoint}" in result["command"]
     assert len(data.load("celeba64", "test", tmp_path)) == 2
 

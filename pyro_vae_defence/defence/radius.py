@@ -113,7 +113,9 @@ def calibrate_radius(
             for each in balls:
                 energy = potential(vae, x, each)
                 # From the same mode, so that a gain is never negative.
-                closer, _ = search_mode_lbfgs(energy, mode, num_steps=0 if each is None else num_steps)
+                closer, _ = search_mode_lbfgs(
+                    energy, mode, num_steps=0 if each is None else num_steps
+                )
                 with torch.no_grad():
                     columns.append(lowest - energy(closer))
             gains.append(torch.stack(columns))

@@ -119,6 +119,7 @@ class HierarchyConfig:
         groups: numbers :math:`k_A` of attacked groups, counted from the top; one attack each.
         num_references: class-stratified test images.
         num_restarts: attacks per reference; all of them count, not the worst.
+        attack_steps: gradient steps of an attack.
         column: which label to stratify by, where there are several.
         defences: which defences to run: ``none``, ``paper`` (the published setting), ``hmc`` (this library's HMC on the
             paper's target, in the metric of the training set's mean posterior variance) and ``aware`` (the same on
@@ -140,6 +141,7 @@ class HierarchyConfig:
     groups: tuple[int, ...]
     num_references: int = 50
     num_restarts: int = 10
+    attack_steps: int = 50
     column: int = 0
     defences: tuple[HierarchyDefenceName, ...] = ("none", "hmc", "aware")
     delta: float | None = None

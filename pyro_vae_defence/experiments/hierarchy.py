@@ -100,7 +100,7 @@ def defend_hierarchy(
                 )
         result["groups"] = earlier["groups"]
 
-    test_set = data.load(config.dataset, "test", root)  # type: ignore[arg-type]
+    test_set = data.load(config.dataset, "test", root)
     if test_set.image_shape != vae.image_shape:
         raise ValueError(
             f"images of {config.dataset!r} have shape {test_set.image_shape}, the model's "
@@ -202,6 +202,7 @@ def _attack(vae: NVAE, x_ref: Tensor, k: int, config: HierarchyConfig) -> tuple[
     attack = attacks.PGD(
         attacks.symmetric_kl(vae, sites=k),
         Linf(config.radius),
+        num_steps=config.attack_steps,
         num_restarts=config.num_restarts,
         preset="paper",
         batch_size=config.batch_size,
@@ -215,11 +216,12 @@ def _metric(vae: NVAE, config: HierarchyConfig, root: str | os.PathLike[str] | N
     programs: VAE = vae.noncentred() if config.noncentred else vae
     stored = vae.mean_noise_variance if config.noncentred else vae.mean_posterior_variance
     if stored is None:
-        train_set = data.load(config.dataset, "train", root)  # type: ignore[arg-type]
+        train_set = data.load(config.dataset, "train", root)
         num = min(config.metric_images, len(train_set))
-        order = torch.randperm(len(train_set), generator=_generator(config, "metric"))[:num]
+        generator = _generator(config, "metric")
+        order = torch.randperm(len(train_set), generator=generator)[:num]
         batches = (train_set.images(order[p]).to(config.device) for p in _parts(num, config))
-        stored = program.mean_posterior_variance(programs, batches)
+        stored = program.mean_posterior_variance(programs, batches, generator=generator)
     return {site: variance.to(config.device) for site, variance in stored.items()}
 
 

@@ -66,9 +66,11 @@ def groups_figure(results: Sequence[dict[str, Any]]) -> Figure:
                 for k, entry in result["groups"].items()
                 if defence in entry["defences"]
             ]
-            groups = [k for k, _ in points]
-            bounds = [[value[b] for _, value in points] for b in ("estimate", "low", "high")]
-            plots.curve(axes, groups, *bounds, label=_LABELS[defence])
+            groups = [float(k) for k, _ in points]
+            estimate, low, high = (
+                [value[key] for _, value in points] for key in ("estimate", "low", "high")
+            )
+            plots.curve(axes, groups, estimate, low, high, label=_LABELS[defence])
         axes.axhline(result["noise_floor"]["estimate"], color="black", lw=0.8, ls=":")
         axes.set_title(f"radius {result['config']['radius']:g}", fontsize=9)
         axes.set_xlabel("attacked groups, from the top")

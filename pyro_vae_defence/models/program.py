@@ -38,7 +38,7 @@ from torch.distributions import (
 )
 
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
-from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
 
 DATA_PLATE = "data"
@@ -568,7 +568,10 @@ def guide_potential(
 
 
 def mean_posterior_variance(
-    vae: VAE, batches: Iterable[Any], max_images: int | None = None
+    vae: VAE,
+    batches: Iterable[Any],
+    max_images: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Latents:
     """Average over images of the guide's variance, a metric that no attacker can move.
 
@@ -577,16 +580,20 @@ def mean_posterior_variance(
         batches: iterable of image batches ``(N, C, H, W)``, or of tuples that start with one, e.g. a
             loader of the training set.
         max_images: stop after so many images.
+        generator: source of the seed of a hierarchy's upper groups, on draws of which the variance of the lower ones
+            is conditional; torch's global seed when ``None``.
 
     Returns:
         Site name -> tensor of one image's shape, on the scale of the site.
     """
     totals: Latents = {}
     count = 0
+    seed = draw_seed(generator)
     with torch.no_grad(), evaluation_mode(vae):
         for batch in batches:
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            for name, distribution in posterior(vae, x).items():
+            streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
+            for name, distribution in posterior(vae, x, streams=streams).items():
                 total = distribution.variance.sum(0)
                 totals[name] = totals[name] + total if name in totals else total
             count += x.shape[0]
