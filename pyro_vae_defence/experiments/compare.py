@@ -203,6 +203,8 @@ class _Study:
     ) -> _Study:
         """Read weights and data."""
         vae, card = load_pretrained(config.model, models), load_card(config.model, models)
+        if not isinstance(vae, ConvVAE):
+            raise ValueError(f"model must be a ConvVAE, {config.model!r} is a {type(vae).__name__}")
         weights = {config.model: card.sha256}
         tasks = {}
         labels = {"class": "", "color": "_color"}

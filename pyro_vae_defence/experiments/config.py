@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"]
+ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class TrainConfig:
         radius: L_inf radius of SE's perturbations.
         gamma: SE's coupling strength.
         rho: AVAE's correlation (Cemgil et al. 2020).
+        architecture: fields of :class:`~pyro_vae_defence.models.nvae.NVAEConfig` for an NVAE; ``None`` is the
+            paper's convolutional VAE.
+        kl_anneal: share of the training in which NVAE's KL weight rises to 1.
+        penalty: weight of NVAE's spectral and batch-norm penalties.
         epochs: passes over the training set.
         learning_rate: peak learning rate of the one-cycle schedule.
         schedule: see :class:`pyro_vae_defence.training.FitConfig`.
@@ -46,6 +50,9 @@ class TrainConfig:
     radius: float = 0.1
     gamma: float = 1.0
     rho: float = 0.975
+    architecture: dict[str, Any] | None = None
+    kl_anneal: float = 0.3
+    penalty: float = 1e-2
     epochs: int = 12
     learning_rate: float = 2e-3
     schedule: Literal["plateau", "one_cycle", "constant"] = "one_cycle"
@@ -95,6 +102,72 @@ class DefendConfig:
         if isinstance(self.defences, str) or not set(self.defences) <= set(known):
             raise ValueError(
                 f"defences must be a tuple of names from {known}, got {self.defences!r}"
+            )
+
+
+HierarchyDefenceName = Literal["none", "paper", "hmc", "aware"]
+
+
+@dataclass(frozen=True)
+class HierarchyConfig:
+    """One panel of Figure 4: attacks on the top latent groups of an NVAE, and defences on all groups at once.
+
+    Args:
+        model: name of a trained NVAE, or what to call the one of an official checkpoint.
+        dataset: name for :func:`pyro_vae_defence.data.load`.
+        paper: column of Table 8, a key of :data:`pyro_vae_defence.defence.mcmc.PAPER_SETTINGS`.
+        radius: L_inf radius of the attack, in units of the image range.
+        groups: numbers :math:`k_A` of attacked groups, counted from the top; one attack each.
+        num_references: class-stratified test images.
+        num_restarts: attacks per reference; all of them count, not the worst.
+        attack_steps: gradient steps of an attack.
+        column: which label to stratify by, where there are several.
+        defences: which defences to run: ``none``, ``paper`` (the published setting), ``hmc`` (this library's HMC on the
+            paper's target, in the metric of the training set's mean posterior variance) and ``aware`` (the same on
+            the perturbation-aware target).
+        delta: L_inf radius that ``aware`` assumes; the attack's when ``None``.
+        noncentred: whether ``hmc`` and ``aware`` move the noise of the latents instead of the latents.
+        num_samples, warmup_steps, num_steps, step_size: of ``hmc`` and ``aware``.
+        metric_images: training images the metric is measured on, if the model comes without.
+        batch_size: most images at once, which bounds the memory.
+        checkpointing: recompute activations in backward passes, which bounds the memory of large models.
+        device: torch device everything runs on.
+        seed: seed of references, attacks and defences.
+    """
+
+    model: str
+    dataset: str
+    paper: str
+    radius: float
+    groups: tuple[int, ...]
+    num_references: int = 50
+    num_restarts: int = 10
+    attack_steps: int = 50
+    column: int = 0
+    defences: tuple[HierarchyDefenceName, ...] = ("none", "hmc", "aware")
+    delta: float | None = None
+    noncentred: bool = True
+    num_samples: int = 10
+    warmup_steps: int = 40
+    num_steps: int = 4
+    step_size: float = 0.2
+    metric_images: int = 1000
+    batch_size: int = 500
+    checkpointing: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = get_args(HierarchyDefenceName)
+        if isinstance(self.defences, str) or not set(self.defences) <= set(known):
+            raise ValueError(
+                f"defences must be a tuple of names from {known}, got {self.defences!r}"
+            )
+        if not isinstance(self.groups, tuple) or not all(
+            isinstance(k, int) and k >= 1 for k in self.groups
+        ):
+            raise ValueError(
+                f"groups must be a tuple of numbers of at least 1, such as (1, 2, 4), got {self.groups!r}"
             )
 
 
@@ -375,6 +448,7 @@ Config = TypeVar(
     "Config",
     TrainConfig,
     DefendConfig,
+    HierarchyConfig,
     EvaluateConfig,
     ClassifierConfig,
     CompareConfig,
@@ -395,9 +469,11 @@ def override(config: Config, changes: dict[str, Any] | None) -> Config:
     return dataclasses.replace(config, **(changes or {}))
 
 
-def command(name: str, experiment: str, changes: dict[str, Any] | None) -> str:
-    """The command line that repeats a run."""
+def command(name: str, experiment: str, changes: dict[str, Any] | None, **options: Any) -> str:
+    """The command line that repeats a run; options that are ``None`` were not given."""
     words = ["python", "-m", "pyro_vae_defence.experiments", name, experiment]
+    for option, value in options.items():
+        words += [] if value is None else [f"--{option}", str(value)]
     for key, value in (changes or {}).items():
         words += ["--set", f"{key}={value}"]
     return shlex.join(words)

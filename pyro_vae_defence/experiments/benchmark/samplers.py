@@ -72,7 +72,7 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "paper": Sampler(
         "HMC, the paper's setting",
-        _plain(BatchedHMC, step_size=PAPER_SETTINGS["mnist"][1], preset="paper"),
+        _plain(BatchedHMC, step_size=PAPER_SETTINGS["mnist"].step_size, preset="paper"),
         20,
         patience=10,
     ),

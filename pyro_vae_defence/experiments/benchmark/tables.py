@@ -97,7 +97,7 @@ def _against_paper(samplers: dict[str, Any], seconds: dict[str, float]) -> list[
     """What the fastest exact kernel saves against the paper's rule and against the paper's full budget."""
     if "paper" not in samplers or "paper" not in seconds:
         return []
-    num_steps, _ = PAPER_SETTINGS["mnist"]
+    num_steps = PAPER_SETTINGS["mnist"].num_transitions
     full = 1 + 20 * (num_steps // 2 + num_steps)
     budget_seconds = full * seconds["paper"]
     lines = [
