@@ -9,6 +9,7 @@ from pyro_vae_defence.experiments.config import (
     ClassifierConfig,
     CompareConfig,
     DefendConfig,
+    RobustnessConfig,
     TrainConfig,
 )
 
@@ -71,6 +72,11 @@ DEFENCES: dict[str, DefendConfig] = {
 }
 """The encoder attacks of Tables 2 and 3: ``<dataset>_radius_<radius>``."""
 
+
+ROBUSTNESS: dict[str, RobustnessConfig] = {
+    name: RobustnessConfig(config.model, config.radius) for name, config in DEFENCES.items()
+}
+"""The suite of adaptive attacks: ``<dataset>_radius_<radius>``."""
 
 COMPARISONS: dict[str, CompareConfig] = {
     dataset: CompareConfig(f"{dataset}_vae")
