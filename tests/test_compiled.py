@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 
 import pyro
 import pyro.distributions as dist
@@ -244,3 +245,18 @@ def test_force_dtype():
     energy = program.potential(LinearGaussianVAE(), torch.rand(2, 1, 4, 4))
     with pytest.raises(ValueError, match=r"force_dtype must be torch.bfloat16, .* torch.float32"):
         ReducedForce(energy, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own dependencies
+def test_compiled_recordings_equal_traced_energies():
+    vae = TutorialVAE().eval()
+    energy = program.potential(vae, torch.rand(3, 1, 28, 28))
+    recorded = Recorder(compile=True)(energy)
+    z = {"latent": torch.randn(3, 5)}
+    value, gradient = recorded.energy_and_gradient(z)
+    assert (recorded.captured, recorded.why_not) == (True, None)
+    expected, slope = lat.value_and_gradient(energy, z)
+    assert torch.allclose(value, expected, rtol=1e-4)
+    assert torch.allclose(gradient["latent"], slope["latent"], rtol=1e-3, atol=1e-3)

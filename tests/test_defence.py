@@ -12,7 +12,9 @@ from programs import BatchNormVAE, HierarchicalVAE
 
 from pyro_vae_defence import diagnostics
 from pyro_vae_defence.defence import MCMCDefence, NoDefence
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, PaperSetting
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
+from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import ConvVAE, program
 
 KERNELS = {
@@ -118,8 +120,31 @@ def test_paper_defence_has_the_published_settings():
     assert (kernel.step_size, kernel.num_steps, kernel.jitter) == (0.1, 20, 0.0)
     other = MCMCDefence.paper(vae, "color_mnist")
     assert (other.num_samples, other.kernel(vae.model).step_size) == (1000, 0.05)
+    hierarchy = MCMCDefence.paper(vae, "mnist_nvae", num_draws=1)
+    assert (hierarchy.num_samples, hierarchy.warmup_steps) == (1, 2999)
+    kernel = hierarchy.kernel(vae.model)
+    assert (kernel.step_size, kernel.num_steps) == (1e-4, 20)
+    assert kernel.rule.adapts_while_sampling
+    fixed = MCMCDefence.paper(vae, "celeba_nvae").kernel(vae.model)
+    assert (fixed.step_size, fixed.num_steps, fixed.jitter) == (1e-4, 1, 0.0)
+    assert isinstance(fixed.rule, FixedStepSize)
     with pytest.raises(ValueError, match="dataset must be one of"):
         MCMCDefence.paper(vae, "celeba")
+    for num_draws in (0, 501):
+        with pytest.raises(ValueError, match=r"num_draws must lie in 1..500"):
+            MCMCDefence.paper(vae, "mnist", num_draws)
+
+
+def test_keeping_fewer_draws_does_not_change_the_paper_chain(linear_vae, monkeypatch):
+    monkeypatch.setitem(PAPER_SETTINGS, "mnist", PaperSetting(4, 0.05))
+    x = torch.rand(3, 1, 4, 4)
+    all_draws, last = (
+        MCMCDefence.paper(linear_vae, "mnist", num)(x, torch.Generator().manual_seed(1))
+        for num in (None, 1)
+    )
+    for site, value in last.latents.items():
+        assert torch.equal(value, all_draws.latents[site])
+    assert torch.equal(last.num_gradients, all_draws.num_gradients)
 
 
 def test_no_defence_is_one_draw_decoded(tutorial_vae):

@@ -91,3 +91,13 @@ def test_defend_classifier():
     assert wrong.returncode == 2
     assert "radius must be a positive finite number" in wrong.stderr.splitlines()[-1]
     assert "Traceback" not in wrong.stderr
+
+
+def test_nvae_defence():
+    done = run(
+        "nvae_defence.py", "--untrained",
+        "--num-images", 2, "--attack-steps", 2, "--warmup-steps", 2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "z_02: 4 maps of 8x8" in done.stdout
+    assert "HMC, perturbation-aware" in done.stdout

@@ -16,6 +16,7 @@ from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
 from pyro_vae_defence.experiments.report import report
 from pyro_vae_defence.experiments.train import HALF_TOLERANCE, make_objective, train
 from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.nvae import NVAE
 from pyro_vae_defence.models.pretrained import (
     available,
     load_card,
@@ -96,6 +97,37 @@ def test_train_writes_weights_card_and_history(models):
     assert len(history) == 1
 
 
+TINY_NVAE = {
+    **(MODELS["mnist_nvae"].architecture or {}),
+    "num_groups_per_scale": 2,
+    "num_latent_per_group": 2,
+    "num_channels_enc": 4,
+    "num_channels_dec": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def nvae_models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("nvae")
+    changes = {**TINY, "architecture": TINY_NVAE, "images_per_epoch": 128}
+    train("mnist_nvae", directory, overrides=changes, progress=False)
+    return directory
+
+
+def test_train_an_nvae(nvae_models):
+    card = load_card("mnist_nvae", nvae_models)
+    assert card.architecture == "NVAE"
+    assert card.architecture_config["num_groups_per_scale"] == 2
+    vae = load_pretrained("mnist_nvae", nvae_models)
+    assert isinstance(vae, NVAE)
+    assert not vae.training
+    shapes = dict(zip(vae.sites, vae.config.latent_shapes))
+    assert {site: tuple(v.shape) for site, v in vae.mean_posterior_variance.items()} == shapes
+    noise = vae.noncentred().mean_posterior_variance
+    assert set(noise) == {"eps_00", "eps_01", "eps_02"}
+    assert all((v > 0).all() for v in noise.values())
+
+
 def test_defend_writes_results_and_runs_nothing_twice(models, tmp_path):
     changes = {
         "num_references": 10, "num_restarts": 1, "num_samples": 1, "warmup_steps": 1,
@@ -128,7 +160,7 @@ def test_defend_writes_results_and_runs_nothing_twice(models, tmp_path):
 def test_every_objective_of_a_configuration_trains(objective):
     vae = ConvVAE()
     config = configs.TrainConfig("mnist_subset", objective, "mnist_vae", beta=2.0)  # type: ignore[arg-type]
-    loss = make_objective(config, vae, 1000).loss_and_grads(
+    loss = make_objective(config, vae, 1000, 10).loss_and_grads(
         vae.model, vae.guide, torch.rand(4, 1, 28, 28)
     )
     assert loss == loss

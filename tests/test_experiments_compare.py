@@ -17,7 +17,7 @@ from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
 
 TINY = {
-    "defences": ("none", "aware", "aware_0.1", "dark_clip", "median"),
+    "defences": ("none", "aware", "aware_0.1", "aware_unknown", "aware_mode", "dark_clip", "mode"),
     "costs": ("hmc@2",),
     "inputs": ("mean", "guide"),
     "radii": (0.0, 0.1),
@@ -94,12 +94,12 @@ def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path):
     _, result = run
     path = tmp_path / "mnist.json"
     cut = json.loads(json.dumps(result))
-    expected = cut["radii"]["0.1"].pop("median")
+    expected = cut["radii"]["0.1"].pop("mode")
     cut["radii"]["0"]["none"]["marked"] = True
     path.write_text(json.dumps(cut))
     again = compare("mnist", tmp_path, models=models, overrides=TINY, progress=False)
     assert again["radii"]["0"]["none"]["marked"]
-    found = json.loads(path.read_text())["radii"]["0.1"]["median"]
+    found = json.loads(path.read_text())["radii"]["0.1"]["mode"]
     assert {k: v for k, v in found.items() if k != "seconds_per_image"} == {
         k: v for k, v in expected.items() if k != "seconds_per_image"
     }

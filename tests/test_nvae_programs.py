@@ -15,7 +15,9 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
+from pyro_vae_defence.models import program
 from pyro_vae_defence.models.nvae import NVAE, NonCentredNVAE, NVAEConfig
+from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE
 
 GREY = NVAEConfig(
@@ -283,6 +285,75 @@ def test_a_stale_path_is_not_reused(change: str) -> None:
             torch.testing.assert_close(one, other)
 
 
+def test_another_number_of_images_takes_nothing_over() -> None:
+    vae = build(GREY)
+    vae.guide(images(vae, 3))
+    torch.manual_seed(1)
+    after = vae.model(images(vae, 2)).mean
+    torch.manual_seed(1)
+    torch.testing.assert_close(after, vae.model(images(vae, 2)).mean)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def gradients(vae: NVAE, x: Tensor, latents: dict[str, Tensor]) -> tuple[list[Tensor], int]:
+    """Gradients of the joint density by image and latents, and how many values were kept for them."""
+    leaves = {site: z.detach().requires_grad_() for site, z in latents.items()}
+    image = x.clone().requires_grad_()
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        guide = poutine.trace(poutine.condition(vae.guide, data=leaves)).get_trace(image)
+        guide.compute_log_prob()
+        total = joint(vae, image, leaves).sum() - log_probs(guide, vae.sites).sum()
+    found = torch.autograd.grad(total, [image, *leaves.values()])
+    return list(found), sum(kept.values())
+
+
+def test_checkpointing_changes_memory_alone(vae: NVAE) -> None:
+    x = images(vae)
+    with torch.no_grad():
+        latents = {site: z.clone() for site, z in vae.guide(x).items()}
+    plain, all_kept = gradients(vae, x, latents)
+    vae.checkpointing = True
+    recomputed, kept = gradients(vae, x, latents)
+    for one, other in zip(plain, recomputed):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    # What remains is outside the segments; these keep their inputs besides.
+    assert kept < 0.5 * all_kept
+
+
+def test_checkpointing_leaves_training_alone() -> None:
+    """A second pass would move the running statistics twice."""
+    x = images(build(GREY))
+    buffers = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        vae = build(GREY, checkpointing=checkpointing).train()
+        torch.manual_seed(3)
+        terms = vae(x)
+        (terms.reconstruction_loss + terms.kl.sum(1)).sum().backward()
+        buffers.append([b.clone() for b in vae.buffers()])
+    assert all(torch.equal(one, other) for one, other in zip(*buffers))
+
+
+def test_flow_guides_draw_from_the_images_own_streams() -> None:
+    vae = build(CONFIGS["mixture"])
+    x = images(vae)
+    together = program.encode(vae, x, streams=Streams.create(3, seed=1))
+    alone = program.encode(vae, x[1:2], streams=Streams.create(1, seed=1, first_image=1))
+    for site in vae.sites:
+        torch.testing.assert_close(together[site][1:2], alone[site])
+    other = program.encode(vae, x, streams=Streams.create(3, seed=2))
+    assert not torch.allclose(together["z_00"], other["z_00"])
+
+
 def test_inference_mode() -> None:
     vae = build(GREY)
     with torch.inference_mode():
@@ -374,9 +445,9 @@ def test_noncentred_is_a_change_of_variables(vae: NVAE) -> None:
 def test_wrong_images_are_refused() -> None:
     vae = build(GREY)
     for shape in [(2, 3, 28, 28), (2, 1, 30, 30), (1, 28, 28)]:
-        for program in (vae.model, vae.guide, vae, vae.noncentred().model):
+        for call in (vae.model, vae.guide, vae, vae.noncentred().model):
             with pytest.raises(ValueError, match="x has shape"):
-                program(torch.rand(shape, dtype=torch.float64))
+                call(torch.rand(shape, dtype=torch.float64))
 
 
 def test_wrong_latents_are_refused() -> None:

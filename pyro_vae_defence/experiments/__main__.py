@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from pyro_vae_defence.experiments.registry import CLASSIFIERS
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, HIERARCHIES
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     defend.add_argument("name", help="experiment of the registry, e.g. mnist_radius_0.1")
     defend.add_argument("--output", default="runs/results", help="directory for result files")
     defend.add_argument("--models", help="directory of weights; the packaged ones by default")
+    defend.add_argument(
+        "--checkpoint", help="official NVAE checkpoint (checkpoint.pt) to defend, e.g. CelebA's"
+    )
 
     evaluate = commands.add_parser("evaluate", help="measure a trained model on test images")
     evaluate.add_argument("name", help="name of a trained model, e.g. mnist_vae")
@@ -136,6 +139,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 models=options.models,
             )
             print(f"{card.name}: validation -ELBO {card.metrics['validation_nelbo']:.2f} nats")
+        elif options.command == "defend" and options.name in HIERARCHIES:
+            from pyro_vae_defence.experiments.hierarchy import defend_hierarchy
+            from pyro_vae_defence.experiments.report import report
+
+            defend_hierarchy(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+                progress=not options.quiet,
+                checkpoint=options.checkpoint,
+            )
+            print(report(options.output))
         elif options.command == "defend":
             from pyro_vae_defence.experiments.defend import defend
             from pyro_vae_defence.experiments.report import report

@@ -21,13 +21,14 @@ from pyro_vae_defence.experiments.config import ClassifierConfig, command, overr
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import CLASSIFIERS
 from pyro_vae_defence.mcmc import BatchedHMC
-from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import (
     ConvClassifier,
     LinearClassifier,
     flatten_latents,
 )
 from pyro_vae_defence.models.pretrained import (
+    TrainedVAE,
     WeightCard,
     load_card,
     load_pretrained,
@@ -176,7 +177,7 @@ class _OneLabel:
         return self.dataset.images(index), self.labels[index]
 
 
-def _inputs(dataset: data.Images, vae: ConvVAE | None, config: ClassifierConfig) -> Any:
+def _inputs(dataset: data.Images, vae: TrainedVAE | None, config: ClassifierConfig) -> Any:
     """What a classifier reads: latents, computed once, or the images themselves."""
     labels = dataset.labels if dataset.labels.dim() == 1 else dataset.labels[:, config.column]
     if vae is None:
@@ -194,7 +195,7 @@ def _inputs(dataset: data.Images, vae: ConvVAE | None, config: ClassifierConfig)
     return _Labelled(inputs.flatten(0, 1), labels[chosen].repeat(len(inputs)), len(chosen))
 
 
-def _draw(vae: ConvVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.Generator], Tensor]:
+def _draw(vae: TrainedVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.Generator], Tensor]:
     """From images to ``(num_draws, N, D)`` latents of the kind a configuration names."""
 
     def mean(x: Tensor, generator: torch.Generator) -> Tensor:

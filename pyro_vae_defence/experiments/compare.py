@@ -34,6 +34,8 @@ from pyro_vae_defence.defence import (
     EncoderDefence,
     MCMCDefence,
     NoDefence,
+    PosteriorModeDefence,
+    calibrate_radius,
     clip_dark_pixels,
     clip_extreme_pixels,
     detection_scores,
@@ -42,6 +44,8 @@ from pyro_vae_defence.defence import (
 )
 from pyro_vae_defence.experiments.config import (
     CHAINS,
+    MODES,
+    WITH_RADIUS,
     CompareConfig,
     command,
     defence_spec,
@@ -53,11 +57,19 @@ from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
+from pyro_vae_defence.models.perturbation import Perturbation, UnknownRadius
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
 
 UNDEFENDED_READING = "guide's mean"
+
+MODE_STEPS = 30
+"""Gradients of a search for the posterior mode by L-BFGS."""
+
+CALIBRATION_RADII = (0.0, 0.05, 0.1, 0.2, 0.3)
+CALIBRATION_IMAGES = 100
+"""Radii of a defence that leaves it open, and clean validation images for its penalties."""
 
 # Classifiers of means read means, or are shown what draws do to them; classifiers of draws read draws.
 _READINGS: dict[str, tuple[Any, ...]] = {
@@ -129,7 +141,8 @@ def compare(
             inputs = study.inputs(radius, full) if missing else None
             for defence in missing:
                 assert inputs is not None
-                cells[defence] = study.cell(defence, radius, inputs)
+                same = study.same(defence, radius, cells)
+                cells[defence] = cells[same] if same else study.cell(defence, radius, inputs)
                 result["noise_floor"].setdefault("full" if full else "curve", inputs.noise_floor)
                 write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
                 bar.update()
@@ -166,6 +179,7 @@ class _Study:
         tasks: dict[str, _Task],
         weights: dict[str, str],
         test_set: data.Images,
+        validation_set: data.Images,
     ) -> None:
         self.config = config
         self.vae = vae
@@ -176,7 +190,9 @@ class _Study:
         chosen = data.stratified(test_set, config.num_images, self._generator("images"))
         self.images = test_set.images(chosen)
         self.labels = test_set.labels[chosen].reshape(len(chosen), -1)
-        self._clean: dict[tuple[str, int], DefenceResult] = {}
+        self.validation_set = validation_set
+        self._clean: dict[tuple[Any, ...], DefenceResult] = {}
+        self._unknown: UnknownRadius | None = None
 
     @classmethod
     def load(
@@ -187,6 +203,8 @@ class _Study:
     ) -> _Study:
         """Read weights and data."""
         vae, card = load_pretrained(config.model, models), load_card(config.model, models)
+        if not isinstance(vae, ConvVAE):
+            raise ValueError(f"model must be a ConvVAE, {config.model!r} is a {type(vae).__name__}")
         weights = {config.model: card.sha256}
         tasks = {}
         labels = {"class": "", "color": "_color"}
@@ -203,7 +221,10 @@ class _Study:
         known = [f"{how}/{inputs}" for inputs in config.inputs for how in _READINGS[inputs]]
         if config.reading not in known:
             raise ValueError(f"reading must be one of {', '.join(known)}, got {config.reading!r}")
-        return cls(config, vae, tasks, weights, data.load(card.training["dataset"], "test", root))
+        test_set, validation_set = (
+            data.load(card.training["dataset"], split, root) for split in ("test", "validation")
+        )
+        return cls(config, vae, tasks, weights, test_set, validation_set)
 
     def undefended_accuracy(self) -> dict[str, Any]:
         """Accuracy of the undefended model on clean images, per task."""
@@ -236,8 +257,8 @@ class _Study:
             found = attack(num_restarts=restarts)(self.references, self._generator("attack"))
             x_adv = found.x_adv.flatten(0, 1)
             classified["attacked"] = attack()(x, self._generator("attack images")).x_adv[0]
-            noise = attacks.random_noise(x, Linf(radius), self._generator("noise"))
-            classified["noise"] = noise
+            some = x[: config.num_noise]
+            classified["noise"] = attacks.random_noise(some, Linf(radius), self._generator("noise"))
         floor = interval(metrics.ms_ssim(before, again, variant=VARIANT), image)
         return _Inputs(x_adv, image, before, floor, classified, self.labels[:num_images])
 
@@ -281,8 +302,17 @@ class _Study:
             lengths = (config.num_samples, config.warmup_steps, config.num_chains)
             if transitions is not None:
                 lengths = (transitions - transitions // 2, transitions // 2, 1)
-            perturbation = Linf(delta) if kind == "aware" and delta > 0 else None
-            return MCMCDefence(self.vae, kernel, *lengths, perturbation=perturbation)
+            assumes: Perturbation | None = None
+            if kind == "aware_unknown":
+                assumes = self.unknown_radius()
+            elif kind == "aware" and delta > 0:
+                assumes = Linf(delta)
+            return MCMCDefence(self.vae, kernel, *lengths, perturbation=assumes)
+        if kind in MODES:
+            ball = Linf(delta) if kind == "aware_mode" and delta > 0 else None
+            return PosteriorModeDefence(
+                self.vae, "lbfgs", MODE_STEPS, initial="mean", perturbation=ball
+            )
         if kind == "none":
             return NoDefence(self.vae)
         filters: dict[str, Any] = {
@@ -294,6 +324,27 @@ class _Study:
         }
         return EncoderDefence(self.vae, preprocess=filters[kind])
 
+    def same(self, name: str, radius: float, cells: dict[str, Any]) -> str | None:
+        """A defence among ``cells`` that at this radius is ``name``, as ``aware`` is ``aware_0.1`` at 0.1."""
+        return next(
+            (c for c in cells if self._resolved(c, radius) == self._resolved(name, radius)), None
+        )
+
+    def _resolved(self, name: str, radius: float) -> tuple[str, float | None, int | None]:
+        kind, assumed, transitions = defence_spec(name)
+        delta = radius if assumed is None and kind in WITH_RADIUS else assumed
+        return kind, delta, transitions
+
+    def unknown_radius(self) -> UnknownRadius:
+        """A radius left open, with penalties from clean validation images."""
+        if self._unknown is None:
+            chosen = data.stratified(
+                self.validation_set, CALIBRATION_IMAGES, self._generator("calibration")
+            )
+            x = self.validation_set.images(chosen)
+            self._unknown = calibrate_radius(self.vae, x, CALIBRATION_RADII)
+        return self._unknown
+
     def _run(
         self, name: str, radius: float, defence: Defence, kind: str, x: Tensor
     ) -> DefenceResult:
@@ -301,7 +352,7 @@ class _Study:
         generator = self._generator(f"classify {kind}")
         if kind != "clean":
             return defence(x, generator)
-        key = (str((name, getattr(self.defence(name, radius), "perturbation", radius))), len(x))
+        key = (*self._resolved(name, radius), len(x))
         if key not in self._clean:
             self._clean[key] = defence(x, generator)
         return self._clean[key]
@@ -342,8 +393,13 @@ class _Study:
         return {
             reading: {
                 kind: {
-                    "correct": interval(metrics.correct(found, label), image),
-                    "unchanged": interval(metrics.adversarial_accuracy(reference, found), image),
+                    "correct": interval(
+                        metrics.correct(found, label[: len(found)]), image[: len(found)]
+                    ),
+                    "unchanged": interval(
+                        metrics.adversarial_accuracy(reference[: len(found)], found),
+                        image[: len(found)],
+                    ),
                 }
                 for kind, found in of_kind.items()
             }

@@ -13,20 +13,22 @@ from matplotlib.figure import Figure
 
 from pyro_vae_defence import plots
 from pyro_vae_defence.experiments.compare import UNDEFENDED_READING
-from pyro_vae_defence.experiments.config import CONTROLS, defence_spec
+from pyro_vae_defence.experiments.config import CONTROLS, WITH_RADIUS, defence_spec
 from pyro_vae_defence.ops.files import write_atomically
 
 _KINDS = {
     "none": "no defence",
     "hmc": "HMC, the paper's target",
     "aware": "HMC, perturbation-aware",
+    "aware_unknown": "HMC, perturbation-aware, radius unknown",
+    "aware_mode": "mode, perturbation-aware",
+    "mode": "control: mode of the paper's target",
     "encoder_samples": "control: mean of encoder samples",
     "dark_clip": "control: dark-pixel clipping",
     "extreme_clip": "control: dark- and bright-pixel clipping",
     "median": "control: median filter",
     "gaussian": "control: Gaussian filter",
 }
-_HAS_RADIUS = ("aware", "dark_clip", "extreme_clip")
 
 
 def write_comparison(
@@ -93,7 +95,7 @@ def label(name: str) -> str:
     """What a table calls a defence."""
     kind, radius, transitions = defence_spec(name)
     text = _KINDS[kind]
-    if kind in _HAS_RADIUS:
+    if kind in WITH_RADIUS:
         text += " δ = radius" if radius is None else f" δ = {radius:g}"
     return text if transitions is None else f"{text}, {transitions} transitions"
 

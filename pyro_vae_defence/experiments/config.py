@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
-ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"]
+ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class TrainConfig:
         radius: L_inf radius of SE's perturbations.
         gamma: SE's coupling strength.
         rho: AVAE's correlation (Cemgil et al. 2020).
+        architecture: fields of :class:`~pyro_vae_defence.models.nvae.NVAEConfig` for an NVAE; ``None`` is the
+            paper's convolutional VAE.
+        kl_anneal: share of the training in which NVAE's KL weight rises to 1.
+        penalty: weight of NVAE's spectral and batch-norm penalties.
         epochs: passes over the training set.
         learning_rate: peak learning rate of the one-cycle schedule.
         schedule: see :class:`pyro_vae_defence.training.FitConfig`.
@@ -46,6 +50,9 @@ class TrainConfig:
     radius: float = 0.1
     gamma: float = 1.0
     rho: float = 0.975
+    architecture: dict[str, Any] | None = None
+    kl_anneal: float = 0.3
+    penalty: float = 1e-2
     epochs: int = 12
     learning_rate: float = 2e-3
     schedule: Literal["plateau", "one_cycle", "constant"] = "one_cycle"
@@ -95,6 +102,72 @@ class DefendConfig:
         if isinstance(self.defences, str) or not set(self.defences) <= set(known):
             raise ValueError(
                 f"defences must be a tuple of names from {known}, got {self.defences!r}"
+            )
+
+
+HierarchyDefenceName = Literal["none", "paper", "hmc", "aware"]
+
+
+@dataclass(frozen=True)
+class HierarchyConfig:
+    """One panel of Figure 4: attacks on the top latent groups of an NVAE, and defences on all groups at once.
+
+    Args:
+        model: name of a trained NVAE, or what to call the one of an official checkpoint.
+        dataset: name for :func:`pyro_vae_defence.data.load`.
+        paper: column of Table 8, a key of :data:`pyro_vae_defence.defence.mcmc.PAPER_SETTINGS`.
+        radius: L_inf radius of the attack, in units of the image range.
+        groups: numbers :math:`k_A` of attacked groups, counted from the top; one attack each.
+        num_references: class-stratified test images.
+        num_restarts: attacks per reference; all of them count, not the worst.
+        attack_steps: gradient steps of an attack.
+        column: which label to stratify by, where there are several.
+        defences: which defences to run: ``none``, ``paper`` (the published setting), ``hmc`` (this library's HMC on the
+            paper's target, in the metric of the training set's mean posterior variance) and ``aware`` (the same on
+            the perturbation-aware target).
+        delta: L_inf radius that ``aware`` assumes; the attack's when ``None``.
+        noncentred: whether ``hmc`` and ``aware`` move the noise of the latents instead of the latents.
+        num_samples, warmup_steps, num_steps, step_size: of ``hmc`` and ``aware``.
+        metric_images: training images the metric is measured on, if the model comes without.
+        batch_size: most images at once, which bounds the memory.
+        checkpointing: recompute activations in backward passes, which bounds the memory of large models.
+        device: torch device everything runs on.
+        seed: seed of references, attacks and defences.
+    """
+
+    model: str
+    dataset: str
+    paper: str
+    radius: float
+    groups: tuple[int, ...]
+    num_references: int = 50
+    num_restarts: int = 10
+    attack_steps: int = 50
+    column: int = 0
+    defences: tuple[HierarchyDefenceName, ...] = ("none", "hmc", "aware")
+    delta: float | None = None
+    noncentred: bool = True
+    num_samples: int = 10
+    warmup_steps: int = 40
+    num_steps: int = 4
+    step_size: float = 0.2
+    metric_images: int = 1000
+    batch_size: int = 500
+    checkpointing: bool = False
+    device: str = "cpu"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = get_args(HierarchyDefenceName)
+        if isinstance(self.defences, str) or not set(self.defences) <= set(known):
+            raise ValueError(
+                f"defences must be a tuple of names from {known}, got {self.defences!r}"
+            )
+        if not isinstance(self.groups, tuple) or not all(
+            isinstance(k, int) and k >= 1 for k in self.groups
+        ):
+            raise ValueError(
+                f"groups must be a tuple of numbers of at least 1, such as (1, 2, 4), got {self.groups!r}"
             )
 
 
@@ -174,9 +247,10 @@ class ClassifierConfig:
             raise ValueError(f"num_draws must be an integer of at least 1, got {self.num_draws!r}")
 
 
-CHAINS = ("hmc", "aware")
-CONTROLS = ("encoder_samples", "dark_clip", "extreme_clip", "median", "gaussian")
-_WITH_RADIUS = ("aware", "dark_clip", "extreme_clip")
+CHAINS = ("hmc", "aware", "aware_unknown")
+MODES = ("mode", "aware_mode")
+CONTROLS = ("mode", "encoder_samples", "dark_clip", "extreme_clip", "median", "gaussian")
+WITH_RADIUS = ("aware", "aware_mode", "dark_clip", "extreme_clip")
 _NAME = re.compile(r"(?P<kind>[a-z_]+?)(_(?P<radius>[\d.]+))?(@(?P<transitions>\d+))?")
 
 
@@ -195,16 +269,16 @@ def defence_spec(name: str) -> DefenceSpec:
         ValueError: if it names none.
     """
     found = _NAME.fullmatch(name)
-    if found and found["kind"] in ("none", *CHAINS, *CONTROLS):
+    if found and found["kind"] in ("none", *CHAINS, *MODES, *CONTROLS):
         radius = None if found["radius"] is None else float(found["radius"])
         transitions = None if found["transitions"] is None else int(found["transitions"])
-        radius_fits = radius is None or (found["kind"] in _WITH_RADIUS and radius <= 1)
+        radius_fits = radius is None or (found["kind"] in WITH_RADIUS and radius <= 1)
         transitions_fit = transitions is None or (found["kind"] in CHAINS and transitions > 1)
         if radius_fits and transitions_fit:
             return DefenceSpec(found["kind"], radius, transitions)
     raise ValueError(
-        f"defences has no {name!r}; known are none, {', '.join(CHAINS + CONTROLS)}, "
-        f"{', '.join(f'{kind}_RADIUS' for kind in _WITH_RADIUS)} and KIND@TRANSITIONS for chains"
+        f"defences has no {name!r}; known are none, {', '.join(dict.fromkeys(CHAINS + MODES + CONTROLS))}, "
+        f"{', '.join(f'{kind}_RADIUS' for kind in WITH_RADIUS)} and KIND@TRANSITIONS for chains"
     )
 
 
@@ -213,7 +287,8 @@ class CompareConfig:
     """Every defence and control against the encoder attack of the paper, over its radius.
 
     Defences are named: ``none``; ``hmc``, chains on the paper's target; ``aware``, chains on the perturbation-aware
-    one. Controls: ``encoder_samples``, ``dark_clip``, ``extreme_clip``, ``median``, ``gaussian``
+    one, ``aware_unknown`` with a radius left open; ``aware_mode``, the mode of that target. Controls: ``mode``, the
+    mode of the paper's target; ``encoder_samples``, ``dark_clip``, ``extreme_clip``, ``median``, ``gaussian``
     (:mod:`pyro_vae_defence.defence.controls`). What assumes a radius assumes the attack's own, or that of its name, as
     in ``aware_0.1``. ``@20`` appended means one chain of 20 transitions, half of them warm-up, instead of the settings
     below.
@@ -229,6 +304,7 @@ class CompareConfig:
         num_references: class-stratified test images whose reconstructions are compared.
         num_restarts: attacks per reference; all of them count.
         num_images: class-stratified test images that are classified.
+        num_noise: of these, with random noise of the attack's radius.
         curve_restarts, curve_images: of these, at the other radii.
         cost_radius: radius of the comparison by cost.
         num_samples, warmup_steps, num_chains, num_steps, step_size: of the chains.
@@ -242,6 +318,9 @@ class CompareConfig:
         "aware",
         "aware_0.1",
         "aware_0.2",
+        "aware_unknown",
+        "aware_mode",
+        "mode",
         "encoder_samples",
         "dark_clip",
         "dark_clip_0.2",
@@ -253,15 +332,16 @@ class CompareConfig:
         *(f"hmc@{transitions}" for transitions in (4, 10, 20, 40)),
         *(f"aware_0.2@{transitions}" for transitions in (4, 10, 20, 40)),
     )
-    inputs: tuple[LatentInputs, ...] = ("mean", "guide", "posterior")
+    inputs: tuple[LatentInputs, ...] = ("mean",)
     reading: str = "reencoded/mean"
-    radii: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+    radii: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     full_radii: tuple[float, ...] = (0.1, 0.2)
     num_references: int = 50
     num_restarts: int = 10
     num_images: int = 1000
-    curve_restarts: int = 2
-    curve_images: int = 200
+    num_noise: int = 200
+    curve_restarts: int = 1
+    curve_images: int = 100
     cost_radius: float = 0.2
     num_samples: int = 10
     warmup_steps: int = 15
@@ -296,7 +376,7 @@ class BenchmarkConfig:
         num_images: attacked images, class-stratified.
         num_chains: chains per image.
         samplers: names of :data:`~pyro_vae_defence.experiments.benchmark.samplers.SAMPLERS`; all when ``None``.
-        max_gradients: budget per chain; samplers known to be slow get a multiple of it.
+        max_gradients: budget per chain; samplers known to be slow get a multiple of it and of the warm-up.
         warmup_gradients: of these, spent on adaptation.
         window: length of the running mean, in gradients.
         tolerance: distance in nats from the gold run's mean energy that counts as reached.
@@ -437,6 +517,7 @@ Config = TypeVar(
     "Config",
     TrainConfig,
     DefendConfig,
+    HierarchyConfig,
     EvaluateConfig,
     ClassifierConfig,
     CompareConfig,
@@ -458,9 +539,11 @@ def override(config: Config, changes: dict[str, Any] | None) -> Config:
     return dataclasses.replace(config, **(changes or {}))
 
 
-def command(name: str, experiment: str, changes: dict[str, Any] | None) -> str:
-    """The command line that repeats a run."""
+def command(name: str, experiment: str, changes: dict[str, Any] | None, **options: Any) -> str:
+    """The command line that repeats a run; options that are ``None`` were not given."""
     words = ["python", "-m", "pyro_vae_defence.experiments", name, experiment]
+    for option, value in options.items():
+        words += [] if value is None else [f"--{option}", str(value)]
     for key, value in (changes or {}).items():
         words += ["--set", f"{key}={value}"]
     return shlex.join(words)

@@ -16,10 +16,10 @@ from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.defence import DefenceResult, MCMCDefence, NoDefence
 from pyro_vae_defence.experiments.config import DefendConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
-from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
+from pyro_vae_defence.experiments.registry import DEFENCES, HIERARCHIES, MODELS
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
-from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.pretrained import TrainedVAE, load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
 
@@ -48,7 +48,8 @@ def defend(
         ValueError: for an unknown name or override, or a result file of another configuration.
     """
     if name not in DEFENCES:
-        raise ValueError(f"no experiment named {name!r}; choose one of {', '.join(DEFENCES)}")
+        known = ", ".join((*DEFENCES, *HIERARCHIES))
+        raise ValueError(f"no experiment named {name!r}; choose one of {known}")
     config = override(DEFENCES[name], overrides)
     path = Path(output) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,16 +104,16 @@ def defend(
     return result
 
 
-def _no_defence(vae: ConvVAE, config: DefendConfig, dataset: str, progress: bool) -> Any:
+def _no_defence(vae: TrainedVAE, config: DefendConfig, dataset: str, progress: bool) -> Any:
     return NoDefence(vae)
 
 
-def _paper(vae: ConvVAE, config: DefendConfig, dataset: str, progress: bool) -> Any:
+def _paper(vae: TrainedVAE, config: DefendConfig, dataset: str, progress: bool) -> Any:
     return MCMCDefence.paper(vae, dataset, progress=progress)
 
 
 def _batched(
-    kernel: Any, vae: ConvVAE, config: DefendConfig, dataset: str, progress: bool
+    kernel: Any, vae: TrainedVAE, config: DefendConfig, dataset: str, progress: bool
 ) -> MCMCDefence:
     options = {"step_size": config.step_size, "inverse_mass_matrix": vae.mean_posterior_variance}
     if kernel is BatchedHMC:
@@ -147,7 +148,7 @@ def interval(values: Tensor, image: Tensor, statistic: Any = "mean") -> dict[str
 
 
 def _score(
-    vae: ConvVAE,
+    vae: TrainedVAE,
     references: Tensor,
     before: DefenceResult,
     outcome: DefenceResult,

@@ -9,6 +9,7 @@ from pyro_vae_defence.experiments.config import (
     ClassifierConfig,
     CompareConfig,
     DefendConfig,
+    HierarchyConfig,
     RobustnessConfig,
     TrainConfig,
 )
@@ -59,11 +60,33 @@ def _models() -> dict[str, TrainConfig]:
     return models
 
 
-MODELS: dict[str, TrainConfig] = _models()
+# Six latent groups: two of 8x4x4 and four of 8x8x8.
+_SMALL_NVAE = {
+    "dataset": "mnist",
+    "arch_instance": "res_bnswish",
+    "num_latent_scales": 2,
+    "num_groups_per_scale": 4,
+    "ada_groups": True,
+    "num_latent_per_group": 8,
+    "num_channels_enc": 8,
+    "num_channels_dec": 8,
+    "num_preprocess_cells": 1,
+    "num_postprocess_cells": 1,
+    "use_se": True,
+    "res_dist": True,
+}
+
+MODELS: dict[str, TrainConfig] = {
+    **_models(),
+    "mnist_nvae": TrainConfig(
+        "mnist", "nvae", architecture=_SMALL_NVAE, epochs=12, learning_rate=4e-3
+    ),
+}
 """Models of the paper's tables: ``<dataset>_vae``, ``<dataset>_beta_vae_<beta>`` and
 ``<dataset>_tcvae_<beta>`` (Table 7), and for MNIST and ColorMNIST ``<dataset>_se_<radius>``,
-``<dataset>_avae``, ``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); and VAEs of two harder variants,
-``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``."""
+``<dataset>_avae``, ``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); VAEs of two harder variants,
+``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``; and ``mnist_nvae``, a hierarchical VAE small enough to
+be trained on a processor."""
 
 DEFENCES: dict[str, DefendConfig] = {
     f"{dataset}_radius_{radius:g}": DefendConfig(f"{dataset}_vae", radius)
@@ -71,6 +94,32 @@ DEFENCES: dict[str, DefendConfig] = {
     for radius in (0.1, 0.2)
 }
 """The encoder attacks of Tables 2 and 3: ``<dataset>_radius_<radius>``."""
+
+HIERARCHIES: dict[str, HierarchyConfig] = {
+    **{
+        f"mnist_nvae_radius_{radius:g}": HierarchyConfig(
+            "mnist_nvae", "mnist", "mnist_nvae", radius, groups=(1, 2, 4, 6)
+        )
+        for radius in (0.1, 0.2)
+    },
+    **{
+        f"celeba_nvae_radius_{radius:g}": HierarchyConfig(
+            "celeba_nvae",
+            "celeba64",
+            "celeba_nvae",
+            radius,
+            groups=(1, 5, 10, 20),
+            num_references=20,
+            column=20,  # "Male"
+            defences=("none", "paper", "hmc", "aware"),
+            batch_size=20,
+            checkpointing=True,
+        )
+        for radius in (0.05, 0.1)
+    },
+}
+"""The attacks on hierarchical VAEs of Figure 4 and Table 8: ``<model>_radius_<radius>``. The weights of
+``celeba_nvae`` are the official ones and have to be given as a file."""
 
 
 ROBUSTNESS: dict[str, RobustnessConfig] = {

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae_defence import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
 
@@ -14,6 +20,7 @@ _LABELS = {
     "hmc": "HMC, dual averaging",
     "nuts": "NUTS, dual averaging",
     "paper": "HMC, the paper's setting",
+    "aware": "HMC, perturbation-aware",
 }
 
 _CHAINS = {
@@ -32,14 +39,52 @@ def report(results: str | os.PathLike[str]) -> str:
     files = sorted(Path(results).glob("*.json"))
     if not files:
         raise ValueError(f"no result files (*.json) in {results}; run an experiment first")
-    return "\n".join(_table(json.loads(path.read_text())) for path in files)
+    read = [json.loads(path.read_text()) for path in files]
+    return "\n".join(_hierarchy_table(r) if "groups" in r else _table(r) for r in read)
 
 
 def write_report(results: str | os.PathLike[str]) -> Path:
-    """Write :func:`report` to ``tables.md`` beside the result files."""
+    """Write :func:`report` to ``tables.md`` beside the result files, and Figure 4 of hierarchical models.
+
+    The figure of ``MODEL`` is ``MODEL_groups.png``, one panel per radius.
+    """
     path = Path(results) / "tables.md"
     path.write_text(report(results))
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(Path(results).glob("*.json")):
+        result = json.loads(file.read_text())
+        if "groups" in result:
+            by_model.setdefault(result["config"]["model"], []).append(result)
+    for model, found in by_model.items():
+        groups_figure(found).savefig(Path(results) / f"{model}_groups.png", dpi=120)
     return path
+
+
+def groups_figure(results: Sequence[dict[str, Any]]) -> Figure:
+    """Similarity of reconstructions against the number of attacked groups (Figure 4), one panel per result."""
+    from matplotlib.figure import Figure
+
+    results = sorted(results, key=lambda result: result["config"]["radius"])
+    figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, result in zip(panels, results, strict=True):
+        for defence in result["config"]["defences"]:
+            points = [
+                (int(k), entry["defences"][defence]["ms_ssim"])
+                for k, entry in result["groups"].items()
+                if defence in entry["defences"]
+            ]
+            groups = [float(k) for k, _ in points]
+            estimate, low, high = (
+                [value[key] for _, value in points] for key in ("estimate", "low", "high")
+            )
+            plots.curve(axes, groups, estimate, low, high, label=_LABELS[defence])
+        axes.axhline(result["noise_floor"]["estimate"], color="black", lw=0.8, ls=":")
+        axes.set_title(f"radius {result['config']['radius']:g}", fontsize=9)
+        axes.set_xlabel("attacked groups, from the top")
+    panels[0].set_ylabel(results[0]["metric"])
+    panels[-1].legend(fontsize=7)
+    return figure
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -70,6 +115,43 @@ def _table(result: dict[str, Any]) -> str:
         )
     lines += [
         f"| noise floor | {_interval(result['noise_floor'], 3)} | | | | | |",
+        "",
+        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
+        f"{versions['threads']} thread(s).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _hierarchy_table(result: dict[str, Any]) -> str:
+    config, versions = result["config"], result["provenance"]
+    lines = [
+        f"### {result['experiment']}",
+        "",
+        f"{config['num_references']} reference images x {config['num_restarts']} restarts, radius "
+        f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals over reference "
+        f"images. Noise floor of {result['metric']}: {_interval(result['noise_floor'], 3)}.",
+        "",
+        f"| attacked groups | symmetric KL (nats) | | {result['metric']} | median log posterior ratio (nats) | "
+        "energy of x_adv (nats) | acceptance | gradients per image | seconds per image |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for k, entry in result["groups"].items():
+        for name, found in entry["defences"].items():
+            acceptance = found.get("acceptance_rate")
+            cells = [
+                k,
+                _interval(entry["symmetric_kl"], 1),
+                _LABELS[name],
+                _interval(found["ms_ssim"], 3),
+                _interval(found["log_posterior_ratio_median"], 1),
+                _interval(found["energy"], 1),
+                "" if acceptance is None else f"{acceptance:.2f}",
+                f"{found['gradients_per_image']:.0f}",
+                f"{found['seconds_per_image']:.3g}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += [
         "",
         f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
         f"{versions['threads']} thread(s).",

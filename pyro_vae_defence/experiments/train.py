@@ -19,8 +19,10 @@ from pyro_vae_defence.attacks.objectives import squared_wasserstein
 from pyro_vae_defence.experiments.config import TrainConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import MODELS
-from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import (
+    TrainedVAE,
     WeightCard,
     load_card,
     load_pretrained,
@@ -36,8 +38,15 @@ HALF_TOLERANCE = 0.01
 """Largest change of the validation -ELBO, in nats, for which weights are stored in float16."""
 
 
-def make_objective(config: TrainConfig, vae: ConvVAE, data_size: int) -> Any:
-    """The Pyro ELBO a configuration names."""
+def make_vae(config: TrainConfig, in_channels: int) -> TrainedVAE:
+    """The untrained model a configuration names, for images of ``in_channels`` channels."""
+    if config.architecture is None:
+        return ConvVAE(in_channels)
+    return NVAE(NVAEConfig.from_dict(config.architecture))
+
+
+def make_objective(config: TrainConfig, vae: TrainedVAE, data_size: int, num_steps: int) -> Any:
+    """The Pyro ELBO a configuration names, for ``num_steps`` optimisation steps in all."""
 
     def perturb(x: torch.Tensor) -> torch.Tensor:
         attack = PGD(squared_wasserstein(vae), Linf(config.radius), num_steps=SE_STEPS)
@@ -55,6 +64,14 @@ def make_objective(config: TrainConfig, vae: ConvVAE, data_size: int) -> Any:
         return objectives.SEAVAE(perturb, config.gamma, config.rho)
     if config.objective == "avae_ss":
         return objectives.AVAESS(config.rho)
+    if config.objective == "nvae":
+        if not isinstance(vae, NVAE):
+            raise ValueError(
+                "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
+            )
+        return objectives.NVAEObjective(
+            vae, num_steps, kl_anneal=config.kl_anneal, penalty=config.penalty
+        )
     raise ValueError(f"unknown objective {config.objective!r}")
 
 
@@ -107,11 +124,12 @@ def train(
     pyro.clear_param_store()
     training = dataclasses.asdict(config)
     if config.start_from is None:
-        vae = ConvVAE(train_set.image_shape[0])
+        vae = make_vae(config, train_set.image_shape[0])
     else:
         vae = load_pretrained(config.start_from, models).train()
         training["start_from_sha256"] = load_card(config.start_from, models).sha256
-    objective = make_objective(config, vae, len(train_set))
+    num_steps = config.epochs * len(loader)
+    objective = make_objective(config, vae, len(train_set), num_steps)
     result = fit(
         vae,
         objective,
@@ -135,6 +153,9 @@ def train(
         measured["validation_nelbo_change[float16]"] = after - before
         if abs(after - before) <= HALF_TOLERANCE:
             dtype = torch.float16
+    noise_variance = None
+    if isinstance(vae, NVAE):
+        noise_variance = program.mean_posterior_variance(vae.noncentred(), loader)
     return save_pretrained(
         vae,
         name,
@@ -147,18 +168,19 @@ def train(
         },
         metrics=measured,
         mean_posterior_variance=result.mean_posterior_variance,
+        mean_noise_variance=noise_variance,
         dtype=dtype,
     )
 
 
-def _rounded(vae: ConvVAE) -> ConvVAE:
+def _rounded(vae: TrainedVAE) -> TrainedVAE:
     """A copy whose weights went through float16."""
     rounded = copy.deepcopy(vae)
     rounded.load_state_dict({key: value.half() for key, value in vae.state_dict().items()})
     return rounded
 
 
-def _nelbo(vae: ConvVAE, validation: Any) -> float:
+def _nelbo(vae: TrainedVAE, validation: Any) -> float:
     """Validation -ELBO with the same draws whichever model it is of."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

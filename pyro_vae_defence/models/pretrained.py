@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load as load_tensors
@@ -20,13 +21,23 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from pyro_vae_defence.models.conv import ConvVAE
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.types import Latents
 
+TrainedVAE: TypeAlias = ConvVAE | NVAE
+
 PACKAGED = Path(__file__).parent / "weights"
 
-_METRIC_PREFIX = "mean_posterior_variance."
-_ARCHITECTURES = {"ConvVAE": ConvVAE}
+# Attributes of a VAE, site -> tensor, that are stored beside the weights as "attribute.site".
+_STATISTICS = ("mean_posterior_variance", "mean_noise_variance")
+
+
+def _nvae(**config: Any) -> NVAE:
+    return NVAE(NVAEConfig.from_dict(config))
+
+
+_ARCHITECTURES: dict[str, Callable[..., TrainedVAE]] = {"ConvVAE": ConvVAE, "NVAE": _nvae}
 
 
 @dataclass(frozen=True)
@@ -96,11 +107,12 @@ def load_weights(
     return card, load_tensors(content)
 
 
-def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) -> ConvVAE:
+def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) -> TrainedVAE:
     """A trained VAE in eval mode, on the CPU.
 
     Its attribute ``mean_posterior_variance`` (site -> one image's shape) is the training set's average of the
-    guide's variance, the metric for samplers that an attacker cannot move.
+    guide's variance, the metric for samplers that an attacker cannot move. An NVAE's ``mean_noise_variance`` is the
+    same for the programs of :meth:`~pyro_vae_defence.models.nvae.NVAE.noncentred`.
 
     Args:
         name: one of :func:`available`.
@@ -116,16 +128,19 @@ def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) 
             f"this version knows {sorted(_ARCHITECTURES)}"
         )
     vae = _ARCHITECTURES[card.architecture](**card.architecture_config)
-    variance = {
-        key.removeprefix(_METRIC_PREFIX): tensors.pop(key).float()
-        for key in list(tensors)
-        if key.startswith(_METRIC_PREFIX)
-    }
+    for statistic in _STATISTICS:
+        prefix = f"{statistic}."
+        by_site = {
+            key.removeprefix(prefix): tensors.pop(key).float()
+            for key in list(tensors)
+            if key.startswith(prefix)
+        }
+        if by_site:
+            setattr(vae, statistic, by_site)
     try:
         vae.load_state_dict({key: value.float() for key, value in tensors.items()})
     except RuntimeError as error:
         raise ValueError(f"weights of {name!r} do not fit {card.architecture}: {error}") from error
-    vae.mean_posterior_variance = variance
     return vae.eval()
 
 
@@ -139,30 +154,37 @@ def save_pretrained(
     provenance: dict[str, Any],
     metrics: dict[str, Any] | None = None,
     mean_posterior_variance: Latents | None = None,
+    mean_noise_variance: Latents | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> WeightCard:
     """Write weights and card atomically, the card last.
 
     Args:
-        vae: the trained module; its ``config`` holds the constructor's arguments.
+        vae: the trained module; its ``config`` holds the constructor's arguments, or knows them by ``to_dict``.
         name: file stem.
         directory: made when missing.
         training, command, provenance, metrics: see :class:`WeightCard`.
-        mean_posterior_variance: stored beside the weights, always in float32.
+        mean_posterior_variance, mean_noise_variance: stored beside the weights, always in float32.
         dtype: precision of the stored weights.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {
-        key: value.detach().cpu().to(dtype).contiguous() for key, value in vae.state_dict().items()
+        # Counters, as batch norm has one, stay whole numbers.
+        key: value.detach()
+        .cpu()
+        .to(dtype if value.is_floating_point() else value.dtype)
+        .contiguous()
+        for key, value in vae.state_dict().items()
     }
-    for site, value in (mean_posterior_variance or {}).items():
-        tensors[_METRIC_PREFIX + site] = value.detach().cpu().float().contiguous()
+    for statistic, by_site in zip(_STATISTICS, (mean_posterior_variance, mean_noise_variance)):
+        for site, value in (by_site or {}).items():
+            tensors[f"{statistic}.{site}"] = value.detach().cpu().float().contiguous()
     content = save_tensors(tensors)
     card = WeightCard(
         name,
         type(vae).__name__,
-        vae.config,
+        vae.config if isinstance(vae.config, dict) else vae.config.to_dict(),
         hashlib.sha256(content).hexdigest(),
         training,
         command,

@@ -33,12 +33,13 @@ from torch.distributions import (
     Independent,
     Normal,
     Transform,
+    TransformedDistribution,
     biject_to,
     constraints,
 )
 
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
-from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ def observation_site(model: Callable[..., Any], *args: Any, **kwargs: Any) -> st
 
 
 class _StreamMessenger(Messenger):
-    """Draw Gaussian sites from per-image streams; other families fall back on the global seed."""
+    """Draw Gaussian sites, behind transforms too, from per-image streams; others fall back on the global seed."""
 
     def __init__(self, streams: Streams, step: int) -> None:
         super().__init__()
@@ -245,7 +246,10 @@ class _StreamMessenger(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         base = msg["fn"]
-        while isinstance(base, Independent):
+        transforms: list[Transform] = []
+        while isinstance(base, (Independent, TransformedDistribution)):
+            if isinstance(base, TransformedDistribution):
+                transforms = [*base.transforms, *transforms]
             base = base.base_dist
         if msg["is_observed"] or msg["value"] is not None or not isinstance(base, Normal):
             return
@@ -254,7 +258,10 @@ class _StreamMessenger(Messenger):
             return
         noise = self.streams.normal(self.step, self.purpose, tuple(shape[1:]), base.loc.dtype)
         self.purpose += 1
-        msg["value"] = base.loc + base.scale * noise
+        value = base.loc + base.scale * noise
+        for transform in transforms:
+            value = transform(value)
+        msg["value"] = value
 
 
 def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[str, Distribution]:
@@ -612,7 +619,10 @@ def guide_potential(
 
 
 def mean_posterior_variance(
-    vae: VAE, batches: Iterable[Any], max_images: int | None = None
+    vae: VAE,
+    batches: Iterable[Any],
+    max_images: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Latents:
     """Average over images of the guide's variance, a metric that no attacker can move.
 
@@ -621,16 +631,20 @@ def mean_posterior_variance(
         batches: iterable of image batches ``(N, C, H, W)``, or of tuples that start with one, e.g. a
             loader of the training set.
         max_images: stop after so many images.
+        generator: source of the seed of a hierarchy's upper groups, on draws of which the variance of the lower ones
+            is conditional; torch's global seed when ``None``.
 
     Returns:
         Site name -> tensor of one image's shape, on the scale of the site.
     """
     totals: Latents = {}
     count = 0
+    seed = draw_seed(generator)
     with torch.no_grad(), evaluation_mode(vae):
         for batch in batches:
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
-            for name, distribution in posterior(vae, x).items():
+            streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
+            for name, distribution in posterior(vae, x, streams=streams).items():
                 total = distribution.variance.sum(0)
                 totals[name] = totals[name] + total if name in totals else total
             count += x.shape[0]

@@ -53,8 +53,8 @@ class ImageELBO(TraceMeanField_ELBO):
     a mean).
 
     ``num_particles`` draws of the latents are averaged. :attr:`step` counts the calls of
-    ``loss_and_grads``, that is the optimisation steps; schedules read it. Whoever trains through
-    ``differentiable_loss`` or resumes a run sets it: it is the objective's only state.
+    ``loss_and_grads``, that is the optimisation steps; schedules read it, and whoever trains through
+    ``differentiable_loss`` sets it. :meth:`state_dict` has it, and whatever else a resumed run needs.
 
     Scales and masks that the programs set themselves act on the ELBO, as they do in Pyro; they
     change neither the terms reported nor what an objective adds to the ELBO.
@@ -67,6 +67,14 @@ class ImageELBO(TraceMeanField_ELBO):
             raise ValueError(f"num_particles={num_particles!r} must be an integer of at least 1")
         super().__init__(num_particles=num_particles)
         self.step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes from step to step, for a checkpoint."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self.step = state["step"]
 
     @abstractmethod
     def particle_terms(

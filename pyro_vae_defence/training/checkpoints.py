@@ -12,7 +12,7 @@ import torch
 
 from pyro_vae_defence.ops.files import write_atomically
 
-FORMAT = 2
+FORMAT = 3
 
 
 def atomic_save(contents: Any, path: str | os.PathLike[str]) -> None:

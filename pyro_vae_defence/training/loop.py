@@ -16,6 +16,7 @@ Bengio, "On the difficulty of training recurrent neural networks", 2013, https:/
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import os
@@ -434,7 +435,7 @@ class _Run:
                 "average": None if self.average is None else self.average.values,
                 "optimiser": self.optimiser.state_dict(),
                 "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-                "objective_step": getattr(self.objective, "step", None),
+                "objective": self._objective_state(),
                 "rng": rng,
             },
             path,
@@ -455,9 +456,7 @@ class _Run:
         self.epoch, self.steps, self.batch = state["epoch"], state["steps"], state["batch"]
         self.loss_sum, self.seen = state["loss_sum"], state["seen"]
         self.history = state["history"]
-        if state["objective_step"] is not None:
-            # An annealed objective counts its own steps.
-            self.objective.step = state["objective_step"]
+        self._set_objective_state(state["objective"])
         rng = state["rng"][parallel.rank()]
         self._epoch_rng = rng["epoch"]
         if self.batch:
@@ -485,7 +484,7 @@ class _Run:
 
     def _see_parameters(self) -> None:
         """Run the programs once, so that every parameter exists and the optimiser can be made."""
-        rng, step = self._get_rng(), getattr(self.objective, "step", None)
+        rng, objective = self._get_rng(), copy.deepcopy(self._objective_state())
         x = next(_images(self.loader))
         with poutine.trace(param_only=True) as capture:
             self.objective.loss_and_grads(self.model, self.guide, x)
@@ -493,8 +492,16 @@ class _Run:
         assert self.optimiser is not None
         self.optimiser.zero_grad()
         self._set_rng(rng)
-        if step is not None:
-            self.objective.step = step
+        self._set_objective_state(objective)
+
+    def _objective_state(self) -> dict[str, Any] | None:
+        """What an objective keeps from step to step; an annealed one counts them."""
+        stateful = hasattr(self.objective, "state_dict")
+        return self.objective.state_dict() if stateful else None
+
+    def _set_objective_state(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self.objective.load_state_dict(state)
 
     def _weights(self) -> dict[str, Tensor]:
         """A module's own state, or the parameters of the programs by their Pyro names."""

@@ -89,6 +89,7 @@ def run(
     warmup_gradients: int,
     decoded: Tensor | None = None,
     similarity_every: int = 1,
+    after_warmup: bool = False,
 ) -> Trace:
     """Run one kernel on rows ``x`` from ``start`` until the batch has spent ``num_gradients`` per row.
 
@@ -102,6 +103,7 @@ def run(
         warmup_gradients: of these, spent on adaptation; in transitions of the sampler's usual length.
         decoded: reference's reconstruction of each row, for the similarity; left out when ``None``.
         similarity_every: least number of gradients between two similarities.
+        after_warmup: whether the budget begins with the end of the warm-up.
     """
     potential = program.potential(vae, x)
     warmup = max(1, warmup_gradients // sampler.gradients)
@@ -113,7 +115,13 @@ def run(
     similarities = [] if decoded is None else [_similarity(vae, start, decoded)]
     gradients = [1]
     state: Latents = dict(start)
-    while gradients[-1] < num_gradients:
+
+    def spent() -> int:
+        if not after_warmup:
+            return gradients[-1]
+        return gradients[-1] - gradients[warmup] if len(gradients) > warmup else -1
+
+    while spent() < num_gradients:
         state = kernel.sample(state)
         assert kernel.state is not None
         assert kernel.info is not None
@@ -160,10 +168,11 @@ def gold_run(
         x,
         start,
         streams,
-        config.gold_warmup + config.gold_gradients,
+        config.gold_gradients,
         config.gold_warmup,
         decoded,
         config.similarity_every,
+        after_warmup=True,
     )
     warm = trace.warm
     keep = trace.similarity_at >= warm
@@ -190,7 +199,7 @@ def gold_run(
         "similarity": _interval(similarity),
         "rhat_energy": _quantiles(rhat["energy"]),
         "rhat_latents": _quantiles(rhat["latents"]),
-        "gradients_per_chain": int(trace.gradients[-1]),
+        "gradients_per_chain": int(trace.gradients[-1] - trace.gradients[0]),
         "transitions_per_chain": len(trace.gradients),
         "chains": config.num_chains,
         "acceptance_rate": trace.acceptance,
@@ -228,11 +237,11 @@ def chains(
             start,
             streams,
             config.max_gradients * SAMPLERS[name].patience,
-            config.warmup_gradients,
+            config.warmup_gradients * SAMPLERS[name].patience,
             decoded,
             config.similarity_every,
         )
-        entry = _settling(trace, energy, similarity, gold["similarity"], config)
+        entry = _settling(trace, energy, similarity, config)
         if config.ess_gradients > 0:
             entry["ess"] = _effective(
                 vae,
@@ -250,11 +259,13 @@ def _settling(
     trace: Trace,
     energy: np.ndarray,
     similarity: np.ndarray,
-    interval: dict[str, float],
     config: BenchmarkConfig,
 ) -> dict[str, Any]:
     excess = trace.energy - np.tile(energy, config.num_chains)
-    mean_excess, mean_similarity = excess.mean(1), trace.similarity.mean(1)
+    mean_excess = excess.mean(1)
+    gain = trace.similarity - trace.similarity[0]
+    start = _per_image(trace.similarity[0], config.num_chains)
+    gold_gain = _interval(similarity - start)
     at = trace.gradients[trace.similarity_at]
     window = config.window
     last = running_means(trace.gradients, excess, window)[-1]
@@ -265,8 +276,10 @@ def _settling(
             trace.gradients, mean_excess, -config.tolerance, config.tolerance, window
         ),
         "gradients_similarity": settled(
-            at, mean_similarity, interval["low"], interval["high"], window
+            at, gain.mean(1), gold_gain["low"], gold_gain["high"], window
         ),
+        "similarity_start": float(start.mean()),
+        "gold_gain_of_similarity": gold_gain,
         "budget": int(trace.gradients[-1]),
         "excess_energy_last": _interval(_per_image(last, config.num_chains)),
         "similarity_last_minus_gold": _interval(
@@ -286,10 +299,10 @@ def _effective(
     vae: ConvVAE, sampler: Sampler, x: Tensor, start: Latents, streams: Streams, config: Any
 ) -> dict[str, Any]:
     """ESS per gradient, over all chains of an image, of a run that starts where the gold run ended."""
-    warmup = config.warmup_gradients
-    # A kernel of long transitions needs more of them for a meaningful autocorrelation.
-    budget = warmup + config.ess_gradients * max(1, sampler.gradients // 8)
-    trace = run(vae, sampler, x, start, streams, budget, warmup)
+    # A kernel of long transitions needs more gradients for a meaningful autocorrelation.
+    budget = config.ess_gradients * max(1, sampler.gradients // 4)
+    warmup = config.warmup_gradients * sampler.patience
+    trace = run(vae, sampler, x, start, streams, budget, warmup, after_warmup=True)
     kept = trace._replace(energy=trace.energy[trace.warm :], position=trace.position[trace.warm :])
     ess = diagnostics.ess(_tree(kept, config.num_chains))
     spent = int(trace.gradients[-1] - trace.gradients[trace.warm]) * config.num_chains

@@ -23,6 +23,7 @@ from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.config import command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import BENCHMARKS
+from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.files import write_atomically
 
@@ -58,7 +59,11 @@ def benchmark(
     if unknown:
         raise ValueError(f"unknown samplers {unknown}; choose from {', '.join(SAMPLERS)}")
     vae = load_pretrained(config.model, models)
-    if vae.likelihood != "bernoulli" or not vae.mean_posterior_variance:
+    if (
+        not isinstance(vae, ConvVAE)
+        or vae.likelihood != "bernoulli"
+        or not vae.mean_posterior_variance
+    ):
         raise ValueError(
             f"model {config.model!r} must have a Bernoulli likelihood and a mean posterior variance in its "
             "weights; choose a grey-scale model that this version has trained"

@@ -43,6 +43,11 @@ class NonCentredNVAE:
         """Shape ``(C, H, W)`` of the images."""
         return self.vae.image_shape
 
+    @property
+    def mean_posterior_variance(self) -> Latents | None:
+        """The training set's mean variance of the guide per site, where it is known."""
+        return self.vae.mean_noise_variance
+
     @staticmethod
     def site(group: int) -> str:
         """Name of the noise site of ``group``, counted from the top."""

@@ -29,6 +29,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions.transforms import Transform
+from torch.utils.checkpoint import checkpoint
 
 from pyro_vae_defence.models.nvae import likelihoods
 from pyro_vae_defence.models.nvae.config import NVAEConfig
@@ -89,9 +90,10 @@ class _SharedPath:
     stamp: object = None
     path: Path = field(default_factory=lambda: Path([], []))
 
-    def state(self, latents: list[Tensor]) -> TopDownState | None:
-        """The state behind ``latents`` if the path went there."""
-        if not self.path.states:
+    def state(self, latents: list[Tensor], num: int) -> TopDownState | None:
+        """The state behind ``latents`` of ``num`` images if the path went there."""
+        # Before the first latent, the number of images alone tells whose path it is.
+        if not self.path.states or self.path.latents[0].shape[0] != num:
             return None
         same = all(mine is theirs for mine, theirs in zip(self.path.latents, latents))
         return self.path.states[len(latents)] if same else None
@@ -114,9 +116,15 @@ class NVAE(nn.Module):
     registered with Pyro's parameter store so that ``SVI`` finds them, under a name of this
     instance's own. In eval mode neither happens.
 
+    **Memory.** With ``checkpointing`` a backward pass computes the activations of the towers anew,
+    segment by segment, instead of keeping them: about a third more time, and memory for one
+    segment and the features between segments. In train mode, where a second pass would move the
+    statistics of batch norm once more, it has no effect.
+
     Args:
         config: the architecture.
         share: whether a model run may take over the guide's path.
+        checkpointing: whether backward passes recompute activations; may be set at any time.
 
     Example:
         >>> config = NVAEConfig(num_groups_per_scale=2, num_channels_enc=4, num_channels_dec=4)
@@ -125,10 +133,19 @@ class NVAE(nn.Module):
         {'z_00': (3, 20, 8, 8), 'z_01': (3, 20, 8, 8)}
     """
 
-    def __init__(self, config: NVAEConfig, *, share: bool = True) -> None:
+    mean_posterior_variance: Latents | None = None
+    """The training set's mean variance of the guide per site, where it is known."""
+
+    mean_noise_variance: Latents | None = None
+    """The same for the sites of :meth:`noncentred`."""
+
+    def __init__(
+        self, config: NVAEConfig, *, share: bool = True, checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
         self.share = share
+        self.checkpointing = checkpointing
         self._shared = _SharedPath()
         self._scope = self._new_scope()
         top_enc = config.num_channels_enc * config.downsampling
@@ -346,8 +363,17 @@ class NVAE(nn.Module):
         """The encoder's features at every group, from the top down."""
         if self._image(x) is x:
             x = likelihoods.pad(self.config, x)
-        top, at_combiners = self.enc_tower(self.pre_process(self.stem(2 * x - 1)))
+        features = self._segment(lambda image: self.pre_process(self.stem(2 * image - 1)), x)
+        top, at_combiners = self.enc_tower(features, self._segment)
         return [self.enc0(top), *at_combiners]
+
+    def _segment(self, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``part(*inputs)``, whose activations are kept or, with checkpointing, computed anew."""
+        if self.training or not (self.checkpointing and torch.is_grad_enabled()):
+            return part(*inputs)
+        # There is no randomness to repeat.
+        out: Tensor = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return out
 
     def _posterior(
         self, group: int, state: TopDownState, encoded: list[Tensor]
@@ -370,7 +396,7 @@ class NVAE(nn.Module):
         """Walk down the groups; ``choose`` gives the latent of each."""
         path = Path([], [])
         for group in range(self.config.num_groups):
-            state = shared.state(path.latents) if shared is not None else None
+            state = shared.state(path.latents, num) if shared is not None else None
             if state is None:
                 state = self._descend(path) if group > 0 else self._top(num)
             path.states.append(state)
@@ -393,12 +419,15 @@ class NVAE(nn.Module):
         if self.config.is_flat:
             features: Tensor = self.stem_decoder(z)
             return features
-        return self.dec_tower.advance(len(path.latents) - 1, path.states[-1].features, z)
+        group, above = len(path.latents) - 1, path.states[-1].features
+        return self._segment(self.dec_tower.advance, group, above, z)
 
     def _output(self, path: Path) -> Tensor:
         """Output of the network behind a complete path."""
-        logits: Tensor = self.image_conditional(self.post_process(self._take_in(path)))
-        return logits
+        return self._segment(
+            lambda features: self.image_conditional(self.post_process(features)),
+            self._take_in(path),
+        )
 
     def _ancestral(self, num: int, temperature: float, noise: Sequence[Tensor] | None) -> Path:
         if num < 1:

@@ -1,0 +1,167 @@
+"""Attacks on the top groups of an NVAE: result files, resumption, tables and figures; official CelebA weights."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import shared_path
+from PIL import Image
+
+from pyro_vae_defence import data
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.hierarchy import defend_hierarchy
+from pyro_vae_defence.experiments.registry import HIERARCHIES, MODELS
+from pyro_vae_defence.experiments.report import report, write_report
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
+from pyro_vae_defence.models.pretrained import save_pretrained
+
+SMALL = {
+    "dataset": "mnist_subset",
+    "groups": (1, 3),
+    "attack_steps": 2,
+    "num_references": 2,
+    "num_restarts": 2,
+    "num_samples": 1,
+    "warmup_steps": 2,
+    "num_steps": 1,
+    "metric_images": 6,
+    "batch_size": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """An untrained network of three groups, without a stored metric."""
+    torch.manual_seed(0)
+    small = {"num_groups_per_scale": 2, "num_latent_per_group": 2}
+    small |= {"num_channels_enc": 4, "num_channels_dec": 4}
+    vae = NVAE(NVAEConfig.from_dict({**(MODELS["mnist_nvae"].architecture or {}), **small}))
+    directory = tmp_path_factory.mktemp("models")
+    for model, name in ((vae, "mnist_nvae"), (ConvVAE(), "flat")):
+        save_pretrained(model, name, directory, training={}, command="", provenance={})
+    return directory
+
+
+def run(models, output, **changes):
+    return defend_hierarchy(
+        "mnist_nvae_radius_0.1",
+        output,
+        models=models,
+        overrides={**SMALL, **changes},
+        progress=False,
+    )
+
+
+def test_every_group_and_defence_is_scored(models, tmp_path):
+    result = run(models, tmp_path)
+    assert list(result["groups"]) == ["1", "3"]
+    for entry in result["groups"].values():
+        assert list(entry["defences"]) == ["none", "hmc", "aware"]
+        assert entry["symmetric_kl"]["estimate"] > 0
+        assert entry["defences"]["none"]["gradients_per_image"] == 0
+        for name in ("hmc", "aware"):
+            found = entry["defences"][name]
+            assert 0 <= found["ms_ssim"]["estimate"] <= 1
+            assert found["gradients_per_image"] >= 4
+    text = report(tmp_path)
+    estimate = result["groups"]["3"]["defences"]["aware"]["ms_ssim"]["estimate"]
+    assert f"{estimate:.3f}" in text
+    assert text.count("HMC, perturbation-aware") == 2
+    write_report(tmp_path)
+    with Image.open(tmp_path / "mnist_nvae_groups.png") as figure:
+        assert figure.width > 100
+
+
+def test_results_do_not_depend_on_batches_or_interruptions(models, tmp_path):
+    """An attack's and a defence's noise are the image's own; finished entries are kept."""
+    changes = {"groups": (2,), "defences": ("none", "hmc")}
+    whole = run(models, tmp_path / "whole", **changes, batch_size=100)
+    split = run(models, tmp_path / "split", **changes)
+    partly = tmp_path / "partly" / "mnist_nvae_radius_0.1.json"
+    partly.parent.mkdir()
+    del split["groups"]["2"]["defences"]["hmc"]
+    partly.write_text(json.dumps(split))
+    resumed = run(models, partly.parent, **changes)
+    for name in ("none", "hmc"):
+        one, other = (r["groups"]["2"]["defences"][name]["ms_ssim"] for r in (whole, resumed))
+        assert one["estimate"] == pytest.approx(other["estimate"], abs=1e-4)
+    with pytest.raises(ValueError, match="its config differs"):
+        run(models, partly.parent, **changes, seed=1)
+
+
+def test_the_attack_sees_the_chosen_groups_alone(models, tmp_path):
+    """Symmetric KL over more groups is a sum of more terms."""
+    result = run(models, tmp_path, defences=("none",), groups=(1, 2, 3))
+    reached = [entry["symmetric_kl"]["estimate"] for entry in result["groups"].values()]
+    assert reached[0] < reached[1] < reached[2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"groups": (4,)}, "at most the model's 3 groups"),
+        ({"groups": 2}, "groups must be a tuple"),
+        ({"groups": (0,)}, "groups must be a tuple"),
+        ({"defences": ("nuts",)}, "defences must be a tuple"),
+        ({"dataset": "color_mnist"}, "shape"),
+        ({"model": "flat"}, "has no latent groups"),
+    ],
+)
+def test_mistakes(models, tmp_path, changes, message):
+    root = shared_path("data") if changes.get("dataset") == "color_mnist" else None
+    with pytest.raises(ValueError, match=message):
+        defend_hierarchy("mnist_nvae_radius_0.1", tmp_path, root, models, {**SMALL, **changes})
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="no experiment named 'omniglot'"):
+        defend_hierarchy("omniglot", "nowhere")
+
+
+# --- CelebA with official weights -----------------------------------------------------------------
+
+
+def celeba(root, num):
+    """A folder in torchvision's layout with ``num`` random images per split."""
+    folder = root / "celeba"
+    pictures = folder / "img_align_celeba"
+    pictures.mkdir(parents=True)
+    names = ["Attribute"] * 20 + ["Male"] + ["Attribute"] * 19
+    partition, attributes = [], [str(3 * num), " ".join(names)]
+    for number in range(3 * num):
+        file = f"{number:06d}.png"
+        pixels = torch.randint(256, (218, 178, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(pictures / file)
+        partition.append(f"{file} {number // num}")
+        attributes.append(f"{file} " + " ".join(["1" if number % 2 else "-1"] * 40))
+    (folder / "list_eval_partition.txt").write_text("\n".join(partition))
+    (folder / "list_attr_celeba.txt").write_text("\n".join(attributes))
+    return root
+
+
+def test_table_8_of_celeba_is_one_command(tmp_path, capsys):
+    """The whole way of `defend celeba_nvae_radius_0.1`, on a tiny model in the official format."""
+    checkpoint = shared_path("golden", "nvae", "celeba64_checkpoint.pt")
+    config = HIERARCHIES["celeba_nvae_radius_0.1"]
+    assert (config.num_references, config.num_restarts, config.attack_steps) == (20, 10, 50)
+    arguments = ["defend", "celeba_nvae_radius_0.1", "--checkpoint", str(checkpoint)]
+    arguments += ["--data-root", str(celeba(tmp_path, 2)), "--output", str(tmp_path / "results")]
+    small = {"groups": (2,), "num_references": 2, "num_restarts": 1, "num_samples": 1}
+    small |= {"warmup_steps": 1, "num_steps": 1, "metric_images": 2, "device": "cpu"}
+    small |= {"attack_steps": 2, "defences": ("none", "hmc", "aware")}
+    for key, value in small.items():
+        arguments += ["--set", f"{key}={value}"]
+    assert main([*arguments, "--quiet"]) == 0, capsys.readouterr().err
+    assert "HMC, dual averaging" in capsys.readouterr().out
+    result = json.loads((tmp_path / "results" / "celeba_nvae_radius_0.1.json").read_text())
+    assert set(result["groups"]["2"]["defences"]) == {"none", "hmc", "aware"}
+    assert f"--checkpoint {checkpoint}" in result["command"]
+    assert len(data.load("celeba64", "test", tmp_path)) == 2
+
+
+def test_weights_of_celeba_have_to_be_given(tmp_path):
+    with pytest.raises(ValueError, match="no pretrained model named 'celeba_nvae'"):
+        defend_hierarchy("celeba_nvae_radius_0.05", tmp_path)
