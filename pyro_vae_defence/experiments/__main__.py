@@ -74,7 +74,16 @@ def parser() -> argparse.ArgumentParser:
     benchmark.add_argument("--output", default="runs/benchmark", help="directory for result files")
     benchmark.add_argument("--models", help="directory of weights; the packaged ones by default")
 
-    for command in (train, defend, evaluate, compare, benchmark):
+    robustness = commands.add_parser(
+        "robustness", help="every adaptive attack against a trained model, undefended and defended"
+    )
+    robustness.add_argument("name", help="experiment of the registry, e.g. mnist_radius_0.1")
+    robustness.add_argument(
+        "--output", default="runs/robustness", help="directory for result files"
+    )
+    robustness.add_argument("--models", help="directory of weights; the packaged ones by default")
+
+    for command in (train, defend, evaluate, compare, robustness, benchmark):
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",
@@ -196,6 +205,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 )
             tables, figures = write_comparison(options.output, options.images)
             print("\n".join(f"wrote {path}" for path in (tables, *figures)))
+        elif options.command == "robustness":
+            from pyro_vae_defence.experiments.report import robustness_table
+            from pyro_vae_defence.experiments.robustness import robustness
+
+            result = robustness(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+            )
+            print(robustness_table(result))
         elif options.command == "table":
             from pyro_vae_defence.experiments.tables import table
 

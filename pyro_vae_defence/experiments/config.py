@@ -444,6 +444,75 @@ class BenchmarkConfig:
             )
 
 
+@dataclass(frozen=True)
+class RobustnessConfig:
+    """The whole suite of adaptive attacks against a model without and with defences.
+
+    The defaults make one dataset and radius a matter of tens of minutes on one thread. The fields from ``num_steps`` on
+    are those of :class:`pyro_vae_defence.robustness.Budget`.
+
+    Args:
+        model: name of a trained model; the classifier is the one of its name.
+        radius: L_inf radius of the attack, and what the perturbation-aware defence assumes.
+        defences: ``none``; ``hmc``, chains on the paper's target, whitened; ``aware``, on the perturbation-aware one.
+        targets: ``reconstruction`` (MSSSIM) and ``classification`` (accuracy).
+        attacks: names of :data:`pyro_vae_defence.robustness.KNOWLEDGE`; unrolling whole chains is left out.
+        engine: optimiser of :mod:`pyro_vae_defence.attacks`.
+        reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`.
+        num_images: class-stratified test images.
+        num_samples, warmup_steps, leapfrog_steps, step_size: of the chains.
+        seed: seed of images, attacks and defences.
+    """
+
+    model: str
+    radius: float
+    defences: tuple[str, ...] = ("none", "hmc", "aware")
+    targets: tuple[str, ...] = ("reconstruction", "classification")
+    attacks: tuple[str, ...] = (
+        "transfer",
+        "encoder",
+        "bpda",
+        "equilibrium",
+        "black_box",
+        "implicit",
+        "truncated",
+    )
+    engine: str = "APGD"
+    reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
+    num_images: int = 40
+    num_samples: int = 5
+    warmup_steps: int = 20
+    leapfrog_steps: int = 4
+    step_size: float = 0.5
+    seed: int = 0
+    num_steps: int = 100
+    num_restarts: int = 1
+    num_draws: tuple[int, ...] = (1,)
+    num_chains: int = 8
+    persistent_transitions: int = 1
+    unrolled_transitions: int = 1
+    num_iterations: int = 5
+    num_directions: int = 5
+    black_box_steps: int = 3
+    max_evaluations: int | None = 20_000
+    selection_draws: int = 2
+    scoring_draws: int = 5
+    check_images: int = 16
+    check_steps: int = 20
+
+    def __post_init__(self) -> None:
+        known = {
+            "defences": ("none", "hmc", "aware"),
+            "targets": ("reconstruction", "classification"),
+        }
+        for name, names in known.items():
+            value = getattr(self, name)
+            if isinstance(value, str) or not set(value) <= set(names):
+                raise ValueError(f"{name} must be a tuple of names from {names}, got {value!r}")
+        if self.engine not in ("APGD", "PGD", "MomentumPGD"):
+            raise ValueError(f"engine must be APGD, PGD or MomentumPGD, got {self.engine!r}")
+
+
 Config = TypeVar(
     "Config",
     TrainConfig,
@@ -453,6 +522,7 @@ Config = TypeVar(
     ClassifierConfig,
     CompareConfig,
     BenchmarkConfig,
+    RobustnessConfig,
 )
 
 

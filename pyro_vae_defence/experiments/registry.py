@@ -10,6 +10,7 @@ from pyro_vae_defence.experiments.config import (
     CompareConfig,
     DefendConfig,
     HierarchyConfig,
+    RobustnessConfig,
     TrainConfig,
 )
 
@@ -120,6 +121,11 @@ HIERARCHIES: dict[str, HierarchyConfig] = {
 """The attacks on hierarchical VAEs of Figure 4 and Table 8: ``<model>_radius_<radius>``. The weights of
 ``celeba_nvae`` are the official ones and have to be given as a file."""
 
+
+ROBUSTNESS: dict[str, RobustnessConfig] = {
+    name: RobustnessConfig(config.model, config.radius) for name, config in DEFENCES.items()
+}
+"""The suite of adaptive attacks: ``<dataset>_radius_<radius>``."""
 
 COMPARISONS: dict[str, CompareConfig] = {
     dataset: CompareConfig(f"{dataset}_vae")

@@ -23,9 +23,15 @@ _LABELS = {
     "aware": "HMC, perturbation-aware",
 }
 
+_CHAINS = {
+    "none": "no defence",
+    "hmc": "HMC on the paper's target, whitened",
+    "aware": "HMC on the perturbation-aware target, delta = radius",
+}
+
 
 def report(results: str | os.PathLike[str]) -> str:
-    """Markdown tables of the result files of ``defend`` and ``benchmark`` in a directory.
+    """Markdown tables of the result files of ``defend``, ``robustness`` and ``benchmark`` in a directory.
 
     Raises:
         ValueError: if the directory holds no result file.
@@ -82,6 +88,8 @@ def groups_figure(results: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _table(result: dict[str, Any]) -> str:
+    if "reports" in result:
+        return robustness_table(result)
     if "sections" in result:
         return benchmark_tables(result)
     config = result["config"]
@@ -143,6 +151,48 @@ def _hierarchy_table(result: dict[str, Any]) -> str:
                 f"{found['seconds_per_image']:.3g}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
+        f"{versions['threads']} thread(s).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def robustness_table(result: dict[str, Any]) -> str:
+    """The worst cases of a result file, and what each attack left, as Markdown."""
+    config, versions = result["config"], result["provenance"]
+    lines = [
+        f"### {result['experiment']}",
+        "",
+        f"{config['num_images']} images, L_inf radius {config['radius']:g}, model `{config['model']}`, classes read "
+        f"`{config['reading']}`, {config['num_steps']} steps of {config['engine']}, {config['num_restarts']} "
+        f"restart(s), seed {config['seed']}. Higher is more robust; per-image worst case over attacks on fresh seeds, "
+        "95% intervals over images. Heuristic, not certified.",
+        "",
+        "| | figure | clean | random noise | robust, mean | robust, averaged | worst of "
+        f"{config['scoring_draws']} draws | decoder evaluations per image | reliable |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for key, report in result["reports"].items():
+        robust = report["robust"]
+        lines.append(
+            f"| {_CHAINS[key.split('/')[1]]} | {report['figure']} | "
+            f"{_interval(report['clean']['mean'], 3)} | {_interval(report['random_noise'], 3)} | "
+            f"{_interval(robust['mean'], 3)} | {_interval(robust['averaged'], 3)} | "
+            f"{_interval(robust['worst_of_n'], 3)} | "
+            f"{report['cost']['attack_evaluations_per_image']:,.0f} | "
+            f"{'no' if report['unreliable'] else 'yes'} |"
+        )
+    for key, report in result["reports"].items():
+        lines += ["", f"{key}, figure under each attack:", ""]
+        lines += [
+            f"- {a['name']} ({a['num_draws']} draws): {_interval(a['figure'], 3)}"
+            for a in report["attacks"]
+        ]
+        lines += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
+        lines += [f"- unreliable: {reason}" for reason in report["reasons"]]
     lines += [
         "",
         f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
