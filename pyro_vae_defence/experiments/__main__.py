@@ -52,7 +52,12 @@ def parser() -> argparse.ArgumentParser:
         help="the full test set instead of 1,000 class-stratified images",
     )
 
-    for command in (train, defend, evaluate):
+    benchmark = commands.add_parser("benchmark", help="measure a part beside other libraries")
+    benchmark.add_argument("name", choices=["attacks"], help="name of a benchmark")
+    benchmark.add_argument("--output", default="runs/benchmark", help="directory for result files")
+    benchmark.add_argument("--models", help="directory of weights; the packaged ones by default")
+
+    for command in (train, defend, evaluate, benchmark):
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",
@@ -131,6 +136,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dict(options.set),
             )
             print(json.dumps(result["metrics"], indent=2))
+        elif options.command == "benchmark":
+            from pyro_vae_defence.experiments.benchmark_attacks import (
+                attacks_table,
+                benchmark_attacks,
+            )
+
+            print(
+                attacks_table(
+                    benchmark_attacks(
+                        options.output, options.data_root, options.models, dict(options.set)
+                    )
+                )
+            )
         elif options.command == "table":
             from pyro_vae_defence.experiments.tables import table
 
