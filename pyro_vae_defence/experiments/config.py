@@ -345,7 +345,7 @@ class CompareConfig:
     cost_radius: float = 0.2
     num_samples: int = 10
     warmup_steps: int = 15
-    num_chains: int = 2
+    num_chains: int = 1
     num_steps: int = 4
     step_size: float = 0.5
     seed: int = 0
