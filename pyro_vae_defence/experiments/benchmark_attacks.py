@@ -175,10 +175,12 @@ def attacks_table(result: dict[str, Any]) -> str:
     """A result of :func:`benchmark_attacks` as a Markdown table."""
     config = result["config"]
     lines = [
+        "### Attacks at equal gradients",
+        "",
         f"Symmetric KL-divergence (nats, mean over {config['num_images']} images of "
         f"{config['dataset']} with 95% bootstrap interval) that attacks on `{config['model']}` reach in "
         f"the L_inf ball of radius {config['radius']:g}, from one random start each, at commit "
-        f"`{result['provenance']['commit']}`. The last column is the mean advantage of "
+        f"`{result['provenance']['commit'][:12]}` (`{result['command']}`). The last column is the mean advantage of "
         f"{_REFERENCE.removeprefix('ours: ')} of this library over the method, image by image.",
         "",
         "| method | symmetric KL | gradients | queries | advantage of ours |",
