@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--models", help="directory of weights; the packaged ones by default")
 
     benchmark = commands.add_parser("benchmark", help="measure a part of the library")
-    benchmark.add_argument("name", choices=["samplers", "attacks"], help="what to measure")
+    benchmark.add_argument("name", help="what to measure: samplers or attacks")
     benchmark.add_argument("--output", default="runs/benchmark", help="directory for result files")
     benchmark.add_argument("--models", help="directory of weights; the packaged ones by default")
 

@@ -52,7 +52,9 @@ def benchmark(
             Bernoulli likelihood or without a mean posterior variance, or fewer images than asked for.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"no benchmark named {name!r}; choose one of {', '.join(BENCHMARKS)}")
+        raise ValueError(
+            f"no benchmark named {name!r}; choose one of {', '.join((*BENCHMARKS, 'attacks'))}"
+        )
     config = override(BENCHMARKS[name], overrides)
     names = tuple(SAMPLERS) if config.samplers is None else config.samplers
     unknown = [sampler for sampler in names if sampler not in SAMPLERS]
