@@ -102,10 +102,11 @@ def test_modules_keep_their_modes():
 def test_wrappers_stay_on_the_device_of_the_images():
     vae, x = LinearGaussianVAE(), torch.empty(4, 1, 4, 4, device="meta")
     classifier = LinearClassifier(3, 5).to("meta")
-    assert LatentClassifier(vae, classifier)(x).device.type == "meta"
-    model = LatentClassifier(vae, classifier, defended=lambda x: program.encode(vae, x))
+    model = LatentClassifier(vae, classifier, defended=lambda x: program.posterior_mean(vae, x))
     assert model(x).shape == (4, 5)
-    assert EncoderAttackHead(vae, x)(x).device.type == "meta"
+    assert model(x).device.type == "meta"
+    head = EncoderAttackHead(vae, x, lambda x_ref: lambda x: x.flatten(1).sum(1))
+    assert head(x).device.type == "meta"
 
 
 @pytest.mark.parametrize(

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from programs import LinearGaussianVAE
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks.apgd import checkpoints
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.ops.balls import L1, L2, Linf
+from pyro_vae_defence.ops.streams import Streams
 
 BALLS = [Linf(0.2), L2(1.0), L1(3.0)]
 SHAPE = (4, 1, 4, 4)
 
 # Settings that suffice for the known maxima below, and what a step costs: (gradients, queries).
 OPTIMISERS = {
-    "PGD": (attacks.PGD, {"num_steps": 150}),
-    "MomentumPGD": (attacks.MomentumPGD, {"num_steps": 150}),
-    "APGD": (attacks.APGD, {"num_steps": 120}),
-    "LBFGS": (attacks.LBFGS, {"num_steps": 60}),
-    "Square": (attacks.Square, {"num_steps": 1000, "share": 0.3}),
-    "NES": (attacks.NES, {"num_steps": 100, "num_directions": 20}),
+    "PGD": (attacks.PGD, {"num_steps": 100}),
+    "MomentumPGD": (attacks.MomentumPGD, {"num_steps": 100}),
+    "APGD": (attacks.APGD, {"num_steps": 80}),
+    "LBFGS": (attacks.LBFGS, {"num_steps": 20}),
+    "Square": (attacks.Square, {"num_steps": 400, "share": 0.3}),
+    "NES": (attacks.NES, {"num_steps": 100, "num_directions": 30}),
 }
 # How far from the maximum they may end, as a share of what there is to gain from the reference on: little for
 # those that adapt their steps, more for fixed steps, most for those that do not see a gradient.
@@ -34,6 +39,9 @@ TOLERANCE = {
     "Square": 0.15,
     "NES": 0.2,
 }
+
+# Where the arithmetic does not matter.
+SMALL = {"NES": {"num_directions": 4}, "LBFGS": {"inner_steps": 2}}
 
 
 def make(name, objective, ball, **settings):
@@ -67,8 +75,6 @@ def problem(kind):
 
 
 def objective_at(prepare, x, y):
-    from pyro_vae_defence.ops.streams import Streams
-
     return prepare(x, Streams.create(x.shape[0], seed=0))(y)
 
 
@@ -77,11 +83,28 @@ def supported(name, ball):
         pytest.skip("Square is defined for L_inf and L2")
 
 
+def test_square_climbs_in_an_l2_ball(float64):
+    # Squares of at least 3 x 3 pixels are coarse on 4 x 4 images: larger ones, with some structure.
+    x = torch.full((4, 2, 12, 12), 0.5)
+    slope = torch.ones(1, 2, 12, 12)
+    slope[..., 6:] = -1.0
+    slope = slope / slope.norm()
+
+    def prepare(x_ref):
+        return lambda y: (slope * (y - x_ref)).flatten(1).sum(1)
+
+    # The maximum is 1; the inner product with a random direction has standard deviation 0.06.
+    reached = attacks.Square(prepare, L2(1.0), num_steps=150, share=0.3)(x).objective
+    assert (reached > 0.24).all()
+
+
 @pytest.mark.parametrize("ball", BALLS, ids=str)
 @pytest.mark.parametrize("kind", ["linear", "quadratic"])
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_reaches_a_known_maximum(name, kind, ball):
     supported(name, ball)
+    if name == "Square" and isinstance(ball, L2):
+        pytest.skip("has a test of its own, on larger images")
     x, prepare, maximiser = problem(kind)
     result = make(name, prepare, ball)(x)
     best = objective_at(prepare, x, maximiser(ball))
@@ -152,7 +175,7 @@ def test_counts_are_honest(name):
     if name == "paper":
         attack = attacks.PGD(prepare, Linf(0.1), num_steps=7, preset="paper")
     else:
-        extra = {"num_directions": 4} if name == "NES" else {}
+        extra = SMALL.get(name, {})
         attack = make(name, prepare, Linf(0.1), num_steps=7, **extra)
     result = attack(x)
     assert result.num_gradients.unique().tolist() == [calls["gradient"]]
@@ -167,7 +190,7 @@ def test_result_does_not_depend_on_the_batch(name):
 
     def run(x, **settings):
         torch.manual_seed(3)
-        extra = {"num_directions": 4} if name == "NES" else {}
+        extra = SMALL.get(name, {})
         return make(name, prepare, L2(0.5), num_steps=9, num_restarts=2, **extra, **settings)(x)
 
     whole = run(x)
@@ -181,7 +204,7 @@ def test_result_does_not_depend_on_the_batch(name):
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_solved_rows_leave_and_the_others_do_not_notice(name):
     x, prepare, _ = problem("linear")
-    extra = {"num_directions": 4} if name == "NES" else {}
+    extra = SMALL.get(name, {})
     torch.manual_seed(3)
     full = make(name, prepare, Linf(0.2), num_steps=15, **extra)(x)
     # Two images can get above the threshold, two cannot.
@@ -201,8 +224,6 @@ def test_solved_rows_leave_and_the_others_do_not_notice(name):
 
 
 def test_criterion_on_classes_and_targets_follow_rows_that_leave():
-    from pyro_vae_defence.models.classifier import LinearClassifier
-
     torch.manual_seed(1)
     vae, classifier, x = LinearGaussianVAE(), LinearClassifier(3, 4), torch.rand(12, 1, 4, 4)
     labels = classifier.classify(vae, x)
@@ -217,7 +238,8 @@ def test_criterion_on_classes_and_targets_follow_rows_that_leave():
     assert torch.equal(result.solved[0], changed)
     assert 0 < changed.sum() < 12
     assert (result.num_gradients[0][changed] < 30).all()
-    targets = (labels + 1) % 4
+    # The runners-up.
+    targets = classifier(program.posterior_mean(vae, x)).topk(2).indices[:, 1]
     towards = dataclasses.replace(
         attack,
         objective=attacks.dlr(vae, classifier, labels, targets=targets),
@@ -236,7 +258,7 @@ class _Interrupt(Exception):
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_resumes_where_it_was_interrupted(name, stop, tmp_path):
     x, prepare, _ = problem("quadratic")
-    extra = {"num_directions": 4} if name == "NES" else {}
+    extra = SMALL.get(name, {})
     settings = {"num_steps": 10, "num_restarts": 2, "batch_size": 5, "stop": stop, **extra}
     path = tmp_path / "progress.pt"
     calls = []
@@ -358,32 +380,30 @@ def test_momentum_remembers(float64):
         def prepare(x_ref):
             def objective(y):
                 seen.append(y.item())
-                return -(y - 0.55).abs().flatten()
+                return -(y - 0.45).abs().flatten()
 
             return objective
 
         torch.manual_seed(0)
         x = torch.full((1, 1, 1, 1), 0.5)
         attacks.MomentumPGD(prepare, Linf(0.1), num_steps=20, step_size=0.02, decay=decay)(x)
-        return max(seen)
+        assert seen[0] > 0.47
+        return min(seen)
 
-    assert run(1.0) > run(0.0) + 0.01
+    assert run(1.0) < run(0.0) - 0.01
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_stays_on_the_device_of_the_images(name):
     x = torch.empty(*SHAPE, device="meta", dtype=torch.float32)
-    extra = {"num_directions": 2} if name == "NES" else {}
+    extra = SMALL.get(name, {})
+
+    def prepare(x_ref):
+        return lambda y: (y - x_ref).square().flatten(1).sum(1)
+
+    # Three steps: APGD's first checkpoint is before the third.
     for ball in BALLS[:2] if name == "Square" else BALLS:
-        attack = make(
-            name,
-            attacks.symmetric_kl(LinearGaussianVAE()),
-            ball,
-            num_steps=12,
-            num_restarts=2,
-            **extra,
-        )
-        result = attack(x)
+        result = make(name, prepare, ball, num_steps=3, **extra)(x)
         assert {value.device.type for value in result} == {"meta"}
         assert result.x_adv.dtype == result.objective.dtype == torch.float32
 
@@ -395,7 +415,7 @@ def test_rows_without_a_finite_value_stay_in_the_ball(name):
         return lambda y: broken * y.flatten(1).sum(1)
 
     x = torch.full((2, 1, 4, 4), 0.5)
-    extra = {"num_directions": 4} if name == "NES" else {}
+    extra = SMALL.get(name, {})
     result = make(name, prepare, Linf(0.1), num_steps=20, **extra)(x)
     assert result.x_adv.isfinite().all()
     assert ((result.x_adv[0] - x).abs() <= 0.1).all()
@@ -430,18 +450,12 @@ class PixelVAE:
     """Encodes the mean of an image with hardly any noise and decodes it into every pixel."""
 
     def model(self, x):
-        import pyro
-        import pyro.distributions as dist
-
         with pyro.plate("data", x.shape[0]):
             z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[0], 1), 1.0).to_event(1))
             mean = z[:, :, None, None].expand(-1, 1, 4, 4)
             pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
 
     def guide(self, x):
-        import pyro
-        import pyro.distributions as dist
-
         with pyro.plate("data", x.shape[0]):
             pyro.sample("z", dist.Normal(x.mean((2, 3)), 1e-4).to_event(1))
 

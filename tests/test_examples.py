@@ -54,6 +54,13 @@ def test_finished_training_is_not_repeated(tmp_path):
     assert trained[0] == trained[1]
 
 
+def test_third_party_attacks():
+    done = run("third_party_attacks.py", "--num-images", 4, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    for library in ("this library", "foolbox", "torchattacks", "art"):
+        assert any(line.startswith(library) for line in done.stdout.splitlines())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -25,6 +25,8 @@ TINY = {
     "num_references": 10,
     "num_restarts": 2,
     "num_images": 20,
+    "num_noise": 10,
+    "num_chains": 2,
     "curve_restarts": 1,
     "curve_images": 10,
     "cost_radius": 0.1,

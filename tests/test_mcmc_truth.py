@@ -44,6 +44,7 @@ KERNELS = {
     "hmc-pooled": (functools.partial(BatchedHMC, num_steps=6, pool_replicas=True), 100, 60, 10.0),
 }
 SEEDS = {"hmc": (0, 1, 2), "nuts": (0, 1, 2)}
+LESS_TELLING = ("gaussian-2", "gaussian-64")
 REPLICAS = 4
 
 
@@ -68,9 +69,20 @@ def check_target(kernel_name: str, target_name: str, seed: int, rows: int = 400)
 
 # Error rate: 2K moments per call with K between 3 and 128, some 330 moments over the 5 targets, for 10 pairs of
 # kernel and seed: 3,300 moments at 5.7e-7 each, so correct samplers fail once in some 500 choices of seeds.
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    ("kernel", "seed"), [(kernel, seed) for kernel in KERNELS for seed in SEEDS.get(kernel, (0,))]
+    ("kernel", "seed", "target"),
+    [
+        pytest.param(
+            kernel,
+            seed,
+            target,
+            # Relatives of HMC on the targets that tell least are left to the long run.
+            marks=[pytest.mark.slow] * (kernel not in SEEDS and target in LESS_TELLING),
+        )
+        for kernel in KERNELS
+        for seed in SEEDS.get(kernel, (0,))
+        for target in TARGETS
+    ],
 )
 @pytest.mark.usefixtures("float64")
 def test_moments_of_known_targets(kernel, target, seed):
@@ -102,14 +114,14 @@ MUTANTS: dict[str, tuple] = {
         "leapfrog",
         "lat.add(momentum, gradient, -0.5 * step_size)",
         "lat.add(momentum, gradient, 0.5 * step_size)",
-        (hmc, nuts, ghmc),
+        (hmc, nuts),
     ),
     "sign of the drift": (
         integrators,
         "leapfrog",
         "velocity(momentum, inverse_mass), step_size)",
         "velocity(momentum, inverse_mass), -step_size)",
-        (hmc, nuts, ghmc),
+        (hmc, nuts),
     ),
     "every proposal accepted": (
         hmc,
@@ -177,9 +189,9 @@ MUTANTS: dict[str, tuple] = {
 }
 # Which kernels a mutation concerns: those that run through the function it changes.
 VICTIMS = {
-    (integrators, "leapfrog"): ("hmc", "nuts", "mala", "ghmc"),
+    (integrators, "leapfrog"): ("hmc", "nuts"),
     (integrators, "_turn"): ("mams",),
-    (hmc, "accept"): ("hmc", "mala", "ghmc", "mams"),
+    (hmc, "accept"): ("hmc", "ghmc", "mams"),
     (nuts, "step"): ("nuts",),
     (nuts, "_grow"): ("nuts",),
     (ghmc, "step"): ("ghmc",),

@@ -183,7 +183,7 @@ def test_average_and_clipping_are_resumed(images, tmp_path):
 
 def test_checkpoint_of_an_older_format_is_refused(images, tmp_path):
     torch.save({"format": 1}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match="has format 1, this version reads 2; delete it"):
+    with pytest.raises(ValueError, match="has format 1, this version reads 3; delete it"):
         fit(TutorialVAE(), Trace_ELBO(), [images], config(), checkpoint=tmp_path / "c.pt")
 
 

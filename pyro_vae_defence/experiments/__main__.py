@@ -69,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--models", help="directory of weights; the packaged ones by default")
 
-    benchmark = commands.add_parser("benchmark", help="measure the sampler engine")
-    benchmark.add_argument("name", help="benchmark of the registry: samplers")
+    benchmark = commands.add_parser("benchmark", help="measure a part of the library")
+    benchmark.add_argument("name", choices=["samplers", "attacks"], help="what to measure")
     benchmark.add_argument("--output", default="runs/benchmark", help="directory for result files")
     benchmark.add_argument("--models", help="directory of weights; the packaged ones by default")
 
@@ -168,16 +168,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(report(options.output))
         elif options.command == "benchmark":
             from pyro_vae_defence.experiments.benchmark.run import benchmark
+            from pyro_vae_defence.experiments.benchmark_attacks import benchmark_attacks
             from pyro_vae_defence.experiments.report import write_report
 
-            benchmark(
-                options.name,
-                options.output,
-                options.data_root,
-                options.models,
-                dict(options.set),
-                progress=not options.quiet,
-            )
+            measured = (options.output, options.data_root, options.models, dict(options.set))
+            if options.name == "attacks":
+                benchmark_attacks(*measured)
+            else:
+                benchmark(options.name, *measured, progress=not options.quiet)
             print(write_report(options.output).read_text())
         elif options.command == "evaluate":
             from pyro_vae_defence.experiments.evaluate import evaluate

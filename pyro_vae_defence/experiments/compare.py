@@ -419,7 +419,7 @@ class _Study:
                         metrics.detection_interval(
                             metric,
                             scores[kind][score],
-                            value,
+                            value[: len(scores[kind][score])],
                             generator=torch.Generator().manual_seed(0),
                         )
                     )

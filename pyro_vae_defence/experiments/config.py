@@ -345,7 +345,7 @@ class CompareConfig:
     cost_radius: float = 0.2
     num_samples: int = 10
     warmup_steps: int = 15
-    num_chains: int = 2
+    num_chains: int = 1
     num_steps: int = 4
     step_size: float = 0.5
     seed: int = 0
@@ -513,6 +513,27 @@ class RobustnessConfig:
             raise ValueError(f"engine must be APGD, PGD or MomentumPGD, got {self.engine!r}")
 
 
+@dataclass(frozen=True)
+class AttackBenchmarkConfig:
+    """The benchmark of attacks.
+
+    Args:
+        model: name of a trained model.
+        dataset: name of its test images.
+        num_images: class-stratified references.
+        radius: of the L_inf ball, in units of the image range.
+        num_gradients: gradients per image and method, >= 3.
+        seed: seed of the choice of images and of all attacks.
+    """
+
+    model: str = "mnist_vae"
+    dataset: str = "mnist_subset"
+    num_images: int = 50
+    radius: float = 0.1
+    num_gradients: int = 50
+    seed: int = 0
+
+
 Config = TypeVar(
     "Config",
     TrainConfig,
@@ -523,6 +544,7 @@ Config = TypeVar(
     CompareConfig,
     BenchmarkConfig,
     RobustnessConfig,
+    AttackBenchmarkConfig,
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
+from pyro_vae_defence.experiments.benchmark_attacks import attacks_table
 
 _LABELS = {
     "none": "no defence",
@@ -40,7 +41,7 @@ def report(results: str | os.PathLike[str]) -> str:
     if not files:
         raise ValueError(f"no result files (*.json) in {results}; run an experiment first")
     read = [json.loads(path.read_text()) for path in files]
-    return "\n".join(_hierarchy_table(r) if "groups" in r else _table(r) for r in read)
+    return "\n".join(_table(result) for result in read)
 
 
 def write_report(results: str | os.PathLike[str]) -> Path:
@@ -88,10 +89,9 @@ def groups_figure(results: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _table(result: dict[str, Any]) -> str:
-    if "reports" in result:
-        return robustness_table(result)
-    if "sections" in result:
-        return benchmark_tables(result)
+    for key, table in _TABLES.items():
+        if key in result:
+            return table(result)
     config = result["config"]
     versions = result["provenance"]
     lines = [
@@ -204,3 +204,12 @@ def robustness_table(result: dict[str, Any]) -> str:
 
 def _interval(entry: dict[str, float], digits: int) -> str:
     return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
+
+
+# What a result file of each experiment has and no other; all others are of ``defend``.
+_TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "reports": robustness_table,
+    "sections": benchmark_tables,
+    "methods": attacks_table,
+    "groups": _hierarchy_table,
+}

@@ -49,6 +49,8 @@ def robustness(
     config = override(ROBUSTNESS[name], overrides)
     path = Path(output) / f"{name}.json"
     vae = load_pretrained(config.model, models)
+    if not isinstance(vae, ConvVAE):
+        raise ValueError(f"model must be a ConvVAE, {config.model!r} is a {type(vae).__name__}")
     weights = {config.model: load_card(config.model, models).sha256}
     classifier = None
     if "classification" in config.targets:
