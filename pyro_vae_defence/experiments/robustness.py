@@ -18,8 +18,9 @@ from pyro_vae_defence.experiments.config import RobustnessConfig, command, overr
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import MODELS, ROBUSTNESS
 from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
-from pyro_vae_defence.models.pretrained import TrainedVAE, load_card, load_pretrained
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.robustness import Budget, evaluate_robustness
@@ -114,7 +115,7 @@ def _budget(config: RobustnessConfig) -> Budget:
     return Budget(**found)
 
 
-def _defence(kind: str, vae: TrainedVAE, config: RobustnessConfig) -> Defence:
+def _defence(kind: str, vae: ConvVAE, config: RobustnessConfig) -> Defence:
     if kind == "none":
         return NoDefence(vae)
     kernel = functools.partial(
