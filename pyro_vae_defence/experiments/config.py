@@ -479,7 +479,7 @@ class RobustnessConfig:
     )
     engine: str = "APGD"
     reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
-    num_images: int = 40
+    num_images: int = 32
     num_samples: int = 5
     warmup_steps: int = 20
     leapfrog_steps: int = 4
@@ -493,7 +493,7 @@ class RobustnessConfig:
     unrolled_transitions: int = 1
     num_iterations: int = 5
     num_directions: int = 5
-    black_box_steps: int = 3
+    black_box_steps: int = 2
     max_evaluations: int | None = 20_000
     selection_draws: int = 2
     scoring_draws: int = 5
