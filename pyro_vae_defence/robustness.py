@@ -41,6 +41,7 @@ from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import PreparedScore
 from pyro_vae_defence.defence import Defence, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
@@ -48,6 +49,7 @@ from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.models.program import ModelPotential, check_images, check_vae
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import L1, L2, Ball, Linf
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
 
@@ -113,11 +115,7 @@ class Budget:
             value = getattr(self, field.name)
             if field.name in ("num_draws", "stable") or value is None:
                 continue
-            smallest = least.get(field.name, 1)
-            if not (isinstance(value, int) and value >= smallest):
-                raise ValueError(
-                    f"{field.name} must be an integer of at least {smallest}, got {value!r}"
-                )
+            check_integer(field.name, value, least.get(field.name, 1))
         draws = self.num_draws
         if not (draws and all(isinstance(n, int) and n >= 1 for n in draws)):
             raise ValueError(f"num_draws must hold integers of at least 1, got {draws!r}")
@@ -445,8 +443,7 @@ class _Victim:
             def classify(latents: Latents) -> Tensor:
                 constrained = self._constrain(latents)
                 if self.reading == "reencoded":
-                    image = program.decode(self.vae, constrained, self.shape).clamp(0.0, 1.0)
-                    constrained = program.posterior_mean(self.vae, image)
+                    constrained = reencode(self.vae, constrained, self.shape)
                 return self.base(flatten_latents(constrained))
 
             return adaptive.misclassification(classify, self.labels[rows])

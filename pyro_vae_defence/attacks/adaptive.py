@@ -53,6 +53,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import (
     ImageEnergy,
@@ -307,7 +308,7 @@ def expected(
     Raises:
         ValueError: if ``num_draws`` is out of range, or persistent chains would see the same noise again and again.
     """
-    _check_positive("num_draws", num_draws)
+    check_integer("num_draws", num_draws)
     _check_noise(persistent, resample)
 
     def prepare(x_ref: Tensor) -> Objective:
@@ -415,7 +416,7 @@ def nes(
     Raises:
         ValueError: if a number is out of range.
     """
-    _check_positive("num_directions", num_directions)
+    check_integer("num_directions", num_directions)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale!r}")
 
@@ -478,11 +479,6 @@ class _Noise:
         seed = 2 * (self.seed + self.calls) % 2**64
         self.calls += self.resample
         return Streams.create(x.shape[0], self.num_draws, seed=seed, device=x.device)
-
-
-def _check_positive(name: str, value: int) -> None:
-    if not (isinstance(value, int) and value >= 1):
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def _check_noise(persistent: bool, resample: bool) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 from pyro_vae_defence.attacks.objectives._rows import prepare
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.latents import rows, unfold
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -205,9 +206,7 @@ class Attack:
 
     def _check_integers(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            check_integer(name, getattr(self, name))
 
     def _check_positive(self, *names: str) -> None:
         for name in names:

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks.base import Attack
 from pyro_vae_defence.attacks.objectives._rows import (
-    check_num_draws,
     draws,
     reconstruct,
 )
 from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE
 
@@ -72,11 +72,10 @@ def r_margin(
     """
     check_vae(vae)
     check_images(x_ref, "x_ref")
-    check_num_draws(num_draws)
+    check_integer("num_draws", num_draws)
     if not r > 0:
         raise ValueError(f"r must be positive, got {r!r}")
-    if not (isinstance(num_bisections, int) and num_bisections >= 0):
-        raise ValueError(f"num_bisections must be an integer of at least 0, got {num_bisections!r}")
+    check_integer("num_bisections", num_bisections, 0)
     num_images, largest = x_ref.shape[0], attack.ball.radius
     # The attack's noise is the same at every radius; that of the decisions is fresh.
     attacker, first, second = (

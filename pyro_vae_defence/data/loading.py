@@ -28,6 +28,7 @@ from pyro_vae_defence.data.variants import (
     TransformedImages,
     invert,
 )
+from pyro_vae_defence.ops.checks import check_integer
 
 Split = Literal["train", "validation", "test"]
 
@@ -179,8 +180,7 @@ def batches(
         generator: source of the order.
         drop_last: leave out a last batch that is not full.
     """
-    if not (isinstance(batch_size, int) and batch_size >= 1):
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    check_integer("batch_size", batch_size)
     sampler: Any = (
         RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)
     )
@@ -213,8 +213,7 @@ def stratified(
     """
     labels = dataset.labels if dataset.labels.dim() == 1 else dataset.labels[:, column]
     classes = labels.unique()
-    if not (isinstance(num, int) and num >= 1):
-        raise ValueError(f"num must be an integer of at least 1, got {num!r}")
+    check_integer("num", num)
     rounds = -(-num // len(classes))
     chosen = []
     for label in classes:

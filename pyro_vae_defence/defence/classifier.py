@@ -29,7 +29,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.mcmc import DefenceResult, MCMCDefence
 from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.models.program import check_vae, decode, evaluation_mode, posterior_mean
-from pyro_vae_defence.types import VAE, Latents
+from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
 Reading = Literal["last", "draws", "mean", "reencoded"]
 """How a classifier reads the draws of a defence; see the module's text."""
@@ -66,10 +66,14 @@ def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded"
     mean = {name: value.mean((0, 1)) for name, value in result.samples.items()}
     if reading == "reencoded":
         with torch.no_grad(), evaluation_mode(vae):
-            # A Gaussian likelihood's mean may leave the range the encoder knows.
-            decoded = decode(vae, mean, tuple(result.x.shape[1:])).clamp(0.0, 1.0)
-            mean = posterior_mean(vae, decoded)
+            mean = reencode(vae, mean, tuple(result.x.shape[1:]))
     return {name: value[None] for name, value in mean.items()}
+
+
+def reencode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Latents:
+    """Guide's mean at the decoded ``latents``, differentiable: site -> ``(N, *event)``."""
+    # A Gaussian likelihood's mean may leave the range the encoder knows.
+    return posterior_mean(vae, decode(vae, latents, image_shape).clamp(0.0, 1.0))
 
 
 class DefendedClassifier:

@@ -31,6 +31,7 @@ from pyro_vae_defence.models.program import (
     evaluation_mode,
     observation_site,
 )
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, Perturb
 
@@ -64,9 +65,8 @@ class EncoderDefence:
         batch_size: int = 4096,
     ) -> None:
         self.vae = check_vae(vae)
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_integer("num_samples", num_samples)
+        check_integer("batch_size", batch_size)
         if not (preprocess is None or callable(preprocess)):
             raise ValueError(
                 f"preprocess must map images to images, such as median_filter, got {preprocess!r}"

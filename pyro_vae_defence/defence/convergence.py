@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.types import LatentsLike
 
 MIN_CHAINS = 4
@@ -53,11 +54,7 @@ class ConvergenceRule:
             raise ValueError(f"max_r_hat must be a finite number above 1, got {self.max_r_hat!r}")
         if not self.max_drift > 0:
             raise ValueError(f"max_drift must be positive, got {self.max_drift!r}")
-        smallest = 2 * MIN_DRAWS
-        if not (isinstance(self.check_every, int) and self.check_every >= smallest):
-            raise ValueError(
-                f"check_every must be an integer of at least {smallest}, got {self.check_every!r}"
-            )
+        check_integer("check_every", self.check_every, 2 * MIN_DRAWS)
 
 
 class Convergence(NamedTuple):

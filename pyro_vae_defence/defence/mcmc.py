@@ -44,13 +44,13 @@ from pyro_vae_defence.models.program import (
     decode,
     encode,
     evaluation_mode,
+    initial_latents,
     observation_site,
-    posterior_mean,
     potential,
-    prior,
     target,
 )
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents
 
@@ -237,13 +237,13 @@ class MCMCDefence:
                 f"kernel must be a callable from a Pyro model to an MCMCKernel, such as BatchedHMC "
                 f"or functools.partial(BatchedHMC, step_size=0.1), got {kernel!r}"
             )
-        _check_at_least("num_samples", num_samples, 1)
-        _check_at_least("warmup_steps", warmup_steps, 0)
-        _check_at_least("num_chains", num_chains, 1)
-        _check_at_least("mode_steps", mode_steps, 0)
-        _check_at_least("batch_size", batch_size, 1)
+        check_integer("num_samples", num_samples, 1)
+        check_integer("warmup_steps", warmup_steps, 0)
+        check_integer("num_chains", num_chains, 1)
+        check_integer("mode_steps", mode_steps, 0)
+        check_integer("batch_size", batch_size, 1)
         if max_gradients is not None:
-            _check_at_least("max_gradients", max_gradients, 1)
+            check_integer("max_gradients", max_gradients, 1)
         if initial not in INITIALS:
             raise ValueError(f"initial must be one of {INITIALS}, got {initial!r}")
         most = num_samples
@@ -260,7 +260,7 @@ class MCMCDefence:
             most = min(num_samples, until_converged.check_every)
         if keep_draws is None:
             keep_draws = most
-        _check_at_least("keep_draws", keep_draws, 1)
+        check_integer("keep_draws", keep_draws, 1)
         if keep_draws > most:
             raise ValueError(
                 f"keep_draws must be at most {most}, the fewest draws an image can have, "
@@ -535,13 +535,9 @@ class MCMCDefence:
 
     def _start(self, x: Tensor, energy: ModelPotential, streams: Streams) -> tuple[Latents, Tensor]:
         """Unconstrained starts of the chains, one row of ``x`` each, and the gradients they took."""
+        drawn_from = "guide" if self.initial == "mode" else self.initial
         with torch.no_grad():
-            if self.initial == "prior":
-                drawn = prior(self.vae, x, streams=streams)
-            elif self.initial == "mean":
-                drawn = posterior_mean(self.vae, x)
-            else:
-                drawn = encode(self.vae, x, streams=streams)
+            drawn = initial_latents(self.vae, x, drawn_from, streams)
             start = lat.detach(energy.unconstrain(drawn))
         if self.initial == "mode":
             return search_mode(energy, start, num_steps=self.mode_steps)
@@ -762,11 +758,6 @@ def _join(parts: list[DefenceResult], x: Tensor) -> DefenceResult:
         parts[0].settings,
         _concatenate((p.convergence for p in parts), 0),
     )
-
-
-def _check_at_least(name: str, value: Any, smallest: int) -> None:
-    if not (isinstance(value, int) and value >= smallest):
-        raise ValueError(f"{name} must be an integer of at least {smallest}, got {value!r}")
 
 
 def _to_numpy(tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:

@@ -26,15 +26,14 @@ from pyro_vae_defence.models.program import (
     check_images,
     check_vae,
     decode,
-    encode,
     evaluation_mode,
+    initial_latents,
     observation_site,
-    posterior_mean,
     potential,
-    prior,
     target,
 )
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents
 
@@ -77,9 +76,8 @@ class PosteriorModeDefence:
             raise ValueError(f"optimiser must be 'adam' or 'lbfgs', got {optimiser!r}")
         if initial not in _STARTS:
             raise ValueError(f"initial must be one of {_STARTS}, got {initial!r}")
-        for name, value, least in (("num_steps", num_steps, 0), ("batch_size", batch_size, 1)):
-            if not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_integer("num_steps", num_steps, 0)
+        check_integer("batch_size", batch_size)
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0, got {learning_rate!r}")
         self.optimiser = optimiser
@@ -137,11 +135,7 @@ class PosteriorModeDefence:
         streams = Streams.create(x.shape[0], seed=seed, first_image=first_image, device=x.device)
         energy = potential(self.vae, x, self.perturbation)
         with torch.no_grad():
-            if self.initial == "mean":
-                initial = posterior_mean(self.vae, x)
-            else:
-                draw = encode if self.initial == "guide" else prior
-                initial = draw(self.vae, x, streams=streams)
+            initial = initial_latents(self.vae, x, self.initial, streams)
             start = lat.detach(energy.unconstrain(initial))
         energy.check(start)
         if self.optimiser == "adam":

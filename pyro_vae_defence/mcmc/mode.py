@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_vae_defence.mcmc.integrators import energy_and_gradient
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 _DECAY = (0.9, 0.999)  # of gradient and squared gradient; Kingma and Ba's values
@@ -58,8 +59,7 @@ def search_mode(
     Raises:
         ValueError: if an argument is out of range.
     """
-    if not (isinstance(num_steps, int) and num_steps >= 0):
-        raise ValueError(f"num_steps must be an integer of at least 0, got {num_steps!r}")
+    check_integer("num_steps", num_steps, 0)
     if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
         raise ValueError(f"learning_rate must be a positive finite number, got {learning_rate!r}")
     position = lat.detach(start)
@@ -112,9 +112,8 @@ def search_mode_lbfgs(
     Raises:
         ValueError: if an argument is out of range.
     """
-    for name, value, least in (("num_steps", num_steps, 0), ("memory", memory, 1)):
-        if not (isinstance(value, int) and value >= least):
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    check_integer("num_steps", num_steps, 0)
+    check_integer("memory", memory)
     shapes = {name: value.shape for name, value in start.items()}
     sizes = [shape[1:].numel() for shape in shapes.values()]
 

@@ -31,6 +31,8 @@ from pyro_vae_defence.models.program import (
     potential,
     prior,
 )
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.types import VAE, Latents
 
 
@@ -55,9 +57,8 @@ def gauss_newton_variance(
         ValueError: if an argument is out of range, or the model's energy has no finite gradient at its own draws.
     """
     check_vae(vae)
-    for name, value in (("num_probes", num_probes), ("batch_size", batch_size)):
-        if not (isinstance(value, int) and value >= 1):
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_integer("num_probes", num_probes)
+    check_integer("batch_size", batch_size)
     totals: Latents = {}
     with evaluation_mode(vae):
         for first in range(0, num_probes, batch_size):
@@ -81,7 +82,4 @@ def _score(vae: VAE, template: Tensor) -> Latents:
         x = observation(vae, latents, tuple(template.shape[1:])).sample().reshape(template.shape)
         energy = potential(vae, x)
         position = energy.unconstrain(latents)
-    with torch.enable_grad():
-        leaves = {name: value.detach().requires_grad_() for name, value in position.items()}
-        gradients = torch.autograd.grad(energy(leaves).sum(), tuple(leaves.values()))
-    return dict(zip(leaves, gradients, strict=True))
+    return lat.value_and_gradient(energy, position)[1]

@@ -57,6 +57,7 @@ __all__ = [
     "encode",
     "evaluation_mode",
     "guide_potential",
+    "initial_latents",
     "mean_posterior_variance",
     "observation",
     "observation_site",
@@ -353,6 +354,20 @@ def _with_streams(program: Callable[..., Any], streams: Streams | None) -> Calla
 def prior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from p(z) per image of ``x``: site name -> ``(N, *event)``."""
     return _latent_values(_get_trace(_with_streams(vae.model, streams), x))
+
+
+def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Latents:
+    """Where a chain or a search starts: site name -> ``(N, *event)``, on the constrained scale.
+
+    Args:
+        vae: any Pyro VAE.
+        x: images ``(N, C, H, W)``.
+        initial: ``"guide"``, a draw from q(z | x); ``"mean"``, the guide's mean; or ``"prior"``, a draw from p(z).
+        streams: random streams of the images.
+    """
+    if initial == "mean":
+        return posterior_mean(vae, x)
+    return (prior if initial == "prior" else encode)(vae, x, streams=streams)
 
 
 def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Distribution:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.types import Latents
 
 Schedule = Literal["plateau", "one_cycle", "constant"]
@@ -56,8 +57,7 @@ class FitConfig:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.epochs, int) and self.epochs >= 1):
-            raise ValueError(f"epochs must be an integer of at least 1, got {self.epochs!r}")
+        check_integer("epochs", self.epochs)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         if self.schedule not in ("plateau", "one_cycle", "constant"):

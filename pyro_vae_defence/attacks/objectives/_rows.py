@@ -78,9 +78,3 @@ def check_latents(of: str) -> None:
     """Raise a ``ValueError`` unless ``of`` names what is decoded or classified."""
     if of not in ("sample", "mean"):
         raise ValueError(f"latents must be 'sample' or 'mean', got {of!r}")
-
-
-def check_num_draws(num_draws: int) -> None:
-    """Raise a ``ValueError`` unless ``num_draws`` is a positive integer."""
-    if not (isinstance(num_draws, int) and num_draws >= 1):
-        raise ValueError(f"num_draws must be an integer of at least 1, got {num_draws!r}")

@@ -30,13 +30,13 @@ from pyro_vae_defence.attacks.objectives._rows import (
     LatentsOf,
     average,
     check_latents,
-    check_num_draws,
     draws,
     encode_rows,
     of_rows,
     own_streams,
 )
 from pyro_vae_defence.models.program import check_guide, check_vae, evaluation_mode
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import (
     VAE,
@@ -147,7 +147,7 @@ def _settle(
 ]:
     """Check the settings; return references -> (images -> scores per draw, labels, targets)."""
     check_vae(vae)
-    check_num_draws(num_draws)
+    check_integer("num_draws", num_draws)
     check_latents(latents)
     if not callable(classifier):
         raise ValueError(f"classifier must map latents to scores, got {classifier!r}")

@@ -21,7 +21,6 @@ from pyro_vae_defence.attacks.objectives._rows import (
     LatentsOf,
     average,
     check_latents,
-    check_num_draws,
     draws,
     of_rows,
     own_streams,
@@ -33,6 +32,7 @@ from pyro_vae_defence.models.program import (
     check_vae,
     evaluation_mode,
 )
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Objective, PreparedObjective
 
@@ -70,7 +70,7 @@ def _between_outputs(
 ) -> PreparedObjective:
     check_vae(vae)
     check_latents(latents)
-    check_num_draws(num_draws)
+    check_integer("num_draws", num_draws)
     sign = 1.0 if x_target is None else -1.0
 
     def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:

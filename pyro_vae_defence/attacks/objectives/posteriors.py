@@ -41,7 +41,6 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks.objectives._rows import (
     average,
-    check_num_draws,
     draws,
     of_rows,
     own_streams,
@@ -54,6 +53,7 @@ from pyro_vae_defence.models.program import (
     posterior,
 )
 from pyro_vae_defence.ops import divergences
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.divergences import Posterior
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Objective, PreparedObjective
@@ -104,7 +104,7 @@ def _between_posteriors(
     num_draws: int,
 ) -> PreparedObjective:
     check_vae(vae)
-    check_num_draws(num_draws)
+    check_integer("num_draws", num_draws)
     _check_sites(sites)
     if x_target is not None:
         check_images(x_target, "x_target")
