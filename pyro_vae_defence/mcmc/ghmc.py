@@ -20,8 +20,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pyro_vae_defence.mcmc.hmc import SECOND_MOMENTUM, HMCInfo, HMCState, accept, draw_momentum
-from pyro_vae_defence.mcmc.integrators import Phase, kinetic_energy, leapfrog
+from pyro_vae_defence.mcmc.hmc import (
+    SECOND_MOMENTUM,
+    HMCInfo,
+    HMCState,
+    accept,
+    draw_momentum,
+    trajectory,
+)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
@@ -79,12 +85,8 @@ def step(
     """
     noise = draw_momentum(streams, state.step, state.position, inverse_mass)
     momentum = refresh(state.momentum, noise, persistence)
-    phase = Phase(state.position, momentum, state.energy, state.gradient)
-    start = state.energy + kinetic_energy(momentum, inverse_mass)
-    for _ in range(num_steps):
-        phase = leapfrog(potential, phase, step_size, inverse_mass)
-    end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
     before = HMCState(*state[:4])
+    phase, start, end = trajectory(potential, before, momentum, step_size, num_steps, inverse_mass)
     moved, info = accept(before, phase, start, end, streams, step_size, num_steps)
     turned = {name: -value for name, value in momentum.items()}
     return GHMCState(*moved, lat.where(info.accepted, phase.momentum, turned)), info

@@ -113,6 +113,7 @@ def accept(
     streams: Streams,
     step_size: Tensor,
     num_steps: int,
+    adjusted: bool = True,
 ) -> tuple[HMCState, HMCInfo]:
     """The Metropolis test: each chain moves to ``proposal`` with probability min(1, exp(start - end)).
 
@@ -123,10 +124,14 @@ def accept(
             their difference.
         streams: random streams of the chains.
         step_size, num_steps: of the trajectory, for the record.
+        adjusted: ``False`` leaves the test out: every chain moves but those whose energy would not be finite.
     """
     error = energy_error(end, start)
-    log_uniform = streams.uniform(state.step, _ACCEPT, (), error.dtype).log()
-    accepted = log_uniform < -error
+    if adjusted:
+        log_uniform = streams.uniform(state.step, _ACCEPT, (), error.dtype).log()
+        accepted = log_uniform < -error
+    else:
+        accepted = error.isfinite()
     info = HMCInfo(
         acceptance_rate=(-error).clamp(max=0.0).exp(),
         accepted=accepted,
@@ -143,6 +148,24 @@ def accept(
         state.step + 1,
     )
     return moved, info
+
+
+def trajectory(
+    potential: Potential,
+    state: HMCState,
+    momentum: Latents,
+    step_size: Tensor,
+    num_steps: int,
+    inverse_mass: LatentsLike | None,
+) -> tuple[Phase, Tensor, Tensor]:
+    """``num_steps`` leapfrog steps from ``state``: where they end, and the Hamiltonian before and after, ``(N,)``."""
+    phase = Phase(state.position, momentum, state.energy, state.gradient)
+    start = state.energy + kinetic_energy(momentum, inverse_mass)
+    for number in range(num_steps):
+        # Only the last energy is read.
+        last = number == num_steps - 1
+        phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=last)
+    return phase, start, phase.energy + kinetic_energy(phase.momentum, inverse_mass)
 
 
 def step(
@@ -164,11 +187,5 @@ def step(
         inverse_mass: diagonal of M^-1 per site; identity when ``None``.
     """
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
-    phase = Phase(state.position, momentum, state.energy, state.gradient)
-    start = state.energy + kinetic_energy(momentum, inverse_mass)
-    for number in range(num_steps):
-        # Only the last energy is read.
-        last = number == num_steps - 1
-        phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=last)
-    end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
+    phase, start, end = trajectory(potential, state, momentum, step_size, num_steps, inverse_mass)
     return accept(state, phase, start, end, streams, step_size, num_steps)

@@ -36,6 +36,7 @@ from pyro_vae_defence.mcmc.ghmc import GHMCState
 from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
 from pyro_vae_defence.mcmc.integrators import dimension
 from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
@@ -72,8 +73,7 @@ class BatchedKernel(MCMCKernel):
                 raise ValueError(f"{name} must be callable, got {type(value).__name__}")
         if not (isinstance(step_size, (int, float)) and 0 < step_size < math.inf):
             raise ValueError(f"step_size must be a positive finite number, got {step_size!r}")
-        if not (isinstance(burn_in, int) and burn_in >= 0):
-            raise ValueError(f"burn_in must be an integer of at least 0, got {burn_in!r}")
+        check_integer("burn_in", burn_in, 0)
         if inverse_mass_matrix is not None:
             _check_inverse_mass(inverse_mass_matrix)
         self.model = model
@@ -355,17 +355,8 @@ def _check_dimension(position: LatentsLike, what: str) -> None:
         )
 
 
-def _make_rule(
-    adapt_step_size: bool, target_accept_prob: float | None, default_target: float = 0.8
-) -> StepSizeRule:
-    # Built in any case, so that a target out of range never passes in silence.
-    rule = DualAveraging(default_target if target_accept_prob is None else target_accept_prob)
-    return rule if adapt_step_size else FixedStepSize()
-
-
 def _check_trajectory(num_steps: int, jitter: float) -> None:
-    if not (isinstance(num_steps, int) and num_steps >= 1):
-        raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}")
+    check_integer("num_steps", num_steps)
     if not 0.0 <= jitter <= 1.0:
         raise ValueError(f"jitter must lie in [0, 1], got {jitter!r}; 0 keeps lengths fixed")
 
@@ -380,7 +371,41 @@ def trajectory_length(seed: int, step: int, num_steps: int, jitter: float) -> in
     return random.Random(seed * 2**32 + step).randint(low, high)
 
 
-class BatchedHMC(BatchedKernel):
+class _AdaptedKernel(BatchedKernel):
+    """A kernel whose step size follows dual averaging on the acceptance probability."""
+
+    default_target = 0.8
+    """Acceptance probability to adapt to where ``target_accept_prob`` is ``None``."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Potential | None = None,
+        step_size: float = 0.1,
+        adapt_step_size: bool = True,
+        target_accept_prob: float | None = None,
+        inverse_mass_matrix: LatentsLike | None = None,
+        pool_replicas: bool = False,
+        burn_in: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        target = self.default_target if target_accept_prob is None else target_accept_prob
+        # Built in any case, so that a target out of range never passes in silence.
+        averaging = DualAveraging(target)
+        rule = averaging if adapt_step_size else FixedStepSize()
+        super().__init__(
+            model,
+            potential_fn,
+            step_size,
+            rule,
+            inverse_mass_matrix,
+            generator,
+            pool_replicas,
+            burn_in,
+        )
+
+
+class BatchedHMC(_AdaptedKernel):
     """Hamiltonian Monte Carlo with one independent chain per image.
 
     A setting for attacked images, chosen in short trials on one trained MNIST model:
@@ -437,20 +462,20 @@ class BatchedHMC(BatchedKernel):
     ) -> None:
         if preset not in (None, "paper"):
             raise ValueError(f"preset must be 'paper' or None, got {preset!r}")
-        rule = _make_rule(adapt_step_size, target_accept_prob)
-        if preset == "paper":
-            rule = PaperStepSize(0.9 if target_accept_prob is None else target_accept_prob)
-            num_steps, jitter = 20, 0.0
         super().__init__(
             model,
             potential_fn,
             step_size,
-            rule,
+            adapt_step_size,
+            target_accept_prob,
             inverse_mass_matrix,
-            generator,
             pool_replicas,
             burn_in,
+            generator,
         )
+        if preset == "paper":
+            self.rule = PaperStepSize(0.9 if target_accept_prob is None else target_accept_prob)
+            num_steps, jitter = 20, 0.0
         _check_trajectory(num_steps, jitter)
         self.num_steps = num_steps
         self.jitter = jitter
@@ -471,7 +496,7 @@ class BatchedHMC(BatchedKernel):
         )
 
 
-class BatchedNUTS(BatchedKernel):
+class BatchedNUTS(_AdaptedKernel):
     """The No-U-Turn Sampler with one independent tree per image.
 
     A batch costs as many gradients as its largest tree; smaller trees wait, unchanged.
@@ -508,16 +533,16 @@ class BatchedNUTS(BatchedKernel):
         burn_in: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
-        rule = _make_rule(adapt_step_size, target_accept_prob)
         super().__init__(
             model,
             potential_fn,
             step_size,
-            rule,
+            adapt_step_size,
+            target_accept_prob,
             inverse_mass_matrix,
-            generator,
             pool_replicas,
             burn_in,
+            generator,
         )
         if not (isinstance(max_tree_depth, int) and 1 <= max_tree_depth <= 20):
             raise ValueError(f"max_tree_depth must be an integer in 1..20, got {max_tree_depth!r}")
@@ -539,7 +564,7 @@ class BatchedNUTS(BatchedKernel):
         )
 
 
-class BatchedMALA(BatchedKernel):
+class BatchedMALA(_AdaptedKernel):
     """The Metropolis-adjusted Langevin algorithm: HMC with one leapfrog step, one gradient per transition.
 
     Args:
@@ -561,29 +586,7 @@ class BatchedMALA(BatchedKernel):
         ValueError: if an argument is out of range.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any] | None = None,
-        potential_fn: Potential | None = None,
-        step_size: float = 0.1,
-        adapt_step_size: bool = True,
-        target_accept_prob: float | None = None,
-        inverse_mass_matrix: LatentsLike | None = None,
-        pool_replicas: bool = False,
-        burn_in: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        rule = _make_rule(adapt_step_size, target_accept_prob, 0.574)
-        super().__init__(
-            model,
-            potential_fn,
-            step_size,
-            rule,
-            inverse_mass_matrix,
-            generator,
-            pool_replicas,
-            burn_in,
-        )
+    default_target = 0.574
 
     def _step(
         self, state: HMCState, streams: Streams, step_size: Tensor
@@ -592,7 +595,7 @@ class BatchedMALA(BatchedKernel):
         return hmc.step(self.potential, state, streams, step_size, 1, inverse_mass)
 
 
-class BatchedGHMC(BatchedKernel):
+class BatchedGHMC(_AdaptedKernel):
     """Generalised HMC: the momentum is kept in part from one transition to the next.
 
     Args:
@@ -616,6 +619,8 @@ class BatchedGHMC(BatchedKernel):
         ValueError: if an argument is out of range.
     """
 
+    default_target = 0.9
+
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -630,16 +635,16 @@ class BatchedGHMC(BatchedKernel):
         burn_in: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
-        rule = _make_rule(adapt_step_size, target_accept_prob, 0.9)
         super().__init__(
             model,
             potential_fn,
             step_size,
-            rule,
+            adapt_step_size,
+            target_accept_prob,
             inverse_mass_matrix,
-            generator,
             pool_replicas,
             burn_in,
+            generator,
         )
         _check_trajectory(num_steps, jitter=0.0)
         if not 0.0 <= persistence < 1.0:
@@ -669,7 +674,7 @@ class BatchedGHMC(BatchedKernel):
         )
 
 
-class BatchedMAMS(BatchedKernel):
+class BatchedMAMS(_AdaptedKernel):
     """The Metropolis-adjusted microcanonical sampler: HMC's relative whose particles keep their speed.
 
     Args:
@@ -692,6 +697,8 @@ class BatchedMAMS(BatchedKernel):
         ValueError: if an argument is out of range, or there are fewer than two latent dimensions.
     """
 
+    default_target = 0.9
+
     def __init__(
         self,
         model: Callable[..., Any] | None = None,
@@ -706,16 +713,16 @@ class BatchedMAMS(BatchedKernel):
         burn_in: int = 0,
         generator: torch.Generator | None = None,
     ) -> None:
-        rule = _make_rule(adapt_step_size, target_accept_prob, 0.9)
         super().__init__(
             model,
             potential_fn,
             step_size,
-            rule,
+            adapt_step_size,
+            target_accept_prob,
             inverse_mass_matrix,
-            generator,
             pool_replicas,
             burn_in,
+            generator,
         )
         _check_trajectory(num_steps, jitter)
         self.num_steps = num_steps
@@ -741,7 +748,7 @@ class BatchedMAMS(BatchedKernel):
         )
 
 
-class BatchedULA(BatchedKernel):
+class BatchedULA(_AdaptedKernel):
     """The unadjusted Langevin algorithm, a baseline: **biased**, its draws are not from the target.
 
     Nothing is rejected but a step to a non-finite energy. The acceptance rate in ``info`` and
@@ -767,29 +774,7 @@ class BatchedULA(BatchedKernel):
         ValueError: if an argument is out of range.
     """
 
-    def __init__(
-        self,
-        model: Callable[..., Any] | None = None,
-        potential_fn: Potential | None = None,
-        step_size: float = 0.1,
-        adapt_step_size: bool = True,
-        target_accept_prob: float | None = None,
-        inverse_mass_matrix: LatentsLike | None = None,
-        pool_replicas: bool = False,
-        burn_in: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        rule = _make_rule(adapt_step_size, target_accept_prob, 0.9)
-        super().__init__(
-            model,
-            potential_fn,
-            step_size,
-            rule,
-            inverse_mass_matrix,
-            generator,
-            pool_replicas,
-            burn_in,
-        )
+    default_target = 0.9
 
     def _step(
         self, state: HMCState, streams: Streams, step_size: Tensor

@@ -21,18 +21,9 @@ Bernoulli, 1996, https://doi.org/10.2307/3318418.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pyro_vae_defence.mcmc.hmc import (
-    DIVERGENCE_THRESHOLD,
-    HMCInfo,
-    HMCState,
-    draw_momentum,
-    energy_error,
-)
-from pyro_vae_defence.mcmc.integrators import Phase, kinetic_energy, leapfrog
-from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState, accept, draw_momentum, trajectory
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import LatentsLike, Potential
 
@@ -57,25 +48,5 @@ def step(
         inverse_mass: diagonal of M^-1 per site; identity when ``None``.
     """
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
-    phase = Phase(state.position, momentum, state.energy, state.gradient)
-    start = state.energy + kinetic_energy(momentum, inverse_mass)
-    phase = leapfrog(potential, phase, step_size, inverse_mass)
-    end = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
-    error = energy_error(end, start)
-    moves = error.isfinite()
-    info = HMCInfo(
-        acceptance_rate=(-error).clamp(max=0.0).exp(),
-        accepted=moves,
-        diverging=error > DIVERGENCE_THRESHOLD,
-        energy=torch.where(moves, end, start),
-        step_size=step_size,
-        num_steps=torch.ones_like(step_size, dtype=torch.long),
-        tree_depth=torch.zeros_like(step_size, dtype=torch.long),
-    )
-    moved = HMCState(
-        lat.where(moves, phase.position, state.position),
-        torch.where(moves, phase.energy, state.energy),
-        lat.where(moves, phase.gradient, state.gradient),
-        state.step + 1,
-    )
-    return moved, info
+    phase, start, end = trajectory(potential, state, momentum, step_size, 1, inverse_mass)
+    return accept(state, phase, start, end, streams, step_size, 1, adjusted=False)
