@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 import time
 from collections.abc import Callable
@@ -21,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae_defence import attacks, data, metrics
+from pyro_vae_defence import attacks, data
 from pyro_vae_defence.attacks.interop import EncoderAttackHead
+from pyro_vae_defence.experiments import markdown, results
 from pyro_vae_defence.experiments.config import AttackBenchmarkConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
@@ -137,7 +137,7 @@ def benchmark_attacks(
             values[name] = score(x_adv)
         rows[name] = {
             "version": version,
-            "symmetric_kl": _interval(values[name]),
+            "symmetric_kl": results.interval(values[name]),
             "num_gradients": counted.num_gradients,
             "num_queries": counted.num_queries,
             "seconds": round(seconds, 2),
@@ -156,7 +156,7 @@ def benchmark_attacks(
             run(name, _their_attack(attack, vae, x_ref, config), metadata.version(package))
     for name, entry in rows.items():
         if name != _REFERENCE:
-            entry["advantage_of_ours"] = _interval(values[_REFERENCE] - values[name])
+            entry["advantage_of_ours"] = results.interval(values[_REFERENCE] - values[name])
     result = {
         "benchmark": "attacks",
         "config": dataclasses.asdict(config),
@@ -166,7 +166,7 @@ def benchmark_attacks(
         "methods": rows,
     }
     folder = Path(output)
-    write_atomically(folder / "attacks.json", (json.dumps(result, indent=2) + "\n").encode())
+    results.save(folder / "attacks.json", result)
     write_atomically(folder / "attacks.md", attacks_table(result).encode())
     return result
 
@@ -230,12 +230,5 @@ def _their_attack(
     return lambda prepared: attack(EncoderAttackHead(vae, x_ref, prepared), x_ref, config)
 
 
-def _interval(values: Tensor) -> dict[str, float]:
-    found = metrics.bootstrap_interval(values, generator=torch.Generator().manual_seed(0))
-    return {"estimate": found.estimate, "low": found.low, "high": found.high}
-
-
 def _cell(entry: dict[str, float] | None) -> str:
-    if entry is None:
-        return "--"
-    return f"{entry['estimate']:.1f} [{entry['low']:.1f}, {entry['high']:.1f}]"
+    return "--" if entry is None else markdown.interval(entry, 1)

@@ -20,6 +20,7 @@ from pyro_vae_defence.defence import EncoderDefence, MCMCDefence
 from pyro_vae_defence.experiments.config import ClassifierConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import CLASSIFIERS
+from pyro_vae_defence.experiments.results import as_entry
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import (
@@ -97,12 +98,7 @@ def train_classifier(
         provenance={**source, "seconds": round(time.perf_counter() - started, 1)},
         metrics={
             "validation_cross_entropy": min(history),
-            "test_accuracy": {
-                "estimate": found.estimate,
-                "low": found.low,
-                "high": found.high,
-                "num_images": found.num_groups,
-            },
+            "test_accuracy": {**as_entry(found), "num_images": found.num_groups},
         },
     )
 

@@ -13,11 +13,10 @@ For each radius and defence a cell holds, with 95% intervals over images:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from pyro_vae_defence.defence import (
     gaussian_filter,
     median_filter,
 )
+from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.config import (
     CHAINS,
     MODES,
@@ -51,16 +51,15 @@ from pyro_vae_defence.experiments.config import (
     defence_spec,
     override,
 )
-from pyro_vae_defence.experiments.defend import VARIANT, interval
-from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.experiments.defend import VARIANT
 from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS
+from pyro_vae_defence.experiments.results import interval
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
 from pyro_vae_defence.models.perturbation import Perturbation, UnknownRadius
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.files import write_atomically
 
 UNDEFENDED_READING = "guide's mean"
 
@@ -105,27 +104,20 @@ def compare(
     config = override(COMPARISONS[name], overrides)
     study = _Study.load(config, root, models)
     path = Path(output) / f"{name}.json"
-    result: dict[str, Any] = {
-        "experiment": f"compare {name}",
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),
-        "weights": study.weights,
-        "metric": metrics.metric_name("ms_ssim", VARIANT),
-        "command": command("compare", name, overrides),
-        "provenance": provenance(),
+    result = results.header(
+        f"compare {name}",
+        config,
+        study.weights,
+        command("compare", name, overrides),
+        metric=metrics.metric_name("ms_ssim", VARIANT),
+    )
+    result |= {
         "clean": study.undefended_accuracy(),
         "noise_floor": {},
         "radii": {},
         "costs": {},
     }
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        for key in ("config", "weights"):
-            if earlier[key] != result[key]:
-                raise ValueError(
-                    f"{path} belongs to another run (its {key} differs); "
-                    "move it away, or choose another output directory"
-                )
-        result.update({key: earlier[key] for key in ("noise_floor", "radii", "costs")})
+    results.resume(path, result, "noise_floor", "radii", "costs")
 
     # (where cells go, radius, names, all images or those of the curve)
     parts: list[tuple[dict[str, Any], float, tuple[str, ...], bool]] = [
@@ -144,7 +136,7 @@ def compare(
                 same = study.same(defence, radius, cells)
                 cells[defence] = cells[same] if same else study.cell(defence, radius, inputs)
                 result["noise_floor"].setdefault("full" if full else "curve", inputs.noise_floor)
-                write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+                results.save(path, result, indent=1)
                 bar.update()
     return result
 
@@ -178,19 +170,19 @@ class _Study:
         vae: ConvVAE,
         tasks: dict[str, _Task],
         weights: dict[str, str],
-        test_set: data.Images,
-        validation_set: data.Images,
+        load_split: Callable[[str], data.Images],
     ) -> None:
         self.config = config
         self.vae = vae
         self.tasks = tasks
         self.weights = weights
+        self.load_split = load_split
+        test_set = load_split("test")
         chosen = data.stratified(test_set, config.num_references, self._generator("references"))
         self.references = test_set.images(chosen)
         chosen = data.stratified(test_set, config.num_images, self._generator("images"))
         self.images = test_set.images(chosen)
         self.labels = test_set.labels[chosen].reshape(len(chosen), -1)
-        self.validation_set = validation_set
         self._clean: dict[tuple[Any, ...], DefenceResult] = {}
         self._unknown: UnknownRadius | None = None
 
@@ -221,10 +213,8 @@ class _Study:
         known = [f"{how}/{inputs}" for inputs in config.inputs for how in _READINGS[inputs]]
         if config.reading not in known:
             raise ValueError(f"reading must be one of {', '.join(known)}, got {config.reading!r}")
-        test_set, validation_set = (
-            data.load(card.training["dataset"], split, root) for split in ("test", "validation")
-        )
-        return cls(config, vae, tasks, weights, test_set, validation_set)
+        load = functools.partial(data.load, card.training["dataset"], root=root)
+        return cls(config, vae, tasks, weights, load)
 
     def undefended_accuracy(self) -> dict[str, Any]:
         """Accuracy of the undefended model on clean images, per task."""
@@ -338,10 +328,11 @@ class _Study:
     def unknown_radius(self) -> UnknownRadius:
         """A radius left open, with penalties from clean validation images."""
         if self._unknown is None:
+            validation_set = self.load_split("validation")
             chosen = data.stratified(
-                self.validation_set, CALIBRATION_IMAGES, self._generator("calibration")
+                validation_set, CALIBRATION_IMAGES, self._generator("calibration")
             )
-            x = self.validation_set.images(chosen)
+            x = validation_set.images(chosen)
             self._unknown = calibrate_radius(self.vae, x, CALIBRATION_RADII)
         return self._unknown
 
@@ -415,7 +406,7 @@ class _Study:
         return {
             score: {
                 f"against_{kind}": {
-                    metric.__name__: _as_dict(
+                    metric.__name__: results.as_entry(
                         metrics.detection_interval(
                             metric,
                             scores[kind][score],
@@ -440,7 +431,3 @@ class _Study:
         """Randomness of one purpose, whatever ran before it, in this process or an interrupted one."""
         seed = zlib.crc32(f"{self.config.seed} {purpose}".encode())
         return torch.Generator().manual_seed(seed)
-
-
-def _as_dict(found: metrics.Interval) -> dict[str, float]:
-    return {"estimate": found.estimate, "low": found.low, "high": found.high}

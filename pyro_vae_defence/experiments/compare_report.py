@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from pyro_vae_defence import plots
 from pyro_vae_defence.experiments.compare import UNDEFENDED_READING
 from pyro_vae_defence.experiments.config import CONTROLS, WITH_RADIUS, defence_spec
+from pyro_vae_defence.experiments.markdown import interval, row, source
 from pyro_vae_defence.ops.files import write_atomically
 
 _KINDS = {
@@ -82,10 +83,8 @@ def section(name: str, result: dict[str, Any], figures: list[str]) -> str:
     lines += [
         line for figure in figures for line in (f"![{name}: {Path(figure).stem}]({figure})", "")
     ]
-    versions = result["provenance"]
     lines += [
-        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
-        f"{versions['threads']} thread(s).",
+        f"{source(result)}.",
         "",
     ]
     return "\n".join(lines)
@@ -123,20 +122,20 @@ def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) ->
             f"correct, noise{of}",
         ]
     columns += ["gradients / image", "seconds / image", "verdict"]
-    yield _row(columns)
-    yield _row(["---"] * len(columns))
+    yield row(columns)
+    yield row(["---"] * len(columns))
     for name, cell in cells.items():
-        row = [label(name), _text(cell["ms_ssim"]), _text(cell["ms_ssim_of_mean"])]
+        values = [label(name), _text(cell["ms_ssim"]), _text(cell["ms_ssim_of_mean"])]
         for task in tasks:
             found = _reading(result, cell, task)
-            row += [
+            values += [
                 _text(found.get("attacked", {}).get("correct")),
                 _text(found.get("attacked", {}).get("unchanged")),
                 _text(found["clean"]["correct"]),
                 _text(found.get("noise", {}).get("correct")),
             ]
-        row += [f"{cell['gradients_per_image']:.0f}", f"{cell['seconds_per_image']:.2g}"]
-        yield _row([*row, verdict(result, cells, name)])
+        values += [f"{cell['gradients_per_image']:.0f}", f"{cell['seconds_per_image']:.2g}"]
+        yield row([*values, verdict(result, cells, name)])
     yield ""
 
 
@@ -181,11 +180,11 @@ def _readings_table(radius: float, cells: dict[str, Any]) -> Iterator[str]:
     for task, ways in first.items():
         yield f"Ways to classify ({task}, radius {radius:g}): correct under attack / on clean images."
         yield ""
-        yield _row(["", *ways])
-        yield _row(["---"] * (1 + len(ways)))
+        yield row(["", *ways])
+        yield row(["---"] * (1 + len(ways)))
         for name, cell in defended.items():
             entries = cell["accuracy"][task].values()
-            yield _row(
+            yield row(
                 [
                     label(name),
                     *(
@@ -219,9 +218,9 @@ def _detection_table(radius: float, cells: dict[str, Any]) -> Iterator[str]:
     columns = ["", "score"]
     for kind in ("clean images", "noise of equal radius"):
         columns += [f"AUROC, {kind}", "FPR at 95% TPR"]
-    yield _row(columns)
-    yield _row(["---"] * len(columns))
-    yield from (_row(row) for row in rows)
+    yield row(columns)
+    yield row(["---"] * len(columns))
+    yield from (row(cells) for cells in rows)
     yield ""
 
 
@@ -305,11 +304,5 @@ def _under_attack(result: dict[str, Any], cell: dict[str, Any], task: str) -> di
     return found.get("attacked", found["clean"])["correct"]
 
 
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _text(entry: dict[str, float] | None) -> str:
-    if entry is None:
-        return ""
-    return f"{entry['estimate']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+    return "" if entry is None else interval(entry)

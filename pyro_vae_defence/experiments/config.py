@@ -8,6 +8,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from pyro_vae_defence.ops.checks import check_integer
+
 ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"]
 
 
@@ -243,8 +245,7 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if self.inputs not in get_args(LatentInputs):
             raise ValueError(f"inputs must be one of {get_args(LatentInputs)}, got {self.inputs!r}")
-        if not (isinstance(self.num_draws, int) and self.num_draws >= 1):
-            raise ValueError(f"num_draws must be an integer of at least 1, got {self.num_draws!r}")
+        check_integer("num_draws", self.num_draws)
 
 
 CHAINS = ("hmc", "aware", "aware_unknown")

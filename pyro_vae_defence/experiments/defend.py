@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,14 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.defence import DefenceResult, MCMCDefence, NoDefence
+from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.config import DefendConfig, command, override
-from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import DEFENCES, HIERARCHIES, MODELS
+from pyro_vae_defence.experiments.results import interval
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import TrainedVAE, load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.files import write_atomically
 
 VARIANT = "paper"
 
@@ -55,25 +53,15 @@ def defend(
     path.parent.mkdir(parents=True, exist_ok=True)
 
     vae = load_pretrained(config.model, models)
-    card = load_card(config.model, models)
-    result: dict[str, Any] = {
-        "experiment": name,
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),
-        "weights": card.sha256,
-        "metric": metrics.metric_name("ms_ssim", VARIANT),
-        "command": command("defend", name, overrides),
-        "provenance": provenance(),
-        "defences": {},
-    }
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        for key in ("config", "weights"):
-            if earlier[key] != result[key]:
-                raise ValueError(
-                    f"{path} belongs to another run (its {key} differs); "
-                    "move it away, or choose another output directory"
-                )
-        result["defences"] = earlier["defences"]
+    result = results.header(
+        name,
+        config,
+        load_card(config.model, models).sha256,
+        command("defend", name, overrides),
+        metric=metrics.metric_name("ms_ssim", VARIANT),
+    )
+    result["defences"] = {}
+    results.resume(path, result, "defences")
 
     generator = torch.Generator().manual_seed(config.seed)
     dataset = MODELS[config.model].dataset
@@ -92,7 +80,7 @@ def defend(
     # rec(x^r) decodes one draw of the guide; a second draw gives the noise floor.
     before, again = (NoDefence(vae)(references, generator) for _ in range(2))
     result["symmetric_kl"] = interval(attacked.objective.flatten(), image)
-    result["noise_floor"] = _similarity(before.reconstruction, again.reconstruction, image)
+    result["noise_floor"] = similarity(before.reconstruction, again.reconstruction, image)
     seeds = {d: int(torch.randint(2**62, (), generator=generator)) for d in sorted(_MAKERS)}
     for defence in config.defences:
         if defence in result["defences"]:
@@ -100,7 +88,7 @@ def defend(
         run = _MAKERS[defence](vae, config, dataset, progress)
         outcome = run(x_adv, torch.Generator().manual_seed(seeds[defence] % 2**63))
         result["defences"][defence] = _score(vae, references, before, outcome, image)
-        write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+        results.save(path, result)
     return result
 
 
@@ -135,16 +123,9 @@ _MAKERS: dict[str, Any] = {
 }
 
 
-def _similarity(x: Tensor, y: Tensor, image: Tensor) -> dict[str, float]:
+def similarity(x: Tensor, y: Tensor, image: Tensor) -> dict[str, float]:
+    """MS-SSIM of reconstructions, with its interval over reference images."""
     return interval(metrics.ms_ssim(x, y, variant=VARIANT), image)
-
-
-def interval(values: Tensor, image: Tensor, statistic: Any = "mean") -> dict[str, float]:
-    """Estimate and bootstrap interval over reference images (restarts of one stay together)."""
-    found = metrics.bootstrap_interval(
-        values, image, statistic=statistic, generator=torch.Generator().manual_seed(0)
-    )
-    return {"estimate": found.estimate, "low": found.low, "high": found.high}
 
 
 def _score(
@@ -158,17 +139,23 @@ def _score(
     with torch.no_grad():
         ratio = metrics.log_posterior_ratio(energy, before.latents, outcome.latents)
         final = program.potential(vae, outcome.x)(outcome.latents)
-    stats = outcome.sample_stats
-    scores = {
-        "ms_ssim": _similarity(before.reconstruction, outcome.reconstruction, image),
+    return {
+        "ms_ssim": similarity(before.reconstruction, outcome.reconstruction, image),
         "log_posterior_ratio_median": interval(ratio, image, "median"),
         "energy": interval(final, image),
         "gradients_per_image": float(outcome.num_gradients.double().mean()),
         "seconds_per_image": outcome.seconds / len(references),
         "settings": outcome.settings,
+        **chain_statistics(outcome.sample_stats),
     }
-    if stats:
-        scores["acceptance_rate"] = float(stats["acceptance_rate"].mean())
-        scores["divergences"] = int(stats["diverging"].sum())
-        scores["step_size_last"] = float(stats["step_size"][:, -1].mean())
-    return scores
+
+
+def chain_statistics(stats: dict[str, Tensor]) -> dict[str, float]:
+    """Acceptance, divergences and last step size of chains; nothing where there were none."""
+    if not stats:
+        return {}
+    return {
+        "acceptance_rate": float(stats["acceptance_rate"].mean()),
+        "divergences": int(stats["diverging"].sum()),
+        "step_size_last": float(stats["step_size"][:, -1].mean()),
+    }

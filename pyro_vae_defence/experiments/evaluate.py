@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import data, metrics
-from pyro_vae_defence.experiments import annealing
+from pyro_vae_defence.experiments import annealing, results
 from pyro_vae_defence.experiments.config import EvaluateConfig, command, override
-from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import (
@@ -24,7 +22,6 @@ from pyro_vae_defence.models.pretrained import (
     load_pretrained,
     save_card,
 )
-from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE
 
@@ -58,14 +55,13 @@ def evaluate(
     vae = load_pretrained(name, models)
     card = load_card(name, models)
     dataset = card.training["dataset"]
-    result: dict[str, Any] = {
-        "experiment": f"evaluate {name}",
-        "config": dataclasses.asdict(config),
-        "dataset": dataset,
-        "weights": card.sha256,
-        "command": command("evaluate", name, overrides),
-        "provenance": provenance(),
-    }
+    result = results.header(
+        f"evaluate {name}",
+        config,
+        card.sha256,
+        command("evaluate", name, overrides),
+        dataset=dataset,
+    )
     generator = torch.Generator().manual_seed(config.seed)
     test_set = data.load(dataset, "test", root)
     if config.num_images is None:
@@ -87,7 +83,7 @@ def evaluate(
 
     path = Path(output) / f"{name}{'_full' if config.num_images is None else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+    results.save(path, result)
     measured = {**card.metrics, "test": result["metrics"]}
     save_card(dataclasses.replace(card, metrics=measured), PACKAGED if models is None else models)
     return result
@@ -163,10 +159,4 @@ def nll_name(num_samples: int) -> str:
 
 
 def _interval(values: Tensor) -> dict[str, float]:
-    found = metrics.bootstrap_interval(values, generator=torch.Generator().manual_seed(0))
-    return {
-        "estimate": found.estimate,
-        "low": found.low,
-        "high": found.high,
-        "num_images": found.num_values,
-    }
+    return {**results.interval(values), "num_images": len(values)}

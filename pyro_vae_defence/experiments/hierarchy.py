@@ -8,10 +8,8 @@ couples the images of a part).
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -24,17 +22,17 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.config import HierarchyConfig, command, override
-from pyro_vae_defence.experiments.defend import VARIANT, _similarity, interval
-from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.experiments.defend import VARIANT, chain_statistics, similarity
 from pyro_vae_defence.experiments.registry import HIERARCHIES
+from pyro_vae_defence.experiments.results import interval
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.nvae import NVAE
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
@@ -81,24 +79,15 @@ def defend_hierarchy(
     vae, weights = _load(config, models, checkpoint)
     path = Path(output) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "experiment": name,
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),
-        "weights": weights,
-        "metric": metrics.metric_name("ms_ssim", VARIANT),
-        "command": command("defend", name, overrides, checkpoint=checkpoint),
-        "provenance": provenance(),
-        "groups": {},
-    }
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        for key in ("config", "weights"):
-            if earlier[key] != result[key]:
-                raise ValueError(
-                    f"{path} belongs to another run (its {key} differs); "
-                    "move it away, or choose another output directory"
-                )
-        result["groups"] = earlier["groups"]
+    result = results.header(
+        name,
+        config,
+        weights,
+        command("defend", name, overrides, checkpoint=checkpoint),
+        metric=metrics.metric_name("ms_ssim", VARIANT),
+    )
+    result["groups"] = {}
+    results.resume(path, result, "groups")
 
     test_set = data.load(config.dataset, "test", root)
     if test_set.image_shape != vae.image_shape:
@@ -135,7 +124,7 @@ def defend_hierarchy(
             entry["defences"][defence] = _score(
                 vae, references, x_adv, before, outcome, image, config
             )
-            write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
+            results.save(path, result)
     return result
 
 
@@ -295,23 +284,19 @@ def _score(
     at_reference = functools.partial(_energy, vae, references, config=config)
     ratio = metrics.log_posterior_ratio(at_reference, before.latents, outcome.latents)
     energy = _energy(vae, x_adv, outcome.latents, config)
-    scores = {
+    return {
         "ms_ssim": _compare(before.reconstruction, outcome.reconstruction, image),
         "log_posterior_ratio_median": interval(ratio.cpu(), image, "median"),
         "energy": interval(energy.cpu(), image),
         "gradients_per_image": outcome.num_gradients,
         "seconds_per_image": outcome.seconds / len(references),
         "settings": outcome.settings,
+        **chain_statistics(outcome.stats),
     }
-    if outcome.stats:
-        scores["acceptance_rate"] = float(outcome.stats["acceptance_rate"].mean())
-        scores["divergences"] = int(outcome.stats["diverging"].sum())
-        scores["step_size_last"] = float(outcome.stats["step_size"][:, -1].mean())
-    return scores
 
 
 def _compare(x: Tensor, y: Tensor, image: Tensor) -> dict[str, float]:
-    return _similarity(x.cpu(), y.cpu(), image)
+    return similarity(x.cpu(), y.cpu(), image)
 
 
 def _concatenate(parts: list[Latents]) -> Latents:

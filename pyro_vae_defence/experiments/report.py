@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
 from pyro_vae_defence.experiments.benchmark_attacks import attacks_table
+from pyro_vae_defence.experiments.markdown import interval, row, source
 
 _LABELS = {
     "none": "no defence",
@@ -37,11 +38,7 @@ def report(results: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: if the directory holds no result file.
     """
-    files = sorted(Path(results).glob("*.json"))
-    if not files:
-        raise ValueError(f"no result files (*.json) in {results}; run an experiment first")
-    read = [json.loads(path.read_text()) for path in files]
-    return "\n".join(_table(result) for result in read)
+    return "\n".join(_table(result) for result in _read(results))
 
 
 def write_report(results: str | os.PathLike[str]) -> Path:
@@ -50,15 +47,22 @@ def write_report(results: str | os.PathLike[str]) -> Path:
     The figure of ``MODEL`` is ``MODEL_groups.png``, one panel per radius.
     """
     path = Path(results) / "tables.md"
-    path.write_text(report(results))
+    read = _read(results)
+    path.write_text("\n".join(_table(result) for result in read))
     by_model: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(Path(results).glob("*.json")):
-        result = json.loads(file.read_text())
+    for result in read:
         if "groups" in result:
             by_model.setdefault(result["config"]["model"], []).append(result)
     for model, found in by_model.items():
         groups_figure(found).savefig(Path(results) / f"{model}_groups.png", dpi=120)
     return path
+
+
+def _read(results: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    files = sorted(Path(results).glob("*.json"))
+    if not files:
+        raise ValueError(f"no result files (*.json) in {results}; run an experiment first")
+    return [json.loads(path.read_text()) for path in files]
 
 
 def groups_figure(results: Sequence[dict[str, Any]]) -> Figure:
@@ -93,7 +97,6 @@ def _table(result: dict[str, Any]) -> str:
         if key in result:
             return table(result)
     config = result["config"]
-    versions = result["provenance"]
     lines = [
         f"### {result['experiment']}",
         "",
@@ -108,29 +111,28 @@ def _table(result: dict[str, Any]) -> str:
     for name, entry in result["defences"].items():
         acceptance = entry.get("acceptance_rate")
         lines.append(
-            f"| {_LABELS[name]} | {_interval(entry['ms_ssim'], 3)} | "
-            f"{_interval(entry['log_posterior_ratio_median'], 1)} | {_interval(entry['energy'], 1)} | "
+            f"| {_LABELS[name]} | {interval(entry['ms_ssim'], 3)} | "
+            f"{interval(entry['log_posterior_ratio_median'], 1)} | {interval(entry['energy'], 1)} | "
             f"{'' if acceptance is None else f'{acceptance:.2f}'} | "
             f"{entry['gradients_per_image']:.0f} | {entry['seconds_per_image']:.3g} |"
         )
     lines += [
-        f"| noise floor | {_interval(result['noise_floor'], 3)} | | | | | |",
+        f"| noise floor | {interval(result['noise_floor'], 3)} | | | | | |",
         "",
-        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
-        f"{versions['threads']} thread(s).",
+        f"{source(result)}.",
         "",
     ]
     return "\n".join(lines)
 
 
 def _hierarchy_table(result: dict[str, Any]) -> str:
-    config, versions = result["config"], result["provenance"]
+    config = result["config"]
     lines = [
         f"### {result['experiment']}",
         "",
         f"{config['num_references']} reference images x {config['num_restarts']} restarts, radius "
         f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals over reference "
-        f"images. Noise floor of {result['metric']}: {_interval(result['noise_floor'], 3)}.",
+        f"images. Noise floor of {result['metric']}: {interval(result['noise_floor'], 3)}.",
         "",
         f"| attacked groups | symmetric KL (nats) | | {result['metric']} | median log posterior ratio (nats) | "
         "energy of x_adv (nats) | acceptance | gradients per image | seconds per image |",
@@ -141,20 +143,19 @@ def _hierarchy_table(result: dict[str, Any]) -> str:
             acceptance = found.get("acceptance_rate")
             cells = [
                 k,
-                _interval(entry["symmetric_kl"], 1),
+                interval(entry["symmetric_kl"], 1),
                 _LABELS[name],
-                _interval(found["ms_ssim"], 3),
-                _interval(found["log_posterior_ratio_median"], 1),
-                _interval(found["energy"], 1),
+                interval(found["ms_ssim"], 3),
+                interval(found["log_posterior_ratio_median"], 1),
+                interval(found["energy"], 1),
                 "" if acceptance is None else f"{acceptance:.2f}",
                 f"{found['gradients_per_image']:.0f}",
                 f"{found['seconds_per_image']:.3g}",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(row(cells))
     lines += [
         "",
-        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
-        f"{versions['threads']} thread(s).",
+        f"{source(result)}.",
         "",
     ]
     return "\n".join(lines)
@@ -162,7 +163,7 @@ def _hierarchy_table(result: dict[str, Any]) -> str:
 
 def robustness_table(result: dict[str, Any]) -> str:
     """The worst cases of a result file, and what each attack left, as Markdown."""
-    config, versions = result["config"], result["provenance"]
+    config = result["config"]
     lines = [
         f"### {result['experiment']}",
         "",
@@ -179,31 +180,26 @@ def robustness_table(result: dict[str, Any]) -> str:
         robust = report["robust"]
         lines.append(
             f"| {_CHAINS[key.split('/')[1]]} | {report['figure']} | "
-            f"{_interval(report['clean']['mean'], 3)} | {_interval(report['random_noise'], 3)} | "
-            f"{_interval(robust['mean'], 3)} | {_interval(robust['averaged'], 3)} | "
-            f"{_interval(robust['worst_of_n'], 3)} | "
+            f"{interval(report['clean']['mean'], 3)} | {interval(report['random_noise'], 3)} | "
+            f"{interval(robust['mean'], 3)} | {interval(robust['averaged'], 3)} | "
+            f"{interval(robust['worst_of_n'], 3)} | "
             f"{report['cost']['attack_evaluations_per_image']:,.0f} | "
             f"{'no' if report['unreliable'] else 'yes'} |"
         )
     for key, report in result["reports"].items():
         lines += ["", f"{key}, figure under each attack:", ""]
         lines += [
-            f"- {a['name']} ({a['num_draws']} draws): {_interval(a['figure'], 3)}"
+            f"- {a['name']} ({a['num_draws']} draws): {interval(a['figure'], 3)}"
             for a in report["attacks"]
         ]
         lines += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
         lines += [f"- unreliable: {reason}" for reason in report["reasons"]]
     lines += [
         "",
-        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
-        f"{versions['threads']} thread(s).",
+        f"{source(result)}.",
         "",
     ]
     return "\n".join(lines)
-
-
-def _interval(entry: dict[str, float], digits: int) -> str:
-    return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
 
 
 # What a result file of each experiment has and no other; all others are of ``defend``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import zlib
 from pathlib import Path
@@ -14,15 +13,14 @@ import torch
 
 from pyro_vae_defence import attacks, data
 from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, NoDefence
+from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.config import RobustnessConfig, command, override
-from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import MODELS, ROBUSTNESS
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.robustness import Budget, evaluate_robustness
 
 
@@ -57,23 +55,11 @@ def robustness(
     if "classification" in config.targets:
         classifier, card = load_classifier(f"{config.model}_classifier", models)
         weights[card.name] = card.sha256
-    result: dict[str, Any] = {
-        "experiment": f"robustness {name}",
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),
-        "weights": weights,
-        "command": command("robustness", name, overrides),
-        "provenance": provenance(),
-        "reports": {},
-    }
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        for key in ("config", "weights"):
-            if earlier[key] != result[key]:
-                raise ValueError(
-                    f"{path} belongs to another run (its {key} differs); "
-                    "move it away, or choose another output directory"
-                )
-        result["reports"] = earlier["reports"]
+    result = results.header(
+        f"robustness {name}", config, weights, command("robustness", name, overrides)
+    )
+    result["reports"] = {}
+    results.resume(path, result, "reports")
 
     test_set = data.load(MODELS[config.model].dataset, "test", root)
     chosen = data.stratified(
@@ -105,7 +91,7 @@ def robustness(
                 generator=torch.Generator().manual_seed(config.seed + zlib.crc32(key.encode())),
             )
             result["reports"][key] = report.to_dict()
-            write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+            results.save(path, result, indent=1)
     return result
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae_defence.experiments.evaluate import MSE, nll_name
+from pyro_vae_defence.experiments.markdown import interval, row
 from pyro_vae_defence.experiments.paper import TABLE_7
 from pyro_vae_defence.experiments.registry import MODELS
 
@@ -49,13 +50,13 @@ def _table_7(dataset: str, results: Path) -> str:
         if result is not None:
             measured = result["metrics"]
             nll = measured[nll_name(result["config"]["num_samples"])]
-            cells[2], cells[4] = _interval(nll, 2), _interval(measured[MSE], 1)
+            cells[2], cells[4] = interval(nll, 2), interval(measured[MSE], 1)
             cells[5] = f"{nll['num_images']:,}"
             sources.append(
                 f"- `{result['command']}`, commit `{result['provenance']['commit'][:12]}`, "
                 f"{result['config']['num_samples']} importance samples, seed {result['config']['seed']}"
             )
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(cells))
     lines += ["", "NLL in nats; MSE per pixel on the scale 0..255. 95% intervals over images.", ""]
     return "\n".join([*lines, *sources, ""] if sources else lines)
 
@@ -77,7 +78,3 @@ def _label(suffix: str) -> str:
         return "VAE"
     family, beta = suffix.rsplit("_", 1)
     return f"{'β-VAE' if family == 'beta_vae' else 'β-TCVAE'}, β = {beta}"
-
-
-def _interval(entry: dict[str, float], digits: int) -> str:
-    return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks, diagnostics, metrics
 from pyro_vae_defence.defence import NoDefence
+from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.benchmark.samplers import GOLD, SAMPLERS, Sampler
 from pyro_vae_defence.experiments.benchmark.settling import running_means, settled
 from pyro_vae_defence.experiments.config import BenchmarkConfig
@@ -378,10 +379,7 @@ def _tree(trace: Trace, num_chains: int) -> Any:
 
 def _interval(values: np.ndarray) -> dict[str, float]:
     """Mean over images with its 95% bootstrap interval."""
-    found = metrics.bootstrap_interval(
-        torch.from_numpy(values), generator=torch.Generator().manual_seed(0)
-    )
-    return {"estimate": found.estimate, "low": found.low, "high": found.high}
+    return results.interval(torch.from_numpy(values))
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

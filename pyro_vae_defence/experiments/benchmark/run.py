@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import os
 import time
 from collections.abc import Callable
@@ -15,17 +13,16 @@ import torch
 from tqdm.auto import tqdm
 
 from pyro_vae_defence import data
+from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.benchmark.chains import chains, seconds_per_gradient
 from pyro_vae_defence.experiments.benchmark.decoder import decoder
 from pyro_vae_defence.experiments.benchmark.engines import engines
 from pyro_vae_defence.experiments.benchmark.memory import memory
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.config import command, override
-from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import BENCHMARKS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
-from pyro_vae_defence.ops.files import write_atomically
 
 
 def benchmark(
@@ -71,23 +68,14 @@ def benchmark(
             "weights; choose a grey-scale model that this version has trained"
         )
     path = Path(output) / f"{name}.json"
-    result: dict[str, Any] = {
-        "experiment": f"benchmark {name}",
-        "config": json.loads(json.dumps(dataclasses.asdict(config))),
-        "weights": load_card(config.model, models).sha256,
-        "command": command("benchmark", name, overrides),
-        "provenance": provenance(),
-        "sections": {},
-    }
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        for key in ("config", "weights"):
-            if earlier[key] != result[key]:
-                raise ValueError(
-                    f"{path} belongs to another run (its {key} differs); "
-                    "move it away, or choose another output directory"
-                )
-        result["sections"] = earlier["sections"]
+    result = results.header(
+        f"benchmark {name}",
+        config,
+        load_card(config.model, models).sha256,
+        command("benchmark", name, overrides),
+    )
+    result["sections"] = {}
+    results.resume(path, result, "sections")
 
     test_set = data.load(config.dataset, "test", root)
     generator = torch.Generator().manual_seed(config.seed)
@@ -120,5 +108,5 @@ def benchmark(
                 "wall_seconds": round(time.perf_counter() - began, 1),
                 "commit": result["provenance"]["commit"],
             }
-            write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+            results.save(path, result, indent=1)
     return result

@@ -6,6 +6,7 @@ from typing import Any
 
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
+from pyro_vae_defence.experiments.markdown import interval, source
 
 _ENGINES = {
     "hmc": "this library, HMC, all images at once",
@@ -35,11 +36,9 @@ def benchmark_tables(result: dict[str, Any]) -> str:
         parts += _engines(sections["engines"], config)
     if "memory" in sections:
         parts += _memory(sections["memory"])
-    versions = result["provenance"]
     spent = sum(entry["wall_seconds"] for entry in result["sections"].values()) / 60
     parts += [
-        f"`{result['command']}`, commit `{versions['commit'][:12]}`, torch {versions['torch']}, "
-        f"{versions['threads']} thread(s), {versions['machine']}; model `{config['model']}`, "
+        f"{source(result)}, {result['provenance']['machine']}; model `{config['model']}`, "
         f"images of `{config['dataset']}`, seed {config['seed']}; {spent:.0f} minutes.",
         "",
     ]
@@ -57,7 +56,7 @@ def _chains(
         f"{config['num_images']} attacked images, {config['num_chains']} chains each. Gold run: "
         f"{gold['transitions_per_chain']:,} transitions ({gold['gradients_per_chain']:,} gradients) per chain after "
         f"warm-up; mean energy {gold['energy']:.2f} ± {gold['energy_monte_carlo_error']:.2f} nats, MSSSIM[paper] "
-        f"{_interval(gold['similarity'], 3)}; R-hat of the energy {rhat[0]['median']:.3f} in the median over images "
+        f"{interval(gold['similarity'], 3)}; R-hat of the energy {rhat[0]['median']:.3f} in the median over images "
         f"and {rhat[0]['max']:.3f} at most, of the latents {rhat[1]['median']:.3f} and {rhat[1]['q99']:.3f} (99%).",
         "",
         "| kernel | gradients to energy | gradients to MSSSIM | seconds per image | "
@@ -71,7 +70,7 @@ def _chains(
         lines.append(
             f"| {SAMPLERS[name].label} | {_count(energy, entry['budget'])} | "
             f"{_count(similarity, entry['budget'])} | {time} | "
-            f"{_interval(entry['excess_energy_last'], 1)} | {entry['acceptance_rate']:.2f} | "
+            f"{interval(entry['excess_energy_last'], 1)} | {entry['acceptance_rate']:.2f} | "
             f"{entry['divergences']} |"
         )
     lines += ["", *_against_paper(section["samplers"], seconds)]
@@ -203,7 +202,3 @@ def _memory(section: dict[str, Any]) -> list[str]:
 
 def _count(gradients: int | None, budget: int) -> str:
     return f"not within {budget:,}" if gradients is None else f"{gradients:,}"
-
-
-def _interval(entry: dict[str, float], digits: int) -> str:
-    return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"

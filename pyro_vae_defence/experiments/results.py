@@ -1,0 +1,65 @@
+"""Result files: what every one says about itself, runs that go on from one, and their intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence import metrics
+from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.ops.files import write_atomically
+
+
+def header(experiment: str, config: Any, weights: Any, command: str, **more: Any) -> dict[str, Any]:
+    """What a result is of: experiment, configuration as JSON holds it, weights, command and provenance."""
+    return {
+        "experiment": experiment,
+        "config": json.loads(json.dumps(dataclasses.asdict(config))),
+        "weights": weights,
+        **more,
+        "command": command,
+        "provenance": provenance(),
+    }
+
+
+def resume(path: Path, result: dict[str, Any], *parts: str) -> None:
+    """Take over the ``parts`` that an earlier call has left in the file, if there is one.
+
+    Raises:
+        ValueError: if the file is of another configuration or of other weights.
+    """
+    if not path.exists():
+        return
+    earlier = json.loads(path.read_text())
+    for key in ("config", "weights"):
+        if earlier[key] != result[key]:
+            raise ValueError(
+                f"{path} belongs to another run (its {key} differs); "
+                "move it away, or choose another output directory"
+            )
+    result.update({part: earlier[part] for part in parts})
+
+
+def save(path: Path, result: dict[str, Any], indent: int = 2) -> None:
+    """Write a result file atomically."""
+    write_atomically(path, (json.dumps(result, indent=indent) + "\n").encode())
+
+
+def interval(
+    values: Tensor, image: Tensor | None = None, statistic: str = "mean"
+) -> dict[str, float]:
+    """Estimate and bootstrap interval over images; with ``image``, restarts of one stay together."""
+    found = metrics.bootstrap_interval(
+        values, image, statistic=statistic, generator=torch.Generator().manual_seed(0)
+    )
+    return as_entry(found)
+
+
+def as_entry(found: metrics.Interval) -> dict[str, float]:
+    """An interval as result files hold it."""
+    return {"estimate": found.estimate, "low": found.low, "high": found.high}
