@@ -97,13 +97,13 @@ class ConvVAE(nn.Module):
         self.latent_log_variance = nn.Conv2d(128, latent_dim, 3, stride=2, padding=1)
         self.decoder = nn.Sequential(
             nn.ConvTranspose2d(latent_dim, 128, 3, dilation=2),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(128, 96, 3),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(96, 64, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.ConvTranspose2d(32, in_channels, 4, stride=2, padding=1),
         )
         self._initialise()
