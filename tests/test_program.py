@@ -109,6 +109,38 @@ def test_encoding_draws_from_the_guide_and_from_each_images_stream(linear_vae):
     assert torch.equal(alone["z"][0], z[0, 2])
 
 
+@pytest.mark.parametrize("make", [LinearGaussianVAE, HierarchicalVAE])
+def test_repeated_draws_are_those_of_the_guide_on_repeated_images(make, float64):
+    vae = make()
+    runs = 0
+    guide = vae.guide
+
+    def counted(x):
+        nonlocal runs
+        runs += 1
+        return guide(x)
+
+    vae.guide = counted
+    x = torch.rand(3, 1, 4, 4)
+    draw = program.GuideDraws(vae, x)
+    before = runs
+    streams = Streams.create(3, 5, seed=7)
+    torch.manual_seed(
+        1
+    )  # sites without a stream of their own, here a Gamma's, draw from the global seed
+    latents, log_q = draw(5, streams)
+    # A flat Gaussian guide has run once and for all.
+    assert runs - before == (0 if make is LinearGaussianVAE else 1)
+    torch.manual_seed(1)
+    expected, expected_log_q = program.sample_with_log_prob(
+        vae, x.repeat(5, 1, 1, 1), streams=streams
+    )
+    assert latents.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(latents[name], expected[name])
+    torch.testing.assert_close(log_q, expected_log_q)
+
+
 def test_evaluation_mode_restores_each_module():
     net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)).train()
     net[1].eval()

@@ -72,6 +72,7 @@ class _Weights:
     def __init__(self, vae: VAE, x: Tensor, streams: Streams) -> None:
         self.vae = vae
         self.x = x
+        self.draw = program.GuideDraws(vae, x)
         self.streams = streams
         self.drawn = 0
         self.potential: program.ModelPotential | None = None
@@ -87,7 +88,7 @@ class _Weights:
             self.streams.seed, self.streams.image.repeat(count).to(x.device), chain.to(x.device)
         )
         self.drawn += count
-        values, log_q = program.sample_with_log_prob(self.vae, x, streams=streams)
+        values, log_q = self.draw(count, streams)
         latents = self.potential.unconstrain(values)
         # U holds minus the log-determinant of the transforms; q, read on the support, does not.
         log_joint = self.potential.log_determinant(latents) - self.potential(latents)

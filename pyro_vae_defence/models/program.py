@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -49,6 +50,7 @@ DATA_PLATE = "data"
 
 __all__ = [
     "DATA_PLATE",
+    "GuideDraws",
     "ModelPotential",
     "check_guide",
     "check_images",
@@ -322,6 +324,51 @@ def sample_with_log_prob(
     for name, site in _sample_sites(trace).items():
         log_prob = log_prob + _log_prob_per_image(name, site, x.shape[0])
     return _latent_values(trace), log_prob
+
+
+class GuideDraws:
+    """Draws from the guide at the same images, over and over.
+
+    A guide of one Gaussian site, like the paper's, runs once for all draws; any other runs for every draw. Either way
+    the draws are those of :func:`sample_with_log_prob` on the repeated images.
+
+    Args:
+        vae: any Pyro VAE.
+        x: images ``(N, C, H, W)``.
+    """
+
+    def __init__(self, vae: VAE, x: Tensor) -> None:
+        self.vae, self.x = vae, x
+        self.site = ""
+        sites = _sample_sites(_guide_trace(vae, x, Streams.create(len(x), seed=0, device=x.device)))
+        if len(sites) != 1:
+            return
+        name, site = next(iter(sites.items()))
+        fn = site["fn"]
+        if (
+            isinstance(fn, Independent)
+            and isinstance(fn.base_dist, Normal)
+            and fn.batch_shape == (len(x),)
+            and site["mask"] is None
+            and not site["is_observed"]
+        ):
+            self.site, self.events = name, fn.reinterpreted_batch_ndims
+            self.loc, self.scale = fn.base_dist.loc, fn.base_dist.scale
+
+    def __call__(self, count: int, streams: Streams) -> tuple[Latents, Tensor]:
+        """``count`` draws per image, chains folded in front: latents of ``count * N`` rows and log q(z | x)."""
+        if not self.site:
+            x = self.x.repeat(count, *[1] * (self.x.dim() - 1))
+            return sample_with_log_prob(self.vae, x, streams=streams)
+
+        def repeated(value: Tensor) -> Tensor:
+            return value.repeat(count, *[1] * (value.dim() - 1))
+
+        fn = dist.Normal(repeated(self.loc), repeated(self.scale), validate_args=False)
+        draws = dist.Independent(fn, self.events, validate_args=False)
+        with poutine.block(), _StreamMessenger(streams, step=0):
+            z = pyro.sample(self.site, draws)
+        return {self.site: z}, draws.log_prob(z)
 
 
 def posterior_mean(vae: VAE, x: Tensor) -> Latents:
