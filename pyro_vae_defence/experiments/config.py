@@ -461,6 +461,7 @@ class RobustnessConfig:
         engine: optimiser of :mod:`pyro_vae_defence.attacks`.
         reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`.
         num_images: class-stratified test images.
+        num_examples: of these, how many are kept as pictures.
         num_samples, warmup_steps, leapfrog_steps, step_size: of the chains.
         seed: seed of images, attacks and defences.
     """
@@ -481,6 +482,7 @@ class RobustnessConfig:
     engine: str = "APGD"
     reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
     num_images: int = 32
+    num_examples: int = 8
     num_samples: int = 5
     warmup_steps: int = 20
     leapfrog_steps: int = 4
