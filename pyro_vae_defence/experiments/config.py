@@ -418,10 +418,10 @@ class BenchmarkConfig:
     rows: tuple[int, ...] = (1, 16, 128, 512)
     repeats: int = 3
     engine_images: int = 500
-    engine_transitions: int = 30
-    engine_warmup: int = 10
+    engine_transitions: int = 12
+    engine_warmup: int = 6
     engine_steps: int = 4
-    engine_tree_depth: int = 4
+    engine_tree_depth: int = 3
     one_by_one_images: int = 6
     memory_images: tuple[int, ...] = (500, 2000, 8000)
     memory_batch_size: int = 512
