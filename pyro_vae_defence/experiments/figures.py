@@ -310,14 +310,15 @@ class _Study:
 
     # --- The defence ---
 
-    def _kernel(self, model: Callable[..., Any], **options: Any) -> BatchedHMC:
+    @property
+    def _kernel(self) -> Callable[..., BatchedHMC]:
         """HMC in the metric of the mean posterior variance."""
-        settings = {
-            "step_size": self.config.step_size,
-            "num_steps": self.config.leapfrog_steps,
-            "inverse_mass_matrix": self.vae.mean_posterior_variance,
-        }
-        return BatchedHMC(model, **{**settings, **options})
+        return functools.partial(
+            BatchedHMC,
+            step_size=self.config.step_size,
+            num_steps=self.config.leapfrog_steps,
+            inverse_mass_matrix=self.vae.mean_posterior_variance,
+        )
 
     def _hmc(self, num_chains: int = 1) -> MCMCDefence:
         config = self.config
