@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments import figures as module
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.config import FiguresConfig
-from pyro_vae_defence.experiments.figures import ATTACKERS, figures, pack_images, unpack_images
+from pyro_vae_defence.experiments.figures import ATTACKERS, figures
 from pyro_vae_defence.experiments.figures_report import (
     examples_figure,
     knowledge_figure,
@@ -87,20 +90,20 @@ def test_attacks_stay_in_their_ball_and_no_attack_changes_nothing(run, packaged)
     assert clean["ms_ssim"]["images"]["estimate"] == 1.0
     assert clean["symmetric_kl"]["estimate"] == 0.0
     assert clean["unchanged"]["undefended"]["estimate"] == 1.0
-    x_ref = unpack_images(clean["examples"]["images"])
-    assert x_ref.shape == (1, 1, 28, 28)
+    # The attacked image is the uppermost of three tiles with a margin of one pixel.
+    x_ref = pixels(clean["examples"])[1:29, 1:29]
+    assert x_ref.shape == (28, 28)
     for radius, cells in result["knowledge"].items():
         for cell in cells.values():
-            x_adv = unpack_images(cell["examples"]["images"])
+            picture = pixels(cell["examples"])
+            assert picture.shape == (3 * 29 + 1, 30)
             # 8 bits on either side.
-            assert 0 < (x_adv - x_ref).abs().max() <= float(radius) + 1.01 / 255
-            assert cell["examples"]["defended"]["shape"] == [1, 1, 28, 28]
+            assert 0 < abs(picture[1:29, 1:29] - x_ref).max() <= float(radius) + 1.01 / 255
             assert cell["symmetric_kl"]["estimate"] > 0
 
 
-def test_images_survive_packing():
-    images = torch.arange(256.0).reshape(1, 1, 16, 16) / 255
-    assert torch.equal(unpack_images(json.loads(json.dumps(pack_images(images)))), images)
+def pixels(picture):
+    return imread(io.BytesIO(base64.b64decode(picture)))[..., 0]
 
 
 def test_every_supervised_target_is_of_another_class(run, models):
@@ -192,8 +195,10 @@ def test_pictures_have_the_papers_panels(run):
     found = result["knowledge"]["1"]["with_mcmc"]["ms_ssim"]
     assert blue.get_ydata()[-1] == found["images"]["estimate"]
     assert orange.get_ydata()[-1] == found["defended"]["estimate"]
-    # Two attackers; an image and two reconstructions; the reference and two radii.
-    assert len(examples_figure(result).axes) == 2 * 3 * 3
+    examples = examples_figure(result).axes
+    assert [axes.get_title() for axes in examples] == ["reference", "radius 0.1", "radius 1"] * 2
+    drawn = examples[5].images[0].get_array()[..., 0]
+    assert (drawn == pixels(result["knowledge"]["1"]["with_mcmc"]["examples"])).all()
     panels = objectives_figure(result).axes
     assert [axes.axison for axes in panels] == [True] * 4 + [False] * 2 + [True] * 6
     assert panels[1].get_title().endswith("↓")

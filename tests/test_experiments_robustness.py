@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 
+import matplotlib.image
 import pytest
 import torch
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.config import RobustnessConfig
+from pyro_vae_defence.experiments.html import picture, robustness_page
 from pyro_vae_defence.experiments.registry import ROBUSTNESS
-from pyro_vae_defence.experiments.report import report, robustness_table
+from pyro_vae_defence.experiments.report import report, robustness_table, write_report
 from pyro_vae_defence.experiments.robustness import robustness
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
@@ -74,10 +79,46 @@ def test_a_result_is_written_resumed_and_printed(models, packaged, tmp_path, cap
     assert "| no defence | accuracy |" in table
     assert "- skipped bpda: not asked for" in table
     assert "robustness mnist_radius_0.2" in report(output)
+
+    write_report(output)
+    page = (output / "report.html").read_text()
+    # Everything is inside: the only sources are data, no link, no script.
+    assert set(re.findall(r'(?:src|href)="([a-z]+:|[^#d])', page)) == {"data:"}
+    assert "<script" not in page
+    assert page.count("<svg") == 1
+    assert page.count('src="data:image/png;base64,') == 2
+    estimate = aware["robust"]["mean"]["estimate"]
+    assert f"{estimate:.3f} [" in page
+    assert "decoder evaluations" not in page
+    assert "defence and decoder" in page  # what the equilibrium attacker knows
+    unreliable = sum(found["unreliable"] for found in result["reports"].values())
+    assert page.count("Unreliable:") == unreliable
+    examples = matplotlib.image.imread(io.BytesIO(base64.b64decode(aware["examples"])))
+    # Three rows of four images, a frame of one pixel around each.
+    assert examples.shape == (3 * 29 + 1, 4 * 29 + 1, 4)
     assert (
         main(["robustness", "mnist_radius_0.2", "--output", str(output), "--set", "radius=7"]) == 2
     )
     assert "belongs to another run (its config differs)" in capsys.readouterr().err
+
+
+def test_a_page_escapes_what_it_is_told_and_flags_what_is_unreliable(models, packaged, tmp_path):
+    settings = {**SETTINGS, "attacks": ("transfer",), "defences": ("aware",)}
+    result = robustness("mnist_radius_0.2", tmp_path, models=models, overrides=settings)
+    result["command"] = "<b>&"
+    page = robustness_page([result])
+    assert "&lt;b&gt;&amp;" in page
+    assert "only transfer attacks ran: no attacker knew the defence" in page
+    with pytest.raises(ValueError, match="holds no report; run the experiment robustness"):
+        robustness_page([])
+
+
+def test_pictures_are_rows_of_images():
+    dark, bright = torch.zeros(2, 1, 3, 3), torch.full((2, 1, 3, 3), 1.5)
+    pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(picture((dark, bright)))))
+    assert pixels.shape == (9, 9, 4)
+    assert (pixels[1:4, 1:4, :3] == 0).all()
+    assert (pixels[5:8, 5:8, :3] == 1).all()
 
 
 def test_every_dataset_and_radius_has_an_experiment():

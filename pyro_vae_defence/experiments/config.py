@@ -418,10 +418,10 @@ class BenchmarkConfig:
     rows: tuple[int, ...] = (1, 16, 128, 512)
     repeats: int = 3
     engine_images: int = 500
-    engine_transitions: int = 30
-    engine_warmup: int = 10
+    engine_transitions: int = 12
+    engine_warmup: int = 6
     engine_steps: int = 4
-    engine_tree_depth: int = 4
+    engine_tree_depth: int = 3
     one_by_one_images: int = 6
     memory_images: tuple[int, ...] = (500, 2000, 8000)
     memory_batch_size: int = 512
@@ -464,6 +464,7 @@ class RobustnessConfig:
         engine: optimiser of :mod:`pyro_vae_defence.attacks`.
         reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`.
         num_images: class-stratified test images.
+        num_examples: of these, how many are kept as pictures.
         num_samples, warmup_steps, leapfrog_steps, step_size: of the chains.
         seed: seed of images, attacks and defences.
     """
@@ -484,6 +485,7 @@ class RobustnessConfig:
     engine: str = "APGD"
     reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
     num_images: int = 32
+    num_examples: int = 8
     num_samples: int = 5
     warmup_steps: int = 20
     leapfrog_steps: int = 4

@@ -17,14 +17,14 @@ Every attack leaves a *cell* of means over images with 95% intervals:
   one undefended draw, to the attacked image's, ``undefended`` and ``defended`` by HMC on the paper's target;
 - ``unchanged``: how often the class is what the undefended model gives the reference;
 - ``symmetric_kl`` of the guides at reference and attacked image, in nats;
-- supervised, ``target_ms_ssim`` and ``target_symmetric_kl``: the same to the target.
+- supervised, ``target_ms_ssim`` and ``target_symmetric_kl``: the same to the target;
+- in ``knowledge``, ``examples``: a picture of the first images, and below them both reconstructions.
 
 Budgets are those of :class:`~pyro_vae_defence.experiments.config.FiguresConfig`.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
 import os
 import time
@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -44,6 +43,7 @@ from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefe
 from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.config import FiguresConfig, command, override
 from pyro_vae_defence.experiments.defend import VARIANT
+from pyro_vae_defence.experiments.html import picture
 from pyro_vae_defence.experiments.registry import FIGURES, MODELS
 from pyro_vae_defence.experiments.results import interval
 from pyro_vae_defence.mcmc import BatchedHMC
@@ -233,11 +233,8 @@ class _Study:
             }
             cell["target_symmetric_kl"] = divergence(self._target)
         if examples:
-            shown = {"images": x, **{name: run.reconstruction for name, run in runs.items()}}
-            cell["examples"] = {
-                name: pack_images(images[: self.config.num_examples])
-                for name, images in shown.items()
-            }
+            shown = (x, *(run.reconstruction for run in runs.values()))
+            cell["examples"] = picture([images[: self.config.num_examples] for images in shown])
         return cell
 
     def _unchanged(self, x: Tensor, defended: DefenceResult) -> dict[str, Any]:
@@ -349,15 +346,3 @@ class _Study:
 
     def _generator(self, purpose: str) -> torch.Generator:
         return results.generator(self.config.seed, purpose)
-
-
-def pack_images(images: Tensor) -> dict[str, Any]:
-    """Images ``(N, C, H, W)`` in [0, 1] as result files hold them: 8 bits per value, in base64."""
-    values = images.mul(255).round().to(torch.uint8).cpu().numpy()
-    return {"shape": list(values.shape), "uint8": base64.b64encode(values.tobytes()).decode()}
-
-
-def unpack_images(entry: dict[str, Any]) -> Tensor:
-    """What :func:`pack_images` has packed, to the nearest of 256 levels."""
-    values = np.frombuffer(base64.b64decode(entry["uint8"]), dtype=np.uint8).copy()
-    return torch.from_numpy(values).reshape(entry["shape"]).to(torch.get_default_dtype()) / 255

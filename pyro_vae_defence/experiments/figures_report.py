@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
 import json
 import os
@@ -11,11 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from matplotlib.image import imread
 
-from pyro_vae_defence import plots
 from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
-from pyro_vae_defence.experiments.figures import KINDS, unpack_images
+from pyro_vae_defence.experiments.figures import KINDS
 from pyro_vae_defence.experiments.markdown import interval, row, source
 from pyro_vae_defence.ops.files import write_atomically
 
@@ -223,30 +224,26 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
 
 
 def examples_figure(result: dict[str, Any]) -> Figure:
-    """Attacked images and their reconstructions over the radius, one block per attacker (Figure 12)."""
-    reference = result["clean"]["reference"]
-    rows = len(_SHOWN) * result["config"]["num_examples"]
-    figure = Figure(layout="constrained")
-    blocks: Any = figure.subfigures(1, len(_ATTACKERS))
-    for block, (attacker, title) in zip(blocks, _ATTACKERS.items(), strict=True):
-        columns = {"reference": _column(reference)} | {
-            radius: _column(cells[attacker])
-            for radius, cells in result["knowledge"].items()
-            if attacker in cells
-        }
-        panels = block.subplots(rows, len(columns), squeeze=False)
-        plots.panel(panels, columns)
-        for number, axes in enumerate(panels[:, 0]):
-            axes.set_ylabel(list(_SHOWN.values())[number % len(_SHOWN)], fontsize=7)
-        block.suptitle(f"attacker {title}", fontsize=10)
-    figure.set_size_inches(len(columns) * len(_ATTACKERS) * 0.95, rows * 0.95 + 0.6)
+    """Attacked images over the radius and their reconstructions, a row of panels per attacker (Figure 12)."""
+    number = result["config"]["num_examples"]
+    width = 0.45 * number + 0.1
+    columns = {"reference": dict.fromkeys(_ATTACKERS, result["clean"]["reference"])}
+    columns |= {f"radius {radius}": cells for radius, cells in result["knowledge"].items()}
+    figure = Figure(figsize=(len(columns) * width + 1, 4.2), layout="constrained")
+    grid = figure.subplots(len(_ATTACKERS), len(columns), squeeze=False)
+    for panels, (attacker, title) in zip(grid, _ATTACKERS.items(), strict=True):
+        for axes, (column, cells) in zip(panels, columns.items(), strict=True):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_title(column, fontsize=7)
+            if attacker in cells:
+                pixels = imread(io.BytesIO(base64.b64decode(cells[attacker]["examples"])))
+                axes.imshow(pixels)
+        height = pixels.shape[0] / len(_SHOWN)
+        centres = [(place + 0.5) * height for place in range(len(_SHOWN))]
+        panels[0].set_yticks(centres, list(_SHOWN.values()), fontsize=7)
+        panels[0].set_ylabel(f"attacker\n{title}", fontsize=8)
     return figure
-
-
-def _column(cell: dict[str, Any]) -> Tensor:
-    """Image and reconstructions of the first example, then of the second, and so on."""
-    parts = [unpack_images(cell["examples"][name]) for name in _SHOWN]
-    return torch.stack(parts, 1).flatten(0, 1)
 
 
 def objectives_figure(result: dict[str, Any]) -> Figure:

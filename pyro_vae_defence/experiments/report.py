@@ -17,7 +17,9 @@ from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
 from pyro_vae_defence.experiments.benchmark_attacks import attacks_table
 from pyro_vae_defence.experiments.figures_report import section as figures_section
 from pyro_vae_defence.experiments.figures_report import write_figures
+from pyro_vae_defence.experiments.html import robustness_page
 from pyro_vae_defence.experiments.markdown import interval, row, source
+from pyro_vae_defence.ops.files import write_atomically
 
 _LABELS = {
     "none": "no defence",
@@ -44,9 +46,10 @@ def report(results: str | os.PathLike[str]) -> str:
 
 
 def write_report(results: str | os.PathLike[str]) -> Path:
-    """Write :func:`report` to ``tables.md`` beside the result files, and Figure 4 of hierarchical models.
+    """Write :func:`report` to ``tables.md`` beside the result files, and what belongs to them.
 
-    The figure of ``MODEL`` is ``MODEL_groups.png``, one panel per radius.
+    Figure 4 of the hierarchical ``MODEL`` is ``MODEL_groups.png``, one panel per radius; robustness reports make one
+    self-contained page, ``report.html``.
     """
     path = Path(results) / "tables.md"
     read = _read(results)
@@ -59,6 +62,8 @@ def write_report(results: str | os.PathLike[str]) -> Path:
             by_model.setdefault(result["config"]["model"], []).append(result)
     for model, found in by_model.items():
         groups_figure(found).savefig(Path(results) / f"{model}_groups.png", dpi=120)
+    if any("reports" in result for result in read):
+        write_atomically(Path(results) / "report.html", robustness_page(read).encode())
     return path
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae_defence import attacks, data
 from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, NoDefence
 from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.config import RobustnessConfig, command, override
+from pyro_vae_defence.experiments.html import picture
 from pyro_vae_defence.experiments.registry import MODELS, ROBUSTNESS
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE
@@ -90,9 +92,19 @@ def robustness(
                 # A seed of its own: a report does not depend on which others are made.
                 generator=torch.Generator().manual_seed(config.seed + zlib.crc32(key.encode())),
             )
-            result["reports"][key] = report.to_dict()
+            result["reports"][key] = {
+                **report.to_dict(),
+                "examples": _examples(defence, x, report.x_adv, config.num_examples),
+            }
             results.save(path, result, indent=1)
     return result
+
+
+def _examples(defence: Defence, x: Tensor, x_adv: Tensor, number: int) -> str:
+    """The first images, not chosen: reference, worst attack and what the defence makes of it."""
+    x, x_adv = x[:number], x_adv[:number]
+    outcome = defence(x_adv, torch.Generator().manual_seed(0))
+    return picture((x, x_adv, outcome.reconstruction))
 
 
 def _budget(config: RobustnessConfig) -> Budget:
