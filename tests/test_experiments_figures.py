@@ -114,7 +114,7 @@ def test_every_supervised_target_is_of_another_class(run, models):
     assert torch.equal(study._target[1:], study.x_ref[:-1])
 
 
-def test_the_attacker_who_knows_keeps_the_best_of_his_gradients(models):
+def test_the_attacker_who_knows_keeps_the_best_of_the_gradients(models):
     config = FiguresConfig("mnist_vae", **{**TINY, "gradients": ("truncated", "equilibrium")})
     study, _ = module._load(config, None, models)
     purposes = {gradient: f"with_mcmc {gradient} 0.1" for gradient in config.gradients}
@@ -172,7 +172,7 @@ def test_tables_and_figures_come_from_the_files_alone(run, capsys):
         value = result["knowledge"]["0.1"][attacker]["ms_ssim"]["images"]["estimate"]
         assert f"| 0.1 | {label} the defence | {value:.3f} [" in text
     assert "Radius 0.2, supervised" in text
-    assert "| squared wasserstein | " in text
+    assert "| squared Wasserstein | " in text
     assert "2 steps of MomentumPGD" in text
     names = [f"figures_mnist_{what}.png" for what in ("knowledge", "examples", "objectives")]
     assert [path.name for path in drawn] == names

@@ -539,10 +539,10 @@ class FiguresConfig:
     Args:
         model: name of a trained model; the classifier is the one of its name.
         radii: L_inf radii of the attackers that do or do not know the defence, in units of the image range.
-        gradients: of the one who does, see :mod:`pyro_vae_defence.attacks.adaptive`; ``bpda``, ``truncated`` or
-            ``equilibrium``. He attacks with each and keeps, image by image, what serves him best.
-        num_chains: chains per image that he averages over, and draws of the guide that the other one does.
-        persistent_transitions: transitions per step of his chains, which go on from his last step.
+        gradients: of the attacker who does, names of :mod:`pyro_vae_defence.attacks.adaptive`: ``bpda``, ``truncated``
+            or ``equilibrium``. All are tried and the best result is kept, image by image.
+        num_chains: chains per image that this attacker averages over, and draws of the guide for the other one.
+        persistent_transitions: transitions of these chains per step; they go on from the last step.
         unrolled_transitions: how many of the last transitions ``truncated`` differentiates.
         objectives: what is compared, ``output`` being maximum damage or the targeted output attack; see
             :mod:`pyro_vae_defence.attacks.objectives`.

@@ -1,10 +1,10 @@
-r"""Figures 5, 10, 11, 12 and 16: does the attacker know the defence, and what does he maximise?
+r"""Figures 5, 10, 11, 12 and 16: what an attacker knows, and what an attacker maximises.
 
 Section ``knowledge`` (section 4.4, C.3). Two attackers maximise :math:`\|\tilde z^a - \tilde z^r\|^2` (eq. 64) in
 L_inf balls, with :math:`\tilde z^a, \tilde z^r \sim q^{(t)}` (eqs. 65, 66): the one of ``without_mcmc`` with t = 0,
 against the guide alone, the one of ``with_mcmc`` with the t transitions of the defence, by gradients of
-:mod:`pyro_vae_defence.attacks.adaptive`, of whose results he keeps, image by image, the one with the largest objective
-on fresh chains. :math:`\tilde z^r` enters by its mean, since
+:mod:`pyro_vae_defence.attacks.adaptive`, of whose results the one with the largest objective on fresh chains is kept,
+image by image. :math:`\tilde z^r` enters by its mean, since
 
 .. math:: E\|\tilde z^a - \tilde z^r\|^2 = E\|\tilde z^a - E\tilde z^r\|^2 + \mathrm{tr}\,\mathrm{Var}(\tilde z^r).
 

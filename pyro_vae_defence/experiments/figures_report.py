@@ -37,12 +37,12 @@ _PANELS = {
 
 
 class _Measure(NamedTuple):
-    """A quantity of cells: their key, how it is called, where a successful attack moves it."""
+    """A quantity of cells: its key, what it is called, where a successful attack moves it, how it is printed."""
 
     key: str
     title: str
     direction: str
-    logarithmic: bool = False
+    digits: int = 3
 
     def of(self, cell: dict[str, Any]) -> dict[str, dict[str, float]]:
         """Name of the reconstruction or ``""`` -> entry, as the cell has it."""
@@ -58,10 +58,10 @@ class _Measure(NamedTuple):
 _MEASURES = (
     _Measure("ms_ssim/images", "images: reference, attacked", "↑"),
     _Measure("ms_ssim", "reconstructions: reference, attacked", "↓"),
-    _Measure("symmetric_kl", "symmetric KL to the reference (nats)", "↑", True),
+    _Measure("symmetric_kl", "symmetric KL to the reference (nats)", "↑", 1),
     _Measure("unchanged", "class unchanged", "↓"),
     _Measure("target_ms_ssim", "reconstructions: target, attacked", "↑"),
-    _Measure("target_symmetric_kl", "symmetric KL to the target (nats)", "↓", True),
+    _Measure("target_symmetric_kl", "symmetric KL to the target (nats)", "↓", 1),
 )
 
 
@@ -121,10 +121,10 @@ def _knowledge_table(result: dict[str, Any]) -> Iterator[str]:
     yield "### Attackers with and without knowledge of the defence (Figures 5, 10, 11)"
     yield ""
     yield (
-        f"Both maximise eq. 64. Who does not know the defence averages {config['num_chains']} draws of the guide per "
-        f"image and step; who knows it, {config['num_chains']} chains, which go on from his last step for "
-        f"{config['persistent_transitions']} transition(s). He attacks by each of the gradients "
-        f"{', '.join(config['gradients'])} and keeps the result with the larger objective on fresh chains."
+        f"Both maximise eq. 64, the one without knowledge over {config['num_chains']} draws of the guide per image and "
+        f"step, the other over {config['num_chains']} chains, which go on from the last step for "
+        f"{config['persistent_transitions']} transition(s), by each of the gradients {', '.join(config['gradients'])}, "
+        "of whose results the one with the largest objective on fresh chains is kept, image by image."
     )
     yield ""
     metric = result["metric"]
@@ -180,7 +180,7 @@ def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
             yield row(["---"] * len(columns))
             for name, cell in cells.items():
                 values = [
-                    interval(entry, 1 if measure.logarithmic else 3)
+                    interval(entry, measure.digits)
                     for measure in _MEASURES
                     for entry in measure.of(cell).values()
                 ]
@@ -189,7 +189,7 @@ def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _label(objective: str) -> str:
-    return objective.replace("_", " ").replace("kl", "KL")
+    return objective.replace("_", " ").replace("kl", "KL").replace("wass", "Wass")
 
 
 # --- Figures --------------------------------------------------------------------------------------
@@ -226,10 +226,12 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
 def examples_figure(result: dict[str, Any]) -> Figure:
     """Attacked images over the radius and their reconstructions, a row of panels per attacker (Figure 12)."""
     number = result["config"]["num_examples"]
-    width = 0.45 * number + 0.1
+    width, height = 0.6 * number + 0.1, 0.6 * len(_SHOWN) + 0.35
     columns = {"reference": dict.fromkeys(_ATTACKERS, result["clean"]["reference"])}
     columns |= {f"radius {radius}": cells for radius, cells in result["knowledge"].items()}
-    figure = Figure(figsize=(len(columns) * width + 1, 4.2), layout="constrained")
+    figure = Figure(
+        figsize=(len(columns) * width + 1, len(_ATTACKERS) * height), layout="constrained"
+    )
     grid = figure.subplots(len(_ATTACKERS), len(columns), squeeze=False)
     for panels, (attacker, title) in zip(grid, _ATTACKERS.items(), strict=True):
         for axes, (column, cells) in zip(panels, columns.items(), strict=True):
@@ -239,8 +241,8 @@ def examples_figure(result: dict[str, Any]) -> Figure:
             if attacker in cells:
                 pixels = imread(io.BytesIO(base64.b64decode(cells[attacker]["examples"])))
                 axes.imshow(pixels)
-        height = pixels.shape[0] / len(_SHOWN)
-        centres = [(place + 0.5) * height for place in range(len(_SHOWN))]
+        tile = pixels.shape[0] / len(_SHOWN)
+        centres = [(place + 0.5) * tile for place in range(len(_SHOWN))]
         panels[0].set_yticks(centres, list(_SHOWN.values()), fontsize=7)
         panels[0].set_ylabel(f"attacker\n{title}", fontsize=8)
     return figure
@@ -274,8 +276,6 @@ def objectives_figure(result: dict[str, Any]) -> Figure:
                     label=label,
                 )
             axes.set_title(f"{measure.title} {measure.direction}", fontsize=8)
-            if measure.logarithmic:
-                axes.set_xscale("log")
         panels[0].set_yticks(range(len(objectives)), [_label(name) for name in objectives])
         panels[0].set_ylabel(kind)
         panels[0].set_ylim(len(objectives) - 0.5, -0.5)

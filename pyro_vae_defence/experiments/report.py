@@ -49,7 +49,7 @@ def write_report(results: str | os.PathLike[str]) -> Path:
     """Write :func:`report` to ``tables.md`` beside the result files, and what belongs to them.
 
     Figure 4 of the hierarchical ``MODEL`` is ``MODEL_groups.png``, one panel per radius; robustness reports make one
-    self-contained page, ``report.html``.
+    self-contained page, ``report.html``. A directory of ``figures`` gets its figures in ``images``.
     """
     path = Path(results) / "tables.md"
     read = _read(results)
