@@ -69,6 +69,18 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--models", help="directory of weights; the packaged ones by default")
 
+    figures = commands.add_parser(
+        "figures", help="Figures 5, 10, 11, 12 and 16: attackers' knowledge and objectives"
+    )
+    figures.add_argument(
+        "names", nargs="*", help="datasets, e.g. mnist; without any, tables and figures alone"
+    )
+    figures.add_argument("--output", default="runs/figures", help="directory for result files")
+    figures.add_argument(
+        "--images", default="runs/figures/images", help="directory for the figures"
+    )
+    figures.add_argument("--models", help="directory of weights; the packaged ones by default")
+
     benchmark = commands.add_parser("benchmark", help="measure a part of the library")
     benchmark.add_argument("name", help="what to measure: samplers or attacks")
     benchmark.add_argument("--output", default="runs/benchmark", help="directory for result files")
@@ -83,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     )
     robustness.add_argument("--models", help="directory of weights; the packaged ones by default")
 
-    for command in (train, defend, evaluate, compare, robustness, benchmark):
+    for command in (train, defend, evaluate, compare, figures, robustness, benchmark):
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",
@@ -201,8 +213,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     dict(options.set),
                     progress=not options.quiet,
                 )
-            tables, figures = write_comparison(options.output, options.images)
-            print("\n".join(f"wrote {path}" for path in (tables, *figures)))
+            tables, drawn = write_comparison(options.output, options.images)
+            print("\n".join(f"wrote {path}" for path in (tables, *drawn)))
+        elif options.command == "figures":
+            from pyro_vae_defence.experiments.figures import figures
+            from pyro_vae_defence.experiments.figures_report import write_figures
+
+            for name in options.names:
+                figures(
+                    name,
+                    options.output,
+                    options.data_root,
+                    options.models,
+                    dict(options.set),
+                    progress=not options.quiet,
+                )
+            tables, drawn = write_figures(options.output, options.images)
+            print("\n".join(f"wrote {path}" for path in (tables, *drawn)))
         elif options.command == "robustness":
             from pyro_vae_defence.experiments.report import robustness_table
             from pyro_vae_defence.experiments.robustness import robustness

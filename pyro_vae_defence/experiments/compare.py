@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -428,6 +427,4 @@ class _Study:
         return self.labels[:, self.tasks[task].column]
 
     def _generator(self, purpose: str) -> torch.Generator:
-        """Randomness of one purpose, whatever ran before it, in this process or an interrupted one."""
-        seed = zlib.crc32(f"{self.config.seed} {purpose}".encode())
-        return torch.Generator().manual_seed(seed)
+        return results.generator(self.config.seed, purpose)

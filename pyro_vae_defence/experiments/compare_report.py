@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,9 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pyro_vae_defence import plots
 from pyro_vae_defence.experiments.compare import UNDEFENDED_READING
 from pyro_vae_defence.experiments.config import CONTROLS, WITH_RADIUS, defence_spec
+from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
 from pyro_vae_defence.experiments.markdown import interval, row, source
 from pyro_vae_defence.ops.files import write_atomically
 
@@ -49,10 +48,7 @@ def write_comparison(
         drawn = []
         for suffix, figure in (("", radius_figure(result)), ("_cost", cost_figure(result))):
             target = Path(images) / f"compare_{path.stem}{suffix}.png"
-            buffer = io.BytesIO()
-            # Without a date or version, equal results make equal files.
-            figure.savefig(buffer, dpi=110, metadata={"Software": None})
-            write_atomically(target, buffer.getvalue())
+            save_figure(figure, target)
             drawn.append(target)
         links = [Path(os.path.relpath(target, results)).as_posix() for target in drawn]
         sections.append(section(path.stem, result, links))
@@ -237,7 +233,7 @@ def radius_figure(result: dict[str, Any]) -> Figure:
         accuracy = [_under_attack(result, cell, task) for _, cell in found]
         similarity = [cell["ms_ssim_of_mean"] for _, cell in found]
         for axes, values in ((left, accuracy), (right, similarity)):
-            _curve(axes, radii, values, label(name))
+            interval_curve(axes, radii, values, label(name))
             if defence_spec(name).kind in CONTROLS:
                 axes.lines[-1].set_linestyle("--")
     left.set_ylabel(f"correct {task}")
@@ -275,7 +271,7 @@ def cost_figure(result: dict[str, Any]) -> Figure:
         for name, cells in families.items():
             values = [value(cell) for cell in cells]
             gradients = [cell["gradients_per_image"] for cell in cells]
-            _curve(axes, gradients, values, label(name))
+            interval_curve(axes, gradients, values, label(name))
         for number, (name, cell) in enumerate(free.items()):
             axes.axhline(
                 value(cell)["estimate"], ls="--", lw=1, color=f"C{4 + number}", label=label(name)
@@ -286,11 +282,6 @@ def cost_figure(result: dict[str, Any]) -> Figure:
     handles = figure.axes[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
     return figure
-
-
-def _curve(axes: Any, x: list[float], entries: list[dict[str, float]], name: str) -> None:
-    estimate, low, high = ([entry[key] for entry in entries] for key in ("estimate", "low", "high"))
-    plots.curve(axes, x, estimate, low, high, name)
 
 
 def _reading(result: dict[str, Any], cell: dict[str, Any], task: str) -> dict[str, Any]:

@@ -445,6 +445,9 @@ class BenchmarkConfig:
             )
 
 
+ENGINES = ("APGD", "PGD", "MomentumPGD")
+
+
 @dataclass(frozen=True)
 class RobustnessConfig:
     """The whole suite of adaptive attacks against a model without and with defences.
@@ -512,8 +515,90 @@ class RobustnessConfig:
             value = getattr(self, name)
             if isinstance(value, str) or not set(value) <= set(names):
                 raise ValueError(f"{name} must be a tuple of names from {names}, got {value!r}")
-        if self.engine not in ("APGD", "PGD", "MomentumPGD"):
+        if self.engine not in ENGINES:
             raise ValueError(f"engine must be APGD, PGD or MomentumPGD, got {self.engine!r}")
+
+
+AttackObjective = Literal[
+    "symmetric_kl",
+    "forward_kl",
+    "reverse_kl",
+    "mean_distance",
+    "squared_wasserstein",
+    "output",
+    "cross_entropy",
+]
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """Figures 5, 10, 11, 12 and 16 of the paper: attackers that know the defence or not, and what attacks maximise.
+
+    The defaults make one dataset a matter of minutes on one thread.
+
+    Args:
+        model: name of a trained model; the classifier is the one of its name.
+        radii: L_inf radii of the attackers that do or do not know the defence, in units of the image range.
+        gradients: of the attacker who does, names of :mod:`pyro_vae_defence.attacks.adaptive`: ``bpda``, ``truncated``
+            or ``equilibrium``. All are tried and the best result is kept, image by image.
+        num_chains: chains per image that this attacker averages over, and draws of the guide for the other one.
+        persistent_transitions: transitions of these chains per step; they go on from the last step.
+        unrolled_transitions: how many of the last transitions ``truncated`` differentiates.
+        objectives: what is compared, ``output`` being maximum damage or the targeted output attack; see
+            :mod:`pyro_vae_defence.attacks.objectives`.
+        objective_radii: L_inf radii of these attacks.
+        engine: optimiser of :mod:`pyro_vae_defence.attacks`, of all attacks.
+        num_steps: its steps.
+        num_images: class-stratified test images, not one more than a multiple of the classes: the target of an
+            image is the image before it.
+        num_examples: of these, the first ones, that are kept to be shown.
+        reading: how the classifier reads the defence's draws, see :mod:`pyro_vae_defence.defence.classifier`.
+        num_samples, warmup_steps, leapfrog_steps, step_size: of the defence's chains.
+        seed: seed of images, attacks and defences.
+    """
+
+    model: str
+    radii: tuple[float, ...] = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+    gradients: tuple[str, ...] = ("bpda", "equilibrium")
+    num_chains: int = 8
+    persistent_transitions: int = 1
+    unrolled_transitions: int = 1
+    objectives: tuple[AttackObjective, ...] = get_args(AttackObjective)
+    objective_radii: tuple[float, ...] = (0.1, 0.2)
+    engine: str = "MomentumPGD"
+    num_steps: int = 50
+    num_images: int = 20
+    num_examples: int = 2
+    reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
+    num_samples: int = 5
+    warmup_steps: int = 20
+    leapfrog_steps: int = 4
+    step_size: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("radii", "objective_radii"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(0 < radius <= 1 for radius in value):
+                raise ValueError(
+                    f"{name} must be a tuple of radii in (0, 1], the range of images, got {value!r}"
+                )
+        known = {
+            "gradients": ("bpda", "truncated", "equilibrium"),
+            "objectives": get_args(AttackObjective),
+        }
+        for name, names in known.items():
+            value = getattr(self, name)
+            if isinstance(value, str) or not value or not set(value) <= set(names):
+                raise ValueError(f"{name} must be a tuple of names from {names}, got {value!r}")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be APGD, PGD or MomentumPGD, got {self.engine!r}")
+        for name in ("num_chains", "num_images"):
+            check_integer(name, getattr(self, name), 2)
+        if not 1 <= self.num_examples <= self.num_images:
+            raise ValueError(
+                f"num_examples must lie in 1..num_images = {self.num_images}, got {self.num_examples!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -547,6 +632,7 @@ Config = TypeVar(
     CompareConfig,
     BenchmarkConfig,
     RobustnessConfig,
+    FiguresConfig,
     AttackBenchmarkConfig,
 )
 

@@ -9,6 +9,7 @@ from pyro_vae_defence.experiments.config import (
     ClassifierConfig,
     CompareConfig,
     DefendConfig,
+    FiguresConfig,
     HierarchyConfig,
     RobustnessConfig,
     TrainConfig,
@@ -126,6 +127,11 @@ ROBUSTNESS: dict[str, RobustnessConfig] = {
     name: RobustnessConfig(config.model, config.radius) for name, config in DEFENCES.items()
 }
 """The suite of adaptive attacks: ``<dataset>_radius_<radius>``."""
+
+FIGURES: dict[str, FiguresConfig] = {
+    dataset: FiguresConfig(f"{dataset}_vae") for dataset in ("mnist", "fashion_mnist")
+}
+"""Figures 5, 10, 11, 12 and 16, by the name of the dataset."""
 
 COMPARISONS: dict[str, CompareConfig] = {
     dataset: CompareConfig(f"{dataset}_vae")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
 from pyro_vae_defence.experiments.benchmark_attacks import attacks_table
+from pyro_vae_defence.experiments.figures_report import section as figures_section
+from pyro_vae_defence.experiments.figures_report import write_figures
 from pyro_vae_defence.experiments.html import robustness_page
 from pyro_vae_defence.experiments.markdown import interval, row, source
 from pyro_vae_defence.ops.files import write_atomically
@@ -47,10 +49,12 @@ def write_report(results: str | os.PathLike[str]) -> Path:
     """Write :func:`report` to ``tables.md`` beside the result files, and what belongs to them.
 
     Figure 4 of the hierarchical ``MODEL`` is ``MODEL_groups.png``, one panel per radius; robustness reports make one
-    self-contained page, ``report.html``.
+    self-contained page, ``report.html``. A directory of ``figures`` gets its figures in ``images``.
     """
     path = Path(results) / "tables.md"
     read = _read(results)
+    if all("knowledge" in result for result in read):
+        return write_figures(results, Path(results) / "images")[0]
     path.write_text("\n".join(_table(result) for result in read))
     by_model: dict[str, list[dict[str, Any]]] = {}
     for result in read:
@@ -213,4 +217,5 @@ _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "sections": benchmark_tables,
     "methods": attacks_table,
     "groups": _hierarchy_table,
+    "knowledge": figures_section,
 }

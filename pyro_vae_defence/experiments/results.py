@@ -1,9 +1,10 @@
-"""Result files: what every one says about itself, runs that go on from one, and their intervals."""
+"""Result files: what every one says about itself, runs that go on from one, their randomness and intervals."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def resume(path: Path, result: dict[str, Any], *parts: str) -> None:
 def save(path: Path, result: dict[str, Any], indent: int = 2) -> None:
     """Write a result file atomically."""
     write_atomically(path, (json.dumps(result, indent=indent) + "\n").encode())
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """Randomness of one purpose, whatever ran before it, in this process or an interrupted one."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {purpose}".encode()))
 
 
 def interval(

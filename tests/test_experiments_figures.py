@@ -1,0 +1,239 @@
+"""Figures of attackers' knowledge and objectives: cells, resumption, tables and pictures from the file alone."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from pyro_vae_defence import data
+from pyro_vae_defence.experiments import figures as module
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.config import FiguresConfig
+from pyro_vae_defence.experiments.figures import ATTACKERS, figures
+from pyro_vae_defence.experiments.figures_report import (
+    examples_figure,
+    knowledge_figure,
+    objectives_figure,
+    write_figures,
+)
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, FIGURES, MODELS
+from pyro_vae_defence.experiments.report import report
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.classifier import LinearClassifier
+from pyro_vae_defence.models.pretrained import save_pretrained
+
+TINY = {
+    "radii": (0.1, 1.0),
+    "objective_radii": (0.2,),
+    "num_chains": 2,
+    "num_steps": 2,
+    "num_images": 3,
+    "num_examples": 1,
+    "num_samples": 1,
+    "warmup_steps": 1,
+    "leapfrog_steps": 1,
+}
+SECONDS = "attack_seconds_per_image"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
+    variance = {"z": torch.rand(64) + 0.1}
+    save_pretrained(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance, **common)
+    save_pretrained(LinearClassifier(64, 10), "mnist_vae_classifier", directory, **common)
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packaged():
+    """Images that come with the package, under the dataset's own name."""
+    subset = data.load("mnist_subset", "test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.data, "load", lambda *_: subset)
+        yield subset
+
+
+@pytest.fixture(scope="module")
+def run(models, packaged, tmp_path_factory):
+    output = tmp_path_factory.mktemp("results")
+    return output, figures("mnist", output, models=models, overrides=TINY, progress=False)
+
+
+def test_cells_hold_every_measure(run):
+    _, result = run
+    assert list(result["knowledge"]) == ["0.1", "1"]
+    assert all(tuple(cells) == ATTACKERS for cells in result["knowledge"].values())
+    assert list(result["objectives"]["0.2"]) == ["unsupervised", "supervised"]
+    for cells in result["objectives"]["0.2"].values():
+        assert tuple(cells) == FiguresConfig("m").objectives
+    cell = result["objectives"]["0.2"]["supervised"]["output"]
+    assert list(cell["ms_ssim"]) == ["images", "undefended", "defended"]
+    assert list(cell["target_ms_ssim"]) == ["undefended", "defended"]
+    entries = [*cell["ms_ssim"].values(), *cell["unchanged"].values(), cell["symmetric_kl"]]
+    for entry in (*entries, *cell["target_ms_ssim"].values(), cell["target_symmetric_kl"]):
+        assert 0 <= entry["low"] <= entry["estimate"] <= entry["high"]
+    assert "target_ms_ssim" not in result["objectives"]["0.2"]["unsupervised"]["output"]
+    assert "examples" not in cell
+
+
+def test_attacks_stay_in_their_ball_and_no_attack_changes_nothing(run, packaged):
+    _, result = run
+    clean = result["clean"]["reference"]
+    assert clean["ms_ssim"]["images"]["estimate"] == 1.0
+    assert clean["symmetric_kl"]["estimate"] == 0.0
+    assert clean["unchanged"]["undefended"]["estimate"] == 1.0
+    # The attacked image is the uppermost of three tiles with a margin of one pixel.
+    x_ref = pixels(clean["examples"])[1:29, 1:29]
+    assert x_ref.shape == (28, 28)
+    for radius, cells in result["knowledge"].items():
+        for cell in cells.values():
+            picture = pixels(cell["examples"])
+            assert picture.shape == (3 * 29 + 1, 30)
+            # 8 bits on either side.
+            assert 0 < abs(picture[1:29, 1:29] - x_ref).max() <= float(radius) + 1.01 / 255
+            assert cell["symmetric_kl"]["estimate"] > 0
+
+
+def pixels(picture):
+    return imread(io.BytesIO(base64.b64decode(picture)))[..., 0]
+
+
+def test_every_supervised_target_is_of_another_class(run, models):
+    config = FiguresConfig("mnist_vae", num_images=20)
+    study, weights = module._load(config, None, models)
+    assert set(weights) == {"mnist_vae", "mnist_vae_classifier"}
+    assert not bool((study.labels == study.labels.roll(1)).any())
+    assert torch.equal(study._target[1:], study.x_ref[:-1])
+
+
+def test_the_attacker_who_knows_keeps_the_best_of_the_gradients(models):
+    config = FiguresConfig("mnist_vae", **{**TINY, "gradients": ("truncated", "equilibrium")})
+    study, _ = module._load(config, None, models)
+    purposes = {gradient: f"with_mcmc {gradient} 0.1" for gradient in config.gradients}
+    values = torch.cat(
+        [
+            study._attack(
+                study._latent_distance(gradient, study._generator(f"{purpose} objective")),
+                0.1,
+                purpose,
+            ).objective
+            for gradient, purpose in purposes.items()
+        ]
+    )
+    truncated = int((values[0] >= values[1]).sum())
+    strongest = study.knowledge("with_mcmc", 0.1)["strongest"]
+    assert strongest == {"truncated": truncated, "equilibrium": config.num_images - truncated}
+
+
+def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path, capsys):
+    _, result = run
+    path = tmp_path / "mnist.json"
+    cut = json.loads(json.dumps(result))
+    lost = {
+        "with_mcmc": cut["knowledge"]["1"].pop("with_mcmc"),
+        "reverse_kl": cut["objectives"]["0.2"]["supervised"].pop("reverse_kl"),
+    }
+    cut["clean"]["reference"]["marked"] = True
+    path.write_text(json.dumps(cut))
+    # Pictures and tables leave out what is not there.
+    assert main(["figures", "--output", str(tmp_path), "--images", str(tmp_path)]) == 0
+    assert "figures_mnist_objectives.png" in capsys.readouterr().out
+    assert "| 1 | knows the defence" not in (tmp_path / "tables.md").read_text()
+
+    again = figures("mnist", tmp_path, models=models, overrides=TINY, progress=False)
+    assert again["clean"]["reference"]["marked"]
+    found = json.loads(path.read_text())
+    for name, cells in (
+        ("with_mcmc", found["knowledge"]["1"]),
+        ("reverse_kl", found["objectives"]["0.2"]["supervised"]),
+    ):
+        assert {**cells[name], SECONDS: 0} == {**lost[name], SECONDS: 0}
+    before = path.stat().st_mtime_ns
+    figures("mnist", tmp_path, models=models, overrides=TINY, progress=False)
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="belongs to another run"):
+        figures("mnist", tmp_path, models=models, overrides={**TINY, "seed": 1}, progress=False)
+
+
+def test_tables_and_figures_come_from_the_files_alone(run, capsys):
+    output, result = run
+    images = output / "images"
+    tables, drawn = write_figures(output, images)
+    text = tables.read_text()
+    for attacker, label in zip(ATTACKERS, ("does not know", "knows"), strict=True):
+        value = result["knowledge"]["0.1"][attacker]["ms_ssim"]["images"]["estimate"]
+        assert f"| 0.1 | {label} the defence | {value:.3f} [" in text
+    assert "Radius 0.2, supervised" in text
+    assert "| squared Wasserstein | " in text
+    assert "2 steps of MomentumPGD" in text
+    names = [f"figures_mnist_{what}.png" for what in ("knowledge", "examples", "objectives")]
+    assert [path.name for path in drawn] == names
+    assert all(path.stat().st_size > 5000 for path in drawn)
+    before = [path.read_bytes() for path in drawn]
+    assert "![figures_mnist_knowledge](images/figures_mnist_knowledge.png)" in text
+    assert main(["report", str(output)]) == 0
+    assert "tables.md" in capsys.readouterr().out
+    assert [path.read_bytes() for path in drawn] == before
+    assert tables.read_text() == text
+    assert "### Objectives (Figure 16)" in report(output)
+
+
+def test_pictures_have_the_papers_panels(run):
+    _, result = run
+    knowledge = knowledge_figure(result)
+    assert [len(axes.lines) for axes in knowledge.axes] == [3] * 4
+    blue, orange = knowledge.axes[3].lines[:2]
+    assert list(blue.get_xdata()) == [0.0, 0.1, 1.0]
+    found = result["knowledge"]["1"]["with_mcmc"]["ms_ssim"]
+    assert blue.get_ydata()[-1] == found["images"]["estimate"]
+    assert orange.get_ydata()[-1] == found["defended"]["estimate"]
+    examples = examples_figure(result).axes
+    assert [axes.get_title() for axes in examples] == ["reference", "radius 0.1", "radius 1"] * 2
+    drawn = examples[5].images[0].get_array()[..., 0]
+    assert (drawn == pixels(result["knowledge"]["1"]["with_mcmc"]["examples"])).all()
+    panels = objectives_figure(result).axes
+    assert [axes.axison for axes in panels] == [True] * 4 + [False] * 2 + [True] * 6
+    assert panels[1].get_title().endswith("↓")
+
+
+def test_registry_has_model_and_classifier():
+    for config in FIGURES.values():
+        assert config.model in MODELS
+        assert f"{config.model}_classifier" in CLASSIFIERS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"radii": 0.1}, "radii must be a tuple of radii"),
+        ({"objective_radii": (0.0, 0.1)}, r"objective_radii must be a tuple of radii in \(0, 1\]"),
+        ({"objectives": ("kl",)}, "objectives must be a tuple of names"),
+        ({"gradients": ("unroll",)}, "gradients must be a tuple of names"),
+        ({"gradients": ()}, r"gradients must be a tuple of names .* got \(\)"),
+        ({"engine": "SGD"}, "engine must be APGD, PGD or MomentumPGD, got 'SGD'"),
+        ({"num_chains": 1}, "num_chains must be an integer of at least 2"),
+        ({"num_examples": 0}, r"num_examples must lie in 1..num_images = 3, got 0"),
+        ({"num_images": 11}, "num_images=11 leaves an image whose target is of its own class"),
+        ({"num_image": 3}, "unknown setting 'num_image'"),
+    ],
+)
+def test_mistakes(changes, message, models, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        figures("mnist", tmp_path, models=models, overrides={**TINY, **changes})
+
+
+def test_mistakes_of_names(tmp_path, capsys):
+    with pytest.raises(ValueError, match="no figures named 'x'; choose one of mnist"):
+        figures("x", tmp_path)
+    with pytest.raises(ValueError, match="no result files"):
+        write_figures(tmp_path, tmp_path)
+    assert main(["figures", "x", "--output", str(tmp_path)]) == 2
+    assert "no figures named 'x'" in capsys.readouterr().err
