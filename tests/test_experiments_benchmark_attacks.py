@@ -27,7 +27,7 @@ def test_benchmark(tmp_path, capsys):
         assert entry["symmetric_kl"]["estimate"] > 0
         assert entry["largest_perturbation"] <= 0.1 + 1e-6
     table = attacks_table(result)
-    assert table == (tmp_path / "attacks.md").read_text()
+    assert table in (tmp_path / "tables.md").read_text()
     assert table.strip() in capsys.readouterr().out
     assert result["command"].endswith("--set num_gradients=4")
 

@@ -27,7 +27,6 @@ from pyro_vae_defence.experiments.config import AttackBenchmarkConfig, command, 
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.types import Objective, PreparedObjective
 
 OURS = {
@@ -104,12 +103,12 @@ def benchmark_attacks(
     models: str | os.PathLike[str] | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Run every method once; writes ``attacks.json`` and the table ``attacks.md`` to ``output``.
+    """Run every method once; writes ``attacks.json`` to ``output``.
 
     Libraries that are not installed are left out.
 
     Args:
-        output: directory of the files.
+        output: directory of the result file.
         root: directory of the datasets.
         models: directory of the weights; the packaged ones when ``None``.
         overrides: fields of :class:`AttackBenchmarkConfig` to change; they are recorded in the result.
@@ -165,9 +164,7 @@ def benchmark_attacks(
         "provenance": source,
         "methods": rows,
     }
-    folder = Path(output)
-    results.save(folder / "attacks.json", result)
-    write_atomically(folder / "attacks.md", attacks_table(result).encode())
+    results.save(Path(output) / "attacks.json", result)
     return result
 
 
