@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from pyro_vae_defence import plots
+from pyro_vae_defence.experiments.drawing import interval_curve
 from pyro_vae_defence.experiments.markdown import interval
 
 EXAMPLES = ("reference", "attacked", "defended")
@@ -87,10 +87,8 @@ def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
             # The clean figure of a defence that assumes a radius depends on it: that of the smallest.
             entries = [(0.0, points[0][1]["clean"]["mean"])]
             entries += [(radius, report["robust"]["mean"]) for radius, report in points]
-            estimate, low, high = (
-                [entry[bound] for _, entry in entries] for bound in ("estimate", "low", "high")
-            )
-            plots.curve(axes, [x for x, _ in entries], estimate, low, high, label=defence)
+            radii, figures = zip(*entries, strict=True)
+            interval_curve(axes, radii, figures, defence)
         axes.set_xlabel("radius of the attack (0: clean images)")
         axes.set_ylabel(f"robust {next(iter(lines.values()))[0][1]['figure']}")
         axes.legend(fontsize=8)
