@@ -33,6 +33,7 @@ TINY = {
     "num_samples": 2,
     "warmup_steps": 1,
     "num_steps": 1,
+    "burn_in": 3,
 }
 
 
@@ -72,9 +73,9 @@ def test_cells_hold_every_figure(run):
     assert set(cell["detection"]) == scores
     assert set(cell["detection"]["distance"]) == {"against_clean", "against_noise"}
     assert cell["settings"]["perturbation"] == "Linf(radius=0.1)"
-    # 3 transitions of at least one leapfrog step in 2 chains, and their starts; 2 of them in one chain.
-    assert cell["gradients_per_image"] >= 8
-    assert 3 <= result["costs"]["hmc@2"]["gradients_per_image"] < cell["gradients_per_image"]
+    # 3 transitions of at least one leapfrog step in 2 chains, their starts and burn-ins; 2 of them in one chain.
+    assert cell["gradients_per_image"] >= 14
+    assert 6 <= result["costs"]["hmc@2"]["gradients_per_image"] < cell["gradients_per_image"]
     assert result["radii"]["0"]["aware"]["settings"]["perturbation"] == "None"
 
 

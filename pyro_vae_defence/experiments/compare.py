@@ -287,6 +287,7 @@ class _Study:
                 step_size=config.step_size,
                 num_steps=config.num_steps,
                 inverse_mass_matrix=self.vae.mean_posterior_variance,
+                burn_in=config.burn_in,
             )
             lengths = (config.num_samples, config.warmup_steps, config.num_chains)
             if transitions is not None:

@@ -308,7 +308,7 @@ class CompareConfig:
         num_noise: of these, with random noise of the attack's radius.
         curve_restarts, curve_images: of these, at the other radii.
         cost_radius: radius of the comparison by cost.
-        num_samples, warmup_steps, num_chains, num_steps, step_size: of the chains.
+        num_samples, warmup_steps, num_chains, num_steps, step_size, burn_in: of the chains.
         seed: seed of images, attacks and defences.
     """
 
@@ -349,6 +349,7 @@ class CompareConfig:
     num_chains: int = 1
     num_steps: int = 4
     step_size: float = 0.5
+    burn_in: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
