@@ -46,9 +46,10 @@ def write_comparison(
     for path in files:
         result = json.loads(path.read_text())
         drawn = []
-        for suffix, figure in (("", radius_figure(result)), ("_cost", cost_figure(result))):
+        draw = {"": radius_figure} | ({"_cost": cost_figure} if result["costs"] else {})
+        for suffix, figure in draw.items():
             target = Path(images) / f"compare_{path.stem}{suffix}.png"
-            save_figure(figure, target)
+            save_figure(figure(result), target)
             drawn.append(target)
         links = [Path(os.path.relpath(target, results)).as_posix() for target in drawn]
         sections.append(section(path.stem, result, links))
