@@ -16,6 +16,7 @@ from pyro_vae_defence.experiments.config import EvaluateConfig
 from pyro_vae_defence.experiments.evaluate import evaluate, measure, nll_name
 from pyro_vae_defence.experiments.paper import TABLE_7
 from pyro_vae_defence.experiments.registry import MODELS
+from pyro_vae_defence.experiments.report import report
 from pyro_vae_defence.experiments.tables import NOT_MEASURED, table
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained
@@ -63,6 +64,9 @@ def test_evaluate_writes_result_and_card(models, tmp_path):
     card = load_card("mnist_vae", models)
     assert card.metrics == {"validation_nelbo": 1.0, "test": result["metrics"]}
     assert result["weights"] == card.sha256
+    written = report(tmp_path / "out")
+    assert f"| nll[iwae 4] | {entry['estimate']:.2f} [" in written
+    assert "| active units | " in written
     load_pretrained("mnist_vae", models)  # a new card still fits its weights
     again = evaluate(
         "mnist_vae", tmp_path / "again", models=models, overrides={**changes, "rows": 7}

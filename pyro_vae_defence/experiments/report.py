@@ -37,7 +37,7 @@ _CHAINS = {
 
 
 def report(results: str | os.PathLike[str]) -> str:
-    """Markdown tables of the result files of ``defend``, ``robustness`` and ``benchmark`` in a directory.
+    """Markdown tables of the result files of ``defend``, ``robustness``, ``evaluate`` and ``benchmark`` in a directory.
 
     Raises:
         ValueError: if the directory holds no result file.
@@ -211,11 +211,36 @@ def robustness_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def evaluate_table(result: dict[str, Any]) -> str:
+    """What ``evaluate`` measured of one model, as Markdown."""
+    lines = [
+        f"### {result['experiment']}",
+        "",
+        "| metric | value | images |",
+        "|---|---|---|",
+    ]
+    for name, entry in result["metrics"].items():
+        if "low" in entry:
+            lines.append(row([name, interval(entry, 2), f"{entry['num_images']:,}"]))
+        elif "estimate" in entry:
+            lines.append(row([name, f"{entry['estimate']:.2f}", f"{entry['num_images']:,}"]))
+    units = result["metrics"]["active_units"].values()
+    active, every = (sum(site[key] for site in units) for key in ("active", "all"))
+    lines += [
+        row(["active units", f"{active} of {every}", ""]),
+        "",
+        f"{source(result)}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 # What a result file of each experiment has and no other; all others are of ``defend``.
 _TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "reports": robustness_table,
     "sections": benchmark_tables,
     "methods": attacks_table,
     "groups": _hierarchy_table,
+    "metrics": evaluate_table,
     "knowledge": figures_section,
 }
