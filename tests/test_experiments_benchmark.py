@@ -228,7 +228,7 @@ def test_memory_of_a_fresh_process():
         (["sampler"], "no benchmark named 'sampler'; choose one of samplers"),
         (["samplers", "--set", "samplers=('hmc', 'x')"], "unknown samplers ['x']; choose from"),
         (["samplers", "--set", "radii=0.1"], "radii must be a tuple"),
-        (["samplers", "--set", "engine_warmup=30"], "engine_warmup must lie in 0..29"),
+        (["samplers", "--set", "engine_warmup=30"], "engine_warmup must lie in 0..11"),
         (["samplers", "--set", "warmup_gradients=300"], "warmup_gradients must lie between"),
         (["samplers", "--models", "/nowhere"], "no pretrained model"),
     ],
