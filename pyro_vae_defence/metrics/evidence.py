@@ -79,13 +79,14 @@ class _Weights:
 
     def __call__(self, count: int) -> Tensor:
         images = len(self.x)
-        x = self.x.repeat(count, 1, 1, 1)
         # Reading a model's sites runs it once: only the last chunk may differ in size from the others.
-        if self.potential is None or self.potential.num_images != len(x):
-            self.potential = program.potential(self.vae, x)
+        if self.potential is None or self.potential.num_images != count * images:
+            self.potential = program.potential(self.vae, self.x.repeat(count, 1, 1, 1))
         chain = torch.arange(self.drawn, self.drawn + count).repeat_interleave(images)
         streams = Streams(
-            self.streams.seed, self.streams.image.repeat(count).to(x.device), chain.to(x.device)
+            self.streams.seed,
+            self.streams.image.repeat(count).to(self.x.device),
+            chain.to(self.x.device),
         )
         self.drawn += count
         values, log_q = self.draw(count, streams)

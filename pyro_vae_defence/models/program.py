@@ -40,6 +40,7 @@ from torch.distributions import (
 )
 
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
+from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
 
@@ -358,13 +359,9 @@ class GuideDraws:
     def __call__(self, count: int, streams: Streams) -> tuple[Latents, Tensor]:
         """``count`` draws per image, chains folded in front: latents of ``count * N`` rows and log q(z | x)."""
         if not self.site:
-            x = self.x.repeat(count, *[1] * (self.x.dim() - 1))
-            return sample_with_log_prob(self.vae, x, streams=streams)
-
-        def repeated(value: Tensor) -> Tensor:
-            return value.repeat(count, *[1] * (value.dim() - 1))
-
-        fn = dist.Normal(repeated(self.loc), repeated(self.scale), validate_args=False)
+            return sample_with_log_prob(self.vae, self.x.repeat(count, 1, 1, 1), streams=streams)
+        parameters = lat.repeat({"loc": self.loc, "scale": self.scale}, count)
+        fn = dist.Normal(**parameters, validate_args=False)
         draws = dist.Independent(fn, self.events, validate_args=False)
         with poutine.block(), _StreamMessenger(streams, step=0):
             z = pyro.sample(self.site, draws)
