@@ -13,7 +13,8 @@ import torch
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.config import RobustnessConfig
-from pyro_vae_defence.experiments.html import picture, robustness_page
+from pyro_vae_defence.experiments.drawing import picture
+from pyro_vae_defence.experiments.html import robustness_page
 from pyro_vae_defence.experiments.registry import ROBUSTNESS
 from pyro_vae_defence.experiments.report import report, robustness_table, write_report
 from pyro_vae_defence.experiments.robustness import robustness

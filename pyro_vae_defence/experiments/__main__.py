@@ -60,26 +60,18 @@ def parser() -> argparse.ArgumentParser:
         "compare",
         help="every defence and control over the attack's radius, with tables and figures",
     )
-    compare.add_argument(
-        "names", nargs="*", help="datasets, e.g. mnist; without any, tables and figures alone"
-    )
-    compare.add_argument("--output", default="runs/compare", help="directory for result files")
-    compare.add_argument(
-        "--images", default="runs/compare/images", help="directory for the figures"
-    )
-    compare.add_argument("--models", help="directory of weights; the packaged ones by default")
-
     figures = commands.add_parser(
         "figures", help="Figures 5, 10, 11, 12 and 16: attackers' knowledge and objectives"
     )
-    figures.add_argument(
-        "names", nargs="*", help="datasets, e.g. mnist; without any, tables and figures alone"
-    )
-    figures.add_argument("--output", default="runs/figures", help="directory for result files")
-    figures.add_argument(
-        "--images", default="runs/figures/images", help="directory for the figures"
-    )
-    figures.add_argument("--models", help="directory of weights; the packaged ones by default")
+    for command, directory in ((compare, "runs/compare"), (figures, "runs/figures")):
+        command.add_argument(
+            "names", nargs="*", help="datasets, e.g. mnist; without any, tables and figures alone"
+        )
+        command.add_argument("--output", default=directory, help="directory for result files")
+        command.add_argument(
+            "--images", default=f"{directory}/images", help="directory for the figures"
+        )
+        command.add_argument("--models", help="directory of weights; the packaged ones by default")
 
     benchmark = commands.add_parser("benchmark", help="measure a part of the library")
     benchmark.add_argument("name", help="what to measure: samplers or attacks")
@@ -200,12 +192,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dict(options.set),
             )
             print(json.dumps(result["metrics"], indent=2))
-        elif options.command == "compare":
-            from pyro_vae_defence.experiments.compare import compare
-            from pyro_vae_defence.experiments.compare_report import write_comparison
+        elif options.command in ("compare", "figures"):
+            if options.command == "compare":
+                from pyro_vae_defence.experiments.compare import compare as run
+                from pyro_vae_defence.experiments.compare_report import write_comparison as write
+            else:
+                from pyro_vae_defence.experiments.figures import figures as run
+                from pyro_vae_defence.experiments.figures_report import write_figures as write
 
             for name in options.names:
-                compare(
+                run(
                     name,
                     options.output,
                     options.data_root,
@@ -213,22 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     dict(options.set),
                     progress=not options.quiet,
                 )
-            tables, drawn = write_comparison(options.output, options.images)
-            print("\n".join(f"wrote {path}" for path in (tables, *drawn)))
-        elif options.command == "figures":
-            from pyro_vae_defence.experiments.figures import figures
-            from pyro_vae_defence.experiments.figures_report import write_figures
-
-            for name in options.names:
-                figures(
-                    name,
-                    options.output,
-                    options.data_root,
-                    options.models,
-                    dict(options.set),
-                    progress=not options.quiet,
-                )
-            tables, drawn = write_figures(options.output, options.images)
+            tables, drawn = write(options.output, options.images)
             print("\n".join(f"wrote {path}" for path in (tables, *drawn)))
         elif options.command == "robustness":
             from pyro_vae_defence.experiments.report import robustness_table

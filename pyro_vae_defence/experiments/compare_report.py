@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,8 @@ from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.compare import UNDEFENDED_READING
 from pyro_vae_defence.experiments.config import CONTROLS, WITH_RADIUS, defence_spec
-from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
+from pyro_vae_defence.experiments.drawing import interval_curve, write_pages
 from pyro_vae_defence.experiments.markdown import interval, row, source
-from pyro_vae_defence.ops.files import write_atomically
 
 _KINDS = {
     "none": "no defence",
@@ -39,24 +37,13 @@ def write_comparison(
     Raises:
         ValueError: if the directory holds no result file.
     """
-    files = sorted(Path(results).glob("*.json"))
-    if not files:
-        raise ValueError(f"no result files (*.json) in {results}; run compare on a dataset first")
-    sections, figures = [], []
-    for path in files:
-        result = json.loads(path.read_text())
-        drawn = []
-        draw = {"": radius_figure} | ({"_cost": cost_figure} if result["costs"] else {})
-        for suffix, figure in draw.items():
-            target = Path(images) / f"compare_{path.stem}{suffix}.png"
-            save_figure(figure(result), target)
-            drawn.append(target)
-        links = [Path(os.path.relpath(target, results)).as_posix() for target in drawn]
-        sections.append(section(path.stem, result, links))
-        figures += drawn
-    tables = Path(results) / "tables.md"
-    write_atomically(tables, "\n".join(sections).encode())
-    return tables, figures
+    return write_pages(results, images, "compare", _figures, section)
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """By radius, and by cost where that was measured."""
+    by_cost = {"cost": cost_figure(result)} if result["costs"] else {}
+    return {"": radius_figure(result), **by_cost}
 
 
 def section(name: str, result: dict[str, Any], figures: list[str]) -> str:

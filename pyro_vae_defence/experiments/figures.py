@@ -43,7 +43,7 @@ from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefe
 from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.config import FiguresConfig, command, override
 from pyro_vae_defence.experiments.defend import VARIANT
-from pyro_vae_defence.experiments.html import picture
+from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.registry import FIGURES, MODELS
 from pyro_vae_defence.experiments.results import interval
 from pyro_vae_defence.mcmc import BatchedHMC

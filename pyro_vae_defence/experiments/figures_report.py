@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
+from pyro_vae_defence.experiments.drawing import interval_curve, write_pages
 from pyro_vae_defence.experiments.figures import KINDS
 from pyro_vae_defence.experiments.markdown import interval, row, source
-from pyro_vae_defence.ops.files import write_atomically
 
 _ATTACKERS = {
     "without_mcmc": "does not know the defence",
@@ -73,22 +71,13 @@ def write_figures(
     Raises:
         ValueError: if the directory holds no result file.
     """
-    files = sorted(Path(results).glob("*.json"))
-    if not files:
-        raise ValueError(f"no result files (*.json) in {results}; run figures on a dataset first")
-    sections, drawn = [], []
-    for path in files:
-        result = json.loads(path.read_text())
-        links = []
-        for what, draw in _FIGURES.items():
-            target = Path(images) / f"figures_{path.stem}_{what}.png"
-            save_figure(draw(result), target)
-            links.append(Path(os.path.relpath(target, results)).as_posix())
-            drawn.append(target)
-        sections.append(section(result, links))
-    tables = Path(results) / "tables.md"
-    write_atomically(tables, "\n".join(sections).encode())
-    return tables, drawn
+    return write_pages(
+        results,
+        images,
+        "figures",
+        lambda result: {what: draw(result) for what, draw in _FIGURES.items()},
+        lambda _, result, links: section(result, links),
+    )
 
 
 # --- Tables ---------------------------------------------------------------------------------------

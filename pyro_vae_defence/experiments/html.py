@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
 import matplotlib
-import matplotlib.image
-import torch
 from matplotlib.figure import Figure
-from torch import Tensor
-from torchvision.utils import make_grid
 
 from pyro_vae_defence.experiments.drawing import interval_curve
 from pyro_vae_defence.experiments.markdown import interval
@@ -31,16 +26,6 @@ td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 section { border-top: 2px solid #1c1c1c; margin-top: 2.5rem; }
 img.examples { image-rendering: pixelated; max-width: 100%; }
 """
-
-
-def picture(rows: Sequence[Tensor]) -> str:
-    """Images ``(N, C, H, W)`` in [0, 1], one row per entry, as the base64 text of a PNG file."""
-    tiles = torch.cat([row.detach().cpu() for row in rows]).clamp(0, 1)
-    grid = make_grid(tiles, nrow=len(rows[0]), padding=1, pad_value=0.5)
-    buffer = io.BytesIO()
-    plain: dict[str, Any] = {"Software": None}  # no version: equal images make equal text
-    matplotlib.image.imsave(buffer, grid.permute(1, 2, 0).numpy(), format="png", metadata=plain)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def robustness_page(results: Sequence[dict[str, Any]]) -> str:

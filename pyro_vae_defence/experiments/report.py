@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pyro_vae_defence import plots
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
 from pyro_vae_defence.experiments.benchmark_attacks import attacks_table
+from pyro_vae_defence.experiments.drawing import interval_curve
 from pyro_vae_defence.experiments.figures_report import section as figures_section
 from pyro_vae_defence.experiments.figures_report import write_figures
 from pyro_vae_defence.experiments.html import robustness_page
 from pyro_vae_defence.experiments.markdown import interval, row, source
+from pyro_vae_defence.experiments.results import read
 from pyro_vae_defence.ops.files import write_atomically
 
 _LABELS = {
@@ -42,7 +40,7 @@ def report(results: str | os.PathLike[str]) -> str:
     Raises:
         ValueError: if the directory holds no result file.
     """
-    return "\n".join(_table(result) for result in _read(results))
+    return "\n".join(_table(result) for result in read(results).values())
 
 
 def write_report(results: str | os.PathLike[str]) -> Path:
@@ -52,47 +50,34 @@ def write_report(results: str | os.PathLike[str]) -> Path:
     self-contained page, ``report.html``. A directory of ``figures`` gets its figures in ``images``.
     """
     path = Path(results) / "tables.md"
-    read = _read(results)
-    if all("knowledge" in result for result in read):
+    every = list(read(results).values())
+    if all("knowledge" in result for result in every):
         return write_figures(results, Path(results) / "images")[0]
-    path.write_text("\n".join(_table(result) for result in read))
+    path.write_text("\n".join(_table(result) for result in every))
     by_model: dict[str, list[dict[str, Any]]] = {}
-    for result in read:
+    for result in every:
         if "groups" in result:
             by_model.setdefault(result["config"]["model"], []).append(result)
     for model, found in by_model.items():
         groups_figure(found).savefig(Path(results) / f"{model}_groups.png", dpi=120)
-    if any("reports" in result for result in read):
-        write_atomically(Path(results) / "report.html", robustness_page(read).encode())
+    if any("reports" in result for result in every):
+        write_atomically(Path(results) / "report.html", robustness_page(every).encode())
     return path
-
-
-def _read(results: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    files = sorted(Path(results).glob("*.json"))
-    if not files:
-        raise ValueError(f"no result files (*.json) in {results}; run an experiment first")
-    return [json.loads(path.read_text()) for path in files]
 
 
 def groups_figure(results: Sequence[dict[str, Any]]) -> Figure:
     """Similarity of reconstructions against the number of attacked groups (Figure 4), one panel per result."""
-    from matplotlib.figure import Figure
-
     results = sorted(results, key=lambda result: result["config"]["radius"])
     figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axes, result in zip(panels, results, strict=True):
         for defence in result["config"]["defences"]:
-            points = [
-                (int(k), entry["defences"][defence]["ms_ssim"])
+            points = {
+                float(k): entry["defences"][defence]["ms_ssim"]
                 for k, entry in result["groups"].items()
                 if defence in entry["defences"]
-            ]
-            groups = [float(k) for k, _ in points]
-            estimate, low, high = (
-                [value[key] for _, value in points] for key in ("estimate", "low", "high")
-            )
-            plots.curve(axes, groups, estimate, low, high, label=_LABELS[defence])
+            }
+            interval_curve(axes, list(points), list(points.values()), _LABELS[defence])
         axes.axhline(result["noise_floor"]["estimate"], color="black", lw=0.8, ls=":")
         axes.set_title(f"radius {result['config']['radius']:g}", fontsize=9)
         axes.set_xlabel("attacked groups, from the top")

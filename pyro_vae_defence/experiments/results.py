@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,20 @@ def resume(path: Path, result: dict[str, Any], *parts: str) -> None:
                 "move it away, or choose another output directory"
             )
     result.update({part: earlier[part] for part in parts})
+
+
+def read(
+    directory: str | os.PathLike[str], run: str = "an experiment"
+) -> dict[str, dict[str, Any]]:
+    """The result files of a directory by name, in order of their names; ``run`` is what would make some.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    files = sorted(Path(directory).glob("*.json"))
+    if not files:
+        raise ValueError(f"no result files (*.json) in {directory}; run {run} first")
+    return {path.stem: json.loads(path.read_text()) for path in files}
 
 
 def save(path: Path, result: dict[str, Any], indent: int = 2) -> None:
