@@ -175,6 +175,10 @@ def test_registry_holds_the_models_of_table_7():
     for dataset in ("mnist", "color_mnist"):
         for variant in ("se_0.1", "se_0.2", "avae", "se_avae", "avae_ss"):
             assert MODELS[f"{dataset}_{variant}"].start_from == f"{dataset}_vae"
+    for dataset in ("mnist", "fashion_mnist", "color_mnist"):
+        first, second = (MODELS[f"{dataset}_vae{suffix}"] for suffix in ("", "_long"))
+        assert second.start_from == f"{dataset}_vae"
+        assert (second.objective, second.beta, second.epochs) == ("beta", 1.0, first.epochs)
 
 
 def test_a_variant_starts_from_trained_weights(models, tmp_path):
