@@ -175,6 +175,8 @@ def test_registry_holds_the_models_of_table_7():
     for dataset in ("mnist", "color_mnist"):
         for variant in ("se_0.1", "se_0.2", "avae", "se_avae", "avae_ss"):
             assert MODELS[f"{dataset}_{variant}"].start_from == f"{dataset}_vae"
+        assert MODELS[f"{dataset}_se_0.2"].radius == 0.2
+        assert {MODELS[f"{dataset}_se{also}"].gamma for also in ("_0.1", "_0.2", "_avae")} == {10.0}
     for dataset in ("mnist", "fashion_mnist", "color_mnist"):
         first, second = (MODELS[f"{dataset}_vae{suffix}"] for suffix in ("", "_long"))
         assert second.start_from == f"{dataset}_vae"
