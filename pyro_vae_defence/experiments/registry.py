@@ -138,7 +138,7 @@ HIERARCHIES: dict[str, HierarchyConfig] = {
 ``celeba_nvae`` are the official ones and have to be given as a file."""
 
 
-# Trained otherwise instead of defended; without a defence two attacks say everything. The plain models are their measure.
+# Trained otherwise instead of defended; without a defence two attacks say everything. Beside them the plain models.
 _TRAINED_OTHERWISE = {
     f"{model}_radius_{radius:g}": RobustnessConfig(
         model, radius, defences=("none",), attacks=("transfer", "encoder"), num_images=100
