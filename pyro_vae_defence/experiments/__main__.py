@@ -87,7 +87,15 @@ def parser() -> argparse.ArgumentParser:
     )
     robustness.add_argument("--models", help="directory of weights; the packaged ones by default")
 
-    for command in (train, defend, evaluate, compare, figures, robustness, benchmark):
+    attack = commands.add_parser(
+        "attack",
+        help="Tables 2 and 3: attacks on the encoder and the classifiers of a trained model",
+    )
+    attack.add_argument("name", help="name of a trained model, e.g. mnist_vae")
+    attack.add_argument("--output", default="runs/attack", help="directory for result files")
+    attack.add_argument("--models", help="directory of weights; the packaged ones by default")
+
+    for command in (train, defend, evaluate, compare, figures, robustness, attack, benchmark):
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",
@@ -103,11 +111,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("results", help="directory with result files (*.json)")
 
     table = commands.add_parser("table", help="print a table of the paper beside our results")
-    table.add_argument("number", type=int, help="number of the table: 7")
+    table.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
     table.add_argument(
         "--results",
-        default="docs/results/evaluate",
-        help="directory with the result files of evaluate",
+        help="directory with the result files of attack (2 and 3) or evaluate (7); docs/results/... by default",
     )
     return top
 
@@ -223,6 +230,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dict(options.set),
             )
             print(robustness_table(result))
+        elif options.command == "attack":
+            from pyro_vae_defence.experiments.attack import attack
+            from pyro_vae_defence.experiments.tables import attacked
+
+            result = attack(
+                options.name,
+                options.output,
+                options.data_root,
+                options.models,
+                dict(options.set),
+            )
+            print(attacked({options.name: result}))
         elif options.command == "table":
             from pyro_vae_defence.experiments.tables import table
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -17,11 +16,11 @@ from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data, metrics
 from pyro_vae_defence.defence import EncoderDefence, MCMCDefence
+from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import ClassifierConfig, command, override
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import CLASSIFIERS
 from pyro_vae_defence.experiments.results import as_entry
-from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import (
     ConvClassifier,
@@ -202,9 +201,7 @@ def _draw(vae: TrainedVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.
         return mean
     defence: Any = EncoderDefence(vae, config.num_draws)
     if config.inputs == "posterior":
-        kernel = functools.partial(
-            BatchedHMC, step_size=0.5, num_steps=4, inverse_mass_matrix=vae.mean_posterior_variance
-        )
+        kernel = whitened_hmc(vae, step_size=0.5, num_steps=4)
         defence = MCMCDefence(
             vae,
             kernel,

@@ -41,6 +41,7 @@ from pyro_vae_defence.defence import (
     median_filter,
 )
 from pyro_vae_defence.experiments import results
+from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import (
     CHAINS,
     MODES,
@@ -53,7 +54,6 @@ from pyro_vae_defence.experiments.config import (
 from pyro_vae_defence.experiments.defend import VARIANT
 from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS
 from pyro_vae_defence.experiments.results import interval
-from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
 from pyro_vae_defence.models.perturbation import Perturbation, UnknownRadius
@@ -282,13 +282,7 @@ class _Study:
         config, (kind, assumed, transitions) = self.config, defence_spec(name)
         delta = radius if assumed is None else assumed
         if kind in CHAINS:
-            kernel = functools.partial(
-                BatchedHMC,
-                step_size=config.step_size,
-                num_steps=config.num_steps,
-                inverse_mass_matrix=self.vae.mean_posterior_variance,
-                burn_in=config.burn_in,
-            )
+            kernel = whitened_hmc(self.vae, config.step_size, config.num_steps, config.burn_in)
             lengths = (config.num_samples, config.warmup_steps, config.num_chains)
             if transitions is not None:
                 lengths = (transitions - transitions // 2, transitions // 2, 1)

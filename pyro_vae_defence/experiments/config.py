@@ -520,6 +520,51 @@ class RobustnessConfig:
             raise ValueError(f"engine must be APGD, PGD or MomentumPGD, got {self.engine!r}")
 
 
+@dataclass(frozen=True)
+class AttackConfig:
+    """Attacks on the encoder and on the classifiers of a trained model, as in Tables 2 and 3.
+
+    The objectives are the paper's, the optimiser is APGD, stronger than its raw gradient ascent.
+
+    Args:
+        model: name of a trained VAE; its classifiers are found by name.
+        radii: L_inf radii of the attacks, in units of the image range.
+        defences: ``none``; ``hmc``, chains on the paper's target, whitened; ``aware``, on the perturbation-aware one of
+            the attack's radius.
+        num_references, num_restarts: class-stratified test images whose encodings are attacked, and how often; all
+            restarts count.
+        num_images: class-stratified test images whose classes are attacked, once for every label.
+        num_steps: of an attack.
+        reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`; without a defence it
+            reads the guide's mean.
+        num_samples, warmup_steps, leapfrog_steps, step_size: of the chains.
+        seed: seed of images, attacks and defences.
+    """
+
+    model: str
+    radii: tuple[float, ...] = (0.1, 0.2)
+    defences: tuple[str, ...] = ("none", "hmc", "aware")
+    num_references: int = 50
+    num_restarts: int = 2
+    num_images: int = 100
+    num_steps: int = 50
+    reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
+    num_samples: int = 10
+    warmup_steps: int = 15
+    leapfrog_steps: int = 4
+    step_size: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = ("none", "hmc", "aware")
+        if isinstance(self.defences, str) or not set(self.defences) <= set(known):
+            raise ValueError(
+                f"defences must be a tuple of names from {known}, got {self.defences!r}"
+            )
+        if not isinstance(self.radii, tuple) or not all(radius > 0 for radius in self.radii):
+            raise ValueError(f"radii must be a tuple of positive numbers, got {self.radii!r}")
+
+
 AttackObjective = Literal[
     "symmetric_kl",
     "forward_kl",
@@ -626,6 +671,7 @@ class AttackBenchmarkConfig:
 Config = TypeVar(
     "Config",
     TrainConfig,
+    AttackConfig,
     DefendConfig,
     HierarchyConfig,
     EvaluateConfig,

@@ -41,6 +41,7 @@ from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, NoDefence
 from pyro_vae_defence.experiments import results
+from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import FiguresConfig, command, override
 from pyro_vae_defence.experiments.defend import VARIANT
 from pyro_vae_defence.experiments.drawing import picture
@@ -310,12 +311,7 @@ class _Study:
     @property
     def _kernel(self) -> Callable[..., BatchedHMC]:
         """HMC in the metric of the mean posterior variance."""
-        return functools.partial(
-            BatchedHMC,
-            step_size=self.config.step_size,
-            num_steps=self.config.leapfrog_steps,
-            inverse_mass_matrix=self.vae.mean_posterior_variance,
-        )
+        return whitened_hmc(self.vae, self.config.step_size, self.config.leapfrog_steps)
 
     def _hmc(self, num_chains: int = 1) -> MCMCDefence:
         config = self.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pyro_vae_defence.experiments.config import (
+    AttackConfig,
     BenchmarkConfig,
     ClassifierConfig,
     CompareConfig,
@@ -138,22 +139,15 @@ HIERARCHIES: dict[str, HierarchyConfig] = {
 ``celeba_nvae`` are the official ones and have to be given as a file."""
 
 
-# Trained otherwise instead of defended; without a defence two attacks say everything. Beside them the plain models.
-_TRAINED_OTHERWISE = {
-    f"{model}_radius_{radius:g}": RobustnessConfig(
-        model, radius, defences=("none",), attacks=("transfer", "encoder"), num_images=100
-    )
-    for model, config in MODELS.items()
-    if config.start_from is not None or model in {f"{dataset}_vae" for dataset in _IMAGES}
-    for radius in (0.1, 0.2)
-}
-
 ROBUSTNESS: dict[str, RobustnessConfig] = {
-    **{name: RobustnessConfig(config.model, config.radius) for name, config in DEFENCES.items()},
-    **_TRAINED_OTHERWISE,
+    name: RobustnessConfig(config.model, config.radius) for name, config in DEFENCES.items()
 }
-"""The suite of adaptive attacks: ``<dataset>_radius_<radius>``; against a model without a defence:
-``<model>_radius_<radius>``."""
+"""The suite of adaptive attacks: ``<dataset>_radius_<radius>``."""
+
+ATTACKS: dict[str, AttackConfig] = {
+    name: AttackConfig(name) for name, config in MODELS.items() if config.architecture is None
+}
+"""Tables 2 and 3: every model without latent groups, by its name."""
 
 FIGURES: dict[str, FiguresConfig] = {
     dataset: FiguresConfig(f"{dataset}_vae") for dataset in ("mnist", "fashion_mnist")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import zlib
 from pathlib import Path
@@ -15,10 +14,10 @@ from torch import Tensor
 from pyro_vae_defence import attacks, data
 from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, NoDefence
 from pyro_vae_defence.experiments import results
+from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import RobustnessConfig, command, override
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.registry import MODELS, ROBUSTNESS
-from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
@@ -116,12 +115,7 @@ def _budget(config: RobustnessConfig) -> Budget:
 def _defence(kind: str, vae: ConvVAE, config: RobustnessConfig) -> Defence:
     if kind == "none":
         return NoDefence(vae)
-    kernel = functools.partial(
-        BatchedHMC,
-        step_size=config.step_size,
-        num_steps=config.leapfrog_steps,
-        inverse_mass_matrix=vae.mean_posterior_variance,
-    )
+    kernel = whitened_hmc(vae, config.step_size, config.leapfrog_steps)
     perturbation = Linf(config.radius) if kind == "aware" else None
     return MCMCDefence(
         vae, kernel, config.num_samples, config.warmup_steps, perturbation=perturbation

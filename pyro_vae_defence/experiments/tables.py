@@ -7,30 +7,128 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pyro_vae_defence.experiments import results as result_files
 from pyro_vae_defence.experiments.evaluate import MSE, nll_name
-from pyro_vae_defence.experiments.markdown import interval, row
-from pyro_vae_defence.experiments.paper import TABLE_7
+from pyro_vae_defence.experiments.markdown import interval, row, source
+from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3, TABLE_7
 from pyro_vae_defence.experiments.registry import MODELS
 
 NOT_MEASURED = "not measured"
+NOT_PRINTED = "–"
 _DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "color_mnist": "ColorMNIST"}
+_FAMILIES = {
+    "vae": "VAE",
+    "vae_long": "VAE, second training",
+    "beta_vae": "β-VAE, β = ",
+    "tcvae": "β-TCVAE, β = ",
+    "se": "SE, radius ",
+    "avae": "AVAE",
+    "se_avae": "SE-AVAE, radius 0.1",
+    "avae_ss": "AVAE-SS",
+}
+# The second training beside the first, then the paper's order, then what its Table 7 does not have.
+_ORDER = list(
+    dict.fromkeys(
+        [
+            *(each for name in TABLE_7 for each in (name, f"{name}_long") if each in MODELS),
+            *MODELS,
+        ]
+    )
+)
+_CHAINS = {"none": "", "hmc": " + HMC", "aware": " + HMC, perturbation-aware"}
+_DIRECTORIES = {2: "docs/results/attack", 3: "docs/results/attack", 7: "docs/results/evaluate"}
 
 
-def table(number: int, results: str | os.PathLike[str]) -> str:
+def table(number: int, results: str | os.PathLike[str] | None = None) -> str:
     """A table of the paper in Markdown, printed and measured numbers side by side.
 
     A measurement on the full test set goes before one on a part of it.
 
     Args:
-        number: 7.
-        results: directory with the result files of ``evaluate``.
+        number: 2, 3 or 7.
+        results: directory with the result files of ``attack`` (2 and 3) or ``evaluate`` (7); the published ones of the
+            working directory when ``None``.
 
     Raises:
-        ValueError: for a table that has no generator, or a damaged result file.
+        ValueError: for a table that has no generator, a directory without results, or a damaged result file.
     """
-    if number != 7:
-        raise ValueError(f"no generator for table {number}; choose 7")
-    return "\n".join(_table_7(dataset, Path(results)) for dataset in _DATASETS)
+    if number not in _DIRECTORIES:
+        known = ", ".join(map(str, _DIRECTORIES))
+        raise ValueError(f"no generator for table {number}; choose one of {known}")
+    directory = Path(_DIRECTORIES[number] if results is None else results)
+    if number == 7:
+        return "\n".join(_table_7(dataset, directory) for dataset in _DATASETS)
+    found = result_files.read(directory, "attack")
+    printed = TABLE_2 if number == 2 else TABLE_3
+    datasets = {MODELS[name].dataset for name in printed}
+    chosen = {
+        name: found[name] for name in _ORDER if name in found and MODELS[name].dataset in datasets
+    }
+    return attacked(chosen, f"Table {number}, ")
+
+
+def attacked(found: dict[str, dict[str, Any]], title: str = "") -> str:
+    """Tables 2 and 3 of results of ``attack`` by the model's name: one table per dataset."""
+    by_dataset: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, result in found.items():
+        by_dataset.setdefault(MODELS[name].dataset, {})[name] = result
+    return "\n".join(
+        _attacked(f"### {title}{_DATASETS.get(dataset, dataset)}", of_dataset)
+        for dataset, of_dataset in by_dataset.items()
+    )
+
+
+def _attacked(title: str, found: dict[str, dict[str, Any]]) -> str:
+    some = next(iter(found.values()))
+    config = some["config"]
+    radii = [f"{radius:g}" for radius in config["radii"]]
+    tasks = list(next(iter(some["radii"]["0"].values()))["accuracy"])
+    columns = ["", *(f"{some['metric']}, {radius}" for radius in radii)]
+    for task in tasks:
+        label = "" if len(tasks) == 1 else f" ({task})"
+        columns.append(f"correct, clean{label}")
+        for radius in radii:
+            columns += [f"unchanged, {radius}{label}", f"correct, {radius}{label}"]
+    lines = [title, "", row(columns), row(["---"] * len(columns))]
+    for name, result in found.items():
+        for defence in result["config"]["defences"]:
+            lines.append(row(_attacked_row(name, defence, result, radii, tasks)))
+    lines += [
+        "",
+        f"Attacks by APGD of {config['num_steps']} steps: on the encoder (symmetric KL), {config['num_references']} "
+        f"references from {config['num_restarts']} starts, all counted; on the classifier (cross-entropy), "
+        f"{config['num_images']} images. They do not know the defence. 95% intervals over images; the paper's "
+        "figures in brackets, under its weaker attacks.",
+        "",
+        *(f"- {source(result)}" for result in found.values()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _attacked_row(
+    name: str, defence: str, result: dict[str, Any], radii: list[str], tasks: list[str]
+) -> list[str]:
+    """A model with a defence: similarities, then per label the accuracies."""
+    printed = {**TABLE_2, **TABLE_3}.get(name, {}).get(defence, {})
+
+    def cell(radius: str, *keys: str, of: str = "") -> str:
+        entry: Any = result["radii"].get(radius, {}).get(defence)
+        if entry is None:
+            return NOT_MEASURED
+        for key in keys:
+            entry = entry[key]
+        of_paper = printed.get(of, {}).get(radius)
+        return interval(entry, 2) + ("" if of_paper is None else f" ({of_paper:.2f})")
+
+    cells = [f"{_label(name)}{_CHAINS[defence]}"]
+    cells += [cell(radius, "ms_ssim", of="ms_ssim") for radius in radii]
+    for task in tasks:
+        cells.append(cell("0", "accuracy", task, "correct", of=task))
+        for radius in radii:
+            cells.append(cell(radius, "accuracy", task, "unchanged", of=task))
+            cells.append(cell(radius, "accuracy", task, "correct"))
+    return cells
 
 
 def _table_7(dataset: str, results: Path) -> str:
@@ -41,16 +139,18 @@ def _table_7(dataset: str, results: Path) -> str:
         "|---|---|---|---|---|---|",
     ]
     sources = []
-    printed_of = {name: row for name, row in TABLE_7.items() if MODELS[name].dataset == dataset}
-    # The paper's one plain model stands beside both of ours.
-    plain, long = f"{dataset}_vae", f"{dataset}_vae_long"
-    for name in (plain, long, *(name for name in printed_of if name != plain)):
-        printed = printed_of[plain if name == long else name]
-        result = _read(name, results)
-        if name == long and result is None:
+    plain = f"{dataset}_vae"
+    for name in _ORDER:
+        result = _read(name, results) if MODELS[name].dataset == dataset else None
+        # Models that the paper's table does not have are shown once they are measured.
+        if MODELS[name].dataset != dataset or (result is None and name not in TABLE_7):
             continue
-        cells = [_label(name.removeprefix(f"{dataset}_")), f"{printed['nll']:g}", NOT_MEASURED]
-        cells += [f"{printed['mse']:g}", NOT_MEASURED, ""]
+        # Its one plain model stands beside both of ours.
+        printed = TABLE_7.get(plain if name == f"{plain}_long" else name)
+        nll_printed, mse_printed = (
+            NOT_PRINTED if printed is None else f"{printed[key]:g}" for key in ("nll", "mse")
+        )
+        cells = [_label(name), nll_printed, NOT_MEASURED, mse_printed, NOT_MEASURED, ""]
         if result is not None:
             measured = result["metrics"]
             nll = measured[nll_name(result["config"]["num_samples"])]
@@ -77,9 +177,10 @@ def _read(name: str, results: Path) -> dict[str, Any] | None:
     return None
 
 
-def _label(suffix: str) -> str:
-    plain = {"vae": "VAE", "vae_long": "VAE, second training"}
-    if suffix in plain:
-        return plain[suffix]
-    family, beta = suffix.rsplit("_", 1)
-    return f"{'β-VAE' if family == 'beta_vae' else 'β-TCVAE'}, β = {beta}"
+def _label(name: str) -> str:
+    """What a table calls a model, without its dataset."""
+    suffix = name.removeprefix(f"{MODELS[name].dataset}_")
+    if suffix in _FAMILIES:
+        return _FAMILIES[suffix]
+    family, _, value = suffix.rpartition("_")
+    return f"{_FAMILIES[family]}{value}" if family in _FAMILIES else suffix

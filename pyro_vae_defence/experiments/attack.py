@@ -1,0 +1,189 @@
+"""Tables 2 and 3: attacks on the encoder and on the classifiers of a trained model, one result file per model.
+
+Every model of the tables is attacked and defended alike: models that were trained otherwise (beta-VAE, beta-TCVAE, SE,
+AVAE), with and without chains behind their encoder, beside the plain one. For each radius and defence a cell holds,
+with 95% intervals over images,
+
+- the similarity of reconstructions before and after an attack on the encoder, all restarts counted;
+- per label (on ColorMNIST digit and colour) how often the prediction from an image attacked for it has not changed, and
+  how often it is right; radius 0 is the clean images.
+
+Attacks do not know the defence. Where there is none they are exact, and the figures are the model's own.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence import attacks, data, metrics
+from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, NoDefence
+from pyro_vae_defence.experiments import results
+from pyro_vae_defence.experiments.chains import whitened_hmc
+from pyro_vae_defence.experiments.config import AttackConfig, command, override
+from pyro_vae_defence.experiments.defend import VARIANT, similarity
+from pyro_vae_defence.experiments.registry import ATTACKS, CLASSIFIERS
+from pyro_vae_defence.experiments.results import interval
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained
+from pyro_vae_defence.ops.balls import Linf
+
+
+def attack(
+    name: str,
+    output: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    models: str | os.PathLike[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Attack the trained model ``name``; cells that the result file already holds are not run again.
+
+    Args:
+        name: a name of :data:`pyro_vae_defence.experiments.registry.ATTACKS`.
+        output: directory of the result file ``NAME.json``, written after every cell.
+        root: directory of the datasets.
+        models: directory of the weights of VAE and classifiers; the packaged ones when ``None``.
+        overrides: fields of the configuration to change; they are recorded in the result.
+
+    Raises:
+        ValueError: for an unknown name or override, weights that are missing, or a result file of another run.
+    """
+    if name not in ATTACKS:
+        raise ValueError(
+            f"no attacks on a model named {name!r}; choose one of {', '.join(ATTACKS)}"
+        )
+    config = override(ATTACKS[name], overrides)
+    study = _Study(config, root, models)
+    path = Path(output) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = results.header(
+        f"attack {name}",
+        config,
+        study.weights,
+        command("attack", name, overrides),
+        metric=metrics.metric_name("ms_ssim", VARIANT),
+        noise_floor=study.noise_floor(),
+    )
+    result["radii"] = {}
+    results.resume(path, result, "radii")
+    for radius in (0.0, *config.radii):
+        cells = result["radii"].setdefault(f"{radius:g}", {})
+        missing = [kind for kind in config.defences if kind not in cells]
+        inputs = study.inputs(radius) if missing else {}
+        for kind in missing:
+            cells[kind] = study.cell(kind, radius, inputs)
+            results.save(path, result, indent=1)
+    return result
+
+
+class _Study:
+    """A trained VAE with its classifiers and test images."""
+
+    def __init__(
+        self,
+        config: AttackConfig,
+        root: str | os.PathLike[str] | None,
+        models: str | os.PathLike[str] | None,
+    ) -> None:
+        self.config = config
+        vae, card = load_pretrained(config.model, models), load_card(config.model, models)
+        if not isinstance(vae, ConvVAE):
+            raise ValueError(f"model must be a ConvVAE, {config.model!r} is a {type(vae).__name__}")
+        self.vae = vae
+        self.weights = {config.model: card.sha256}
+        # Name of the label -> its column and what predicts it.
+        self.tasks: dict[str, tuple[int, LinearClassifier]] = {}
+        for task, part in {"class": "", "color": "_color"}.items():
+            classifier = f"{config.model}{part}_classifier"
+            if classifier in CLASSIFIERS:
+                loaded, of = load_classifier(classifier, models)
+                assert isinstance(loaded, LinearClassifier)
+                self.tasks[task] = CLASSIFIERS[classifier].column, loaded
+                self.weights[classifier] = of.sha256
+        test_set = data.load(card.training["dataset"], "test", root)
+        chosen = data.stratified(test_set, config.num_references, self._generator("references"))
+        self.references = test_set.images(chosen)
+        chosen = data.stratified(test_set, config.num_images, self._generator("images"))
+        self.images = test_set.images(chosen)
+        self.labels = test_set.labels[chosen].reshape(len(chosen), -1)
+
+    def noise_floor(self) -> dict[str, float]:
+        """Similarity of two undefended reconstructions of the same reference, one draw each."""
+        before, again = (self._reconstructions(purpose) for purpose in ("before", "again"))
+        return similarity(before, again, self._restarted())
+
+    def inputs(self, radius: float) -> dict[str, Tensor]:
+        """References attacked through the encoder, and images attacked through each classifier."""
+        references = self.references.repeat(self.config.num_restarts, 1, 1, 1)
+        if radius == 0:
+            return {"encoder": references, **dict.fromkeys(self.tasks, self.images)}
+        found = self._attack(attacks.symmetric_kl(self.vae), radius, self.config.num_restarts)
+        inputs = {
+            "encoder": found(self.references, self._generator("attack encoder")).x_adv.flatten(0, 1)
+        }
+        for task, (_, classifier) in self.tasks.items():
+            objective = attacks.cross_entropy(self.vae, classifier)
+            found = self._attack(objective, radius, 1)
+            inputs[task] = found(self.images, self._generator(f"attack {task}")).x_adv[0]
+        return inputs
+
+    def cell(self, kind: str, radius: float, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """Everything about one defence at one radius."""
+        defence = self._defence(kind, radius)
+        outcome = defence(inputs["encoder"], self._generator("similarity"))
+        accuracy = {}
+        for task, (column, classifier) in self.tasks.items():
+            if kind == "none":
+                predicted = classifier.classify(self.vae, inputs[task])
+            else:
+                predicted = DefendedClassifier(defence, classifier, self.config.reading).predict(
+                    inputs[task], self._generator("classify")
+                )
+            before = classifier.classify(self.vae, self.images)
+            accuracy[task] = {
+                "unchanged": interval(metrics.adversarial_accuracy(before, predicted)),
+                "correct": interval(metrics.correct(predicted, self.labels[:, column])),
+            }
+        return {
+            "ms_ssim": similarity(
+                self._reconstructions("before"), outcome.reconstruction, self._restarted()
+            ),
+            "accuracy": accuracy,
+            "gradients_per_image": float(outcome.num_gradients.double().mean()),
+            "seconds_per_image": outcome.seconds / len(inputs["encoder"]),
+            "settings": outcome.settings,
+        }
+
+    def _attack(self, objective: Any, radius: float, num_restarts: int) -> attacks.Attack:
+        return attacks.APGD(
+            objective, Linf(radius), num_steps=self.config.num_steps, num_restarts=num_restarts
+        )
+
+    def _defence(self, kind: str, radius: float) -> Defence:
+        if kind == "none":
+            return NoDefence(self.vae)
+        config = self.config
+        return MCMCDefence(
+            self.vae,
+            whitened_hmc(self.vae, config.step_size, config.leapfrog_steps),
+            config.num_samples,
+            config.warmup_steps,
+            perturbation=Linf(radius) if kind == "aware" and radius > 0 else None,
+        )
+
+    def _reconstructions(self, purpose: str) -> Tensor:
+        """Of the references, from one draw of the guide each, once per restart."""
+        references = self.references.repeat(self.config.num_restarts, 1, 1, 1)
+        return NoDefence(self.vae)(references, self._generator(purpose)).reconstruction
+
+    def _restarted(self) -> Tensor:
+        """Which reference a row is of."""
+        return torch.arange(len(self.references)).repeat(self.config.num_restarts)
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return results.generator(self.config.seed, purpose)

@@ -1,0 +1,144 @@
+"""Tables 2 and 3: attacks on encoder and classifier, cells, resumption, tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.attack import attack
+from pyro_vae_defence.experiments.config import AttackConfig
+from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3, TABLE_7
+from pyro_vae_defence.experiments.registry import ATTACKS, MODELS
+from pyro_vae_defence.experiments.tables import NOT_MEASURED, table
+from pyro_vae_defence.models.classifier import load_classifier
+from pyro_vae_defence.models.pretrained import load_pretrained, save_pretrained
+
+TINY = {
+    "radii": (0.1,),
+    "num_references": 10,
+    "num_restarts": 2,
+    "num_images": 20,
+    "num_steps": 8,
+    "num_samples": 2,
+    "warmup_steps": 1,
+    "leapfrog_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """The packaged model and its classifier, as if they had been trained on the packaged images."""
+    directory = tmp_path_factory.mktemp("models")
+    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
+    vae, (classifier, _) = load_pretrained("mnist_vae"), load_classifier("mnist_vae_classifier")
+    variance = vae.mean_posterior_variance
+    save_pretrained(vae, "mnist_se_0.1", directory, mean_posterior_variance=variance, **common)
+    save_pretrained(classifier, "mnist_se_0.1_classifier", directory, **common)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def run(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("results")
+    return output, attack("mnist_se_0.1", output, models=models, overrides=TINY)
+
+
+def test_cells_hold_every_figure(run):
+    _, result = run
+    assert set(result["radii"]) == {"0", "0.1"}
+    for cells in result["radii"].values():
+        assert list(cells) == ["none", "hmc", "aware"]
+        for cell in cells.values():
+            for entry in (cell["ms_ssim"], *cell["accuracy"]["class"].values()):
+                assert 0 <= entry["low"] <= entry["estimate"] <= entry["high"] <= 1
+    cells = result["radii"]["0.1"]
+    assert cells["none"]["gradients_per_image"] == 0 < cells["aware"]["gradients_per_image"]
+    assert cells["aware"]["settings"]["perturbation"] == "Linf(radius=0.1)"
+    assert result["radii"]["0"]["aware"]["settings"]["perturbation"] == "None"
+    assert set(result["weights"]) == {"mnist_se_0.1", "mnist_se_0.1_classifier"}
+
+
+def test_without_a_defence_only_attacks_change_classes(run):
+    """An untrained encoder's classes lie close together: 8 gradients of the classifier change most of them."""
+    cells = {
+        radius: cells["none"]["accuracy"]["class"] for radius, cells in run[1]["radii"].items()
+    }
+    assert cells["0"]["unchanged"]["estimate"] == 1.0
+    assert cells["0.1"]["unchanged"]["estimate"] < 0.5
+
+
+def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path):
+    _, result = run
+    path = tmp_path / "mnist_se_0.1.json"
+    cut = json.loads(json.dumps(result))
+    expected = cut["radii"]["0.1"].pop("hmc")
+    cut["radii"]["0"]["none"]["marked"] = True
+    path.write_text(json.dumps(cut))
+    again = attack("mnist_se_0.1", tmp_path, models=models, overrides=TINY)
+    assert again["radii"]["0"]["none"]["marked"]
+    found = json.loads(path.read_text())["radii"]["0.1"]["hmc"]
+    expected.pop("seconds_per_image")
+    assert {key: found[key] for key in expected} == expected
+    with pytest.raises(ValueError, match="belongs to another run"):
+        attack("mnist_se_0.1", tmp_path, models=models, overrides={**TINY, "seed": 1})
+
+
+def test_tables_come_from_the_files_alone(run, capsys):
+    output, result = run
+    text = table(2, output)
+    value = result["radii"]["0.1"]["aware"]["ms_ssim"]["estimate"]
+    assert f"| SE, radius 0.1 + HMC, perturbation-aware | {value:.2f} [" in text
+    assert "### Table 2, MNIST" in text
+    assert NOT_MEASURED not in text
+    # ColorMNIST's models were not attacked.
+    assert table(3, output) == ""
+    assert main(["table", "2", "--results", str(output)]) == 0
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_printed_figures_stand_beside_the_model_and_defence_they_are_of(run, tmp_path):
+    result = json.loads((run[0] / "mnist_se_0.1.json").read_text())
+    (tmp_path / "mnist_vae.json").write_text(json.dumps(result))
+    rows = {line.split(" | ")[0]: line for line in table(2, tmp_path).splitlines()}
+    assert rows["| VAE"].count("(") == 3
+    for printed in ("(0.70)", "(0.90)", "(0.08)"):
+        assert printed in rows["| VAE"]
+    assert "(0.88)" in rows["| VAE + HMC"]
+    assert "(" not in rows["| VAE + HMC, perturbation-aware"]
+
+
+def test_paper_and_registry_agree_on_names():
+    assert set(TABLE_2) | set(TABLE_3) | set(TABLE_7) <= set(ATTACKS)
+    assert set(MODELS) - set(ATTACKS) == {"mnist_nvae"}
+    for printed in (*TABLE_2.values(), *TABLE_3.values()):
+        assert set(printed) <= {"none", "hmc"}
+        for measures in printed.values():
+            assert set(measures) <= {"ms_ssim", "class", "color"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"defences": "none"}, "defences must be a tuple of names from"),
+        ({"defences": ("nuts",)}, "defences must be a tuple of names from"),
+        ({"radii": 0.1}, "radii must be a tuple of positive numbers, got 0.1"),
+        ({"radii": (0.0, 0.1)}, "radii must be a tuple of positive numbers"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        AttackConfig("mnist_vae", **changes)
+
+
+def test_mistakes_are_one_line(models, tmp_path, capsys):
+    arguments = ["--models", str(models), "--output", str(tmp_path)]
+    assert main(["attack", "mnist_nvae", *arguments]) == 2
+    assert "no attacks on a model named 'mnist_nvae'" in capsys.readouterr().err
+    assert main(["attack", "mnist_vae", *arguments]) == 2
+    assert "mnist_vae" in capsys.readouterr().err
+    assert main(["table", "3", "--results", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "no result files" in error
+    assert "run attack first" in error
