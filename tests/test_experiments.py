@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +182,18 @@ def test_registry_holds_the_models_of_table_7():
         first, second = (MODELS[f"{dataset}_vae{suffix}"] for suffix in ("", "_long"))
         assert second.start_from == f"{dataset}_vae"
         assert (second.objective, second.beta, second.epochs) == ("beta", 1.0, first.epochs)
+
+
+def test_the_coupling_of_se_is_the_one_that_the_published_sweep_found():
+    sweep = Path(__file__).resolve().parents[1] / "docs" / "results" / "se_gamma"
+    robust = {}
+    for path in sweep.glob("*.json"):
+        result, card = (json.loads(p.read_text()) for p in (path, sweep / "cards" / path.name))
+        assert result["weights"] == {card["name"]: card["sha256"]}
+        report = result["reports"]["reconstruction/none"]
+        robust[card["training"]["gamma"]] = report["robust"]["mean"]["estimate"]
+    assert set(robust) == {0.1, 1, 10, 50}
+    assert MODELS["mnist_se_0.1"].gamma == max(robust, key=lambda gamma: robust[gamma])
 
 
 def test_a_variant_starts_from_trained_weights(models, tmp_path):

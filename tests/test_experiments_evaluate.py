@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from pyro_vae_defence.experiments.evaluate import evaluate, measure, nll_name
 from pyro_vae_defence.experiments.paper import TABLE_7
 from pyro_vae_defence.experiments.registry import MODELS
 from pyro_vae_defence.experiments.report import report
-from pyro_vae_defence.experiments.tables import NOT_MEASURED, table
+from pyro_vae_defence.experiments.tables import NOT_MEASURED, table, trained_models
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained
 
@@ -117,6 +118,23 @@ def test_paper_and_registry_agree_on_names():
     for dataset in ("mnist", "fashion_mnist", "color_mnist"):
         rows = [TABLE_7[name] for name in TABLE_7 if MODELS[name].dataset == dataset]
         assert min(rows, key=lambda row: row["nll"]) is rows[0]
+
+
+def test_cards_make_a_table(models, tmp_path, capsys):
+    assert main(["models", str(models)]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[2].startswith("| `mnist_vae` | ")
+    assert main(["models", str(tmp_path)]) == 2
+    assert "no trained models in" in capsys.readouterr().err
+
+
+def test_packaged_models_stand_in_the_documentation():
+    """The page's tables are what the commands print now."""
+    results = Path(__file__).resolve().parents[1] / "docs" / "results"
+    assert (results / "models.md").read_text() == trained_models() + "\n"
+    assert (results / "evaluate" / "table_7.md").read_text() == table(
+        7, results / "evaluate"
+    ) + "\n"
 
 
 def test_config_defaults_are_the_papers():

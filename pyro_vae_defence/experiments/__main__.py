@@ -110,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write the tables of a directory of result files")
     report.add_argument("results", help="directory with result files (*.json)")
 
+    models = commands.add_parser("models", help="print what the cards of trained models say")
+    models.add_argument("directory", nargs="?", help="of weights; the packaged ones by default")
+
     table = commands.add_parser("table", help="print a table of the paper beside our results")
     table.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
     table.add_argument(
@@ -242,6 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 dict(options.set),
             )
             print(attacked({options.name: result}))
+        elif options.command == "models":
+            from pyro_vae_defence.experiments.tables import trained_models
+
+            print(trained_models(options.directory))
         elif options.command == "table":
             from pyro_vae_defence.experiments.tables import table
 

@@ -12,6 +12,7 @@ from pyro_vae_defence.experiments.evaluate import MSE, nll_name
 from pyro_vae_defence.experiments.markdown import interval, row, source
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3, TABLE_7
 from pyro_vae_defence.experiments.registry import MODELS
+from pyro_vae_defence.models.pretrained import WeightCard, available, load_card
 
 NOT_MEASURED = "not measured"
 NOT_PRINTED = "–"
@@ -36,6 +37,7 @@ _ORDER = list(
     )
 )
 _CHAINS = {"none": "", "hmc": " + HMC", "aware": " + HMC, perturbation-aware"}
+_INPUTS = {"mean": "guide's mean", "guide": "guide's draws", "posterior": "posterior draws"}
 _DIRECTORIES = {2: "docs/results/attack", 3: "docs/results/attack", 7: "docs/results/evaluate"}
 
 
@@ -184,3 +186,100 @@ def _label(name: str) -> str:
         return _FAMILIES[suffix]
     family, _, value = suffix.rpartition("_")
     return f"{_FAMILIES[family]}{value}" if family in _FAMILIES else suffix
+
+
+def trained_models(directory: str | os.PathLike[str] | None = None) -> str:
+    """What the cards of trained VAEs and of classifiers say, in Markdown; what a card does not say is left out.
+
+    Args:
+        directory: of weights and cards; the packaged ones when ``None``.
+
+    Raises:
+        ValueError: for a directory without cards, or a damaged one.
+    """
+    names = available(directory)
+    if not names:
+        raise ValueError(f"no trained models in {directory}; run train first")
+    cards = [load_card(name, directory) for name in names]
+    rank = {name: index for index, name in enumerate(_ORDER)}
+    classifiers = [card for card in cards if card.architecture.endswith("Classifier")]
+    vaes = sorted(
+        (card for card in cards if card not in classifiers),
+        key=lambda card: rank.get(card.name, len(rank)),
+    )
+    lines = [
+        "| model | objective | starts from | epochs | minutes | validation -ELBO | NLL | MSE | active units |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(row(_vae_row(card)) for card in vaes),
+        "",
+        "Validation -ELBO in nats at β = 1, whatever was trained; *NLL*, in nats, and *MSE*, on the scale 0..255, of "
+        "test images, with the metric's settings in the card.",
+        "",
+        "| classifier | reads | predicts | epochs | minutes | test accuracy |",
+        "|---|---|---|---|---|---|",
+        *(row(_classifier_row(card)) for card in classifiers),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _vae_row(card: WeightCard) -> list[str]:
+    training, test = card.training, card.metrics.get("test", {})
+    # The metrics' names carry their settings: "nll[iwae 1000]".
+    nll, mse = (
+        next((value for name, value in test.items() if name.startswith(f"{what}[")), None)
+        for what in ("nll", "mse")
+    )
+    units = test.get("active_units", {}).values()
+    active = f"{sum(u['active'] for u in units)} of {sum(u['all'] for u in units)}" if units else ""
+    return [
+        f"`{card.name}`",
+        _objective(training),
+        "" if training.get("start_from") is None else f"`{training['start_from']}`",
+        _epochs(training),
+        _minutes(card),
+        f"{card.metrics['validation_nelbo']:.2f}" if "validation_nelbo" in card.metrics else "",
+        NOT_MEASURED if nll is None else interval(nll, 2),
+        NOT_MEASURED if mse is None else interval(mse, 1),
+        active,
+    ]
+
+
+def _objective(training: dict[str, Any]) -> str:
+    """What was trained, with the settings that belong to it."""
+    words = {
+        "beta": "β = {beta:g}",
+        "beta_tcvae": "β = {beta:g} on the total correlation",
+        "se": "SE, radius {radius:g}, γ = {gamma:g}",
+        "avae": "AVAE, ρ = {rho:g}",
+        "se_avae": "SE-AVAE, radius {radius:g}, γ = {gamma:g}, ρ = {rho:g}",
+        "avae_ss": "AVAE-SS, ρ = {rho:g}",
+        "nvae": "NVAE's",
+    }
+    return words.get(training.get("objective", ""), "").format(**training)
+
+
+def _epochs(training: dict[str, Any]) -> str:
+    images = training.get("images_per_epoch") or training.get("num_images")
+    return f"{training.get('epochs', '')}" + (f" of {images:,} images" if images else "")
+
+
+def _minutes(card: WeightCard) -> str:
+    return f"{card.provenance['seconds'] / 60:.1f}" if "seconds" in card.provenance else ""
+
+
+def _classifier_row(card: WeightCard) -> list[str]:
+    training = card.training
+    model, column = training.get("model"), training.get("column", 0)
+    # Cards of before there was a choice do not name it.
+    reads = _INPUTS[training.get("inputs", "mean")]
+    return [
+        f"`{card.name}`",
+        "images" if model is None else f"{reads} of `{model}`",
+        ("class", "colour")[column],
+        _epochs(training),
+        _minutes(card),
+        interval(card.metrics["test_accuracy"])
+        if "test_accuracy" in card.metrics
+        else NOT_MEASURED,
+    ]
