@@ -125,6 +125,8 @@ def test_paper_and_registry_agree_on_names():
         ({"defences": ("nuts",)}, "defences must be a tuple of names from"),
         ({"radii": 0.1}, "radii must be a tuple of positive numbers, got 0.1"),
         ({"radii": (0.0, 0.1)}, "radii must be a tuple of positive numbers"),
+        ({"num_restarts": 0}, "num_restarts must be an integer of at least 1, got 0"),
+        ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1"),
     ],
 )
 def test_bad_settings_are_named(changes, message):

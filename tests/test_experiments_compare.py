@@ -182,6 +182,7 @@ def test_registry_has_model_and_classifiers_of_every_comparison():
         ({"defences": "hmc"}, "defences must be a tuple"),
         ({"defences": ("hcm",)}, "defences has no 'hcm'"),
         ({"radii": (0.1, 2.0)}, r"radii must lie in \[0, 1\]"),
+        ({"burn_in": -1}, "burn_in must be an integer of at least 0, got -1"),
         ({"inputs": ("guide",)}, "inputs must hold 'mean'"),
         ({"reading": "mean/posterior"}, "reading must be one of"),
         ({"inputs": ("mean", "posterior")}, "no pretrained model named 'mnist_vae_classifier_post"),

@@ -365,6 +365,11 @@ class CompareConfig:
         for radius in (*self.radii, self.cost_radius):
             if not 0 <= radius <= 1:
                 raise ValueError(f"radii must lie in [0, 1], the range of images, got {radius!r}")
+        # Said here, before an undefended cell is computed, instead of by the first chain.
+        for name in ("num_samples", "num_chains", "num_steps"):
+            check_integer(name, getattr(self, name))
+        for name in ("warmup_steps", "burn_in"):
+            check_integer(name, getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -563,6 +568,10 @@ class AttackConfig:
             )
         if not isinstance(self.radii, tuple) or not all(radius > 0 for radius in self.radii):
             raise ValueError(f"radii must be a tuple of positive numbers, got {self.radii!r}")
+        for name in ("num_references", "num_restarts", "num_images", "num_steps", "num_samples"):
+            check_integer(name, getattr(self, name))
+        check_integer("warmup_steps", self.warmup_steps, 0)
+        check_integer("leapfrog_steps", self.leapfrog_steps)
 
 
 AttackObjective = Literal[
