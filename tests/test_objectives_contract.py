@@ -243,7 +243,7 @@ def test_the_image_must_be_observed_at_one_site_inside_the_plate(x: Tensor) -> N
             image = dist.Normal(vae.decoder(z), 1.0).to_event(1)
             pyro.sample("obs", image, obs=x.flatten(1))
 
-    with pytest.raises(ValueError, match=re.escape("exactly one site, not at ['obs', 'label']")):
+    with pytest.raises(ValueError, match=re.escape("exactly one site, found ['obs', 'label']")):
         BetaELBO().loss(labelled, vae.guide, x)
     with pytest.raises(ValueError, match="site 'obs' lies outside plate 'data'"):
         BetaELBO().loss(renamed, vae.guide, x)

@@ -61,7 +61,7 @@ import torch
 from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Laplace, Normal
 
@@ -240,7 +240,7 @@ class _MostLikely(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         # Latents conditioned from outside are not yet observed here: this is the innermost handler.
-        if not msg["is_observed"] or isinstance(msg["fn"], (_Subsample, Unit)):
+        if not msg["is_observed"] or site_is_subsample(msg) or isinstance(msg["fn"], Unit):
             return
         if msg["infer"].get("_deterministic", False):
             return

@@ -27,7 +27,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import (
     Distribution,
@@ -40,14 +40,13 @@ from torch.distributions import (
 )
 
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
+from pyro_vae_defence.models.sites import DATA_PLATE, image_site, latent_sites, sample_sites
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-DATA_PLATE = "data"
 
 __all__ = [
     "DATA_PLATE",
@@ -144,27 +143,8 @@ def evaluation_mode(*programs: Any) -> Iterator[None]:
 # --- Sites ----------------------------------------------------------------------------------------
 
 
-def _is_deterministic(site: Any) -> bool:
-    return bool(site["infer"].get("_deterministic", False))
-
-
-def _sample_sites(trace: poutine.Trace) -> dict[str, Any]:
-    """Sample sites with a density: neither plates' subsampling nor ``pyro.deterministic``."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not isinstance(site["fn"], _Subsample)
-        and not _is_deterministic(site)
-    }
-
-
 def _latent_values(trace: poutine.Trace) -> Latents:
-    return {
-        name: site["value"]
-        for name, site in _sample_sites(trace).items()
-        if not site["is_observed"]
-    }
+    return {site["name"]: site["value"] for site in latent_sites(trace)}
 
 
 def _data_frame(name: str, site: Any, num_images: int) -> Any:
@@ -227,13 +207,7 @@ def observation_site(model: Callable[..., Any], *args: Any, **kwargs: Any) -> st
     """
     with torch.no_grad():
         trace = _get_trace(model, *args, **kwargs)
-    observed = [name for name, site in _sample_sites(trace).items() if site["is_observed"]]
-    if len(observed) != 1:
-        raise ValueError(
-            f"model must observe the image at exactly one site, found {observed or 'none'}; "
-            'write pyro.sample("obs", likelihood, obs=x) once'
-        )
-    return observed[0]
+    return image_site(trace)["name"]
 
 
 # --- The guide ------------------------------------------------------------------------------------
@@ -282,9 +256,7 @@ def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[st
         Site name -> distribution with batch shape ``(N,)`` (or with plates of its own).
     """
     trace = _guide_trace(vae, x, streams)
-    return {
-        name: site["fn"] for name, site in _sample_sites(trace).items() if not site["is_observed"]
-    }
+    return {site["name"]: site["fn"] for site in latent_sites(trace)}
 
 
 def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
@@ -304,7 +276,7 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
             f"vae.guide failed on images of shape {tuple(x.shape)}: {error}; it must run as guide(x), "
             f'with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
         ) from error
-    latents = {n: site for n, site in _sample_sites(trace).items() if not site["is_observed"]}
+    latents = {site["name"]: site for site in latent_sites(trace)}
     if not latents:
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
     for name, site in latents.items():
@@ -322,7 +294,7 @@ def sample_with_log_prob(
     """One draw z from the guide per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in nats."""
     trace = _guide_trace(vae, x, streams)
     log_prob = x.new_zeros(x.shape[0])
-    for name, site in _sample_sites(trace).items():
+    for name, site in sample_sites(trace).items():
         log_prob = log_prob + _log_prob_per_image(name, site, x.shape[0])
     return _latent_values(trace), log_prob
 
@@ -341,7 +313,7 @@ class GuideDraws:
     def __init__(self, vae: VAE, x: Tensor) -> None:
         self.vae, self.x = vae, x
         self.site = ""
-        sites = _sample_sites(_guide_trace(vae, x, Streams.create(len(x), seed=0, device=x.device)))
+        sites = sample_sites(_guide_trace(vae, x, Streams.create(len(x), seed=0, device=x.device)))
         if len(sites) != 1:
             return
         name, site = next(iter(sites.items()))
@@ -380,7 +352,7 @@ class _MeanMessenger(Messenger):
     """Set every latent site to the mean of its distribution."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"] and not isinstance(msg["fn"], _Subsample):
+        if not msg["is_observed"] and not site_is_subsample(msg):
             msg["value"] = msg["fn"].mean
 
 
@@ -428,14 +400,7 @@ def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) ->
     missing = set(latents) - set(trace.nodes)
     if missing:
         raise ValueError(f"model has no latent site named {sorted(missing)}; pass its own latents")
-    observed = [
-        site
-        for name, site in _sample_sites(trace).items()
-        if site["is_observed"] and name not in latents
-    ]
-    if len(observed) != 1:
-        raise ValueError(f"model must observe the image at exactly one site, found {len(observed)}")
-    return observed[0]["fn"]
+    return image_site(trace, conditioned=latents)["fn"]
 
 
 def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tensor:
@@ -498,7 +463,7 @@ class ModelPotential:
             trace = _get_trace(model, *args, **kwargs)
         self.sites = tuple(
             self._read_site(name, site)
-            for name, site in _sample_sites(trace).items()
+            for name, site in sample_sites(trace).items()
             if not site["is_observed"]
         )
         if not self.sites:
@@ -609,7 +574,7 @@ class ModelPotential:
         conditioned = poutine.condition(self._model, data=self.constrain(latents))
         trace = _get_trace(conditioned, *self._args, **self._kwargs)
         energy = self.log_determinant(latents)
-        for name, site in _sample_sites(trace).items():
+        for name, site in sample_sites(trace).items():
             energy = energy - _log_prob_per_image(name, site, self.num_images)
         return energy
 
@@ -663,7 +628,7 @@ def guide_potential(
 
     def energy_of_guide(latents: LatentsLike) -> Tensor:
         conditioned = poutine.condition(vae.guide, data=energy.constrain(latents))
-        sites = _sample_sites(_get_trace(conditioned, x))
+        sites = sample_sites(_get_trace(conditioned, x))
         if sites.keys() != names:
             raise ValueError(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "

@@ -1,66 +1,17 @@
-"""Reading the traces of a VAE's two programs: latent sites, the image site, values per image.
+"""What objectives read of a VAE's two traces beside their sites: Gaussian latents, the decoder's mean, mean field.
 
-Every reader puts the axis of plate ``"data"`` first, so that ``N`` rows come out whatever other
-plates, event shapes or number of latent sites a program has.
+As in :mod:`pyro_vae_defence.models.sites`, the axis of plate ``"data"`` comes first, so that ``N`` rows come out
+whatever other plates, event shapes or number of latent sites a program has.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pyro.distributions import Independent, Normal
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-Site = Any
-
-
-def rows(value: Tensor, site: Site, event_dim: int = 0) -> Tensor:
-    """``value``, with the site's batch axes and ``event_dim`` more, as ``(N, everything else)``."""
-    for frame in site["cond_indep_stack"]:
-        if frame.name == "data":
-            return value.movedim(frame.dim - event_dim, 0).flatten(1)
-    raise ValueError(
-        f"site {site['name']!r} lies outside plate 'data'; "
-        'open pyro.plate("data", x.shape[0]) around every sample site'
-    )
-
-
-def per_image(value: Tensor, site: Site) -> Tensor:
-    """Sum of one value per batch element (a log-probability, a KL) within each image, ``(N,)``."""
-    return rows(value.unsqueeze(-1), site, event_dim=1).sum(1)
-
-
-def latent_sites(trace: Trace) -> list[Site]:
-    """The sites a program samples (neither observed nor a plate's subsample), in program order.
-
-    The order of the guide may differ from the model's; index the other trace by name.
-    """
-    return [
-        site
-        for site in trace.nodes.values()
-        if site["type"] == "sample" and not site["is_observed"] and not site_is_subsample(site)
-    ]
-
-
-def image_site(model_trace: Trace) -> Site:
-    """The one site at which the model observes the image."""
-    observed = [
-        site
-        for site in model_trace.nodes.values()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not (site["infer"] or {}).get("_deterministic")
-    ]
-    if len(observed) != 1:
-        names = [site["name"] for site in observed]
-        raise ValueError(
-            f"model must observe the image at exactly one site, not at {names}; "
-            "sample it with obs=x and make other observations pyro.deterministic"
-        )
-    return observed[0]
+from pyro_vae_defence.models.sites import Site, image_site, latent_sites, rows
 
 
 def decoder_mean(model_trace: Trace, x: Tensor) -> Tensor:

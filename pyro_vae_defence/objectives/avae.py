@@ -32,15 +32,8 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae_defence.objectives._read import (
-    check_mean_field,
-    decoder_mean,
-    gaussians,
-    image_site,
-    latent_sites,
-    per_image,
-    rows,
-)
+from pyro_vae_defence.models.sites import image_site, latent_sites, per_image, rows
+from pyro_vae_defence.objectives._read import check_mean_field, decoder_mean, gaussians
 from pyro_vae_defence.objectives.elbo import (
     ImageELBO,
     Program,

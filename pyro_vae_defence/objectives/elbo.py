@@ -33,7 +33,7 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae_defence.objectives._read import image_site, latent_sites, per_image
+from pyro_vae_defence.models.sites import image_site, latent_sites, per_image
 
 Program: TypeAlias = Callable[..., Any]
 

@@ -32,7 +32,7 @@ from pyro_vae_defence.models.nvae.regularisers import (
     kl_balance_weights,
     kl_coefficient,
 )
-from pyro_vae_defence.objectives._read import image_site, latent_sites, per_image
+from pyro_vae_defence.models.sites import image_site, latent_sites, per_image
 from pyro_vae_defence.objectives.elbo import ImageELBO, Program, Terms, positive, site_kl
 
 

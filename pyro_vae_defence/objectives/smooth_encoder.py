@@ -38,13 +38,8 @@ from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_vae_defence.objectives._read import (
-    Site,
-    check_mean_field,
-    gaussians,
-    latent_sites,
-    per_image,
-)
+from pyro_vae_defence.models.sites import Site, latent_sites, per_image
+from pyro_vae_defence.objectives._read import check_mean_field, gaussians
 from pyro_vae_defence.objectives.elbo import (
     ImageELBO,
     Program,

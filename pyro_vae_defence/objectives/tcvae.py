@@ -44,7 +44,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.objectives._read import check_mean_field, gaussians, latent_sites, values
+from pyro_vae_defence.models.sites import latent_sites
+from pyro_vae_defence.objectives._read import check_mean_field, gaussians, values
 from pyro_vae_defence.objectives.elbo import (
     ImageELBO,
     Program,
