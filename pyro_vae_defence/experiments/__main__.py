@@ -122,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _places(
+    options: argparse.Namespace,
+) -> tuple[str, str | None, str | None, dict[str, Any]]:
+    """What every command takes that computes something: where to write, the data, the weights, the settings."""
+    return options.output, options.data_root, options.models, dict(options.set)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors in the arguments are one line and exit code 2."""
     options = parser().parse_args(arguments)
@@ -133,13 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "train" and options.name in CLASSIFIERS:
             from pyro_vae_defence.experiments.classify import train_classifier
 
-            card = train_classifier(
-                options.name,
-                options.output,
-                options.data_root,
-                options.models,
-                dict(options.set),
-            )
+            card = train_classifier(options.name, *_places(options))
             print(f"{card.name}: test accuracy {card.metrics['test_accuracy']['estimate']:.4f}")
         elif options.command == "train":
             from pyro_vae_defence.experiments.train import train
@@ -159,10 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             defend_hierarchy(
                 options.name,
-                options.output,
-                options.data_root,
-                options.models,
-                dict(options.set),
+                *_places(options),
                 progress=not options.quiet,
                 checkpoint=options.checkpoint,
             )
@@ -171,36 +169,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pyro_vae_defence.experiments.defend import defend
             from pyro_vae_defence.experiments.report import report
 
-            defend(
-                options.name,
-                options.output,
-                options.data_root,
-                options.models,
-                dict(options.set),
-                progress=not options.quiet,
-            )
+            defend(options.name, *_places(options), progress=not options.quiet)
             print(report(options.output))
         elif options.command == "benchmark":
             from pyro_vae_defence.experiments.benchmark.run import benchmark
             from pyro_vae_defence.experiments.benchmark_attacks import benchmark_attacks
             from pyro_vae_defence.experiments.report import write_report
 
-            measured = (options.output, options.data_root, options.models, dict(options.set))
             if options.name == "attacks":
-                benchmark_attacks(*measured)
+                benchmark_attacks(*_places(options))
             else:
-                benchmark(options.name, *measured, progress=not options.quiet)
+                benchmark(options.name, *_places(options), progress=not options.quiet)
             print(write_report(options.output).read_text())
         elif options.command == "evaluate":
             from pyro_vae_defence.experiments.evaluate import evaluate
 
-            result = evaluate(
-                options.name,
-                options.output,
-                options.data_root,
-                options.models,
-                dict(options.set),
-            )
+            result = evaluate(options.name, *_places(options))
             print(json.dumps(result["metrics"], indent=2))
         elif options.command in ("compare", "figures"):
             if options.command == "compare":
@@ -211,39 +195,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from pyro_vae_defence.experiments.figures_report import write_figures as write
 
             for name in options.names:
-                run(
-                    name,
-                    options.output,
-                    options.data_root,
-                    options.models,
-                    dict(options.set),
-                    progress=not options.quiet,
-                )
+                run(name, *_places(options), progress=not options.quiet)
             tables, drawn = write(options.output, options.images)
             print("\n".join(f"wrote {path}" for path in (tables, *drawn)))
         elif options.command == "robustness":
             from pyro_vae_defence.experiments.report import robustness_table
             from pyro_vae_defence.experiments.robustness import robustness
 
-            result = robustness(
-                options.name,
-                options.output,
-                options.data_root,
-                options.models,
-                dict(options.set),
-            )
+            result = robustness(options.name, *_places(options))
             print(robustness_table(result))
         elif options.command == "attack":
             from pyro_vae_defence.experiments.attack import attack
             from pyro_vae_defence.experiments.tables import attacked
 
-            result = attack(
-                options.name,
-                options.output,
-                options.data_root,
-                options.models,
-                dict(options.set),
-            )
+            result = attack(options.name, *_places(options))
             print(attacked({options.name: result}))
         elif options.command == "models":
             from pyro_vae_defence.experiments.tables import trained_models
