@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from pyro_vae_defence.experiments.tables import attacked
 
             result = attack(options.name, *_places(options))
-            print(attacked({options.name: result}))
+            print(attacked(result))
         elif options.command == "models":
             from pyro_vae_defence.experiments.tables import trained_models
 

@@ -8,7 +8,8 @@ with 95% intervals over images,
 - per label (on ColorMNIST digit and colour) how often the prediction from an image attacked for it has not changed, and
   how often it is right; radius 0 is the clean images.
 
-Attacks do not know the defence. Where there is none they are exact, and the figures are the model's own.
+The attack on a classifier wants the class predicted without an attack to change, whether that was right or wrong.
+Attacks do not know the defence; where there is none they have the exact gradient.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import attacks, data, metrics
-from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, NoDefence
+from pyro_vae_defence.defence import Defence, DefendedClassifier, NoDefence
 from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import AttackConfig, command, override
+from pyro_vae_defence.experiments.defences import named_defence
 from pyro_vae_defence.experiments.defend import VARIANT, similarity
 from pyro_vae_defence.experiments.registry import ATTACKS, CLASSIFIERS
 from pyro_vae_defence.experiments.results import interval
@@ -48,7 +49,7 @@ def attack(
         output: directory of the result file ``NAME.json``, written after every cell.
         root: directory of the datasets.
         models: directory of the weights of VAE and classifiers; the packaged ones when ``None``.
-        overrides: fields of the configuration to change; they are recorded in the result.
+        overrides: fields of the configuration to change, but ``model``; they are recorded in the result.
 
     Raises:
         ValueError: for an unknown name or override, weights that are missing, or a result file of another run.
@@ -58,6 +59,10 @@ def attack(
             f"no attacks on a model named {name!r}; choose one of {', '.join(ATTACKS)}"
         )
     config = override(ATTACKS[name], overrides)
+    if config.model != name:
+        raise ValueError(
+            f"model={config.model!r}: results are named after the model; run attack on it"
+        )
     study = _Study(config, root, models)
     path = Path(output) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +81,7 @@ def attack(
         missing = [kind for kind in config.defences if kind not in cells]
         inputs = study.inputs(radius) if missing else {}
         for kind in missing:
-            cells[kind] = study.cell(kind, radius, inputs)
+            cells[kind] = study.cell(kind, inputs)
             results.save(path, result, indent=1)
     return result
 
@@ -132,9 +137,9 @@ class _Study:
             inputs[task] = found(self.images, self._generator(f"attack {task}")).x_adv[0]
         return inputs
 
-    def cell(self, kind: str, radius: float, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    def cell(self, kind: str, inputs: dict[str, Tensor]) -> dict[str, Any]:
         """Everything about one defence at one radius."""
-        defence = self._defence(kind, radius)
+        defence: Defence = named_defence(self.vae, kind, self.config)
         outcome = defence(inputs["encoder"], self._generator("similarity"))
         accuracy = {}
         for task, (column, classifier) in self.tasks.items():
@@ -161,19 +166,7 @@ class _Study:
 
     def _attack(self, objective: Any, radius: float, num_restarts: int) -> attacks.Attack:
         return attacks.APGD(
-            objective, Linf(radius), num_steps=self.config.num_steps, num_restarts=num_restarts
-        )
-
-    def _defence(self, kind: str, radius: float) -> Defence:
-        if kind == "none":
-            return NoDefence(self.vae)
-        config = self.config
-        return MCMCDefence(
-            self.vae,
-            whitened_hmc(self.vae, config.step_size, config.leapfrog_steps),
-            config.num_samples,
-            config.warmup_steps,
-            perturbation=Linf(radius) if kind == "aware" and radius > 0 else None,
+            objective, Linf(radius), num_steps=self.config.attack_steps, num_restarts=num_restarts
         )
 
     def _reconstructions(self, purpose: str) -> Tensor:

@@ -16,8 +16,8 @@ from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data, metrics
 from pyro_vae_defence.defence import EncoderDefence, MCMCDefence
-from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import ClassifierConfig, command, override
+from pyro_vae_defence.experiments.defences import whitened_hmc
 from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.experiments.registry import CLASSIFIERS
 from pyro_vae_defence.experiments.results import as_entry

@@ -29,41 +29,30 @@ from pyro_vae_defence.defence import (
     Defence,
     DefenceResult,
     DefendedClassifier,
-    EncoderDefence,
     MCMCDefence,
     NoDefence,
-    PosteriorModeDefence,
     calibrate_radius,
-    clip_dark_pixels,
-    clip_extreme_pixels,
     detection_scores,
-    gaussian_filter,
-    median_filter,
 )
 from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import (
-    CHAINS,
-    MODES,
     WITH_RADIUS,
     CompareConfig,
     command,
     defence_spec,
     override,
 )
+from pyro_vae_defence.experiments.defences import named_defence
 from pyro_vae_defence.experiments.defend import VARIANT
 from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS
 from pyro_vae_defence.experiments.results import interval
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
-from pyro_vae_defence.models.perturbation import Perturbation, UnknownRadius
+from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 
 UNDEFENDED_READING = "guide's mean"
-
-MODE_STEPS = 30
-"""Gradients of a search for the posterior mode by L-BFGS."""
 
 CALIBRATION_RADII = (0.0, 0.05, 0.1, 0.2, 0.3)
 CALIBRATION_IMAGES = 100
@@ -279,34 +268,7 @@ class _Study:
 
     def defence(self, name: str, radius: float) -> Any:
         """The defence or control of a name; see :class:`CompareConfig`."""
-        config, (kind, assumed, transitions) = self.config, defence_spec(name)
-        delta = radius if assumed is None else assumed
-        if kind in CHAINS:
-            kernel = whitened_hmc(self.vae, config.step_size, config.num_steps, config.burn_in)
-            lengths = (config.num_samples, config.warmup_steps, config.num_chains)
-            if transitions is not None:
-                lengths = (transitions - transitions // 2, transitions // 2, 1)
-            assumes: Perturbation | None = None
-            if kind == "aware_unknown":
-                assumes = self.unknown_radius()
-            elif kind == "aware" and delta > 0:
-                assumes = Linf(delta)
-            return MCMCDefence(self.vae, kernel, *lengths, perturbation=assumes)
-        if kind in MODES:
-            ball = Linf(delta) if kind == "aware_mode" and delta > 0 else None
-            return PosteriorModeDefence(
-                self.vae, "lbfgs", MODE_STEPS, initial="mean", perturbation=ball
-            )
-        if kind == "none":
-            return NoDefence(self.vae)
-        filters: dict[str, Any] = {
-            "encoder_samples": None,
-            "dark_clip": functools.partial(clip_dark_pixels, delta=delta),
-            "extreme_clip": functools.partial(clip_extreme_pixels, delta=delta),
-            "median": median_filter,
-            "gaussian": gaussian_filter,
-        }
-        return EncoderDefence(self.vae, preprocess=filters[kind])
+        return named_defence(self.vae, name, self.config, radius, self.unknown_radius)
 
     def same(self, name: str, radius: float, cells: dict[str, Any]) -> str | None:
         """A defence among ``cells`` that at this radius is ``name``, as ``aware`` is ``aware_0.1`` at 0.1."""

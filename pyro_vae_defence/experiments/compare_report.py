@@ -10,23 +10,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.compare import UNDEFENDED_READING
-from pyro_vae_defence.experiments.config import CONTROLS, WITH_RADIUS, defence_spec
+from pyro_vae_defence.experiments.config import CONTROLS, defence_spec
+from pyro_vae_defence.experiments.defences import label
 from pyro_vae_defence.experiments.drawing import interval_curve, write_pages
 from pyro_vae_defence.experiments.markdown import interval, row, source
-
-_KINDS = {
-    "none": "no defence",
-    "hmc": "HMC, the paper's target",
-    "aware": "HMC, perturbation-aware",
-    "aware_unknown": "HMC, perturbation-aware, radius unknown",
-    "aware_mode": "mode, perturbation-aware",
-    "mode": "control: mode of the paper's target",
-    "encoder_samples": "control: mean of encoder samples",
-    "dark_clip": "control: dark-pixel clipping",
-    "extreme_clip": "control: dark- and bright-pixel clipping",
-    "median": "control: median filter",
-    "gaussian": "control: Gaussian filter",
-}
 
 
 def write_comparison(
@@ -72,15 +59,6 @@ def section(name: str, result: dict[str, Any], figures: list[str]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def label(name: str) -> str:
-    """What a table calls a defence."""
-    kind, radius, transitions = defence_spec(name)
-    text = _KINDS[kind]
-    if kind in WITH_RADIUS:
-        text += " δ = radius" if radius is None else f" δ = {radius:g}"
-    return text if transitions is None else f"{text}, {transitions} transitions"
 
 
 def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) -> Iterator[str]:

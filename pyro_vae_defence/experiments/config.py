@@ -248,6 +248,8 @@ class ClassifierConfig:
         check_integer("num_draws", self.num_draws)
 
 
+# As in pyro_vae_defence.defence.classifier, which is slow to import.
+Reading = Literal["last", "draws", "mean", "reencoded"]
 CHAINS = ("hmc", "aware", "aware_unknown")
 MODES = ("mode", "aware_mode")
 CONTROLS = ("mode", "encoder_samples", "dark_clip", "extreme_clip", "median", "gaussian")
@@ -365,11 +367,18 @@ class CompareConfig:
         for radius in (*self.radii, self.cost_radius):
             if not 0 <= radius <= 1:
                 raise ValueError(f"radii must lie in [0, 1], the range of images, got {radius!r}")
-        # Said here, before an undefended cell is computed, instead of by the first chain.
-        for name in ("num_samples", "num_chains", "num_steps"):
-            check_integer(name, getattr(self, name))
-        for name in ("warmup_steps", "burn_in"):
-            check_integer(name, getattr(self, name), 0)
+        check_integer("num_samples", self.num_samples)
+        _check_chains(self)
+
+
+def _check_chains(config: Any) -> None:
+    """Said before an undefended cell is computed, instead of by the first chain."""
+    for name in ("num_chains", "num_steps"):
+        check_integer(name, getattr(config, name))
+    for name in ("warmup_steps", "burn_in"):
+        check_integer(name, getattr(config, name), 0)
+    if not config.step_size > 0:
+        raise ValueError(f"step_size must be positive, got {config.step_size!r}")
 
 
 @dataclass(frozen=True)
@@ -489,7 +498,7 @@ class RobustnessConfig:
         "truncated",
     )
     engine: str = "APGD"
-    reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
+    reading: Reading = "reencoded"
     num_images: int = 32
     num_examples: int = 8
     num_samples: int = 5
@@ -529,49 +538,56 @@ class RobustnessConfig:
 class AttackConfig:
     """Attacks on the encoder and on the classifiers of a trained model, as in Tables 2 and 3.
 
-    The objectives are the paper's, the optimiser is APGD, stronger than its raw gradient ascent.
+    The objectives are the paper's, the optimiser is APGD. A defence is the same whatever the attack's radius: what
+    assumes one is named with it.
 
     Args:
         model: name of a trained VAE; its classifiers are found by name.
         radii: L_inf radii of the attacks, in units of the image range.
-        defences: ``none``; ``hmc``, chains on the paper's target, whitened; ``aware``, on the perturbation-aware one of
-            the attack's radius.
+        defences: names as in :class:`CompareConfig`, such as ``hmc``, ``aware_0.2`` or ``dark_clip_0.2``.
         num_references, num_restarts: class-stratified test images whose encodings are attacked, and how often; all
             restarts count.
         num_images: class-stratified test images whose classes are attacked, once for every label.
-        num_steps: of an attack.
+        attack_steps: of an attack.
         reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`; without a defence it
             reads the guide's mean.
-        num_samples, warmup_steps, leapfrog_steps, step_size: of the chains.
+        num_samples, warmup_steps, num_chains, num_steps, step_size, burn_in: of the chains.
         seed: seed of images, attacks and defences.
     """
 
     model: str
     radii: tuple[float, ...] = (0.1, 0.2)
-    defences: tuple[str, ...] = ("none", "hmc", "aware")
+    defences: tuple[str, ...] = ("none", "encoder_samples", "dark_clip_0.2", "hmc", "aware_0.2")
     num_references: int = 50
     num_restarts: int = 2
     num_images: int = 100
-    num_steps: int = 50
-    reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
+    attack_steps: int = 50
+    reading: Reading = "reencoded"
     num_samples: int = 10
     warmup_steps: int = 15
-    leapfrog_steps: int = 4
+    num_chains: int = 1
+    num_steps: int = 4
     step_size: float = 0.5
+    burn_in: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = ("none", "hmc", "aware")
-        if isinstance(self.defences, str) or not set(self.defences) <= set(known):
-            raise ValueError(
-                f"defences must be a tuple of names from {known}, got {self.defences!r}"
-            )
-        if not isinstance(self.radii, tuple) or not all(radius > 0 for radius in self.radii):
-            raise ValueError(f"radii must be a tuple of positive numbers, got {self.radii!r}")
-        for name in ("num_references", "num_restarts", "num_images", "num_steps", "num_samples"):
+        for name in ("defences", "radii"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not value:
+                raise ValueError(f"{name} must be a tuple that is not empty, got {value!r}")
+        for name in self.defences:
+            kind, assumed, _ = defence_spec(name)
+            if kind == "aware_unknown" or (kind in WITH_RADIUS and assumed is None):
+                raise ValueError(f"defences: {name!r} assumes a radius; name it, as in 'aware_0.2'")
+        for radius in self.radii:
+            if not (isinstance(radius, (int, float)) and 0 < radius <= 1):
+                raise ValueError(f"radii must lie in (0, 1], the range of images, got {radius!r}")
+        if self.reading not in get_args(Reading):
+            raise ValueError(f"reading must be one of {get_args(Reading)}, got {self.reading!r}")
+        for name in ("num_references", "num_restarts", "num_images", "attack_steps", "num_samples"):
             check_integer(name, getattr(self, name))
-        check_integer("warmup_steps", self.warmup_steps, 0)
-        check_integer("leapfrog_steps", self.leapfrog_steps)
+        _check_chains(self)
 
 
 AttackObjective = Literal[
@@ -624,7 +640,7 @@ class FiguresConfig:
     num_steps: int = 50
     num_images: int = 20
     num_examples: int = 2
-    reading: Literal["last", "draws", "mean", "reencoded"] = "reencoded"
+    reading: Reading = "reencoded"
     num_samples: int = 5
     warmup_steps: int = 20
     leapfrog_steps: int = 4

@@ -41,8 +41,8 @@ from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, NoDefence
 from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import FiguresConfig, command, override
+from pyro_vae_defence.experiments.defences import whitened_hmc
 from pyro_vae_defence.experiments.defend import VARIANT
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.registry import FIGURES, MODELS

@@ -37,9 +37,9 @@ def resume(path: Path, result: dict[str, Any], *parts: str) -> None:
     """
     if not path.exists():
         return
-    earlier = json.loads(path.read_text())
+    earlier = load(path)
     for key in ("config", "weights"):
-        if earlier[key] != result[key]:
+        if earlier.get(key) != result[key]:
             raise ValueError(
                 f"{path} belongs to another run (its {key} differs); "
                 "move it away, or choose another output directory"
@@ -58,7 +58,24 @@ def read(
     files = sorted(Path(directory).glob("*.json"))
     if not files:
         raise ValueError(f"no result files (*.json) in {directory}; run {run} first")
-    return {path.stem: json.loads(path.read_text()) for path in files}
+    return {path.stem: load(path) for path in files}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """One result file.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"result file {path} is damaged ({error}); move it away and run the experiment again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no result file: it holds a {type(found).__name__}")
+    return found
 
 
 def save(path: Path, result: dict[str, Any], indent: int = 2) -> None:

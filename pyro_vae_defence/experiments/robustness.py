@@ -14,8 +14,8 @@ from torch import Tensor
 from pyro_vae_defence import attacks, data
 from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, NoDefence
 from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.chains import whitened_hmc
 from pyro_vae_defence.experiments.config import RobustnessConfig, command, override
+from pyro_vae_defence.experiments.defences import whitened_hmc
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.registry import MODELS, ROBUSTNESS
 from pyro_vae_defence.models import ConvVAE

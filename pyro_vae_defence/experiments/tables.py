@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pyro_vae_defence.experiments import results as result_files
+from pyro_vae_defence.experiments.defences import label
 from pyro_vae_defence.experiments.evaluate import MSE, nll_name
 from pyro_vae_defence.experiments.markdown import interval, row, source
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3, TABLE_7
-from pyro_vae_defence.experiments.registry import MODELS
+from pyro_vae_defence.experiments.registry import ATTACKS, MODELS
 from pyro_vae_defence.models.pretrained import WeightCard, available, load_card
 
 NOT_MEASURED = "not measured"
@@ -36,7 +37,6 @@ _ORDER = list(
         ]
     )
 )
-_CHAINS = {"none": "", "hmc": " + HMC", "aware": " + HMC, perturbation-aware"}
 _INPUTS = {"mean": "guide's mean", "guide": "guide's draws", "posterior": "posterior draws"}
 _DIRECTORIES = {2: "docs/results/attack", 3: "docs/results/attack", 7: "docs/results/evaluate"}
 
@@ -61,69 +61,99 @@ def table(number: int, results: str | os.PathLike[str] | None = None) -> str:
     if number == 7:
         return "\n".join(_table_7(dataset, directory) for dataset in _DATASETS)
     found = result_files.read(directory, "attack")
-    printed = TABLE_2 if number == 2 else TABLE_3
-    datasets = {MODELS[name].dataset for name in printed}
-    chosen = {
-        name: found[name] for name in _ORDER if name in found and MODELS[name].dataset in datasets
-    }
-    return attacked(chosen, f"Table {number}, ")
-
-
-def attacked(found: dict[str, dict[str, Any]], title: str = "") -> str:
-    """Tables 2 and 3 of results of ``attack`` by the model's name: one table per dataset."""
-    by_dataset: dict[str, dict[str, dict[str, Any]]] = {}
     for name, result in found.items():
-        by_dataset.setdefault(MODELS[name].dataset, {})[name] = result
+        if result.get("experiment") != f"attack {name}" or name not in ATTACKS:
+            raise ValueError(f"{directory / name}.json is no result of attack; move it away")
+    printed = TABLE_2 if number == 2 else TABLE_3
+    datasets = dict.fromkeys(MODELS[name].dataset for name in printed)
     return "\n".join(
-        _attacked(f"### {title}{_DATASETS.get(dataset, dataset)}", of_dataset)
-        for dataset, of_dataset in by_dataset.items()
+        _attacked(
+            f"### Table {number}, {_DATASETS[dataset]}",
+            {
+                name: found.get(name)
+                for name in _ORDER
+                if MODELS[name].dataset == dataset and (name in found or name in printed)
+            },
+        )
+        for dataset in datasets
     )
 
 
-def _attacked(title: str, found: dict[str, dict[str, Any]]) -> str:
-    some = next(iter(found.values()))
-    config = some["config"]
-    radii = [f"{radius:g}" for radius in config["radii"]]
-    tasks = list(next(iter(some["radii"]["0"].values()))["accuracy"])
-    columns = ["", *(f"{some['metric']}, {radius}" for radius in radii)]
+def attacked(result: dict[str, Any]) -> str:
+    """One result of ``attack`` as Tables 2 and 3 show it."""
+    name = result["config"]["model"]
+    return _attacked(f"### {name}", {name: result})
+
+
+def _attacked(title: str, by_model: dict[str, dict[str, Any] | None]) -> str:
+    found = [result for result in by_model.values() if result is not None]
+    columns: list[str] = []
+    notes: list[str] = []
+    radii, metric = ["0.1", "0.2"], "ms_ssim[paper]"
+    of_paper = [{**TABLE_2, **TABLE_3}.get(model, {}).get("none", {}) for model in by_model]
+    tasks = [task for task in ("class", "color") if any(task in each for each in of_paper)]
+    if found:
+        config, metric = found[0]["config"], found[0]["metric"]
+        for each in found:
+            differs = [k for k, v in each["config"].items() if k != "model" and v != config[k]]
+            if differs or each["metric"] != metric:
+                raise ValueError(
+                    f"results of {config['model']} and {each['config']['model']} do not belong in one table: "
+                    f"they differ in {', '.join(differs) or 'their metric'}; run attack again with the same settings"
+                )
+        radii = [f"{radius:g}" for radius in config["radii"]]
+        tasks = list(next(iter(found[0]["radii"]["0"].values()))["accuracy"])
+        notes = [_attacked_note(config), "", *(f"- {source(each)}" for each in found), ""]
+    columns = ["", *(f"{metric}, {radius}" for radius in radii)]
     for task in tasks:
-        label = "" if len(tasks) == 1 else f" ({task})"
-        columns.append(f"correct, clean{label}")
+        name = "" if len(tasks) == 1 else f" ({task})"
+        columns.append(f"correct, clean{name}")
         for radius in radii:
-            columns += [f"unchanged, {radius}{label}", f"correct, {radius}{label}"]
+            columns += [f"unchanged, {radius}{name}", f"correct, {radius}{name}"]
     lines = [title, "", row(columns), row(["---"] * len(columns))]
-    for name, result in found.items():
-        for defence in result["config"]["defences"]:
-            lines.append(row(_attacked_row(name, defence, result, radii, tasks)))
-    lines += [
-        "",
-        f"Attacks by APGD of {config['num_steps']} steps: on the encoder (symmetric KL), {config['num_references']} "
-        f"references from {config['num_restarts']} starts, all counted; on the classifier (cross-entropy), "
-        f"{config['num_images']} images. They do not know the defence. 95% intervals over images; the paper's "
-        "figures in brackets, under its weaker attacks.",
-        "",
-        *(f"- {source(result)}" for result in found.values()),
-        "",
-    ]
-    return "\n".join(lines)
+    for model, result in by_model.items():
+        printed = {**TABLE_2, **TABLE_3}.get(model, {})
+        for defence in printed if result is None else result["config"]["defences"]:
+            lines.append(
+                row(_attacked_row(model, defence, result, printed.get(defence, {}), radii, tasks))
+            )
+    return "\n".join([*lines, "", *notes])
+
+
+def _attacked_note(config: dict[str, Any]) -> str:
+    transitions = config["warmup_steps"] + config["num_samples"]
+    return (
+        f"APGD of {config['attack_steps']} steps on the encoder (symmetric KL; {config['num_references']} "
+        f"references from {config['num_restarts']} starts, all counted) and on the classifier (cross-entropy of the "
+        f"class predicted without an attack; {config['num_images']} images). Attacks do not know the defence. Chains: "
+        f"{transitions} transitions of {config['num_steps']} leapfrog steps. Behind a defence the classifier's reading "
+        f"is `{config['reading']}`, without one it reads the guide's mean. 95% intervals over images; where all images "
+        "agree the interval has no width, and of n images about 3/n may still differ. In brackets the paper's figures, "
+        "of its own models, attacks and chains: MSSSIM, and its adversarial accuracy, which on clean images can only "
+        "be *correct* and under attack is *unchanged*."
+    )
 
 
 def _attacked_row(
-    name: str, defence: str, result: dict[str, Any], radii: list[str], tasks: list[str]
+    name: str,
+    defence: str,
+    result: dict[str, Any] | None,
+    printed: dict[str, dict[str, float]],
+    radii: list[str],
+    tasks: list[str],
 ) -> list[str]:
     """A model with a defence: similarities, then per label the accuracies."""
-    printed = {**TABLE_2, **TABLE_3}.get(name, {}).get(defence, {})
 
     def cell(radius: str, *keys: str, of: str = "") -> str:
-        entry: Any = result["radii"].get(radius, {}).get(defence)
-        if entry is None:
-            return NOT_MEASURED
+        entry: Any = {} if result is None else result["radii"].get(radius, {}).get(defence)
         for key in keys:
-            entry = entry[key]
+            entry = entry.get(key) if entry else None
         of_paper = printed.get(of, {}).get(radius)
-        return interval(entry, 2) + ("" if of_paper is None else f" ({of_paper:.2f})")
+        return (interval(entry, 2) if entry else NOT_MEASURED) + (
+            "" if of_paper is None else f" ({of_paper:.2f})"
+        )
 
-    cells = [f"{_label(name)}{_CHAINS[defence]}"]
+    cells = [_label(name) if defence == "none" else f"{_label(name)}; {label(defence)}"]
     cells += [cell(radius, "ms_ssim", of="ms_ssim") for radius in radii]
     for task in tasks:
         cells.append(cell("0", "accuracy", task, "correct", of=task))
