@@ -551,7 +551,8 @@ class AttackConfig:
         attack_steps: of an attack.
         reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`; without a defence it
             reads the guide's mean.
-        num_samples, warmup_steps, num_chains, num_steps, step_size, burn_in: of the chains.
+        num_samples, warmup_steps, num_chains, num_steps, step_size, burn_in: of the chains. Images attacked this hard
+            are encoded so far away that chains without a burn-in end on their way.
         seed: seed of images, attacks and defences.
     """
 
@@ -567,8 +568,8 @@ class AttackConfig:
     warmup_steps: int = 15
     num_chains: int = 1
     num_steps: int = 4
-    step_size: float = 0.5
-    burn_in: int = 0
+    step_size: float = 0.2
+    burn_in: int = 30
     seed: int = 0
 
     def __post_init__(self) -> None:
