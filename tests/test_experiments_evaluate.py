@@ -132,7 +132,7 @@ def test_packaged_models_stand_in_the_documentation():
     """The page's tables are what the commands print now."""
     results = Path(__file__).resolve().parents[1] / "docs" / "results"
     assert (results / "models.md").read_text() == trained_models() + "\n"
-    for number, directory in ((7, "evaluate"),):
+    for number, directory in ((2, "attack"), (3, "attack"), (7, "evaluate")):
         written = (results / directory / f"table_{number}.md").read_text()
         assert written == table(number, results / directory) + "\n"
 

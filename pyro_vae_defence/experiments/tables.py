@@ -126,11 +126,11 @@ def _attacked_note(config: dict[str, Any]) -> str:
         f"APGD of {config['attack_steps']} steps on the encoder (symmetric KL; {config['num_references']} "
         f"references from {config['num_restarts']} starts, all counted) and on the classifier (cross-entropy of the "
         f"class predicted without an attack; {config['num_images']} images). Attacks do not know the defence. Chains: "
-        f"{config['burn_in']} gradients of burn-in, {transitions} transitions of {config['num_steps']} leapfrog steps. Behind a defence the classifier's reading "
-        f"is `{config['reading']}`, without one it reads the guide's mean. 95% intervals over images; where all images "
-        "agree the interval has no width, and of n images about 3/n may still differ. In brackets the paper's figures, "
-        "of its own models, attacks and chains: MSSSIM, and its adversarial accuracy, which on clean images can only "
-        "be *correct* and under attack is *unchanged*."
+        f"{config['burn_in']} gradients of burn-in, {transitions} transitions of {config['num_steps']} leapfrog "
+        f"steps. Behind a defence the classifier's reading is `{config['reading']}`, without one it reads the guide's "
+        "mean. 95% intervals over images; where all images agree the interval has no width, and of n images about 3/n "
+        "may still differ. In brackets the paper's figures, of its own models, attacks and chains: MSSSIM, and its "
+        "adversarial accuracy, which on clean images can only be *correct* and under attack is *unchanged*."
     )
 
 
