@@ -63,7 +63,7 @@ def test_cells_hold_every_figure(run):
 
 
 def test_without_a_defence_only_attacks_change_classes(run):
-    """An untrained encoder's classes lie close together: 8 gradients of the classifier change most of them."""
+    """8 gradients of the classifier change most of this trained model's predictions."""
     cells = {
         radius: cells["none"]["accuracy"]["class"] for radius, cells in run[1]["radii"].items()
     }

@@ -38,7 +38,6 @@ def parser() -> argparse.ArgumentParser:
     defend = commands.add_parser("defend", help="attack a trained model's encoder and defend it")
     defend.add_argument("name", help="experiment of the registry, e.g. mnist_radius_0.1")
     defend.add_argument("--output", default="runs/results", help="directory for result files")
-    defend.add_argument("--models", help="directory of weights; the packaged ones by default")
     defend.add_argument(
         "--checkpoint", help="official NVAE checkpoint (checkpoint.pt) to defend, e.g. CelebA's"
     )
@@ -46,7 +45,6 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a trained model on test images")
     evaluate.add_argument("name", help="name of a trained model, e.g. mnist_vae")
     evaluate.add_argument("--output", default="runs/evaluate", help="directory for result files")
-    evaluate.add_argument("--models", help="directory of weights; the packaged ones by default")
     evaluate.add_argument(
         "--full",
         action="append_const",
@@ -71,12 +69,10 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--images", default=f"{directory}/images", help="directory for the figures"
         )
-        command.add_argument("--models", help="directory of weights; the packaged ones by default")
 
     benchmark = commands.add_parser("benchmark", help="measure a part of the library")
     benchmark.add_argument("name", help="what to measure: samplers or attacks")
     benchmark.add_argument("--output", default="runs/benchmark", help="directory for result files")
-    benchmark.add_argument("--models", help="directory of weights; the packaged ones by default")
 
     robustness = commands.add_parser(
         "robustness", help="every adaptive attack against a trained model, undefended and defended"
@@ -85,7 +81,6 @@ def parser() -> argparse.ArgumentParser:
     robustness.add_argument(
         "--output", default="runs/robustness", help="directory for result files"
     )
-    robustness.add_argument("--models", help="directory of weights; the packaged ones by default")
 
     attack = commands.add_parser(
         "attack",
@@ -93,9 +88,12 @@ def parser() -> argparse.ArgumentParser:
     )
     attack.add_argument("name", help="name of a trained model, e.g. mnist_vae")
     attack.add_argument("--output", default="runs/attack", help="directory for result files")
-    attack.add_argument("--models", help="directory of weights; the packaged ones by default")
 
     for command in (train, defend, evaluate, compare, figures, robustness, attack, benchmark):
+        if command is not train:
+            command.add_argument(
+                "--models", help="directory of weights; the packaged ones by default"
+            )
         command.add_argument("--data-root", help="directory of the datasets")
         command.add_argument(
             "--set",

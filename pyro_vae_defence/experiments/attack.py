@@ -14,6 +14,7 @@ Attacks do not know the defence; where there is none they have the exact gradien
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,10 @@ from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.config import AttackConfig, command, override
 from pyro_vae_defence.experiments.defences import named_defence
 from pyro_vae_defence.experiments.defend import VARIANT, similarity
-from pyro_vae_defence.experiments.registry import ATTACKS, CLASSIFIERS
+from pyro_vae_defence.experiments.registry import ATTACKS, CLASSIFIERS, classifiers_of
 from pyro_vae_defence.experiments.results import interval
-from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.experiments.weights import load_conv_vae
 from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 
 
@@ -72,10 +72,10 @@ def attack(
         study.weights,
         command("attack", name, overrides),
         metric=metrics.metric_name("ms_ssim", VARIANT),
-        noise_floor=study.noise_floor(),
     )
-    result["radii"] = {}
-    results.resume(path, result, "radii")
+    result |= {"noise_floor": {}, "radii": {}}
+    results.resume(path, result, "noise_floor", "radii")
+    result["noise_floor"] = result["noise_floor"] or study.noise_floor()
     for radius in (0.0, *config.radii):
         cells = result["radii"].setdefault(f"{radius:g}", {})
         missing = [kind for kind in config.defences if kind not in cells]
@@ -96,37 +96,46 @@ class _Study:
         models: str | os.PathLike[str] | None,
     ) -> None:
         self.config = config
-        vae, card = load_pretrained(config.model, models), load_card(config.model, models)
-        if not isinstance(vae, ConvVAE):
-            raise ValueError(f"model must be a ConvVAE, {config.model!r} is a {type(vae).__name__}")
-        self.vae = vae
+        self.vae, card = load_conv_vae(config.model, models)
         self.weights = {config.model: card.sha256}
         # Name of the label -> its column and what predicts it.
         self.tasks: dict[str, tuple[int, LinearClassifier]] = {}
-        for task, part in {"class": "", "color": "_color"}.items():
-            classifier = f"{config.model}{part}_classifier"
-            if classifier in CLASSIFIERS:
-                loaded, of = load_classifier(classifier, models)
-                assert isinstance(loaded, LinearClassifier)
-                self.tasks[task] = CLASSIFIERS[classifier].column, loaded
-                self.weights[classifier] = of.sha256
+        for task, classifier in classifiers_of(config.model).items():
+            loaded, of = load_classifier(classifier, models)
+            assert isinstance(loaded, LinearClassifier)
+            self.tasks[task] = CLASSIFIERS[classifier].column, loaded
+            self.weights[classifier] = of.sha256
         test_set = data.load(card.training["dataset"], "test", root)
         chosen = data.stratified(test_set, config.num_references, self._generator("references"))
         self.references = test_set.images(chosen)
+        # Once per restart, and which reference each row is of.
+        self.repeated = self.references.repeat(config.num_restarts, 1, 1, 1)
+        self.image = torch.arange(len(chosen)).repeat(config.num_restarts)
         chosen = data.stratified(test_set, config.num_images, self._generator("images"))
         self.images = test_set.images(chosen)
         self.labels = test_set.labels[chosen].reshape(len(chosen), -1)
 
+    @functools.cached_property
+    def before(self) -> Tensor:
+        """Undefended reconstructions of the references, which those under attack are compared with."""
+        return self._reconstructions("before")
+
+    @functools.cached_property
+    def predicted(self) -> dict[str, Tensor]:
+        """What every classifier says of the images without attack and defence."""
+        return {
+            task: classifier.classify(self.vae, self.images)
+            for task, (_, classifier) in self.tasks.items()
+        }
+
     def noise_floor(self) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference, one draw each."""
-        before, again = (self._reconstructions(purpose) for purpose in ("before", "again"))
-        return similarity(before, again, self._restarted())
+        return similarity(self.before, self._reconstructions("again"), self.image)
 
     def inputs(self, radius: float) -> dict[str, Tensor]:
         """References attacked through the encoder, and images attacked through each classifier."""
-        references = self.references.repeat(self.config.num_restarts, 1, 1, 1)
         if radius == 0:
-            return {"encoder": references, **dict.fromkeys(self.tasks, self.images)}
+            return {"encoder": self.repeated, **dict.fromkeys(self.tasks, self.images)}
         found = self._attack(attacks.symmetric_kl(self.vae), radius, self.config.num_restarts)
         inputs = {
             "encoder": found(self.references, self._generator("attack encoder")).x_adv.flatten(0, 1)
@@ -149,15 +158,14 @@ class _Study:
                 predicted = DefendedClassifier(defence, classifier, self.config.reading).predict(
                     inputs[task], self._generator("classify")
                 )
-            before = classifier.classify(self.vae, self.images)
             accuracy[task] = {
-                "unchanged": interval(metrics.adversarial_accuracy(before, predicted)),
+                "unchanged": interval(
+                    metrics.adversarial_accuracy(self.predicted[task], predicted)
+                ),
                 "correct": interval(metrics.correct(predicted, self.labels[:, column])),
             }
         return {
-            "ms_ssim": similarity(
-                self._reconstructions("before"), outcome.reconstruction, self._restarted()
-            ),
+            "ms_ssim": similarity(self.before, outcome.reconstruction, self.image),
             "accuracy": accuracy,
             "gradients_per_image": float(outcome.num_gradients.double().mean()),
             "seconds_per_image": outcome.seconds / len(inputs["encoder"]),
@@ -171,12 +179,7 @@ class _Study:
 
     def _reconstructions(self, purpose: str) -> Tensor:
         """Of the references, from one draw of the guide each, once per restart."""
-        references = self.references.repeat(self.config.num_restarts, 1, 1, 1)
-        return NoDefence(self.vae)(references, self._generator(purpose)).reconstruction
-
-    def _restarted(self) -> Tensor:
-        """Which reference a row is of."""
-        return torch.arange(len(self.references)).repeat(self.config.num_restarts)
+        return NoDefence(self.vae)(self.repeated, self._generator(purpose)).reconstruction
 
     def _generator(self, purpose: str) -> torch.Generator:
         return results.generator(self.config.seed, purpose)

@@ -44,12 +44,12 @@ from pyro_vae_defence.experiments.config import (
 )
 from pyro_vae_defence.experiments.defences import named_defence
 from pyro_vae_defence.experiments.defend import VARIANT
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS, classifiers_of
 from pyro_vae_defence.experiments.results import interval
+from pyro_vae_defence.experiments.weights import load_conv_vae
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
 from pyro_vae_defence.models.perturbation import UnknownRadius
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 
 UNDEFENDED_READING = "guide's mean"
@@ -182,16 +182,10 @@ class _Study:
         models: str | os.PathLike[str] | None,
     ) -> _Study:
         """Read weights and data."""
-        vae, card = load_pretrained(config.model, models), load_card(config.model, models)
-        if not isinstance(vae, ConvVAE):
-            raise ValueError(f"model must be a ConvVAE, {config.model!r} is a {type(vae).__name__}")
+        vae, card = load_conv_vae(config.model, models)
         weights = {config.model: card.sha256}
         tasks = {}
-        labels = {"class": "", "color": "_color"}
-        for task, label in labels.items():
-            plain = f"{config.model}{label}_classifier"
-            if plain not in CLASSIFIERS:
-                continue
+        for task, plain in classifiers_of(config.model).items():
             classifiers: dict[str, LinearClassifier] = {}
             for inputs in config.inputs:
                 name = plain if inputs == "mean" else f"{plain}_{inputs}"

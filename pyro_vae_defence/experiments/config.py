@@ -367,13 +367,12 @@ class CompareConfig:
         for radius in (*self.radii, self.cost_radius):
             if not 0 <= radius <= 1:
                 raise ValueError(f"radii must lie in [0, 1], the range of images, got {radius!r}")
-        check_integer("num_samples", self.num_samples)
         _check_chains(self)
 
 
 def _check_chains(config: Any) -> None:
     """Said before an undefended cell is computed, instead of by the first chain."""
-    for name in ("num_chains", "num_steps"):
+    for name in ("num_samples", "num_chains", "num_steps"):
         check_integer(name, getattr(config, name))
     for name in ("warmup_steps", "burn_in"):
         check_integer(name, getattr(config, name), 0)
@@ -586,7 +585,7 @@ class AttackConfig:
                 raise ValueError(f"radii must lie in (0, 1], the range of images, got {radius!r}")
         if self.reading not in get_args(Reading):
             raise ValueError(f"reading must be one of {get_args(Reading)}, got {self.reading!r}")
-        for name in ("num_references", "num_restarts", "num_images", "attack_steps", "num_samples"):
+        for name in ("num_references", "num_restarts", "num_images", "attack_steps"):
             check_integer(name, getattr(self, name))
         _check_chains(self)
 

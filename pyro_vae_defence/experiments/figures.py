@@ -47,11 +47,11 @@ from pyro_vae_defence.experiments.defend import VARIANT
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.registry import FIGURES, MODELS
 from pyro_vae_defence.experiments.results import interval
+from pyro_vae_defence.experiments.weights import load_conv_vae
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
@@ -130,11 +130,9 @@ def _load(
     models: str | os.PathLike[str] | None,
 ) -> tuple[_Study, dict[str, str]]:
     """Read weights and data; the weights' hashes by name."""
-    vae = load_pretrained(config.model, models)
-    if not isinstance(vae, ConvVAE):
-        raise ValueError(f"model must be a ConvVAE, {config.model!r} is a {type(vae).__name__}")
+    vae, card_of_vae = load_conv_vae(config.model, models)
     classifier, card = load_classifier(f"{config.model}_classifier", models)
-    weights = {config.model: load_card(config.model, models).sha256, card.name: card.sha256}
+    weights = {config.model: card_of_vae.sha256, card.name: card.sha256}
     test_set = data.load(MODELS[config.model].dataset, "test", root)
     chosen = data.stratified(
         test_set, config.num_images, results.generator(config.seed, "references")

@@ -166,7 +166,8 @@ COMPARISONS: dict[str, CompareConfig] = {
 """Defences and controls side by side, by the name of the dataset."""
 
 # The part of a classifier's name that says which column of labels it predicts.
-_LABELS = {"color_mnist": ("", "_color"), "color_mnist_textured": ("", "_color")}
+_PARTS = {"class": "", "color": "_color"}
+_LABELS = dict.fromkeys(("color_mnist", "color_mnist_textured"), tuple(_PARTS.values()))
 
 
 def _classifiers() -> dict[str, ClassifierConfig]:
@@ -199,6 +200,13 @@ CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
 """``<model>_classifier``, the paper's linear classifier on the guide's means (on ColorMNIST of the digit;
 ``<model>_color_classifier`` of the colour), the same with ``_guide`` or ``_posterior`` appended on draws from the
 guide or from p(z|x), and ``<dataset>_features``, whose features measure Fréchet distances."""
+
+
+def classifiers_of(model: str) -> dict[str, str]:
+    """Names of the paper's classifiers of a model, by what they predict: ``class``, and on ColorMNIST ``color``."""
+    names = {task: f"{model}{part}_classifier" for task, part in _PARTS.items()}
+    return {task: name for task, name in names.items() if name in CLASSIFIERS}
+
 
 BENCHMARKS: dict[str, BenchmarkConfig] = {"samplers": BenchmarkConfig("mnist_vae")}
 """``samplers``, the benchmark of the sampler engine."""

@@ -33,7 +33,7 @@ def resume(path: Path, result: dict[str, Any], *parts: str) -> None:
     """Take over the ``parts`` that an earlier call has left in the file, if there is one.
 
     Raises:
-        ValueError: if the file is of another configuration or of other weights.
+        ValueError: if the file is damaged, of another configuration or of other weights.
     """
     if not path.exists():
         return
@@ -53,16 +53,16 @@ def read(
     """The result files of a directory by name, in order of their names; ``run`` is what would make some.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or one is damaged.
     """
     files = sorted(Path(directory).glob("*.json"))
     if not files:
         raise ValueError(f"no result files (*.json) in {directory}; run {run} first")
-    return {path.stem: load(path) for path in files}
+    return {path.stem: load(path, run) for path in files}
 
 
-def load(path: Path) -> dict[str, Any]:
-    """One result file.
+def load(path: Path, run: str = "the experiment") -> dict[str, Any]:
+    """One result file; ``run`` is what would make it again.
 
     Raises:
         ValueError: if it is damaged.
@@ -71,7 +71,7 @@ def load(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"result file {path} is damaged ({error}); move it away and run the experiment again"
+            f"result file {path} is damaged ({error}); move it away and run {run} again"
         ) from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no result file: it holds a {type(found).__name__}")

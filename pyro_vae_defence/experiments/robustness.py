@@ -18,9 +18,9 @@ from pyro_vae_defence.experiments.config import RobustnessConfig, command, overr
 from pyro_vae_defence.experiments.defences import whitened_hmc
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.registry import MODELS, ROBUSTNESS
+from pyro_vae_defence.experiments.weights import load_conv_vae
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness import Budget, evaluate_robustness
 
@@ -48,10 +48,8 @@ def robustness(
         raise ValueError(f"no experiment named {name!r}; choose one of {', '.join(ROBUSTNESS)}")
     config = override(ROBUSTNESS[name], overrides)
     path = Path(output) / f"{name}.json"
-    vae = load_pretrained(config.model, models)
-    if not isinstance(vae, ConvVAE):
-        raise ValueError(f"model must be a ConvVAE, {config.model!r} is a {type(vae).__name__}")
-    weights = {config.model: load_card(config.model, models).sha256}
+    vae, card_of_vae = load_conv_vae(config.model, models)
+    weights = {config.model: card_of_vae.sha256}
     classifier = None
     if "classification" in config.targets:
         classifier, card = load_classifier(f"{config.model}_classifier", models)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from pyro_vae_defence.experiments import results as result_files
 from pyro_vae_defence.experiments.defences import label
+from pyro_vae_defence.experiments.defend import VARIANT
 from pyro_vae_defence.experiments.evaluate import MSE, nll_name
 from pyro_vae_defence.experiments.markdown import interval, row, source
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3, TABLE_7
 from pyro_vae_defence.experiments.registry import ATTACKS, MODELS
+from pyro_vae_defence.metrics import metric_name
 from pyro_vae_defence.models.pretrained import WeightCard, available, load_card
 
 NOT_MEASURED = "not measured"
@@ -38,6 +39,7 @@ _ORDER = list(
     )
 )
 _INPUTS = {"mean": "guide's mean", "guide": "guide's draws", "posterior": "posterior draws"}
+_PRINTED = {**TABLE_2, **TABLE_3}
 _DIRECTORIES = {2: "docs/results/attack", 3: "docs/results/attack", 7: "docs/results/evaluate"}
 
 
@@ -87,10 +89,9 @@ def attacked(result: dict[str, Any]) -> str:
 
 def _attacked(title: str, by_model: dict[str, dict[str, Any] | None]) -> str:
     found = [result for result in by_model.values() if result is not None]
-    columns: list[str] = []
     notes: list[str] = []
-    radii, metric = ["0.1", "0.2"], "ms_ssim[paper]"
-    of_paper = [{**TABLE_2, **TABLE_3}.get(model, {}).get("none", {}) for model in by_model]
+    radii, metric = ["0.1", "0.2"], metric_name("ms_ssim", VARIANT)
+    of_paper = [_PRINTED.get(model, {}).get("none", {}) for model in by_model]
     tasks = [task for task in ("class", "color") if any(task in each for each in of_paper)]
     if found:
         config, metric = found[0]["config"], found[0]["metric"]
@@ -112,7 +113,7 @@ def _attacked(title: str, by_model: dict[str, dict[str, Any] | None]) -> str:
             columns += [f"unchanged, {radius}{name}", f"correct, {radius}{name}"]
     lines = [title, "", row(columns), row(["---"] * len(columns))]
     for model, result in by_model.items():
-        printed = {**TABLE_2, **TABLE_3}.get(model, {})
+        printed = _PRINTED.get(model, {})
         for defence in printed if result is None else result["config"]["defences"]:
             lines.append(
                 row(_attacked_row(model, defence, result, printed.get(defence, {}), radii, tasks))
@@ -173,9 +174,11 @@ def _table_7(dataset: str, results: Path) -> str:
     sources = []
     plain = f"{dataset}_vae"
     for name in _ORDER:
-        result = _read(name, results) if MODELS[name].dataset == dataset else None
+        if MODELS[name].dataset != dataset:
+            continue
+        result = _read(name, results)
         # Models that the paper's table does not have are shown once they are measured.
-        if MODELS[name].dataset != dataset or (result is None and name not in TABLE_7):
+        if result is None and name not in TABLE_7:
             continue
         # Its one plain model stands beside both of ours.
         printed = TABLE_7.get(plain if name == f"{plain}_long" else name)
@@ -200,12 +203,7 @@ def _table_7(dataset: str, results: Path) -> str:
 def _read(name: str, results: Path) -> dict[str, Any] | None:
     for path in (results / f"{name}_full.json", results / f"{name}.json"):
         if path.exists():
-            try:
-                return json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(
-                    f"result file {path} is damaged ({error}); run evaluate {name} again"
-                ) from error
+            return result_files.load(path, f"evaluate {name}")
     return None
 
 

@@ -461,11 +461,7 @@ class ModelPotential:
         self.num_images: int = batch.shape[0]
         with torch.no_grad():
             trace = _get_trace(model, *args, **kwargs)
-        self.sites = tuple(
-            self._read_site(name, site)
-            for name, site in sample_sites(trace).items()
-            if not site["is_observed"]
-        )
+        self.sites = tuple(self._read_site(site["name"], site) for site in latent_sites(trace))
         if not self.sites:
             raise ValueError("the model has no latent site to sample; nothing to run a chain on")
         self._prototype = _latent_values(trace)
