@@ -1,8 +1,8 @@
 """Attack and defend a VAE that knows nothing of this library.
 
-The VAE below is written as in Pyro's own tutorial (https://pyro.ai/examples/vae.html): fully connected, sites
-`latent` and `obs`, images flattened inside the programs, trained by `pyro.infer.SVI`. Attack, defence and
-diagnostics take it as it is.
+The VAE below is written as in Pyro's own tutorial (https://pyro.ai/examples/vae.html): fully
+connected, sites `latent` and `obs`, images flattened inside the programs, trained by
+`pyro.infer.SVI`. Attack, defence and diagnostics take it as it is.
 
     python examples/bring_your_own_vae.py
 """
@@ -25,7 +25,8 @@ from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models.program import mean_posterior_variance
 from pyro_vae_defence.ops.balls import Linf
 
-# --- The VAE: nothing of this library ---------------------------------------------------------------
+# --- The VAE: nothing of this library
+# ---------------------------------------------------------------
 
 
 class Encoder(nn.Module):
@@ -75,7 +76,8 @@ class VAE(nn.Module):
             pyro.sample("latent", dist.Normal(loc, scale).to_event(1))
 
 
-# --- Train it with Pyro, then attack and defend it ---------------------------------------------------
+# --- Train it with Pyro, then attack and defend it
+# ---------------------------------------------------
 
 
 def main():

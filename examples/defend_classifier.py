@@ -1,9 +1,10 @@
 """Attack a classifier of latents through its VAE's encoder, defend it, and raise the alarm.
 
-The packaged VAE and linear classifier read the packaged part of MNIST. An encoder attack moves the latents of every
-image as far as it can; the table shows the classes that are still right, without a defence, behind the best control
-(a clip of dark pixels), and behind chains that sample the paper's posterior and the perturbation-aware one. The last
-lines say how well the chains tell attacked images from clean ones.
+The packaged VAE and linear classifier read the packaged part of MNIST. An encoder attack moves the
+latents of every image as far as it can; the table shows the classes that are still right, without a
+defence, behind the best control (a clip of dark pixels), and behind chains that sample the paper's
+posterior and the perturbation-aware one. The last lines say how well the chains tell attacked
+images from clean ones.
 
     python examples/defend_classifier.py --radius 0.2
 """

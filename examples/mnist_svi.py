@@ -5,7 +5,8 @@
     python examples/mnist_svi.py --dataset mnist --data-root DIR --epochs 12
 
 Writes to --output: vae.pt (training checkpoint, resumed when it exists), results.json, panel_*.png,
-chains_*.png and chains_*.nc, one of each kind per radius. Whatever is finished when the run is interrupted stays.
+chains_*.png and chains_*.nc, one of each kind per radius. Whatever is finished when the run is
+interrupted stays.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from pyro_vae_defence.training import FitConfig, NonFiniteLossError, fit
 
 DATASETS = ("mnist_subset", "fashion_mnist_subset", "mnist", "fashion_mnist", "color_mnist")
 KERNELS = ("hmc", "nuts", "pyro-hmc", "pyro-nuts")
-# Initial step size and number of leapfrog steps. The batched kernels run in the metric of the training set's
-# mean posterior variance, hence on a scale of order one; stock Pyro kernels start from the identity.
+# Initial step size and number of leapfrog steps. The batched kernels run in the metric of the
+# training set's mean posterior variance, hence on a scale of order one; stock Pyro kernels start
+# from the identity.
 DEFAULT_STEP = {"hmc": (0.5, 4), "nuts": (0.5, 4), "pyro-hmc": (0.1, 10), "pyro-nuts": (0.1, 10)}
 
 
@@ -277,7 +279,8 @@ def print_table(results):
          lambda e: cell(e["log_posterior_ratio_defended"], 1)),
         ("acceptance rate", lambda e: f"{e['acceptance_rate']:.2f}"),
         ("divergences", lambda e: str(e["divergences"])),
-        ("R-hat, median and 95% quantile", lambda e: f"{show(e['rhat_median'])}, {show(e['rhat_95'])}"),
+        ("R-hat, median and 95% "
+         "quantile", lambda e: f"{show(e['rhat_median'])}, {show(e['rhat_95'])}"),
         ("bulk ESS of all draws, median", lambda e: f"{show(e['ess_median'], 0)} of {e['draws']}"),
         ("gradients per image", lambda e: f"{e['gradients_per_image']:.0f}"),
         ("seconds per image", lambda e: f"{e['seconds_per_image']:.3f}"),

@@ -1,12 +1,14 @@
 """Attack the top latent groups of a hierarchical VAE and defend it on all groups at once.
 
-NVAE's latents are groups of maps, each conditional on those above. The attack moves the guide's distributions of the
-topmost groups; the defence runs Hamiltonian Monte Carlo on all groups together, in the noise of the latents, whose
-prior is a standard normal whatever the groups above do.
+NVAE's latents are groups of maps, each conditional on those above. The attack moves the guide's
+distributions of the topmost groups; the defence runs Hamiltonian Monte Carlo on all groups
+together, in the noise of the latents, whose prior is a standard normal whatever the groups above
+do.
 
-    python examples/nvae_defence.py                         # the trained model that comes with the library
-    python examples/nvae_defence.py --untrained             # the same way with random weights, for a quick look
-    python examples/nvae_defence.py --checkpoint celeba.pt  # an official checkpoint, with CelebA in --data-root
+    python examples/nvae_defence.py                         # the trained model that comes with the
+    library python examples/nvae_defence.py --untrained             # the same way with random
+    weights, for a quick look python examples/nvae_defence.py --checkpoint celeba.pt  # an official
+    checkpoint, with CelebA in --data-root
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ def main():
     )
     x_adv = attack(x_ref).best()
 
-    # Whitening: the noise's mean posterior variance over training images, which no attacker can move.
+    # Whitening: the noise's mean posterior variance over training images, which no attacker can
+    # move.
     programs = vae.noncentred()
     metric = programs.mean_posterior_variance
     if metric is None:

@@ -1,7 +1,7 @@
 """Foolbox, torchattacks and the Adversarial Robustness Toolbox attack a VAE.
 
-Two attacks with each library that is installed: on a classifier of the VAE's latents, and on its encoder. The
-libraries see plain modules that map images to scores; nothing in them knows of VAEs.
+Two attacks with each library that is installed: on a classifier of the VAE's latents, and on its
+encoder. The libraries see plain modules that map images to scores; nothing in them knows of VAEs.
 
     pip install pyro-vae-defence[attacks]
     python examples/third_party_attacks.py

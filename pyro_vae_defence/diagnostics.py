@@ -1,9 +1,9 @@
 """Chains in the form ArviZ reads.
 
-One :class:`xarray.DataTree` is built, with groups ``posterior``, ``sample_stats`` and ``observed_data``.
-ArviZ 1.x works on it as it is, earlier versions get it wrapped as an ``InferenceData``. Dimensions are
-named ``chain``, ``draw``, ``image`` and, for a latent site, ``latent``. Only numpy, xarray and ArviZ are
-imported here.
+One :class:`xarray.DataTree` is built, with groups ``posterior``, ``sample_stats`` and
+``observed_data``. ArviZ 1.x works on it as it is, earlier versions get it wrapped as an
+``InferenceData``. Dimensions are named ``chain``, ``draw``, ``image`` and, for a latent site,
+``latent``. Only numpy, xarray and ArviZ are imported here.
 
 Reference: the InferenceData schema, https://python.arviz.org/en/stable/schema/schema.html.
 """
@@ -31,9 +31,9 @@ SAMPLE_STATS = (
 def event_dims(site: str, event_shape: tuple[int, ...], single: bool) -> list[str]:
     """Names of a latent site's own dimensions.
 
-    ``latent`` for the one vector-valued site of a plain VAE; several sites may differ in size and carry
-    their own name, as does a site that is itself called ``latent`` (xarray keeps that name for the
-    variable).
+    ``latent`` for the one vector-valued site of a plain VAE; several sites may differ in size and
+    carry their own name, as does a site that is itself called ``latent`` (xarray keeps that name
+    for the variable).
     """
     base = "latent" if single and site != "latent" else f"{site}_dim"
     return [base if number == 0 else f"{base}_{number}" for number in range(len(event_shape))]
@@ -50,7 +50,8 @@ def to_datatree(
     Args:
         posterior: site -> array ``(chain, draw, image, *event)``.
         sample_stats: name -> array ``(chain, draw, image)``.
-        observed_data: site -> array ``(image, ...)``; four-dimensional ones get ``channel, height, width``.
+        observed_data: site -> array ``(image, ...)``; four-dimensional ones get ``channel, height,
+            width``.
         attrs: attributes of the ``posterior`` group, e.g. the sampler's settings.
 
     Raises:
@@ -129,7 +130,8 @@ def to_arviz(tree: xarray.DataTree) -> Any:
 
 
 def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
-    """ArviZ's rank-normalised split R-hat: site -> one value per image and latent, ``(image, *event)``.
+    """ArviZ's rank-normalised split R-hat: site -> one value per image and latent, ``(image,
+    *event)``.
 
     NaN where the chains do not move at all.
     """
@@ -139,7 +141,8 @@ def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
 
 
 def ess(tree: xarray.DataTree) -> dict[str, np.ndarray]:
-    """ArviZ's bulk effective sample size: site -> one value per image and latent, ``(image, *event)``."""
+    """ArviZ's bulk effective sample size: site -> one value per image and latent, ``(image,
+    *event)``."""
     import arviz
 
     return _per_site(tree, arviz.ess(to_arviz(tree)))

@@ -1,23 +1,27 @@
 r"""How much of a defence the strongest of many attacks leaves.
 
-:func:`evaluate_robustness` runs the attacks of :mod:`pyro_vae_defence.attacks.adaptive` on every image within a budget
-and takes, image by image, the worst. A *figure* is one number per image and draw of the randomised defence, higher for
-more robust: whether the predicted class is the label, or the similarity of the attacked image's reconstruction to
-the reference's. With draws :math:`s = 1, \dots, S` on seeds that no attack has seen, an image :math:`i` contributes
+:func:`evaluate_robustness` runs the attacks of :mod:`pyro_vae_defence.attacks.adaptive` on every
+image within a budget and takes, image by image, the worst. A *figure* is one number per image and
+draw of the randomised defence, higher for more robust: whether the predicted class is the label, or
+the similarity of the attacked image's reconstruction to the reference's. With draws :math:`s = 1,
+\dots, S` on seeds that no attack has seen, an image :math:`i` contributes
 
 .. math::
     \text{mean: } \tfrac1S \sum_s m_{is}, \quad \text{single: } m_{i1}, \quad \text{worst of N: } \min_s m_{is}, \quad
     \text{averaged: the figure of the draws' mean output.}
 
-Which attack is an image's worst is decided on other seeds than those it is reported on, so that the minimum does not
-collect luck. Intervals are bootstrapped over images.
+Which attack is an image's worst is decided on other seeds than those it is reported on, so that the
+minimum does not collect luck. Intervals are bootstrapped over images.
 
-What a suite of attacks leaves is an upper bound of the true robustness: heuristic, not certified. An attack that fails
-for want of a gradient looks like a robust defence, hence the *checks*: symptoms of such failures, tested on the images
-at hand and reported as passed or failed. One that fails makes the report unreliable.
+What a suite of attacks leaves is an upper bound of the true robustness: heuristic, not certified.
+An attack that fails
+for want of a gradient looks like a robust defence, hence the *checks*: symptoms of such failures,
+tested on the images at hand and reported as passed or failed. One that fails makes the report
+unreliable.
 
-References: Carlini et al., "On evaluating adversarial robustness", 2019, https://arxiv.org/abs/1902.06705; Athalye,
-Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML 2018, https://arxiv.org/abs/1802.00420.
+References: Carlini et al., "On evaluating adversarial robustness", 2019,
+https://arxiv.org/abs/1902.06705; Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense
+of security", ICML 2018, https://arxiv.org/abs/1802.00420.
 """
 
 from __future__ import annotations
@@ -63,7 +67,8 @@ KNOWLEDGE = {
     "truncated": "defence and decoder",
     "unroll": "defence and decoder",
 }
-"""The attacks and what each knows, in the order in which they run: what every budget must allow first."""
+"""The attacks and what each knows, in the order in which they run: what every budget must allow
+first."""
 
 TRANSFER = ("transfer", "encoder")
 """Attacks on the undefended encoder."""
@@ -78,18 +83,21 @@ class Budget:
     Args:
         num_steps: steps of every gradient attack, >= 1.
         num_restarts: random starts per image, each scored by itself, >= 1.
-        num_draws: draws averaged per step (EOT), rising: the next is tried unless the last has changed the figure by
-            less than ``stable``.
+        num_draws: draws averaged per step (EOT), rising: the next is tried unless the last has
+            changed the figure by less than ``stable``.
         stable: see ``num_draws``.
         num_chains: chains per image of the equilibrium gradient, >= 2.
-        persistent_transitions: transitions per step of chains that go on from the attacker's last step; ``None`` runs
-            the whole defence at every step. Chains start with the whole defence in either case.
+        persistent_transitions: transitions per step of chains that go on from the attacker's last
+            step; ``None`` runs the whole defence at every step. Chains start with the whole defence
+            in either case.
         unrolled_transitions: K of the truncated gradient, >= 1.
         num_iterations: conjugate gradient iterations of the implicit gradient, >= 1.
         num_directions: antithetic pairs per step of the black box, >= 1.
         black_box_steps: its steps, >= 1.
-        max_evaluations: decoder evaluations per image after which no further attack starts; ``None`` for no limit.
-        selection_draws, scoring_draws: runs of the defence that choose the worst attack, and that are reported, >= 1.
+        max_evaluations: decoder evaluations per image after which no further attack starts;
+            ``None`` for no limit.
+        selection_draws, scoring_draws: runs of the defence that choose the worst attack, and that
+            are reported, >= 1.
         check_images, check_steps: images and steps of the attacks that checks need, >= 2 and >= 4.
     """
 
@@ -154,13 +162,14 @@ class RobustnessReport:
     """What :func:`evaluate_robustness` found.
 
     Attributes:
-        figure: what is measured, e.g. ``"accuracy"`` or ``"ms_ssim[paper]"``; higher is more robust.
+        figure: what is measured, e.g. ``"accuracy"`` or ``"ms_ssim[paper]"``; higher is more
+            robust.
         threat_model: norm, radius, target and reading.
-        robust: the per-image worst case: ``mean``, ``single``, ``worst_of_n`` and ``averaged``, each with estimate,
-            interval and number of images.
+        robust: the per-image worst case: ``mean``, ``single``, ``worst_of_n`` and ``averaged``,
+            each with estimate, interval and number of images.
         clean: the same without an attack.
-        undefended_clean: mean figure of the VAE alone without an attack; for reconstructions the noise floor, two
-            draws of the guide at the reference.
+        undefended_clean: mean figure of the VAE alone without an attack; for reconstructions the
+            noise floor, two draws of the guide at the reference.
         random_noise: mean figure under random noise of the same radius.
         attacks: every attack that ran.
         skipped: attacks that did not, and why.
@@ -238,16 +247,21 @@ def evaluate_robustness(
     Args:
         vae: any Pyro VAE.
         defence: what the attacker attacks: :class:`~pyro_vae_defence.defence.NoDefence`,
-            :class:`~pyro_vae_defence.defence.MCMCDefence`, or anything that maps images to a ``DefenceResult``.
+            :class:`~pyro_vae_defence.defence.MCMCDefence`, or anything that maps images to a
+            ``DefenceResult``.
         x: reference images ``(N, C, H, W)`` in [0, 1], N >= 2.
-        labels: their classes, int64 ``(N,)``; with a classifier and no labels, those that it predicts undefended.
-        classifier: measures accuracy instead of similarity. Latents ``(M, D)`` to scores ``(M, classes)``, asked about
-            where the defence ends; or a :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
+        labels: their classes, int64 ``(N,)``; with a classifier and no labels, those that it
+            predicts undefended.
+        classifier: measures accuracy instead of similarity. Latents ``(M, D)`` to scores ``(M,
+            classes)``, asked about where the defence ends; or a
+            :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
         ball: where perturbations live; ``Linf(0.1)`` by default.
         budget: how hard to try.
         attacks: names of :data:`KNOWLEDGE`; all that apply by default.
-        engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=, num_restarts=)``.
-        similarity: of reconstructions, in pairs, differentiable, 1 for equal ones; the paper's MSSSIM by default.
+        engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
+            num_restarts=)``.
+        similarity: of reconstructions, in pairs, differentiable, 1 for equal ones; the paper's
+            MSSSIM by default.
         checks: run the sanity checks; without them the report counts as unreliable.
         generator: source of the seed; torch's global seed when ``None``.
 
@@ -301,7 +315,8 @@ class _Scores(NamedTuple):
 
 
 class _Victim:
-    """A defence and what is done with its latents; scores images, and hands the attacker its parts."""
+    """A defence and what is done with its latents; scores images, and hands the attacker its
+    parts."""
 
     def __init__(
         self,
@@ -351,7 +366,8 @@ class _Victim:
         return torch.Generator().manual_seed((self.seed + self.asked) % 2**63)
 
     def score(self, x: Tensor, num_draws: int, rows: slice = slice(None)) -> _Scores:
-        """Run the defence ``num_draws`` times on ``x``, attacks on the references ``rows``, on fresh seeds."""
+        """Run the defence ``num_draws`` times on ``x``, attacks on the references ``rows``, on
+        fresh seeds."""
         result = self.defence(x.repeat(num_draws, 1, 1, 1), self.generator())
         if self.classifier is None:
             images = lat.unfold(result.reconstruction, num_draws)
@@ -495,7 +511,8 @@ class _Suite:
     def objective(
         self, name: str, num_draws: int, rows: slice = slice(None), resample: bool = True
     ) -> PreparedObjective:
-        """The attacker's objective; without a gradient in the image it has gradient zero, and attacks go on."""
+        """The attacker's objective; without a gradient in the image it has gradient zero, and
+        attacks go on."""
         prepared = self._objective(name, num_draws, rows, resample)
         return lambda x_ref: _connected(prepared(x_ref))
 
@@ -718,7 +735,8 @@ class _Suite:
         )
 
     def _check_gradients(self) -> Iterator[Check]:
-        """Finite differences with common random numbers, at a small step and at that of the ball."""
+        """Finite differences with common random numbers, at a small step and at that of the
+        ball."""
         victim, names = self.victim, ("finite_differences", "gradients_explain_changes")
         if victim.has_chain and not victim.unrollable:
             for name in names:
@@ -763,7 +781,8 @@ class _Suite:
         yield Check(
             names[1],
             bool(explained.double().mean() >= 0.8),
-            f"on {int(explained.sum())} of {len(explained)} images a random step in the ball changes the "
+            f"on {int(explained.sum())} of {len(explained)} images a random step in the ball "
+            "changes the "
             "objective by no more than the gradient allows (at least 80% must)",
         )
 
@@ -787,7 +806,8 @@ class _Suite:
         return Check(
             name,
             lead["low"] <= 0,
-            f"figure under gradient attacks minus figure under the black box: {_show(lead)}; must not "
+            f"figure under gradient attacks minus figure under the black box: {_show(lead)}; must "
+            "not "
             "lie above 0 beyond noise",
         )
 
@@ -818,7 +838,8 @@ class _Suite:
         yield Check(
             "monotone_in_radius",
             all(rise["low"] <= 0 for rise in rises),
-            f"'{strongest.name}', {budget.check_steps} steps, figure by radius: {shown}; must not rise "
+            f"'{strongest.name}', {budget.check_steps} steps, figure by radius: {shown}; must not "
+            "rise "
             "beyond noise",
         )
 
@@ -845,7 +866,8 @@ class _Suite:
         return Check(
             name,
             excess["low"] <= 0,
-            f"figure {float(figure.mean().mean()):.3f} where any image is allowed, unrelated images have "
+            f"figure {float(figure.mean().mean()):.3f} where any image is allowed, unrelated "
+            "images have "
             f"{float(unrelated.mean()):.3f}; must not exceed it beyond noise",
         )
 
@@ -872,7 +894,8 @@ class _Suite:
         return Check(
             "loss_increases_with_iterations",
             rise["low"] > 0 and later["high"] >= 0,
-            f"'{name}' objective after 0, {max(1, budget.check_steps // 4)} and {budget.check_steps} steps: "
+            f"'{name}' objective after 0, {max(1, budget.check_steps // 4)} and "
+            f"{budget.check_steps} steps: "
             f"{shown}; must rise from the first to the last beyond noise, and not fall in between",
         )
 

@@ -1,8 +1,8 @@
 """The few contracts everything meets through.
 
-A *VAE* is any object with two Pyro programs, ``model(x)`` and ``guide(x)``. Both open one data plate
-``pyro.plate("data", x.shape[0])``, put every sample site inside it and share their continuous latent
-sites; ``model`` observes the image at one more site. Nothing else is asked of it.
+A *VAE* is any object with two Pyro programs, ``model(x)`` and ``guide(x)``. Both open one data
+plate ``pyro.plate("data", x.shape[0])``, put every sample site inside it and share their continuous
+latent sites; ``model`` observes the image at one more site. Nothing else is asked of it.
 
 Shapes: ``N`` images (or images times chains), ``C, H, W`` channels, height and width, ``D`` latent
 dimensions. A value *per image* has shape ``(N,)``; callers reduce, the library does not.
@@ -26,11 +26,13 @@ Objective: TypeAlias = Callable[[Tensor], Tensor]
 PreparedObjective: TypeAlias = Callable[..., Objective]
 """Reference images ``(N, C, H, W)`` -> the :data:`Objective` against these references.
 
-It may take a second argument ``streams``, the rows' random streams (:class:`ops.streams.Streams`); attacks pass
-them, so that noise and what is known per image stay with a row wherever it is computed."""
+It may take a second argument ``streams``, the rows' random streams (:class:`ops.streams.Streams`);
+attacks pass them, so that noise and what is known per image stay with a row wherever it is
+computed."""
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Whether an attack has succeeded: images ``(N, C, H, W)`` and objective ``(N,)`` -> bool ``(N,)``."""
+"""Whether an attack has succeeded: images ``(N, C, H, W)`` and objective ``(N,)`` -> bool
+``(N,)``."""
 
 PreparedCriterion: TypeAlias = Callable[..., Criterion]
 """Reference images, and perhaps ``streams`` -> the :data:`Criterion` against these references."""
@@ -39,7 +41,8 @@ Encode: TypeAlias = Callable[[Tensor], Latents]
 """Images ``(N, C, H, W)`` -> latents; may be random (an encoder, or an encoder and a defence)."""
 
 ImageEnergy: TypeAlias = Callable[[Tensor, Latents], Tensor]
-"""Images ``(N, C, H, W)`` and latents of ``N`` rows -> energies U(z; x), ``(N,)``, differentiable in both."""
+"""Images ``(N, C, H, W)`` and latents of ``N`` rows -> energies U(z; x), ``(N,)``, differentiable
+in both."""
 
 Perturb: TypeAlias = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` -> perturbed images of the same shape."""

@@ -1,8 +1,9 @@
 r"""Sampler truth: a recursive NUTS to compare with, and targets whose moments are known.
 
-The recursive sampler follows Hoffman and Gelman (2014, algorithm 3) with multinomial weights, one chain at
-a time, in NumPy, from closed-form gradients: it shares no code with :mod:`pyro_vae_defence.mcmc`, only the
-random numbers. A tree is the list of its leaves, so every sum over a (sub)tree is taken directly.
+The recursive sampler follows Hoffman and Gelman (2014, algorithm 3) with multinomial weights, one
+chain at a time, in NumPy, from closed-form gradients: it shares no code with
+:mod:`pyro_vae_defence.mcmc`, only the random numbers. A tree is the list of its leaves, so every
+sum over a (sub)tree is taken directly.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class RecursiveNUTS:
     def build_tree(
         self, edge: Leaf, step: float, depth: int, start: float
     ) -> tuple[list[Leaf], bool, bool]:
-        """Leaves beyond ``edge`` in order of integration; whether all went well; whether one diverged."""
+        """Leaves beyond ``edge`` in order of integration; whether all went well; whether one
+        diverged."""
         if depth == 0:
             leaf = self.leapfrog(edge, step)
             diverging = not leaf.hamiltonian - start <= self.threshold
@@ -133,8 +135,8 @@ class RecursiveNUTS:
 class Target:
     """A density on one site ``z`` with ``dim`` coordinates.
 
-    ``standardise`` maps draws ``(..., dim)`` to statistics ``(..., K)`` of mean 0 and variance 1 under
-    the target.
+    ``standardise`` maps draws ``(..., dim)`` to statistics ``(..., K)`` of mean 0 and variance 1
+    under the target.
     """
 
     dim: int
@@ -219,10 +221,10 @@ STANDARD_ERRORS = 5.0
 def assert_moments(statistics: torch.Tensor, min_ess: float) -> None:
     """Means 0 and variances 1 within 5 Monte-Carlo standard errors, and enough independent draws.
 
-    Rows are independent chains, so the averages of the chains are independent and their spread gives the
-    standard error without any model of autocorrelation. With hundreds of rows the ratio is close to a
-    standard normal, which exceeds 5 with probability 5.7e-7: a correct sampler fails a call with 2K
-    moments with probability below 1.2e-6 K.
+    Rows are independent chains, so the averages of the chains are independent and their spread
+    gives the standard error without any model of autocorrelation. With hundreds of rows the ratio
+    is close to a standard normal, which exceeds 5 with probability 5.7e-7: a correct sampler fails
+    a call with 2K moments with probability below 1.2e-6 K.
 
     Args:
         statistics: ``(draws, rows, K)``, each of mean 0 and variance 1 under the target.

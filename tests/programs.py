@@ -44,7 +44,8 @@ class TutorialVAE(nn.Module):
 
 
 class LinearGaussianVAE:
-    """p(z) = N(0, I), p(x|z) = N(Wz + b, s^2 I) on 1x4x4 images: every posterior is known exactly."""
+    """p(z) = N(0, I), p(x|z) = N(Wz + b, s^2 I) on 1x4x4 images: every posterior is known
+    exactly."""
 
     noise = 0.3
 
@@ -89,7 +90,8 @@ class LinearGaussianVAE:
 
 
 class HierarchicalVAE:
-    """Two latent groups of different shape, a constrained one, a nested plate, and a factor mask."""
+    """Two latent groups of different shape, a constrained one, a nested plate, and a factor
+    mask."""
 
     def model(self, x):
         with pyro.plate("data", x.shape[0], dim=-2):
@@ -110,7 +112,8 @@ class HierarchicalVAE:
 
 
 class BatchNormVAE(ConvVAE):
-    """An encoder that couples the images of a batch, and changes, whenever it runs in train mode."""
+    """An encoder that couples the images of a batch, and changes, whenever it runs in train
+    mode."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Adaptive gradients against exact derivatives: closed form, quadrature, finite differences with common noise."""
+"""Adaptive gradients against exact derivatives: closed form, quadrature, finite differences with
+common noise."""
 
 from __future__ import annotations
 
@@ -83,7 +84,8 @@ def pull(slope, jacobian):
     return (slope @ jacobian).reshape(-1, 1, 4, 4)
 
 
-# --- Pathwise estimators ------------------------------------------------------------------------------
+# --- Pathwise estimators
+# ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["transfer", "bpda", "unroll", "truncated", "implicit"])
@@ -137,7 +139,8 @@ def test_unrolled_hmc_agrees_with_finite_differences_under_common_noise(linear):
 
 
 def test_unrolled_gradient_of_a_trained_decoder_is_exact_below_the_scale_of_its_kinks(float64):
-    """A rectifier's kinks bend the force where no derivative sees it: only tiny steps agree with it."""
+    """A rectifier's kinks bend the force where no derivative sees it: only tiny steps agree with
+    it."""
     vae = load_pretrained("mnist_vae").double()
     x = data.load("mnist_subset", "test").images(list(range(4))).double()
     potential = program.ModelPotential(vae.model, x)
@@ -167,12 +170,14 @@ def test_implicit_is_the_derivative_of_the_mode(float64, ball):
     energy = program.potential(vae, x, ball)
 
     def mode(x, start, streams):
-        """The mode to machine precision: the energy is piecewise quadratic, so Newton steps end there."""
+        """The mode to machine precision: the energy is piecewise quadratic, so Newton steps end
+        there."""
         z = vae.exact(x)[0].detach()
         with torch.enable_grad():
             for _ in range(12):
                 z = z.requires_grad_()
-                # Second derivatives in z need how x* moves with z, which comes with a gradient in x.
+                # Second derivatives in z need how x* moves with z, which comes with a gradient in
+                # x.
                 total = energy.at(x.detach().requires_grad_())({"z": z}).sum()
                 (gradient,) = torch.autograd.grad(total, z, create_graph=True)
                 hessian = [
@@ -211,11 +216,13 @@ def test_conjugate_gradients_solve_each_row_and_stop_at_negative_curvature(float
     assert solution[2:].abs().max() == 0
 
 
-# --- Equilibrium --------------------------------------------------------------------------------------
+# --- Equilibrium
+# --------------------------------------------------------------------------------------
 
 
 def assert_unbiased(estimates, truth):
-    """Mean of independent estimates ``(R, ...)`` within 5 standard errors of the truth, which must not be noise."""
+    """Mean of independent estimates ``(R, ...)`` within 5 standard errors of the truth, which must
+    not be noise."""
     error = estimates.std(0) / estimates.shape[0] ** 0.5
     score = (estimates.mean(0) - truth) / error
     assert score.abs().max() < STANDARD_ERRORS
@@ -267,7 +274,8 @@ def test_equilibrium_with_persistent_hmc_chains(linear):
 @pytest.mark.parametrize("kind", ["gaussian", "bernoulli"])
 @pytest.mark.parametrize("radius", [None, 0.1])
 def test_equilibrium_of_the_perturbation_aware_posterior_by_quadrature(float64, kind, radius):
-    """One latent dimension: expectations and their derivatives by quadrature, draws by inversion."""
+    """One latent dimension: expectations and their derivatives by quadrature, draws by
+    inversion."""
     ball = None if radius is None else Linf(radius)
     if kind == "gaussian":
         vae, shape, site = LinearGaussianVAE(1), (1, 4, 4), "z"
@@ -318,7 +326,8 @@ def test_pixels_at_the_range_give_no_gradient_to_the_aware_posterior(float64):
     assert torch.allclose(gradient, torch.where(logits > 0, -logits, 0.0), atol=1e-10)
 
 
-# --- Black box, averages, engines ---------------------------------------------------------------------
+# --- Black box, averages, engines
+# ---------------------------------------------------------------------
 
 
 def test_nes_estimates_the_gradient_of_the_smoothed_objective(linear):
@@ -437,12 +446,14 @@ def test_every_estimator_drives_an_attack(linear, name, target):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f: adaptive.expected(f, quadratic, 0), "num_draws must be an integer of at least 1"),
+        (lambda f: adaptive.expected(f, quadratic, 0), "num_draws must be an integer of at least "
+                                                       "1"),
         (
             lambda f: adaptive.expected(f, quadratic, persistent=True, resample=False),
             "persistent chains need fresh noise",
         ),
-        (lambda f: adaptive.equilibrium(f, f, f, quadratic, 1), "num_chains must be an integer of at"),
+        (lambda f: adaptive.equilibrium(f, f, f, quadratic, 1), "num_chains must be an integer of "
+                                                                "at"),
         (lambda f: adaptive.nes(f, 0), "num_directions must be an integer of at least 1, got 0"),
         (lambda f: adaptive.nes(f, 3, 0.0), "scale must be positive, got 0.0"),
         (lambda f: adaptive.implicit(f, f, f, 0), "num_iterations must be at least 1, got 0"),

@@ -59,7 +59,8 @@ def test_published_optimiser_step_by_step(float64):
     x = torch.full((1, 1, 1, 1), 0.5)
 
     def prepare(x_ref):
-        # Rises for a while, then is flat: the rate must halve once after 20 steps without improvement.
+        # Rises for a while, then is flat: the rate must halve once after 20 steps without
+        # improvement.
         return lambda v: (0.001 * v).clamp(max=0.001 * 0.52).flatten()
 
     seen = []
@@ -104,9 +105,9 @@ def test_published_rate_is_halved_after_twenty_steps_without_improvement(float64
     torch.manual_seed(1)
     attacks.PGD(prepare, Linf(0.4), num_steps=50, preset="paper")(x)
     steps = torch.tensor(values[:50]).diff()
-    # Evaluation 1 sets the record; the 21st without improvement, evaluation 22, exceeds the patience of
-    # 20 and halves the rate of the steps after its own. Differences of steps, the first of which also
-    # brings the start into the ball.
+    # Evaluation 1 sets the record; the 21st without improvement, evaluation 22, exceeds the
+    # patience of 20 and halves the rate of the steps after its own. Differences of steps, the first
+    # of which also brings the start into the ball.
     assert torch.allclose(steps[1:22], torch.full((21,), 1e-4), atol=1e-12)
     assert torch.allclose(steps[22:43], torch.full((21,), 5e-5), atol=1e-12)
     assert torch.allclose(steps[43:], torch.full((6,), 2.5e-5), atol=1e-12)
@@ -144,6 +145,17 @@ def test_best_takes_the_strongest_restart_per_image():
     count = torch.ones_like(value, dtype=torch.long)
     result = attacks.AttackResult(x_adv, value, x_adv[0], count, count, count > 1)
     assert result.best().flatten().tolist() == [2.0, 1.0]
+
+
+def test_flat_keeps_each_image_beside_its_reference():
+    value = torch.zeros(2, 3)
+    x_adv = torch.arange(6.0).reshape(2, 3, 1, 1, 1)
+    x_ref = torch.tensor([10.0, 20.0, 30.0]).reshape(3, 1, 1, 1)
+    count = torch.zeros_like(value, dtype=torch.long)
+    flat = attacks.AttackResult(x_adv, value, x_ref, count, count, count > 0).flat()
+    assert flat.images.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert flat.references.flatten().tolist() == [10, 20, 30, 10, 20, 30]
+    assert flat.index.tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_symmetric_kl_vanishes_with_its_gradient_at_the_reference():

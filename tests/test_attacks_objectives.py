@@ -1,4 +1,5 @@
-"""Objectives: closed forms, targets and noise that follow the rows, Table 1, what bad guides are told."""
+"""Objectives: closed forms, targets and noise that follow the rows, Table 1, what bad guides are
+told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every optimiser through the same tests: known maxima, balls, batches, early exit, resume, honest counts."""
+"""Every optimiser through the same tests: known maxima, balls, batches, early exit, resume, honest
+counts."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ OPTIMISERS = {
     "Square": (attacks.Square, {"num_steps": 400, "share": 0.3}),
     "NES": (attacks.NES, {"num_steps": 100, "num_directions": 30}),
 }
-# How far from the maximum they may end, as a share of what there is to gain from the reference on: little for
-# those that adapt their steps, more for fixed steps, most for those that do not see a gradient.
+# How far from the maximum they may end, as a share of what there is to gain from the reference on:
+# little for those that adapt their steps, more for fixed steps, most for those that do not see a
+# gradient.
 TOLERANCE = {
     "PGD": 0.05,
     "MomentumPGD": 0.05,
@@ -154,7 +156,8 @@ def test_ball_and_range_hold_and_more_steps_are_no_worse(name, ball):
     assert result.x_adv.max() <= 1
     assert (ball.norm((result.x_adv - x).flatten(0, 1)) <= ball.radius).all()
     assert torch.allclose(result.objective[1], prepared(x)(result.x_adv[1]), rtol=1e-4)
-    # The best so far: nothing it has seen beats it, unless it looked outside the ball (NES's directions).
+    # The best so far: nothing it has seen beats it, unless it looked outside the ball (NES's
+    # directions).
     if name != "NES":
         best_seen = torch.stack([value.detach() for value in seen]).amax(0)
         assert torch.allclose(result.objective.flatten(), best_seen, rtol=1e-4)
@@ -364,7 +367,8 @@ def test_apgd_steps_by_hand(float64):
     at.append(clip(at[0] + (0.2 if at[0] < 0.53 else -0.2)))
     z = clip(at[1] + (0.2 if at[1] < 0.53 else -0.2))
     at.append(clip(at[1] + 0.75 * (z - at[1]) + 0.25 * (at[1] - at[0])))
-    # checkpoints(9) starts at 2: one improving step of two at most, so halve and go back to the best.
+    # checkpoints(9) starts at 2: one improving step of two at most, so halve and go back to the
+    # best.
     assert checkpoints(9)[0] == 2
     best = max(at, key=lambda v: -((v - 0.53) ** 2))
     z = clip(best + (0.1 if best < 0.53 else -0.1))
@@ -461,8 +465,9 @@ class PixelVAE:
 
 
 def test_r_margin_brackets_the_exact_margin(float64):
-    # An L_inf perturbation of radius R moves each of 16 decoded pixels by R, the image by 4 R, where
-    # the range of images leaves room: margins are r / 4, and infinite where the radius needed is not tried.
+    # An L_inf perturbation of radius R moves each of 16 decoded pixels by R, the image by 4 R,
+    # where the range of images leaves room: margins are r / 4, and infinite where the radius needed
+    # is not tried.
     vae = PixelVAE()
     x = torch.stack([torch.full((1, 4, 4), value) for value in (0.5, 0.3, 0.7)])
     attack = attacks.PGD(attacks.maximum_damage(vae), Linf(0.3), 10)

@@ -1,4 +1,5 @@
-"""Recorded energies equal traced ones, or the model is traced and says why; forces in reduced precision."""
+"""Recorded energies equal traced ones, or the model is traced and says why; forces in reduced
+precision."""
 
 from __future__ import annotations
 

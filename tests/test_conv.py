@@ -68,7 +68,8 @@ def test_initialisation_is_xavier_with_zero_biases():
 
 
 def test_beta_scales_the_latents_of_both_programs(float64):
-    # rec - 4 KL: the loss is affine in KL, so two values of beta reveal the weight of KL in the third.
+    # rec - 4 KL: the loss is affine in KL, so two values of beta reveal the weight of KL in the
+    # third.
     vae, x = ConvVAE().double(), torch.rand(64, 1, 28, 28)
     with torch.no_grad():
         q = vae.posterior(x)
@@ -86,7 +87,8 @@ def test_beta_scales_the_latents_of_both_programs(float64):
     # Same noise for every beta, hence exactly affine; its slope is a one-draw estimate of the KL.
     slope = loss(2.0) - loss(1.0)
     assert torch.allclose(loss(5.0) - loss(1.0), 4 * slope)
-    # One draw per image and 64 images: 5 standard errors of log q - log p, which has variance < 2 KL + 64.
+    # One draw per image and 64 images: 5 standard errors of log q - log p, which has variance < 2
+    # KL + 64.
     assert abs(slope / 64 - kl.mean()) < 5 * ((2 * kl.mean() + 64) / 64) ** 0.5
 
 

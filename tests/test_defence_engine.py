@@ -1,4 +1,5 @@
-"""The defence as an engine: streams, budgets, stopping and compaction, starts, recorded energies, memory."""
+"""The defence as an engine: streams, budgets, stopping and compaction, starts, recorded energies,
+memory."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ def test_probabilities_tell_clean_images_from_attacked_ones(vae):
         assert probability.shape == (20, 4)
         assert torch.allclose(probability.sum(1), torch.ones(20))
         found.append(probability)
-    # Most clean images keep radius 0; what is too small for an attack is excluded, what is too large is not.
+    # Most clean images keep radius 0; what is too small for an attack is excluded, what is too
+    # large is not.
     assert found[0][:, 0].mean() > 0.7
     assert found[1][:, :2].sum(1).max() < 0.01
 

@@ -1,7 +1,7 @@
 """AIS with this library's HMC, against the exact evidence, importance sampling, and a bracket.
 
-Tolerances are 5 standard errors of log-average weights (delta method) for each of 4 images: fewer than
-one failure in 1,000 new seeds, skewness of the weights included.
+Tolerances are 5 standard errors of log-average weights (delta method) for each of 4 images: fewer
+than one failure in 1,000 new seeds, skewness of the weights included.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def test_bidirectional_walks_bracket_the_evidence(simulated):
 
 
 def test_one_simulated_draw_per_image_brackets_the_average_evidence(float64):
-    """As for a model without exact posterior: one exact draw per image; 5 standard errors over 300."""
+    """As for a model without exact posterior: one exact draw per image; 5 standard errors over
+    300."""
     vae = WideGuide()
     latents, x = metrics.simulate(vae, torch.zeros(300, 1, 4, 4))
     schedule = metrics.sigmoid_schedule(20)

@@ -49,7 +49,8 @@ def test_the_papers_rule_learns_halves_and_stops():
     x, y = separable(500).tensors
     assert (classifier(x).argmax(-1) == y).double().mean() > 0.97
     assert not classifier.training
-    # Labels without pattern: no improvement for early_stop epochs ends it, and the best weights stay.
+    # Labels without pattern: no improvement for early_stop epochs ends it, and the best weights
+    # stay.
     torch.manual_seed(0)
     noise = TensorDataset(torch.randn(200, 2), torch.randint(2, (200,)))
     other = TensorDataset(torch.randn(200, 2), torch.randint(2, (200,)))

@@ -73,7 +73,8 @@ def test_cells_hold_every_figure(run):
     assert set(cell["detection"]) == scores
     assert set(cell["detection"]["distance"]) == {"against_clean", "against_noise"}
     assert cell["settings"]["perturbation"] == "Linf(radius=0.1)"
-    # 3 transitions of at least one leapfrog step in 2 chains, their starts and burn-ins; 2 of them in one chain.
+    # 3 transitions of at least one leapfrog step in 2 chains, their starts and burn-ins; 2 of them
+    # in one chain.
     assert cell["gradients_per_image"] >= 14
     assert 6 <= result["costs"]["hmc@2"]["gradients_per_image"] < cell["gradients_per_image"]
     assert result["radii"]["0"]["aware"]["settings"]["perturbation"] == "None"
@@ -149,7 +150,8 @@ def test_a_defence_that_does_not_beat_the_best_control_is_told_so():
         "dark_clip": cell(0.85, 0.1),
     }
     assert verdict(result, cells, "aware") == (
-        "similarity: better than dark-pixel clipping δ = radius; accuracy: **worse** than median filter"
+        "similarity: better than dark-pixel clipping δ = radius; accuracy: **worse** than median "
+        "filter"
     )
     assert verdict(result, cells, "hmc") == (
         "similarity: **worse** than dark-pixel clipping δ = radius; "

@@ -1,4 +1,5 @@
-"""Figures of attackers' knowledge and objectives: cells, resumption, tables and pictures from the file alone."""
+"""Figures of attackers' knowledge and objectives: cells, resumption, tables and pictures from the
+file alone."""
 
 from __future__ import annotations
 

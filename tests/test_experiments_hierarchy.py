@@ -1,4 +1,5 @@
-"""Attacks on the top groups of an NVAE: result files, resumption, tables and figures; official CelebA weights."""
+"""Attacks on the top groups of an NVAE: result files, resumption, tables and figures; official
+CelebA weights."""
 
 from __future__ import annotations
 

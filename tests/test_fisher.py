@@ -45,8 +45,8 @@ def test_bernoulli_decoder_against_its_jacobian(float64):
     information = (jacobian.square() * (probability * (1 - probability))[..., None]).sum(1)
     precision = 1 + information.mean(0)
     assert (precision > 2).all()
-    # Both sides are estimates. Given z the score is close to normal, so that its square varies by twice
-    # E[curvature^2]; 5 standard errors, 6e-7 per entry.
+    # Both sides are estimates. Given z the score is close to normal, so that its square varies by
+    # twice E[curvature^2]; 5 standard errors, 6e-7 per entry.
     spread = information.var(0)
     variance_of_probes = (2 * (precision.square() + spread) + spread) / num_probes
     standard_error = (spread / num_latents + variance_of_probes).sqrt()
@@ -62,7 +62,8 @@ def test_sites_of_a_hierarchical_model_with_a_constrained_one():
 
 
 def test_curvature_of_a_skewed_prior():
-    """exp(z) ~ Gamma(2, 1.5) has mean curvature 2 in z: E[1.5 exp(z)]; nothing else depends on z."""
+    """exp(z) ~ Gamma(2, 1.5) has mean curvature 2 in z: E[1.5 exp(z)]; nothing else depends on
+    z."""
     import pyro
 
     class Skewed:

@@ -15,8 +15,8 @@ LAYERS = [
     {"experiments"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# Neighbours that may use each other: the lowest layer, a defence's chains and their form for ArviZ, a defence
-# and its evaluation.
+# Neighbours that may use each other: the lowest layer, a defence's chains and their form for ArviZ,
+# a defence and its evaluation.
 SAME_LAYER = {("ops", "types"), ("defence", "diagnostics"), ("robustness", "defence")}
 
 

@@ -59,7 +59,8 @@ def test_the_paper_rule_by_hand():
             by_hand_single[i] += 0.01 * (acceptance[i] - 0.9) / 0.9 * by_hand_single[i]
         assert torch.allclose(p.log_step_size.exp(), by_hand_pooled, rtol=1e-14)
         assert torch.allclose(s.log_step_size.exp(), by_hand_single, rtol=1e-14)
-    # One number written out: acceptance 1 and 0 has mean 0.5, so the step shrinks by 0.01 * 0.4 / 0.9.
+    # One number written out: acceptance 1 and 0 has mean 0.5, so the step shrinks by 0.01 * 0.4 /
+    # 0.9.
     first = pooled.update(pooled.init(start), torch.tensor([1.0, 0.0])).log_step_size.exp()
     assert torch.allclose(first, start * (1 - 0.004 / 0.9), rtol=1e-14)
 
@@ -107,8 +108,8 @@ def run(kernel, warmup_steps, num_samples, start=None):
 def test_every_image_comes_near_its_target_acceptance(make, warmup_steps):
     """Twelve images with scales over four decades, all started at step size 0.1.
 
-    Within 0.1 of the target each: the averaged step size of dual averaging is known to end a little on
-    the safe side, and a mean over 150 transitions has a standard error of about 0.02.
+    Within 0.1 of the target each: the averaged step size of dual averaging is known to end a little
+    on the safe side, and a mean over 150 transitions has a standard error of about 0.02.
     """
     kernel = make(potential_fn=gaussians)
     infos = run(kernel, warmup_steps, 150)
@@ -189,7 +190,8 @@ def test_pooling_averages_the_rows_of_an_image():
 
 @pytest.mark.parametrize("make", [BatchedHMC, BatchedMALA, BatchedGHMC, BatchedMAMS])
 def test_replicas_share_a_step_size(make):
-    """One step size per image, and less noise in it: 3 images of 16 chains each, of three scales."""
+    """One step size per image, and less noise in it: 3 images of 16 chains each, of three
+    scales."""
     scales = torch.tensor([0.1, 1.0, 10.0]).repeat(16)
 
     def potential(latents):

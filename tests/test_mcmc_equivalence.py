@@ -33,8 +33,8 @@ KERNELS = {
     "burn-in": functools.partial(BatchedHMC, num_steps=4, burn_in=10),
 }
 ROWS = 7
-# Near the posterior variances of the linear VAE: unadjusted steps of a fixed size need a metric, without which
-# rows fly off, and differences of rounding grow with them.
+# Near the posterior variances of the linear VAE: unadjusted steps of a fixed size need a metric,
+# without which rows fly off, and differences of rounding grow with them.
 METRIC = {"z": torch.full((3,), 0.01)}
 SCALES = torch.logspace(-2, 2, ROWS).double()
 SHIFTS = torch.linspace(-5, 5, ROWS).double() * SCALES
@@ -105,8 +105,9 @@ def test_images_with_very_different_posteriors(name):
         assert step_sizes.max() / step_sizes.min() > 100  # the images do differ
 
 
-# Without the burn-in: where three dimensions turn as sharply as from a draw of the prior, it multiplies the rounding of
-# matrix products by some hundred a step. Elementwise energies, above, and micro-batches, below, cover it.
+# Without the burn-in: where three dimensions turn as sharply as from a draw of the prior, it
+# multiplies the rounding of matrix products by some hundred a step. Elementwise energies, above,
+# and micro-batches, below, cover it.
 @pytest.mark.parametrize("name", [name for name in KERNELS if name != "burn-in"])
 def test_images_of_a_pyro_model(name, linear_vae):
     x = torch.randn(ROWS, 1, 4, 4) * torch.logspace(-1, 1, ROWS)[:, None, None, None]

@@ -1,4 +1,5 @@
-"""Every kernel draws from the target: known moments, simulation-based calibration, and mutants that must die.
+"""Every kernel draws from the target: known moments, simulation-based calibration, and mutants that
+must die.
 
 Chains start away from the target, adapt during warm-up, and are frozen while the draws are taken.
 """
@@ -33,8 +34,8 @@ from pyro_vae_defence.mcmc import (
 from pyro_vae_defence.ops.streams import Streams
 
 KERNELS = {
-    # kernel, warm-up, draws, and how many independent draws each chain must be worth on average: 2.5 of
-    # them in each of 400 rows put 5 standard errors of a mean at 0.16 standard deviations.
+    # kernel, warm-up, draws, and how many independent draws each chain must be worth on average:
+    # 2.5 of them in each of 400 rows put 5 standard errors of a mean at 0.16 standard deviations.
     "hmc": (functools.partial(BatchedHMC, num_steps=6), 150, 60, 10.0),
     "nuts": (functools.partial(BatchedNUTS, step_size=0.3, max_tree_depth=4), 40, 20, 2.5),
     "mala": (BatchedMALA, 400, 300, 2.5),
@@ -67,8 +68,9 @@ def check_target(kernel_name: str, target_name: str, seed: int, rows: int = 400)
     assert_moments(target.standardise(draws), ess_per_row * rows)
 
 
-# Error rate: 2K moments per call with K between 3 and 128, some 330 moments over the 5 targets, for 10 pairs of
-# kernel and seed: 3,300 moments at 5.7e-7 each, so correct samplers fail once in some 500 choices of seeds.
+# Error rate: 2K moments per call with K between 3 and 128, some 330 moments over the 5 targets, for
+# 10 pairs of kernel and seed: 3,300 moments at 5.7e-7 each, so correct samplers fail once in some
+# 500 choices of seeds.
 @pytest.mark.parametrize(
     ("kernel", "seed", "target"),
     [
@@ -99,7 +101,8 @@ def test_moments_in_single_precision(kernel):
 
 
 def mutate(monkeypatch, module, function: str, old: str, new: str, users=()) -> None:
-    """Replace ``function`` of ``module`` by itself with ``old`` changed to ``new`` in its source."""
+    """Replace ``function`` of ``module`` by itself with ``old`` changed to ``new`` in its
+    source."""
     source = inspect.getsource(getattr(module, function))
     assert source.count(old) == 1, f"the mutant no longer fits: {old!r}"
     mutated: dict = {}
@@ -198,16 +201,17 @@ VICTIMS = {
     (ghmc, "refresh"): ("ghmc",),
     (mams, "step"): ("mams",),
 }
-# A mutant that is wrong but whose bias the check cannot see: the next trajectory's first half kick alone is stale, and
-# a particle of constant speed hardly feels it. The same line of code is watched through the other kernels.
+# A mutant that is wrong but whose bias the check cannot see: the next trajectory's first half kick
+# alone is stale, and a particle of constant speed hardly feels it. The same line of code is watched
+# through the other kernels.
 TOO_SMALL = {("mams", "gradient of the rejected point kept")}
-# Four times the rows of the tests above: a mutant's bias stands at twice as many standard errors, so that
-# its death does not hang on the seed. The healthy samplers must pass at the same power.
+# Four times the rows of the tests above: a mutant's bias stands at twice as many standard errors,
+# so that its death does not hang on the seed. The healthy samplers must pass at the same power.
 MUTANT_ROWS = 1600
 
 
-# The target on which a mutation does most harm: a chain that takes every subtree falls down the steep side
-# of a skewed energy, and a stale gradient hurts where gradients differ most.
+# The target on which a mutation does most harm: a chain that takes every subtree falls down the
+# steep side of a skewed energy, and a stale gradient hurts where gradients differ most.
 TARGET_AGAINST = {
     "gradient of the rejected point kept": "funnel",
     "every subtree accepted": "log-gamma",
@@ -257,7 +261,8 @@ MODEL_KERNELS = {
 
 
 def gamma_poisson(counts):
-    """rate ~ Gamma(2, 1.5), counts ~ Poisson(rate): the posterior is Gamma(2 + sum, 1.5 + number)."""
+    """rate ~ Gamma(2, 1.5), counts ~ Poisson(rate): the posterior is Gamma(2 + sum, 1.5 +
+    number)."""
     with pyro.plate("data", counts.shape[0]):
         ones = counts.new_ones(counts.shape[0])
         rate = pyro.sample("rate", dist.Gamma(2.0 * ones, 1.5 * ones))
@@ -303,13 +308,14 @@ SMALLEST_P_VALUE = 1e-4
 
 
 def assert_uniform_ranks(truth: torch.Tensor, draws: torch.Tensor) -> None:
-    """Ranks of the truth ``(rows, K)`` among 15 draws ``(15, rows, K)`` of its posterior are uniform.
+    """Ranks of the truth ``(rows, K)`` among 15 draws ``(15, rows, K)`` of its posterior are
+    uniform.
 
     Chi-square over the 16 ranks for each of the K coordinates: a calibrated sampler fails with
     probability below K * 1e-4.
 
-    Reference: Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference algorithms with
-    simulation-based calibration", 2018, https://arxiv.org/abs/1804.06788.
+    Reference: Talts, Betancourt, Simpson, Vehtari, Gelman, "Validating Bayesian inference
+    algorithms with simulation-based calibration", 2018, https://arxiv.org/abs/1804.06788.
     """
     assert len(draws) == NUM_RANKS - 1
     ranks = (draws < truth).sum(0)
@@ -377,8 +383,9 @@ def test_calibration_notices_a_posterior_that_is_too_wide(linear_vae):
 def test_unadjusted_langevin_has_the_bias_it_states(step_size):
     """On a Gaussian its variance is 1 / (1 - h^2 / (4 variance M)) of the right one.
 
-    Its draws pass the check of the true samplers against that variance, and fail it against the target's. Four
-    dimensions with variances 1 and 4 and inverse masses that differ from them: 16 moments at 5.7e-7 each.
+    Its draws pass the check of the true samplers against that variance, and fail it against the
+    target's. Four dimensions with variances 1 and 4 and inverse masses that differ from them: 16
+    moments at 5.7e-7 each.
     """
     variance = torch.tensor([1.0, 1.0, 4.0, 4.0])
     inverse_mass = torch.tensor([1.0, 0.5, 4.0, 2.0])
@@ -399,7 +406,8 @@ def test_unadjusted_langevin_has_the_bias_it_states(step_size):
 
 
 def test_unadjusted_langevin_says_what_a_test_would_have_accepted():
-    """It moves all the same; the rate is that of MALA at the same step size, of which it falls short of 1."""
+    """It moves all the same; the rate is that of MALA at the same step size, of which it falls
+    short of 1."""
 
     def gaussian(latents):
         return 0.5 * latents["z"].square().sum(-1)

@@ -1,4 +1,5 @@
-"""Unrolled chains: the run itself, and its derivative against finite differences with noise and decisions frozen."""
+"""Unrolled chains: the run itself, and its derivative against finite differences with noise and
+decisions frozen."""
 
 from __future__ import annotations
 

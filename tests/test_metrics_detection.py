@@ -71,8 +71,8 @@ def test_interval_covers_the_true_value():
         )
         assert found.low <= found.estimate <= found.high
         covered += found.low <= truth <= found.high
-    # Nominal 95 percent, percentile intervals of 80 images somewhat less, say 0.92: fewer than 22 of 30 has
-    # probability 1e-3 (binomial); the seeds are fixed.
+    # Nominal 95 percent, percentile intervals of 80 images somewhat less, say 0.92: fewer than 22
+    # of 30 has probability 1e-3 (binomial); the seeds are fixed.
     assert covered >= 22
 
 

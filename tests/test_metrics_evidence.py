@@ -1,7 +1,8 @@
 """Marginal likelihood read from Pyro programs, against the exact evidence of a linear-Gaussian VAE.
 
 Statistical tests allow 5 standard errors of the log-average weight (delta method) per image, for 6
-images: for normal errors 4 tests in a million fail, for these skewed weights fewer than one in 1,000.
+images: for normal errors 4 tests in a million fail, for these skewed weights fewer than one in
+1,000.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pyro_vae_defence.ops.streams import Streams
 
 
 class WideGuide(LinearGaussianVAE):
-    """The linear-Gaussian VAE with a guide that is off in mean and width, and covers the posterior."""
+    """The linear-Gaussian VAE with a guide that is off in mean and width, and covers the
+    posterior."""
 
     def guide(self, x):
         mean, covariance = self.exact(x)
@@ -151,7 +153,8 @@ def test_guide_with_other_sites_is_refused(wide, x):
 
 
 def test_simulated_latents_are_posterior_draws(float64):
-    """Over 4,000 images the standardised error has covariance I, each entry within 5 standard errors."""
+    """Over 4,000 images the standardised error has covariance I, each entry within 5 standard
+    errors."""
     torch.manual_seed(0)
     vae = LinearGaussianVAE()
     latents, images = metrics.simulate(vae, torch.zeros(4000, 1, 4, 4))

@@ -66,7 +66,8 @@ def test_fid_names_what_is_missing(tmp_path, monkeypatch):
 
 
 def test_fid_feeds_colour_images_of_both_sets_to_torchmetrics(monkeypatch):
-    """Where torchmetrics is installed, through its real class with a small network for Inception."""
+    """Where torchmetrics is installed, through its real class with a small network for
+    Inception."""
     module = pytest.importorskip("torchmetrics.image.fid")
 
     class Small(torch.nn.Module):

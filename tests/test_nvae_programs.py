@@ -298,7 +298,8 @@ def test_another_number_of_images_takes_nothing_over() -> None:
 
 
 def gradients(vae: NVAE, x: Tensor, latents: dict[str, Tensor]) -> tuple[list[Tensor], int]:
-    """Gradients of the joint density by image and latents, and how many values were kept for them."""
+    """Gradients of the joint density by image and latents, and how many values were kept for
+    them."""
     leaves = {site: z.detach().requires_grad_() for site, z in latents.items()}
     image = x.clone().requires_grad_()
     kept = {}

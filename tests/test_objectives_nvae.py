@@ -74,7 +74,8 @@ def test_behind_the_annealing_it_is_the_elbo_and_the_penalty(vae, x):
 
 
 def test_penalty_has_the_gradient_of_its_weight(vae, x):
-    """The penalty counts once per image, so that its share of a mean does not depend on the batch."""
+    """The penalty counts once per image, so that its share of a mean does not depend on the
+    batch."""
     weight = vae.stem.log_weight_norm
     gradients = []
     for penalty in (0.0, 2.0):

@@ -190,7 +190,8 @@ def test_latents_arithmetic():
 
 
 def _boxes(event=(1, 3, 4)):
-    """Perturbations, gradients, and bounds around 0, some of which are 0 themselves, as for images."""
+    """Perturbations, gradients, and bounds around 0, some of which are 0 themselves, as for
+    images."""
     x = torch.rand(5, *event, dtype=torch.float64).round(decimals=1)
     return 2 * torch.randn(5, *event, dtype=torch.float64), -x, 1 - x
 

@@ -114,9 +114,11 @@ def energy(vae, x, perturbation=None):
 
 
 def brute_force(objective, x, ball):
-    """Minimum over what is in reach of one image, by sequential quadratic programming from several starts."""
+    """Minimum over what is in reach of one image, by sequential quadratic programming from several
+    starts."""
     r, size = ball.radius, len(x)
-    # In units of the radius; the L1 ball is smooth in the positive and negative parts of the change.
+    # In units of the radius; the L1 ball is smooth in the positive and negative parts of the
+    # change.
     parts = 2 if isinstance(ball, L1) else 1
     low, high = np.maximum(-x / r, -1), np.minimum((1 - x) / r, 1)
     constraints = []

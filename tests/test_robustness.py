@@ -1,4 +1,5 @@
-"""The suite: what it finds where the answer is known, and that it notices when it has been fooled."""
+"""The suite: what it finds where the answer is known, and that it notices when it has been
+fooled."""
 
 from __future__ import annotations
 
@@ -164,7 +165,8 @@ def test_every_attack_runs_against_a_chain(delta):
     report = run(vae, defence, x, labels, budget)
     assert {outcome.name for outcome in report.attacks} == set(KNOWLEDGE)
     assert report.skipped == {}
-    # The chain starts at the posterior and stays there: nothing is left at this radius without delta.
+    # The chain starts at the posterior and stays there: nothing is left at this radius without
+    # delta.
     if delta is None:
         assert report.robust["mean"]["estimate"] < 0.2
         assert check(report, "finite_differences").passed

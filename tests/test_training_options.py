@@ -1,4 +1,5 @@
-"""What fit can do beyond the paper: clipping, averaging, bfloat16, compiled layers, logs, a metric."""
+"""What fit can do beyond the paper: clipping, averaging, bfloat16, compiled layers, logs, a
+metric."""
 
 from __future__ import annotations
 
@@ -149,7 +150,8 @@ def test_average_is_validated_and_left_in_the_end(images, tmp_path):
     assert torch.equal(vae.loc.weight, seen[-1])
     assert torch.equal(vae.loc.weight, state["average"]["encoder$$$1.weight"])
     assert not torch.equal(vae.loc.weight, state["weights"]["loc.weight"])
-    # The noise of validation is small against what a step changes: the final weights were validated.
+    # The noise of validation is small against what a step changes: the final weights were
+    # validated.
     final = [evaluate(vae, TraceMeanField_ELBO(), [images]) for _ in range(5)]
     assert abs(result.history[-1]["validation_nelbo"] - sum(final) / 5) < 3 * (
         max(final) - min(final)
@@ -304,7 +306,8 @@ def test_bfloat16_gradients_are_close_to_exact_ones(images, objective):
 
 
 def test_bfloat16_leaves_programs_of_any_kind_alone():
-    """Nested plates, a Gamma site, a mask of dimensions, no layers: nothing to lower, nothing lost."""
+    """Nested plates, a Gamma site, a mask of dimensions, no layers: nothing to lower, nothing
+    lost."""
     vae = HierarchicalVAE()
     x = torch.rand(3, 1, 4, 4)
     torch.manual_seed(1)

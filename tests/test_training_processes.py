@@ -112,7 +112,8 @@ def kill_at_random(folder, seed):
     kills = []
     while True:
         child = fork(folder / "killed")
-        # Six kills at most, then it may finish; more than three, as each comes before a quarter is done.
+        # Six kills at most, then it may finish; more than three, as each comes before a quarter is
+        # done.
         if len(kills) < 6:
             time.sleep(moments.uniform(0.02, 0.25) * duration)
             os.kill(child, signal.SIGKILL)

@@ -1,46 +1,53 @@
-r"""Gradients through a randomised, defended encoder, for an attacker who knows the defence (section 4.4, C.3).
+r"""Gradients through a randomised, defended encoder, for an attacker who knows the defence (section
+4.4, C.3).
 
-The defended encoder starts at :math:`z_0 \sim q(z|x)` and runs a chain to :math:`z_T = F(x, z_0; \xi)`; the attacker
-maximises :math:`E[f(z_T)]`, with f a distance of latents, damage to the reconstruction, or a classifier's loss. Nothing
-here knows what the chain is: it comes as a callable. Seven gradients, by what they take for known:
+The defended encoder starts at :math:`z_0 \sim q(z|x)` and runs a chain to :math:`z_T = F(x, z_0;
+\xi)`; the attacker maximises :math:`E[f(z_T)]`, with f a distance of latents, damage to the
+reconstruction, or a classifier's loss. Nothing here knows what the chain is: it comes as a
+callable. Seven gradients, by what they take for known:
 
 1. *transfer*: the chain is the identity. The paper's attack.
 2. *bpda*: the true :math:`z_T`, with :math:`dz_T/dz_0 = I` and :math:`\partial F/\partial x = 0`.
 3. *unroll*: through a differentiable chain with its noise and decisions frozen
    (:mod:`pyro_vae_defence.mcmc.unrolled`).
 4. *truncated*: T - K transitions without gradient, then K unrolled, the start of which is constant.
-5. *implicit*: as if :math:`z_T` were the mode of :math:`U(\cdot; x)`, where :math:`\nabla_z U = 0` gives
-   :math:`dz/dx = -(\nabla_z^2 U)^{-1} \nabla_x \nabla_z U`. The system :math:`\nabla_z^2 U\, w = \nabla f` is solved by
-   conjugate gradients on Hessian-vector products, and the gradient is :math:`-\nabla_x \langle w, \nabla_z U \rangle`.
+5. *implicit*: as if :math:`z_T` were the mode of :math:`U(\cdot; x)`, where :math:`\nabla_z U = 0`
+   gives :math:`dz/dx = -(\nabla_z^2 U)^{-1} \nabla_x \nabla_z U`. The system :math:`\nabla_z^2 U\,
+   w = \nabla f` is solved by conjugate gradients on Hessian-vector products, and the gradient is
+   :math:`-\nabla_x \langle w, \nabla_z U \rangle`.
 6. *equilibrium*: with the chain at stationarity, :math:`z \sim p(z|x) \propto e^{-U(z; x)}`,
 
    .. math:: \nabla_x E[f(z)] = -\mathrm{Cov}(f(z), \nabla_x U(z; x)),
 
-   from draws of independent chains, which go on from where the attacker's last step left them. No gradient goes
-   through the chain. For :math:`U_0`, :math:`-\nabla_x U = \nabla_x \log p(x|z)`: the decoder's logits for a Bernoulli
-   likelihood, :math:`(\mu - x)/\sigma^2` for a Gaussian one. For the perturbation-aware :math:`U_\delta` the same
-   identity holds with its own derivative. :math:`U_\delta` is a minimum over :math:`x^*` in a box that moves with x,
-   so (envelope theorem) a pixel contributes :math:`\partial \log p(x^*|z) / \partial x^*_i` where the side
-   :math:`x_i \pm \delta` of the box holds :math:`x^*_i`, and nothing where the range [0, 1] or the likelihood's own
-   maximum does: there the defence does not see x move.
+   from draws of independent chains, which go on from where the attacker's last step left them. No
+   gradient goes through the chain. For :math:`U_0`, :math:`-\nabla_x U = \nabla_x \log p(x|z)`: the
+   decoder's logits for a Bernoulli likelihood, :math:`(\mu - x)/\sigma^2` for a Gaussian one. For
+   the perturbation-aware :math:`U_\delta` the same identity holds with its own derivative.
+   :math:`U_\delta` is a minimum over :math:`x^*` in a box that moves with x, so (envelope theorem)
+   a pixel contributes :math:`\partial \log p(x^*|z) / \partial x^*_i` where the side :math:`x_i \pm
+   \delta` of the box holds :math:`x^*_i`, and nothing where the range [0, 1] or the likelihood's
+   own maximum does: there the defence does not see x move.
 7. *nes*: a black box, from values alone, by antithetic Gaussian smoothing,
    :math:`\frac{1}{2 \sigma n} \sum_j [f(x + \sigma u_j) - f(x - \sigma u_j)] u_j`.
 
-Of these 1 to 5 are *pathwise*: an encoder whose values are the defence's latents and whose derivative is the estimate
-(:class:`Encode`), which :func:`expected` makes an objective of by averaging over draws (EOT). 6 and 7 are objectives
-whose value is the estimated :math:`E[f]` and whose derivative is the estimate. An objective's noise is fresh with every
-call, unless ``resample=False`` freezes it (common random numbers).
+Of these 1 to 5 are *pathwise*: an encoder whose values are the defence's latents and whose
+derivative is the estimate (:class:`Encode`), which :func:`expected` makes an objective of by
+averaging over draws (EOT). 6 and 7 are objectives whose value is the estimated :math:`E[f]` and
+whose derivative is the estimate. An objective's noise is fresh with every call, unless
+``resample=False`` freezes it (common random numbers).
 
 Biases. Unroll is exact for one trajectory, not for how decisions depend on x. BPDA replaces
-:math:`\partial_x F + \partial_{z_0} F\, dz_0/dx` by :math:`dz_0/dx`: for a chain that has forgotten its start it is the
-derivative of the *encoder*. Implicit is exact at a mode, and off by the difference between
-the derivative of a mode and of a draw elsewhere. Truncated omits what the first T - K transitions carry, which fades
-with mixing. Equilibrium and NES are unbiased, up to stationarity and to the smoothing, but noisy.
+:math:`\partial_x F + \partial_{z_0} F\, dz_0/dx` by :math:`dz_0/dx`: for a chain that has forgotten
+its start it is the derivative of the *encoder*. Implicit is exact at a mode, and off by the
+difference between the derivative of a mode and of a draw elsewhere. Truncated omits what the first
+T - K transitions carry, which fades with mixing. Equilibrium and NES are unbiased, up to
+stationarity and to the smoothing, but noisy.
 
-References: Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
-https://arxiv.org/abs/1802.00420 (BPDA, EOT); Tramer, Carlini, Brendel, Madry, "On adaptive attacks to adversarial
-example defenses", NeurIPS 2020, https://arxiv.org/abs/2002.08347; Ilyas, Engstrom, Athalye, Lin, "Black-box adversarial
-attacks with limited queries and information", ICML 2018, https://arxiv.org/abs/1804.08598 (NES).
+References: Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML
+2018, https://arxiv.org/abs/1802.00420 (BPDA, EOT); Tramer, Carlini, Brendel, Madry, "On adaptive
+attacks to adversarial example defenses", NeurIPS 2020, https://arxiv.org/abs/2002.08347; Ilyas,
+Engstrom, Athalye, Lin, "Black-box adversarial attacks with limited queries and information", ICML
+2018, https://arxiv.org/abs/1804.08598 (NES).
 """
 
 from __future__ import annotations
@@ -66,7 +73,8 @@ from pyro_vae_defence.types import (
 _DIRECTION = 2  # purpose of the random streams; an attack's start has 0 to 2 of other seeds
 
 Start: TypeAlias = Callable[[Tensor, Streams], Latents]
-"""Images ``(M, C, H, W)`` and the streams of their rows -> where chains start, differentiable in the images."""
+"""Images ``(M, C, H, W)`` and the streams of their rows -> where chains start, differentiable in
+the images."""
 
 Chain: TypeAlias = Callable[[Tensor, Latents, Streams], Latents]
 """Images, where chains start, and the streams of their rows -> where chains end."""
@@ -87,8 +95,8 @@ class Encode(Protocol):
         Args:
             x: images.
             streams: random streams of the rows.
-            previous: where the chains of the same rows ended at the attacker's last step, for encoders that go on
-                from there.
+            previous: where the chains of the same rows ended at the attacker's last step, for
+                encoders that go on from there.
         """
 
 
@@ -105,7 +113,8 @@ def transfer(start: Start) -> Encode:
 
 
 def bpda(start: Start, chain: Chain, resume: Chain | None = None) -> Encode:
-    """The chain's end, with the derivative of its start (backward pass differentiable approximation).
+    """The chain's end, with the derivative of its start (backward pass differentiable
+    approximation).
 
     Args:
         start: where chains start, differentiable.
@@ -126,7 +135,8 @@ def unroll(start: Start, chain: Chain) -> Encode:
 
     Args:
         start: where chains start, differentiable.
-        chain: differentiable in images and start, such as :class:`~pyro_vae_defence.mcmc.unrolled.UnrolledKernel`.
+        chain: differentiable in images and start, such as
+            :class:`~pyro_vae_defence.mcmc.unrolled.UnrolledKernel`.
     """
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
@@ -141,8 +151,8 @@ def truncated(start: Start, first: Chain, last: Chain, resume: Chain | None = No
     Args:
         start: where chains start.
         first: the transitions without gradient.
-        last: the transitions that are unrolled, differentiable in the images; their noise is another than that of
-            ``first``.
+        last: the transitions that are unrolled, differentiable in the images; their noise is
+            another than that of ``first``.
         resume: stands for ``first`` where chains go on from the last step.
     """
 
@@ -167,10 +177,11 @@ def implicit(
         start: where chains start.
         chain: the defence's chain, or a mode search; called without gradient.
         energy: U(z; x), twice differentiable.
-        num_iterations: conjugate gradient iterations, >= 1, each one Hessian-vector product. In D dimensions D of them
-            solve the system but for rounding.
-        damping: :math:`\lambda \ge 0` of :math:`\nabla_z^2 U + \lambda I`; for ends where the Hessian is not positive
-            definite. Iterations stop, row by row, at a direction of negative curvature.
+        num_iterations: conjugate gradient iterations, >= 1, each one Hessian-vector product. In D
+            dimensions D of them solve the system but for rounding.
+        damping: :math:`\lambda \ge 0` of :math:`\nabla_z^2 U + \lambda I`; for ends where the
+            Hessian is not positive definite. Iterations stop, row by row, at a direction of
+            negative curvature.
         resume: goes on from the last step's end instead.
 
     Raises:
@@ -242,7 +253,8 @@ def conjugate_gradients(
     Args:
         matrix: multiplies latents of N rows by the rows' matrices.
         right: right-hand sides.
-        num_iterations: iterations; a row that is solved, or meets negative curvature, stays as it is.
+        num_iterations: iterations; a row that is solved, or meets negative curvature, stays as it
+            is.
     """
     solution = {name: torch.zeros_like(value) for name, value in right.items()}
     residual, direction = dict(right), dict(right)
@@ -300,13 +312,16 @@ def expected(
         encode: the encoder; its derivative is the attack's.
         score: what to maximise.
         num_draws: draws per image and call, >= 1.
-        of_mean: score the mean of the draws instead of each draw, against a defence that averages latents.
+        of_mean: score the mean of the draws instead of each draw, against a defence that averages
+            latents.
         persistent: hand the encoder where its chains ended at the call before.
         resample: fresh noise with every call; ``False`` for common random numbers.
-        generator: source of the seed, drawn when references are prepared; torch's global seed when ``None``.
+        generator: source of the seed, drawn when references are prepared; torch's global seed when
+            ``None``.
 
     Raises:
-        ValueError: if ``num_draws`` is out of range, or persistent chains would see the same noise again and again.
+        ValueError: if ``num_draws`` is out of range, or persistent chains would see the same noise
+            again and again.
     """
     check_integer("num_draws", num_draws)
     _check_noise(persistent, resample)
@@ -342,10 +357,11 @@ def equilibrium(
     resample: bool = True,
     generator: torch.Generator | None = None,
 ) -> PreparedObjective:
-    r"""The score at stationarity, with the derivative :math:`-\mathrm{Cov}(f(z), \nabla_x U(z; x))`.
+    r"""The score at stationarity, with the derivative :math:`-\mathrm{Cov}(f(z), \nabla_x U(z;
+    x))`.
 
-    The covariance is the unbiased one, over chains of one image, which are independent. The score need not be
-    differentiable, unless ``of_mean``.
+    The covariance is the unbiased one, over chains of one image, which are independent. The score
+    need not be differentiable, unless ``of_mean``.
 
     Args:
         start: where chains start at the first call.
@@ -353,16 +369,17 @@ def equilibrium(
         energy: U(z; x), differentiable in the image.
         score: what to maximise.
         num_chains: independent chains per image, >= 2.
-        resume: goes on from the last call's end instead, for a few transitions: persistent chains. Without it every
-            call starts anew.
+        resume: goes on from the last call's end instead, for a few transitions: persistent chains.
+            Without it every call starts anew.
         of_mean: maximise the score of the mean latent, f(E[z]), with the derivative
-            :math:`-\mathrm{Cov}(\langle \nabla f(\bar z), z \rangle, \nabla_x U)`, whose bias is that of
-            :math:`f(\bar z)` for :math:`f(E[z])`.
+            :math:`-\mathrm{Cov}(\langle \nabla f(\bar z), z \rangle, \nabla_x U)`, whose bias is
+            that of :math:`f(\bar z)` for :math:`f(E[z])`.
         resample: fresh noise with every call.
         generator: source of the seed; torch's global seed when ``None``.
 
     Raises:
-        ValueError: if ``num_chains`` is out of range, or persistent chains would see the same noise again and again.
+        ValueError: if ``num_chains`` is out of range, or persistent chains would see the same noise
+            again and again.
     """
     if not (isinstance(num_chains, int) and num_chains >= 2):
         raise ValueError(
@@ -404,8 +421,9 @@ def nes(
 ) -> PreparedObjective:
     """A black box: values of an objective, with a derivative estimated from values.
 
-    The references are prepared anew for every call, so that an objective with ``resample=False`` has the same noise for
-    all queries of one estimate, and fresh noise for the next. Costs ``2 num_directions + 1`` queries a call.
+    The references are prepared anew for every call, so that an objective with ``resample=False``
+    has the same noise for all queries of one estimate, and fresh noise for the next. Costs ``2
+    num_directions + 1`` queries a call.
 
     Args:
         objective: what to maximise; no gradient is asked of it.
@@ -493,7 +511,8 @@ def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedScore:
     r"""Squared distance :math:`\|z - z^r\|^2` of latents (eq. 64), summed over sites.
 
     Args:
-        encode: reference images to :math:`z^r`, e.g. the defended encoder; called once, without gradient.
+        encode: reference images to :math:`z^r`, e.g. the defended encoder; called once, without
+            gradient.
     """
 
     def prepare(x_ref: Tensor) -> Score:
@@ -519,7 +538,8 @@ def output_damage(
     Args:
         decode: latents to images, differentiable.
         reconstruct: reference images to their reconstructions; called once, without gradient.
-        distance: of image pairs, one value per pair; the squared distance summed over pixels when ``None``.
+        distance: of image pairs, one value per pair; the squared distance summed over pixels when
+            ``None``.
     """
 
     def prepare(x_ref: Tensor) -> Score:
@@ -538,12 +558,13 @@ def output_damage(
 
 
 def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> PreparedScore:
-    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of a classifier's scores: positive where it errs.
+    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of a classifier's scores: positive where it
+    errs.
 
     Args:
         classify: latents of M rows to scores ``(M, classes)``, differentiable.
-        labels: classes of the references, int64 ``(N,)``. References may come repeated whole, as restarts and draws
-            are folded.
+        labels: classes of the references, int64 ``(N,)``. References may come repeated whole, as
+            restarts and draws are folded.
 
     Raises:
         ValueError: when references are prepared whose number is no multiple of the labels'.
@@ -553,7 +574,8 @@ def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> 
         times, rest = divmod(x_ref.shape[0], labels.shape[0])
         if rest:
             raise ValueError(
-                f"labels has {labels.shape[0]} entries for {x_ref.shape[0]} references; they must come "
+                f"labels has {labels.shape[0]} entries for {x_ref.shape[0]} references; they must "
+                "come "
                 "in one batch (restarts folded), so choose a larger batch_size"
             )
         repeated = labels.repeat(times)[:, None]

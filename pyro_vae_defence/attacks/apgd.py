@@ -5,15 +5,17 @@ r"""APGD: projected gradient ascent with momentum that chooses its own step size
     x_{t+1} = \Pi\bigl(x_t + \alpha (z_t - x_t) + (1 - \alpha)(x_t - x_{t-1})\bigr), \quad \alpha = 0.75,
 
 with :math:`d_t` the steepest ascent in the ball's norm (the sign of the gradient for L_inf) and
-:math:`\eta_0 = 2 r`. At checkpoints :math:`w_j = \lceil p_j T \rceil`, :math:`p_0 = 0`, :math:`p_1 = 0.22`,
-:math:`p_{j+1} = p_j + \max(p_j - p_{j-1} - 0.03, 0.06)`, a row halves its step and goes on from its best point if at
-most 75% of the steps since the last checkpoint have raised the objective, or the best value is what it was there.
+:math:`\eta_0 = 2 r`. At checkpoints :math:`w_j = \lceil p_j T \rceil`, :math:`p_0 = 0`, :math:`p_1
+= 0.22`, :math:`p_{j+1} = p_j + \max(p_j - p_{j-1} - 0.03, 0.06)`, a row halves its step and goes on
+from its best point if at most 75% of the steps since the last checkpoint have raised the objective,
+or the best value is what it was there.
 
-(The original waives the second condition right after a halving. For L1 the original, in a later paper, adapts the
-sparsity of its steps; here the exact projection on the ball and the range of images decides on it.)
+(The original waives the second condition right after a halving. For L1 the original, in a later
+paper, adapts the sparsity of its steps; here the exact projection on the ball and the range of
+images decides on it.)
 
-Reference: Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-attacks", ICML 2020, https://arxiv.org/abs/2003.01690 (Algorithm 1)."""
+Reference: Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690 (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def checkpoints(num_steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class APGD(Attack):
-    """Gradient ascent without a step size to choose; one gradient per step, and the best iterate is the result."""
+    """Gradient ascent without a step size to choose; one gradient per step, and the best iterate is
+    the result."""
 
     num_steps: int = 100
 

@@ -5,11 +5,12 @@ All attacks of this package look for
 .. math:: \max_\varepsilon \; \Delta(x^r + \varepsilon) \quad \text{subject to} \quad
           \|\varepsilon\|_p \le r, \;\; 0 \le x^r + \varepsilon \le 1 ,
 
-for every reference image from several random starts. :class:`Attack` does what they have in common: it checks
-arguments, folds restarts into the batch, cuts the batch into micro-batches, counts evaluations, lets solved rows
-leave, keeps progress in a file, and sees that results are inside the ball. An optimiser adds three methods on
-*states*, dicts of tensors with one row per (restart, image) pair: a start, a step, and a finish. Rows do not see
-each other, and a row's noise comes from its own stream.
+for every reference image from several random starts. :class:`Attack` does what they have in common:
+it checks arguments, folds restarts into the batch, cuts the batch into micro-batches, counts
+evaluations, lets solved rows leave, keeps progress in a file, and sees that results are inside the
+ball. An optimiser adds three methods on *states*, dicts of tensors with one row per (restart,
+image) pair: a start, a step, and a finish. Rows do not see each other, and a row's noise comes from
+its own stream.
 """
 
 from __future__ import annotations
@@ -35,11 +36,25 @@ from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import Criterion, Objective, PreparedCriterion, PreparedObjective
 
 State = dict[str, Tensor]
-"""What an optimiser knows, one row per (restart, image) pair. Two entries are the template's: ``result``, the
-perturbation it would return now, and ``result_value``, its objective."""
+"""What an optimiser knows, one row per (restart, image) pair. Two entries are the template's:
+``result``, the perturbation it would return now, and ``result_value``, its objective."""
 
 # Purposes of the streams' draws that belong to attacks; see docs/architecture.md.
 SEARCH_PURPOSE = 3072
+
+
+class FlatAttack(NamedTuple):
+    """Perturbed images of all restarts, each beside its reference.
+
+    Attributes:
+        images: ``(num_restarts * N, C, H, W)``.
+        references: of each of them, same shape.
+        index: which reference that is, int64 ``(num_restarts * N,)``; what intervals resample.
+    """
+
+    images: Tensor
+    references: Tensor
+    index: Tensor
 
 
 class AttackResult(NamedTuple):
@@ -65,6 +80,12 @@ class AttackResult(NamedTuple):
         """The strongest restart of each image, ``(N, C, H, W)``; one without a value never wins."""
         winner = self.objective.nan_to_num(nan=-torch.inf).argmax(0)
         return self.x_adv[winner, torch.arange(len(winner), device=winner.device)]
+
+    def flat(self) -> FlatAttack:
+        """Restart after restart as one batch; row ``r * N + i`` is restart r of image i."""
+        num_restarts, num_images = self.objective.shape
+        index = torch.arange(num_images, device=self.x_adv.device).repeat(num_restarts)
+        return FlatAttack(self.x_adv.flatten(0, 1), self.x_ref[index], index)
 
 
 def reaches(threshold: float) -> PreparedCriterion:
@@ -110,7 +131,8 @@ class Problem:
         return self.ball.project_box(perturbation, self.low, self.high)
 
     def climb(self, perturbation: Tensor, gradient: Tensor, length: Tensor | float) -> Tensor:
-        """Project a step of ``length``, a number or one per row, along the ball's direction of ascent."""
+        """Project a step of ``length``, a number or one per row, along the ball's direction of
+        ascent."""
         length = rows(length, gradient) if isinstance(length, Tensor) else length
         return self.project(perturbation + length * self.ball.step_direction(gradient))
 
@@ -125,8 +147,9 @@ class Problem:
     ) -> tuple[Tensor, Tensor]:
         """The objective and its gradient; one gradient. Entries that are not finite become zero.
 
-        The gradient is that at the clipped image. ``through_clip`` differentiates the clipping too: then
-        pixels that are clipped have gradient zero, also those that only rounding has put outside of [0, 1].
+        The gradient is that at the clipped image. ``through_clip`` differentiates the clipping too:
+        then pixels that are clipped have gradient zero, also those that only rounding has put
+        outside of [0, 1].
         """
         self.num_gradients += 1
         with torch.enable_grad():
@@ -169,16 +192,17 @@ class Attack:
         num_steps: steps of the optimiser, >= 1; the subclass says what a step costs.
         num_restarts: random starts per image, >= 1.
         batch_size: most rows (restarts times images) at a time; results do not depend on it.
-        stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows whose result so far meets
-            it leave the batch. The criterion's own evaluations of the model are not counted. It costs a
-            synchronisation with the device per step.
-        checkpoint: file for progress. A call that finds it goes on from there, with the seed stored in it, and
-            removes it when it is done.
+        stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows whose result
+            so far meets it leave the batch. The criterion's own evaluations of the model are not
+            counted. It costs a synchronisation with the device per step.
+        checkpoint: file for progress. A call that finds it goes on from there, with the seed stored
+            in it, and removes it when it is done.
         checkpoint_every: steps between writes; the end of a micro-batch is always written.
 
     Raises:
-        ValueError: if an argument is out of range, images are not in [0, 1], or the checkpoint belongs to
-            other images or settings. (Objectives and criteria cannot be compared: name files after them.)
+        ValueError: if an argument is out of range, images are not in [0, 1], or the checkpoint
+            belongs to other images or settings. (Objectives and criteria cannot be compared: name
+            files after them.)
     """
 
     objective: PreparedObjective
@@ -225,7 +249,8 @@ class Attack:
         raise NotImplementedError
 
     def _finish(self, problem: Problem, state: State) -> State:
-        """The state after the last step; a last iterate that was not evaluated may be compared here."""
+        """The state after the last step; a last iterate that was not evaluated may be compared
+        here."""
         return state
 
     # --- The template -----------------------------------------------------------------------------
@@ -250,7 +275,8 @@ class Attack:
     def attack_rows(
         self, x_ref: Tensor, streams: Streams, progress: _Progress | None = None
     ) -> AttackResult:
-        """Attack images whose rows (restarts folded in) have the given streams; ``checkpoint`` is not used."""
+        """Attack images whose rows (restarts folded in) have the given streams; ``checkpoint`` is
+        not used."""
         progress = progress or _Progress(dataclasses.replace(self, checkpoint=None), x_ref, 0)
         folded = x_ref.repeat(self.num_restarts, 1, 1, 1)
         firsts = range(0, folded.shape[0], self.batch_size)
@@ -365,7 +391,8 @@ class _Progress:
             self.finished, self.underway = saved["finished"], saved["underway"]
 
     def pop(self) -> tuple[int, Tensor, State, State]:
-        """The micro-batch under way: next step, rows still in it, their state, what the others came to."""
+        """The micro-batch under way: next step, rows still in it, their state, what the others came
+        to."""
         saved, self.underway = self.underway, {}
         return saved["step"], saved["active"], saved["state"], saved["outcome"]
 

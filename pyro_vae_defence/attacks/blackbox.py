@@ -1,9 +1,10 @@
 r"""Attacks that see values of the objective only: Square and NES.
 
-Square is a random search: a candidate changes the perturbation inside a random square to values on the boundary of
-the ball, and is kept if the objective rises. The share of pixels a square covers starts at ``share`` and is halved
-at the published iterations. For L_inf a square gets one of :math:`\pm r` per channel; for L2 it takes its budget
-from a second square, which is zeroed, and adds a pattern of two pyramids of opposite signs to what was there.
+Square is a random search: a candidate changes the perturbation inside a random square to values on
+the boundary of the ball, and is kept if the objective rises. The share of pixels a square covers
+starts at ``share`` and is halved at the published iterations. For L_inf a square gets one of
+:math:`\pm r` per channel; for L2 it takes its budget from a second square, which is zeroed, and
+adds a pattern of two pyramids of opposite signs to what was there.
 
 NES estimates a gradient from antithetic Gaussian directions :math:`u_i`,
 
@@ -11,9 +12,10 @@ NES estimates a gradient from antithetic Gaussian directions :math:`u_i`,
 
 and climbs along it as PGD does. Images it queries are clipped to [0, 1].
 
-References: Andriushchenko, Croce, Flammarion, Hein, "Square attack: a query-efficient black-box adversarial attack
-via random search", ECCV 2020, https://arxiv.org/abs/1912.00049; Ilyas, Engstrom, Athalye, Lin, "Black-box
-adversarial attacks with limited queries and information", ICML 2018, https://arxiv.org/abs/1804.08598."""
+References: Andriushchenko, Croce, Flammarion, Hein, "Square attack: a query-efficient black-box
+adversarial attack via random search", ECCV 2020, https://arxiv.org/abs/1912.00049; Ilyas, Engstrom,
+Athalye, Lin, "Black-box adversarial attacks with limited queries and information", ICML 2018,
+https://arxiv.org/abs/1804.08598."""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.ops.streams import Streams
 
-# Iterations of 10,000 at which the share of changed pixels is halved (section 3 of the Square attack).
+# Iterations of 10,000 at which the share of changed pixels is halved (section 3 of the Square
+# attack).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -88,7 +91,8 @@ class NES(Attack):
     Args:
         num_directions: evaluations per estimate, even, >= 2: half as many directions, both ways.
         scale: standard deviation of the directions, in units of the image range.
-        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when ``None``.
+        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when
+            ``None``.
     """
 
     num_directions: int = 50
@@ -142,7 +146,8 @@ def _corner(streams: Streams, t: int, purpose: int, places: int) -> Tensor:
 
 
 def _window(problem: Problem, side: int, t: int, purpose: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A random square: its mask ``(rows, 1, H, W)``, and every pixel's place in it, clamped to it."""
+    """A random square: its mask ``(rows, 1, H, W)``, and every pixel's place in it, clamped to
+    it."""
     height, width = problem.x_ref.shape[-2:]
     top = _corner(problem.streams, t, purpose, height - side + 1)
     left = _corner(problem.streams, t, purpose + 1, width - side + 1)

@@ -1,23 +1,25 @@
-r"""Our models as plain ``torch.nn.Module`` classifiers, for attack libraries that know nothing of VAEs.
+r"""Our models as plain ``torch.nn.Module`` classifiers, for attack libraries that know nothing of
+VAEs.
 
-Foolbox, torchattacks and the Adversarial Robustness Toolbox attack modules that map images in [0, 1] to scores. Two
-wrappers make a VAE one, whatever mode its modules are in:
+Foolbox, torchattacks and the Adversarial Robustness Toolbox attack modules that map images in [0,
+1] to scores. Two wrappers make a VAE one, whatever mode its modules are in:
 
-- :class:`LatentClassifier`, images to the scores of a classifier of latents, undefended or defended;
-- :class:`EncoderAttackHead`, two scores whose cross-entropy with label 0 rises with the symmetric KL-divergence
-  from the references.
+- :class:`LatentClassifier`, images to the scores of a classifier of latents, undefended or
+  defended;
+- :class:`EncoderAttackHead`, two scores whose cross-entropy with label 0 rises with the symmetric
+  KL-divergence from the references.
 
-A defence that samples has no useful gradient. With ``encode`` given, :class:`LatentClassifier` returns the scores
-of the defended latents and differentiates a surrogate instead: by default the guide's mean, as if the defence were
-the identity on latents (BPDA). In formulas, with the defended latents :math:`z_T` and the guide's mean
-:math:`m(x)`, it classifies
+A defence that samples has no useful gradient. With ``encode`` given, :class:`LatentClassifier`
+returns the scores of the defended latents and differentiates a surrogate instead: by default the
+guide's mean, as if the defence were the identity on latents (BPDA). In formulas, with the defended
+latents :math:`z_T` and the guide's mean :math:`m(x)`, it classifies
 
 .. math:: z = m(x) + \mathrm{stop}(z_T - m(x)) .
 
-References: Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
-https://arxiv.org/abs/1802.00420 (BPDA); Rauber et al., "Foolbox Native", JOSS 2020,
-https://doi.org/10.21105/joss.02607; Kim, "Torchattacks", 2020, https://arxiv.org/abs/2010.01950; Nicolae et al.,
-"Adversarial Robustness Toolbox v1.0.0", 2018, https://arxiv.org/abs/1807.01069."""
+References: Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML
+2018, https://arxiv.org/abs/1802.00420 (BPDA); Rauber et al., "Foolbox Native", JOSS 2020,
+https://doi.org/10.21105/joss.02607; Kim, "Torchattacks", 2020, https://arxiv.org/abs/2010.01950;
+Nicolae et al., "Adversarial Robustness Toolbox v1.0.0", 2018, https://arxiv.org/abs/1807.01069."""
 
 from __future__ import annotations
 
@@ -40,15 +42,17 @@ from pyro_vae_defence.types import VAE, Encode, PreparedObjective
 
 
 class LatentClassifier(nn.Module):
-    """Images ``(N, C, H, W)`` in [0, 1] to the scores ``(N, num_classes)`` of a classifier of latents.
+    """Images ``(N, C, H, W)`` in [0, 1] to the scores ``(N, num_classes)`` of a classifier of
+    latents.
 
     Args:
         vae: any Pyro VAE.
         classifier: latents to scores, e.g. a ``models.classifier.LinearClassifier``.
         latents: classify the guide's ``"mean"``, or a ``"sample"``, a new one at each call.
-        defended: images to defended latents, e.g. ``MCMCDefence(...).encode``; its output is detached.
-        surrogate: images to latents, what is differentiated in place of ``defended``; the guide's mean when
-            ``None``. It must have the same sites.
+        defended: images to defended latents, e.g. ``MCMCDefence(...).encode``; its output is
+            detached.
+        surrogate: images to latents, what is differentiated in place of ``defended``; the guide's
+            mean when ``None``. It must have the same sites.
 
     Raises:
         ValueError: for something that is no VAE, or not callable, or a surrogate without a defence.
@@ -107,10 +111,11 @@ def _straight_through(value: Tensor, differentiable: Tensor) -> Tensor:
 class EncoderAttackHead(nn.Module):
     r"""Two scores per image, :math:`(0, \Delta(x))`, for untargeted attacks on label 0.
 
-    Their cross-entropy with label 0, :math:`\log(1 + e^\Delta)`, and their margin :math:`\Delta` increase in the
-    objective, and their gradients are positive multiples of its own: a library that makes class 0 unlikely
-    maximises :math:`\Delta`. Use labels ``zeros(N)`` and the library's random start (at the references the gradient is
-    zero). Row i of a batch is compared with reference i, so attack all references in one batch.
+    Their cross-entropy with label 0, :math:`\log(1 + e^\Delta)`, and their margin :math:`\Delta`
+    increase in the objective, and their gradients are positive multiples of its own: a library that
+    makes class 0 unlikely maximises :math:`\Delta`. Use labels ``zeros(N)`` and the library's
+    random start (at the references the gradient is zero). Row i of a batch is compared with
+    reference i, so attack all references in one batch.
 
     Args:
         vae: any Pyro VAE, on its final device.
@@ -133,7 +138,8 @@ class EncoderAttackHead(nn.Module):
         """Scores ``(N, 2)``."""
         if x.shape[0] != self.num_images:
             raise ValueError(
-                f"x has {x.shape[0]} images, but there are {self.num_images} references, and row i is "
+                f"x has {x.shape[0]} images, but there are {self.num_images} references, and row "
+                "i is "
                 "compared with reference i; attack all of them in one batch"
             )
         value = self._objective(x)

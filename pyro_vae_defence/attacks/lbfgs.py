@@ -1,26 +1,28 @@
 r"""A projected quasi-Newton method: L-BFGS in the ball.
 
-With :math:`f = -\Delta`, the feasible set :math:`C` (the ball and the range of images) and the limited-memory BFGS
-matrix :math:`B_t` of the last pairs :math:`s = \varepsilon_{t+1} - \varepsilon_t`, :math:`y = \nabla f_{t+1} -
-\nabla f_t`,
+With :math:`f = -\Delta`, the feasible set :math:`C` (the ball and the range of images) and the
+limited-memory BFGS matrix :math:`B_t` of the last pairs :math:`s = \varepsilon_{t+1} -
+\varepsilon_t`, :math:`y = \nabla f_{t+1} - \nabla f_t`,
 
 .. math::
     d_t \approx \arg\min_{\varepsilon_t + d \in C} \; \langle \nabla f_t, d \rangle + \tfrac12 \langle d, B_t d \rangle,
     \qquad \varepsilon_{t+1} = \varepsilon_t + \tau_t d_t ,
 
-where :math:`\tau_t \in (0, 1]` satisfies Armijo's condition. The inner problem costs no evaluation of the
-objective: it is solved by spectral projected gradients, with exact projections on :math:`C`, whatever the ball; for
-L_inf :math:`C` is a box and the method does what L-BFGS-B does. Every step evaluates one trial point per row: rows
-that accept it build the next direction, the others shorten :math:`\tau`.
+where :math:`\tau_t \in (0, 1]` satisfies Armijo's condition. The inner problem costs no evaluation
+of the objective: it is solved by spectral projected gradients, with exact projections on :math:`C`,
+whatever the ball; for L_inf :math:`C` is a box and the method does what L-BFGS-B does. Every step
+evaluates one trial point per row: rows that accept it build the next direction, the others shorten
+:math:`\tau`.
 
-Where the curvature along a step is not positive, as where an attack maximises a convex function, the row forgets
-its pairs and the direction becomes a long projected gradient step, towards a corner of :math:`C`.
+Where the curvature along a step is not positive, as where an attack maximises a convex function,
+the row forgets its pairs and the direction becomes a long projected gradient step, towards a corner
+of :math:`C`.
 
-References: Schmidt, van den Berg, Friedlander, Murphy, "Optimizing costly functions with simple constraints: a
-limited-memory projected quasi-Newton algorithm", AISTATS 2009, https://proceedings.mlr.press/v5/schmidt09a.html;
-Nocedal, Wright, "Numerical optimization", 2006, procedure 7.6 (products with :math:`B`); Birgin, Martinez, Raydan,
-"Nonmonotone spectral projected gradient methods on convex sets", SIAM J. Optim. 2000,
-https://doi.org/10.1137/S1052623497330963."""
+References: Schmidt, van den Berg, Friedlander, Murphy, "Optimizing costly functions with simple
+constraints: a limited-memory projected quasi-Newton algorithm", AISTATS 2009,
+https://proceedings.mlr.press/v5/schmidt09a.html; Nocedal, Wright, "Numerical optimization", 2006,
+procedure 7.6 (products with :math:`B`); Birgin, Martinez, Raydan, "Nonmonotone spectral projected
+gradient methods on convex sets", SIAM J. Optim. 2000, https://doi.org/10.1137/S1052623497330963."""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from pyro_vae_defence.ops.latents import rows
 ARMIJO = 1e-4
 SHORTEST_CUT, LONGEST_CUT = 0.1, 0.5
 
-# Rejections in a row after which a row gives up its model of the curvature, and how much shorter its steps become.
+# Rejections in a row after which a row gives up its model of the curvature, and how much shorter
+# its steps become.
 PATIENCE = 6
 STIFFEN = 100.0
 
@@ -51,7 +54,8 @@ class LBFGS(Attack):
 
     Args:
         memory: pairs the curvature is modelled with, >= 1.
-        inner_steps: projected gradient steps on the model per direction, >= 1; they cost no evaluation.
+        inner_steps: projected gradient steps on the model per direction, >= 1; they cost no
+            evaluation.
     """
 
     memory: int = 8
@@ -181,7 +185,8 @@ def _over_root(vector: Tensor, square: Tensor) -> Tensor:
 
 
 def _push(pairs: Tensor, newest: Tensor, use: Tensor, forget: Tensor) -> Tensor:
-    """Append a vector to the memory of the rows that use it; empty the memory of those that forget."""
+    """Append a vector to the memory of the rows that use it; empty the memory of those that
+    forget."""
     pushed = torch.cat([pairs[:, 1:], newest[:, None]], 1)
     pairs = torch.where(use[:, None, None], pushed, pairs)
     return torch.where(forget[:, None, None], 0.0, pairs)

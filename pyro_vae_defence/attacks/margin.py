@@ -1,17 +1,19 @@
-r"""The r-robustness margin: how far an attacker may go before most reconstructions move by more than r.
+r"""The r-robustness margin: how far an attacker may go before most reconstructions move by more
+than r.
 
-An encoder is random, so robustness at :math:`x` is a statement about the distribution of reconstructions: the VAE is
-r-robust to a perturbation :math:`\varepsilon` if
+An encoder is random, so robustness at :math:`x` is a statement about the distribution of
+reconstructions: the VAE is r-robust to a perturbation :math:`\varepsilon` if
 
 .. math:: \Pr\bigl( \| g(\tilde z_\varepsilon) - g(\tilde z) \|_2 \le r \bigr) > \tfrac12, \qquad
           \tilde z_\varepsilon \sim q(z|x + \varepsilon), \; \tilde z \sim q(z|x),
 
-and its margin :math:`R^r(x)` is the largest radius such that it is r-robust to every perturbation in the ball. An
-attack can only show that a radius is too large, hence bisection over radii gives an *upper* estimate of the margin,
-as good as the attack.
+and its margin :math:`R^r(x)` is the largest radius such that it is r-robust to every perturbation
+in the ball. An attack can only show that a radius is too large, hence bisection over radii gives an
+*upper* estimate of the margin, as good as the attack.
 
-Reference: Camuto, Willetts, Roberts, Holmes, Rainforth, "Towards a theoretical understanding of the robustness of
-variational autoencoders", AISTATS 2021, https://arxiv.org/abs/2007.07365 (definitions 1 and 2)."""
+Reference: Camuto, Willetts, Roberts, Holmes, Rainforth, "Towards a theoretical understanding of the
+robustness of variational autoencoders", AISTATS 2021, https://arxiv.org/abs/2007.07365 (definitions
+1 and 2)."""
 
 from __future__ import annotations
 
@@ -37,8 +39,9 @@ class RMargin(NamedTuple):
 
     Attributes:
         survived: ``(N,)``, the largest radius tried at which the attack failed; 0 if there is none.
-        broken: ``(N,)``, the smallest radius tried at which it succeeded; infinite if there is none, and 0
-            where two reconstructions of the reference itself mostly differ by more than r.
+        broken: ``(N,)``, the smallest radius tried at which it succeeded; infinite if there is
+            none, and 0 where two reconstructions of the reference itself mostly differ by more than
+            r.
     """
 
     survived: Tensor
@@ -59,11 +62,12 @@ def r_margin(
 
     Args:
         vae: any Pyro VAE.
-        attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``: the largest radius of interest is its ball's. Any
-            restart that succeeds counts.
+        attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``: the largest radius of interest is its
+            ball's. Any restart that succeeds counts.
         x_ref: reference images ``(N, C, H, W)`` in [0, 1].
         r: largest Euclidean distance between reconstructions that is tolerated, > 0.
-        num_bisections: radii tried after the largest; the bracket is the largest radius over 2 to this power.
+        num_bisections: radii tried after the largest; the bracket is the largest radius over 2 to
+            this power.
         num_draws: pairs of reconstructions per decision, with noise the attack has not seen.
         generator: source of the run's seed; torch's global seed when ``None``.
 

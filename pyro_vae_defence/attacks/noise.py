@@ -1,10 +1,12 @@
-r"""Random perturbations as large as an attack's: the control that shows how much of its effect is mere size.
+r"""Random perturbations as large as an attack's: the control that shows how much of its effect is
+mere size.
 
 .. math:: x' = \mathrm{clip}(x + r\, d(n), 0, 1), \qquad n \sim N(0, I),
 
-with d the direction of steepest ascent in the norm of the ball: for L_inf every pixel moves by the full radius, up or
-down at random, for L2 the direction is uniform on the sphere, for L1 one random pixel moves. Clipping to the range
-of images may make the perturbation smaller, as it does an attack's.
+with d the direction of steepest ascent in the norm of the ball: for L_inf every pixel moves by the
+full radius, up or down at random, for L2 the direction is uniform on the sphere, for L1 one random
+pixel moves. Clipping to the range of images may make the perturbation smaller, as it does an
+attack's.
 """
 
 from __future__ import annotations

@@ -1,23 +1,24 @@
-r"""Projected gradient ascent in a ball around each reference image, plain, as published, and with momentum.
+r"""Projected gradient ascent in a ball around each reference image, plain, as published, and with
+momentum.
 
 .. math::
     \varepsilon_{t+1} = \Pi\bigl(\varepsilon_t + \eta_t d_t\bigr),
 
-where :math:`\Pi` projects on the ball and the range of images and :math:`d_t` is the direction of steepest ascent
-in the ball's norm: the sign of the gradient for L_inf, the normalised gradient for L2, and for L1 too, where the
-projection makes the step sparse.
+where :math:`\Pi` projects on the ball and the range of images and :math:`d_t` is the direction of
+steepest ascent in the ball's norm: the sign of the gradient for L_inf, the normalised gradient for
+L2, and for L1 too, where the projection makes the step sparse.
 
-The preset ``"paper"`` (appendix D.2, Table 8) goes along the raw gradient instead, from :math:`\varepsilon_0 \sim
-N(0, 0.2^2)` per pixel, which the first projection brings into the ball, 50 steps with learning rate 1, halved when
-the objective has not risen for 20 steps; :math:`x_t = \mathrm{clip}(x^r + \varepsilon_t, 0, 1)`, and the last
-iterate is the result.
+The preset ``"paper"`` (appendix D.2, Table 8) goes along the raw gradient instead, from
+:math:`\varepsilon_0 \sim N(0, 0.2^2)` per pixel, which the first projection brings into the ball,
+50 steps with learning rate 1, halved when the objective has not risen for 20 steps; :math:`x_t =
+\mathrm{clip}(x^r + \varepsilon_t, 0, 1)`, and the last iterate is the result.
 
 :class:`MomentumPGD` (MI-FGSM) takes :math:`d_t` from the accumulated gradient
 :math:`g_{t+1} = \mu g_t + \nabla\Delta / \|\nabla\Delta\|_1`.
 
-References: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018,
-https://arxiv.org/abs/1706.06083; Dong et al., "Boosting adversarial attacks with momentum", CVPR 2018,
-https://arxiv.org/abs/1710.06081; Kuzina, Welling, Tomczak, NeurIPS 2022, appendix D.2.
+References: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR
+2018, https://arxiv.org/abs/1706.06083; Dong et al., "Boosting adversarial attacks with momentum",
+CVPR 2018, https://arxiv.org/abs/1710.06081; Kuzina, Welling, Tomczak, NeurIPS 2022, appendix D.2.
 """
 
 from __future__ import annotations
@@ -125,10 +126,12 @@ class PGD(Attack):
 
 @dataclass(frozen=True)
 class MomentumPGD(Attack):
-    """Gradient ascent along an accumulated gradient (MI-FGSM) from a random start; one gradient per step.
+    """Gradient ascent along an accumulated gradient (MI-FGSM) from a random start; one gradient per
+    step.
 
     Args:
-        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when ``None``.
+        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when
+            ``None``.
         decay: factor mu of the accumulated gradient, >= 0; the paper's 1.0 by default.
     """
 

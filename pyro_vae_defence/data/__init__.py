@@ -1,4 +1,5 @@
-"""Image datasets: the paper's, small real subsets that come with the library, harder variants, and one's own."""
+"""Image datasets: the paper's, small real subsets that come with the library, harder variants, and
+one's own."""
 
 from pyro_vae_defence.data.datasets import ColoredImages, ImageDataset, Images
 from pyro_vae_defence.data.files import ImageFiles, load_folder

@@ -1,8 +1,9 @@
-"""Cut the packaged subsets from the full datasets: ``python -m pyro_vae_defence.data._build_subsets ROOT``.
+"""Cut the packaged subsets from the full datasets: ``python -m pyro_vae_defence.data._build_subsets
+ROOT``.
 
-Takes, for every class, 600 images of the training split, 50 of the validation split and 100 of the test
-split, at even distances through the class (the first half of MNIST's test set is the easier one), and
-remembers where each stood (``<split>_indices``).
+Takes, for every class, 600 images of the training split, 50 of the validation split and 100 of the
+test split, at even distances through the class (the first half of MNIST's test set is the easier
+one), and remembers where each stood (``<split>_indices``).
 """
 
 from __future__ import annotations

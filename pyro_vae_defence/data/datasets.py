@@ -1,7 +1,7 @@
 """Datasets that keep 8-bit images and hand out floating-point ones.
 
-All are ordinary torch datasets that also take whole lists of indices, so that a batch is one gather and one
-division instead of a Python loop.
+All are ordinary torch datasets that also take whole lists of indices, so that a batch is one gather
+and one division instead of a Python loop.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "cyan": (0, 1, 1),
     "white": (1, 1, 1),
 }
-"""The seven corners of the RGB cube other than black, in the order of ColorMNIST's colour labels."""
+"""The seven corners of the RGB cube other than black, in the order of ColorMNIST's colour
+labels."""
 
 
 class Images(Dataset[tuple[Tensor, Tensor]], ABC):
     """What every dataset of this package offers, wherever its images are.
 
-    ``dataset[i]`` is an image ``(C, H, W)`` and its label; ``dataset[indices]`` for a slice, list or tensor is
-    a batch ``(B, C, H, W)`` and its labels. Images are float32 in [0, 1].
+    ``dataset[i]`` is an image ``(C, H, W)`` and its label; ``dataset[indices]`` for a slice, list
+    or tensor is a batch ``(B, C, H, W)`` and its labels. Images are float32 in [0, 1].
 
     Attributes:
         labels: int64, ``(N,)`` or ``(N, columns)``.
@@ -89,7 +90,8 @@ class ImageDataset(Images):
     ) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise ValueError(
-                f"images must be uint8 of shape (N, C, H, W), got {images.dtype} {tuple(images.shape)}"
+                f"images must be uint8 of shape (N, C, H, W), got {images.dtype} "
+                f"{tuple(images.shape)}"
             )
         if labels.shape[:1] != images.shape[:1]:
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
@@ -111,9 +113,9 @@ class ImageDataset(Images):
 class ColoredImages(ImageDataset):
     """Grey images in each of seven colours: item ``7 * i + c`` is image ``i`` in colour ``c``.
 
-    A view: images are coloured when they are asked for. Labels have two columns, the class of the image
-    and its colour (see :data:`COLORS`). Following Cemgil et al. (2020), ColorMNIST multiplies the digit's
-    intensity by a corner of the RGB cube; the background stays black.
+    A view: images are coloured when they are asked for. Labels have two columns, the class of the
+    image and its colour (see :data:`COLORS`). Following Cemgil et al. (2020), ColorMNIST multiplies
+    the digit's intensity by a corner of the RGB cube; the background stays black.
     """
 
     def __init__(self, grey: ImageDataset, name: str) -> None:

@@ -1,15 +1,16 @@
 """Images that stay in their files and are decoded when they are asked for.
 
-*CelebA* is read from torchvision's layout, ``<root>/celeba``: the aligned images of 178x218 in ``img_align_celeba``,
-the published split in ``list_eval_partition.txt`` (162,770 / 19,867 / 19,962 images), and 40 binary attributes in
-``list_attr_celeba.txt``. The identities, boxes and landmarks beside them are not needed. As in NVAE, the
-box (left 15, top 40, right 163, bottom 188) is cut out and its 148x148 pixels are scaled to 64x64 (bilinear,
-with antialiasing).
+*CelebA* is read from torchvision's layout, ``<root>/celeba``: the aligned images of 178x218 in
+``img_align_celeba``, the published split in ``list_eval_partition.txt`` (162,770 / 19,867 / 19,962
+images), and 40 binary attributes in ``list_attr_celeba.txt``. The identities, boxes and landmarks
+beside them are not needed. As in NVAE, the box (left 15, top 40, right 163, bottom 188) is cut out
+and its 148x148 pixels are scaled to 64x64 (bilinear, with antialiasing).
 
 Any other folder is read by :func:`load_folder`.
 
-Liu, Luo, Wang, Tang, "Deep learning face attributes in the wild", 2015; https://arxiv.org/abs/1411.7766
-Vahdat, Kautz, "NVAE: a deep hierarchical variational autoencoder", 2020; https://arxiv.org/abs/2007.03898
+Liu, Luo, Wang, Tang, "Deep learning face attributes in the wild", 2015;
+https://arxiv.org/abs/1411.7766 Vahdat, Kautz, "NVAE: a deep hierarchical variational autoencoder",
+2020; https://arxiv.org/abs/2007.03898
 """
 
 from __future__ import annotations
@@ -110,16 +111,19 @@ def load_folder(
     channels: int = 3,
     split: str | None = None,
 ) -> ImageFiles:
-    """The images of a folder and its subfolders, in the order of their paths, decoded when asked for.
+    """The images of a folder and its subfolders, in the order of their paths, decoded when asked
+    for.
 
-    Each is scaled (bilinear, with antialiasing) until it just covers the target, whose centre is kept. Where all
-    images lie in subfolders, the first level of these names the classes; otherwise every label is 0.
+    Each is scaled (bilinear, with antialiasing) until it just covers the target, whose centre is
+    kept. Where all images lie in subfolders, the first level of these names the classes; otherwise
+    every label is 0.
 
     Args:
         path: the folder.
         image_size: height and width, or one number for both.
         channels: 1 for grey, 3 for colour; images are converted.
-        split: read the subfolder of this name only, e.g. ``"train"``; ``None`` reads the whole folder.
+        split: read the subfolder of this name only, e.g. ``"train"``; ``None`` reads the whole
+            folder.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -169,7 +173,8 @@ def load_folder(
 
 
 def load_celeba(root: Path, split: str, download: bool = False) -> ImageFiles:
-    """One split of CelebA at 64x64; see the module's text. Labels are the attributes, 0 or 1, ``(N, 40)``.
+    """One split of CelebA at 64x64; see the module's text. Labels are the attributes, 0 or 1, ``(N,
+    40)``.
 
     Args:
         root: directory that holds ``celeba``.
@@ -190,13 +195,15 @@ def load_celeba(root: Path, split: str, download: bool = False) -> ImageFiles:
             torchvision.datasets.CelebA(root, download=True)
         except Exception as error:
             raise FileNotFoundError(
-                f"downloading celeba64 to {root} failed ({type(error).__name__}: {error}); copy the files "
+                f"downloading celeba64 to {root} failed ({type(error).__name__}: {error}); copy "
+                "the files "
                 f"to {folder} in torchvision's layout"
             ) from error
     for path in (*lists, pictures):
         if not path.exists():
             raise FileNotFoundError(
-                f"celeba64: no {path}; pass download=True, or point root= to a directory that holds "
+                f"celeba64: no {path}; pass download=True, or point root= to a directory that "
+                "holds "
                 "celeba/ in torchvision's layout"
             )
     partition = _read_partition(lists[0])
@@ -248,7 +255,8 @@ def _read_attributes(path: Path) -> tuple[list[str], dict[str, list[int]]]:
         fields = line.split()
         if len(fields) != 1 + len(names) or not set(fields[1:]) <= {"-1", "1"}:
             raise ValueError(
-                f"{path}, line {number}: expected a file and {len(names)} times -1 or 1, got {line!r}"
+                f"{path}, line {number}: expected a file and {len(names)} times -1 or 1, got "
+                f"{line!r}"
             )
         attributes[fields[0]] = [int(value) for value in fields[1:]]
     if len(attributes) != count:

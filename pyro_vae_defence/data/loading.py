@@ -1,9 +1,10 @@
 """Finding, checking and splitting datasets.
 
 Full datasets are read through torchvision from its own layout, ``<root>/MNIST/raw`` and
-``<root>/FashionMNIST/raw``. Since torchvision verifies only what it downloads, every file is compared here with the
-sha256 of the original before it is read. Splits are those of the paper, 55,000 / 5,000 / 10,000:
-validation is the last 5,000 of the 60,000 training images, so that no random number is involved.
+``<root>/FashionMNIST/raw``. Since torchvision verifies only what it downloads, every file is
+compared here with the sha256 of the original before it is read. Splits are those of the paper,
+55,000 / 5,000 / 10,000: validation is the last 5,000 of the 60,000 training images, so that no
+random number is involved.
 """
 
 from __future__ import annotations
@@ -122,12 +123,12 @@ def load(
     """Load one split of a dataset.
 
     Args:
-        name: ``"mnist"``, ``"fashion_mnist"`` or ``"color_mnist"`` (55,000 / 5,000 / 10,000 images of 28x28;
-            ColorMNIST has each in seven colours), or one of the class-balanced subsets packaged with
-            the library, ``"mnist_subset"`` and ``"fashion_mnist_subset"`` (6,000 / 500 / 1,000). Any of these
-            with ``_textured`` or ``_inverted`` appended is a harder variant
-            (:mod:`pyro_vae_defence.data.variants`). ``"celeba64"`` is decoded from its files on demand
-            (:mod:`pyro_vae_defence.data.files`).
+        name: ``"mnist"``, ``"fashion_mnist"`` or ``"color_mnist"`` (55,000 / 5,000 / 10,000 images
+            of 28x28; ColorMNIST has each in seven colours), or one of the class-balanced subsets
+            packaged with the library, ``"mnist_subset"`` and ``"fashion_mnist_subset"`` (6,000 /
+            500 / 1,000). Any of these with ``_textured`` or ``_inverted`` appended is a harder
+            variant (:mod:`pyro_vae_defence.data.variants`). ``"celeba64"`` is decoded from its
+            files on demand (:mod:`pyro_vae_defence.data.files`).
         split: ``"train"``, ``"validation"`` or ``"test"``.
         root: directory of the full datasets; :func:`default_root` when ``None``.
         download: fetch missing files through torchvision.
@@ -170,8 +171,8 @@ def batches(
 ) -> DataLoader[Any]:
     """A loader that fetches whole batches with one index.
 
-    The order depends on ``generator``, or on torch's global seed when it is ``None``, and on nothing else, so
-    that a training run can be resumed exactly.
+    The order depends on ``generator``, or on torch's global seed when it is ``None``, and on
+    nothing else, so that a training run can be resumed exactly.
 
     Args:
         dataset: any of this package's datasets, or any dataset that takes lists of indices.
@@ -227,7 +228,8 @@ def stratified(
     return torch.stack(chosen, 1).flatten()[:num]
 
 
-# --- Full datasets ---------------------------------------------------------------------------------
+# --- Full datasets
+# ---------------------------------------------------------------------------------
 
 
 def _load_full(name: str, split: str, root: Path, download: bool) -> ImageDataset:
@@ -287,7 +289,8 @@ def _verify(path: Path, sha256: str, size: int, name: str, packaged: str) -> Non
         )
 
 
-# --- Packaged subsets ------------------------------------------------------------------------------
+# --- Packaged subsets
+# ------------------------------------------------------------------------------
 
 
 def _load_packaged(name: str, split: str) -> ImageDataset:

@@ -1,17 +1,17 @@
 r"""Datasets made from others while they are read: transformed, inverted, on a textured background.
 
-The paper's images have a background of exact zeros, where encoder attacks live and where a clip of small intensities
-undoes them. Two harder variants take that away, without new data:
+The paper's images have a background of exact zeros, where encoder attacks live and where a clip of
+small intensities undoes them. Two harder variants take that away, without new data:
 
 - *inverted*: x' = 1 - x, so that the background is as bright as can be;
-- *textured*: :math:`x' = x + (1 - a)\,t`, with opacity a = the largest of a pixel's channels and a smooth texture t of
-  values in (0, 0.5], one per image and channel.
+- *textured*: :math:`x' = x + (1 - a)\,t`, with opacity a = the largest of a pixel's channels and a
+  smooth texture t of values in (0, 0.5], one per image and channel.
 
-The texture of item i of split s (train 0, validation 1, test 2) is the 7x7 grid of uniforms that the
-counter-based generator of :mod:`pyro_vae_defence.ops.streams` gives for seed 0x74657874, image i, chain 0, step s and
-purpose 0 in the order (channel, row, column), halved, and interpolated bilinearly to the image's size with the
-grid's corners in the image's corners. It depends on nothing else, hence is the same in every batch and on
-every machine (up to rounding).
+The texture of item i of split s (train 0, validation 1, test 2) is the 7x7 grid of uniforms that
+the counter-based generator of :mod:`pyro_vae_defence.ops.streams` gives for seed 0x74657874, image
+i, chain 0, step s and purpose 0 in the order (channel, row, column), halved, and interpolated
+bilinearly to the image's size with the grid's corners in the image's corners. It depends on nothing
+else, hence is the same in every batch and on every machine (up to rounding).
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class TransformedImages(Images):
         name: the dataset's new name; the old one when ``None``.
 
     Raises:
-        ValueError: if the transform does not return one floating-point image ``(C, H, W)`` per image.
+        ValueError: if the transform does not return one floating-point image ``(C, H, W)`` per
+            image.
     """
 
     def __init__(self, dataset: Images, transform: ImageTransform, name: str | None = None) -> None:
@@ -72,7 +73,8 @@ class TransformedImages(Images):
         found = self._transform(x)
         if found.dim() != 4 or len(found) != len(x) or not found.is_floating_point():
             raise ValueError(
-                f"transform returned {found.dtype} of shape {tuple(found.shape)} for {tuple(x.shape)}: "
+                f"transform returned {found.dtype} of shape {tuple(found.shape)} for "
+                f"{tuple(x.shape)}: "
                 "it must return one floating-point image (C, H, W) per image"
             )
         return found
@@ -104,7 +106,8 @@ class TexturedImages(Images):
 
 
 def textures(items: Tensor, image_shape: tuple[int, int, int], split: str) -> Tensor:
-    """The textures of the items (int64, ``(N,)``) of a split: ``(N, C, H, W)``, float32 in (0, 0.5]."""
+    """The textures of the items (int64, ``(N,)``) of a split: ``(N, C, H, W)``, float32 in (0,
+    0.5]."""
     channels, height, width = image_shape
     streams = Streams(TEXTURE_SEED, items, torch.zeros_like(items))
     shape = (channels, TEXTURE_CELLS, TEXTURE_CELLS)

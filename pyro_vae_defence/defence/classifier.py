@@ -1,7 +1,7 @@
 r"""Classification behind a defence: from the draws of a chain to class probabilities.
 
-A defence turns images into draws :math:`z_{c,t}` of chains c at times t. A classifier of latents reads them in one of
-four ways (:data:`Reading`),
+A defence turns images into draws :math:`z_{c,t}` of chains c at times t. A classifier of latents
+reads them in one of four ways (:data:`Reading`),
 
 .. math::
     \begin{aligned}
@@ -11,10 +11,11 @@ four ways (:data:`Reading`),
     \text{reencoded:} \quad & p\bigl(y \mid E_q[z \mid g(\bar z)]\bigr), \qquad g(z) = E[x \mid z].
     \end{aligned}
 
-*Last* is the paper's protocol. A draw is noisier than the means that the paper's classifier was trained on, which costs
-it dearly on clean images already: average over draws with a classifier that was trained on draws, or hand the
-classifier a mean. *Reencoded* decodes the mean and encodes the image that comes out, which has left the attack behind,
-so that the classifier reads what it was trained on.
+*Last* is the paper's protocol. A draw is noisier than the means that the paper's classifier was
+trained on, which costs it dearly on clean images already: average over draws with a classifier that
+was trained on draws, or hand the classifier a mean. *Reencoded* decodes the mean and encodes the
+image that comes out, which has left the attack behind, so that the classifier reads what it was
+trained on.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Defence(Protocol):
 
 
 def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded") -> Latents:
-    """Latents a classifier is asked about, ``num`` readings of each image: site -> ``(num, N, *event)``.
+    """Latents a classifier is asked about, ``num`` readings of each image: site -> ``(num, N,
+    *event)``.
 
     Args:
         vae: the VAE that was defended.
@@ -82,8 +84,8 @@ class DefendedClassifier:
     Args:
         defence: any defence or control, e.g. ``MCMCDefence(vae, perturbation=Linf(0.1))``.
         classifier: latents ``(M, D)`` of all sites together to scores ``(M, classes)``, such as a
-            :class:`~pyro_vae_defence.models.classifier.LinearClassifier`. For ``reading="draws"`` it should be one
-            trained on draws, else one trained on the guide's means.
+            :class:`~pyro_vae_defence.models.classifier.LinearClassifier`. For ``reading="draws"``
+            it should be one trained on draws, else one trained on the guide's means.
         reading: what the classifier is asked about, see the module's text.
 
     Raises:
@@ -123,7 +125,8 @@ class DefendedClassifier:
         dataset: str = "mnist",
         **options: Any,
     ) -> DefendedClassifier:
-        """The published protocol: one draw of the published chain, a classifier trained on the guide's means.
+        """The published protocol: one draw of the published chain, a classifier trained on the
+        guide's means.
 
         Args:
             vae: any Pyro VAE.
@@ -134,7 +137,8 @@ class DefendedClassifier:
         return cls(MCMCDefence.paper(vae, dataset, **options), classifier, "last")
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Log-probabilities of the classes of images ``(N, C, H, W)`` in [0, 1]: ``(N, classes)``, in nats.
+        """Log-probabilities of the classes of images ``(N, C, H, W)`` in [0, 1]: ``(N, classes)``,
+        in nats.
 
         Args:
             x: images, attacked or not.

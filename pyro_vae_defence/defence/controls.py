@@ -1,13 +1,13 @@
 r"""Controls: what a defence must beat before its chain deserves the credit.
 
-Each stands behind the interface of the defences and costs no gradient. They draw from the guide at images that went
-through a fixed filter f,
+Each stands behind the interface of the defences and costs no gradient. They draw from the guide at
+images that went through a fixed filter f,
 
 .. math:: z_k \sim q(z \mid f(x)), \qquad k = 1, \dots, K,
 
-with f the identity (*many encoder samples*: does averaging alone help?), a clip of pixels that a perturbation of
-radius :math:`\delta` could have lit up (*dark-pixel clipping*: the attacks of the paper live in the black background,
-where this undoes them), or a *median* or *Gaussian* filter.
+with f the identity (*many encoder samples*: does averaging alone help?), a clip of pixels that a
+perturbation of radius :math:`\delta` could have lit up (*dark-pixel clipping*: the attacks of the
+paper live in the black background, where this undoes them), or a *median* or *Gaussian* filter.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class EncoderDefence:
     Args:
         vae: any Pyro VAE.
         num_samples: draws per image, >= 1; the last one is decoded.
-        preprocess: filter of images, e.g. ``functools.partial(clip_dark_pixels, delta=0.1)``; none by default.
-        batch_size: most images at a time; results do not depend on it, unless the guide has latents that are not
-            Gaussian, which come from torch's global seed.
+        preprocess: filter of images, e.g. ``functools.partial(clip_dark_pixels, delta=0.1)``; none
+            by default.
+        batch_size: most images at a time; results do not depend on it, unless the guide has latents
+            that are not Gaussian, which come from torch's global seed.
 
     Raises:
         ValueError: if an argument is out of range, or images, filtered or not, are not in [0, 1].
@@ -93,7 +94,8 @@ class EncoderDefence:
         filtered = x if self.preprocess is None else self.preprocess(x)
         if filtered.shape != x.shape:
             raise ValueError(
-                f"preprocess must keep the shape of images, {tuple(x.shape)} became {tuple(filtered.shape)}"
+                f"preprocess must keep the shape of images, {tuple(x.shape)} became "
+                f"{tuple(filtered.shape)}"
             )
         check_images(filtered, "preprocess(x)")
         seed = draw_seed(generator)
@@ -133,7 +135,8 @@ class EncoderDefence:
 
 
 def clip_dark_pixels(x: Tensor, delta: float) -> Tensor:
-    """Set to 0 every value that a perturbation of at most ``delta`` could have made out of 0: x -> 0 where x <= delta.
+    """Set to 0 every value that a perturbation of at most ``delta`` could have made out of 0: x ->
+    0 where x <= delta.
 
     Args:
         x: images ``(N, C, H, W)`` in [0, 1]; channels are clipped one by one.
@@ -147,7 +150,8 @@ def clip_dark_pixels(x: Tensor, delta: float) -> Tensor:
 
 
 def clip_extreme_pixels(x: Tensor, delta: float) -> Tensor:
-    """:func:`clip_dark_pixels`, and the same for bright ones: x -> 0 where x <= delta, x -> 1 where x >= 1 - delta.
+    """:func:`clip_dark_pixels`, and the same for bright ones: x -> 0 where x <= delta, x -> 1 where
+    x >= 1 - delta.
 
     The stronger control where a background is white instead of black.
 
@@ -181,7 +185,8 @@ def median_filter(x: Tensor, size: int = 3) -> Tensor:
 
 
 def gaussian_filter(x: Tensor, sigma: float = 1.0) -> Tensor:
-    """Convolution with a Gaussian that is cut off at three standard deviations; borders are replicated.
+    """Convolution with a Gaussian that is cut off at three standard deviations; borders are
+    replicated.
 
     Args:
         x: images ``(N, C, H, W)``.

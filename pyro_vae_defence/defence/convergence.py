@@ -8,12 +8,14 @@ With C chains per image, each cut into halves of n draws, so that m = 2C sequenc
     B = \frac{n}{m - 1} \sum_j (\bar\theta_j - \bar\theta)^2, \qquad
     \hat R = \sqrt{\frac{n - 1}{n} + \frac{B}{n W}} .
 
-It is read of the energy, and of all latents together: whitened by W, so that every dimension counts alike, and with
-B / W averaged over dimensions, since the largest of hundreds of noisy values exceeds any useful bound by chance.
-The *drift* is the mean over chains of the difference between the energy's mean in the second half and in the
-first, in units of its standard error over chains, which autocorrelation within a chain does not bias.
+It is read of the energy, and of all latents together: whitened by W, so that every dimension counts
+alike, and with B / W averaged over dimensions, since the largest of hundreds of noisy values
+exceeds any useful bound by chance. The *drift* is the mean over chains of the difference between
+the energy's mean in the second half and in the first, in units of its standard error over chains,
+which autocorrelation within a chain does not bias.
 
-Reference: Gelman, Carlin, Stern, Dunson, Vehtari, Rubin, "Bayesian Data Analysis", 3rd edition, 2013, section 11.4.
+Reference: Gelman, Carlin, Stern, Dunson, Vehtari, Rubin, "Bayesian Data Analysis", 3rd edition,
+2013, section 11.4.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ class ConvergenceRule:
 
     Args:
         max_r_hat: largest R-hat, of the energy and of the whitened latents, > 1.
-        max_drift: largest drift of the energy in standard errors, > 0. With 4 chains a stationary one exceeds 3
-            in 6% of the looks.
+        max_drift: largest drift of the energy in standard errors, > 0. With 4 chains a stationary
+            one exceeds 3 in 6% of the looks.
         check_every: transitions between two looks, >= 8.
     """
 
@@ -64,8 +66,8 @@ class Convergence(NamedTuple):
         converged: whether every bound of the rule was kept.
         r_hat: the larger R-hat of the energy and of the whitened latents.
         energy_drift: drift of the energy, in standard errors; positive where it rises.
-        forgotten_after: transitions, warm-up included, before the draws that kept the rule: by then the chain had
-            forgotten its start. -1 where it had not converged.
+        forgotten_after: transitions, warm-up included, before the draws that kept the rule: by then
+            the chain had forgotten its start. -1 where it had not converged.
     """
 
     converged: Tensor
@@ -103,7 +105,8 @@ def _r_hat(ratio: Tensor, num_draws: int) -> Tensor:
 
 
 def energy_drift(energy: Tensor) -> Tensor:
-    """Second half less first half of the energy ``(chain, draw, N)``, in standard errors: ``(N,)``."""
+    """Second half less first half of the energy ``(chain, draw, N)``, in standard errors:
+    ``(N,)``."""
     half = energy.shape[1] // 2
     change = energy[:, -half:].mean(1) - energy[:, :half].mean(1)
     return change.mean(0) / (change.std(0) / change.shape[0] ** 0.5)

@@ -1,20 +1,22 @@
 r"""Suspicion: what a chain reveals about whether its image was attacked, one score per image.
 
-An attacked encoding is a bad explanation of the image, so the chain moves far and downhill. With :math:`z_0` the start
-of a chain, :math:`z_t` its draws, U the energy it samples and v a variance of the latents per dimension:
+An attacked encoding is a bad explanation of the image, so the chain moves far and downhill. With
+:math:`z_0` the start of a chain, :math:`z_t` its draws, U the energy it samples and v a variance of
+the latents per dimension:
 
 - ``energy_drop``: :math:`U(z_0) - \overline{U(z_t)}`, averaged over chains, in nats;
-- ``perturbation_gain``: :math:`U_0(z_T) - U_\delta(z_T)`, averaged over chains: how many nats the assumption of a
-  perturbation is worth; only where the defence makes it;
-- ``distance``: from the start of a chain to the mean of its draws, root mean square over the dimensions in units of
-  :math:`\sqrt v`, averaged over chains;
-- ``disagreement``: root mean square distance of the chains' means from their common mean, in the same units; only
-  with two chains or more;
+- ``perturbation_gain``: :math:`U_0(z_T) - U_\delta(z_T)`, averaged over chains: how many nats the
+  assumption of a perturbation is worth; only where the defence makes it;
+- ``distance``: from the start of a chain to the mean of its draws, root mean square over the
+  dimensions in units of :math:`\sqrt v`, averaged over chains;
+- ``disagreement``: root mean square distance of the chains' means from their common mean, in the
+  same units; only with two chains or more;
 - ``start_energy``: :math:`U_0(z_0)`, which needs no chain at all: the control among the scores.
 
-All are high where an attack is suspected. They are measured by :func:`pyro_vae_defence.metrics.auroc` and
-:func:`~pyro_vae_defence.metrics.fpr_at_tpr`, against clean images, and against random noise of the same size, which
-tells a detector of attacks from one of anything unusual.
+All are high where an attack is suspected. They are measured by
+:func:`pyro_vae_defence.metrics.auroc` and :func:`~pyro_vae_defence.metrics.fpr_at_tpr`, against
+clean images, and against random noise of the same size, which tells a detector of attacks from one
+of anything unusual.
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ def detection_scores(
     Args:
         defence: the defence that made the run.
         result: what it returned.
-        variance: site -> variances of one image's shape that define the unit of distance, e.g. the training
-            set's ``mean_posterior_variance``, which an attacker cannot move; 1 by default.
+        variance: site -> variances of one image's shape that define the unit of distance, e.g. the
+            training set's ``mean_posterior_variance``, which an attacker cannot move; 1 by default.
 
     Raises:
         ValueError: if ``variance`` has other sites than the latents.
@@ -47,7 +49,8 @@ def detection_scores(
         variance = {name: torch.ones_like(value[0]) for name, value in result.latents.items()}
     if variance.keys() != result.samples.keys():
         raise ValueError(
-            f"variance must have the latents' sites {sorted(result.samples)}, got {sorted(variance)}"
+            f"variance must have the latents' sites {sorted(result.samples)}, got "
+            f"{sorted(variance)}"
         )
     vae, num_chains = defence.vae, next(iter(result.initial.values())).shape[0]
     folded = result.x.repeat(num_chains, 1, 1, 1)
@@ -76,7 +79,8 @@ def _fold(latents: LatentsLike) -> Latents:
 
 
 def _length(latents: LatentsLike, variance: LatentsLike) -> Tensor:
-    """Root mean square over latent dimensions in units of the standard deviation: ``(chain, N)``."""
+    """Root mean square over latent dimensions in units of the standard deviation: ``(chain,
+    N)``."""
     whitened = {
         name: (value / variance[name].to(value).sqrt()).flatten(2)
         for name, value in latents.items()

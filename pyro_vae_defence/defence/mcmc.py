@@ -1,12 +1,13 @@
 r"""Defences: what runs between the encoder and whatever uses its latents.
 
-:class:`MCMCDefence` is the paper's (section 3): latents start at :math:`z_0 \sim q(z|x^a)` and follow a
-Markov chain with stationary density proportional to :math:`p(x^a|z)p(z)`; what is decoded or classified is
-where the chain ends.
-:class:`NoDefence` stops at :math:`z_0`. Both are called with images and return a :class:`DefenceResult`.
+:class:`MCMCDefence` is the paper's (section 3): latents start at :math:`z_0 \sim q(z|x^a)` and
+follow a Markov chain with stationary density proportional to :math:`p(x^a|z)p(z)`; what is decoded
+or classified is where the chain ends.
+:class:`NoDefence` stops at :math:`z_0`. Both are called with images and return a
+:class:`DefenceResult`.
 
-Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with
-MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940.
+Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders
+with MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940.
 """
 
 from __future__ import annotations
@@ -94,9 +95,9 @@ class DefenceResult:
         seconds: wall time of the whole call.
         observation: name of the model's observation site.
         settings: what the run was made with.
-        convergence: ``converged``, ``r_hat``, ``energy_drift`` and ``forgotten_after`` per image, ``(N,)`` each, of
-            :class:`~pyro_vae_defence.defence.convergence.Convergence`; empty with fewer than 4 chains or 8
-            draws, where nothing can be said.
+        convergence: ``converged``, ``r_hat``, ``energy_drift`` and ``forgotten_after`` per image,
+            ``(N,)`` each, of :class:`~pyro_vae_defence.defence.convergence.Convergence`; empty with
+            fewer than 4 chains or 8 draws, where nothing can be said.
     """
 
     latents: Latents
@@ -169,46 +170,51 @@ class MCMCDefence:
 
     Args:
         vae: any Pyro VAE.
-        kernel: any callable from a Pyro model to an ``MCMCKernel``. With a kernel of this library, e.g.
-            ``functools.partial(BatchedHMC, num_steps=4)``, all images and chains run as one batch; with
-            any other, such as ``pyro.infer.NUTS``, images and chains run one after the other, since such
-            a kernel takes a batch for a single state (their noise comes from torch's global seed).
+        kernel: any callable from a Pyro model to an ``MCMCKernel``. With a kernel of this library,
+            e.g. ``functools.partial(BatchedHMC, num_steps=4)``, all images and chains run as one
+            batch; with any other, such as ``pyro.infer.NUTS``, images and chains run one after the
+            other, since such a kernel takes a batch for a single state (their noise comes from
+            torch's global seed).
         num_samples: transitions per chain after warm-up, >= 1.
         warmup_steps: transitions before them, >= 0, during which kernels adapt.
         num_chains: chains per image, >= 1. Chain 0 is the one that is decoded; more of them serve
             diagnostics (R-hat) and averages.
-        initial: where chains start: ``"guide"``, a draw from q(z | x) as in the paper; ``"mean"``, its mean;
-            ``"prior"``, a draw from p(z); ``"mode"``, the best of ``mode_steps`` steps of
-            :func:`~pyro_vae_defence.mcmc.mode.search_mode` from a draw of the guide, whose gradients count.
+        initial: where chains start: ``"guide"``, a draw from q(z | x) as in the paper; ``"mean"``,
+            its mean; ``"prior"``, a draw from p(z); ``"mode"``, the best of ``mode_steps`` steps of
+            :func:`~pyro_vae_defence.mcmc.mode.search_mode` from a draw of the guide, whose
+            gradients count.
         mode_steps: steps of that search, >= 0.
-        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an ``UnknownRadius``; the chains
-            then sample the perturbation-aware posterior of :mod:`pyro_vae_defence.models.perturbation`.
-            ``None`` is the paper.
-        keep_draws: draws kept per chain, the last ones; ``None`` keeps all ``num_samples``. Memory per image
-            then depends on this alone. With ``until_converged`` at most its ``check_every``, the default.
-        max_gradients: most gradients of the energy per image, over all its chains, the start and a mode search
-            included; ``None`` for no bound. Where it does not suffice for all transitions, warm-up keeps its
-            share ``warmup_steps / (warmup_steps + num_samples)`` of those that it does. NUTS is counted by its
-            largest tree, since no image's tree is known beforehand.
-        until_converged: stop each image's chains when they keep this rule; ``num_samples`` is then the most
-            transitions after warm-up. Needs at least 4 chains. An image whose every transition between two looks
-            diverged, in all chains, stops too, unconverged. Images that are done leave the batch once they are
-            half of it, unless the kernel couples images; results do not depend on that.
-        capture: record the energy and its gradient once per shape of a batch instead of running the model's
-            Python every time (:class:`~pyro_vae_defence.models.compiled.Recorder`, which falls back to tracing).
-            A recording takes some tenths of a second and a few gradients.
+        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an
+            ``UnknownRadius``; the chains then sample the perturbation-aware posterior of
+            :mod:`pyro_vae_defence.models.perturbation`. ``None`` is the paper.
+        keep_draws: draws kept per chain, the last ones; ``None`` keeps all ``num_samples``. Memory
+            per image then depends on this alone. With ``until_converged`` at most its
+            ``check_every``, the default.
+        max_gradients: most gradients of the energy per image, over all its chains, the start and a
+            mode search included; ``None`` for no bound. Where it does not suffice for all
+            transitions, warm-up keeps its share ``warmup_steps / (warmup_steps + num_samples)`` of
+            those that it does. NUTS is counted by its largest tree, since no image's tree is known
+            beforehand.
+        until_converged: stop each image's chains when they keep this rule; ``num_samples`` is then
+            the most transitions after warm-up. Needs at least 4 chains. An image whose every
+            transition between two looks diverged, in all chains, stops too, unconverged. Images
+            that are done leave the batch once they are half of it, unless the kernel couples
+            images; results do not depend on that.
+        capture: record the energy and its gradient once per shape of a batch instead of running the
+            model's Python every time (:class:`~pyro_vae_defence.models.compiled.Recorder`, which
+            falls back to tracing). A recording takes some tenths of a second and a few gradients.
         compile: also hand recordings to ``torch.compile``.
-        force_dtype: precision of forces, e.g. ``torch.bfloat16``; energies stay full, so that chains stay exact
-            (:class:`~pyro_vae_defence.models.compiled.ReducedForce`). It pays where the device multiplies faster
-            in it; not combined with ``capture``.
+        force_dtype: precision of forces, e.g. ``torch.bfloat16``; energies stay full, so that
+            chains stay exact (:class:`~pyro_vae_defence.models.compiled.ReducedForce`). It pays
+            where the device multiplies faster in it; not combined with ``capture``.
         batch_size: most chains (images times ``num_chains``) at a time; results do not depend on it
             unless the kernel itself couples images, as the paper's preset does, or the guide has
             latents that are not Gaussian, whose start comes from torch's global seed.
         progress: show a progress bar.
 
     Raises:
-        ValueError: if an argument is out of range, images are not in [0, 1], or a chain would start at
-            a non-finite energy.
+        ValueError: if an argument is out of range, images are not in [0, 1], or a chain would start
+            at a non-finite energy.
     """
 
     def __init__(
@@ -294,15 +300,16 @@ class MCMCDefence:
     ) -> MCMCDefence:
         """The published defence: T // 2 transitions and T more, L leapfrog steps, eq. 67 (Table 8).
 
-        Where the step size adapts (all but NVAE on CelebA), one for the batch makes results depend on which images
-        are defended together.
+        Where the step size adapts (all but NVAE on CelebA), one for the batch makes results depend
+        on which images are defended together.
 
         Args:
             vae: any Pyro VAE.
-            dataset: key of :data:`PAPER_SETTINGS`: ``"mnist"``, ``"fashion_mnist"``, ``"color_mnist"``,
-                ``"mnist_nvae"`` or ``"celeba_nvae"``.
-            num_draws: how many of the last draws are kept, 1 to T; the T of them when ``None``. The chain is the
-                same, whose step size adapts to the end if at all; many latents may not fit in memory T times.
+            dataset: key of :data:`PAPER_SETTINGS`: ``"mnist"``, ``"fashion_mnist"``,
+                ``"color_mnist"``, ``"mnist_nvae"`` or ``"celeba_nvae"``.
+            num_draws: how many of the last draws are kept, 1 to T; the T of them when ``None``. The
+                chain is the same, whose step size adapts to the end if at all; many latents may not
+                fit in memory T times.
             **options: further arguments of :class:`MCMCDefence`.
         """
         if dataset not in PAPER_SETTINGS:
@@ -339,13 +346,15 @@ class MCMCDefence:
     def stream(
         self, batches: Iterable[Any], generator: torch.Generator | None = None
     ) -> Iterator[DefenceResult]:
-        """Defend any number of images in constant memory: one result per micro-batch, as they are ready.
+        """Defend any number of images in constant memory: one result per micro-batch, as they are
+        ready.
 
-        Images are numbered through, so that together the results are those of one call on all images.
+        Images are numbered through, so that together the results are those of one call on all
+        images.
 
         Args:
-            batches: iterable of images ``(N, C, H, W)`` in [0, 1], or of tuples that start with them, e.g. a
-                ``DataLoader``; batches of more than ``batch_size`` chains are divided.
+            batches: iterable of images ``(N, C, H, W)`` in [0, 1], or of tuples that start with
+                them, e.g. a ``DataLoader``; batches of more than ``batch_size`` chains are divided.
             generator: source of the run's seed; torch's global seed when ``None``.
 
         Raises:
@@ -517,7 +526,8 @@ class MCMCDefence:
             steps += 1
         if steps == 0:
             raise ValueError(
-                f"max_gradients={self.max_gradients} leaves no transition to any of {self.num_chains} "
+                f"max_gradients={self.max_gradients} leaves no transition to any of "
+                f"{self.num_chains} "
                 f"chains: the start takes {spent} of the {budget} gradients of each; raise it"
             )
         warmup_steps = self.warmup_steps * steps // total
@@ -534,7 +544,8 @@ class MCMCDefence:
         return assess(-stacked.stats["lp"], stacked.position, rule, first)
 
     def _start(self, x: Tensor, energy: ModelPotential, streams: Streams) -> tuple[Latents, Tensor]:
-        """Unconstrained starts of the chains, one row of ``x`` each, and the gradients they took."""
+        """Unconstrained starts of the chains, one row of ``x`` each, and the gradients they
+        took."""
         drawn_from = "guide" if self.initial == "mode" else self.initial
         with torch.no_grad():
             drawn = initial_latents(self.vae, x, drawn_from, streams)

@@ -1,14 +1,15 @@
 r"""The posterior mode as a defence: optimisation in place of sampling (appendix B.3 of the paper).
 
-:class:`PosteriorModeDefence` minimises the same energies that :class:`~pyro_vae_defence.defence.MCMCDefence` samples,
+:class:`PosteriorModeDefence` minimises the same energies that
+:class:`~pyro_vae_defence.defence.MCMCDefence` samples,
 
 .. math:: z^* = \arg\min_z U(z; x^a), \qquad U = -\log p(x^a \mid z) - \log p(z),
 
-or their perturbation-aware variants. It is cheaper than a chain and gives one point; a mode need not look like the
-posterior's bulk, whose distance from it grows with the number of latents.
+or their perturbation-aware variants. It is cheaper than a chain and gives one point; a mode need
+not look like the posterior's bulk, whose distance from it grows with the number of latents.
 
-Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with
-MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940.
+Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders
+with MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940.
 """
 
 from __future__ import annotations
@@ -43,16 +44,18 @@ _STARTS = ("guide", "mean", "prior")
 class PosteriorModeDefence:
     """Descend from the encoding of x to the mode of p(x | z)p(z) (appendix B.3 of the paper).
 
-    The mode is that of the density on the unconstrained scale; for latents on all of R these are the same.
+    The mode is that of the density on the unconstrained scale; for latents on all of R these are
+    the same.
 
     Args:
         vae: any Pyro VAE.
         optimiser: ``"adam"`` or ``"lbfgs"``; either treats every image by itself.
         num_steps: gradient evaluations after the first, >= 0.
         learning_rate: of Adam, > 0, falling linearly to zero; L-BFGS has a line search instead.
-        initial: where the search starts: ``"guide"``, a draw from q(z | x); ``"mean"``, the guide's mean, which
-            makes the defence deterministic; or ``"prior"``.
-        perturbation: perturbations the defender assumes, as for :class:`~pyro_vae_defence.defence.MCMCDefence`.
+        initial: where the search starts: ``"guide"``, a draw from q(z | x); ``"mean"``, the guide's
+            mean, which makes the defence deterministic; or ``"prior"``.
+        perturbation: perturbations the defender assumes, as for
+            :class:`~pyro_vae_defence.defence.MCMCDefence`.
         batch_size: most images at a time; results do not depend on it.
 
     Raises:
@@ -99,7 +102,8 @@ class PosteriorModeDefence:
             generator: source of the seed for the start; torch's global seed when ``None``.
 
         Returns:
-            One "draw" of one chain per image; its only statistic is ``lp``, minus the energy in nats.
+            One "draw" of one chain per image; its only statistic is ``lp``, minus the energy in
+            nats.
         """
         check_images(x)
         started = time.perf_counter()

@@ -1,9 +1,11 @@
 r"""How large a perturbation to assume: what clean images say about it.
 
-The radius :math:`\delta` of the perturbation-aware posterior is the defender's choice. Too small, and part of an attack
-still counts as signal; too large, and details of clean images are explained away. Nothing here looks at an attack.
+The radius :math:`\delta` of the perturbation-aware posterior is the defender's choice. Too small,
+and part of an attack still counts as signal; too large, and details of clean images are explained
+away. Nothing here looks at an attack.
 
-- :func:`calibrate_radius` leaves the radius open: a grid, each with the penalty that makes clean images prefer none.
+- :func:`calibrate_radius` leaves the radius open: a grid, each with the penalty that makes clean
+  images prefer none.
 - :func:`choose_radius` fixes it: the largest whose cost on clean images stays within a bound.
 - :func:`scores_by_radius` measures what a wrong guess costs, on whatever images it is given.
 
@@ -11,10 +13,11 @@ The penalty of :math:`\delta` is a quantile over clean images of the gain at the
 
 .. math:: G_\delta(x) = \min_z U_0(z; x) - \min_z U_\delta(z; x) \ge 0 .
 
-With the quantile .95 at most one clean image in twenty prefers that radius to none (by the densities at the modes;
-the volumes around them are taken for equal). An attack's gain is larger: every pixel it has moved away from its
-explanation adds to it, up to the attack's own radius, and beyond that it grows about as on clean images. Radii that
-are too small are excluded, those that are too large only as far as their penalty goes on growing.
+With the quantile .95 at most one clean image in twenty prefers that radius to none (by the
+densities at the modes; the volumes around them are taken for equal). An attack's gain is larger:
+every pixel it has moved away from its explanation adds to it, up to the attack's own radius, and
+beyond that it grows about as on clean images. Radii that are too small are excluded, those that are
+too large only as far as their penalty goes on growing.
 """
 
 from __future__ import annotations
@@ -77,7 +80,8 @@ def calibrate_radius(
 
     Args:
         vae: any Pyro VAE.
-        clean_images: ``(N, C, H, W)`` in [0, 1]; a hundred will do, of the validation set rather than the test set.
+        clean_images: ``(N, C, H, W)`` in [0, 1]; a hundred will do, of the validation set rather
+            than the test set.
         radii: increasing radii >= 0. With 0 among them clean images keep the paper's posterior.
         ball: kind of ball.
         quantile: share of the clean images that gain less than the penalty, 0 to 1.
@@ -152,10 +156,11 @@ def scores_by_radius(
     defence: Callable[..., Any] = MCMCDefence,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Score of a defence that assumes each radius, ``(radii, N)``: the cost of guessing too small or too large.
+    """Score of a defence that assumes each radius, ``(radii, N)``: the cost of guessing too small
+    or too large.
 
-    Call it with clean images, and with attacked ones and a score that compares with what they were, e.g.
-    ``score=lambda result: metrics.ms_ssim(reference, result.reconstruction)``.
+    Call it with clean images, and with attacked ones and a score that compares with what they were,
+    e.g. ``score=lambda result: metrics.ms_ssim(reference, result.reconstruction)``.
 
     Args:
         vae: any Pyro VAE.
@@ -163,8 +168,9 @@ def scores_by_radius(
         radii: radii >= 0; 0 is the paper's target.
         score: one value per image, higher is better.
         ball: kind of ball.
-        defence: called as ``defence(vae, perturbation=...)``, e.g. ``functools.partial(MCMCDefence, num_samples=20)``
-            or ``PosteriorModeDefence``. All radii share one seed, so that their noise is common.
+        defence: called as ``defence(vae, perturbation=...)``, e.g. ``functools.partial(MCMCDefence,
+            num_samples=20)`` or ``PosteriorModeDefence``. All radii share one seed, so that their
+            noise is common.
         generator: source of that seed; torch's global seed when ``None``.
     """
     check_vae(vae)
@@ -175,7 +181,8 @@ def scores_by_radius(
         values = score(run(x, torch.Generator().manual_seed(seed)))
         if tuple(values.shape) != (x.shape[0],):
             raise ValueError(
-                f"score must return one value per image, shape ({x.shape[0]},), got {tuple(values.shape)}"
+                f"score must return one value per image, shape ({x.shape[0]},), got "
+                f"{tuple(values.shape)}"
             )
         scores.append(values.detach())
     if not scores:
@@ -196,8 +203,8 @@ def choose_radius(
 ) -> RadiusChoice:
     """The largest radius whose clean cost stays within a bound.
 
-    The cost of a radius is the mean score of the undefended VAE minus that of the defence, both on clean images.
-    For a loss of accuracy, score whether a label is right:
+    The cost of a radius is the mean score of the undefended VAE minus that of the defence, both on
+    clean images. For a loss of accuracy, score whether a label is right:
     ``score=lambda result: (classify(result.latents) == labels).float()``.
 
     Args:

@@ -1,1 +1,2 @@
-"""Named experiments that combine the library's parts: ``python -m pyro_vae_defence.experiments --help``."""
+"""Named experiments that combine the library's parts: ``python -m pyro_vae_defence.experiments
+--help``."""

@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("name", help="model or classifier of the registry, e.g. mnist_vae")
     train.add_argument(
         "--models",
-        help="directory of the weights a model starts from or a classifier reads; the packaged ones by default",
+        help="directory of the weights a model starts from or a classifier reads; the packaged "
+        "ones by default",
     )
     train.add_argument("--output", default="runs/models", help="directory for weights and cards")
 
@@ -115,7 +116,8 @@ def parser() -> argparse.ArgumentParser:
     table.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
     table.add_argument(
         "--results",
-        help="directory with the result files of attack (2 and 3) or evaluate (7); docs/results/... by default",
+        help="directory with the result files of attack (2 and 3) or evaluate (7); "
+        "docs/results/... by default",
     )
     return top
 
@@ -123,7 +125,8 @@ def parser() -> argparse.ArgumentParser:
 def _places(
     options: argparse.Namespace,
 ) -> tuple[str, str | None, str | None, dict[str, Any]]:
-    """What every command takes that computes something: where to write, the data, the weights, the settings."""
+    """What every command takes that computes something: where to write, the data, the weights, the
+    settings."""
     return options.output, options.data_root, options.models, dict(options.set)
 
 

@@ -1,8 +1,9 @@
-"""Annealed importance sampling with this library's HMC: the wiring of ``metrics.ais`` and ``mcmc.hmc``.
+"""Annealed importance sampling with this library's HMC: the wiring of ``metrics.ais`` and
+``mcmc.hmc``.
 
-The metric is the guide's own variance at the image, so that the walk starts at a round Gaussian. Step sizes
-differ by temperature and chain; a transition must not depend on the states it visits, so that they
-are tuned on a pilot walk and then frozen.
+The metric is the guide's own variance at the image, so that the walk starts at a round Gaussian.
+Step sizes differ by temperature and chain; a transition must not depend on the states it visits, so
+that they are tuned on a pilot walk and then frozen.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class HMCTransition:
         step_size: per temperature and row, ``(K - 1, N)``, or one for all, ``(N,)``.
         num_steps: leapfrog steps L >= 1, each one gradient; one more starts the transition.
         inverse_mass: diagonal of M^-1 per site; identity when ``None``.
-        tune: a pilot walk: every row moves its step size towards an acceptance rate of 0.8, which makes
-            the weights worthless and the step sizes useful.
+        tune: a pilot walk: every row moves its step size towards an acceptance rate of 0.8, which
+            makes the weights worthless and the step sizes useful.
 
     Attributes:
         acceptance_rates: one tensor ``(N,)`` per temperature visited.
@@ -111,8 +112,8 @@ def ais(
     Args:
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
-        schedule: inverse temperatures; 100 of :func:`pyro_vae_defence.metrics.sigmoid_schedule` by default.
-            Three or more.
+        schedule: inverse temperatures; 100 of :func:`pyro_vae_defence.metrics.sigmoid_schedule` by
+            default. Three or more.
         num_chains: independent chains per image.
         num_steps: leapfrog steps per temperature.
         step_size: where tuning starts, in units of the metric.
@@ -122,7 +123,8 @@ def ais(
     schedule = metrics.sigmoid_schedule(100) if schedule is None else torch.as_tensor(schedule)
     if len(schedule) < 3:
         raise ValueError(
-            f"schedule has {len(schedule)} temperatures: pass three or more, or use metrics.nll, which "
+            f"schedule has {len(schedule)} temperatures: pass three or more, or use metrics.nll, "
+            "which "
             "needs no walk"
         )
     rising = bool(schedule[0] < schedule[-1])
@@ -139,7 +141,8 @@ def ais(
         )
         return transition, log_weights
 
-    # The pilot always starts at the guide: step sizes that knew `initial` would bias the walk from it.
+    # The pilot always starts at the guide: step sizes that knew `initial` would bias the walk from
+    # it.
     pilot, _ = walk(
         x.new_full((rows,), step_size), schedule if rising else schedule.flip(0), None, tune=True
     )

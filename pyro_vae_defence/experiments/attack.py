@@ -1,15 +1,16 @@
-"""Tables 2 and 3: attacks on the encoder and on the classifiers of a trained model, one result file per model.
+"""Tables 2 and 3: attacks on the encoder and on the classifiers of a trained model, one result file
+per model.
 
-Every model of the tables is attacked and defended alike: models that were trained otherwise (beta-VAE, beta-TCVAE, SE,
-AVAE), with and without chains behind their encoder, beside the plain one. For each radius and defence a cell holds,
-with 95% intervals over images,
+Every model of the tables is attacked and defended alike: models that were trained otherwise
+(beta-VAE, beta-TCVAE, SE, AVAE), with and without chains behind their encoder, beside the plain
+one. For each radius and defence a cell holds, with 95% intervals over images,
 
 - the similarity of reconstructions before and after an attack on the encoder, all restarts counted;
-- per label (on ColorMNIST digit and colour) how often the prediction from an image attacked for it has not changed, and
-  how often it is right; radius 0 is the clean images.
+- per label (on ColorMNIST digit and colour) how often the prediction from an image attacked for it
+  has not changed, and how often it is right; radius 0 is the clean images.
 
-The attack on a classifier wants the class predicted without an attack to change, whether that was right or wrong.
-Attacks do not know the defence; where there is none they have the exact gradient.
+The attack on a classifier wants the class predicted without an attack to change, whether that was
+right or wrong. Attacks do not know the defence; where there is none they have the exact gradient.
 """
 
 from __future__ import annotations
@@ -42,17 +43,20 @@ def attack(
     models: str | os.PathLike[str] | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Attack the trained model ``name``; cells that the result file already holds are not run again.
+    """Attack the trained model ``name``; cells that the result file already holds are not run
+    again.
 
     Args:
         name: a name of :data:`pyro_vae_defence.experiments.registry.ATTACKS`.
         output: directory of the result file ``NAME.json``, written after every cell.
         root: directory of the datasets.
         models: directory of the weights of VAE and classifiers; the packaged ones when ``None``.
-        overrides: fields of the configuration to change, but ``model``; they are recorded in the result.
+        overrides: fields of the configuration to change, but ``model``; they are recorded in the
+            result.
 
     Raises:
-        ValueError: for an unknown name or override, weights that are missing, or a result file of another run.
+        ValueError: for an unknown name or override, weights that are missing, or a result file of
+            another run.
     """
     if name not in ATTACKS:
         raise ValueError(
@@ -117,7 +121,8 @@ class _Study:
 
     @functools.cached_property
     def before(self) -> Tensor:
-        """Undefended reconstructions of the references, which those under attack are compared with."""
+        """Undefended reconstructions of the references, which those under attack are compared
+        with."""
         return self._reconstructions("before")
 
     @functools.cached_property

@@ -1,8 +1,10 @@
-"""Our encoder attacks beside those of public attack libraries: same model, images and budget of gradients.
+"""Our encoder attacks beside those of public attack libraries: same model, images and budget of
+gradients.
 
-Every method maximises the symmetric KL-divergence from the same references in the same L_inf ball, once, from its own
-random start. The libraries see an :class:`~pyro_vae_defence.attacks.interop.EncoderAttackHead`. Evaluations are counted
-where all methods pass: in the objective. What a library returns is scored as it is.
+Every method maximises the symmetric KL-divergence from the same references in the same L_inf ball,
+once, from its own random start. The libraries see an
+:class:`~pyro_vae_defence.attacks.interop.EncoderAttackHead`. Evaluations are counted where all
+methods pass: in the objective. What a library returns is scored as it is.
 """
 
 from __future__ import annotations
@@ -111,7 +113,8 @@ def benchmark_attacks(
         output: directory of the result file.
         root: directory of the datasets.
         models: directory of the weights; the packaged ones when ``None``.
-        overrides: fields of :class:`AttackBenchmarkConfig` to change; they are recorded in the result.
+        overrides: fields of :class:`AttackBenchmarkConfig` to change; they are recorded in the
+            result.
 
     Raises:
         ValueError: for an unknown override.
@@ -175,9 +178,11 @@ def attacks_table(result: dict[str, Any]) -> str:
         "### Attacks at equal gradients",
         "",
         f"Symmetric KL-divergence (nats, mean over {config['num_images']} images of "
-        f"{config['dataset']} with 95% bootstrap interval) that attacks on `{config['model']}` reach in "
+        f"{config['dataset']} with 95% bootstrap interval) that attacks on `{config['model']}` "
+        "reach in "
         f"the L_inf ball of radius {config['radius']:g}, from one random start each, at commit "
-        f"`{result['provenance']['commit'][:12]}` (`{result['command']}`). The last column is the mean advantage of "
+        f"`{result['provenance']['commit'][:12]}` (`{result['command']}`). The last column is the "
+        "mean advantage of "
         f"{_REFERENCE.removeprefix('ours: ')} of this library over the method, image by image.",
         "",
         "| method | symmetric KL | gradients | queries | advantage of ours |",

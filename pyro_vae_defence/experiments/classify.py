@@ -50,7 +50,8 @@ def train_classifier(
     models: str | os.PathLike[str] | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> WeightCard:
-    """Train the classifier ``name`` of the registry; writes ``NAME.safetensors`` and its card to ``output``.
+    """Train the classifier ``name`` of the registry; writes ``NAME.safetensors`` and its card to
+    ``output``.
 
     Args:
         name: a name of :data:`pyro_vae_defence.experiments.registry.CLASSIFIERS`.

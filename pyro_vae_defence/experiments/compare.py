@@ -1,12 +1,13 @@
-"""Every defence and control against the paper's encoder attack, over its radius: one result file per dataset.
+"""Every defence and control against the paper's encoder attack, over its radius: one result file
+per dataset.
 
 For each radius and defence a cell holds, with 95% intervals over images:
 
-- the similarity of reconstructions before and after the attack, for one draw of the defence and for the mean of its
-  draws;
-- how often the class of the attacked image is the label, and how often it is the class that the *undefended* model
-  gives the reference, a yardstick no defence can bend; the same for clean images and for random noise of the attack's
-  radius;
+- the similarity of reconstructions before and after the attack, for one draw of the defence and for
+  the mean of its draws;
+- how often the class of the attacked image is the label, and how often it is the class that the
+  *undefended* model gives the reference, a yardstick no defence can bend; the same for clean images
+  and for random noise of the attack's radius;
 - how well the chains tell attacked images from clean ones and from noise;
 - gradients and seconds per image.
 """
@@ -58,7 +59,8 @@ CALIBRATION_RADII = (0.0, 0.05, 0.1, 0.2, 0.3)
 CALIBRATION_IMAGES = 100
 """Radii of a defence that leaves it open, and clean validation images for its penalties."""
 
-# Classifiers of means read means, or are shown what draws do to them; classifiers of draws read draws.
+# Classifiers of means read means, or are shown what draws do to them; classifiers of draws read
+# draws.
 _READINGS: dict[str, tuple[Any, ...]] = {
     "mean": ("last", "draws", "mean", "reencoded"),
     "guide": ("last", "draws"),
@@ -74,7 +76,8 @@ def compare(
     overrides: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Compare defences on the dataset ``name``; cells that the result file already holds are not run again.
+    """Compare defences on the dataset ``name``; cells that the result file already holds are not
+    run again.
 
     Args:
         name: a name of :data:`pyro_vae_defence.experiments.registry.COMPARISONS`.
@@ -85,7 +88,8 @@ def compare(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for an unknown name or override, weights that are missing, or a result file of another run.
+        ValueError: for an unknown name or override, weights that are missing, or a result file of
+            another run.
     """
     if name not in COMPARISONS:
         raise ValueError(f"no comparison named {name!r}; choose one of {', '.join(COMPARISONS)}")
@@ -265,7 +269,8 @@ class _Study:
         return named_defence(self.vae, name, self.config, radius, self.unknown_radius)
 
     def same(self, name: str, radius: float, cells: dict[str, Any]) -> str | None:
-        """A defence among ``cells`` that at this radius is ``name``, as ``aware`` is ``aware_0.1`` at 0.1."""
+        """A defence among ``cells`` that at this radius is ``name``, as ``aware`` is ``aware_0.1``
+        at 0.1."""
         return next(
             (c for c in cells if self._resolved(c, radius) == self._resolved(name, radius)), None
         )
@@ -289,7 +294,8 @@ class _Study:
     def _run(
         self, name: str, radius: float, defence: Defence, kind: str, x: Tensor
     ) -> DefenceResult:
-        """Defend images to be classified; clean ones once, if the defence does not depend on the attack's radius."""
+        """Defend images to be classified; clean ones once, if the defence does not depend on the
+        attack's radius."""
         generator = self._generator(f"classify {kind}")
         if kind != "clean":
             return defence(x, generator)
@@ -311,7 +317,8 @@ class _Study:
         runs: dict[str, DefenceResult],
         inputs: _Inputs,
     ) -> dict[str, Any]:
-        """Reading/classifier -> share of images with the right class, and with the reference's, per kind of image."""
+        """Reading/classifier -> share of images with the right class, and with the reference's, per
+        kind of image."""
         reference = self._undefended(task, inputs.classified["clean"])
         label = self._labels(task)[: len(reference)]
         predictions = {
@@ -348,7 +355,8 @@ class _Study:
         }
 
     def _detection(self, defence: MCMCDefence, runs: dict[str, DefenceResult]) -> dict[str, Any]:
-        """Score -> other images -> AUROC and false positive rate at 95% of attacked images caught."""
+        """Score -> other images -> AUROC and false positive rate at 95% of attacked images
+        caught."""
         scores = {
             kind: detection_scores(defence, run, self.vae.mean_posterior_variance)
             for kind, run in runs.items()

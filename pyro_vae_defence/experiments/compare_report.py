@@ -19,7 +19,8 @@ from pyro_vae_defence.experiments.markdown import interval, row, source
 def write_comparison(
     results: str | os.PathLike[str], images: str | os.PathLike[str]
 ) -> tuple[Path, list[Path]]:
-    """Write ``tables.md`` beside the result files of a directory, and their figures into ``images``.
+    """Write ``tables.md`` beside the result files of a directory, and their figures into
+    ``images``.
 
     Raises:
         ValueError: if the directory holds no result file.
@@ -34,7 +35,8 @@ def _figures(result: dict[str, Any]) -> dict[str, Figure]:
 
 
 def section(name: str, result: dict[str, Any], figures: list[str]) -> str:
-    """Markdown of one dataset: a table per fully measured radius, ways of classifying, detection, figures."""
+    """Markdown of one dataset: a table per fully measured radius, ways of classifying, detection,
+    figures."""
     config = result["config"]
     clean = ", ".join(f"{task} {_text(value)}" for task, value in result["clean"].items())
     floor = next(iter(result["noise_floor"].values()))
@@ -68,9 +70,11 @@ def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) ->
     yield ""
     yield (
         f"{some['num_attacks']} attacks on {result['config']['num_references']} references, "
-        f"{some['num_classified']} images classified (reading `{result['config']['reading']}`; no defence: by the "
+        f"{some['num_classified']} images classified (reading `{result['config']['reading']}`; no "
+        "defence: by the "
         f"{UNDEFENDED_READING}). 95% intervals over images. "
-        f"*Verdict*: against the best control, on {result['metric']} of the mean of draws and on correct {tasks[0]} "
+        f"*Verdict*: against the best control, on {result['metric']} of the mean of draws and on "
+        f"correct {tasks[0]} "
         "under attack."
     )
     yield ""
@@ -102,7 +106,8 @@ def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) ->
 
 
 def verdict(result: dict[str, Any], cells: dict[str, Any], name: str) -> str:
-    """Whether a defence beats the best control of its table, on similarity and on accuracy under attack.
+    """Whether a defence beats the best control of its table, on similarity and on accuracy under
+    attack.
 
     *Better* and *worse* are said only where the 95% intervals do not overlap.
     """
@@ -187,7 +192,8 @@ def _detection_table(radius: float, cells: dict[str, Any]) -> Iterator[str]:
 
 
 def radius_figure(result: dict[str, Any]) -> Figure:
-    """Accuracy under attack and similarity against the attack's radius, a line per defence; controls are dashed."""
+    """Accuracy under attack and similarity against the attack's radius, a line per defence;
+    controls are dashed."""
     task = next(iter(result["clean"]))
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -214,7 +220,8 @@ def radius_figure(result: dict[str, Any]) -> Figure:
 
 
 def cost_figure(result: dict[str, Any]) -> Figure:
-    """Accuracy and similarity at one radius against gradients per image; what needs none stands at 0 as a line."""
+    """Accuracy and similarity at one radius against gradients per image; what needs none stands at
+    0 as a line."""
     radius, task = result["config"]["cost_radius"], next(iter(result["clean"]))
     free = {
         name: cell

@@ -18,21 +18,21 @@ class TrainConfig:
     """How a named model is trained.
 
     The paper trains for 300 epochs with a plateau rule; the one-cycle schedule reaches a comparable
-    likelihood in a tenth of that, which is what these models can afford. For the same reason the variants
-    of a model start from the trained plain one and are trained until they have adapted.
+    likelihood in a tenth of that, which is what these models can afford. For the same reason the
+    variants of a model start from the trained plain one and are trained until they have adapted.
 
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
         objective: which objective of :mod:`pyro_vae_defence.objectives`.
-        start_from: name of a trained model whose weights the training starts from; random ones when ``None``.
-            AVAE-SS, which post-processes a trained model, needs it.
+        start_from: name of a trained model whose weights the training starts from; random ones when
+            ``None``. AVAE-SS, which post-processes a trained model, needs it.
         beta: weight of the KL (``beta``) or total correlation (``beta_tcvae``) term.
         estimator: minibatch estimator of the total correlation.
         radius: L_inf radius of SE's perturbations.
         gamma: SE's coupling strength.
         rho: AVAE's correlation (Cemgil et al. 2020).
-        architecture: fields of :class:`~pyro_vae_defence.models.nvae.NVAEConfig` for an NVAE; ``None`` is the
-            paper's convolutional VAE.
+        architecture: fields of :class:`~pyro_vae_defence.models.nvae.NVAEConfig` for an NVAE;
+            ``None`` is the paper's convolutional VAE.
         kl_anneal: share of the training in which NVAE's KL weight rises to 1.
         penalty: weight of NVAE's spectral and batch-norm penalties.
         epochs: passes over the training set.
@@ -40,7 +40,8 @@ class TrainConfig:
         schedule: see :class:`pyro_vae_defence.training.FitConfig`.
         batch_size: images per step.
         images_per_epoch: images drawn per epoch; all of them when ``None``.
-        half: store the weights in float16, unless that changes the validation -ELBO by more than 0.01 nats.
+        half: store the weights in float16, unless that changes the validation -ELBO by more than
+            0.01 nats.
         seed: seed of initialisation, order and noise.
     """
 
@@ -82,8 +83,9 @@ class DefendConfig:
         radius: L_inf radius of the attack, in units of the image range.
         num_references: class-stratified test images.
         num_restarts: attacks per reference; all of them count, not the worst.
-        defences: which defences to run: ``none``, ``paper`` (the published setting), and ``hmc`` and ``nuts``, this
-            library's kernels in the metric of the training set's mean posterior variance.
+        defences: which defences to run: ``none``, ``paper`` (the published setting), and ``hmc``
+            and ``nuts``, this library's kernels in the metric of the training set's mean posterior
+            variance.
         num_samples, warmup_steps, num_steps, step_size: of ``hmc`` and ``nuts``.
         seed: seed of references, attack and defences.
     """
@@ -112,7 +114,8 @@ HierarchyDefenceName = Literal["none", "paper", "hmc", "aware"]
 
 @dataclass(frozen=True)
 class HierarchyConfig:
-    """One panel of Figure 4: attacks on the top latent groups of an NVAE, and defences on all groups at once.
+    """One panel of Figure 4: attacks on the top latent groups of an NVAE, and defences on all
+    groups at once.
 
     Args:
         model: name of a trained NVAE, or what to call the one of an official checkpoint.
@@ -124,15 +127,17 @@ class HierarchyConfig:
         num_restarts: attacks per reference; all of them count, not the worst.
         attack_steps: gradient steps of an attack.
         column: which label to stratify by, where there are several.
-        defences: which defences to run: ``none``, ``paper`` (the published setting), ``hmc`` (this library's HMC on the
-            paper's target, in the metric of the training set's mean posterior variance) and ``aware`` (the same on
-            the perturbation-aware target).
+        defences: which defences to run: ``none``, ``paper`` (the published setting), ``hmc`` (this
+            library's HMC on the paper's target, in the metric of the training set's mean posterior
+            variance) and ``aware`` (the same on the perturbation-aware target).
         delta: L_inf radius that ``aware`` assumes; the attack's when ``None``.
-        noncentred: whether ``hmc`` and ``aware`` move the noise of the latents instead of the latents.
+        noncentred: whether ``hmc`` and ``aware`` move the noise of the latents instead of the
+            latents.
         num_samples, warmup_steps, num_steps, step_size: of ``hmc`` and ``aware``.
         metric_images: training images the metric is measured on, if the model comes without.
         batch_size: most images at once, which bounds the memory.
-        checkpointing: recompute activations in backward passes, which bounds the memory of large models.
+        checkpointing: recompute activations in backward passes, which bounds the memory of large
+            models.
         device: torch device everything runs on.
         seed: seed of references, attacks and defences.
     """
@@ -169,7 +174,8 @@ class HierarchyConfig:
             isinstance(k, int) and k >= 1 for k in self.groups
         ):
             raise ValueError(
-                f"groups must be a tuple of numbers of at least 1, such as (1, 2, 4), got {self.groups!r}"
+                "groups must be a tuple of numbers of at least 1, such as (1, 2, 4), got "
+                f"{self.groups!r}"
             )
 
 
@@ -182,8 +188,8 @@ class EvaluateConfig:
         num_images: class-stratified test images; the full test set when ``None``.
         num_samples: importance samples per image.
         rows: pairs of image and sample computed at once, which bounds the memory.
-        features: trained feature extractor for the Fréchet distance between as many samples of the model as there are
-            images, and the images; ``None`` leaves it out.
+        features: trained feature extractor for the Fréchet distance between as many samples of the
+            model as there are images, and the images; ``None`` leaves it out.
         ais_images: of so many of the images, the NLL by annealed importance sampling as well.
         ais_steps, ais_chains: temperatures and chains of that.
         seed: seed of the choice of images and of all draws.
@@ -205,21 +211,24 @@ LatentInputs = Literal["mean", "guide", "posterior"]
 
 @dataclass(frozen=True)
 class ClassifierConfig:
-    """How a classifier is trained; the defaults are the paper's downstream task, but for the batch size, which it
-    does not state.
+    """How a classifier is trained; the defaults are the paper's downstream task, but for the batch
+    size, which it does not state.
 
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
-        model: trained model whose latents are classified, linearly; ``None`` classifies images by a small
-            convolutional network.
-        inputs: which latents: the guide's ``"mean"``, draws from the ``"guide"``, or draws from the ``"posterior"``
-            p(z|x) by HMC.
+        model: trained model whose latents are classified, linearly; ``None`` classifies images by a
+            small convolutional network.
+        inputs: which latents: the guide's ``"mean"``, draws from the ``"guide"``, or draws from the
+            ``"posterior"`` p(z|x) by HMC.
         num_draws: draws per image, where they are draws.
-        num_images: class-stratified training images, and a tenth of that for validation and test; all when ``None``.
-        radius: L_inf radius of the perturbations that the chains assume; 0 for the paper's posterior.
+        num_images: class-stratified training images, and a tenth of that for validation and test;
+            all when ``None``.
+        radius: L_inf radius of the perturbations that the chains assume; 0 for the paper's
+            posterior.
         column: which label, where there are several (ColorMNIST: 0 digit, 1 colour).
         optimiser: ``"sgd"`` or ``"adam"``.
-        learning_rate: at the start; halved when the validation loss has not fallen for ``patience`` epochs.
+        learning_rate: at the start; halved when the validation loss has not fallen for ``patience``
+            epochs.
         patience: epochs.
         early_stop: stop when the validation loss has not fallen for so many epochs.
         max_epochs: stop in any case.
@@ -280,7 +289,8 @@ def defence_spec(name: str) -> DefenceSpec:
         if radius_fits and transitions_fit:
             return DefenceSpec(found["kind"], radius, transitions)
     raise ValueError(
-        f"defences has no {name!r}; known are none, {', '.join(dict.fromkeys(CHAINS + MODES + CONTROLS))}, "
+        f"defences has no {name!r}; known are none, "
+        f"{', '.join(dict.fromkeys(CHAINS + MODES + CONTROLS))}, "
         f"{', '.join(f'{kind}_RADIUS' for kind in WITH_RADIUS)} and KIND@TRANSITIONS for chains"
     )
 
@@ -289,12 +299,13 @@ def defence_spec(name: str) -> DefenceSpec:
 class CompareConfig:
     """Every defence and control against the encoder attack of the paper, over its radius.
 
-    Defences are named: ``none``; ``hmc``, chains on the paper's target; ``aware``, chains on the perturbation-aware
-    one, ``aware_unknown`` with a radius left open; ``aware_mode``, the mode of that target. Controls: ``mode``, the
-    mode of the paper's target; ``encoder_samples``, ``dark_clip``, ``extreme_clip``, ``median``, ``gaussian``
-    (:mod:`pyro_vae_defence.defence.controls`). What assumes a radius assumes the attack's own, or that of its name, as
-    in ``aware_0.1``. ``@20`` appended means one chain of 20 transitions, half of them warm-up, instead of the settings
-    below.
+    Defences are named: ``none``; ``hmc``, chains on the paper's target; ``aware``, chains on the
+    perturbation-aware one, ``aware_unknown`` with a radius left open; ``aware_mode``, the mode of
+    that target. Controls: ``mode``, the mode of the paper's target; ``encoder_samples``,
+    ``dark_clip``, ``extreme_clip``, ``median``, ``gaussian``
+    (:mod:`pyro_vae_defence.defence.controls`). What assumes a radius assumes the attack's own, or
+    that of its name, as in ``aware_0.1``. ``@20`` appended means one chain of 20 transitions, half
+    of them warm-up, instead of the settings below.
 
     Args:
         model: name of a trained VAE; its classifiers are found by name.
@@ -303,7 +314,8 @@ class CompareConfig:
         inputs: what the classifiers were trained on; see :class:`ClassifierConfig`.
         reading: how classifiers read a defence in the main table; all readings are in the result.
         radii: L_inf radii of the attack, in units of the image range; 0 for no attack.
-        full_radii: radii with all references, restarts and images; the others have those of the curve.
+        full_radii: radii with all references, restarts and images; the others have those of the
+            curve.
         num_references: class-stratified test images whose reconstructions are compared.
         num_restarts: attacks per reference; all of them count.
         num_images: class-stratified test images that are classified.
@@ -362,7 +374,8 @@ class CompareConfig:
             defence_spec(name)
         if "mean" not in self.inputs or not set(self.inputs) <= set(get_args(LatentInputs)):
             raise ValueError(
-                f"inputs must hold 'mean' and names from {get_args(LatentInputs)}, got {self.inputs}"
+                f"inputs must hold 'mean' and names from {get_args(LatentInputs)}, got "
+                f"{self.inputs}"
             )
         for radius in (*self.radii, self.cost_radius):
             if not 0 <= radius <= 1:
@@ -382,7 +395,8 @@ def _check_chains(config: Any) -> None:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What the benchmark of the sampler engine runs; see ``docs/benchmark.md`` for what it measures.
+    """What the benchmark of the sampler engine runs; see ``docs/benchmark.md`` for what it
+    measures.
 
     Args:
         model: name of a trained model with Bernoulli likelihood.
@@ -390,15 +404,17 @@ class BenchmarkConfig:
         radii: L_inf radii of the attack on the encoder.
         num_images: attacked images, class-stratified.
         num_chains: chains per image.
-        samplers: names of :data:`~pyro_vae_defence.experiments.benchmark.samplers.SAMPLERS`; all when ``None``.
-        max_gradients: budget per chain; samplers known to be slow get a multiple of it and of the warm-up.
+        samplers: names of :data:`~pyro_vae_defence.experiments.benchmark.samplers.SAMPLERS`; all
+            when ``None``.
+        max_gradients: budget per chain; samplers known to be slow get a multiple of it and of the
+            warm-up.
         warmup_gradients: of these, spent on adaptation.
         window: length of the running mean, in gradients.
         tolerance: distance in nats from the gold run's mean energy that counts as reached.
         similarity_every: least number of gradients between two similarities.
         gold_warmup, gold_gradients: gradients per chain of the gold run.
-        ess_images, ess_gradients: images, and gradients per chain after warm-up, of the effective sample size; 0
-            gradients leave it out.
+        ess_images, ess_gradients: images, and gradients per chain after warm-up, of the effective
+            sample size; 0 gradients leave it out.
         timed_gradients: gradients per turn when kernels are timed.
         matmul_size: side of the matrices that give the machine's rate.
         rows: batch sizes of the decoder's gradient.
@@ -449,7 +465,8 @@ class BenchmarkConfig:
                 raise ValueError(f"{name} must be a tuple such as (1, 2), got {value!r}")
         if not 0 <= self.engine_warmup < self.engine_transitions:
             raise ValueError(
-                f"engine_warmup must lie in 0..{self.engine_transitions - 1}, below engine_transitions, "
+                f"engine_warmup must lie in 0..{self.engine_transitions - 1}, below "
+                "engine_transitions, "
                 f"got {self.engine_warmup}"
             )
         if not 0 < self.warmup_gradients < self.max_gradients:
@@ -466,15 +483,17 @@ ENGINES = ("APGD", "PGD", "MomentumPGD")
 class RobustnessConfig:
     """The whole suite of adaptive attacks against a model without and with defences.
 
-    The defaults make one dataset and radius a matter of tens of minutes on one thread. The fields from ``num_steps`` on
-    are those of :class:`pyro_vae_defence.robustness.Budget`.
+    The defaults make one dataset and radius a matter of tens of minutes on one thread. The fields
+    from ``num_steps`` on are those of :class:`pyro_vae_defence.robustness.Budget`.
 
     Args:
         model: name of a trained model; the classifier is the one of its name.
         radius: L_inf radius of the attack, and what the perturbation-aware defence assumes.
-        defences: ``none``; ``hmc``, chains on the paper's target, whitened; ``aware``, on the perturbation-aware one.
+        defences: ``none``; ``hmc``, chains on the paper's target, whitened; ``aware``, on the
+            perturbation-aware one.
         targets: ``reconstruction`` (MSSSIM) and ``classification`` (accuracy).
-        attacks: names of :data:`pyro_vae_defence.robustness.KNOWLEDGE`; unrolling whole chains is left out.
+        attacks: names of :data:`pyro_vae_defence.robustness.KNOWLEDGE`; unrolling whole chains is
+            left out.
         engine: optimiser of :mod:`pyro_vae_defence.attacks`.
         reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`.
         num_images: class-stratified test images.
@@ -537,21 +556,23 @@ class RobustnessConfig:
 class AttackConfig:
     """Attacks on the encoder and on the classifiers of a trained model, as in Tables 2 and 3.
 
-    The objectives are the paper's, the optimiser is APGD. A defence is the same whatever the attack's radius: what
-    assumes one is named with it.
+    The objectives are the paper's, the optimiser is APGD. A defence is the same whatever the
+    attack's radius: what assumes one is named with it.
 
     Args:
         model: name of a trained VAE; its classifiers are found by name.
         radii: L_inf radii of the attacks, in units of the image range.
-        defences: names as in :class:`CompareConfig`, such as ``hmc``, ``aware_0.2`` or ``dark_clip_0.2``.
-        num_references, num_restarts: class-stratified test images whose encodings are attacked, and how often; all
-            restarts count.
+        defences: names as in :class:`CompareConfig`, such as ``hmc``, ``aware_0.2`` or
+            ``dark_clip_0.2``.
+        num_references, num_restarts: class-stratified test images whose encodings are attacked, and
+            how often; all restarts count.
         num_images: class-stratified test images whose classes are attacked, once for every label.
         attack_steps: of an attack.
-        reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`; without a defence it
-            reads the guide's mean.
-        num_samples, warmup_steps, num_chains, num_steps, step_size, burn_in: of the chains. Images attacked this hard
-            are encoded so far away that chains without a burn-in end on their way.
+        reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`;
+            without a defence it reads the guide's mean.
+        num_samples, warmup_steps, num_chains, num_steps, step_size, burn_in: of the chains. Images
+            attacked this hard are encoded so far away that chains without a burn-in end on their
+            way.
         seed: seed of images, attacks and defences.
     """
 
@@ -603,27 +624,32 @@ AttackObjective = Literal[
 
 @dataclass(frozen=True)
 class FiguresConfig:
-    """Figures 5, 10, 11, 12 and 16 of the paper: attackers that know the defence or not, and what attacks maximise.
+    """Figures 5, 10, 11, 12 and 16 of the paper: attackers that know the defence or not, and what
+    attacks maximise.
 
     The defaults make one dataset a matter of minutes on one thread.
 
     Args:
         model: name of a trained model; the classifier is the one of its name.
-        radii: L_inf radii of the attackers that do or do not know the defence, in units of the image range.
-        gradients: of the attacker who does, names of :mod:`pyro_vae_defence.attacks.adaptive`: ``bpda``, ``truncated``
-            or ``equilibrium``. All are tried and the best result is kept, image by image.
-        num_chains: chains per image that this attacker averages over, and draws of the guide for the other one.
+        radii: L_inf radii of the attackers that do or do not know the defence, in units of the
+            image range.
+        gradients: of the attacker who does, names of :mod:`pyro_vae_defence.attacks.adaptive`:
+            ``bpda``, ``truncated`` or ``equilibrium``. All are tried and the best result is kept,
+            image by image.
+        num_chains: chains per image that this attacker averages over, and draws of the guide for
+            the other one.
         persistent_transitions: transitions of these chains per step; they go on from the last step.
         unrolled_transitions: how many of the last transitions ``truncated`` differentiates.
-        objectives: what is compared, ``output`` being maximum damage or the targeted output attack; see
-            :mod:`pyro_vae_defence.attacks.objectives`.
+        objectives: what is compared, ``output`` being maximum damage or the targeted output attack;
+            see :mod:`pyro_vae_defence.attacks.objectives`.
         objective_radii: L_inf radii of these attacks.
         engine: optimiser of :mod:`pyro_vae_defence.attacks`, of all attacks.
         num_steps: its steps.
-        num_images: class-stratified test images, not one more than a multiple of the classes: the target of an
-            image is the image before it.
+        num_images: class-stratified test images, not one more than a multiple of the classes: the
+            target of an image is the image before it.
         num_examples: of these, the first ones, that are kept to be shown.
-        reading: how the classifier reads the defence's draws, see :mod:`pyro_vae_defence.defence.classifier`.
+        reading: how the classifier reads the defence's draws, see
+            :mod:`pyro_vae_defence.defence.classifier`.
         num_samples, warmup_steps, leapfrog_steps, step_size: of the defence's chains.
         seed: seed of images, attacks and defences.
     """
@@ -668,7 +694,8 @@ class FiguresConfig:
             check_integer(name, getattr(self, name), 2)
         if not 1 <= self.num_examples <= self.num_images:
             raise ValueError(
-                f"num_examples must lie in 1..num_images = {self.num_images}, got {self.num_examples!r}"
+                f"num_examples must lie in 1..num_images = {self.num_images}, got "
+                f"{self.num_examples!r}"
             )
 
 

@@ -83,7 +83,8 @@ def named_defence(
     radius: float | None = None,
     unknown_radius: Callable[[], UnknownRadius] | None = None,
 ) -> Any:
-    """The defence or control of a name; see :class:`~pyro_vae_defence.experiments.config.CompareConfig`.
+    """The defence or control of a name; see
+    :class:`~pyro_vae_defence.experiments.config.CompareConfig`.
 
     Args:
         vae: a trained VAE.

@@ -32,7 +32,8 @@ def interval_curve(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure atomically; equal figures make equal files, since neither date nor version is in them."""
+    """Write a figure atomically; equal figures make equal files, since neither date nor version is
+    in them."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())
@@ -55,14 +56,17 @@ def write_pages(
     figures: Callable[[dict[str, Any]], Mapping[str, Figure]],
     section: Callable[[str, dict[str, Any], list[str]], str],
 ) -> tuple[Path, list[Path]]:
-    """Write ``tables.md`` beside the result files of a directory, and their figures into ``images``.
+    """Write ``tables.md`` beside the result files of a directory, and their figures into
+    ``images``.
 
     Args:
         results: directory of the result files.
         images: directory of the figures, ``COMMAND_NAME_WHAT.png``.
         command: the experiment the files are of.
-        figures: from a result to its figures by what they show; no more than a name where that is empty.
-        section: Markdown of a result, from its file's name, the result and the relative paths of its figures.
+        figures: from a result to its figures by what they show; no more than a name where that is
+            empty.
+        section: Markdown of a result, from its file's name, the result and the relative paths of
+            its figures.
 
     Raises:
         ValueError: if the directory holds no result file.

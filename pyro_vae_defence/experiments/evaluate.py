@@ -37,16 +37,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the trained model ``name`` on test images of its own dataset.
 
-    Writes ``NAME.json`` to ``output`` (``NAME_full.json`` for the full test set), and the metrics into the model's
-    card under ``test``.
+    Writes ``NAME.json`` to ``output`` (``NAME_full.json`` for the full test set), and the metrics
+    into the model's card under ``test``.
 
     Args:
         name: name of a trained model.
         output: directory of the result file.
         root: directory of the datasets.
         models: directory of weights and cards; the packaged ones when ``None``.
-        overrides: fields of :class:`~pyro_vae_defence.experiments.config.EvaluateConfig` to change; they are
-            recorded in the result.
+        overrides: fields of :class:`~pyro_vae_defence.experiments.config.EvaluateConfig` to change;
+            they are recorded in the result.
 
     Raises:
         ValueError: for an unknown name or override.
@@ -95,7 +95,8 @@ def measure(
     """NLL, MSE of one-sample reconstructions, and active units of any Pyro VAE on images ``x``.
 
     Returns:
-        Metric's full name -> estimate and 95% interval over images, or active and all units per site.
+        Metric's full name -> estimate and 95% interval over images, or active and all units per
+        site.
     """
     ais: dict[str, Any] = {}
     nll = metrics.nll(vae, x, config.num_samples, config.rows, generator)
@@ -141,7 +142,8 @@ def measure(
 def sample(
     vae: VAE, like: Tensor, rows: int = 1000, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Means of p(x | z) at draws from the prior, clamped to [0, 1]: as many images as ``like`` has, of its shape."""
+    """Means of p(x | z) at draws from the prior, clamped to [0, 1]: as many images as ``like`` has,
+    of its shape."""
     seed = draw_seed(generator)
     images = []
     with program.evaluation_mode(vae):

@@ -1,24 +1,27 @@
 r"""Figures 5, 10, 11, 12 and 16: what an attacker knows, and what an attacker maximises.
 
-Section ``knowledge`` (section 4.4, C.3). Two attackers maximise :math:`\|\tilde z^a - \tilde z^r\|^2` (eq. 64) in
-L_inf balls, with :math:`\tilde z^a, \tilde z^r \sim q^{(t)}` (eqs. 65, 66): the one of ``without_mcmc`` with t = 0,
-against the guide alone, the one of ``with_mcmc`` with the t transitions of the defence, by gradients of
-:mod:`pyro_vae_defence.attacks.adaptive`, of whose results the one with the largest objective on fresh chains is kept,
-image by image. :math:`\tilde z^r` enters by its mean, since
+Section ``knowledge`` (section 4.4, C.3). Two attackers maximise :math:`\|\tilde z^a - \tilde
+z^r\|^2` (eq. 64) in L_inf balls, with :math:`\tilde z^a, \tilde z^r \sim q^{(t)}` (eqs. 65, 66):
+the one of ``without_mcmc`` with t = 0, against the guide alone, the one of ``with_mcmc`` with the t
+transitions of the defence, by gradients of :mod:`pyro_vae_defence.attacks.adaptive`, of whose
+results the one with the largest objective on fresh chains is kept, image by image. :math:`\tilde
+z^r` enters by its mean, since
 
 .. math:: E\|\tilde z^a - \tilde z^r\|^2 = E\|\tilde z^a - E\tilde z^r\|^2 + \mathrm{tr}\,\mathrm{Var}(\tilde z^r).
 
-Section ``objectives`` (C.6). All that an attacker may maximise, unsupervised, and supervised towards the image of
-another class, with one optimiser and budget.
+Section ``objectives`` (C.6). All that an attacker may maximise, unsupervised, and supervised
+towards the image of another class, with one optimiser and budget.
 
 Every attack leaves a *cell* of means over images with 95% intervals:
 
-- ``ms_ssim``: similarity of the reference to the attacked image (``images``), and of the reference's reconstruction,
-  one undefended draw, to the attacked image's, ``undefended`` and ``defended`` by HMC on the paper's target;
+- ``ms_ssim``: similarity of the reference to the attacked image (``images``), and of the
+  reference's reconstruction, one undefended draw, to the attacked image's, ``undefended`` and
+  ``defended`` by HMC on the paper's target;
 - ``unchanged``: how often the class is what the undefended model gives the reference;
 - ``symmetric_kl`` of the guides at reference and attacked image, in nats;
 - supervised, ``target_ms_ssim`` and ``target_symmetric_kl``: the same to the target;
-- in ``knowledge``, ``examples``: a picture of the first images, and below them both reconstructions.
+- in ``knowledge``, ``examples``: a picture of the first images, and below them both
+  reconstructions.
 
 Budgets are those of :class:`~pyro_vae_defence.experiments.config.FiguresConfig`.
 """
@@ -82,7 +85,8 @@ def figures(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for an unknown name or override, missing weights, or a result file of another run.
+        ValueError: for an unknown name or override, missing weights, or a result file of another
+            run.
     """
     if name not in FIGURES:
         raise ValueError(f"no figures named {name!r}; choose one of {', '.join(FIGURES)}")
@@ -140,7 +144,8 @@ def _load(
     labels = test_set.labels[chosen]
     if bool((labels == labels.roll(1)).any()):
         raise ValueError(
-            f"num_images={config.num_images} leaves an image whose target is of its own class; ask for one more"
+            f"num_images={config.num_images} leaves an image whose target is of its own class; "
+            "ask for one more"
         )
     return _Study(config, vae, classifier, test_set.images(chosen), labels), weights
 
@@ -273,7 +278,8 @@ class _Study:
         return attacks.targeted_output(self.vae, target)
 
     def _latent_distance(self, gradient: str, generator: torch.Generator) -> PreparedObjective:
-        """Equation 64: with ``"exact"`` of the guide alone, else of the defended guide by this gradient."""
+        """Equation 64: with ``"exact"`` of the guide alone, else of the defended guide by this
+        gradient."""
         number = self.config.num_chains
         if gradient == "exact":
             score = adaptive.latent_distance(functools.partial(program.posterior_mean, self.vae))

@@ -35,7 +35,8 @@ _PANELS = {
 
 
 class _Measure(NamedTuple):
-    """A quantity of cells: its key, what it is called, where a successful attack moves it, how it is printed."""
+    """A quantity of cells: its key, what it is called, where a successful attack moves it, how it
+    is printed."""
 
     key: str
     title: str
@@ -66,7 +67,8 @@ _MEASURES = (
 def write_figures(
     results: str | os.PathLike[str], images: str | os.PathLike[str]
 ) -> tuple[Path, list[Path]]:
-    """Write ``tables.md`` beside the result files of a directory, and their figures into ``images``.
+    """Write ``tables.md`` beside the result files of a directory, and their figures into
+    ``images``.
 
     Raises:
         ValueError: if the directory holds no result file.
@@ -89,11 +91,15 @@ def section(result: dict[str, Any], figures: list[str] | None = None) -> str:
     lines = [
         f"## {result['experiment'].removeprefix('figures ')}",
         "",
-        f"{config['num_images']} images, model `{config['model']}`, seed {config['seed']}; L_inf balls. Every attack: "
-        f"{config['num_steps']} steps of {config['engine']} from one random start. Defence: one HMC chain per image on "
+        f"{config['num_images']} images, model `{config['model']}`, seed {config['seed']}; L_inf "
+        "balls. Every attack: "
+        f"{config['num_steps']} steps of {config['engine']} from one random start. Defence: one "
+        "HMC chain per image on "
         f"the paper's target, {config['warmup_steps']} + {config['num_samples']} transitions of "
-        f"{config['leapfrog_steps']} leapfrog steps on average, whitened; its last draw is decoded, classes are read "
-        f"by `{config['reading']}`. {result['metric']} of reconstructions is to one undefended draw at the "
+        f"{config['leapfrog_steps']} leapfrog steps on average, whitened; its last draw is "
+        "decoded, classes are read "
+        f"by `{config['reading']}`. {result['metric']} of reconstructions is to one undefended "
+        "draw at the "
         "reference. 95% intervals over images. Heuristic, not certified.",
         "",
         *(line for figure in figures or () for line in (f"![{Path(figure).stem}]({figure})", "")),
@@ -110,10 +116,13 @@ def _knowledge_table(result: dict[str, Any]) -> Iterator[str]:
     yield "### Attackers with and without knowledge of the defence (Figures 5, 10, 11)"
     yield ""
     yield (
-        f"Both maximise eq. 64, the one without knowledge over {config['num_chains']} draws of the guide per image and "
+        f"Both maximise eq. 64, the one without knowledge over {config['num_chains']} draws of "
+        "the guide per image and "
         f"step, the other over {config['num_chains']} chains, which go on from the last step for "
-        f"{config['persistent_transitions']} transition(s), by each of the gradients {', '.join(config['gradients'])}, "
-        "of whose results the one with the largest objective on fresh chains is kept, image by image."
+        f"{config['persistent_transitions']} transition(s), by each of the gradients "
+        f"{', '.join(config['gradients'])}, "
+        "of whose results the one with the largest objective on fresh chains is kept, image by "
+        "image."
     )
     yield ""
     metric = result["metric"]
@@ -185,7 +194,8 @@ def _label(objective: str) -> str:
 
 
 def knowledge_figure(result: dict[str, Any]) -> Figure:
-    """Similarity of images (blue) and reconstructions (orange) over the radius (Figures 5, 10 and 11)."""
+    """Similarity of images (blue) and reconstructions (orange) over the radius (Figures 5, 10 and
+    11)."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
     for axes, ((attacker, defence), place) in zip(panels, _PANELS.items(), strict=True):
@@ -213,7 +223,8 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
 
 
 def examples_figure(result: dict[str, Any]) -> Figure:
-    """Attacked images over the radius and their reconstructions, a row of panels per attacker (Figure 12)."""
+    """Attacked images over the radius and their reconstructions, a row of panels per attacker
+    (Figure 12)."""
     number = result["config"]["num_examples"]
     width, height = 0.6 * number + 0.1, 0.6 * len(_SHOWN) + 0.35
     columns = {"reference": dict.fromkeys(_ATTACKERS, result["clean"]["reference"])}
@@ -238,7 +249,8 @@ def examples_figure(result: dict[str, Any]) -> Figure:
 
 
 def objectives_figure(result: dict[str, Any]) -> Figure:
-    """What each objective does to each metric (Figure 16): a panel per metric, a row of them per kind of attack."""
+    """What each objective does to each metric (Figure 16): a panel per metric, a row of them per
+    kind of attack."""
     objectives = result["config"]["objectives"]
     figure = Figure(figsize=(3 * len(_MEASURES), 7), layout="constrained")
     grid = figure.subplots(len(KINDS), len(_MEASURES), sharey=True, squeeze=False)

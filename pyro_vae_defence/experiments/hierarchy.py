@@ -1,9 +1,10 @@
-"""Attack the top latent groups of an NVAE and defend it on all groups at once (section 4.3, Figure 4).
+"""Attack the top latent groups of an NVAE and defend it on all groups at once (section 4.3, Figure
+4).
 
-One result file per model and radius: for every number of attacked groups, the strength of the attack and one
-entry per defence. Images go through the model in parts of ``batch_size``; whatever is random comes from the
-images' own streams, so that the parts do not matter (but to the paper's setting on MNIST, whose one step size
-couples the images of a part).
+One result file per model and radius: for every number of attacked groups, the strength of the
+attack and one entry per defence. Images go through the model in parts of ``batch_size``; whatever
+is random comes from the images' own streams, so that the parts do not matter (but to the paper's
+setting on MNIST, whose one step size couples the images of a part).
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def defend_hierarchy(
         checkpoint: official checkpoint to defend, instead of a trained model of this library.
 
     Raises:
-        ValueError: for an unknown name or override, a model that is no NVAE, images that do not fit it, or a result
-            file of another configuration.
+        ValueError: for an unknown name or override, a model that is no NVAE, images that do not fit
+            it, or a result file of another configuration.
     """
     if name not in HIERARCHIES:
         raise ValueError(f"no experiment named {name!r}; choose one of {', '.join(HIERARCHIES)}")
@@ -186,7 +187,8 @@ def _undefended(
 
 
 def _attack(vae: NVAE, x_ref: Tensor, k: int, config: HierarchyConfig) -> tuple[Tensor, Tensor]:
-    """Attacked images, restarts in turn, and the symmetric KL they reach over the top ``k`` groups."""
+    """Attacked images, restarts in turn, and the symmetric KL they reach over the top ``k``
+    groups."""
     generator = _generator(config, "attack", k)
     attack = attacks.PGD(
         attacks.symmetric_kl(vae, sites=k),
@@ -201,7 +203,8 @@ def _attack(vae: NVAE, x_ref: Tensor, k: int, config: HierarchyConfig) -> tuple[
 
 
 def _metric(vae: NVAE, config: HierarchyConfig, root: str | os.PathLike[str] | None) -> Latents:
-    """Mean posterior variance of what ``hmc`` moves, over training images: nothing an attacker can change."""
+    """Mean posterior variance of what ``hmc`` moves, over training images: nothing an attacker can
+    change."""
     programs: VAE = vae.noncentred() if config.noncentred else vae
     stored = vae.mean_noise_variance if config.noncentred else vae.mean_posterior_variance
     if stored is None:

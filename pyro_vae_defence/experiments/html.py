@@ -1,4 +1,5 @@
-"""The robustness report as one HTML file: tables, curves and example images, nothing loaded from elsewhere."""
+"""The robustness report as one HTML file: tables, curves and example images, nothing loaded from
+elsewhere."""
 
 from __future__ import annotations
 
@@ -44,15 +45,18 @@ def robustness_page(results: Sequence[dict[str, Any]]) -> str:
     body = [
         "<h1>Robustness report</h1>",
         "<p>Figures are means over images with 95% bootstrap intervals; higher is more robust. "
-        "<em>Robust</em> is the per-image worst case over all attacks, scored on seeds that no attack has seen. "
+        "<em>Robust</em> is the per-image worst case over all attacks, scored on seeds that no "
+        "attack has seen. "
         "What attacks leave is an upper bound of the true robustness: heuristic, not certified. "
-        "A report whose checks fail, or that only transfer attacks have tested, is marked unreliable.</p>",
+        "A report whose checks fail, or that only transfer attacks have tested, is marked "
+        "unreliable.</p>",
         *_curves(results),
     ]
     for result in results:
         body += _result(result)
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness report</title>'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness '
+        "report</title>"
         f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
@@ -69,7 +73,8 @@ def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         axes = figure.subplots()
         for defence, points in lines.items():
-            # The clean figure of a defence that assumes a radius depends on it: that of the smallest.
+            # The clean figure of a defence that assumes a radius depends on it: that of the
+            # smallest.
             entries = [(0.0, points[0][1]["clean"]["mean"])]
             entries += [(radius, report["robust"]["mean"]) for radius, report in points]
             radii, figures = zip(*entries, strict=True)
@@ -93,8 +98,10 @@ def _result(result: dict[str, Any]) -> Iterator[str]:
     config, provenance = result["config"], result["provenance"]
     yield f"<section><h2>{escape(result['experiment'])}</h2>"
     yield (
-        f"<p><code>{escape(result['command'])}</code>, commit <code>{escape(provenance['commit'][:12])}</code>. "
-        f"{config['num_images']} images, model <code>{escape(config['model'])}</code>, seed {config['seed']}.</p>"
+        f"<p><code>{escape(result['command'])}</code>, commit "
+        f"<code>{escape(provenance['commit'][:12])}</code>. "
+        f"{config['num_images']} images, model <code>{escape(config['model'])}</code>, seed "
+        f"{config['seed']}.</p>"
     )
     rows = []
     for key, report in result["reports"].items():
@@ -179,8 +186,10 @@ def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
     )
     if "examples" in report:
         yield (
-            f"<p>The first images under their worst attack; rows from the top: {', '.join(EXAMPLES)}.</p>"
-            f'<img class="examples" width="560" alt="examples" src="data:image/png;base64,{report["examples"]}">'
+            "<p>The first images under their worst attack; rows from the top: "
+            f"{', '.join(EXAMPLES)}.</p>"
+            '<img class="examples" width="560" alt="examples" '
+            f'src="data:image/png;base64,{report["examples"]}">'
         )
 
 

@@ -1,7 +1,8 @@
-"""Numbers printed in the paper, to stand beside measured ones; nothing here is a result of this library.
+"""Numbers printed in the paper, to stand beside measured ones; nothing here is a result of this
+library.
 
-Source: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with MCMC",
-NeurIPS 2022, https://arxiv.org/abs/2203.09940.
+Source: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with
+MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ TABLE_7: dict[str, dict[str, float]] = {
     "color_mnist_tcvae_5": {"nll": 63.0, "mse": 574.8, "fid": 2.0},
     "color_mnist_tcvae_10": {"nll": 76.5, "mse": 806.2, "fid": 2.2},
 }
-"""Table 7 (appendix D.1), test set: NLL in nats by importance sampling with k = 1000, MSE per pixel on the scale
-0..255, FID on ColorMNIST alone. Model names are this library's; one-sample reconstructions, 300 epochs."""
+"""Table 7 (appendix D.1), test set: NLL in nats by importance sampling with k = 1000, MSE per pixel
+on the scale 0..255, FID on ColorMNIST alone. Model names are this library's; one-sample
+reconstructions, 300 epochs."""
 
 TABLE_2: dict[str, dict[str, dict[str, dict[str, float]]]] = {
     "mnist_vae": {
@@ -94,9 +96,9 @@ TABLE_2: dict[str, dict[str, dict[str, dict[str, float]]]] = {
         },
     },
 }
-"""Table 2 (section 4.2): model, defence, measure (MSSSIM under attacks on the encoder, adversarial accuracy under
-attacks on the classifier), radius. Its beta-VAE and beta-TCVAE have the MSE that Table 7 gives for beta = 2; those
-with HMC stand in Table 4 (appendix C.2) alone."""
+"""Table 2 (section 4.2): model, defence, measure (MSSSIM under attacks on the encoder, adversarial
+accuracy under attacks on the classifier), radius. Its beta-VAE and beta-TCVAE have the MSE that
+Table 7 gives for beta = 2; those with HMC stand in Table 4 (appendix C.2) alone."""
 
 TABLE_3: dict[str, dict[str, dict[str, dict[str, float]]]] = {
     "color_mnist_vae": {
@@ -166,5 +168,6 @@ TABLE_3: dict[str, dict[str, dict[str, dict[str, float]]]] = {
         },
     },
 }
-"""Table 3 (section 4.2), like Table 2; the figures of SE and AVAE are those it quotes from their authors, of SE-AVAE
-that for radius 0.1. For beta-VAE it prints the MSSSIM of MNIST's, 0.75 and 0.50; these here are Table 4's."""
+"""Table 3 (section 4.2), like Table 2; the figures of SE and AVAE are those it quotes from their
+authors, of SE-AVAE that for radius 0.1. For beta-VAE it prints the MSSSIM of MNIST's, 0.75 and
+0.50; these here are Table 4's."""

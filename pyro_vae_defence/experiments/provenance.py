@@ -12,7 +12,8 @@ _LIBRARIES = ("torch", "torchvision", "pyro-ppl", "numpy", "arviz")
 
 
 def commit() -> str:
-    """The checkout's commit, marked ``-dirty`` when the package differs from it; else the version."""
+    """The checkout's commit, marked ``-dirty`` when the package differs from it; else the
+    version."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

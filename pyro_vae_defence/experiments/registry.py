@@ -16,18 +16,20 @@ from pyro_vae_defence.experiments.config import (
     TrainConfig,
 )
 
-# An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as on MNIST.
+# An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as
+# on MNIST.
 _IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
 
 
 # Passes of a plain model, of which the others are variants.
 _EPOCHS = 40
 
-# SE searches a neighbour by 20 gradients of the encoder for every image it sees, twelve times the cost of
-# a plain step.
+# SE searches a neighbour by 20 gradients of the encoder for every image it sees, twelve times the
+# cost of a plain step.
 _SE_IMAGES = 30_000
 
-# The coupling that left MNIST most similar under attack, of .1, 1, 10 and 50 in trainings of 7,680 images.
+# The coupling that left MNIST most similar under attack, of .1, 1, 10 and 50 in trainings of 7,680
+# images.
 _SE_GAMMA = 10.0
 
 
@@ -99,11 +101,11 @@ MODELS: dict[str, TrainConfig] = {
     ),
 }
 """Models of the paper's tables: ``<dataset>_vae``, ``<dataset>_beta_vae_<beta>`` and
-``<dataset>_tcvae_<beta>`` (Table 7), ``<dataset>_vae_long``, the plain one after a second training as long as the
-first, and for MNIST and ColorMNIST ``<dataset>_se_<radius>``,
-``<dataset>_avae``, ``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); VAEs of two harder variants,
-``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``; and ``mnist_nvae``, a hierarchical VAE small enough to
-be trained on a processor."""
+``<dataset>_tcvae_<beta>`` (Table 7), ``<dataset>_vae_long``, the plain one after a second training
+as long as the first, and for MNIST and ColorMNIST ``<dataset>_se_<radius>``,
+``<dataset>_avae``, ``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); VAEs of two harder
+variants, ``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``; and ``mnist_nvae``, a
+hierarchical VAE small enough to be trained on a processor."""
 
 DEFENCES: dict[str, DefendConfig] = {
     f"{dataset}_radius_{radius:g}": DefendConfig(f"{dataset}_vae", radius)
@@ -135,8 +137,8 @@ HIERARCHIES: dict[str, HierarchyConfig] = {
         for radius in (0.05, 0.1)
     },
 }
-"""The attacks on hierarchical VAEs of Figure 4 and Table 8: ``<model>_radius_<radius>``. The weights of
-``celeba_nvae`` are the official ones and have to be given as a file."""
+"""The attacks on hierarchical VAEs of Figure 4 and Table 8: ``<model>_radius_<radius>``. The
+weights of ``celeba_nvae`` are the official ones and have to be given as a file."""
 
 
 ROBUSTNESS: dict[str, RobustnessConfig] = {
@@ -174,8 +176,8 @@ def _classifiers() -> dict[str, ClassifierConfig]:
     classifiers = {}
     for model, config in MODELS.items():
         for column, label in enumerate(_LABELS.get(config.dataset, ("",))):
-            # ColorMNIST has every image in seven colours; to read variants of a model and draws, as many images as
-            # MNIST's will do.
+            # ColorMNIST has every image in seven colours; to read variants of a model and draws, as
+            # many images as MNIST's will do.
             as_mnist = 55_000 if config.dataset in _LABELS else None
             plain = ClassifierConfig(config.dataset, model, column=column)
             if config.start_from is not None:
@@ -197,13 +199,15 @@ def _classifiers() -> dict[str, ClassifierConfig]:
 
 
 CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
-"""``<model>_classifier``, the paper's linear classifier on the guide's means (on ColorMNIST of the digit;
-``<model>_color_classifier`` of the colour), the same with ``_guide`` or ``_posterior`` appended on draws from the
-guide or from p(z|x), and ``<dataset>_features``, whose features measure Fréchet distances."""
+"""``<model>_classifier``, the paper's linear classifier on the guide's means (on ColorMNIST of the
+digit; ``<model>_color_classifier`` of the colour), the same with ``_guide`` or ``_posterior``
+appended on draws from the guide or from p(z|x), and ``<dataset>_features``, whose features measure
+Fréchet distances."""
 
 
 def classifiers_of(model: str) -> dict[str, str]:
-    """Names of the paper's classifiers of a model, by what they predict: ``class``, and on ColorMNIST ``color``."""
+    """Names of the paper's classifiers of a model, by what they predict: ``class``, and on
+    ColorMNIST ``color``."""
     names = {task: f"{model}{part}_classifier" for task, part in _PARTS.items()}
     return {task: name for task, name in names.items() if name in CLASSIFIERS}
 

@@ -1,4 +1,5 @@
-"""Tables from result files; the documentation includes what this writes and nothing typed by hand."""
+"""Tables from result files; the documentation includes what this writes and nothing typed by
+hand."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ _CHAINS = {
 
 
 def report(results: str | os.PathLike[str]) -> str:
-    """Markdown tables of the result files of ``defend``, ``robustness``, ``evaluate`` and ``benchmark`` in a directory.
+    """Markdown tables of the result files of ``defend``, ``robustness``, ``evaluate`` and
+    ``benchmark`` in a directory.
 
     Raises:
         ValueError: if the directory holds no result file.
@@ -46,8 +48,9 @@ def report(results: str | os.PathLike[str]) -> str:
 def write_report(results: str | os.PathLike[str]) -> Path:
     """Write :func:`report` to ``tables.md`` beside the result files, and what belongs to them.
 
-    Figure 4 of the hierarchical ``MODEL`` is ``MODEL_groups.png``, one panel per radius; robustness reports make one
-    self-contained page, ``report.html``. A directory of ``figures`` gets its figures in ``images``.
+    Figure 4 of the hierarchical ``MODEL`` is ``MODEL_groups.png``, one panel per radius; robustness
+    reports make one self-contained page, ``report.html``. A directory of ``figures`` gets its
+    figures in ``images``.
     """
     path = Path(results) / "tables.md"
     every = list(read(results).values())
@@ -66,7 +69,8 @@ def write_report(results: str | os.PathLike[str]) -> Path:
 
 
 def groups_figure(results: Sequence[dict[str, Any]]) -> Figure:
-    """Similarity of reconstructions against the number of attacked groups (Figure 4), one panel per result."""
+    """Similarity of reconstructions against the number of attacked groups (Figure 4), one panel per
+    result."""
     results = sorted(results, key=lambda result: result["config"]["radius"])
     figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
@@ -95,7 +99,8 @@ def _table(result: dict[str, Any]) -> str:
         f"### {result['experiment']}",
         "",
         f"{config['num_references']} reference images x {config['num_restarts']} restarts, radius "
-        f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals over "
+        f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals "
+        "over "
         "reference images.",
         "",
         f"| | {result['metric']} | median log posterior ratio (nats) | energy of x_adv (nats) | "
@@ -106,7 +111,8 @@ def _table(result: dict[str, Any]) -> str:
         acceptance = entry.get("acceptance_rate")
         lines.append(
             f"| {_LABELS[name]} | {interval(entry['ms_ssim'], 3)} | "
-            f"{interval(entry['log_posterior_ratio_median'], 1)} | {interval(entry['energy'], 1)} | "
+            f"{interval(entry['log_posterior_ratio_median'], 1)} | {interval(entry['energy'], 1)} "
+            "| "
             f"{'' if acceptance is None else f'{acceptance:.2f}'} | "
             f"{entry['gradients_per_image']:.0f} | {entry['seconds_per_image']:.3g} |"
         )
@@ -125,10 +131,12 @@ def _hierarchy_table(result: dict[str, Any]) -> str:
         f"### {result['experiment']}",
         "",
         f"{config['num_references']} reference images x {config['num_restarts']} restarts, radius "
-        f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals over reference "
+        f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals "
+        "over reference "
         f"images. Noise floor of {result['metric']}: {interval(result['noise_floor'], 3)}.",
         "",
-        f"| attacked groups | symmetric KL (nats) | | {result['metric']} | median log posterior ratio (nats) | "
+        f"| attacked groups | symmetric KL (nats) | | {result['metric']} | median log posterior "
+        "ratio (nats) | "
         "energy of x_adv (nats) | acceptance | gradients per image | seconds per image |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -161,9 +169,12 @@ def robustness_table(result: dict[str, Any]) -> str:
     lines = [
         f"### {result['experiment']}",
         "",
-        f"{config['num_images']} images, L_inf radius {config['radius']:g}, model `{config['model']}`, classes read "
-        f"`{config['reading']}`, {config['num_steps']} steps of {config['engine']}, {config['num_restarts']} "
-        f"restart(s), seed {config['seed']}. Higher is more robust; per-image worst case over attacks on fresh seeds, "
+        f"{config['num_images']} images, L_inf radius {config['radius']:g}, model "
+        f"`{config['model']}`, classes read "
+        f"`{config['reading']}`, {config['num_steps']} steps of {config['engine']}, "
+        f"{config['num_restarts']} "
+        f"restart(s), seed {config['seed']}. Higher is more robust; per-image worst case over "
+        "attacks on fresh seeds, "
         "95% intervals over images. Heuristic, not certified.",
         "",
         "| | figure | clean | random noise | robust, mean | robust, averaged | worst of "

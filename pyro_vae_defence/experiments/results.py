@@ -1,4 +1,5 @@
-"""Result files: what every one says about itself, runs that go on from one, their randomness and intervals."""
+"""Result files: what every one says about itself, runs that go on from one, their randomness and
+intervals."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from pyro_vae_defence.ops.files import write_atomically
 
 
 def header(experiment: str, config: Any, weights: Any, command: str, **more: Any) -> dict[str, Any]:
-    """What a result is of: experiment, configuration as JSON holds it, weights, command and provenance."""
+    """What a result is of: experiment, configuration as JSON holds it, weights, command and
+    provenance."""
     return {
         "experiment": experiment,
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
@@ -50,7 +52,8 @@ def resume(path: Path, result: dict[str, Any], *parts: str) -> None:
 def read(
     directory: str | os.PathLike[str], run: str = "an experiment"
 ) -> dict[str, dict[str, Any]]:
-    """The result files of a directory by name, in order of their names; ``run`` is what would make some.
+    """The result files of a directory by name, in order of their names; ``run`` is what would make
+    some.
 
     Raises:
         ValueError: if there is none, or one is damaged.
@@ -91,7 +94,8 @@ def generator(seed: int, purpose: str) -> torch.Generator:
 def interval(
     values: Tensor, image: Tensor | None = None, statistic: str = "mean"
 ) -> dict[str, float]:
-    """Estimate and bootstrap interval over images; with ``image``, restarts of one stay together."""
+    """Estimate and bootstrap interval over images; with ``image``, restarts of one stay
+    together."""
     found = metrics.bootstrap_interval(
         values, image, statistic=statistic, generator=torch.Generator().manual_seed(0)
     )

@@ -1,4 +1,5 @@
-"""What the whole suite of adaptive attacks leaves of a defence: one result file per dataset and radius."""
+"""What the whole suite of adaptive attacks leaves of a defence: one result file per dataset and
+radius."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def robustness(
         overrides: fields of the configuration to change; they are recorded in the result.
 
     Raises:
-        ValueError: for an unknown name or override, missing weights, or a result file of another configuration.
+        ValueError: for an unknown name or override, missing weights, or a result file of another
+            configuration.
     """
     if name not in ROBUSTNESS:
         raise ValueError(f"no experiment named {name!r}; choose one of {', '.join(ROBUSTNESS)}")

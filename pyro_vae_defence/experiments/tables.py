@@ -50,11 +50,12 @@ def table(number: int, results: str | os.PathLike[str] | None = None) -> str:
 
     Args:
         number: 2, 3 or 7.
-        results: directory with the result files of ``attack`` (2 and 3) or ``evaluate`` (7); the published ones of the
-            working directory when ``None``.
+        results: directory with the result files of ``attack`` (2 and 3) or ``evaluate`` (7); the
+            published ones of the working directory when ``None``.
 
     Raises:
-        ValueError: for a table that has no generator, a directory without results, or a damaged result file.
+        ValueError: for a table that has no generator, a directory without results, or a damaged
+            result file.
     """
     if number not in _DIRECTORIES:
         known = ", ".join(map(str, _DIRECTORIES))
@@ -99,8 +100,10 @@ def _attacked(title: str, by_model: dict[str, dict[str, Any] | None]) -> str:
             differs = [k for k, v in each["config"].items() if k != "model" and v != config[k]]
             if differs or each["metric"] != metric:
                 raise ValueError(
-                    f"results of {config['model']} and {each['config']['model']} do not belong in one table: "
-                    f"they differ in {', '.join(differs) or 'their metric'}; run attack again with the same settings"
+                    f"results of {config['model']} and {each['config']['model']} do not belong in "
+                    "one table: "
+                    f"they differ in {', '.join(differs) or 'their metric'}; run attack again "
+                    "with the same settings"
                 )
         radii = [f"{radius:g}" for radius in config["radii"]]
         tasks = list(next(iter(found[0]["radii"]["0"].values()))["accuracy"])
@@ -124,14 +127,22 @@ def _attacked(title: str, by_model: dict[str, dict[str, Any] | None]) -> str:
 def _attacked_note(config: dict[str, Any]) -> str:
     transitions = config["warmup_steps"] + config["num_samples"]
     return (
-        f"APGD of {config['attack_steps']} steps on the encoder (symmetric KL; {config['num_references']} "
-        f"references from {config['num_restarts']} starts, all counted) and on the classifier (cross-entropy of the "
-        f"class predicted without an attack; {config['num_images']} images). Attacks do not know the defence. Chains: "
-        f"{config['burn_in']} gradients of burn-in, {transitions} transitions of {config['num_steps']} leapfrog "
-        f"steps. Behind a defence the classifier's reading is `{config['reading']}`, without one it reads the guide's "
-        "mean. 95% intervals over images; where all images agree the interval has no width, and of n images about 3/n "
-        "may still differ. In brackets the paper's figures, of its own models, attacks and chains: MSSSIM, and its "
-        "adversarial accuracy, which on clean images can only be *correct* and under attack is *unchanged*."
+        f"APGD of {config['attack_steps']} steps on the encoder (symmetric KL; "
+        f"{config['num_references']} "
+        f"references from {config['num_restarts']} starts, all counted) and on the classifier "
+        "(cross-entropy of the "
+        f"class predicted without an attack; {config['num_images']} images). Attacks do not know "
+        "the defence. Chains: "
+        f"{config['burn_in']} gradients of burn-in, {transitions} transitions of "
+        f"{config['num_steps']} leapfrog "
+        f"steps. Behind a defence the classifier's reading is `{config['reading']}`, without one "
+        "it reads the guide's "
+        "mean. 95% intervals over images; where all images agree the interval has no width, and "
+        "of n images about 3/n "
+        "may still differ. In brackets the paper's figures, of its own models, attacks and "
+        "chains: MSSSIM, and its "
+        "adversarial accuracy, which on clean images can only be *correct* and under attack is "
+        "*unchanged*."
     )
 
 
@@ -193,7 +204,8 @@ def _table_7(dataset: str, results: Path) -> str:
             cells[5] = f"{nll['num_images']:,}"
             sources.append(
                 f"- `{result['command']}`, commit `{result['provenance']['commit'][:12]}`, "
-                f"{result['config']['num_samples']} importance samples, seed {result['config']['seed']}"
+                f"{result['config']['num_samples']} importance samples, seed "
+                f"{result['config']['seed']}"
             )
         lines.append(row(cells))
     lines += ["", "NLL in nats; MSE per pixel on the scale 0..255. 95% intervals over images.", ""]
@@ -217,7 +229,8 @@ def _label(name: str) -> str:
 
 
 def trained_models(directory: str | os.PathLike[str] | None = None) -> str:
-    """What the cards of trained VAEs and of classifiers say, in Markdown; what a card does not say is left out.
+    """What the cards of trained VAEs and of classifiers say, in Markdown; what a card does not say
+    is left out.
 
     Args:
         directory: of weights and cards; the packaged ones when ``None``.
@@ -236,11 +249,13 @@ def trained_models(directory: str | os.PathLike[str] | None = None) -> str:
         key=lambda card: rank.get(card.name, len(rank)),
     )
     lines = [
-        "| model | objective | starts from | epochs | minutes | validation -ELBO | NLL | MSE | active units |",
+        "| model | objective | starts from | epochs | minutes | validation -ELBO | NLL | MSE | "
+        "active units |",
         "|---|---|---|---|---|---|---|---|---|",
         *(row(_vae_row(card)) for card in vaes),
         "",
-        "Validation -ELBO in nats at β = 1, whatever was trained; *NLL*, in nats, and *MSE*, on the scale 0..255, of "
+        "Validation -ELBO in nats at β = 1, whatever was trained; *NLL*, in nats, and *MSE*, on "
+        "the scale 0..255, of "
         "test images, with the metric's settings in the card.",
         "",
         "| classifier | reads | predicts | epochs | minutes | test accuracy |",

@@ -85,8 +85,8 @@ def train(
 ) -> WeightCard:
     """Train the model ``name`` of the registry; resumes when interrupted.
 
-    Writes ``NAME.safetensors`` and ``NAME.json`` to ``output``, with a checkpoint and the history beside them
-    in ``output/NAME``.
+    Writes ``NAME.safetensors`` and ``NAME.json`` to ``output``, with a checkpoint and the history
+    beside them in ``output/NAME``.
 
     Args:
         name: a name of :data:`pyro_vae_defence.experiments.registry.MODELS`.
@@ -94,8 +94,8 @@ def train(
         root: directory of the datasets.
         overrides: fields of the configuration to change; they are recorded in the card.
         progress: show a progress bar.
-        models: directory of the model it starts from, where its configuration names one; the packaged ones
-            when ``None``.
+        models: directory of the model it starts from, where its configuration names one; the
+            packaged ones when ``None``.
 
     Raises:
         ValueError: for an unknown name or override.

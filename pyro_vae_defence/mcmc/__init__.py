@@ -1,4 +1,5 @@
-"""Hamiltonian and Langevin kernels that run one independent chain per image in one tensor program."""
+"""Hamiltonian and Langevin kernels that run one independent chain per image in one tensor
+program."""
 
 from pyro_vae_defence.mcmc.kernels import (
     BatchedGHMC,

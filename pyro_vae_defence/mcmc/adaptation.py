@@ -1,7 +1,7 @@
 r"""Step size adaptation, one step size per image.
 
-*Dual averaging* (Nesterov; Hoffman and Gelman 2014, section 3.2): with target :math:`\delta` and observed
-acceptance probability :math:`\alpha_t`,
+*Dual averaging* (Nesterov; Hoffman and Gelman 2014, section 3.2): with target :math:`\delta` and
+observed acceptance probability :math:`\alpha_t`,
 
 .. math::
     \bar h_t = \Bigl(1 - \tfrac{1}{t + t_0}\Bigr) \bar h_{t-1} + \tfrac{\delta - \alpha_t}{t + t_0}, \quad
@@ -10,13 +10,13 @@ acceptance probability :math:`\alpha_t`,
 
 and sampling continues with :math:`\bar\epsilon` after warm-up.
 
-*The paper's rule* (eq. 67): :math:`\eta_t = \eta_{t-1} (1 + 0.01 (\alpha_{t-1} - 0.9) / 0.9)`, never frozen. The
-published code took for :math:`\alpha` the mean over the batch, so that all images share one step size;
-``pooled`` chooses between that and one per image. Since it adapts to the end and follows the chain,
-the chain has no exact stationary distribution.
+*The paper's rule* (eq. 67): :math:`\eta_t = \eta_{t-1} (1 + 0.01 (\alpha_{t-1} - 0.9) / 0.9)`,
+never frozen. The published code took for :math:`\alpha` the mean over the batch, so that all images
+share one step size; ``pooled`` chooses between that and one per image. Since it adapts to the end
+and follows the chain, the chain has no exact stationary distribution.
 
-*Replicas.* Chains of one image share a target, hence may share a step size: :func:`pool_by_image` replaces the
-acceptance of each by their mean, whose noise is smaller.
+*Replicas.* Chains of one image share a target, hence may share a step size: :func:`pool_by_image`
+replaces the acceptance of each by their mean, whose noise is smaller.
 
 References: Hoffman, Gelman, "The No-U-Turn Sampler", JMLR 2014, https://arxiv.org/abs/1111.4246;
 Kuzina, Welling, Tomczak, NeurIPS 2022, eq. 67.
@@ -76,10 +76,11 @@ class DualAveraging:
 
     Args:
         target: acceptance probability to reach, in (0, 1).
-        gamma, t0, kappa: regularisation scale, iteration offset and averaging exponent; the defaults
-            are those of Hoffman and Gelman (2014, section 3.2).
-        shrink_factor: the step size is shrunk towards ``shrink_factor`` times its initial value. They
-            take 10, which favours bold trials; a warm-up of ten or twenty transitions has none to lose.
+        gamma, t0, kappa: regularisation scale, iteration offset and averaging exponent; the
+            defaults are those of Hoffman and Gelman (2014, section 3.2).
+        shrink_factor: the step size is shrunk towards ``shrink_factor`` times its initial value.
+            They take 10, which favours bold trials; a warm-up of ten or twenty transitions has none
+            to lose.
     """
 
     target: float = 0.8
@@ -149,7 +150,8 @@ StepSizeRule = FixedStepSize | DualAveraging | PaperStepSize
 def pool_by_image(values: Tensor, image: Tensor) -> Tensor:
     """Mean of ``values`` over the rows of the same image, returned for every row.
 
-    A sum over an image's own rows, in their order: it does not depend on the other images of a batch.
+    A sum over an image's own rows, in their order: it does not depend on the other images of a
+    batch.
 
     Args:
         values: one per row, ``(N,)``.

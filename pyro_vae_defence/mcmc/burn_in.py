@@ -1,24 +1,26 @@
-r"""Burn-in: from a bad start to where the target's mass lies, by microcanonical dynamics without a Metropolis test.
+r"""Burn-in: from a bad start to where the target's mass lies, by microcanonical dynamics without a
+Metropolis test.
 
-An attacked encoding lies far above the energies its posterior is made of. HMC comes down slowly: what a trajectory
-loses in potential energy it gains in speed, so that its steps must be small, and rejections cost moves. Underdamped
-microcanonical Langevin dynamics keep the speed. Each step of size
-:math:`\epsilon` (:func:`~pyro_vae_defence.mcmc.integrators.isokinetic`) follows a partial refreshment of the
-direction u,
+An attacked encoding lies far above the energies its posterior is made of. HMC comes down slowly:
+what a trajectory loses in potential energy it gains in speed, so that its steps must be small, and
+rejections cost moves. Underdamped microcanonical Langevin dynamics keep the speed. Each step of
+size :math:`\epsilon` (:func:`~pyro_vae_defence.mcmc.integrators.isokinetic`) follows a partial
+refreshment of the direction u,
 
 .. math::
     u \leftarrow \frac{c\, u + \sqrt{1 - c^2}\, \xi / \sqrt d}{|c\, u + \sqrt{1 - c^2}\, \xi / \sqrt d|}, \qquad
     c = e^{-\gamma \epsilon}, \quad \xi \sim N(0, 1) .
 
-Without a test the dynamics are biased, so they only choose where a chain starts; the chain's own test takes the bias
-out. A row that went astray stays at its start: one whose energy at the end is not finite, or above that of its start by
-more than the number of dimensions, which is twice the mean height of a Gaussian's mass above its mode.
+Without a test the dynamics are biased, so they only choose where a chain starts; the chain's own
+test takes the bias out. A row that went astray stays at its start: one whose energy at the end is
+not finite, or above that of its start by more than the number of dimensions, which is twice the
+mean height of a Gaussian's mass above its mode.
 
-The step is not adapted. It suits a metric that whitens the posterior up to a factor of a few, as mean posterior
-variances do.
+The step is not adapted. It suits a metric that whitens the posterior up to a factor of a few, as
+mean posterior variances do.
 
-Reference: Robnik, De Luca, Silverstein, Seljak, "Microcanonical Hamiltonian Monte Carlo", JMLR 2023,
-https://arxiv.org/abs/2212.08549.
+Reference: Robnik, De Luca, Silverstein, Seljak, "Microcanonical Hamiltonian Monte Carlo", JMLR
+2023, https://arxiv.org/abs/2212.08549.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from pyro_vae_defence.types import LatentsLike, Potential
 STEP_SIZE = 0.35
 FRICTION = 1.0
 
-# Steps of a burn-in count down from the top of the 32 bits of a stream's step, clear of transitions.
+# Steps of a burn-in count down from the top of the 32 bits of a stream's step, clear of
+# transitions.
 _LAST_STEP = 2**32 - 1
 
 

@@ -5,9 +5,10 @@ A transition refreshes the momentum in part, with persistence :math:`\alpha \in 
 .. math:: r \leftarrow \alpha r + \sqrt{1 - \alpha^2}\, \xi, \qquad \xi \sim N(0, M),
 
 integrates L leapfrog steps to (z*, r*), and accepts them with probability
-:math:`\min\{1, \exp(H(z, r) - H(z^*, r^*))\}`. On rejection the momentum turns: the next state is (z, -r). Without that
-flip the chain has another stationary distribution. With one leapfrog step and persistent momentum a chain moves on as
-on a long trajectory, but is tested after every gradient; :math:`\alpha = 0` is HMC.
+:math:`\min\{1, \exp(H(z, r) - H(z^*, r^*))\}`. On rejection the momentum turns: the next state is
+(z, -r). Without that flip the chain has another stationary distribution. With one leapfrog step and
+persistent momentum a chain moves on as on a long trajectory, but is tested after every gradient;
+:math:`\alpha = 0` is HMC.
 
 Reference: Horowitz, "A generalized guided Monte Carlo algorithm", Physics Letters B, 1991,
 https://doi.org/10.1016/0370-2693(91)90812-5.
@@ -34,7 +35,8 @@ from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 
 class GHMCState(NamedTuple):
-    """What the next transition needs: an :class:`~pyro_vae_defence.mcmc.hmc.HMCState` and its momentum.
+    """What the next transition needs: an :class:`~pyro_vae_defence.mcmc.hmc.HMCState` and its
+    momentum.
 
     Attributes:
         position: unconstrained latents, site -> ``(N, *event)``.

@@ -1,15 +1,15 @@
 r"""Hamiltonian Monte Carlo, one independent chain per image (Algorithm 1 of the paper).
 
-A transition draws :math:`r \sim N(0, M)`, integrates L leapfrog steps from (z, r) to (z*, r*), and accepts
-z* with probability
+A transition draws :math:`r \sim N(0, M)`, integrates L leapfrog steps from (z, r) to (z*, r*), and
+accepts z* with probability
 
 .. math:: \alpha = \min\{1, \exp(H(z, r) - H(z^*, r^*))\}, \qquad H = U(z) + \tfrac12 r^\top M^{-1} r ,
 
-image by image. A non-finite energy, or one that has risen by more than 1000 nats, is a divergence: it is
-rejected and recorded.
+image by image. A non-finite energy, or one that has risen by more than 1000 nats, is a divergence:
+it is rejected and recorded.
 
-Everything here is a pure function of its arguments: the noise comes from per-image streams, so an image
-moves in a batch exactly as it moves alone.
+Everything here is a pure function of its arguments: the noise comes from per-image streams, so an
+image moves in a batch exactly as it moves alone.
 
 Reference: Neal, "MCMC using Hamiltonian dynamics", 2011, https://arxiv.org/abs/1206.1901.
 """
@@ -29,8 +29,9 @@ from pyro_vae_defence.types import Latents, LatentsLike, Potential
 DIVERGENCE_THRESHOLD = 1000.0
 """Energy error in nats beyond which a trajectory counts as divergent (as in Stan and Pyro)."""
 
-# Purposes of the random streams: NUTS takes 1 to 31, the guide those from 2048 on. Within the noise of
-# momenta, 1024 + site refreshes them between trajectories, 1536 + site serves a second draw of a transition.
+# Purposes of the random streams: NUTS takes 1 to 31, the guide those from 2048 on. Within the noise
+# of momenta, 1024 + site refreshes them between trajectories, 1536 + site serves a second draw of a
+# transition.
 _ACCEPT = 0
 MOMENTUM = 1024
 SECOND_MOMENTUM = 1536
@@ -56,7 +57,8 @@ class HMCInfo(NamedTuple):
     """What diagnostics need; every tensor has shape ``(N,)``.
 
     Attributes:
-        acceptance_rate: acceptance probability of the proposal (for NUTS: mean over the trajectory).
+        acceptance_rate: acceptance probability of the proposal (for NUTS: mean over the
+            trajectory).
         accepted: whether the chain moved.
         diverging: whether the trajectory diverged.
         energy: Hamiltonian at the new state, in nats, the quantity of the energy diagnostics.
@@ -87,7 +89,8 @@ def draw_momentum(
     inverse_mass: LatentsLike | None,
     purpose: int = MOMENTUM,
 ) -> Latents:
-    """Momentum from N(0, M) for each site, from each image's own stream; sites count on from ``purpose``."""
+    """Momentum from N(0, M) for each site, from each image's own stream; sites count on from
+    ``purpose``."""
     momentum = {
         name: streams.normal(step, purpose + number, tuple(value.shape[1:]), value.dtype)
         for number, (name, value) in enumerate(like.items())
@@ -115,16 +118,18 @@ def accept(
     num_steps: int,
     adjusted: bool = True,
 ) -> tuple[HMCState, HMCInfo]:
-    """The Metropolis test: each chain moves to ``proposal`` with probability min(1, exp(start - end)).
+    """The Metropolis test: each chain moves to ``proposal`` with probability min(1, exp(start -
+    end)).
 
     Args:
         state: current state.
         proposal: end of the trajectory.
-        start, end: Hamiltonian before and after, ``(N,)``; what a kernel counts as its energy error is
-            their difference.
+        start, end: Hamiltonian before and after, ``(N,)``; what a kernel counts as its energy error
+            is their difference.
         streams: random streams of the chains.
         step_size, num_steps: of the trajectory, for the record.
-        adjusted: ``False`` leaves the test out: every chain moves but those whose energy would not be finite.
+        adjusted: ``False`` leaves the test out: every chain moves but those whose energy would not
+            be finite.
     """
     error = energy_error(end, start)
     if adjusted:
@@ -158,7 +163,8 @@ def trajectory(
     num_steps: int,
     inverse_mass: LatentsLike | None,
 ) -> tuple[Phase, Tensor, Tensor]:
-    """``num_steps`` leapfrog steps from ``state``: where they end, and the Hamiltonian before and after, ``(N,)``."""
+    """``num_steps`` leapfrog steps from ``state``: where they end, and the Hamiltonian before and
+    after, ``(N,)``."""
     phase = Phase(state.position, momentum, state.energy, state.gradient)
     start = state.energy + kinetic_energy(momentum, inverse_mass)
     for number in range(num_steps):

@@ -1,35 +1,39 @@
 r"""Integrators on latents kept as dicts, with a step size per image.
 
-*Leapfrog.* For :math:`H(z, r) = U(z) + \tfrac12 r^\top M^{-1} r` one step of size :math:`\epsilon` is
+*Leapfrog.* For :math:`H(z, r) = U(z) + \tfrac12 r^\top M^{-1} r` one step of size :math:`\epsilon`
+is
 
 .. math::
     r' = r - \tfrac{\epsilon}{2} \nabla U(z), \qquad
     z^* = z + \epsilon M^{-1} r', \qquad
     r^* = r' - \tfrac{\epsilon}{2} \nabla U(z^*),
 
-volume preserving and reversible, with energy error :math:`O(\epsilon^3)` per step. Each costs one gradient.
+volume preserving and reversible, with energy error :math:`O(\epsilon^3)` per step. Each costs one
+gradient.
 
-*Isokinetic.* Microcanonical dynamics keep the speed and turn the direction u, :math:`|u| = 1`. In whitened
-coordinates :math:`y = M^{1/2} z`, of d dimensions,
+*Isokinetic.* Microcanonical dynamics keep the speed and turn the direction u, :math:`|u| = 1`. In
+whitened coordinates :math:`y = M^{1/2} z`, of d dimensions,
 
 .. math:: \dot y = \sqrt d\, u, \qquad \dot u = -\tfrac{\sqrt d}{d - 1} (1 - u u^\top) \nabla_y U .
 
-The speed :math:`\sqrt d` is that of a typical momentum of Hamiltonian dynamics, so that step sizes of both compare.
-Both halves of the flow are known in closed form: the drift is straight, and over a time t at a fixed gradient
-:math:`g = \nabla_y U`, with :math:`e = -g / |g|`, :math:`c = e^\top u` and
-:math:`\delta = t \sqrt d\, |g| / (d - 1)`,
+The speed :math:`\sqrt d` is that of a typical momentum of Hamiltonian dynamics, so that step sizes
+of both compare. Both halves of the flow are known in closed form: the drift is straight, and over a
+time t at a fixed gradient :math:`g = \nabla_y U`, with :math:`e = -g / |g|`, :math:`c = e^\top u`
+and :math:`\delta = t \sqrt d\, |g| / (d - 1)`,
 
 .. math::
     u(t) \propto u + e\, (\sinh\delta + c (\cosh\delta - 1)), \qquad
     K(t) - K(0) = (d - 1) \log(\cosh\delta + c \sinh\delta) ,
 
-where exp(K) is the change of volume on the sphere, which plays the part of a kinetic energy: the flow keeps U + K.
-The symmetric composition is reversible and its error of U + K is :math:`O(\epsilon^3)` per step.
+where exp(K) is the change of volume on the sphere, which plays the part of a kinetic energy: the
+flow keeps U + K. The symmetric composition is reversible and its error of U + K is
+:math:`O(\epsilon^3)` per step.
 
-References: Neal, "MCMC using Hamiltonian dynamics", Handbook of MCMC, 2011, https://arxiv.org/abs/1206.1901;
-Ver Steeg, Galstyan, "Hamiltonian dynamics with non-Newtonian momentum for rapid sampling", NeurIPS 2021,
-https://arxiv.org/abs/2111.02434; Robnik, De Luca, Silverstein, Seljak, "Microcanonical Hamiltonian Monte Carlo",
-JMLR 2023, https://arxiv.org/abs/2212.08549.
+References: Neal, "MCMC using Hamiltonian dynamics", Handbook of MCMC, 2011,
+https://arxiv.org/abs/1206.1901; Ver Steeg, Galstyan, "Hamiltonian dynamics with non-Newtonian
+momentum for rapid sampling", NeurIPS 2021, https://arxiv.org/abs/2111.02434; Robnik, De Luca,
+Silverstein, Seljak, "Microcanonical Hamiltonian Monte Carlo", JMLR 2023,
+https://arxiv.org/abs/2212.08549.
 """
 
 from __future__ import annotations
@@ -94,8 +98,8 @@ def leapfrog(
         phase: current point.
         step_size: one per image ``(N,)``; negative values integrate backwards.
         inverse_mass: diagonal of M^-1, site -> tensor broadcastable to ``(N, *event)``.
-        needs_energy: ``False`` where nobody reads the energy of the new point: a potential with a method
-            ``force`` is then asked for the force alone, and the energy is left as it was.
+        needs_energy: ``False`` where nobody reads the energy of the new point: a potential with a
+            method ``force`` is then asked for the force alone, and the energy is left as it was.
     """
     momentum = lat.add(phase.momentum, phase.gradient, -0.5 * step_size)
     position = lat.add(phase.position, velocity(momentum, inverse_mass), step_size)

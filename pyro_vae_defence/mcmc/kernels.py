@@ -1,13 +1,15 @@
 """Pyro kernels whose every image is a chain of its own.
 
 :class:`BatchedHMC` and its relatives follow Pyro's ``MCMCKernel`` contract, so
-``pyro.infer.MCMC(BatchedHMC(vae.model), num_samples=100).run(x)`` works as with any kernel. They differ
-from Pyro's own kernels in what a batch means: Pyro's take all images of the data plate as one state with
-one acceptance and one step size, these run ``x.shape[0]`` independent chains in one tensor program.
+``pyro.infer.MCMC(BatchedHMC(vae.model), num_samples=100).run(x)`` works as with any kernel. They
+differ from Pyro's own kernels in what a batch means: Pyro's take all images of the data plate as
+one state with one acceptance and one step size, these run ``x.shape[0]`` independent chains in one
+tensor program.
 
 The arithmetic lives in :mod:`~pyro_vae_defence.mcmc.hmc`, :mod:`~pyro_vae_defence.mcmc.nuts`,
-:mod:`~pyro_vae_defence.mcmc.ghmc`, :mod:`~pyro_vae_defence.mcmc.mams`, :mod:`~pyro_vae_defence.mcmc.langevin` and
-:mod:`~pyro_vae_defence.mcmc.adaptation`; this file only wires it to Pyro.
+:mod:`~pyro_vae_defence.mcmc.ghmc`, :mod:`~pyro_vae_defence.mcmc.mams`,
+:mod:`~pyro_vae_defence.mcmc.langevin` and :mod:`~pyro_vae_defence.mcmc.adaptation`; this file only
+wires it to Pyro.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ class BatchedKernel(MCMCKernel):
     """What the batched kernels share: set-up, adaptation, bookkeeping.
 
     Attributes:
-        streams: random streams of the chains, one row per chain; set them before a run to name images
-            and chains, leave ``None`` for fresh ones drawn from ``generator``.
+        streams: random streams of the chains, one row per chain; set them before a run to name
+            images and chains, leave ``None`` for fresh ones drawn from ``generator``.
         prepare: what makes the run's potential of the model's energy, such as a
             :class:`~pyro_vae_defence.models.compiled.Recorder`; set it before a run.
         state: last state; ``state.energy`` is the potential energy per chain.
@@ -191,7 +193,8 @@ class BatchedKernel(MCMCKernel):
         }
 
     def diagnostics(self) -> dict[str, Any]:
-        """Per-image acceptance rate and number of divergences after warm-up, shape ``(N,)`` each."""
+        """Per-image acceptance rate and number of divergences after warm-up, shape ``(N,)``
+        each."""
         if self._acceptance_sum is None or self._divergences is None:
             return {}
         num_samples = max(1, self._steps_done - self._warmup_steps)
@@ -223,11 +226,13 @@ class BatchedKernel(MCMCKernel):
         return isinstance(self.rule, PaperStepSize) and self.rule.pooled
 
     def gradients_of(self, seed: int, step: int) -> int:
-        """Most gradients per chain that transition ``step`` (from 0) of a run with ``seed`` can take."""
+        """Most gradients per chain that transition ``step`` (from 0) of a run with ``seed`` can
+        take."""
         return self._most_gradients(seed, step) + (self.burn_in if step == 0 else 0)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the chains at ``rows`` alone, int64 ``(M,)``; they move as they would have moved.
+        """Go on with the chains at ``rows`` alone, int64 ``(M,)``; they move as they would have
+        moved.
 
         Raises:
             ValueError: if chains are coupled, or run on a ``potential_fn``, whose rows are its own.
@@ -257,7 +262,8 @@ class BatchedKernel(MCMCKernel):
         raise NotImplementedError
 
     def _extend(self, state: HMCState, streams: Streams) -> Any:
-        """The kernel's own state at the start of a run; a kernel that carries more overrides this."""
+        """The kernel's own state at the start of a run; a kernel that carries more overrides
+        this."""
         return state
 
     def _burn_in(self, state: HMCState, streams: Streams) -> HMCState:
@@ -284,7 +290,8 @@ class BatchedKernel(MCMCKernel):
             if bad:
                 raise ValueError(
                     f"the starting energy is not finite for {len(bad)} of {rows} rows "
-                    f"(first rows: {bad[:5]}); check the images and the initial latents of these rows"
+                    f"(first rows: {bad[:5]}); check the images and the initial latents of these "
+                    "rows"
                 )
         if self._run_streams is None:
             self._run_streams = Streams.create(rows, generator=self.generator, device=energy.device)
@@ -313,7 +320,8 @@ class BatchedKernel(MCMCKernel):
             ends = zip(reversed(shape), reversed(fitting))
             if len(shape) > len(fitting) or any(size not in (1, full) for size, full in ends):
                 raise ValueError(
-                    f"inverse_mass_matrix[{name!r}] of shape {shape} must broadcast to the latents' "
+                    f"inverse_mass_matrix[{name!r}] of shape {shape} must broadcast to the "
+                    "latents' "
                     f"{fitting}; give it one image's shape {fitting[1:]}"
                 )
         return {name: matrix[name].to(like[name]) for name in like}
@@ -362,7 +370,8 @@ def _check_trajectory(num_steps: int, jitter: float) -> None:
 
 
 def trajectory_length(seed: int, step: int, num_steps: int, jitter: float) -> int:
-    """Length of the trajectory of transition ``step``, uniform on (1 - jitter) to (1 + jitter) ``num_steps``.
+    """Length of the trajectory of transition ``step``, uniform on (1 - jitter) to (1 + jitter)
+    ``num_steps``.
 
     A function of seed and transition alone, like all noise of a run; at least 1.
     """
@@ -408,9 +417,9 @@ class _AdaptedKernel(BatchedKernel):
 class BatchedHMC(_AdaptedKernel):
     """Hamiltonian Monte Carlo with one independent chain per image.
 
-    A setting for attacked images, the first to reach the stationary energy in this library's benchmark on MNIST:
-    ``step_size=0.2, num_steps=4, burn_in=30`` with a metric that whitens, such as
-    ``inverse_mass_matrix=vae.mean_posterior_variance``.
+    A setting for attacked images, the first to reach the stationary energy in this library's
+    benchmark on MNIST: ``step_size=0.2, num_steps=4, burn_in=30`` with a metric that whitens, such
+    as ``inverse_mass_matrix=vae.mean_posterior_variance``.
 
     Args:
         model: Pyro model with one data plate around all its sites.
@@ -418,18 +427,19 @@ class BatchedHMC(_AdaptedKernel):
         step_size: initial leapfrog step size, > 0.
         num_steps: leapfrog steps per transition, >= 1: the mean when lengths are jittered.
         jitter: 0 to 1. The length of each transition is drawn uniformly from the integers between
-            (1 - jitter) and (1 + jitter) times ``num_steps``, at least 1, common to the batch. A fixed
-            length resonates with the target's own frequencies; 0 keeps it fixed.
+            (1 - jitter) and (1 + jitter) times ``num_steps``, at least 1, common to the batch. A
+            fixed length resonates with the target's own frequencies; 0 keeps it fixed.
         adapt_step_size: adapt each image's step size by dual averaging during warm-up.
         target_accept_prob: acceptance probability to adapt to; 0.8, or 0.9 in the paper's rule.
-        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one image's
-            latents; identity when ``None``.
-        preset: ``"paper"`` for the published setting: 20 fixed leapfrog steps and one step size for the
-            batch that follows eq. 67 to the end.
-        pool_replicas: adapt one step size per image instead of one per chain, to the mean acceptance of the
-            image's chains.
-        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first transition
-            begins, >= 0, one gradient each. For a metric that whitens; about 30 for attacked encodings.
+        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one
+            image's latents; identity when ``None``.
+        preset: ``"paper"`` for the published setting: 20 fixed leapfrog steps and one step size for
+            the batch that follows eq. 67 to the end.
+        pool_replicas: adapt one step size per image instead of one per chain, to the mean
+            acceptance of the image's chains.
+        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first
+            transition begins, >= 0, one gradient each. For a metric that whitens; about 30 for
+            attacked encodings.
         generator: source of the run's seed; torch's global seed when ``None``.
 
     Raises:
@@ -508,12 +518,13 @@ class BatchedNUTS(_AdaptedKernel):
         max_tree_depth: largest number of doublings, 1 to 20.
         adapt_step_size: adapt each image's step size by dual averaging during warm-up.
         target_accept_prob: mean acceptance probability to adapt to; 0.8.
-        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one image's
-            latents; identity when ``None``.
-        pool_replicas: adapt one step size per image instead of one per chain, to the mean acceptance of the
-            image's chains.
-        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first transition
-            begins, >= 0, one gradient each. For a metric that whitens; about 30 for attacked encodings.
+        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one
+            image's latents; identity when ``None``.
+        pool_replicas: adapt one step size per image instead of one per chain, to the mean
+            acceptance of the image's chains.
+        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first
+            transition begins, >= 0, one gradient each. For a metric that whitens; about 30 for
+            attacked encodings.
         generator: source of the run's seed; torch's global seed when ``None``.
 
     Raises:
@@ -565,21 +576,23 @@ class BatchedNUTS(_AdaptedKernel):
 
 
 class BatchedMALA(_AdaptedKernel):
-    """The Metropolis-adjusted Langevin algorithm: HMC with one leapfrog step, one gradient per transition.
+    """The Metropolis-adjusted Langevin algorithm: HMC with one leapfrog step, one gradient per
+    transition.
 
     Args:
         model: Pyro model with one data plate around all its sites.
         potential_fn: instead of a model, energies ``(N,)`` of a dict of latents with ``N`` rows.
         step_size: initial step size, > 0; the noise of a step has this standard deviation.
         adapt_step_size: adapt each image's step size by dual averaging during warm-up.
-        target_accept_prob: acceptance probability to adapt to; 0.574, optimal in high dimensions (Roberts and
-            Rosenthal 1998, https://doi.org/10.1111/1467-9868.00123).
-        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one image's
-            latents; identity when ``None``.
-        pool_replicas: adapt one step size per image instead of one per chain, to the mean acceptance of the
-            image's chains.
-        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first transition
-            begins, >= 0, one gradient each. For a metric that whitens; about 30 for attacked encodings.
+        target_accept_prob: acceptance probability to adapt to; 0.574, optimal in high dimensions
+            (Roberts and Rosenthal 1998, https://doi.org/10.1111/1467-9868.00123).
+        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one
+            image's latents; identity when ``None``.
+        pool_replicas: adapt one step size per image instead of one per chain, to the mean
+            acceptance of the image's chains.
+        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first
+            transition begins, >= 0, one gradient each. For a metric that whitens; about 30 for
+            attacked encodings.
         generator: source of the run's seed; torch's global seed when ``None``.
 
     Raises:
@@ -603,16 +616,18 @@ class BatchedGHMC(_AdaptedKernel):
         potential_fn: instead of a model, energies ``(N,)`` of a dict of latents with ``N`` rows.
         step_size: initial leapfrog step size, > 0.
         num_steps: leapfrog steps per transition, >= 1, always as many.
-        persistence: share of the momentum a transition keeps, in [0, 1); 0 is HMC. A chain goes on in one
-            direction for about ``num_steps * step_size / (1 - persistence)``.
+        persistence: share of the momentum a transition keeps, in [0, 1); 0 is HMC. A chain goes on
+            in one direction for about ``num_steps * step_size / (1 - persistence)``.
         adapt_step_size: adapt each image's step size by dual averaging during warm-up.
-        target_accept_prob: acceptance probability to adapt to; 0.9, since every rejection turns the momentum.
-        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one image's
-            latents; identity when ``None``.
-        pool_replicas: adapt one step size per image instead of one per chain, to the mean acceptance of the
-            image's chains.
-        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first transition
-            begins, >= 0, one gradient each. For a metric that whitens; about 30 for attacked encodings.
+        target_accept_prob: acceptance probability to adapt to; 0.9, since every rejection turns the
+            momentum.
+        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one
+            image's latents; identity when ``None``.
+        pool_replicas: adapt one step size per image instead of one per chain, to the mean
+            acceptance of the image's chains.
+        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first
+            transition begins, >= 0, one gradient each. For a metric that whitens; about 30 for
+            attacked encodings.
         generator: source of the run's seed; torch's global seed when ``None``.
 
     Raises:
@@ -675,7 +690,8 @@ class BatchedGHMC(_AdaptedKernel):
 
 
 class BatchedMAMS(_AdaptedKernel):
-    """The Metropolis-adjusted microcanonical sampler: HMC's relative whose particles keep their speed.
+    """The Metropolis-adjusted microcanonical sampler: HMC's relative whose particles keep their
+    speed.
 
     Args:
         model: Pyro model with one data plate around all its sites.
@@ -685,12 +701,13 @@ class BatchedMAMS(_AdaptedKernel):
         jitter: 0 to 1, as for :class:`BatchedHMC`.
         adapt_step_size: adapt each image's step size by dual averaging during warm-up.
         target_accept_prob: acceptance probability to adapt to; 0.9 (Robnik et al. 2025).
-        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one image's
-            latents; identity when ``None``.
-        pool_replicas: adapt one step size per image instead of one per chain, to the mean acceptance of the
-            image's chains.
-        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first transition
-            begins, >= 0, one gradient each. For a metric that whitens; about 30 for attacked encodings.
+        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one
+            image's latents; identity when ``None``.
+        pool_replicas: adapt one step size per image instead of one per chain, to the mean
+            acceptance of the image's chains.
+        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first
+            transition begins, >= 0, one gradient each. For a metric that whitens; about 30 for
+            attacked encodings.
         generator: source of the run's seed; torch's global seed when ``None``.
 
     Raises:
@@ -752,8 +769,8 @@ class BatchedULA(_AdaptedKernel):
     """The unadjusted Langevin algorithm, a baseline: **biased**, its draws are not from the target.
 
     Nothing is rejected but a step to a non-finite energy. The acceptance rate in ``info`` and
-    ``diagnostics()`` is what MALA's test would have accepted at the same step size; it measures the bias.
-    See :mod:`~pyro_vae_defence.mcmc.langevin` for its size on a Gaussian.
+    ``diagnostics()`` is what MALA's test would have accepted at the same step size; it measures the
+    bias. See :mod:`~pyro_vae_defence.mcmc.langevin` for its size on a Gaussian.
 
     Args:
         model: Pyro model with one data plate around all its sites.
@@ -762,12 +779,13 @@ class BatchedULA(_AdaptedKernel):
         adapt_step_size: adapt each image's step size by dual averaging during warm-up.
         target_accept_prob: the acceptance probability, had there been a test, to adapt to; 0.9. The
             closer to 1, the smaller are bias and steps.
-        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one image's
-            latents; identity when ``None``.
-        pool_replicas: adapt one step size per image instead of one per chain, to the mean acceptance of the
-            image's chains.
-        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first transition
-            begins, >= 0, one gradient each. For a metric that whitens; about 30 for attacked encodings.
+        inverse_mass_matrix: diagonal of the inverse mass matrix per site, broadcastable to one
+            image's latents; identity when ``None``.
+        pool_replicas: adapt one step size per image instead of one per chain, to the mean
+            acceptance of the image's chains.
+        burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first
+            transition begins, >= 0, one gradient each. For a metric that whitens; about 30 for
+            attacked encodings.
         generator: source of the run's seed; torch's global seed when ``None``.
 
     Raises:

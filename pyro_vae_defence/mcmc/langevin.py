@@ -4,19 +4,20 @@ A step of size :math:`\epsilon` of the overdamped dynamics is
 
 .. math:: z^* = z - \tfrac{\epsilon^2}{2} M^{-1} \nabla U(z) + \epsilon M^{-1/2} \xi, \qquad \xi \sim N(0, 1),
 
-which is HMC with one leapfrog step that is never rejected. **The chain does not sample the target.** On a Gaussian of
-variance :math:`\sigma^2` it is an autoregression whose stationary variance is
+which is HMC with one leapfrog step that is never rejected. **The chain does not sample the
+target.** On a Gaussian of variance :math:`\sigma^2` it is an autoregression whose stationary
+variance is
 
 .. math:: \frac{\sigma^2}{1 - \epsilon^2 / (4 \sigma^2 M)}
 
-(for :math:`\epsilon^2 < 4 \sigma^2 M`; beyond that it has none), too wide by a share that only falls as
-:math:`\epsilon^2`. It serves as a baseline: what the test costs, and what it buys.
+(for :math:`\epsilon^2 < 4 \sigma^2 M`; beyond that it has none), too wide by a share that only
+falls as :math:`\epsilon^2`. It serves as a baseline: what the test costs, and what it buys.
 
 With the test it is the Metropolis-adjusted Langevin algorithm (MALA), which is
 :func:`pyro_vae_defence.mcmc.hmc.step` with one leapfrog step.
 
-Reference: Roberts, Tweedie, "Exponential convergence of Langevin distributions and their discrete approximations",
-Bernoulli, 1996, https://doi.org/10.2307/3318418.
+Reference: Roberts, Tweedie, "Exponential convergence of Langevin distributions and their discrete
+approximations", Bernoulli, 1996, https://doi.org/10.2307/3318418.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def step(
 ) -> tuple[HMCState, HMCInfo]:
     """One unadjusted step of every chain: one gradient.
 
-    ``acceptance_rate`` is what a Metropolis test would have accepted, a measure of the bias that is not corrected;
-    ``accepted`` is true of every chain but those whose energy would not be finite, which stay where they are.
+    ``acceptance_rate`` is what a Metropolis test would have accepted, a measure of the bias that is
+    not corrected; ``accepted`` is true of every chain but those whose energy would not be finite,
+    which stay where they are.
 
     Args:
         potential: energy per image.

@@ -1,15 +1,17 @@
 r"""The Metropolis-adjusted microcanonical sampler (MAMS), one independent chain per image.
 
-A transition draws a direction u uniformly from the unit sphere of whitened coordinates, follows microcanonical dynamics
-(:func:`~pyro_vae_defence.mcmc.integrators.isokinetic`) for L steps, and accepts the end with probability
+A transition draws a direction u uniformly from the unit sphere of whitened coordinates, follows
+microcanonical dynamics (:func:`~pyro_vae_defence.mcmc.integrators.isokinetic`) for L steps, and
+accepts the end with probability
 
 .. math:: \alpha = \min\{1, e^{-W}\}, \qquad W = U(z^*) - U(z) + \sum_l \Delta K_l ,
 
-where :math:`\Delta K_l` is the integrator's change of kinetic energy in step l. A speed that never changes is what
-sets it apart from HMC: down a steep energy a chain does not gather speed, which the next gradient would have to stop.
+where :math:`\Delta K_l` is the integrator's change of kinetic energy in step l. A speed that never
+changes is what sets it apart from HMC: down a steep energy a chain does not gather speed, which the
+next gradient would have to stop.
 
-Reference: Robnik, Cohn-Gordon, Seljak, "Metropolis adjusted microcanonical Hamiltonian Monte Carlo", 2025,
-https://arxiv.org/abs/2503.01707.
+Reference: Robnik, Cohn-Gordon, Seljak, "Metropolis adjusted microcanonical Hamiltonian Monte
+Carlo", 2025, https://arxiv.org/abs/2503.01707.
 """
 
 from __future__ import annotations

@@ -1,20 +1,22 @@
-r"""A few steps towards the mode of each image's posterior: a start for chains, or a baseline of its own.
+r"""A few steps towards the mode of each image's posterior: a start for chains, or a baseline of its
+own.
 
-Adam (Kingma and Ba 2015) on the energy U, whose update is elementwise, so that no image sees another:
+Adam (Kingma and Ba 2015) on the energy U, whose update is elementwise, so that no image sees
+another:
 
 .. math::
     m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \quad
     z_{t+1} = z_t - \eta_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon},
 
-with a rate :math:`\eta_t` that falls linearly to zero over the search, since the steps are few. What comes back
-is the best point visited, so that the energy never ends above its start.
+with a rate :math:`\eta_t` that falls linearly to zero over the search, since the steps are few.
+What comes back is the best point visited, so that the energy never ends above its start.
 
-:func:`search_mode_lbfgs` is the other classic: steps along :math:`-H_t g_t`, where :math:`H_t` approximates the
-inverse Hessian by the last few steps, of a length that lowers the energy.
+:func:`search_mode_lbfgs` is the other classic: steps along :math:`-H_t g_t`, where :math:`H_t`
+approximates the inverse Hessian by the last few steps, of a length that lowers the energy.
 
 References: Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015,
-https://arxiv.org/abs/1412.6980; Nocedal, Wright, "Numerical optimization", 2006, sections 3.1 and 7.2,
-https://doi.org/10.1007/978-0-387-40065-5.
+https://arxiv.org/abs/1412.6980; Nocedal, Wright, "Numerical optimization", 2006, sections 3.1 and
+7.2, https://doi.org/10.1007/978-0-387-40065-5.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def search_mode(
 ) -> tuple[Latents, Tensor]:
     """The best of ``num_steps`` Adam steps down the energy of every image.
 
-    Deterministic, and for each row the same whatever the batch. A row whose gradient is not finite goes back
-    to its best point.
+    Deterministic, and for each row the same whatever the batch. A row whose gradient is not finite
+    goes back to its best point.
 
     Args:
         potential: energy per image.
@@ -53,8 +55,8 @@ def search_mode(
         learning_rate: size of the first steps, > 0, on the unconstrained scale.
 
     Returns:
-        The point of least energy visited, site -> ``(N, *event)``, and the gradients spent, ``(N,)``:
-        ``num_steps + 1`` per row, the start included.
+        The point of least energy visited, site -> ``(N, *event)``, and the gradients spent,
+        ``(N,)``: ``num_steps + 1`` per row, the start included.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -96,9 +98,10 @@ def search_mode_lbfgs(
 ) -> tuple[Latents, Tensor]:
     """L-BFGS down the energy of every image, with a line search of its own for each.
 
-    One gradient of the batch is one trial of every row: where the energy has fallen enough (Armijo's condition) the
-    row moves on in the direction of its own last ``memory`` steps, elsewhere it halves its step and tries again.
-    Deterministic, and for each row the same whatever the batch; the energy never rises.
+    One gradient of the batch is one trial of every row: where the energy has fallen enough
+    (Armijo's condition) the row moves on in the direction of its own last ``memory`` steps,
+    elsewhere it halves its step and tries again. Deterministic, and for each row the same whatever
+    the batch; the energy never rises.
 
     Args:
         potential: energy per image.
@@ -157,10 +160,12 @@ def search_mode_lbfgs(
 
 
 def _inverse_hessian(pairs: Tensor, gradient: Tensor) -> Tensor:
-    """The two-loop recursion (Nocedal and Wright, algorithm 7.4), a row at a time; empty pairs do nothing.
+    """The two-loop recursion (Nocedal and Wright, algorithm 7.4), a row at a time; empty pairs do
+    nothing.
 
     Args:
-        pairs: ``(memory, 2, N, D)``: steps and changes of gradient, oldest first, zero where there is none.
+        pairs: ``(memory, 2, N, D)``: steps and changes of gradient, oldest first, zero where there
+            is none.
         gradient: ``(N, D)``.
     """
     curvature = pairs.prod(1).sum(-1)

@@ -1,26 +1,26 @@
 r"""The No-U-Turn Sampler, one independent tree per image, grown in lockstep under masks.
 
-Multinomial NUTS: a trajectory is doubled forwards or backwards in time until it turns back on itself,
-states being drawn with weights :math:`\exp(-H)`. Within a new subtree a leaf replaces the candidate with
-probability (its weight) / (weight so far); between the old tree and a complete new subtree the candidate
-changes with probability :math:`\min(1, w_\mathrm{new} / w_\mathrm{old})`. A (sub)tree with end momenta
-:math:`r_-, r_+` and momentum sum :math:`\rho` has turned when
+Multinomial NUTS: a trajectory is doubled forwards or backwards in time until it turns back on
+itself, states being drawn with weights :math:`\exp(-H)`. Within a new subtree a leaf replaces the
+candidate with probability (its weight) / (weight so far); between the old tree and a complete new
+subtree the candidate changes with probability :math:`\min(1, w_\mathrm{new} / w_\mathrm{old})`. A
+(sub)tree with end momenta :math:`r_-, r_+` and momentum sum :math:`\rho` has turned when
 
 .. math:: r_\pm^\top M^{-1} \bigl(\rho - \tfrac12 (r_- + r_+)\bigr) \le 0
 
-for one of its ends; a new subtree any part of which has turned or diverged is dropped whole, which keeps the
-transition reversible.
+for one of its ends; a new subtree any part of which has turned or diverged is dropped whole, which
+keeps the transition reversible.
 
-The tree is built leaf by leaf instead of recursively. Leaf n closes as many subtrees as n has trailing one
-bits, and their first leaves are remembered under the number of one bits of n // 2, so that
-``max_tree_depth`` momenta suffice. Because all growing trees of a batch have the same depth, these
-indices are ordinary integers. The end of a loop is a question to the device (is any tree still growing?),
-asked once per leaf, next to a full gradient.
+The tree is built leaf by leaf instead of recursively. Leaf n closes as many subtrees as n has
+trailing one bits, and their first leaves are remembered under the number of one bits of n // 2, so
+that ``max_tree_depth`` momenta suffice. Because all growing trees of a batch have the same depth,
+these indices are ordinary integers. The end of a loop is a question to the device (is any tree
+still growing?), asked once per leaf, next to a full gradient.
 
 References: Hoffman, Gelman, "The No-U-Turn Sampler", JMLR 2014, https://arxiv.org/abs/1111.4246;
-Betancourt, "A conceptual introduction to HMC", 2017, https://arxiv.org/abs/1701.02434, appendix A.4;
-Phan, Pradhan, Jankowiak, "Composable effects for flexible and accelerated probabilistic programming in
-NumPyro", 2019, https://arxiv.org/abs/1912.11554 (the iterative scheme).
+Betancourt, "A conceptual introduction to HMC", 2017, https://arxiv.org/abs/1701.02434, appendix
+A.4; Phan, Pradhan, Jankowiak, "Composable effects for flexible and accelerated probabilistic
+programming in NumPyro", 2019, https://arxiv.org/abs/1912.11554 (the iterative scheme).
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def _where_candidate(mask: Tensor, a: _Candidate, b: _Candidate) -> _Candidate:
 
 
 def _subtrees_closed_by(leaf: int) -> range:
-    """Checkpoint indices of the subtrees whose last leaf is the odd number ``leaf``, inner first."""
+    """Checkpoint indices of the subtrees whose last leaf is the odd number ``leaf``, inner
+    first."""
     last = (leaf >> 1).bit_count()
     trailing_ones = (leaf ^ (leaf + 1)).bit_length() - 1
     return range(last, last - trailing_ones, -1)
@@ -141,8 +142,8 @@ def _grow(
         acceptance_sum += torch.where(growing, (-error).clamp(max=0.0).exp(), 0.0)
         leaves += growing
         total = torch.logaddexp(log_weight, -error)
-        # The first finite leaf is always taken, even where a float32 uniform has rounded to 1; a leaf
-        # of zero weight never is (inf - inf is NaN).
+        # The first finite leaf is always taken, even where a float32 uniform has rounded to 1; a
+        # leaf of zero weight never is (inf - inf is NaN).
         taken = growing & (log_uniform[:, leaf] <= -error - total)
         candidate = _where_candidate(
             taken,

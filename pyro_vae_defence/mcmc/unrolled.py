@@ -1,22 +1,24 @@
 r"""Chains as differentiable functions of the image and of where they start.
 
-A transition makes discrete decisions (accept or not, which leaf of a tree) and continuous moves. With the noise and the
-decisions of a run frozen, where the chain ends is a smooth function of the image x and of the start :math:`z_0`: each
-transition follows the leapfrog orbit
+A transition makes discrete decisions (accept or not, which leaf of a tree) and continuous moves.
+With the noise and the decisions of a run frozen, where the chain ends is a smooth function of the
+image x and of the start :math:`z_0`: each transition follows the leapfrog orbit
 
 .. math:: (z, r) \mapsto \Phi_\epsilon^{k}(z, r), \qquad r = M^{1/2} \xi_t, \quad k \in \mathbb{Z},
 
-for a number k of steps that the run has decided: 0 where it rejected, L where HMC accepted, and in NUTS the signed
-distance from the start to the leaf that was chosen, all of whose trees lie on one orbit. :func:`record` runs a kernel
-and notes k and the step size per chain, :func:`replay` follows them again with a graph through every gradient of U (so
-that U is differentiated twice). A chain that has arrived takes steps of size zero, which is the identity in values and
-in derivatives, so that rows need no masks and discarded moves cannot spoil a gradient with NaN.
+for a number k of steps that the run has decided: 0 where it rejected, L where HMC accepted, and in
+NUTS the signed distance from the start to the leaf that was chosen, all of whose trees lie on one
+orbit. :func:`record` runs a kernel and notes k and the step size per chain, :func:`replay` follows
+them again with a graph through every gradient of U (so that U is differentiated twice). A chain
+that has arrived takes steps of size zero, which is the identity in values and in derivatives, so
+that rows need no masks and discarded moves cannot spoil a gradient with NaN.
 
-The derivative is that of one trajectory. It omits how decisions, and step sizes that adapt, depend on x, and is
-therefore biased for the derivative of an expectation, by the flow of probability across the boundaries of decisions.
+The derivative is that of one trajectory. It omits how decisions, and step sizes that adapt, depend
+on x, and is therefore biased for the derivative of an expectation, by the flow of probability
+across the boundaries of decisions.
 
-Memory is bounded by recomputing: a transition keeps where it started, and its graph is built again when its gradient
-is asked for.
+Memory is bounded by recomputing: a transition keeps where it started, and its graph is built again
+when its gradient is asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import ImageEnergy, Latents, LatentsLike, Potential
 
 ADAM_DECAYS = (0.9, 0.999)
-"""Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015, https://arxiv.org/abs/1412.6980."""
+"""Kingma, Ba, "Adam: a method for stochastic optimization", ICLR 2015,
+https://arxiv.org/abs/1412.6980."""
 _ADAM_EPSILON = 1e-8
 
 
@@ -46,8 +49,8 @@ class Decision(NamedTuple):
     Attributes:
         step: number of the transition, which selects its noise.
         step_size: leapfrog step size, ``(N,)``.
-        offset: leapfrog steps from the old state to the new one, int64 ``(N,)``: negative against time, 0 for a
-            chain that stayed.
+        offset: leapfrog steps from the old state to the new one, int64 ``(N,)``: negative against
+            time, 0 for a chain that stayed.
         length: largest number of leapfrog steps of a chain.
     """
 
@@ -82,12 +85,13 @@ def record(
         Where the chains end, unconstrained and without graph, and one decision per transition.
 
     Raises:
-        ValueError: for a kernel whose decisions are not known, a number out of range, or a chain that would start at
-            a non-finite energy.
+        ValueError: for a kernel whose decisions are not known, a number out of range, or a chain
+            that would start at a non-finite energy.
     """
     if not isinstance(kernel, (BatchedHMC, BatchedNUTS)):
         raise ValueError(
-            f"kernel must be a BatchedHMC or BatchedNUTS to be unrolled, got {type(kernel).__name__}"
+            "kernel must be a BatchedHMC or BatchedNUTS to be unrolled, got "
+            f"{type(kernel).__name__}"
         )
     if kernel.burn_in > 0:
         raise ValueError(
@@ -117,7 +121,8 @@ def run(
     num_transitions: int,
     warmup_steps: int = 0,
 ) -> Latents:
-    """Where the chains end that :func:`record` follows, for any batched kernel and without noting decisions."""
+    """Where the chains end that :func:`record` follows, for any batched kernel and without noting
+    decisions."""
     end = lat.detach(start)
     for position, _ in _transitions(kernel, x, start, streams, num_transitions, warmup_steps):
         end = position
@@ -153,7 +158,8 @@ def _find_offset(
     reach: int,
     inverse_mass: LatentsLike | None,
 ) -> Tensor:
-    """Signed number of leapfrog steps after which the orbit through ``start`` comes closest to ``end``.
+    """Signed number of leapfrog steps after which the orbit through ``start`` comes closest to
+    ``end``.
 
     The leaf chosen was computed by the same steps, so the distance is zero but for rounding.
     """
@@ -201,8 +207,9 @@ def replay(
         streams: those of the recorded run.
         decisions: of :func:`record`, or its last ones.
         inverse_mass: diagonal of M^-1 per site; identity when ``None``.
-        checkpoint: build the graph of one transition at a time; ``False`` keeps them all, which saves a third of the
-            time at the price of memory that grows with the number of leapfrog steps.
+        checkpoint: build the graph of one transition at a time; ``False`` keeps them all, which
+            saves a third of the time at the price of memory that grows with the number of leapfrog
+            steps.
     """
     names = tuple(start)
     inverse_mass = _inverse_mass(inverse_mass, start)
@@ -253,8 +260,8 @@ def _gradient(energy: ImageEnergy, x: Tensor, position: Latents) -> Latents:
 class _Recomputed(torch.autograd.Function):
     """A function without its graph, which is built again when a gradient is asked for.
 
-    ``torch.utils.checkpoint`` will not do: the function takes gradients itself, and the reentrant variant would leave
-    gradients on a model's parameters.
+    ``torch.utils.checkpoint`` will not do: the function takes gradients itself, and the reentrant
+    variant would leave gradients on a model's parameters.
     """
 
     @staticmethod
@@ -309,7 +316,8 @@ class UnrolledKernel:
         self.checkpoint = checkpoint
 
     def __call__(self, x: Tensor, start: LatentsLike, streams: Streams) -> Latents:
-        """Where the chains of images ``(N, C, H, W)`` end, from unconstrained latents of ``N`` rows."""
+        """Where the chains of images ``(N, C, H, W)`` end, from unconstrained latents of ``N``
+        rows."""
         kernel = self.make_kernel()
         numbers = self.num_transitions, self.warmup_steps
         if not torch.is_grad_enabled():
@@ -326,15 +334,15 @@ class UnrolledKernel:
 class UnrolledModeSearch:
     r"""Adam steps down U(z; x), differentiable in the image and in the start.
 
-    The step is :math:`-\eta s \odot \hat m / \sqrt{\hat v + \epsilon^2}`, with the guard :math:`\epsilon` inside of the
-    root, where its derivative is finite at a gradient of zero.
+    The step is :math:`-\eta s \odot \hat m / \sqrt{\hat v + \epsilon^2}`, with the guard
+    :math:`\epsilon` inside of the root, where its derivative is finite at a gradient of zero.
 
     Args:
         energy: U(z; x) on the unconstrained scale, twice differentiable.
         num_steps: Adam steps, >= 1, each one gradient.
         learning_rate: :math:`\eta` > 0, in units of ``scale``.
-        scale: s, a typical width of the posterior per site, e.g. the root of the mean posterior variance; 1 when
-            ``None``.
+        scale: s, a typical width of the posterior per site, e.g. the root of the mean posterior
+            variance; 1 when ``None``.
         checkpoint: see :func:`replay`.
     """
 
@@ -357,7 +365,8 @@ class UnrolledModeSearch:
         self.checkpoint = checkpoint
 
     def __call__(self, x: Tensor, start: LatentsLike, streams: Streams | None = None) -> Latents:
-        """Where the search ends for images ``(N, C, H, W)``; ``streams`` are not used, it is not random."""
+        """Where the search ends for images ``(N, C, H, W)``; ``streams`` are not used, it is not
+        random."""
         names = tuple(start)
         values = [*start.values(), *(torch.zeros_like(v) for _ in range(2) for v in start.values())]
         for number in range(1, self.num_steps + 1):

@@ -1,16 +1,17 @@
 r"""How well a score tells attacked images from others: two error rates and their intervals.
 
-A detector raises the alarm where a score s exceeds a threshold. With scores s of attacked images (positives) and
-t of others (negatives), independent of any threshold,
+A detector raises the alarm where a score s exceeds a threshold. With scores s of attacked images
+(positives) and t of others (negatives), independent of any threshold,
 
 .. math:: \mathrm{AUROC} = P(s > t) + \tfrac12 P(s = t),
 
-the Mann-Whitney statistic: 1 for a perfect detector, 1/2 for a blind one, less where the score points the wrong way.
-At the largest threshold that still catches a share :math:`\tau` of the attacked images, the *false positive rate at
-TPR* :math:`\tau` is the share of the others that raise the alarm as well.
+the Mann-Whitney statistic: 1 for a perfect detector, 1/2 for a blind one, less where the score
+points the wrong way. At the largest threshold that still catches a share :math:`\tau` of the
+attacked images, the *false positive rate at TPR* :math:`\tau` is the share of the others that raise
+the alarm as well.
 
-Reference: Hanley, McNeil, "The meaning and use of the area under a receiver operating characteristic (ROC) curve",
-1982, https://doi.org/10.1148/radiology.143.1.7063747.
+Reference: Hanley, McNeil, "The meaning and use of the area under a receiver operating
+characteristic (ROC) curve", 1982, https://doi.org/10.1148/radiology.143.1.7063747.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tenso
     _check(negatives, positives)
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr={tpr} must lie in (0, 1]: use 0.95 for 95 percent")
-    # Rounding must not ask for one image more than the share does (0.95 * 20 > 19 in floating point).
+    # Rounding must not ask for one image more than the share does (0.95 * 20 > 19 in floating
+    # point).
     caught = math.ceil(tpr * positives.shape[0] - 1e-9)
     threshold = positives.sort(descending=True).values[max(caught, 1) - 1]
     return (negatives >= threshold).double().mean()
@@ -77,7 +79,8 @@ def detection_interval(
 ) -> Interval:
     """Percentile bootstrap interval of :func:`auroc` or :func:`fpr_at_tpr` over images.
 
-    Entry i of both vectors belongs to image i, clean and attacked: images are resampled, both their scores together.
+    Entry i of both vectors belongs to image i, clean and attacked: images are resampled, both their
+    scores together.
 
     Args:
         statistic: function of negatives and positives.
@@ -88,13 +91,15 @@ def detection_interval(
         generator: randomness, on the CPU; the global one by default.
 
     Raises:
-        ValueError: if the lengths differ, there are fewer than two images, or scores or options are out of range.
+        ValueError: if the lengths differ, there are fewer than two images, or scores or options are
+            out of range.
     """
     _check(negatives, positives)
     num_images = negatives.shape[0]
     if positives.shape[0] != num_images or num_images < 2:
         raise ValueError(
-            f"negatives has {num_images} scores and positives {positives.shape[0]}: pass one of each for every "
+            f"negatives has {num_images} scores and positives {positives.shape[0]}: pass one of "
+            "each for every "
             "image, of two images or more"
         )
     if not 0 < level < 1:

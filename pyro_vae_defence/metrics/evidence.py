@@ -1,11 +1,13 @@
 """The marginal likelihood of images under any Pyro VAE, one value per image, in nats.
 
-:mod:`pyro_vae_defence.metrics.likelihood` has the estimators; here the program supplies the densities,
+:mod:`pyro_vae_defence.metrics.likelihood` has the estimators; here the program supplies the
+densities,
 
     log p(x, z) = -U(z; x)      and      log q(z | x),
 
-both sums of unscaled log-probabilities over the sites of model and guide. Latents of constrained support
-are moved on the unconstrained scale, whose log-determinant enters both and leaves log p(x) as it is.
+both sums of unscaled log-probabilities over the sites of model and guide. Latents of constrained
+support are moved on the unconstrained scale, whose log-determinant enters both and leaves log p(x)
+as it is.
 
 Every image has its own random stream, so that its estimate depends on the seed and on its place in
 the batch, never on how much is computed at once.
@@ -42,7 +44,8 @@ def nll(
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
         num_samples: draws from the guide per image; 1000 in the paper.
-        rows: pairs of image and draw computed at once; bounds the memory, not the result (up to rounding).
+        rows: pairs of image and draw computed at once; bounds the memory, not the result (up to
+            rounding).
         generator: source of randomness; torch's global seed when ``None``.
 
     Returns:
@@ -79,7 +82,8 @@ class _Weights:
 
     def __call__(self, count: int) -> Tensor:
         images = len(self.x)
-        # Reading a model's sites runs it once: only the last chunk may differ in size from the others.
+        # Reading a model's sites runs it once: only the last chunk may differ in size from the
+        # others.
         if self.potential is None or self.potential.num_images != count * images:
             self.potential = program.potential(self.vae, self.x.repeat(count, 1, 1, 1))
         chain = torch.arange(self.drawn, self.drawn + count).repeat_interleave(images)
@@ -107,8 +111,8 @@ def ais_log_weights(
 ) -> Tensor:
     """Log-weights of annealed importance sampling between the guide and p(z | x).
 
-    With a rising schedule ``log_mean_exp(result)`` estimates log p(x) from below. With a falling one,
-    and ``initial`` drawn from the exact posterior, ``-log_mean_exp(result)`` does from above.
+    With a rising schedule ``log_mean_exp(result)`` estimates log p(x) from below. With a falling
+    one, and ``initial`` drawn from the exact posterior, ``-log_mean_exp(result)`` does from above.
 
     Args:
         vae: any Pyro VAE.
@@ -117,7 +121,8 @@ def ais_log_weights(
             :data:`~pyro_vae_defence.metrics.likelihood.Transition`.
         schedule: inverse temperatures; 100 of :func:`sigmoid_schedule` when ``None``.
         num_chains: M, independent chains per image.
-        initial: latents of ``num_chains * N`` rows on their support; draws from the guide when ``None``.
+        initial: latents of ``num_chains * N`` rows on their support; draws from the guide when
+            ``None``.
         generator: source of the draws from the guide; torch's global seed when ``None``.
 
     Returns:
@@ -133,7 +138,8 @@ def ais_log_weights(
     schedule = sigmoid_schedule(100) if schedule is None else schedule
     if initial is None and float(schedule[0]) != 0.0:
         raise ValueError(
-            "schedule falls, and initial is None: pass exact draws of p(z | x), which simulated data have"
+            "schedule falls, and initial is None: pass exact draws of p(z | x), which simulated "
+            "data have"
         )
     repeated = x.repeat(num_chains, 1, 1, 1)
     with program.evaluation_mode(vae):
@@ -154,7 +160,8 @@ def ais_log_weights(
 def simulate(vae: VAE, x: Tensor) -> tuple[Latents, Tensor]:
     """Latents from the prior and images from p(x | z): data with one exact posterior draw each.
 
-    The latents are an exact draw from p(z | x) of the simulated images, as bidirectional Monte Carlo needs.
+    The latents are an exact draw from p(z | x) of the simulated images, as bidirectional Monte
+    Carlo needs.
 
     Args:
         vae: any Pyro VAE whose likelihood can be sampled.

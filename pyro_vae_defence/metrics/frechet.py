@@ -5,13 +5,13 @@ With mean m and covariance C of each set's features,
 .. math:: d^2 = \lVert m_1 - m_2 \rVert^2
                 + \mathrm{tr}\bigl(C_1 + C_2 - 2 (C_1^{1/2} C_2 C_1^{1/2})^{1/2}\bigr),
 
-the squared 2-Wasserstein distance of two Gaussians. Its size means nothing without the extractor: the name
-*FID* stands for features of Inception-v3 trained on ImageNet alone (:func:`fid`), and everything else is
-reported as ``frechet[<extractor>]``. Estimates from few images are biased upwards, so compare only
-values from equally many.
+the squared 2-Wasserstein distance of two Gaussians. Its size means nothing without the extractor:
+the name *FID* stands for features of Inception-v3 trained on ImageNet alone (:func:`fid`), and
+everything else is reported as ``frechet[<extractor>]``. Estimates from few images are biased
+upwards, so compare only values from equally many.
 
-Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs trained by a two time-scale update rule converge to
-a local Nash equilibrium", 2017; https://arxiv.org/abs/1706.08500
+Heusel, Ramsauer, Unterthiner, Nessler, Hochreiter, "GANs trained by a two time-scale update rule
+converge to a local Nash equilibrium", 2017; https://arxiv.org/abs/1706.08500
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
     for name, value in (("features", features), ("other", other)):
         if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[1]:
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and the same F "
+                f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and "
+                "the same F "
                 "in both"
             )
     mean, covariance = _moments(features)
@@ -81,7 +82,8 @@ def fid(
     weights_path: str | os.PathLike[str] | None = None,
     rows: int = 50,
 ) -> Tensor:
-    """Fréchet Inception distance through torchmetrics, as in Table 7; grey images become three channels.
+    """Fréchet Inception distance through torchmetrics, as in Table 7; grey images become three
+    channels.
 
     Args:
         x: images ``(N, C, H, W)`` in [0, 1] with one or three channels.
@@ -98,13 +100,15 @@ def fid(
     """
     if weights_path is not None and not Path(weights_path).is_file():
         raise ValueError(
-            f"weights_path={str(weights_path)!r} is no file: download torch-fidelity's Inception weights "
+            f"weights_path={str(weights_path)!r} is no file: download torch-fidelity's Inception "
+            "weights "
             "and pass their path"
         )
     for name, images in (("x", x), ("y", y)):
         if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[0] < 2:
             raise ValueError(
-                f"{name} has shape {tuple(images.shape)}: pass (N, C, H, W) with two images or more and "
+                f"{name} has shape {tuple(images.shape)}: pass (N, C, H, W) with two images or "
+                "more and "
                 "one or three channels"
             )
     inception = _inception(None if weights_path is None else str(weights_path)).to(x.device)

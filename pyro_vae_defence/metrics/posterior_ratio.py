@@ -7,11 +7,11 @@ model suffices::
     log PR(z_1, z_2) = log p(z_1 | x) - log p(z_2 | x) = U(z_2) - U(z_1).
 
 The two-sample Kolmogorov-Smirnov test (paper, C.1) asks whether ratios before and after the defence
-have one distribution. Its statistic is ``D = sup_t |F_a(t) - F_b(t)|``, F the empirical distribution
-functions of n and m values. Under the null hypothesis every interleaving of the two samples is
-equally likely; an interleaving is a lattice path from (0, 0) to (n, m), and the p-value is the
-share of paths that reach ``|i/n - j/m| >= D`` somewhere. Path counting gives it exactly, here as a
-probability: with Q(i, j) the chance that a random path to (i, j) has reached it::
+have one distribution. Its statistic is ``D = sup_t |F_a(t) - F_b(t)|``, F the empirical
+distribution functions of n and m values. Under the null hypothesis every interleaving of the two
+samples is equally likely; an interleaving is a lattice path from (0, 0) to (n, m), and the p-value
+is the share of paths that reach ``|i/n - j/m| >= D`` somewhere. Path counting gives it exactly,
+here as a probability: with Q(i, j) the chance that a random path to (i, j) has reached it::
 
     Q(i, j) = 1 where |i/n - j/m| >= D, else  i/(i+j) Q(i-1, j) + j/(i+j) Q(i, j-1).
 

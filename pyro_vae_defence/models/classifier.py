@@ -1,17 +1,18 @@
 r"""Classifiers: the paper's linear one on latents, and a small convolutional one for its features.
 
-The downstream task of the paper is a linear classifier on the means of the guide, :math:`m = E_q[z \mid x]`,
+The downstream task of the paper is a linear classifier on the means of the guide, :math:`m = E_q[z
+\mid x]`,
 
 .. math:: p(y \mid x) = \mathrm{softmax}(W m + b),
 
-trained with cross-entropy by SGD (learning rate 1, halved when the validation loss has not fallen for 3 epochs,
-stopped after 20 without improvement; the best epoch's weights are kept).
+trained with cross-entropy by SGD (learning rate 1, halved when the validation loss has not fallen
+for 3 epochs, stopped after 20 without improvement; the best epoch's weights are kept).
 
 The convolutional one reads images. Its penultimate layer is a feature extractor for
 :func:`pyro_vae_defence.metrics.frechet`, which must be reported under the extractor's name.
 
-Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with MCMC", NeurIPS
-2022, section 5.1.
+Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders
+with MCMC", NeurIPS 2022, section 5.1.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class ConvClassifier(nn.Module):
         self.linear = nn.Linear(num_features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)`` in [0, 1] to features ``(N, num_features)``, before any nonlinearity."""
+        """Images ``(N, C, H, W)`` in [0, 1] to features ``(N, num_features)``, before any
+        nonlinearity."""
         return self.trunk(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +127,8 @@ def load_classifier(
         directory: where the files are; the packaged ones when ``None``.
 
     Raises:
-        ValueError: for an unknown name, another kind of model, or weights that do not match their card.
+        ValueError: for an unknown name, another kind of model, or weights that do not match their
+            card.
     """
     card, tensors = load_weights(name, directory)
     if card.architecture not in _ARCHITECTURES:

@@ -1,22 +1,22 @@
 r"""Energies and forces of a model as one recorded tensor program.
 
-A chain asks for :math:`U(z)` and :math:`\nabla U(z)` thousands of times, and each time Pyro runs the model's
-Python anew. :class:`Recorder` runs it once per shape under :func:`torch.fx.experimental.proxy_tensor.make_fx`,
-forward and input-backward together, and replays the operations: no Python of the model, no autograd graph, no
-gradient of a parameter.
+A chain asks for :math:`U(z)` and :math:`\nabla U(z)` thousands of times, and each time Pyro runs
+the model's Python anew. :class:`Recorder` runs it once per shape under
+:func:`torch.fx.experimental.proxy_tensor.make_fx`, forward and input-backward together, and replays
+the operations: no Python of the model, no autograd graph, no gradient of a parameter.
 
-A recording stands for the model only if the model is a fixed sequence of operations. Hence it is refused, and the
-model traced as before, when recording fails (control flow that asks for a tensor's value), when an operation draws
-random numbers, or when recorded and traced values differ by more than rounding at any of several latents;
-:attr:`RecordedPotential.why_not` then says why.
+A recording stands for the model only if the model is a fixed sequence of operations. Hence it is
+refused, and the model traced as before, when recording fails (control flow that asks for a tensor's
+value), when an operation draws random numbers, or when recorded and traced values differ by more
+than rounding at any of several latents; :attr:`RecordedPotential.why_not` then says why.
 
-What is recorded is also made faster where a decoder's shapes ask for it. A convolution of a single pixel is a
-matrix, and a transposed convolution to few channels is a matrix product and a scatter; general kernels
-spend ten times the arithmetic on both.
+What is recorded is also made faster where a decoder's shapes ask for it. A convolution of a single
+pixel is a matrix, and a transposed convolution to few channels is a matrix product and a scatter;
+general kernels spend ten times the arithmetic on both.
 
-:class:`ReducedForce` evaluates forces in reduced precision and energies in full: a leapfrog step remains volume
-preserving and reversible under any deterministic force, so that accepting with full-precision energies keeps
-Hamiltonian Monte Carlo exact.
+:class:`ReducedForce` evaluates forces in reduced precision and energies in full: a leapfrog step
+remains volume preserving and reversible under any deterministic force, so that accepting with
+full-precision energies keeps Hamiltonian Monte Carlo exact.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ __all__ = ["RecordedPotential", "Recorder", "ReducedForce"]
 
 # Largest difference taken for rounding, in units of the type's resolution and of the largest value.
 _ROUNDING = 1000.0
-# Largest relative difference, over a batch, of gradients after a change of rounding: where a rectifier's input is
-# zero up to rounding, it takes the other branch, and one image's gradient jumps.
+# Largest relative difference, over a batch, of gradients after a change of rounding: where a
+# rectifier's input is zero up to rounding, it takes the other branch, and one image's gradient
+# jumps.
 _KINKS = 1e-3
 
 _CONVOLUTION = torch.ops.aten.convolution.default
@@ -52,9 +53,11 @@ Program = Callable[..., tuple[Tensor, ...]]
 
 
 class RecordedPotential(ModelPotential):
-    """A :class:`~pyro_vae_defence.models.program.ModelPotential` whose gradients come from a recording.
+    """A :class:`~pyro_vae_defence.models.program.ModelPotential` whose gradients come from a
+    recording.
 
-    Made by :class:`Recorder`. The recording is made at the first gradient, that is at the start of a chain.
+    Made by :class:`Recorder`. The recording is made at the first gradient, that is at the start of
+    a chain.
 
     Attributes:
         captured: whether gradients are replayed; ``None`` before the first.
@@ -81,14 +84,15 @@ class RecordedPotential(ModelPotential):
 
 
 class Recorder:
-    """Record each model once per shape; the recordings are shared by all runs the recorder is given to.
+    """Record each model once per shape; the recordings are shared by all runs the recorder is given
+    to.
 
     Recordings hold parameters by reference, but rearranged copies of some; make a new recorder once
     parameters have changed.
 
     Args:
-        compile: hand recordings to :func:`torch.compile` as well, which needs a C++ compiler on CPUs and seconds
-            per shape.
+        compile: hand recordings to :func:`torch.compile` as well, which needs a C++ compiler on
+            CPUs and seconds per shape.
 
     Example:
         >>> from pyro_vae_defence.models import ConvVAE
@@ -334,10 +338,12 @@ def check_force_dtype(dtype: Any) -> None:
 
 
 class ReducedForce(ModelPotential):
-    """Forces from :func:`torch.autocast`, energies in full precision: exact Hamiltonian dynamics all the same.
+    """Forces from :func:`torch.autocast`, energies in full precision: exact Hamiltonian dynamics
+    all the same.
 
-    The force is a deterministic function of the latents. Whoever asks for energies gets full ones, at the price of
-    a forward pass; :func:`pyro_vae_defence.mcmc.hmc.step` asks at the end of a trajectory only.
+    The force is a deterministic function of the latents. Whoever asks for energies gets full ones,
+    at the price of a forward pass; :func:`pyro_vae_defence.mcmc.hmc.step` asks at the end of a
+    trajectory only.
 
     Args:
         potential: the model's energy.

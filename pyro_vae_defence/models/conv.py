@@ -5,12 +5,12 @@ r"""The convolutional VAE of the paper (Table 6): 64 latents for 28x28 images.
     q_\phi(z \mid x) = N(m_\phi(x), \mathrm{diag}\, s_\phi^2(x)).
 
 The likelihood is Bernoulli on intensities in [0, 1] for grey images and Gaussian with log-variance
-:math:`-\log 2\pi` for colour images (the value with which the paper's ColorMNIST likelihoods agree; it
-makes the Gaussian's normaliser vanish). The last layer of the decoder has 32 input channels; the table's
-31 is a misprint. Weights are Xavier-normal, biases zero.
+:math:`-\log 2\pi` for colour images (the value with which the paper's ColorMNIST likelihoods agree;
+it makes the Gaussian's normaliser vanish). The last layer of the decoder has 32 input channels; the
+table's 31 is a misprint. Weights are Xavier-normal, biases zero.
 
-Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders with
-MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940, appendix D.1.
+Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders
+with MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940, appendix D.1.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class ConvVAE(nn.Module):
     Args:
         in_channels: 1 (grey) or 3 (colour).
         latent_dim: number of latent dimensions; 64 in the paper.
-        likelihood: ``"bernoulli"`` or ``"gaussian"``; ``None`` takes the paper's choice, Bernoulli for
-            one channel and Gaussian otherwise.
+        likelihood: ``"bernoulli"`` or ``"gaussian"``; ``None`` takes the paper's choice, Bernoulli
+            for one channel and Gaussian otherwise.
         log_variance: log-variance of the Gaussian likelihood, per pixel.
         channels_last: keep convolutions in the channels-last layout, which is faster on CPUs
             and changes results by rounding only.
@@ -115,8 +115,8 @@ class ConvVAE(nn.Module):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
-    # Pyro's parameter store is global and keyed by name. A name per instance, also for copies, keeps
-    # two VAEs of one process from sharing parameters by accident.
+    # Pyro's parameter store is global and keyed by name. A name per instance, also for copies,
+    # keeps two VAEs of one process from sharing parameters by accident.
     @staticmethod
     def _new_scope() -> str:
         return f"ConvVAE_{next(_instances)}"
@@ -141,7 +141,8 @@ class ConvVAE(nn.Module):
         }
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch shape ``(N,)``, event ``(D,)``."""
+        """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch shape ``(N,)``, event
+        ``(D,)``."""
         hidden = self.encoder(self._layout(x))
         loc = self.latent_loc(hidden).flatten(1)
         scale = (0.5 * self.latent_log_variance(hidden).flatten(1)).exp()
@@ -155,8 +156,8 @@ class ConvVAE(nn.Module):
             output = layer(output)
         output = _last_layer(output, last)
         if self.likelihood == "bernoulli":
-            # Intensities between 0 and 1 are no outcomes of a coin; their log-likelihood is defined all
-            # the same, hence no validation of values.
+            # Intensities between 0 and 1 are no outcomes of a coin; their log-likelihood is defined
+            # all the same, hence no validation of values.
             return dist.Bernoulli(logits=output, validate_args=False).to_event(3)
         scale = math.exp(0.5 * self.log_variance)
         return dist.Normal(output, torch.full_like(output, scale)).to_event(3)
@@ -184,8 +185,8 @@ class ConvVAE(nn.Module):
             return pyro.sample("z", self.posterior(x))
 
     def _layout(self, x: Tensor) -> Tensor:
-        # Activations only: Pyro's parameter store makes parameters contiguous, hence would train a copy
-        # of channels-last weights.
+        # Activations only: Pyro's parameter store makes parameters contiguous, hence would train a
+        # copy of channels-last weights.
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
     def _check(self, x: Tensor, beta: float) -> None:
@@ -198,16 +199,17 @@ class ConvVAE(nn.Module):
             )
 
 
-# The decoder's outer layers have shapes that general routines for transposed convolutions handle slowly. These two
-# functions compute the same, up to rounding, in about half the time on a CPU.
+# The decoder's outer layers have shapes that general routines for transposed convolutions handle
+# slowly. These two functions compute the same, up to rounding, in about half the time on a CPU.
 
 
 def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
     """``second(relu(first(z)))`` of latents ``(N, D)``: ``(N, 96, 7, 7)``.
 
-    A single pixel through a 3x3 kernel of dilation 2 reaches the 9 even positions of 5x5, so the first layer is a
-    matrix product. The other 16 positions hold relu(bias) for every image: their share of the second layer is computed
-    once, and the 9 positions' share is a transposed convolution of stride 2.
+    A single pixel through a 3x3 kernel of dilation 2 reaches the 9 even positions of 5x5, so the
+    first layer is a matrix product. The other 16 positions hold relu(bias) for every image: their
+    share of the second layer is computed once, and the 9 positions' share is a transposed
+    convolution of stride 2.
     """
     assert isinstance(first, nn.ConvTranspose2d)
     assert first.bias is not None
@@ -224,7 +226,8 @@ def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
 
 
 def _last_layer(x: Tensor, layer: nn.Module) -> Tensor:
-    """``layer(x)`` for 4x4 kernels of stride 2 and few output channels: a matrix product, then overlapping sums."""
+    """``layer(x)`` for 4x4 kernels of stride 2 and few output channels: a matrix product, then
+    overlapping sums."""
     assert isinstance(layer, nn.ConvTranspose2d)
     assert layer.bias is not None
     count, channels, height, width = x.shape

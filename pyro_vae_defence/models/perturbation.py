@@ -1,52 +1,59 @@
-r"""The perturbation-aware posterior: what a defender samples who assumes that x may have been perturbed.
+r"""The perturbation-aware posterior: what a defender samples who assumes that x may have been
+perturbed.
 
-The posterior of an attacked image is the wrong posterior: it takes the perturbation for signal. If the
-perturbation is assumed to lie in a ball of radius :math:`\delta`, the energy becomes
+The posterior of an attacked image is the wrong posterior: it takes the perturbation for signal. If
+the perturbation is assumed to lie in a ball of radius :math:`\delta`, the energy becomes
 
 .. math::
     U_\delta(z; x) = \min_{\|e\|_p \le \delta,\; 0 \le x - e \le 1} \bigl[-\log p(x - e \mid z)\bigr] - \log p(z).
 
 For every attack inside the ball, :math:`e = x^a - x^r` is feasible, hence
-:math:`U_\delta(z; x^a) \le U_0(z; x^r)` for all z: no such attack can lower the unnormalised density of a
-latent that explained the reference; it can only add other explanations. :math:`\delta` is the defender's choice,
-not knowledge of the attack, and :math:`\delta = 0` is the paper's defence.
+:math:`U_\delta(z; x^a) \le U_0(z; x^r)` for all z: no such attack can lower the unnormalised
+density of a latent that explained the reference; it can only add other explanations. :math:`\delta`
+is the defender's choice, not knowledge of the attack, and :math:`\delta = 0` is the paper's
+defence.
 
 The minimiser :math:`x^* = x - e` is found per likelihood by :func:`most_likely_image`:
 
-==============================  ====================  =================================================
-likelihood                      balls                 minimiser
-==============================  ====================  =================================================
-Bernoulli, ContinuousBernoulli  Linf, L2, L1          exact (the log-likelihood is linear in x)
-Normal, GaussianImage           Linf, L2, L1          exact (weighted projection of the mean)
-Laplace                         Linf                  exact
-DiscretisedLogisticMixture      Linf                  search over grid levels (``models.nvae.likelihoods``)
-==============================  ====================  =================================================
+==============================  ====================
+================================================= likelihood                      balls
+minimiser ==============================  ====================
+================================================= Bernoulli, ContinuousBernoulli  Linf, L2, L1
+exact (the log-likelihood is linear in x) Normal, GaussianImage           Linf, L2, L1
+exact (weighted projection of the mean) Laplace                         Linf                  exact
+DiscretisedLogisticMixture      Linf                  search over grid levels
+(``models.nvae.likelihoods``) ==============================  ====================
+=================================================
 
-A search that misses the minimum gives a larger energy, never one of an image out of reach; the inequality above is
-then no longer proved. For the gradient in z :math:`x^*` is a constant, by the envelope theorem; energies use it in
-full, so that Hamiltonian kernels stay exact for :math:`\exp(-U_\delta)`.
+A search that misses the minimum gives a larger energy, never one of an image out of reach; the
+inequality above is then no longer proved. For the gradient in z :math:`x^*` is a constant, by the
+envelope theorem; energies use it in full, so that Hamiltonian kernels stay exact for
+:math:`\exp(-U_\delta)`.
 
-An attacker asks for the gradient in x, too. A pixel of :math:`x^*` moves with x where the ball holds it, and stays
-where the range [0, 1] or the likelihood's own maximum does, hence in an L_inf ball
+An attacker asks for the gradient in x, too. A pixel of :math:`x^*` moves with x where the ball
+holds it, and stays where the range [0, 1] or the likelihood's own maximum does, hence in an L_inf
+ball
 
 .. math:: \nabla_x U_\delta(z; x) = -\nabla \log p(x^* \mid z) \odot 1[|x^* - x| = \delta].
 
-Where x requires a gradient, :math:`x^*` therefore carries its derivative in x, and that of a Gaussian's mean it has
-reached, without which second derivatives would be wrong. For L2 and L1 balls pixels move with x unless they are 0 or 1;
-this neglects that a pixel at the edge of the range still takes its share of the ball, and second derivatives of the
-projection.
+Where x requires a gradient, :math:`x^*` therefore carries its derivative in x, and that of a
+Gaussian's mean it has reached, without which second derivatives would be wrong. For L2 and L1 balls
+pixels move with x unless they are 0 or 1; this neglects that a pixel at the edge of the range still
+takes its share of the ball, and second derivatives of the projection.
 
-**An unknown radius.** :math:`U_\delta` falls as :math:`\delta` grows, for every image, so a prior over
-:math:`\delta` alone would always choose the largest: :math:`\exp(-U_\delta)` is a profile, not a density of x, and its
-total mass grows with the ball. :class:`UnknownRadius` marginalises over a grid with a penalty per radius,
+**An unknown radius.** :math:`U_\delta` falls as :math:`\delta` grows, for every image, so a prior
+over :math:`\delta` alone would always choose the largest: :math:`\exp(-U_\delta)` is a profile, not
+a density of x, and its total mass grows with the ball. :class:`UnknownRadius` marginalises over a
+grid with a penalty per radius,
 
 .. math:: U(z; x) = -\log \sum_k \exp\bigl(-U_{\delta_k}(z; x) - c_k\bigr).
 
-The exact normaliser :math:`\log \int \max_e p(x - e \mid z) dx` would be the penalty of a calibrated likelihood. Image
-likelihoods are not calibrated (a Bernoulli pixel with logit -8 expects intensities about .125, which no black
-background shows), so penalties are to be measured on clean images instead, as what the radius gains there:
-:func:`pyro_vae_defence.defence.calibrate_radius`. Since each term is a
-lower bound on the sum, :math:`U(z; x^a) \le U_0(z; x^r) + c_k` for every attack within :math:`\delta_k`.
+The exact normaliser :math:`\log \int \max_e p(x - e \mid z) dx` would be the penalty of a
+calibrated likelihood. Image likelihoods are not calibrated (a Bernoulli pixel with logit -8 expects
+intensities about .125, which no black background shows), so penalties are to be measured on clean
+images instead, as what the radius gains there: :func:`pyro_vae_defence.defence.calibrate_radius`.
+Since each term is a lower bound on the sum, :math:`U(z; x^a) \le U_0(z; x^r) + c_k` for every
+attack within :math:`\delta_k`.
 """
 
 from __future__ import annotations
@@ -73,10 +80,11 @@ __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_im
 
 @functools.singledispatch
 def most_likely_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
-    """The image x - e with e in the ball and values in [0, 1] that ``likelihood`` finds most probable.
+    """The image x - e with e in the ball and values in [0, 1] that ``likelihood`` finds most
+    probable.
 
-    To add a likelihood, register a function of the same three arguments for its class. A log-likelihood that is
-    linear or quadratic in x is one line with :mod:`pyro_vae_defence.ops.reach`::
+    To add a likelihood, register a function of the same three arguments for its class. A
+    log-likelihood that is linear or quadratic in x is one line with :mod:`pyro_vae_defence.ops.reach`::
 
         @most_likely_image.register
         def _(likelihood: MyLikelihood, x: Tensor, ball: Ball) -> Tensor:
@@ -152,9 +160,9 @@ class UnknownRadius:
     Args:
         ball: the kind of ball, e.g. ``Linf``.
         radii: increasing radii >= 0; 0 stands for an unperturbed image.
-        penalties: one finite number c_k per radius, added to its energy: what the radius gains on clean images, see
-            :func:`pyro_vae_defence.defence.calibrate_radius`, minus the logarithm of a prior probability if there
-            is one. Only their differences matter to the posterior.
+        penalties: one finite number c_k per radius, added to its energy: what the radius gains on
+            clean images, see :func:`pyro_vae_defence.defence.calibrate_radius`, minus the logarithm
+            of a prior probability if there is one. Only their differences matter to the posterior.
 
     Raises:
         ValueError: if radii are not increasing, or there are not as many penalties.
@@ -232,7 +240,8 @@ class _UnknownRadiusLikelihood(TorchDistribution):
 
 
 class _MostLikely(Messenger):
-    """Replace the observed image by the most likely one in reach, or its likelihood by the mixture over radii."""
+    """Replace the observed image by the most likely one in reach, or its likelihood by the mixture
+    over radii."""
 
     def __init__(self, perturbation: Perturbation) -> None:
         super().__init__()
@@ -256,7 +265,8 @@ class _MostLikely(Messenger):
 
 
 def _check_rows(msg: Any) -> None:
-    """Norms and mixtures over all dimensions of an image need rows that are images, and nothing masked."""
+    """Norms and mixtures over all dimensions of an image need rows that are images, and nothing
+    masked."""
     if msg["value"].shape[0] != msg["fn"].batch_shape.numel() or isinstance(msg["mask"], Tensor):
         raise ValueError(
             f"site {msg['name']!r}: an L2 or L1 ball and an unknown radius need one image per row; "
@@ -267,15 +277,17 @@ def _check_rows(msg: Any) -> None:
 class PerturbationAware:
     """A Pyro model whose observation is the most likely image within a ball around its argument.
 
-    Conditioned on latents, minus its log-density is :math:`U_\\delta(z; x)`; any kernel takes it for a model.
+    Conditioned on latents, minus its log-density is :math:`U_\\delta(z; x)`; any kernel takes it
+    for a model.
 
     Args:
         model: Pyro model p(x, z) that observes its image.
         perturbation: what the defender assumes, e.g. ``Linf(0.1)``, or an :class:`UnknownRadius`.
 
     Raises:
-        ValueError: if ``perturbation`` is neither; when called, for a likelihood without a known minimiser, or if an
-            L2 or L1 ball or an unknown radius meets pixels that are not event dimensions.
+        ValueError: if ``perturbation`` is neither; when called, for a likelihood without a known
+            minimiser, or if an L2 or L1 ball or an unknown radius meets pixels that are not event
+            dimensions.
 
     Example:
         >>> from pyro_vae_defence.models import ConvVAE

@@ -1,8 +1,9 @@
 """Trained weights and the cards that describe them.
 
-A model is two files: ``NAME.safetensors`` with the weights, and ``NAME.json``, its card, with the sha256 of
-the weights, the architecture, how it was trained (command, commit, configuration, versions) and what was
-measured. Nothing is unpickled, and weights that do not match their card are refused.
+A model is two files: ``NAME.safetensors`` with the weights, and ``NAME.json``, its card, with the
+sha256 of the weights, the architecture, how it was trained (command, commit, configuration,
+versions) and what was measured. Nothing is unpickled, and weights that do not match their card are
+refused.
 """
 
 from __future__ import annotations
@@ -110,9 +111,10 @@ def load_weights(
 def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) -> TrainedVAE:
     """A trained VAE in eval mode, on the CPU.
 
-    Its attribute ``mean_posterior_variance`` (site -> one image's shape) is the training set's average of the
-    guide's variance, the metric for samplers that an attacker cannot move. An NVAE's ``mean_noise_variance`` is the
-    same for the programs of :meth:`~pyro_vae_defence.models.nvae.NVAE.noncentred`.
+    Its attribute ``mean_posterior_variance`` (site -> one image's shape) is the training set's
+    average of the guide's variance, the metric for samplers that an attacker cannot move. An NVAE's
+    ``mean_noise_variance`` is the same for the programs of
+    :meth:`~pyro_vae_defence.models.nvae.NVAE.noncentred`.
 
     Args:
         name: one of :func:`available`.
@@ -160,7 +162,8 @@ def save_pretrained(
     """Write weights and card atomically, the card last.
 
     Args:
-        vae: the trained module; its ``config`` holds the constructor's arguments, or knows them by ``to_dict``.
+        vae: the trained module; its ``config`` holds the constructor's arguments, or knows them by
+            ``to_dict``.
         name: file stem.
         directory: made when missing.
         training, command, provenance, metrics: see :class:`WeightCard`.

@@ -1,17 +1,17 @@
 r"""Reading a VAE written as a pair of Pyro programs.
 
 Everything the library does to a VAE goes through this module, so any object with ``model(x)`` and
-``guide(x)`` will do (:class:`pyro_vae_defence.types.VAE`): the names and number of latent sites, the
-observation site and its shape, nested plates and constrained supports are found in traces.
+``guide(x)`` will do (:class:`pyro_vae_defence.types.VAE`): the names and number of latent sites,
+the observation site and its shape, nested plates and constrained supports are found in traces.
 
 The energy of image :math:`n`, in nats, is
 
 .. math:: U_n(z) = -\log p(x_n \mid z_n) - \sum_k \log p(z_{n,k} \mid z_{n,>k}),
 
 the sum of *unscaled* log-probabilities of the model's sites: a model trained under
-``poutine.scale(beta)`` is still sampled at p(x|z)p(z), not at p(x|z)p(z)^beta. Latents with constrained
-support are moved on the unconstrained scale of :func:`torch.distributions.biject_to`, whose
-log-determinant enters the energy.
+``poutine.scale(beta)`` is still sampled at p(x|z)p(z), not at p(x|z)p(z)^beta. Latents with
+constrained support are moved on the unconstrained scale of :func:`torch.distributions.biject_to`,
+whose log-determinant enters the energy.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ __all__ = [
 ]
 
 
-# --- Validation at the public boundary -------------------------------------------------------------
+# --- Validation at the public boundary
+# -------------------------------------------------------------
 
 
 def check_vae(vae: Any) -> VAE:
@@ -214,7 +215,8 @@ def observation_site(model: Callable[..., Any], *args: Any, **kwargs: Any) -> st
 
 
 class _StreamMessenger(Messenger):
-    """Draw Gaussian sites, behind transforms too, from per-image streams; others fall back on the global seed."""
+    """Draw Gaussian sites, behind transforms too, from per-image streams; others fall back on the
+    global seed."""
 
     def __init__(self, streams: Streams, step: int) -> None:
         super().__init__()
@@ -260,7 +262,8 @@ def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[st
 
 
 def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
-    """Run ``vae.guide`` on images ``x`` once and see whether it keeps the contract of :class:`types.VAE`.
+    """Run ``vae.guide`` on images ``x`` once and see whether it keeps the contract of
+    :class:`types.VAE`.
 
     Raises:
         ValueError: if it fails on such images, has no latent site, or one outside its data plate.
@@ -273,7 +276,8 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"vae.guide failed on images of shape {tuple(x.shape)}: {error}; it must run as guide(x), "
+            f"vae.guide failed on images of shape {tuple(x.shape)}: {error}; it must run as "
+            "guide(x), "
             f'with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
         ) from error
     latents = {site["name"]: site for site in latent_sites(trace)}
@@ -291,7 +295,8 @@ def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
 def sample_with_log_prob(
     vae: VAE, x: Tensor, *, streams: Streams | None = None
 ) -> tuple[Latents, Tensor]:
-    """One draw z from the guide per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in nats."""
+    """One draw z from the guide per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in
+    nats."""
     trace = _guide_trace(vae, x, streams)
     log_prob = x.new_zeros(x.shape[0])
     for name, site in sample_sites(trace).items():
@@ -302,8 +307,9 @@ def sample_with_log_prob(
 class GuideDraws:
     """Draws from the guide at the same images, over and over.
 
-    A guide of one Gaussian site, like the paper's, runs once for all draws; any other runs for every draw. Either way
-    the draws are those of :func:`sample_with_log_prob` on the repeated images.
+    A guide of one Gaussian site, like the paper's, runs once for all draws; any other runs for
+    every draw. Either way the draws are those of :func:`sample_with_log_prob` on the repeated
+    images.
 
     Args:
         vae: any Pyro VAE.
@@ -329,7 +335,8 @@ class GuideDraws:
             self.loc, self.scale = fn.base_dist.loc, fn.base_dist.scale
 
     def __call__(self, count: int, streams: Streams) -> tuple[Latents, Tensor]:
-        """``count`` draws per image, chains folded in front: latents of ``count * N`` rows and log q(z | x)."""
+        """``count`` draws per image, chains folded in front: latents of ``count * N`` rows and log
+        q(z | x)."""
         if not self.site:
             return sample_with_log_prob(self.vae, self.x.repeat(count, 1, 1, 1), streams=streams)
         parameters = lat.repeat({"loc": self.loc, "scale": self.scale}, count)
@@ -378,7 +385,8 @@ def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Late
     Args:
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
-        initial: ``"guide"``, a draw from q(z | x); ``"mean"``, the guide's mean; or ``"prior"``, a draw from p(z).
+        initial: ``"guide"``, a draw from q(z | x); ``"mean"``, the guide's mean; or ``"prior"``, a
+            draw from p(z).
         streams: random streams of the images.
     """
     if initial == "mean":
@@ -484,7 +492,8 @@ class ModelPotential:
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
 
     def at(self, x: Tensor) -> ModelPotential:
-        """The energy of the same model at other images, in any number; its sites are not read again."""
+        """The energy of the same model at other images, in any number; its sites are not read
+        again."""
         other = copy.copy(self)
         other._args = (x,)
         other._kwargs = {}
@@ -592,14 +601,16 @@ def potential(vae: VAE, x: Tensor, perturbation: Perturbation | None = None) -> 
     Args:
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
-        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an ``UnknownRadius``, for the
-            energy :math:`U_\\delta(z; x)` of :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
+        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an
+            ``UnknownRadius``, for the energy :math:`U_\\delta(z; x)` of
+            :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
     """
     return ModelPotential(target(vae, perturbation), x)
 
 
 def target(vae: VAE, perturbation: Perturbation | None = None) -> Callable[..., Any]:
-    """The Pyro model whose posterior a defence samples: ``vae.model``, or its perturbation-aware variant."""
+    """The Pyro model whose posterior a defence samples: ``vae.model``, or its perturbation-aware
+    variant."""
     return vae.model if perturbation is None else PerturbationAware(vae.model, perturbation)
 
 
@@ -608,8 +619,9 @@ def guide_potential(
 ) -> Potential:
     """Energy -log q(z | x) of the guide per image, normalised, on the scale of :func:`potential`.
 
-    The guide's counterpart of U(z; x): on the same unconstrained latents, with the same log-determinants, so that
-    ``guide_potential(vae, x)(z) - potential(vae, x)(z)`` is the log-weight log p(x, z) - log q(z | x).
+    The guide's counterpart of U(z; x): on the same unconstrained latents, with the same
+    log-determinants, so that ``guide_potential(vae, x)(z) - potential(vae, x)(z)`` is the
+    log-weight log p(x, z) - log q(z | x).
 
     Args:
         vae: any Pyro VAE.
@@ -648,11 +660,11 @@ def mean_posterior_variance(
 
     Args:
         vae: any Pyro VAE whose guide's distributions know their variance.
-        batches: iterable of image batches ``(N, C, H, W)``, or of tuples that start with one, e.g. a
-            loader of the training set.
+        batches: iterable of image batches ``(N, C, H, W)``, or of tuples that start with one, e.g.
+            a loader of the training set.
         max_images: stop after so many images.
-        generator: source of the seed of a hierarchy's upper groups, on draws of which the variance of the lower ones
-            is conditional; torch's global seed when ``None``.
+        generator: source of the seed of a hierarchy's upper groups, on draws of which the variance
+            of the lower ones is conditional; torch's global seed when ``None``.
 
     Returns:
         Site name -> tensor of one image's shape, on the scale of the site.

@@ -1,7 +1,8 @@
-"""What objectives read of a VAE's two traces beside their sites: Gaussian latents, the decoder's mean, mean field.
+"""What objectives read of a VAE's two traces beside their sites: Gaussian latents, the decoder's
+mean, mean field.
 
-As in :mod:`pyro_vae_defence.models.sites`, the axis of plate ``"data"`` comes first, so that ``N`` rows come out
-whatever other plates, event shapes or number of latent sites a program has.
+As in :mod:`pyro_vae_defence.models.sites`, the axis of plate ``"data"`` comes first, so that ``N``
+rows come out whatever other plates, event shapes or number of latent sites a program has.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ class ImageELBO(TraceMeanField_ELBO):
     a mean).
 
     ``num_particles`` draws of the latents are averaged. :attr:`step` counts the calls of
-    ``loss_and_grads``, that is the optimisation steps; schedules read it, and whoever trains through
-    ``differentiable_loss`` sets it. :meth:`state_dict` has it, and whatever else a resumed run needs.
+    ``loss_and_grads``, that is the optimisation steps; schedules read it, and whoever trains
+    through ``differentiable_loss`` sets it. :meth:`state_dict` has it, and whatever else a resumed
+    run needs.
 
     Scales and masks that the programs set themselves act on the ELBO, as they do in Pyro; they
     change neither the terms reported nor what an objective adds to the ELBO.

@@ -9,9 +9,9 @@ For image :math:`x_n`, with one Kullback-Leibler term per latent group :math:`g`
     + \sum_\text{bn} \max_c |\gamma_c| \Bigr).
 
 :math:`\beta` rises linearly during the first part of the training. While it is below 1, the
-coefficients :math:`c_g` of mean 1 keep a group from being switched off: they grow with the group's KL
-relative to what its size lets expect. The penalties bound how fast features, and with them the KL
-terms, can change.
+coefficients :math:`c_g` of mean 1 keep a group from being switched off: they grow with the group's
+KL relative to what its size lets expect. The penalties bound how fast features, and with them the
+KL terms, can change.
 
 Vahdat, Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", NeurIPS 2020,
 https://arxiv.org/abs/2007.03898

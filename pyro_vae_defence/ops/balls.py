@@ -1,15 +1,18 @@
-r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one perturbation per image.
+r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one perturbation per
+image.
 
 Each ball knows ``project`` (the nearest point of the ball; exactly inside, also in floating point),
-``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`) and ``random_start``.
-Images have a range as well: ``project_box`` projects on the intersection of the ball with a box :math:`l \le
-\varepsilon \le u` that contains 0. Clipping a projection, or projecting a clipped point, finds a point of the
-intersection but not the nearest one, and projected gradient ascent then stops short of the maximum. Perturbations
-have shape ``(N, *event)``; norms are per row. ``Linf`` is the paper's choice (Table 8).
+``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`) and
+``random_start``. Images have a range as well: ``project_box`` projects on the intersection of the
+ball with a box :math:`l \le \varepsilon \le u` that contains 0. Clipping a projection, or
+projecting a clipped point, finds a point of the intersection but not the nearest one, and projected
+gradient ascent then stops short of the maximum. Perturbations have shape ``(N, *event)``; norms are
+per row. ``Linf`` is the paper's choice (Table 8).
 
-References: Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient projections onto the l1-ball", ICML 2008,
-https://doi.org/10.1145/1390156.1390191; Croce, Hein, "Mind the box: l1-APGD for sparse adversarial attacks on
-image classifiers", ICML 2021, https://arxiv.org/abs/2103.01208 (why the box matters).
+References: Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient projections onto the l1-ball", ICML
+2008, https://doi.org/10.1145/1390156.1390191; Croce, Hein, "Mind the box: l1-APGD for sparse
+adversarial attacks on image classifiers", ICML 2021, https://arxiv.org/abs/2103.01208 (why the box
+matters).
 """
 
 from __future__ import annotations
@@ -62,10 +65,11 @@ class Ball:
         raise NotImplementedError
 
     def step_direction(self, gradient: Tensor) -> Tensor:
-        """Direction of a step before ``project_box``: steepest ascent, and for L1 the Euclidean one.
+        """Direction of a step before ``project_box``: steepest ascent, and for L1 the Euclidean
+        one.
 
-        The projection of a Euclidean step on an L1 ball chooses how many coordinates move; steepest ascent
-        moves one, and gets stuck once that one has reached the box.
+        The projection of a Euclidean step on an L1 ball chooses how many coordinates move; steepest
+        ascent moves one, and gets stuck once that one has reached the box.
         """
         return self.steepest_ascent(gradient)
 
@@ -83,10 +87,11 @@ class Ball:
         raise NotImplementedError
 
     def inside(self, x_ref: Tensor, x_adv: Tensor) -> Tensor:
-        """Move ``x_adv`` by the last bits it takes for ``x_adv - x_ref``, as computed, to be inside.
+        """Move ``x_adv`` by the last bits it takes for ``x_adv - x_ref``, as computed, to be
+        inside.
 
-        A projected perturbation may leave the ball again when it is added to an image and rounded. The
-        result lies between the two images, hence in [0, 1] if they do.
+        A projected perturbation may leave the ball again when it is added to an image and rounded.
+        The result lies between the two images, hence in [0, 1] if they do.
         """
         shrink = 1.0 - 16 * torch.finfo(x_adv.dtype).eps
         for _ in range(_ROUNDING_STEPS):

@@ -9,8 +9,9 @@ For independent Gaussians :math:`q = N(m, s^2)` and :math:`q' = N(m', s'^2)`,
     \qquad
     W_2^2 = \sum_d (m_d - m'_d)^2 + (s_d - s'_d)^2 .
 
-Other families go through :func:`torch.distributions.kl_divergence`. Arguments are dicts from site name
-to distribution with batch shape ``(N,)``; several sites add up. Results are in nats, shape ``(N,)``.
+Other families go through :func:`torch.distributions.kl_divergence`. Arguments are dicts from site
+name to distribution with batch shape ``(N,)``; several sites add up. Results are in nats, shape
+``(N,)``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def kl(p: Posterior, q: Posterior) -> Tensor:
 
 
 def symmetric_kl(p: Posterior, q: Posterior) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences per image, in nats (Table 1 of the paper)."""
+    """Half the sum of both Kullback-Leibler divergences per image, in nats (Table 1 of the
+    paper)."""
     return 0.5 * (kl(p, q) + kl(q, p))
 
 

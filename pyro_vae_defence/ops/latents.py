@@ -1,7 +1,8 @@
 """Arithmetic on latents kept as a dict of tensors, one entry per latent site.
 
-Every tensor has shape ``(N, *event)``: one row per image, or per (chain, image) pair once chains are
-folded into the batch. Row ``c * num_images + i`` of a folded tensor is chain ``c`` of image ``i``.
+Every tensor has shape ``(N, *event)``: one row per image, or per (chain, image) pair once chains
+are folded into the batch. Row ``c * num_images + i`` of a folded tensor is chain ``c`` of image
+``i``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 
 def rows(value: Tensor, like: Tensor) -> Tensor:
-    """Append singleton dimensions to ``value`` of shape ``(N,)`` so that it scales rows of ``like``."""
+    """Append singleton dimensions to ``value`` of shape ``(N,)`` so that it scales rows of
+    ``like``."""
     return value.reshape(value.shape + (1,) * (like.dim() - value.dim()))
 
 
@@ -59,7 +61,8 @@ def index(latents: LatentsLike, key: Tensor | slice | int) -> Latents:
 
 
 def repeat(latents: LatentsLike, num_chains: int) -> Latents:
-    """Fold ``num_chains`` copies into the batch: ``(N, *event)`` to ``(num_chains * N, *event)``."""
+    """Fold ``num_chains`` copies into the batch: ``(N, *event)`` to ``(num_chains * N,
+    *event)``."""
     return {
         name: value.repeat((num_chains,) + (1,) * (value.dim() - 1))
         for name, value in latents.items()
@@ -72,7 +75,8 @@ def unfold(value: Tensor, num_chains: int) -> Tensor:
 
 
 def value_and_gradient(potential: Potential, latents: LatentsLike) -> tuple[Tensor, Latents]:
-    """Energies ``(N,)`` and their gradients: one forward and one backward pass to the latents alone.
+    """Energies ``(N,)`` and their gradients: one forward and one backward pass to the latents
+    alone.
 
     No gradient of a model's parameter is computed; what comes back is detached.
     """

@@ -1,26 +1,29 @@
 r"""Optimisation over what lies in reach of an image: the ball around it, cut with the valid range.
 
-Two problems over :math:`R(x) = \{x' : \|x' - x\|_p \le r,\; 0 \le x' \le 1\}`, one per row, are solved here,
+Two problems over :math:`R(x) = \{x' : \|x' - x\|_p \le r,\; 0 \le x' \le 1\}`, one per row, are
+solved here,
 
 .. math::
     \max_{x' \in R(x)} \sum_i s_i x'_i \qquad\text{and}\qquad
     \min_{x' \in R(x)} \sum_i \tfrac{a_i}{2} (x'_i - \mu_i)^2 .
 
-Both move every pixel towards a known side, by :math:`m_i` up to the room :math:`c_i` it has there (to the edge of
-[0, 1]; for the second, not beyond :math:`\mu_i`), so that only the magnitudes are to be found.
+Both move every pixel towards a known side, by :math:`m_i` up to the room :math:`c_i` it has there
+(to the edge of [0, 1]; for the second, not beyond :math:`\mu_i`), so that only the magnitudes are
+to be found.
 
 - L_inf: pixels are independent, :math:`m_i = \min(r, c_i)`.
-- L2: by the conditions of Karush, Kuhn and Tucker :math:`m_i(t) = \min(h_i(t), c_i)` with one multiplier t >= 0 per
-  row, :math:`h_i = |s_i| t`, respectively :math:`h_i = |\mu_i - x_i| \, a_i t / (1 + a_i t)`, and t is the largest
-  with :math:`\sum_i m_i^2 \le r^2`. As a function of t^2 the sum increases and is concave in both cases (a minimum
-  of concave functions), so that Newton's method from the left never leaves the ball and converges monotonically: for
-  the linear problem, piecewise linear in t^2, in finitely many steps.
+- L2: by the conditions of Karush, Kuhn and Tucker :math:`m_i(t) = \min(h_i(t), c_i)` with one
+  multiplier t >= 0 per row, :math:`h_i = |s_i| t`, respectively :math:`h_i = |\mu_i - x_i| \, a_i t
+  / (1 + a_i t)`, and t is the largest with :math:`\sum_i m_i^2 \le r^2`. As a function of t^2 the
+  sum increases and is concave in both cases (a minimum of concave functions), so that Newton's
+  method from the left never leaves the ball and converges monotonically: for the linear problem,
+  piecewise linear in t^2, in finitely many steps.
 - L1, linear: the budget r goes to the pixels in the order of their slopes, each up to its room.
-- L1, quadratic: :math:`m_i(\lambda) = \mathrm{clip}(|\mu_i - x_i| - \lambda / a_i, 0, c_i)` with the smallest
-  :math:`\lambda \ge 0` whose sum is at most r, by bisection.
+- L1, quadratic: :math:`m_i(\lambda) = \mathrm{clip}(|\mu_i - x_i| - \lambda / a_i, 0, c_i)` with
+  the smallest :math:`\lambda \ge 0` whose sum is at most r, by bisection.
 
-Results are inside exactly: with ``x`` in [0, 1] they are in [0, 1], and their distance from ``x``, as computed by
-``ball.norm``, is at most the radius.
+Results are inside exactly: with ``x`` in [0, 1] they are in [0, 1], and their distance from ``x``,
+as computed by ``ball.norm``, is at most the radius.
 
 Reference: Boyd, Vandenberghe, "Convex optimization", 2004, section 5.5.3,
 https://web.stanford.edu/~boyd/cvxbook/.
@@ -36,9 +39,11 @@ from pyro_vae_defence.ops.latents import rows
 
 __all__ = ["maximise_linear", "nearest"]
 
-# Measured: 8 leave a relative 1e-5 of the optimum, 16 nothing that float64 shows, with weights over 8 decades.
+# Measured: 8 leave a relative 1e-5 of the optimum, 16 nothing that float64 shows, with weights over
+# 8 decades.
 _NEWTON_STEPS = 16
-# Halvings of an interval of floating-point numbers; 64 reach neighbours in float32 and nearly so in float64.
+# Halvings of an interval of floating-point numbers; 64 reach neighbours in float32 and nearly so in
+# float64.
 _BISECTION_STEPS = 64
 
 
@@ -69,7 +74,8 @@ def maximise_linear(slope: Tensor, x: Tensor, ball: Ball) -> Tensor:
 
 
 def nearest(target: Tensor, precision: Tensor | float, x: Tensor, ball: Ball) -> Tensor:
-    """The point in reach of ``x`` with the smallest squared distance to ``target``, pixels weighted by ``precision``.
+    """The point in reach of ``x`` with the smallest squared distance to ``target``, pixels weighted
+    by ``precision``.
 
     Args:
         target: ``(N, *event)``, or broadcastable to it; any values.
@@ -98,8 +104,10 @@ def nearest(target: Tensor, precision: Tensor | float, x: Tensor, ball: Ball) ->
 
 
 def _euclidean(slope: Tensor, bend: Tensor, room: Tensor, radius: float) -> Tensor:
-    """Magnitudes min(slope t / (1 + bend t), room) for the largest t that keeps their norm at most ``radius``."""
-    # In units in which the radius is 1 and so is t where the tangent at 0 reaches it: Newton's first point.
+    """Magnitudes min(slope t / (1 + bend t), room) for the largest t that keeps their norm at most
+    ``radius``."""
+    # In units in which the radius is 1 and so is t where the tangent at 0 reaches it: Newton's
+    # first point.
     size = slope.flatten(1).norm(dim=1)
     unit = rows(torch.where(size > 0, radius / size, 0.0), slope)
     slope, bend, room = slope * unit / radius, bend * unit, room / radius
@@ -128,7 +136,8 @@ def _greedy(weight: Tensor, room: Tensor, radius: float) -> Tensor:
 
 
 def _soft_threshold(distance: Tensor, precision: Tensor, room: Tensor, radius: float) -> Tensor:
-    """Magnitudes clip(distance - level / precision, 0, room) for the least level whose sum is at most ``radius``."""
+    """Magnitudes clip(distance - level / precision, 0, room) for the least level whose sum is at
+    most ``radius``."""
 
     def magnitude(level: Tensor) -> Tensor:
         return torch.minimum((distance - rows(level, room) / precision).clamp(min=0.0), room)
@@ -143,12 +152,14 @@ def _soft_threshold(distance: Tensor, precision: Tensor, room: Tensor, radius: f
 
 
 def _move(x: Tensor, direction: Tensor, magnitude: Tensor, ball: Ball) -> Tensor:
-    """``x`` moved by ``direction * magnitude``, exactly inside the ball and, with ``x``, in [0, 1]."""
+    """``x`` moved by ``direction * magnitude``, exactly inside the ball and, with ``x``, in [0,
+    1]."""
     change = direction * magnitude
     norm = ball.norm(change)
     change = change * rows(torch.where(norm > ball.radius, ball.radius / norm, 1.0), change)
     moved = ball.inside(x, (x + change).clamp(0.0, 1.0))
-    # Rounding to the image's own grid changes each pixel by half a unit at most, which matters to tiny balls.
+    # Rounding to the image's own grid changes each pixel by half a unit at most, which matters to
+    # tiny balls.
     rounding = torch.finfo(x.dtype).eps * ball.norm(torch.ones_like(x)) / ball.radius
     smaller = x + change * rows((1.0 - rounding).clamp(min=0.0), change)
     return torch.where(rows(ball.norm(moved - x) > ball.radius, x), smaller, moved)

@@ -1,15 +1,15 @@
 r"""One random stream per image, so that results do not depend on how images are batched.
 
-A counter-based generator maps (seed, image, chain, step, purpose) to random bits directly: there is no
-state to advance, hence an image draws the same numbers alone, inside any batch, and on any device. The
-map is Philox4x32-10,
+A counter-based generator maps (seed, image, chain, step, purpose) to random bits directly: there is
+no state to advance, hence an image draws the same numbers alone, inside any batch, and on any
+device. The map is Philox4x32-10,
 
 .. math:: (c_0, c_2) \leftarrow (\mathrm{hi}(M_1 c_2) \oplus c_1 \oplus k_0,\;
                                  \mathrm{hi}(M_0 c_0) \oplus c_3 \oplus k_1), \qquad
           (c_1, c_3) \leftarrow (\mathrm{lo}(M_1 c_2),\; \mathrm{lo}(M_0 c_0)),
 
-ten rounds over a counter of four 32-bit words, the key raised by a Weyl constant after each; normals
-follow by the Box-Muller transform.
+ten rounds over a counter of four 32-bit words, the key raised by a Weyl constant after each;
+normals follow by the Box-Muller transform.
 
 Reference: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011,
 https://doi.org/10.1145/2063384.2063405 (constants and test vectors).
@@ -33,7 +33,8 @@ _MAX_PURPOSE = 4096
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four int64 tensors holding 32-bit words (broadcastable) to four random words."""
+    """Philox4x32-10: four int64 tensors holding 32-bit words (broadcastable) to four random
+    words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -81,7 +82,8 @@ class Streams(NamedTuple):
         first_image: int = 0,
         device: torch.device | str = "cpu",
     ) -> Streams:
-        """Streams of ``num_images`` images, numbered from ``first_image``, with chains folded in."""
+        """Streams of ``num_images`` images, numbered from ``first_image``, with chains folded
+        in."""
         image = torch.arange(first_image, first_image + num_images, device=device)
         chain = torch.arange(num_chains, device=device)
         return cls(

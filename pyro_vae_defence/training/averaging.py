@@ -4,9 +4,9 @@ After step :math:`t = 1, 2, \dots` with weights :math:`w_t`,
 
 .. math:: \bar w_t = d_t\, \bar w_{t-1} + (1 - d_t)\, w_t, \qquad d_t = \min\{d, (1 + t) / (10 + t)\}.
 
-The smaller decay of the first steps lets the average forget the initial weights, and changes nothing once
-:math:`t > (10 d - 1) / (1 - d)`. Parameters are averaged on Pyro's unconstrained scale; buffers, such as
-the statistics of batch norm, are not averaged.
+The smaller decay of the first steps lets the average forget the initial weights, and changes
+nothing once :math:`t > (10 d - 1) / (1 - d)`. Parameters are averaged on Pyro's unconstrained
+scale; buffers, such as the statistics of batch norm, are not averaged.
 
 Reference: Polyak, Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992,
 https://doi.org/10.1137/0330046

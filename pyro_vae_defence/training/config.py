@@ -24,22 +24,26 @@ class FitConfig:
     Args:
         epochs: passes over the training set, >= 1.
         learning_rate: Adam's learning rate; the peak one of the one-cycle schedule. > 0.
-        schedule: ``"plateau"`` halves on a stagnant validation loss (the paper), ``"one_cycle"`` rises
-            and falls once over all steps, ``"constant"``.
+        schedule: ``"plateau"`` halves on a stagnant validation loss (the paper), ``"one_cycle"``
+            rises and falls once over all steps, ``"constant"``.
         factor: factor of the plateau rule, in (0, 1).
         patience: epochs without improvement the plateau rule waits for.
-        clip_norm: largest norm, over all parameters together, of the gradient of a batch's loss (a sum
-            over its images); a longer one is shortened to it. > 0, or ``None`` for no limit.
-        ema_decay: decay, in (0, 1), of the moving average of the weights that validation sees and training
-            ends with (:mod:`pyro_vae_defence.training.averaging`); ``None`` keeps the weights themselves.
-        precision: ``"bfloat16"`` computes layers of float32 weights in bfloat16; weights, distributions and
-            losses stay in float32, validation too (:mod:`pyro_vae_defence.training.acceleration`).
+        clip_norm: largest norm, over all parameters together, of the gradient of a batch's loss (a
+            sum over its images); a longer one is shortened to it. > 0, or ``None`` for no limit.
+        ema_decay: decay, in (0, 1), of the moving average of the weights that validation sees and
+            training ends with (:mod:`pyro_vae_defence.training.averaging`); ``None`` keeps the
+            weights themselves.
+        precision: ``"bfloat16"`` computes layers of float32 weights in bfloat16; weights,
+            distributions and losses stay in float32, validation too
+            (:mod:`pyro_vae_defence.training.acceleration`).
         compile: compile the module's children with ``torch.compile`` while training.
         posterior_variance: whether to measure :attr:`FitResult.mean_posterior_variance` at the end.
-        checkpoint_every: steps between checkpoints within an epoch; ``None`` saves at epoch ends only.
+        checkpoint_every: steps between checkpoints within an epoch; ``None`` saves at epoch ends
+            only.
         progress: show a progress bar.
-        name: what is trained, e.g. ``"mnist beta=1 seed=0"``; a checkpoint of another name is refused. The
-            objective and the loader of a resumed run cannot be compared, their name can.
+        name: what is trained, e.g. ``"mnist beta=1 seed=0"``; a checkpoint of another name is
+            refused. The objective and the loader of a resumed run cannot be compared, their name
+            can.
     """
 
     epochs: int = 300
@@ -88,12 +92,12 @@ class FitResult:
 
     Attributes:
         history: one dict per epoch: ``epoch``, ``train_loss`` and, with validation data,
-            ``validation_loss`` (the objective) and ``validation_nelbo`` (-ELBO at beta = 1), all in nats
-            per image; ``learning_rate`` and ``seconds``.
+            ``validation_loss`` (the objective) and ``validation_nelbo`` (-ELBO at beta = 1), all in
+            nats per image; ``learning_rate`` and ``seconds``.
         steps: optimiser steps made in all.
-        mean_posterior_variance: the guide's variance, averaged over the images of the training loader,
-            site name -> one image's shape: a metric for chains that no attacker can move. Measured for a
-            VAE that has an attribute of this name, which is set too; else ``None``.
+        mean_posterior_variance: the guide's variance, averaged over the images of the training
+            loader, site name -> one image's shape: a metric for chains that no attacker can move.
+            Measured for a VAE that has an attribute of this name, which is set too; else ``None``.
     """
 
     history: list[dict[str, float]]

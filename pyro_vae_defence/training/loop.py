@@ -4,13 +4,13 @@ One step is what ``pyro.infer.SVI.step`` does: ``objective.loss_and_grads(model,
 capture of the parameters it touches, then one step of the optimiser. The optimiser is a single
 ``torch.optim.Adam`` over all of them, so that schedules, checkpoints and resumption see everything.
 
-Defaults are the paper's (appendix D.1): Adam at 5e-4, halved when the validation loss has not fallen for
-10 epochs, 300 epochs.
+Defaults are the paper's (appendix D.1): Adam at 5e-4, halved when the validation loss has not
+fallen for 10 epochs, 300 epochs.
 
 Reference: Kingma, Ba, "Adam", ICLR 2015, https://arxiv.org/abs/1412.6980; Smith, Topin,
-"Super-convergence", 2018, https://arxiv.org/abs/1708.07120 (the one-cycle schedule); Pascanu, Mikolov,
-Bengio, "On the difficulty of training recurrent neural networks", 2013, https://arxiv.org/abs/1211.5063
-(the limit on the gradient's norm).
+"Super-convergence", 2018, https://arxiv.org/abs/1708.07120 (the one-cycle schedule); Pascanu,
+Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013,
+https://arxiv.org/abs/1211.5063 (the limit on the gradient's norm).
 """
 
 from __future__ import annotations
@@ -61,17 +61,18 @@ def fit(
 ) -> FitResult:
     """Train ``vae`` by stochastic variational inference; its parameters change in place.
 
-    With ``checkpoint`` the run is resumed from that file when it exists, and continues exactly where it
-    stood, whenever it was killed: on the same machine and number of threads the weights equal those of an
-    uninterrupted run. Exact resumption needs a loader whose order depends on torch's global seed, on its
-    own ``generator`` attribute, or on ``set_epoch`` of its sampler, alone
-    (``torch.utils.data.DataLoader`` does).
+    With ``checkpoint`` the run is resumed from that file when it exists, and continues exactly
+    where it stood, whenever it was killed: on the same machine and number of threads the weights
+    equal those of an uninterrupted run. Exact resumption needs a loader whose order depends on
+    torch's global seed, on its own ``generator`` attribute, or on ``set_epoch`` of its sampler,
+    alone (``torch.utils.data.DataLoader`` does).
 
-    Within a process group of ``torch.distributed``, as ``torchrun`` makes them, training is data-parallel
-    (:mod:`pyro_vae_defence.training.parallel`): call ``fit`` in every process, with a loader of that
-    process's share, e.g. by a ``DistributedSampler``. Gradients and losses are summed over the processes;
-    ``validation`` may be shared out or the same in each. All start from the first process's weights, each
-    draws its own noise, and the first one alone writes files and calls ``on_epoch``.
+    Within a process group of ``torch.distributed``, as ``torchrun`` makes them, training is
+    data-parallel (:mod:`pyro_vae_defence.training.parallel`): call ``fit`` in every process, with a
+    loader of that process's share, e.g. by a ``DistributedSampler``. Gradients and losses are
+    summed over the processes; ``validation`` may be shared out or the same in each. All start from
+    the first process's weights, each draws its own noise, and the first one alone writes files and
+    calls ``on_epoch``.
 
     Args:
         vae: any Pyro VAE. An ``nn.Module`` is trained in train mode and left in eval mode.
@@ -83,8 +84,8 @@ def fit(
         checkpoint: file written after every epoch, atomically; parent directories are made. Its
             ``"weights"`` are those being trained; an average of them is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
-        on_epoch: called with each new entry of the history, the weights being those validated. What it
-            draws from torch's generators does not change the run.
+        on_epoch: called with each new entry of the history, the weights being those validated. What
+            it draws from torch's generators does not change the run.
 
     Raises:
         ValueError: if an argument does not fit, the checkpoint belongs to another configuration, or
@@ -195,7 +196,8 @@ def _length(loader: Any) -> int | None:
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the samplers of a loader that shuffle by epoch, as torch's distributed one, which it is."""
+    """Tell the samplers of a loader that shuffle by epoch, as torch's distributed one, which it
+    is."""
     while loader is not None:
         if callable(getattr(loader, "set_epoch", None)):
             loader.set_epoch(epoch)
@@ -409,7 +411,8 @@ class _Run:
             raise ValueError(
                 f"parameters {missing} would not be trained: they have a gradient, but model and "
                 "guide do not register these very tensors. Call pyro.module(...) on their modules; "
-                "call pyro.clear_param_store() first if another VAE of this process has used the same "
+                "call pyro.clear_param_store() first if another VAE of this process has used the "
+                "same "
                 "names; and keep parameters contiguous (Pyro's parameter store copies others)"
             )
 

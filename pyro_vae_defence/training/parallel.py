@@ -1,18 +1,19 @@
 r"""What the processes of a data-parallel training tell each other.
 
-Every process holds all weights and sees its own share of each batch. The loss is a sum over images, so the
-gradient of the total batch is the *sum* of the processes' gradients,
+Every process holds all weights and sees its own share of each batch. The loss is a sum over images,
+so the gradient of the total batch is the *sum* of the processes' gradients,
 
 .. math:: \nabla \sum_{n \in B} \ell_n = \sum_r \nabla \sum_{n \in B_r} \ell_n,
 
 and each process makes the same step as a single one would with the whole batch. With the noise of
-the latents that holds in distribution, since each process draws its own; it holds up to rounding where
-an image's noise depends on the image alone.
+the latents that holds in distribution, since each process draws its own; it holds up to rounding
+where an image's noise depends on the image alone.
 
-``DistributedDataParallel`` is not used: it wraps the ``forward`` of one module, and a VAE is a pair of
-programs that an objective runs as often as it likes.
+``DistributedDataParallel`` is not used: it wraps the ``forward`` of one module, and a VAE is a pair
+of programs that an objective runs as often as it likes.
 
-Outside of an initialised process group there is one process, and the functions leave everything as it is.
+Outside of an initialised process group there is one process, and the functions leave everything as
+it is.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def check_initialised() -> None:
     launched = dist.is_available() and dist.is_torchelastic_launched()
     if launched and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _active():
         raise ValueError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, but they have no process group; "
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, but they have no process "
+            "group; "
             "call torch.distributed.init_process_group() before fit"
         )
 
@@ -63,7 +65,8 @@ def check_shares(length: int | None, x: Tensor) -> None:
     lengths, sums = zip(*gather((length, float(x.double().sum()))))
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"loader has {lengths} batches in the different processes; they must have the same number, "
+            f"loader has {lengths} batches in the different processes; they must have the same "
+            "number, "
             "as with torch.utils.data.DistributedSampler"
         )
     if len(set(sums)) == 1:
@@ -91,7 +94,8 @@ def total(*numbers: float) -> list[float]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace each parameter's gradient by its sum over the processes, a missing one counting as zero."""
+    """Replace each parameter's gradient by its sum over the processes, a missing one counting as
+    zero."""
     if world_size() == 1:
         return
     parameters = list(parameters)

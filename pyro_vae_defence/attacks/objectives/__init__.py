@@ -1,4 +1,5 @@
-"""What the attacker maximises: between posteriors, between outputs, on a classifier of latents; and Table 1."""
+"""What the attacker maximises: between posteriors, between outputs, on a classifier of latents; and
+Table 1."""
 
 from pyro_vae_defence.attacks.objectives.classifiers import cross_entropy, dlr, misclassified
 from pyro_vae_defence.attacks.objectives.outputs import maximum_damage, targeted_output

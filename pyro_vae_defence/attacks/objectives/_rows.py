@@ -1,9 +1,9 @@
 """What all objectives share: rows that belong to images, and noise that belongs to rows.
 
-An attack folds restarts into the batch, cuts the batch into micro-batches and drops the rows it has solved.
-What an objective knows per image (targets, labels) therefore has to follow the rows, and the noise of a
-random encoder has to be a row's own: both go by the row's random stream, whose ``image`` numbers the
-references in the order in which the attack was given them.
+An attack folds restarts into the batch, cuts the batch into micro-batches and drops the rows it has
+solved. What an objective knows per image (targets, labels) therefore has to follow the rows, and
+the noise of a random encoder has to be a row's own: both go by the row's random stream, whose
+``image`` numbers the references in the order in which the attack was given them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def own_streams(x_ref: Tensor, streams: Streams | None) -> Streams:
 
 
 def draws(streams: Streams, num_draws: int) -> list[Streams]:
-    """Independent streams for ``num_draws`` draws of the same rows; the first is ``streams`` itself."""
+    """Independent streams for ``num_draws`` draws of the same rows; the first is ``streams``
+    itself."""
     return [streams._replace(seed=(streams.seed + i) % 2**64) for i in range(num_draws)]
 
 

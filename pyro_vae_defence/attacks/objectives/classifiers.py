@@ -1,20 +1,20 @@
 r"""Attacks on a classifier of latents: cross-entropy and the difference of logits ratio.
 
-With scores :math:`s = W(z)` of the latents of :math:`x`, label :math:`y`, target class :math:`t` and scores sorted in
-descending order :math:`s_{\pi_1} \ge s_{\pi_2} \ge \dots`,
+With scores :math:`s = W(z)` of the latents of :math:`x`, label :math:`y`, target class :math:`t`
+and scores sorted in descending order :math:`s_{\pi_1} \ge s_{\pi_2} \ge \dots`,
 
 .. math::
     \mathrm{CE} = -\log \mathrm{softmax}(s)_y, \qquad
     \mathrm{DLR} = -\frac{s_y - \max_{i \ne y} s_i}{s_{\pi_1} - s_{\pi_3}}, \qquad
     \mathrm{DLR}_t = -\frac{s_y - s_t}{s_{\pi_1} - (s_{\pi_3} + s_{\pi_4}) / 2} .
 
-DLR is invariant to shift and scale of the scores, so a confident classifier does not make its gradient vanish; it
-is positive exactly where the image is misclassified. Labels are the true ones, or, when ``None``, the classes
-predicted at the references, as in the paper, whose adversarial accuracy asks whether the prediction *changed*
-(section 2.2).
+DLR is invariant to shift and scale of the scores, so a confident classifier does not make its
+gradient vanish; it is positive exactly where the image is misclassified. Labels are the true ones,
+or, when ``None``, the classes predicted at the references, as in the paper, whose adversarial
+accuracy asks whether the prediction *changed* (section 2.2).
 
-Reference: Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-attacks", ICML 2020, https://arxiv.org/abs/2003.01690 (section 4, appendix A).
+Reference: Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690 (section 4, appendix A).
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ from pyro_vae_defence.types import (
 )
 
 Classifier = Callable[[Latents], Tensor]
-"""Latents (site name -> ``(N, *event)``) to scores ``(N, num_classes)``, e.g. a ``LinearClassifier``."""
+"""Latents (site name -> ``(N, *event)``) to scores ``(N, num_classes)``, e.g. a
+``LinearClassifier``."""
 
 # (scores, labels, targets) -> values (N,).
 _Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -63,12 +64,14 @@ def cross_entropy(
     latents: LatentsOf = "mean",
     num_draws: int = 1,
 ) -> PreparedObjective:
-    """Cross-entropy of the label, in nats; with targets, minus that of the target (Table 1, adversarial accuracy).
+    """Cross-entropy of the label, in nats; with targets, minus that of the target (Table 1,
+    adversarial accuracy).
 
     Args:
         vae: any Pyro VAE.
         classifier: latents to scores.
-        labels: int64 ``(N,)``; the classes predicted at the references when ``None``. Not used with targets.
+        labels: int64 ``(N,)``; the classes predicted at the references when ``None``. Not used with
+            targets.
         targets: int64 ``(N,)`` or ``(1,)``, the classes to be reached.
         latents: classify a ``"sample"`` of the guide (as in Table 1), or its ``"mean"``.
         num_draws: noise draws averaged over; one is enough for means.
@@ -88,7 +91,8 @@ def dlr(
     latents: LatentsOf = "mean",
     num_draws: int = 1,
 ) -> PreparedObjective:
-    """Difference of logits ratio; arguments as for :func:`cross_entropy`, labels are used with targets too.
+    """Difference of logits ratio; arguments as for :func:`cross_entropy`, labels are used with
+    targets too.
 
     Raises:
         ValueError: as above, and with fewer than 3 classes (4 with targets).
@@ -105,7 +109,8 @@ def misclassified(
     targets: Tensor | None = None,
     latents: LatentsOf = "mean",
 ) -> PreparedCriterion:
-    """Criterion for ``stop``: the class is no longer the label's, or, with targets, is the target's.
+    """Criterion for ``stop``: the class is no longer the label's, or, with targets, is the
+    target's.
 
     Arguments as for :func:`cross_entropy`.
     """

@@ -4,13 +4,14 @@ With :math:`g(z)` the decoder's mean and :math:`\tilde z \sim q(z|x)`,
 
 .. math:: \Delta(x) = \| g(\tilde z) - g(\tilde z') \|_2^2 ,
 
-where :math:`\tilde z'` encodes the reference (maximum damage, eq. 3) or the target (targeted output, eq. 4). Both are
-draws with the same noise, which each row takes from its own stream and keeps: the objective is a deterministic
-function of the image. Pixel values are in [0, 1], distances are summed over pixels.
+where :math:`\tilde z'` encodes the reference (maximum damage, eq. 3) or the target (targeted
+output, eq. 4). Both are draws with the same noise, which each row takes from its own stream and
+keeps: the objective is a deterministic function of the image. Pixel values are in [0, 1], distances
+are summed over pixels.
 
-References: Gondim-Ribeiro, Tabacof, Valle, 2018, https://arxiv.org/abs/1806.04646 (targeted); Camuto, Willetts,
-Roberts, Holmes, Rainforth, "Towards a theoretical understanding of the robustness of variational autoencoders",
-AISTATS 2021, https://arxiv.org/abs/2007.07365 (maximum damage)."""
+References: Gondim-Ribeiro, Tabacof, Valle, 2018, https://arxiv.org/abs/1806.04646 (targeted);
+Camuto, Willetts, Roberts, Holmes, Rainforth, "Towards a theoretical understanding of the robustness
+of variational autoencoders", AISTATS 2021, https://arxiv.org/abs/2007.07365 (maximum damage)."""
 
 from __future__ import annotations
 

@@ -1,35 +1,39 @@
 r"""Attacks on the encoder: divergences between the guides at two images (Table 1 of the paper).
 
-A factory such as :func:`symmetric_kl` takes the VAE and returns a *prepared objective*: given reference
-images it computes once what belongs to them and returns the objective proper, images ``(N, C, H, W)`` to one
-value per image ``(N,)``. Without targets the attack is unsupervised and maximises
+A factory such as :func:`symmetric_kl` takes the VAE and returns a *prepared objective*: given
+reference images it computes once what belongs to them and returns the objective proper, images
+``(N, C, H, W)`` to one value per image ``(N,)``. Without targets the attack is unsupervised and
+maximises
 
 .. math:: \Delta\bigl[q(z|x), q(z|x^r)\bigr]
 
-(eq. 3); with targets it is supervised and maximises :math:`-\Delta[q(z|x), q(z|x^t)]` (eq. 4). At :math:`x = x^r`
-every unsupervised objective has its minimum and a gradient of exactly zero: start from a random point.
+(eq. 3); with targets it is supervised and maximises :math:`-\Delta[q(z|x), q(z|x^t)]` (eq. 4). At
+:math:`x = x^r` every unsupervised objective has its minimum and a gradient of exactly zero: start
+from a random point.
 
-Hierarchical guides: a lower group's distribution is conditional on a draw of the groups above it. Each row
-draws that noise from its own stream, once, and the same for both images, so that the objective is a
-deterministic function of the image, and of nothing else in its batch; ``num_draws`` averages over several. The
-divergences of the groups add up. (The joint KL-divergence would condition both sides on the same latents
-instead; NVAE attacks, the paper's among them, sum the groups as done here.) Families that are not Gaussian draw
-from torch's global seed.
+Hierarchical guides: a lower group's distribution is conditional on a draw of the groups above it.
+Each row draws that noise from its own stream, once, and the same for both images, so that the
+objective is a deterministic function of the image, and of nothing else in its batch; ``num_draws``
+averages over several. The divergences of the groups add up. (The joint KL-divergence would
+condition both sides on the same latents instead; NVAE attacks, the paper's among them, sum the
+groups as done here.) Families that are not Gaussian draw from torch's global seed.
 
 Each factory takes
 
 - ``vae``: any Pyro VAE;
-- ``x_target``: target images ``(N, C, H, W)``, one per reference or a single one; ``None`` for unsupervised;
-- ``sites``: the latent groups that count: names, or a number k for the first k of the guide, the paper's
-  :math:`k_A` topmost ones; all when ``None``;
+- ``x_target``: target images ``(N, C, H, W)``, one per reference or a single one; ``None`` for
+  unsupervised;
+- ``sites``: the latent groups that count: names, or a number k for the first k of the guide, the
+  paper's :math:`k_A` topmost ones; all when ``None``;
 - ``num_draws``: noise draws averaged over. One evaluation costs as many passes through the encoder.
 
-and raises a ``ValueError`` for bad settings at once, and for guides that break the contract, or families
-without such a divergence, when given references.
+and raises a ``ValueError`` for bad settings at once, and for guides that break the contract, or
+families without such a divergence, when given references.
 
 References: Gondim-Ribeiro, Tabacof, Valle, "Adversarial attacks on variational autoencoders", 2018,
-https://arxiv.org/abs/1806.04646 (latent attack); Kuzina, Welling, Tomczak, "Diagnosing vulnerability of variational
-auto-encoders to adversarial attacks", 2021, https://arxiv.org/abs/2103.06701 (symmetric KL); paper, appendix C.6.
+https://arxiv.org/abs/1806.04646 (latent attack); Kuzina, Welling, Tomczak, "Diagnosing
+vulnerability of variational auto-encoders to adversarial attacks", 2021,
+https://arxiv.org/abs/2103.06701 (symmetric KL); paper, appendix C.6.
 """
 
 from __future__ import annotations
@@ -71,7 +75,8 @@ def symmetric_kl(
 def forward_kl(
     vae: VAE, x_target: Tensor | None = None, *, sites: Sites = None, num_draws: int = 1
 ) -> PreparedObjective:
-    """KL(q at the attacked image || q at the other), in nats; with targets, Table 1's latent space attack."""
+    """KL(q at the attacked image || q at the other), in nats; with targets, Table 1's latent space
+    attack."""
     return _between_posteriors(vae, divergences.kl, x_target, sites, num_draws)
 
 

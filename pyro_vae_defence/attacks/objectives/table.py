@@ -48,7 +48,8 @@ TABLE_1: dict[str, Table1Row] = {
         "Adversarial Accuracy", "class", "cross-entropy", "Linf", False
     ),
 }
-"""Rows of Table 1 by the name that :func:`table_1` takes. The norm is a record: any ball goes with any row."""
+"""Rows of Table 1 by the name that :func:`table_1` takes. The norm is a record: any ball goes with
+any row."""
 
 _POSTERIOR = {
     "latent_space": forward_kl,
@@ -73,10 +74,13 @@ def table_1(
     Args:
         row: a name of :data:`TABLE_1`.
         vae: any Pyro VAE.
-        x_target: target images ``(N, C, H, W)`` or a single one, for supervised attacks but that on a class.
-        supervised: towards a target (eq. 4) or away from the reference (eq. 3); the row's own type when ``None``.
+        x_target: target images ``(N, C, H, W)`` or a single one, for supervised attacks but that on
+            a class.
+        supervised: towards a target (eq. 4) or away from the reference (eq. 3); the row's own type
+            when ``None``.
         classifier: latents to scores, for ``"adversarial_accuracy"`` alone.
-        labels: int64 ``(N,)``, for ``"adversarial_accuracy"``; predicted at the references when ``None``.
+        labels: int64 ``(N,)``, for ``"adversarial_accuracy"``; predicted at the references when
+            ``None``.
         targets: int64 target classes, for a supervised ``"adversarial_accuracy"``.
         **settings: further arguments of the row's factory, such as ``sites`` or ``num_draws``.
 

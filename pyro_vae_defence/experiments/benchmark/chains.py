@@ -1,4 +1,5 @@
-"""Sections ``chains``: gold run, gradients until each kernel is stationary, effective sample size afterwards."""
+"""Sections ``chains``: gold run, gradients until each kernel is stationary, effective sample size
+afterwards."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ class Trace(NamedTuple):
     """A run of all chains (rows), state by state.
 
     Attributes:
-        gradients: what the batch has computed per row when it reaches a state, ``(K,)``; the start costs one.
+        gradients: what the batch has computed per row when it reaches a state, ``(K,)``; the start
+            costs one.
         energy: ``(K, rows)``, in nats.
         position: whitened latents ``(K, rows, D)``.
         similarity_at: of which states the similarity is known, ``(J,)``.
@@ -73,7 +75,8 @@ def attack(vae: ConvVAE, x_ref: Tensor, radius: float, generator: torch.Generato
 
 
 def encodings(vae: ConvVAE, x: Tensor, num_chains: int, seed: int) -> tuple[Latents, Streams]:
-    """Where a defence starts, draws from q(z | x), one row per chain and image; and the rows' streams."""
+    """Where a defence starts, draws from q(z | x), one row per chain and image; and the rows'
+    streams."""
     streams = Streams.create(len(x), num_chains, seed=seed, device=x.device)
     folded = x.repeat(num_chains, 1, 1, 1)
     with torch.no_grad():
@@ -92,7 +95,8 @@ def run(
     similarity_every: int = 1,
     after_warmup: bool = False,
 ) -> Trace:
-    """Run one kernel on rows ``x`` from ``start`` until the batch has spent ``num_gradients`` per row.
+    """Run one kernel on rows ``x`` from ``start`` until the batch has spent ``num_gradients`` per
+    row.
 
     Args:
         vae: the VAE.
@@ -101,7 +105,8 @@ def run(
         start: latents of each row.
         streams: random streams of the rows.
         num_gradients: budget per row.
-        warmup_gradients: of these, spent on adaptation; in transitions of the sampler's usual length.
+        warmup_gradients: of these, spent on adaptation; in transitions of the sampler's usual
+            length.
         decoded: reference's reconstruction of each row, for the similarity; left out when ``None``.
         similarity_every: least number of gradients between two similarities.
         after_warmup: whether the budget begins with the end of the warm-up.
@@ -150,7 +155,8 @@ def run(
 def gold_run(
     vae: ConvVAE, problem: Problem, config: BenchmarkConfig, seed: int
 ) -> tuple[dict[str, Any], Trace]:
-    """Long run of whitened HMC; even chains start from the attacked encoding, odd ones from the prior.
+    """Long run of whitened HMC; even chains start from the attacked encoding, odd ones from the
+    prior.
 
     So spread out, the chains agree (R-hat near 1) only if they have forgotten their starts.
 
@@ -191,7 +197,8 @@ def gold_run(
         rhat, ess = diagnostics.rhat(tree), diagnostics.ess(tree)
     energy = _per_image(trace.energy.mean(0), config.num_chains)
     spread = _per_image(trace.energy.var(0), config.num_chains)
-    # Images are independent: the variance of the mean over images is the mean variance over their number.
+    # Images are independent: the variance of the mean over images is the mean variance over their
+    # number.
     error = float(np.sqrt((spread / ess["energy"]).mean() / len(energy)))
     similarity = _per_image(trace.similarity.mean(0), config.num_chains)
     return {
@@ -299,7 +306,8 @@ def _settling(
 def _effective(
     vae: ConvVAE, sampler: Sampler, x: Tensor, start: Latents, streams: Streams, config: Any
 ) -> dict[str, Any]:
-    """ESS per gradient, over all chains of an image, of a run that starts where the gold run ended."""
+    """ESS per gradient, over all chains of an image, of a run that starts where the gold run
+    ended."""
     # A kernel of long transitions needs more gradients for a meaningful autocorrelation.
     budget = config.ess_gradients * max(1, sampler.gradients // 4)
     warmup = config.warmup_gradients * sampler.patience

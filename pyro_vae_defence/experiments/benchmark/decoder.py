@@ -1,10 +1,13 @@
-"""Section ``decoder``: seconds per gradient of the energy against the machine's own matrix-multiply rate.
+"""Section ``decoder``: seconds per gradient of the energy against the machine's own matrix-multiply
+rate.
 
-Torch itself counts the operations of one gradient while it runs (:class:`torch.utils.flop_counter.FlopCounterMode`:
-convolutions and matrix products, two per multiply-add); the rate is that of one large float32 product in the same
-process. A model may compute its layers in another way than they are written, with fewer operations: the share of the
-rate counts what is computed, and beside it stands the share that the layers as written would amount to. Products and
-gradients take turns and medians are compared, so that whatever else the machine does slows both.
+Torch itself counts the operations of one gradient while it runs
+(:class:`torch.utils.flop_counter.FlopCounterMode`: convolutions and matrix products, two per
+multiply-add); the rate is that of one large float32 product in the same process. A model may
+compute its layers in another way than they are written, with fewer operations: the share of the
+rate counts what is computed, and beside it stands the share that the layers as written would amount
+to. Products and gradients take turns and medians are compared, so that whatever else the machine
+does slows both.
 """
 
 from __future__ import annotations
@@ -80,8 +83,8 @@ def decoder(vae: ConvVAE, x: Tensor, config: BenchmarkConfig) -> dict[str, Any]:
 def layer_flops(vae: ConvVAE) -> int:
     """Operations of one row's gradient through the decoder's layers as they are written.
 
-    Every input pixel of a transposed convolution meets the whole kernel, two operations per weight; backwards, with
-    respect to the input alone, it is as many again.
+    Every input pixel of a transposed convolution meets the whole kernel, two operations per weight;
+    backwards, with respect to the input alone, it is as many again.
     """
     total, side = 0, 1
     for layer in vae.decoder:

@@ -1,7 +1,9 @@
-"""Section ``engines``: this library, stock Pyro image by image, and NumPyro vectorised over images, taking turns.
+"""Section ``engines``: this library, stock Pyro image by image, and NumPyro vectorised over images,
+taking turns.
 
-All run the same number of transitions of the same decoder at the same images from the same latents: HMC with the same
-fixed number of leapfrog steps, hence with the same number of gradients, and NUTS with trees of the same largest depth.
+All run the same number of transitions of the same decoder at the same images from the same latents:
+HMC with the same fixed number of leapfrog steps, hence with the same number of gradients, and NUTS
+with trees of the same largest depth.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def engines(
 
     Args:
         vae: trained VAE with Bernoulli likelihood.
-        x: images ``(N, C, H, W)``; stock Pyro runs ``one_by_one_images`` of them in all, over the turns.
+        x: images ``(N, C, H, W)``; stock Pyro runs ``one_by_one_images`` of them in all, over the
+            turns.
         config: ``engine_*``, ``one_by_one_images``, ``repeats`` and ``seed``.
         note: told what comes next.
     """
@@ -136,7 +139,8 @@ def _counted(outcome: DefenceResult) -> tuple[float, float]:
 
 
 def decoder_layers(vae: ConvVAE) -> list[Layer]:
-    """The decoder's transposed convolutions for JAX: kernels ``(height, width, in, out)``, turned around."""
+    """The decoder's transposed convolutions for JAX: kernels ``(height, width, in, out)``, turned
+    around."""
     layers = []
     for module in vae.decoder:
         if isinstance(module, nn.ConvTranspose2d):
@@ -185,7 +189,8 @@ def _numpyro(vae: ConvVAE, x: Tensor, start: Tensor) -> Iterator[Any]:
 
 
 def _same_decoder(vae: ConvVAE, x: Tensor, z: Tensor, numpyro: Any) -> dict[str, float]:
-    """Largest relative differences of energies and gradients between torch and JAX; too large ones are an error."""
+    """Largest relative differences of energies and gradients between torch and JAX; too large ones
+    are an error."""
     energies, gradients = energy_and_gradient(program.potential(vae, x), {"z": z})
     numpyro.send("energy")
     theirs = [torch.from_numpy(np.array(part)) for part in numpyro.recv()]

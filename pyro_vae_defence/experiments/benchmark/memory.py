@@ -1,4 +1,5 @@
-"""Section ``memory``: peak resident memory of a defence against the number of images, each in a fresh process."""
+"""Section ``memory``: peak resident memory of a defence against the number of images, each in a
+fresh process."""
 
 from __future__ import annotations
 

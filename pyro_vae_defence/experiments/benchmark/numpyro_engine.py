@@ -1,11 +1,14 @@
-"""NumPyro's HMC and NUTS, vectorised over images, on the decoder of a :class:`~pyro_vae_defence.models.ConvVAE` in JAX.
+"""NumPyro's HMC and NUTS, vectorised over images, on the decoder of a
+:class:`~pyro_vae_defence.models.ConvVAE` in JAX.
 
-This runs in a process of its own (:func:`serve`), so that JAX's threads can be bounded to the number torch uses and
-nothing of it stays in the benchmark's process. It knows neither torch nor Pyro: it gets weights as arrays.
+This runs in a process of its own (:func:`serve`), so that JAX's threads can be bounded to the
+number torch uses and nothing of it stays in the benchmark's process. It knows neither torch nor
+Pyro: it gets weights as arrays.
 
-One program per kernel and size: adaptation and sampling of one image in a ``lax.scan``, ``vmap`` over images, ``jit``.
-Every image thus has its own step size, as in this library. A transposed convolution is a convolution of the input
-with holes (``lhs_dilation``) and the kernel turned around.
+One program per kernel and size: adaptation and sampling of one image in a ``lax.scan``, ``vmap``
+over images, ``jit``. Every image thus has its own step size, as in this library. A transposed
+convolution is a convolution of the input with holes (``lhs_dilation``) and the kernel turned
+around.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import numpy as np
 
 
 class Layer(NamedTuple):
-    """A transposed convolution: weight ``(height, width, in, out)``, already turned around, and its geometry."""
+    """A transposed convolution: weight ``(height, width, in, out)``, already turned around, and its
+    geometry."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -31,7 +35,8 @@ class Layer(NamedTuple):
 class Job(NamedTuple):
     """What is to be run: ``transitions`` of which the first ``warmup`` adapt the step size.
 
-    ``algorithm`` is ``"HMC"`` (``steps`` leapfrog steps) or ``"NUTS"`` (trees of at most ``steps`` doublings).
+    ``algorithm`` is ``"HMC"`` (``steps`` leapfrog steps) or ``"NUTS"`` (trees of at most ``steps``
+    doublings).
     """
 
     algorithm: str
@@ -52,8 +57,9 @@ def serve(
 ) -> None:
     """Answer requests on ``connection`` until it is ``None``.
 
-    The first message sent is ``{"versions": ...}``. The request ``"energy"`` is answered by energies and gradients at
-    ``start``; a :class:`Job` by its wall time and what compiling it took the first time.
+    The first message sent is ``{"versions": ...}``. The request ``"energy"`` is answered by
+    energies and gradients at ``start``; a :class:`Job` by its wall time and what compiling it took
+    the first time.
 
     Args:
         connection: end of a pipe.
@@ -96,7 +102,8 @@ def serve(
 
 
 def energy(layers: list[Layer], z: Any, image: Any) -> Any:
-    """-log p(x, z) of one image in nats: ``z`` of shape ``(D,)``, ``image`` of shape ``(H, W, C)``."""
+    """-log p(x, z) of one image in nats: ``z`` of shape ``(D,)``, ``image`` of shape ``(H, W,
+    C)``."""
     import jax
     import jax.numpy as jnp
 
@@ -162,7 +169,8 @@ def _compile(
         steps = np.asarray(num_steps)  # (N, transitions)
         return (
             1 + float(steps.sum(1).mean()),
-            # Images move in step under vmap: a transition lasts as long as the largest of its trees.
+            # Images move in step under vmap: a transition lasts as long as the largest of its
+            # trees.
             1 + float(steps.max(0).sum()),
             float(np.asarray(acceptance)[:, job.warmup :].mean()),
             bool(np.isfinite(np.asarray(draws)).all()),

@@ -40,13 +40,14 @@ def benchmark(
         output: directory of the result file ``NAME.json``, written after every section.
         root: directory of the datasets; the packaged subsets need none.
         models: directory of the weights; the packaged ones when ``None``.
-        overrides: fields of :class:`~pyro_vae_defence.experiments.config.BenchmarkConfig` to change; they are
-            recorded in the result.
+        overrides: fields of :class:`~pyro_vae_defence.experiments.config.BenchmarkConfig` to
+            change; they are recorded in the result.
         progress: say what is running.
 
     Raises:
-        ValueError: for an unknown name, override or kernel, a result file of another configuration, a model without
-            Bernoulli likelihood or without a mean posterior variance, or fewer images than asked for.
+        ValueError: for an unknown name, override or kernel, a result file of another configuration,
+            a model without Bernoulli likelihood or without a mean posterior variance, or fewer
+            images than asked for.
     """
     if name not in BENCHMARKS:
         raise ValueError(
@@ -64,7 +65,8 @@ def benchmark(
         or not vae.mean_posterior_variance
     ):
         raise ValueError(
-            f"model {config.model!r} must have a Bernoulli likelihood and a mean posterior variance in its "
+            f"model {config.model!r} must have a Bernoulli likelihood and a mean posterior "
+            "variance in its "
             "weights; choose a grey-scale model that this version has trained"
         )
     path = Path(output) / f"{name}.json"

@@ -25,9 +25,11 @@ class Sampler(NamedTuple):
     Attributes:
         label: what tables call it.
         make: from a trained VAE to what makes a kernel from a Pyro model.
-        gradients: gradients of a usual transition, which turns a warm-up in gradients into transitions.
+        gradients: gradients of a usual transition, which turns a warm-up in gradients into
+            transitions.
         exact: whether its draws come from the target.
-        patience: its budget and warm-up, as multiples of ``max_gradients`` and ``warmup_gradients``.
+        patience: its budget and warm-up, as multiples of ``max_gradients`` and
+            ``warmup_gradients``.
     """
 
     label: str
@@ -42,7 +44,8 @@ def _plain(kernel: Any, **options: Any) -> Callable[[ConvVAE], KernelFactory]:
 
 
 def _whitened(kernel: Any, **options: Any) -> Callable[[ConvVAE], KernelFactory]:
-    """In the metric of the training set's mean posterior variance, where 1 is a natural unit of length."""
+    """In the metric of the training set's mean posterior variance, where 1 is a natural unit of
+    length."""
     return lambda vae: functools.partial(
         kernel, inverse_mass_matrix=vae.mean_posterior_variance, **options
     )

@@ -1,13 +1,14 @@
 r"""From which gradient on a trajectory is stationary.
 
-After :math:`g_k` gradients a run stands at a state with value :math:`v_k`, an average over images and chains. Its
-running mean over the window of :math:`W` gradients that follows is
+After :math:`g_k` gradients a run stands at a state with value :math:`v_k`, an average over images
+and chains. Its running mean over the window of :math:`W` gradients that follows is
 
 .. math:: m_k = \mathrm{mean}\{v_j : g_k \le g_j < g_k + W\},
 
-and the run has *settled* at the smallest :math:`g_k` such that :math:`m_j` lies in the target interval for *all*
-complete windows :math:`j \ge k` to the end of the run. A crossing that does not last therefore counts for nothing, and
-neither does what is seen only at the very end: without two windows after it, :math:`g_k` is no answer.
+and the run has *settled* at the smallest :math:`g_k` such that :math:`m_j` lies in the target
+interval for *all* complete windows :math:`j \ge k` to the end of the run. A crossing that does not
+last therefore counts for nothing, and neither does what is seen only at the very end: without two
+windows after it, :math:`g_k` is no answer.
 """
 
 from __future__ import annotations

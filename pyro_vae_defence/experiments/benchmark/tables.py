@@ -54,10 +54,14 @@ def _chains(
         f"### Until stationary, radius {section['radius']:g}",
         "",
         f"{config['num_images']} attacked images, {config['num_chains']} chains each. Gold run: "
-        f"{gold['transitions_per_chain']:,} transitions ({gold['gradients_per_chain']:,} gradients) per chain after "
-        f"warm-up; mean energy {gold['energy']:.2f} ± {gold['energy_monte_carlo_error']:.2f} nats, MSSSIM[paper] "
-        f"{interval(gold['similarity'], 3)}; R-hat of the energy {rhat[0]['median']:.3f} in the median over images "
-        f"and {rhat[0]['max']:.3f} at most, of the latents {rhat[1]['median']:.3f} and {rhat[1]['q99']:.3f} (99%).",
+        f"{gold['transitions_per_chain']:,} transitions ({gold['gradients_per_chain']:,} "
+        "gradients) per chain after "
+        f"warm-up; mean energy {gold['energy']:.2f} ± {gold['energy_monte_carlo_error']:.2f} "
+        "nats, MSSSIM[paper] "
+        f"{interval(gold['similarity'], 3)}; R-hat of the energy {rhat[0]['median']:.3f} in the "
+        "median over images "
+        f"and {rhat[0]['max']:.3f} at most, of the latents {rhat[1]['median']:.3f} and "
+        f"{rhat[1]['q99']:.3f} (99%).",
         "",
         "| kernel | gradients to energy | gradients to MSSSIM | seconds per image | "
         "energy above gold at the end (nats) | acceptance | divergences |",
@@ -78,7 +82,8 @@ def _chains(
         lines += [
             f"#### Effective sample size afterwards, radius {section['radius']:g}",
             "",
-            "| kernel | energy, per 1,000 gradients | latents, per 1,000 gradients | slowest latent | "
+            "| kernel | energy, per 1,000 gradients | latents, per 1,000 gradients | slowest "
+            "latent | "
             "energy, per second | latents, per second |",
             "|---|---|---|---|---|---|",
         ]
@@ -93,14 +98,16 @@ def _chains(
 
 
 def _against_paper(samplers: dict[str, Any], seconds: dict[str, float]) -> list[str]:
-    """What the fastest exact kernel saves against the paper's rule and against the paper's full budget."""
+    """What the fastest exact kernel saves against the paper's rule and against the paper's full
+    budget."""
     if "paper" not in samplers or "paper" not in seconds:
         return []
     num_steps = PAPER_SETTINGS["mnist"].num_transitions
     full = 1 + 20 * (num_steps // 2 + num_steps)
     budget_seconds = full * seconds["paper"]
     lines = [
-        f"The paper's full budget, {full:,} gradients, takes {budget_seconds:.3g} seconds per image (its seconds per "
+        f"The paper's full budget, {full:,} gradients, takes {budget_seconds:.3g} seconds per "
+        "image (its seconds per "
         "gradient were measured on a share of it)."
     ]
     reached = {
@@ -118,8 +125,10 @@ def _against_paper(samplers: dict[str, Any], seconds: dict[str, float]) -> list[
         ratio = (theirs or samplers["paper"]["budget"]) / reached[best]
         saved = budget_seconds / (reached[best] * seconds[best])
         lines.append(
-            f"The fastest exact kernel, {SAMPLERS[best].label}, needs {least}{ratio:.1f} times fewer gradients than "
-            f"the paper's rule to reach the energy, and {saved:.0f} times less wall time than the full budget."
+            f"The fastest exact kernel, {SAMPLERS[best].label}, needs {least}{ratio:.1f} times "
+            "fewer gradients than "
+            f"the paper's rule to reach the energy, and {saved:.0f} times less wall time than the "
+            "full budget."
         )
     return [*lines, ""]
 
@@ -128,12 +137,15 @@ def _decoder(section: dict[str, Any]) -> list[str]:
     lines = [
         "### One gradient against the matrix-multiply rate",
         "",
-        f"A float32 product of two {section['matmul_size']} x {section['matmul_size']} matrices ran at "
+        f"A float32 product of two {section['matmul_size']} x {section['matmul_size']} matrices "
+        "ran at "
         f"{section['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. "
-        f"One gradient through the layers as they are written takes {section['flops_per_row_as_written'] / 1e6:.1f} "
+        "One gradient through the layers as they are written takes "
+        f"{section['flops_per_row_as_written'] / 1e6:.1f} "
         "MFLOP per row.",
         "",
-        "| rows | MFLOP per row | µs per row | share of the matmul rate | the same, layers as written |",
+        "| rows | MFLOP per row | µs per row | share of the matmul rate | the same, layers as "
+        "written |",
         "|---|---|---|---|---|",
     ]
     for entry in section["rows"]:
@@ -153,10 +165,12 @@ def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
     lines = [
         "### Other libraries",
         "",
-        f"{section['images']} images, {section['transitions']} transitions; HMC with {config['engine_steps']} leapfrog "
+        f"{section['images']} images, {section['transitions']} transitions; HMC with "
+        f"{config['engine_steps']} leapfrog "
         f"steps, NUTS with trees of at most {config['engine_tree_depth']} doublings.",
         "",
-        "| | gradients per image | acceptance | seconds per image | µs per gradient | times this library's, per "
+        "| | gradients per image | acceptance | seconds per image | µs per gradient | times this "
+        "library's, per "
         "image | per gradient |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -166,7 +180,8 @@ def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {_ENGINES[name]} | {entry['gradients']:.0f} | {entry['acceptance_rate']:.2f} | "
             f"{entry['seconds_per_image']:.3g} | "
-            f"{1e6 * per_gradient:.0f} | {entry['seconds_per_image'] / ours['seconds_per_image']:.2f} | "
+            f"{1e6 * per_gradient:.0f} | "
+            f"{entry['seconds_per_image'] / ours['seconds_per_image']:.2f} | "
             f"{per_gradient / (ours['seconds_per_image'] / ours['gradients']):.2f} |"
         )
     numpyro = section["numpyro"]
@@ -179,8 +194,10 @@ def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
             if "compile_seconds" in entry
         )
         note = (
-            f"NumPyro {numpyro['numpyro']} on JAX {numpyro['jax']}; compiling took {compiled} seconds and is not "
-            f"counted. Relative differences of the decoders: energies {numpyro['energy_difference']:.1g}, gradients "
+            f"NumPyro {numpyro['numpyro']} on JAX {numpyro['jax']}; compiling took {compiled} "
+            "seconds and is not "
+            "counted. Relative differences of the decoders: energies "
+            f"{numpyro['energy_difference']:.1g}, gradients "
             f"{numpyro['gradient_difference']:.1g}."
         )
     return [*lines, "", note, ""]

@@ -236,18 +236,21 @@ class DiscretisedLogisticMixture(TorchDistribution):
 def _(likelihood: DiscretisedLogisticMixture, x: Tensor, ball: Ball) -> Tensor:
     """Search of the most likely grid levels of each pixel in an L_inf ball.
 
-    Minimised per pixel is minus ``log_prob_map`` over the (red, green, blue) made of grid levels, the values of which
-    this is a distribution, that lie within the radius of the observed ones, and over the observed values themselves,
-    which need not be on the grid. The mixture and the means of green and blue couple the three channels, and
-    all triples are too many. So: the best of the observed pixel and, for every component, the levels in reach closest
-    to its means in turn; then steps of single channels by .., 4, 2, 1 levels up and down, each kept where the
-    likelihood rises. It never falls on the way, in some 50 evaluations at a radius of .1 and 8 bits. The result is the
-    minimum of most pixels but not proved to be: with random logits all triples of levels do better in one pixel of
-    twenty (the tests compare), by a nat or two per image where the ball gains hundreds.
+    Minimised per pixel is minus ``log_prob_map`` over the (red, green, blue) made of grid levels,
+    the values of which this is a distribution, that lie within the radius of the observed ones, and
+    over the observed values themselves, which need not be on the grid. The mixture and the means of
+    green and blue couple the three channels, and all triples are too many. So: the best of the
+    observed pixel and, for every component, the levels in reach closest to its means in turn; then
+    steps of single channels by .., 4, 2, 1 levels up and down, each kept where the likelihood
+    rises. It never falls on the way, in some 50 evaluations at a radius of .1 and 8 bits. The
+    result is the minimum of most pixels but not proved to be: with random logits all triples of
+    levels do better in one pixel of twenty (the tests compare), by a nat or two per image where the
+    ball gains hundreds.
     """
     if not isinstance(ball, Linf):
         raise ValueError(
-            f"perturbation must be an Linf ball for a DiscretisedLogisticMixture likelihood, got {ball!r}"
+            "perturbation must be an Linf ball for a DiscretisedLogisticMixture likelihood, got "
+            f"{ball!r}"
         )
     last = 2**likelihood.num_bits - 1
 
@@ -285,7 +288,8 @@ def _(likelihood: DiscretisedLogisticMixture, x: Tensor, ball: Ball) -> Tensor:
         consider(in_reach(torch.stack([red, green, blue], -3), x))
     # One row per channel, to change that channel alone.
     channels = torch.eye(3, dtype=x.dtype, device=x.device)[:, :, None, None]
-    # The first step reaches both ends from anywhere: the outermost levels own the tails of the components.
+    # The first step reaches both ends from anywhere: the outermost levels own the tails of the
+    # components.
     widest = min(last, math.ceil(2 * ball.radius * last))
     steps = [2**power for power in reversed(range(widest.bit_length() + 1))]
     for step in steps:
