@@ -1,232 +1,181 @@
-"""Command line: ``python -m pyro_vae_defence.experiments COMMAND``."""
+"""Command line of the studies: ``python -m pyro_vae_defence.experiments STUDY NAME --set
+KEY=VALUE``.
+
+Each study is a command. ``STUDY --help`` prints its question, its names and every field of its
+configuration. Without a name, a study writes the tables and figures of its output directory anew.
+"""
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
+import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, HIERARCHIES
+from pyro_vae_defence.experiments.configuration import describe, parse_setting
 
+if TYPE_CHECKING:
+    from pyro_vae_defence.experiments.study import Measurement, Study
 
-def _setting(text: str) -> tuple[str, Any]:
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+PROGRAM = "python -m pyro_vae_defence.experiments"
 
+STUDIES = {
+    "train": ("train:Train", "classify:TrainClassifier"),
+    "evaluate": ("evaluate:Evaluate",),
+    "attack": ("attack:Attack",),
+    "defend": ("defend:Defend", "hierarchy:DefendHierarchy"),
+    "compare": ("compare:Compare",),
+    "figures": ("figures:Figures",),
+    "robustness": ("robustness:Robustness",),
+    "benchmark": ("benchmark.samplers:BenchmarkSamplers", "benchmark.attacks:BenchmarkAttacks"),
+}
+"""Command -> studies that share it, each ``module:class``; imported when asked for."""
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's parser."""
-    top = argparse.ArgumentParser(prog="python -m pyro_vae_defence.experiments")
-    commands = top.add_subparsers(dest="command", required=True)
-
-    train = commands.add_parser("train", help="train a named model; resumes when interrupted")
-    train.add_argument("name", help="model or classifier of the registry, e.g. mnist_vae")
-    train.add_argument(
-        "--models",
-        help="directory of the weights a model starts from or a classifier reads; the packaged "
-        "ones by default",
-    )
-    train.add_argument("--output", default="runs/models", help="directory for weights and cards")
-
-    defend = commands.add_parser("defend", help="attack a trained model's encoder and defend it")
-    defend.add_argument("name", help="experiment of the registry, e.g. mnist_radius_0.1")
-    defend.add_argument("--output", default="runs/results", help="directory for result files")
-    defend.add_argument(
-        "--checkpoint", help="official NVAE checkpoint (checkpoint.pt) to defend, e.g. CelebA's"
-    )
-
-    evaluate = commands.add_parser("evaluate", help="measure a trained model on test images")
-    evaluate.add_argument("name", help="name of a trained model, e.g. mnist_vae")
-    evaluate.add_argument("--output", default="runs/evaluate", help="directory for result files")
-    evaluate.add_argument(
-        "--full",
-        action="append_const",
-        const=("num_images", None),
-        dest="set",
-        default=[],
-        help="the full test set instead of 1,000 class-stratified images",
-    )
-
-    compare = commands.add_parser(
-        "compare",
-        help="every defence and control over the attack's radius, with tables and figures",
-    )
-    figures = commands.add_parser(
-        "figures", help="Figures 5, 10, 11, 12 and 16: attackers' knowledge and objectives"
-    )
-    for command, directory in ((compare, "runs/compare"), (figures, "runs/figures")):
-        command.add_argument(
-            "names", nargs="*", help="datasets, e.g. mnist; without any, tables and figures alone"
-        )
-        command.add_argument("--output", default=directory, help="directory for result files")
-        command.add_argument(
-            "--images", default=f"{directory}/images", help="directory for the figures"
-        )
-
-    benchmark = commands.add_parser("benchmark", help="measure a part of the library")
-    benchmark.add_argument("name", help="what to measure: samplers or attacks")
-    benchmark.add_argument("--output", default="runs/benchmark", help="directory for result files")
-
-    robustness = commands.add_parser(
-        "robustness", help="every adaptive attack against a trained model, undefended and defended"
-    )
-    robustness.add_argument("name", help="experiment of the registry, e.g. mnist_radius_0.1")
-    robustness.add_argument(
-        "--output", default="runs/robustness", help="directory for result files"
-    )
-
-    attack = commands.add_parser(
-        "attack",
-        help="Tables 2 and 3: attacks on the encoder and the classifiers of a trained model",
-    )
-    attack.add_argument("name", help="name of a trained model, e.g. mnist_vae")
-    attack.add_argument("--output", default="runs/attack", help="directory for result files")
-
-    for command in (train, defend, evaluate, compare, figures, robustness, attack, benchmark):
-        if command is not train:
-            command.add_argument(
-                "--models", help="directory of weights; the packaged ones by default"
-            )
-        command.add_argument("--data-root", help="directory of the datasets")
-        command.add_argument(
-            "--set",
-            type=_setting,
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            help="change a field of the configuration, e.g. --set seed=1",
-        )
-        command.add_argument("--quiet", action="store_true", help="no progress bars")
-
-    report = commands.add_parser("report", help="write the tables of a directory of result files")
-    report.add_argument("results", help="directory with result files (*.json)")
-
-    models = commands.add_parser("models", help="print what the cards of trained models say")
-    models.add_argument("directory", nargs="?", help="of weights; the packaged ones by default")
-
-    table = commands.add_parser("table", help="print a table of the paper beside our results")
-    table.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
-    table.add_argument(
-        "--results",
-        help="directory with the result files of attack (2 and 3) or evaluate (7); "
-        "docs/results/... by default",
-    )
-    return top
+BESIDE = {
+    "report": "write the tables, figures and pages of a directory of result files",
+    "table": "print a table of the paper beside our results",
+    "models": "print what the cards of trained models say",
+}
+"""Commands that compute nothing."""
 
 
-def _places(
-    options: argparse.Namespace,
-) -> tuple[str, str | None, str | None, dict[str, Any]]:
-    """What every command takes that computes something: where to write, the data, the weights, the
-    settings."""
-    return options.output, options.data_root, options.models, dict(options.set)
+def load_studies(command: str) -> list[type[Study[Any]]]:
+    """The studies of a command."""
+    found = []
+    for place in STUDIES[command]:
+        module, name = place.split(":")
+        found.append(getattr(importlib.import_module(f"{__package__}.{module}"), name))
+    return found
+
+
+def measurements() -> dict[str, type[Measurement[Any]]]:
+    """All studies with result files, by what these call them."""
+    from pyro_vae_defence.experiments.study import Measurement
+
+    every = [study for command in STUDIES for study in load_studies(command)]
+    return {study.kind: study for study in every if issubclass(study, Measurement)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors in the arguments are one line and exit code 2."""
-    options = parser().parse_args(arguments)
-    # Imported late, so that --help and mistakes in the arguments answer at once.
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    top = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Studies and what is printed of their results; COMMAND --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_commands(),
+    )
+    top.add_argument("command", choices=[*STUDIES, *BESIDE], metavar="COMMAND")
+    command = top.parse_args(words[:1]).command
+    # Imported late, so that mistakes in the command answer at once.
     from pyro_vae_defence.training import NonFiniteLossError
 
     try:
-        # Imported late, so that --help and mistakes answer at once.
-        if options.command == "train" and options.name in CLASSIFIERS:
-            from pyro_vae_defence.experiments.classify import train_classifier
-
-            card = train_classifier(options.name, *_places(options))
-            print(f"{card.name}: test accuracy {card.metrics['test_accuracy']['estimate']:.4f}")
-        elif options.command == "train":
-            from pyro_vae_defence.experiments.train import train
-
-            card = train(
-                options.name,
-                options.output,
-                options.data_root,
-                dict(options.set),
-                progress=not options.quiet,
-                models=options.models,
-            )
-            print(f"{card.name}: validation -ELBO {card.metrics['validation_nelbo']:.2f} nats")
-        elif options.command == "defend" and options.name in HIERARCHIES:
-            from pyro_vae_defence.experiments.hierarchy import defend_hierarchy
-            from pyro_vae_defence.experiments.report import report
-
-            defend_hierarchy(
-                options.name,
-                *_places(options),
-                progress=not options.quiet,
-                checkpoint=options.checkpoint,
-            )
-            print(report(options.output))
-        elif options.command == "defend":
-            from pyro_vae_defence.experiments.defend import defend
-            from pyro_vae_defence.experiments.report import report
-
-            defend(options.name, *_places(options), progress=not options.quiet)
-            print(report(options.output))
-        elif options.command == "benchmark":
-            from pyro_vae_defence.experiments.benchmark.run import benchmark
-            from pyro_vae_defence.experiments.benchmark_attacks import benchmark_attacks
-            from pyro_vae_defence.experiments.report import write_report
-
-            if options.name == "attacks":
-                benchmark_attacks(*_places(options))
-            else:
-                benchmark(options.name, *_places(options), progress=not options.quiet)
-            print(write_report(options.output).read_text())
-        elif options.command == "evaluate":
-            from pyro_vae_defence.experiments.evaluate import evaluate
-
-            result = evaluate(options.name, *_places(options))
-            print(json.dumps(result["metrics"], indent=2))
-        elif options.command in ("compare", "figures"):
-            if options.command == "compare":
-                from pyro_vae_defence.experiments.compare import compare as run
-                from pyro_vae_defence.experiments.compare_report import write_comparison as write
-            else:
-                from pyro_vae_defence.experiments.figures import figures as run
-                from pyro_vae_defence.experiments.figures_report import write_figures as write
-
-            for name in options.names:
-                run(name, *_places(options), progress=not options.quiet)
-            tables, drawn = write(options.output, options.images)
-            print("\n".join(f"wrote {path}" for path in (tables, *drawn)))
-        elif options.command == "robustness":
-            from pyro_vae_defence.experiments.report import robustness_table
-            from pyro_vae_defence.experiments.robustness import robustness
-
-            result = robustness(options.name, *_places(options))
-            print(robustness_table(result))
-        elif options.command == "attack":
-            from pyro_vae_defence.experiments.attack import attack
-            from pyro_vae_defence.experiments.tables import attacked
-
-            result = attack(options.name, *_places(options))
-            print(attacked(result))
-        elif options.command == "models":
-            from pyro_vae_defence.experiments.tables import trained_models
-
-            print(trained_models(options.directory))
-        elif options.command == "table":
-            from pyro_vae_defence.experiments.tables import table
-
-            print(table(options.number, options.results))
+        if command in BESIDE:
+            print(_beside(command, words[1:]))
         else:
-            from pyro_vae_defence.experiments.report import write_report
-
-            print(f"wrote {write_report(options.results)}")
+            _study(command, words[1:])
     except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _commands() -> str:
+    """Commands with the first sentence of their modules, which are read and not imported."""
+    lines = []
+    for command, places in STUDIES.items():
+        place = places[0].split(":")[0].replace(".", "/")
+        text = (Path(__file__).parent / f"{place}.py").read_text()
+        first = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
+        lines.append(f"  {command:<12}{first}")
+    lines += [f"  {command:<12}{what}" for command, what in BESIDE.items()]
+    return "\n".join(lines)
+
+
+def _study(command: str, words: Sequence[str]) -> None:
+    studies = load_studies(command)
+    options = _parser(command, studies).parse_args(words)
+    settings = dict(map(parse_setting, options.set))
+    places = {"root": options.data_root, "models": options.models}
+    from pyro_vae_defence.experiments.study import Measurement, write_pages
+
+    for name in options.names:
+        study = next((each for each in studies if each.has(name)), None)
+        if study is None:
+            known = ", ".join(name for each in studies for name in each.names)
+            raise ValueError(f"no {studies[0].noun} named {name!r}; choose one of {known}")
+        own = {option: getattr(options, option) for option in study.options}
+        run = study(
+            name, options.output, overrides=settings, progress=not options.quiet, **places, **own
+        )
+        print(study.summary(run.run()))
+    if any(issubclass(study, Measurement) for study in studies):
+        written = write_pages(measurements(), options.output, options.images, f"{command} NAME")
+        print("\n".join(f"wrote {path}" for path in written))
+
+
+def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.ArgumentParser:
+    text = []
+    for study in studies:
+        module = sys.modules[study.__module__]
+        text += [(module.__doc__ or "").strip(), "", f"names: {', '.join(study.names)}", ""]
+        some = next(iter(study.names.values()))
+        text += ["settings (--set KEY=VALUE), with what they are in the first of the names:"]
+        text += [f"  {key} = {value}\n      {what}" for key, value, what in describe(some)]
+        text += [""]
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} {command}",
+        description="\n".join(text),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="without one, tables and figures alone")
+    add("--output", default=studies[0].output, help="directory for results, %(default)s by default")
+    add("--images", help="directory for figures; OUTPUT/images by default")
+    add("--models", help="directory of weights; the packaged ones by default")
+    add("--data-root", help="directory of the datasets")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    add("--quiet", action="store_true", help="no progress bars")
+    for study in studies:
+        for option, (field, value) in study.shorthands.items():
+            short = f"{field}={value!r}"
+            add(f"--{option}", dest="set", action="append_const", const=short, help=short)
+        for option, what in study.options.items():
+            add(f"--{option}", help=what)
+    return parser
+
+
+def _beside(command: str, words: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=BESIDE[command])
+    if command == "report":
+        parser.add_argument("results", help="directory with result files (*.json)")
+        parser.add_argument("--images", help="directory for figures; RESULTS/images by default")
+        options = parser.parse_args(words)
+        from pyro_vae_defence.experiments.study import write_pages
+
+        written = write_pages(measurements(), options.results, options.images)
+        return "\n".join(f"wrote {path}" for path in written)
+    if command == "models":
+        parser.add_argument("directory", nargs="?", help="of weights; the packaged ones by default")
+        from pyro_vae_defence.experiments.cards import trained_models
+
+        return trained_models(parser.parse_args(words).directory)
+    parser.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
+    parser.add_argument("--results", help="directory of result files; docs/results/... by default")
+    options = parser.parse_args(words)
+    from pyro_vae_defence.experiments import attack, evaluate
+
+    tables = {2: attack.table, 3: attack.table, 7: evaluate.table}
+    if options.number not in tables:
+        known = ", ".join(map(str, tables))
+        raise ValueError(f"no generator for table {options.number}; choose one of {known}")
+    module = tables[options.number].__module__.rpartition(".")[2]
+    results = options.results or Path("docs/results") / module
+    return tables[options.number](options.number, results)
 
 
 if __name__ == "__main__":

@@ -17,152 +17,170 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import attacks, data, metrics
-from pyro_vae_defence.defence import Defence, DefendedClassifier, NoDefence
-from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.config import AttackConfig, command, override
-from pyro_vae_defence.experiments.defences import named_defence
-from pyro_vae_defence.experiments.defend import VARIANT, similarity
-from pyro_vae_defence.experiments.registry import ATTACKS, CLASSIFIERS, classifiers_of
-from pyro_vae_defence.experiments.results import interval
-from pyro_vae_defence.experiments.weights import load_conv_vae
-from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
+from pyro_vae_defence import attacks, metrics
+from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
+from pyro_vae_defence.experiments.classify import CLASSIFIERS, classifiers_of
+from pyro_vae_defence.experiments.configuration import (
+    AttackRadius,
+    ChainConfig,
+    Configuration,
+    Count,
+    Natural,
+    not_empty,
+)
+from pyro_vae_defence.experiments.defences import FixedDefenceName, Setting, label, make_defence
+from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3
+from pyro_vae_defence.experiments.study import (
+    METRIC,
+    Cell,
+    Measurement,
+    cost,
+    interval,
+    read,
+    similarity,
+)
+from pyro_vae_defence.experiments.tables import NOT_MEASURED, source
+from pyro_vae_defence.experiments.tables import interval as shown
+from pyro_vae_defence.experiments.tables import table as table_lines
+from pyro_vae_defence.experiments.train import DATASETS, MODEL_ORDER, MODELS, model_label
+from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.ops.balls import Linf
 
+_Names = Annotated[tuple[FixedDefenceName, ...], not_empty]
+_Radii = Annotated[tuple[AttackRadius, ...], not_empty]
 
-def attack(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    models: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Attack the trained model ``name``; cells that the result file already holds are not run
-    again.
+
+@dataclass(frozen=True)
+class AttackConfig(Configuration):
+    """Attacks on the encoder and on the classifiers of a trained model.
+
+    The objectives are the paper's, the optimiser is APGD. A defence is the same whatever the
+    attack's radius: what assumes one is named with it.
 
     Args:
-        name: a name of :data:`pyro_vae_defence.experiments.registry.ATTACKS`.
-        output: directory of the result file ``NAME.json``, written after every cell.
-        root: directory of the datasets.
-        models: directory of the weights of VAE and classifiers; the packaged ones when ``None``.
-        overrides: fields of the configuration to change, but ``model``; they are recorded in the
-            result.
-
-    Raises:
-        ValueError: for an unknown name or override, weights that are missing, or a result file of
-            another run.
+        model: name of a trained VAE; its classifiers are found by name.
+        radii: L_inf radii of the attacks, in units of the image range.
+        defences: names such as ``hmc``, ``aware_0.2`` or ``dark_clip_0.2``.
+        num_references: class-stratified test images whose encodings are attacked.
+        num_restarts: how often; all restarts count.
+        num_images: class-stratified test images whose classes are attacked, once for every label.
+        attack_steps: of an attack.
+        reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`;
+            without a defence it reads the guide's mean.
+        chain: of the defences. Images attacked this hard are encoded so far away that chains
+            without a burn-in end on their way.
+        seed: seed of images, attacks and defences.
     """
-    if name not in ATTACKS:
-        raise ValueError(
-            f"no attacks on a model named {name!r}; choose one of {', '.join(ATTACKS)}"
-        )
-    config = override(ATTACKS[name], overrides)
-    if config.model != name:
-        raise ValueError(
-            f"model={config.model!r}: results are named after the model; run attack on it"
-        )
-    study = _Study(config, root, models)
-    path = Path(output) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = results.header(
-        f"attack {name}",
-        config,
-        study.weights,
-        command("attack", name, overrides),
-        metric=metrics.metric_name("ms_ssim", VARIANT),
-    )
-    result |= {"noise_floor": {}, "radii": {}}
-    results.resume(path, result, "noise_floor", "radii")
-    result["noise_floor"] = result["noise_floor"] or study.noise_floor()
-    for radius in (0.0, *config.radii):
-        cells = result["radii"].setdefault(f"{radius:g}", {})
-        missing = [kind for kind in config.defences if kind not in cells]
-        inputs = study.inputs(radius) if missing else {}
-        for kind in missing:
-            cells[kind] = study.cell(kind, inputs)
-            results.save(path, result, indent=1)
-    return result
+
+    model: str
+    radii: _Radii = (0.1, 0.2)
+    defences: _Names = ("none", "encoder_samples", "dark_clip_0.2", "hmc", "aware_0.2")
+    num_references: Count = 50
+    num_restarts: Count = 2
+    num_images: Count = 100
+    attack_steps: Count = 50
+    reading: Reading = "reencoded"
+    chain: ChainConfig = ChainConfig(step_size=0.2, burn_in=30)
+    seed: Natural = 0
 
 
-class _Study:
-    """A trained VAE with its classifiers and test images."""
+class Attack(Measurement[AttackConfig]):
+    """Every model of Tables 2 and 3 but NVAE, by its name."""
 
-    def __init__(
-        self,
-        config: AttackConfig,
-        root: str | os.PathLike[str] | None,
-        models: str | os.PathLike[str] | None,
-    ) -> None:
-        self.config = config
-        self.vae, card = load_conv_vae(config.model, models)
-        self.weights = {config.model: card.sha256}
+    kind = command = "attack"
+    noun = "attacks on a model"
+    names = {
+        name: AttackConfig(name)
+        for name, config in MODELS.items()
+        if config.dataset in DATASETS and config.architecture is None
+    }
+    output = "runs/attack"
+
+    def load(self) -> None:
+        """The model, its classifiers by label, and images."""
+        config = self.config
+        if config.model != self.name:
+            raise ValueError(
+                f"model={config.model!r}: results are named after the model; run attack on it"
+            )
+        self.vae, card = self.load_conv_vae(config.model)
         # Name of the label -> its column and what predicts it.
-        self.tasks: dict[str, tuple[int, LinearClassifier]] = {}
-        for task, classifier in classifiers_of(config.model).items():
-            loaded, of = load_classifier(classifier, models)
-            assert isinstance(loaded, LinearClassifier)
-            self.tasks[task] = CLASSIFIERS[classifier].column, loaded
-            self.weights[classifier] = of.sha256
-        test_set = data.load(card.training["dataset"], "test", root)
-        chosen = data.stratified(test_set, config.num_references, self._generator("references"))
-        self.references = test_set.images(chosen)
+        self.tasks: dict[str, tuple[int, LinearClassifier]] = {
+            task: (CLASSIFIERS[name].column, self.load_classifier(name))
+            for task, name in classifiers_of(config.model).items()
+        }
+        dataset = card.training["dataset"]
+        self.references, _ = self.choose(dataset, config.num_references, "references")
+        self.images_, self.labels = self.choose(dataset, config.num_images, "images")
         # Once per restart, and which reference each row is of.
-        self.repeated = self.references.repeat(config.num_restarts, 1, 1, 1)
-        self.image = torch.arange(len(chosen)).repeat(config.num_restarts)
-        chosen = data.stratified(test_set, config.num_images, self._generator("images"))
-        self.images = test_set.images(chosen)
-        self.labels = test_set.labels[chosen].reshape(len(chosen), -1)
+        self.image = torch.arange(len(self.references)).repeat(config.num_restarts)
+        self.repeated = self.references[self.image]
+
+    def cells(self) -> Iterator[Cell]:
+        """The noise floor, then a cell per radius and defence."""
+        yield ("noise_floor",), self.noise_floor
+        for radius in (0.0, *self.config.radii):
+            for name in self.config.defences:
+                cell = functools.partial(self.defended, name, radius)
+                yield ("radii", f"{radius:g}", name), cell
+
+    def noise_floor(self) -> dict[str, float]:
+        """Similarity of two undefended reconstructions of the same reference, one draw each."""
+        return similarity(
+            self.before, self.reconstruct(self.vae, self.repeated, "again"), self.image
+        )
 
     @functools.cached_property
     def before(self) -> Tensor:
         """Undefended reconstructions of the references, which those under attack are compared
         with."""
-        return self._reconstructions("before")
+        return self.reconstruct(self.vae, self.repeated, "before")
 
     @functools.cached_property
     def predicted(self) -> dict[str, Tensor]:
         """What every classifier says of the images without attack and defence."""
         return {
-            task: classifier.classify(self.vae, self.images)
+            task: classifier.classify(self.vae, self.images_)
             for task, (_, classifier) in self.tasks.items()
         }
 
-    def noise_floor(self) -> dict[str, float]:
-        """Similarity of two undefended reconstructions of the same reference, one draw each."""
-        return similarity(self.before, self._reconstructions("again"), self.image)
-
-    def inputs(self, radius: float) -> dict[str, Tensor]:
+    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    def attacked(self, radius: float) -> dict[str, Tensor]:
         """References attacked through the encoder, and images attacked through each classifier."""
         if radius == 0:
-            return {"encoder": self.repeated, **dict.fromkeys(self.tasks, self.images)}
-        found = self._attack(attacks.symmetric_kl(self.vae), radius, self.config.num_restarts)
-        inputs = {
-            "encoder": found(self.references, self._generator("attack encoder")).x_adv.flatten(0, 1)
-        }
+            return {"encoder": self.repeated, **dict.fromkeys(self.tasks, self.images_)}
+        attack = functools.partial(attacks.APGD, num_steps=self.config.attack_steps)
+        on_encoder = attack(
+            attacks.symmetric_kl(self.vae), Linf(radius), num_restarts=self.config.num_restarts
+        )
+        found = on_encoder(self.references, self.generator("attack encoder"))
+        images = {"encoder": found.flat().images}
         for task, (_, classifier) in self.tasks.items():
-            objective = attacks.cross_entropy(self.vae, classifier)
-            found = self._attack(objective, radius, 1)
-            inputs[task] = found(self.images, self._generator(f"attack {task}")).x_adv[0]
-        return inputs
+            on_classifier = attack(attacks.cross_entropy(self.vae, classifier), Linf(radius))
+            found = on_classifier(self.images_, self.generator("attack", task))
+            images[task] = found.x_adv[0]
+        return images
 
-    def cell(self, kind: str, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    def defended(self, name: str, radius: float) -> dict[str, Any]:
         """Everything about one defence at one radius."""
-        defence: Defence = named_defence(self.vae, kind, self.config)
-        outcome = defence(inputs["encoder"], self._generator("similarity"))
+        inputs = self.attacked(radius)
+        defence: Defence = make_defence(name, Setting(self.vae, self.config.chain))
+        outcome = defence(inputs["encoder"], self.generator("similarity"))
         accuracy = {}
         for task, (column, classifier) in self.tasks.items():
-            if kind == "none":
+            if name == "none":
                 predicted = classifier.classify(self.vae, inputs[task])
             else:
-                predicted = DefendedClassifier(defence, classifier, self.config.reading).predict(
-                    inputs[task], self._generator("classify")
-                )
+                behind = DefendedClassifier(defence, classifier, self.config.reading)
+                predicted = behind.predict(inputs[task], self.generator("classify"))
             accuracy[task] = {
                 "unchanged": interval(
                     metrics.adversarial_accuracy(self.predicted[task], predicted)
@@ -172,19 +190,133 @@ class _Study:
         return {
             "ms_ssim": similarity(self.before, outcome.reconstruction, self.image),
             "accuracy": accuracy,
-            "gradients_per_image": float(outcome.num_gradients.double().mean()),
-            "seconds_per_image": outcome.seconds / len(inputs["encoder"]),
-            "settings": outcome.settings,
+            **cost(outcome),
         }
 
-    def _attack(self, objective: Any, radius: float, num_restarts: int) -> attacks.Attack:
-        return attacks.APGD(
-            objective, Linf(radius), num_steps=self.config.attack_steps, num_restarts=num_restarts
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """One model as Tables 2 and 3 show it."""
+        return _table(f"### {result['name']}", {result["name"]: result})
+
+
+# --- Tables 2 and 3 -------------------------------------------------------------------------------
+
+
+def table(number: int, results: str | os.PathLike[str]) -> str:
+    """Table 2 or 3 of the paper in Markdown, printed and measured numbers side by side.
+
+    Args:
+        number: 2 or 3.
+        results: directory with the result files of ``attack``.
+
+    Raises:
+        ValueError: for a directory without results, a damaged file, or results that do not belong
+            together.
+    """
+    found = read(results, "attack")
+    for name, result in found.items():
+        if result.get("study") != Attack.kind or result["name"] != name:
+            raise ValueError(f"{Path(results) / name}.json is no result of attack; move it away")
+    printed = {2: TABLE_2, 3: TABLE_3}[number]
+    datasets = dict.fromkeys(MODELS[name].dataset for name in printed)
+    return "\n".join(
+        _table(
+            f"### Table {number}, {DATASETS[dataset]}",
+            {
+                name: found.get(name)
+                for name in MODEL_ORDER
+                if MODELS[name].dataset == dataset and (name in found or name in printed)
+            },
+        )
+        for dataset in datasets
+    )
+
+
+_PRINTED = {**TABLE_2, **TABLE_3}
+
+
+def _table(title: str, by_model: Mapping[str, dict[str, Any] | None]) -> str:
+    """Models in the order given, each with the defences that were measured or printed."""
+    found = [result for result in by_model.values() if result is not None]
+    notes: list[str] = []
+    radii = ["0.1", "0.2"]
+    of_paper = [_PRINTED.get(model, {}).get("none", {}) for model in by_model]
+    tasks = [task for task in ("class", "color") if any(task in each for each in of_paper)]
+    if found:
+        config = found[0]["config"]
+        _check_alike(found)
+        radii = [f"{radius:g}" for radius in config["radii"]]
+        tasks = list(next(iter(found[0]["radii"]["0"].values()))["accuracy"])
+        notes = [_note(config), "", *(f"- {source(each)}" for each in found), ""]
+    columns = ["", *(f"{METRIC}, {radius}" for radius in radii)]
+    for task in tasks:
+        name = "" if len(tasks) == 1 else f" ({task})"
+        columns.append(f"correct, clean{name}")
+        for radius in radii:
+            columns += [f"unchanged, {radius}{name}", f"correct, {radius}{name}"]
+    rows = [
+        _row(model, defence, result, radii, tasks)
+        for model, result in by_model.items()
+        for defence in (_PRINTED.get(model, {}) if result is None else result["config"]["defences"])
+    ]
+    return "\n".join([title, "", *table_lines(columns, rows), *notes])
+
+
+def _check_alike(results: list[dict[str, Any]]) -> None:
+    first = results[0]
+    for each in results:
+        differs = [k for k, v in each["config"].items() if k != "model" and v != first["config"][k]]
+        if differs or each["metric"] != first["metric"]:
+            raise ValueError(
+                f"results of {first['name']} and {each['name']} do not belong in one table: they "
+                f"differ in {', '.join(differs) or 'their metric'}; run attack again with the same "
+                "settings"
+            )
+
+
+def _note(config: dict[str, Any]) -> str:
+    chain = config["chain"]
+    return (
+        f"APGD of {config['attack_steps']} steps on the encoder (symmetric KL; "
+        f"{config['num_references']} references from {config['num_restarts']} starts, all counted) "
+        "and on the classifier (cross-entropy of the class predicted without an attack; "
+        f"{config['num_images']} images). Attacks do not know the defence. Chains: "
+        f"{chain['burn_in']} gradients of burn-in, {chain['warmup_steps'] + chain['num_samples']} "
+        f"transitions of {chain['num_steps']} leapfrog steps. Behind a defence the classifier's "
+        f"reading is `{config['reading']}`, without one it reads the guide's mean. 95% intervals "
+        "over images; where all images agree the interval has no width, and of n images about 3/n "
+        "may still differ. In brackets the paper's figures, of its own models, attacks and chains: "
+        "MSSSIM, and its adversarial accuracy, which on clean images can only be *correct* and "
+        "under "
+        "attack is *unchanged*."
+    )
+
+
+def _row(
+    model: str,
+    defence: str,
+    result: dict[str, Any] | None,
+    radii: list[str],
+    tasks: list[str],
+) -> list[str]:
+    """A model with a defence: similarities, then per label the accuracies."""
+    printed = _PRINTED.get(model, {}).get(defence, {})
+
+    def cell(radius: str, *keys: str, of: str = "") -> str:
+        entry: Any = {} if result is None else result["radii"].get(radius, {}).get(defence)
+        for key in keys:
+            entry = entry.get(key) if entry else None
+        of_paper = printed.get(of, {}).get(radius)
+        return (shown(entry, 2) if entry else NOT_MEASURED) + (
+            "" if of_paper is None else f" ({of_paper:.2f})"
         )
 
-    def _reconstructions(self, purpose: str) -> Tensor:
-        """Of the references, from one draw of the guide each, once per restart."""
-        return NoDefence(self.vae)(self.repeated, self._generator(purpose)).reconstruction
-
-    def _generator(self, purpose: str) -> torch.Generator:
-        return results.generator(self.config.seed, purpose)
+    name = model_label(model)
+    cells = [name if defence == "none" else f"{name}; {label(defence)}"]
+    cells += [cell(radius, "ms_ssim", of="ms_ssim") for radius in radii]
+    for task in tasks:
+        cells.append(cell("0", "accuracy", task, "correct", of=task))
+        for radius in radii:
+            cells.append(cell(radius, "accuracy", task, "unchanged", of=task))
+            cells.append(cell(radius, "accuracy", task, "correct"))
+    return cells

@@ -7,7 +7,8 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,17 @@ from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data, metrics
 from pyro_vae_defence.defence import EncoderDefence, MCMCDefence
-from pyro_vae_defence.experiments.config import ClassifierConfig, command, override
-from pyro_vae_defence.experiments.defences import whitened_hmc
+from pyro_vae_defence.experiments.configuration import (
+    Configuration,
+    Count,
+    Natural,
+    Positive,
+    Radius,
+    override,
+)
 from pyro_vae_defence.experiments.provenance import provenance
-from pyro_vae_defence.experiments.registry import CLASSIFIERS
-from pyro_vae_defence.experiments.results import as_entry
+from pyro_vae_defence.experiments.study import as_entry
+from pyro_vae_defence.experiments.train import DATASETS, MODELS
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import (
     ConvClassifier,
@@ -35,6 +42,97 @@ from pyro_vae_defence.models.pretrained import (
     save_pretrained,
 )
 from pyro_vae_defence.ops.balls import Linf
+
+LatentInputs = Literal["mean", "guide", "posterior"]
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(Configuration):
+    """How a classifier is trained; the defaults are the paper's downstream task, but for the batch
+    size, which it does not state.
+
+    Args:
+        dataset: name for :func:`pyro_vae_defence.data.load`.
+        model: trained model whose latents are classified, linearly; ``None`` classifies images by a
+            small convolutional network.
+        inputs: which latents: the guide's ``"mean"``, draws from the ``"guide"``, or draws from the
+            ``"posterior"`` p(z|x) by HMC.
+        num_draws: draws per image, where they are draws.
+        num_images: class-stratified training images, and a tenth of that for validation and test;
+            all when ``None``.
+        radius: L_inf radius of the perturbations that the chains assume; 0 for the paper's
+            posterior.
+        column: which label, where there are several (ColorMNIST: 0 digit, 1 colour).
+        optimiser: ``"sgd"`` or ``"adam"``.
+        learning_rate: at the start; halved when the validation loss has not fallen for ``patience``
+            epochs.
+        patience: epochs.
+        early_stop: stop when the validation loss has not fallen for so many epochs.
+        max_epochs: stop in any case.
+        batch_size: images per step.
+        seed: seed of initialisation and order.
+    """
+
+    dataset: str
+    model: str | None = None
+    inputs: LatentInputs = "mean"
+    num_draws: Count = 4
+    num_images: Count | None = None
+    radius: Radius = 0.0
+    column: Natural = 0
+    optimiser: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Positive = 1.0
+    patience: Count = 3
+    early_stop: Count = 20
+    max_epochs: Count = 200
+    batch_size: Count = 128
+    seed: Natural = 0
+
+
+# The part of a classifier's name that says which column of labels it predicts.
+_PARTS = {"class": "", "color": "_color"}
+_LABELS = dict.fromkeys(("color_mnist", "color_mnist_textured"), tuple(_PARTS.values()))
+
+
+def _classifiers() -> dict[str, ClassifierConfig]:
+    classifiers = {}
+    for model, config in MODELS.items():
+        for column, label in enumerate(_LABELS.get(config.dataset, ("",))):
+            # ColorMNIST has every image in seven colours; to read variants of a model and draws, as
+            # many images as MNIST's will do.
+            as_mnist = 55_000 if config.dataset in _LABELS else None
+            plain = ClassifierConfig(config.dataset, model, column=column)
+            if config.start_from is not None:
+                plain = replace(plain, num_images=as_mnist)
+            guide = replace(plain, inputs="guide", num_images=as_mnist)
+            # A tenth of the training images, at some hundred gradients each.
+            posterior = replace(plain, inputs="posterior", num_images=5_500)
+            classifiers[f"{model}{label}_classifier"] = plain
+            classifiers[f"{model}{label}_classifier_guide"] = guide
+            classifiers[f"{model}{label}_classifier_posterior"] = posterior
+    for dataset in DATASETS:
+        classifiers[f"{dataset}_features"] = ClassifierConfig(
+            dataset,
+            optimiser="adam",
+            learning_rate=1e-3,
+            max_epochs=1 if dataset == "color_mnist" else 5,
+        )
+    return classifiers
+
+
+CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
+"""``<model>_classifier``, the paper's linear classifier on the guide's means (on ColorMNIST of the
+digit; ``<model>_color_classifier`` of the colour), the same with ``_guide`` or ``_posterior``
+appended on draws from the guide or from p(z|x), and ``<dataset>_features``, whose features measure
+Fréchet distances."""
+
+
+def classifiers_of(model: str) -> dict[str, str]:
+    """Names of the paper's classifiers of a model, by what they predict: ``class``, and on
+    ColorMNIST ``color``."""
+    names = {task: f"{model}{part}_classifier" for task, part in _PARTS.items()}
+    return {task: name for task, name in names.items() if name in CLASSIFIERS}
+
 
 _ROWS = 1000
 

@@ -1,12 +1,20 @@
-"""Defences and controls by name, as experiments and their tables call them."""
+"""Defences and controls by name: how studies make them, and what tables call them.
+
+A name is ``KIND``, ``KIND_RADIUS`` for what assumes a radius, or ``KIND@TRANSITIONS`` for one chain
+of so many transitions, half of them warm-up, as in ``aware_0.2@20``. What assumes a radius and
+names none assumes the attack's own. A new defence or control is one entry of :data:`KINDS`.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pyro_vae_defence.defence import (
+    Defence,
     EncoderDefence,
     MCMCDefence,
     NoDefence,
@@ -16,115 +24,230 @@ from pyro_vae_defence.defence import (
     gaussian_filter,
     median_filter,
 )
-from pyro_vae_defence.experiments.config import (
-    CHAINS,
-    MODES,
-    WITH_RADIUS,
-    AttackConfig,
-    CompareConfig,
-    defence_spec,
-)
-from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
+from pyro_vae_defence.experiments.configuration import ChainConfig, one_of
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models.perturbation import Perturbation, UnknownRadius
-from pyro_vae_defence.models.pretrained import TrainedVAE
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.types import VAE, LatentsLike
 
 MODE_STEPS = 30
 """Gradients of a search for the posterior mode by L-BFGS."""
 
-_KINDS = {
-    "none": "no defence",
-    "hmc": "HMC, the paper's target",
-    "aware": "HMC, perturbation-aware",
-    "aware_unknown": "HMC, perturbation-aware, radius unknown",
-    "aware_mode": "mode, perturbation-aware",
-    "mode": "control: mode of the paper's target",
-    "encoder_samples": "control: mean of encoder samples",
-    "dark_clip": "control: dark-pixel clipping",
-    "extreme_clip": "control: dark- and bright-pixel clipping",
-    "median": "control: median filter",
-    "gaussian": "control: Gaussian filter",
+
+@dataclass(frozen=True)
+class Setting:
+    """What a defence is made with besides its name.
+
+    Args:
+        vae: the model it runs on.
+        chain: settings of chains.
+        metric: diagonal of their inverse mass matrix; the VAE's ``mean_posterior_variance`` if
+            ``None``.
+        radius: what a name without a radius assumes.
+        unknown_radius: what ``aware_unknown`` assumes, asked for when needed.
+        paper: whose published setting ``paper`` is, a key of
+            :data:`~pyro_vae_defence.defence.mcmc.PAPER_SETTINGS`.
+        options: further arguments of :class:`~pyro_vae_defence.defence.MCMCDefence`.
+    """
+
+    vae: VAE
+    chain: ChainConfig
+    metric: LatentsLike | None = None
+    radius: float | None = None
+    unknown_radius: Callable[[], UnknownRadius] | None = None
+    paper: str = "mnist"
+    options: dict[str, Any] | None = None
+
+
+def whitened(kernel: Any, setting: Setting, **more: Any) -> Callable[..., Any]:
+    """A kernel in the metric of the setting, for :class:`~pyro_vae_defence.defence.MCMCDefence`."""
+    metric = setting.metric
+    if metric is None:
+        metric = setting.vae.mean_posterior_variance  # type: ignore[attr-defined]
+    chain = setting.chain
+    return functools.partial(
+        kernel,
+        step_size=chain.step_size,
+        inverse_mass_matrix=metric,
+        burn_in=chain.burn_in,
+        **more,
+    )
+
+
+def _chains(
+    setting: Setting,
+    perturbation: Perturbation | None,
+    transitions: int | None,
+    kernel: Any = BatchedHMC,
+) -> MCMCDefence:
+    chain = setting.chain
+    own = {"num_steps": chain.num_steps} if kernel is BatchedHMC else {}
+    lengths = (chain.num_samples, chain.warmup_steps, chain.num_chains)
+    if transitions is not None:
+        lengths = (transitions - transitions // 2, transitions // 2, 1)
+    return MCMCDefence(
+        setting.vae,
+        whitened(kernel, setting, **own),
+        *lengths,
+        perturbation=perturbation,
+        **(setting.options or {}),
+    )
+
+
+def _mode(setting: Setting, perturbation: Perturbation | None, _: int | None) -> Defence:
+    return PosteriorModeDefence(
+        setting.vae, "lbfgs", MODE_STEPS, initial="mean", perturbation=perturbation
+    )
+
+
+def _paper(setting: Setting, *_: Any) -> Defence:
+    return MCMCDefence.paper(setting.vae, setting.paper, **(setting.options or {}))
+
+
+def _filtered(preprocess: Any, setting: Setting, *_: Any) -> Defence:
+    return EncoderDefence(setting.vae, preprocess=preprocess)
+
+
+def _clipped(clip: Any, setting: Setting, perturbation: Any, _: int | None) -> Defence:
+    delta = 0.0 if perturbation is None else perturbation.radius
+    return EncoderDefence(setting.vae, preprocess=functools.partial(clip, delta=delta))
+
+
+class Kind(NamedTuple):
+    """One kind of defence or control.
+
+    Attributes:
+        label: what tables call it.
+        make: from setting, assumed perturbation (``None`` for radius 0) and number of transitions.
+        role: a control stands for what a defence has to beat.
+        radius: whether it assumes a radius.
+        chain: whether it is a chain, whose transitions a name may fix.
+    """
+
+    label: str
+    make: Callable[[Setting, Any, int | None], Defence]
+    role: Literal["none", "defence", "control"] = "defence"
+    radius: bool = False
+    chain: bool = False
+
+
+KINDS: dict[str, Kind] = {
+    "none": Kind("no defence", lambda setting, *_: NoDefence(setting.vae), "none"),
+    "paper": Kind("HMC, the paper's setting", _paper),
+    "hmc": Kind("HMC, the paper's target", _chains, chain=True),
+    "nuts": Kind(
+        "NUTS, the paper's target", functools.partial(_chains, kernel=BatchedNUTS), chain=True
+    ),
+    "aware": Kind("HMC, perturbation-aware", _chains, radius=True, chain=True),
+    "aware_unknown": Kind("HMC, perturbation-aware, radius unknown", _chains, chain=True),
+    "aware_mode": Kind("mode, perturbation-aware", _mode, radius=True),
+    "mode": Kind("control: mode of the paper's target", _mode, "control"),
+    "encoder_samples": Kind(
+        "control: mean of encoder samples", functools.partial(_filtered, None), "control"
+    ),
+    "dark_clip": Kind(
+        "control: dark-pixel clipping",
+        functools.partial(_clipped, clip_dark_pixels),
+        "control",
+        radius=True,
+    ),
+    "extreme_clip": Kind(
+        "control: dark- and bright-pixel clipping",
+        functools.partial(_clipped, clip_extreme_pixels),
+        "control",
+        radius=True,
+    ),
+    "median": Kind(
+        "control: median filter", functools.partial(_filtered, median_filter), "control"
+    ),
+    "gaussian": Kind(
+        "control: Gaussian filter", functools.partial(_filtered, gaussian_filter), "control"
+    ),
 }
+"""Defences and controls by name."""
+
+_NAME = re.compile(r"(?P<kind>[a-z_]+?)(_(?P<radius>[\d.]+))?(@(?P<transitions>\d+))?")
+
+
+class DefenceSpec(NamedTuple):
+    """What a name such as ``aware_0.1@20`` stands for."""
+
+    kind: str
+    radius: float | None
+    transitions: int | None
+
+    @property
+    def role(self) -> str:
+        """``"none"``, ``"defence"`` or ``"control"``."""
+        return KINDS[self.kind].role
+
+
+def defence_spec(name: str) -> DefenceSpec:
+    """Read the name of a defence or control.
+
+    Raises:
+        ValueError: if it names none.
+    """
+    found = _NAME.fullmatch(name) if isinstance(name, str) else None
+    if found and (kind := KINDS.get(found["kind"])):
+        radius = None if found["radius"] is None else float(found["radius"])
+        transitions = None if found["transitions"] is None else int(found["transitions"])
+        radius_fits = radius is None or (kind.radius and radius <= 1)
+        transitions_fit = transitions is None or (kind.chain and transitions > 1)
+        if radius_fits and transitions_fit:
+            return DefenceSpec(found["kind"], radius, transitions)
+    with_radius = ", ".join(f"{name}_RADIUS" for name, kind in KINDS.items() if kind.radius)
+    raise ValueError(
+        f"defences has no {name!r}; known are {', '.join(KINDS)}, {with_radius} and "
+        "KIND@TRANSITIONS for chains"
+    )
+
+
+def _check_name(name: str, value: Any) -> None:
+    defence_spec(value)
+
+
+def _check_fixed_name(name: str, value: Any) -> None:
+    kind, radius, _ = defence_spec(value)
+    if kind == "aware_unknown" or (KINDS[kind].radius and radius is None):
+        raise ValueError(f"{name}: {value!r} assumes a radius; name it, as in 'aware_0.2'")
+
+
+DefenceName = Annotated[str, _check_name]
+"""Annotation of a defence's name in a configuration."""
+
+FixedDefenceName = Annotated[str, _check_fixed_name]
+"""Of a defence that is the same whatever the attack."""
+
+PaperName = Annotated[str, one_of(PAPER_SETTINGS)]
+"""Of a published setting of the defence."""
 
 
 def label(name: str) -> str:
     """What a table calls a defence."""
     kind, radius, transitions = defence_spec(name)
-    text = _KINDS[kind]
-    if kind in WITH_RADIUS:
+    text = KINDS[kind].label
+    if KINDS[kind].radius:
         text += " δ = radius" if radius is None else f" δ = {radius:g}"
     return text if transitions is None else f"{text}, {transitions} transitions"
 
 
-def whitened_hmc(
-    vae: TrainedVAE, step_size: float, num_steps: int, burn_in: int = 0
-) -> Callable[..., BatchedHMC]:
-    """HMC in the metric of the training set's mean posterior variance, for :class:`MCMCDefence`.
-
-    Args:
-        vae: a trained VAE, which carries that variance.
-        step_size: at the start; it adapts during the warm-up.
-        num_steps: leapfrog steps of a transition.
-        burn_in: gradients of microcanonical dynamics before the first transition.
-    """
-    return functools.partial(
-        BatchedHMC,
-        step_size=step_size,
-        num_steps=num_steps,
-        inverse_mass_matrix=vae.mean_posterior_variance,
-        burn_in=burn_in,
-    )
-
-
-def named_defence(
-    vae: TrainedVAE,
-    name: str,
-    config: AttackConfig | CompareConfig,
-    radius: float | None = None,
-    unknown_radius: Callable[[], UnknownRadius] | None = None,
-) -> Any:
-    """The defence or control of a name; see
-    :class:`~pyro_vae_defence.experiments.config.CompareConfig`.
-
-    Args:
-        vae: a trained VAE.
-        name: such as ``aware_0.2``.
-        config: settings of chains; a name with ``@TRANSITIONS`` overrules the lengths.
-        radius: what a name without a radius assumes, as ``aware`` does.
-        unknown_radius: what ``aware_unknown`` assumes, asked for when needed.
+def make_defence(name: str, setting: Setting) -> Any:
+    """The defence or control of a name.
 
     Raises:
         ValueError: for an unknown name, or one that assumes a radius it is not given.
     """
     kind, assumed, transitions = defence_spec(name)
-    delta = radius if assumed is None else assumed
-    if (kind in WITH_RADIUS and delta is None) or (
-        kind == "aware_unknown" and unknown_radius is None
-    ):
+    delta = setting.radius if assumed is None else assumed
+    unknown = kind == "aware_unknown"
+    if (KINDS[kind].radius and delta is None) or (unknown and setting.unknown_radius is None):
         raise ValueError(f"{name!r} assumes a radius; name it, as in 'aware_0.2'")
-    if kind in CHAINS:
-        kernel = whitened_hmc(vae, config.step_size, config.num_steps, config.burn_in)
-        lengths = (config.num_samples, config.warmup_steps, config.num_chains)
-        if transitions is not None:
-            lengths = (transitions - transitions // 2, transitions // 2, 1)
-        assumes: Perturbation | None = None
-        if kind == "aware_unknown":
-            assert unknown_radius is not None
-            assumes = unknown_radius()
-        elif kind == "aware" and delta:
-            assumes = Linf(delta)
-        return MCMCDefence(vae, kernel, *lengths, perturbation=assumes)
-    if kind in MODES:
-        ball = Linf(delta) if kind == "aware_mode" and delta else None
-        return PosteriorModeDefence(vae, "lbfgs", MODE_STEPS, initial="mean", perturbation=ball)
-    if kind == "none":
-        return NoDefence(vae)
-    filters: dict[str, Any] = {
-        "encoder_samples": None,
-        "median": median_filter,
-        "gaussian": gaussian_filter,
-    }
-    clips: dict[str, Any] = {"dark_clip": clip_dark_pixels, "extreme_clip": clip_extreme_pixels}
-    if kind in clips:
-        return EncoderDefence(vae, preprocess=functools.partial(clips[kind], delta=delta))
-    return EncoderDefence(vae, preprocess=filters[kind])
+    perturbation: Perturbation | None = None
+    if unknown:
+        assert setting.unknown_radius is not None
+        perturbation = setting.unknown_radius()
+    elif KINDS[kind].radius and delta:
+        perturbation = Linf(delta)
+    return KINDS[kind].make(setting, perturbation, transitions)

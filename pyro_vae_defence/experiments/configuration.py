@@ -1,0 +1,238 @@
+"""Configurations of studies: frozen dataclasses whose fields are documented, typed and checked
+once.
+
+A field's annotation says what it may be: ``Count``, ``Radius``, ``Literal["a", "b"]``, a tuple of
+such, another configuration. It is checked when the configuration is made, before anything is
+computed; the class's docstring is what ``--help`` prints of it; ``override`` is ``--set``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from pyro_vae_defence.ops.checks import check_integer
+
+Mark = Callable[[str, Any], None]
+"""A condition of an annotation: raises a ``ValueError`` that names the field and its value."""
+
+
+def at_least(least: int) -> Mark:
+    """An integer not below ``least``."""
+    return functools.partial(_check_integer, least)
+
+
+def _check_integer(least: int, name: str, value: Any) -> None:
+    check_integer(name, value, least)
+
+
+def within(low: float, high: float, of_images: bool = True, without_low: bool = False) -> Mark:
+    """A number of the interval, which is open on the left where ``without_low``."""
+
+    def check(name: str, value: Any) -> None:
+        if not (_is_number(value) and low <= value <= high and not (without_low and value == low)):
+            why = ", the range of images" if of_images else ""
+            start = "(" if without_low else "["
+            raise ValueError(f"{name} must lie in {start}{low:g}, {high:g}]{why}, got {value!r}")
+
+    return check
+
+
+def positive(name: str, value: Any) -> None:
+    """A positive finite number."""
+    if not (_is_number(value) and 0 < value < math.inf):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+
+
+def one_of(known: Iterable[str]) -> Mark:
+    """One of some names."""
+    names = tuple(known)
+
+    def check(name: str, value: Any) -> None:
+        if value not in names:
+            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+
+    return check
+
+
+def not_empty(name: str, value: Any) -> None:
+    """A tuple with entries."""
+    if not (isinstance(value, tuple) and value):
+        raise ValueError(f"{name} must be a tuple that is not empty, got {value!r}")
+
+
+Count = Annotated[int, at_least(1)]
+Natural = Annotated[int, at_least(0)]
+Positive = Annotated[float, positive]
+Radius = Annotated[float, within(0, 1)]
+"""Of a ball of images; 0 is no attack."""
+AttackRadius = Annotated[float, within(0, 1, without_low=True)]
+Share = Annotated[float, within(0, 1, of_images=False)]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Base of configurations: every field is what its annotation says, or a ``ValueError`` says
+    so."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class ChainConfig(Configuration):
+    """Chains of a defence.
+
+    Args:
+        num_samples: transitions per chain after the warm-up.
+        warmup_steps: transitions before them, during which the step size adapts.
+        num_chains: chains per image.
+        num_steps: leapfrog steps of a transition.
+        step_size: where the step size starts, in units of the metric.
+        burn_in: gradients of microcanonical dynamics before the first transition.
+    """
+
+    num_samples: Count = 10
+    warmup_steps: Natural = 15
+    num_chains: Count = 1
+    num_steps: Count = 4
+    step_size: Positive = 0.5
+    burn_in: Natural = 0
+
+
+Engine = Literal["APGD", "PGD", "MomentumPGD"]
+"""Optimisers of :mod:`pyro_vae_defence.attacks`."""
+
+Config = TypeVar("Config")
+
+
+def override(config: Config, changes: Mapping[str, Any] | None) -> Config:
+    """A configuration with some fields changed, nested ones by names such as ``chain.step_size``.
+
+    Raises:
+        ValueError: for an unknown field, or a value that does not fit.
+    """
+    own: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    fields = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    for key, value in (changes or {}).items():
+        field, dot, rest = key.partition(".")
+        inside = dataclasses.is_dataclass(getattr(config, field, None))
+        if field not in fields or bool(dot) != inside:
+            known = ", ".join(name for name, _, _ in describe(config))
+            raise ValueError(f"unknown setting {key!r}; choose from {known}")
+        if dot:
+            nested.setdefault(field, {})[rest] = value
+        else:
+            own[key] = value
+    for field, inner in nested.items():
+        own[field] = override(getattr(config, field), inner)
+    return dataclasses.replace(config, **own)  # type: ignore[type-var]
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` of the command line; a value that is no Python literal is a string.
+
+    Raises:
+        ValueError: without an equals sign.
+    """
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(f"--set takes KEY=VALUE, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def describe(config: Any) -> Iterator[tuple[str, str, str]]:
+    """Name, default and first sentence of the documentation of every field, nested ones dotted.
+
+    Args:
+        config: a configuration, or a class of them.
+    """
+    text = inspect.getdoc(config if isinstance(config, type) else type(config)) or ""
+    documented = _arguments(text)
+    for field in dataclasses.fields(config):
+        default = getattr(config, field.name, field.default)
+        if default is dataclasses.MISSING:
+            default = ""
+        if dataclasses.is_dataclass(default):
+            for name, inner, line in describe(default):
+                yield f"{field.name}.{name}", inner, line
+        else:
+            shown = repr(default) if default != "" else ""
+            yield field.name, shown, documented.get(field.name, "")
+
+
+def _arguments(text: str) -> dict[str, str]:
+    """First sentences of the section ``Args`` of a docstring, by the name of the argument."""
+    found: dict[str, str] = {}
+    names: tuple[str, ...] = ()
+    for line in text.partition("Args:\n")[2].splitlines():
+        if line and not line.startswith("    "):
+            break
+        if start := re.match(r" {4}(\w+(?:, \w+)*): (.*)", line):
+            names, words = tuple(start[1].split(", ")), start[2]
+        else:
+            words = line.strip()
+        for name in names:
+            found[name] = f"{found.get(name, '')} {words}".strip()
+    return {name: re.split(r"[.;](?: |$)", words)[0] for name, words in found.items()}
+
+
+def check_fields(config: Any) -> None:
+    """Compare every field of a dataclass with its annotation.
+
+    Raises:
+        ValueError: naming the first field that does not fit, its value and what would.
+    """
+    for name, hint in _hints(type(config)).items():
+        _check(name, getattr(config, name), hint)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        for mark in hint.__metadata__:
+            mark(name, value)
+        _check(name, value, inner[0])
+    elif origin in (typing.Union, types.UnionType):
+        if value is not None or type(None) not in inner:
+            for each in inner:
+                if each is not type(None):
+                    _check(name, value, each)
+    elif origin is Literal:
+        if value not in inner:
+            raise ValueError(f"{name} must be one of {inner}, got {value!r}")
+    elif origin is tuple:
+        if not isinstance(value, tuple):
+            raise ValueError(f"{name} must be a tuple such as ('a', 'b') or (1, 2), got {value!r}")
+        for each in value:
+            _check(name, each, inner[0])
+    elif hint is float:
+        if not _is_number(value):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    elif hint is not Any:
+        kind = origin or hint
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value

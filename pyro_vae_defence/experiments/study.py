@@ -1,0 +1,400 @@
+"""What all studies share: weights, data, seeds, cells, result files and pages.
+
+A study is one class in one file, read from its question to its tables: configuration, names of
+configurations, what a cell computes, the section of a page. :class:`Study` gives it the rest:
+
+- weights are loaded by name and recorded with their hashes;
+- randomness has one rule, :meth:`Study.generator`: a purpose's draws depend on the seed and the
+  purpose alone, not on what else ran before, in this process or an interrupted one;
+- a *cell* is what is computed and written at once. Cells that the result file holds are not
+  computed again; the file is written atomically after each;
+- a result says what it is of: study, name, configuration, weights, command and provenance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vae_defence import data, metrics
+from pyro_vae_defence.defence import NoDefence
+from pyro_vae_defence.experiments.configuration import override
+from pyro_vae_defence.experiments.drawing import save_figure
+from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.classifier import load_classifier
+from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
+from pyro_vae_defence.ops.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+C = TypeVar("C")
+
+VARIANT = "paper"
+METRIC = metrics.metric_name("ms_ssim", VARIANT)
+"""The similarity of all studies."""
+
+Key = tuple[str, ...]
+Cell = tuple[Key, Callable[[], Any]]
+"""Where a cell stands in the result, part by part, and what computes it."""
+
+_Path = str | os.PathLike[str]
+
+
+class Study(ABC, Generic[C]):
+    """One run of a study: a configuration, and what it needs to be computed.
+
+    Args:
+        name: a key of :attr:`names`.
+        output: directory for what is made.
+        root: directory of the datasets.
+        models: directory of weights and cards; where they are found without it, see
+            :mod:`pyro_vae_defence.models.pretrained`.
+        overrides: fields of the configuration to change, such as ``{"chain.step_size": 0.3}``; they
+            are recorded in the result.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for an unknown name or override.
+    """
+
+    command: ClassVar[str]
+    """The study on the command line; studies with other names of configurations may share it."""
+    noun: ClassVar[str] = "experiment"
+    """What a name of the study names, for messages."""
+    names: ClassVar[Mapping[str, Any]]
+    """Configurations by name."""
+    output: ClassVar[str]
+    """Directory for what is made, by default."""
+    shorthands: ClassVar[Mapping[str, tuple[str, Any]]] = {}
+    """Options of the command line that set a field: option -> field and value."""
+    options: ClassVar[Mapping[str, str]] = {}
+    """Further options of the command line, arguments of the class: option -> what it is."""
+
+    def __init__(
+        self,
+        name: str,
+        output: _Path,
+        root: _Path | None = None,
+        models: _Path | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.name = name
+        self.config: C = override(self.configuration(name), overrides)
+        self.directory = Path(output)
+        self.root = root
+        self.models = models
+        self.overrides = dict(overrides or {})
+        self.progress = progress
+        self.weights: dict[str, str] = {}
+
+    @classmethod
+    def has(cls, name: str) -> bool:
+        """Whether the study has a configuration of this name."""
+        return name in cls.names
+
+    @classmethod
+    def configuration(cls, name: str) -> Any:
+        """The configuration of a name."""
+        if not cls.has(name):
+            raise ValueError(f"no {cls.noun} named {name!r}; choose one of {', '.join(cls.names)}")
+        return cls.names[name]
+
+    @abstractmethod
+    def run(self) -> Any:
+        """Compute what is not there yet; what was found."""
+
+    @classmethod
+    @abstractmethod
+    def summary(cls, found: Any) -> str:
+        """What the command line prints of :meth:`run`."""
+
+    def generator(self, *purpose: object) -> torch.Generator:
+        """The randomness of a purpose."""
+        words = " ".join(map(str, (self.config.seed, *purpose)))  # type: ignore[attr-defined]
+        return torch.Generator().manual_seed(zlib.crc32(words.encode()))
+
+    def command_line(self, **options: Any) -> str:
+        """The command that repeats the run, with further options but those that are ``None``."""
+        words = ["python", "-m", "pyro_vae_defence.experiments", self.command, self.name]
+        for option, value in options.items():
+            words += [] if value is None else [f"--{option}", str(value)]
+        for key, value in self.overrides.items():
+            words += ["--set", f"{key}={value}"]
+        return shlex.join(words)
+
+    # --- Weights and data ---
+
+    def load_vae(self, name: str) -> tuple[TrainedVAE, WeightCard]:
+        """A trained VAE and its card; its weights are recorded.
+
+        Raises:
+            ValueError: for a name that is unknown, or damaged weights.
+        """
+        vae, card = load_pretrained(name, self.models), load_card(name, self.models)
+        self.weights[name] = card.sha256
+        return vae, card
+
+    def load_conv_vae(self, name: str) -> tuple[ConvVAE, WeightCard]:
+        """A trained VAE without latent groups and its card."""
+        vae, card = self.load_vae(name)
+        if not isinstance(vae, ConvVAE):
+            raise ValueError(f"model must be a ConvVAE, {name!r} is a {type(vae).__name__}")
+        return vae, card
+
+    def load_classifier(self, name: str) -> Any:
+        """A trained classifier; its weights are recorded."""
+        classifier, card = load_classifier(name, self.models)
+        self.weights[name] = card.sha256
+        return classifier
+
+    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    def images(self, dataset: str, split: str = "test") -> data.Images:
+        """A dataset, read once."""
+        return data.load(dataset, split, self.root)
+
+    def choose(
+        self, dataset: str, number: int, purpose: str, split: str = "test", column: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Class-stratified images ``(N, C, H, W)`` and their labels, ``(N, columns)``."""
+        images = self.images(dataset, split)
+        chosen = data.stratified(images, number, self.generator(purpose), column)
+        return images.images(chosen), images.labels[chosen].reshape(len(chosen), -1)
+
+    def reconstruct(self, vae: Any, x: Tensor, *purpose: object) -> Tensor:
+        """Undefended: one draw of the guide, decoded."""
+        return NoDefence(vae)(x, self.generator(*purpose)).reconstruction
+
+
+class Measurement(Study[C]):
+    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each of
+    them."""
+
+    kind: ClassVar[str]
+    """Name of the study in result files, unique."""
+
+    # --- What a study says ---
+
+    @abstractmethod
+    def load(self) -> None:
+        """Read weights and data by the methods below, before anything is computed."""
+
+    @abstractmethod
+    def cells(self) -> Iterator[Cell]:
+        """All cells in the order in which they are computed."""
+
+    @classmethod
+    @abstractmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """Markdown of a result; ``figures`` are the relative paths of its figures."""
+
+    @classmethod
+    def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
+        """Figures of a result by what they show; no more than its name where that is empty."""
+        return {}
+
+    @classmethod
+    def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
+        """Write what a directory of results gets beyond sections and their figures."""
+        return []
+
+    @classmethod
+    def summary(cls, found: dict[str, Any]) -> str:
+        """The section of a result, without figures."""
+        return cls.section(found, [])
+
+    # --- Running it ---
+
+    @functools.cached_property
+    def result(self) -> dict[str, Any]:
+        """What the result file holds, or will hold."""
+        return self.header()
+
+    @property
+    def path(self) -> Path:
+        """The result file."""
+        return self.directory / f"{self.name}.json"
+
+    def run(self) -> dict[str, Any]:
+        """Compute the cells that the result file does not hold; the result.
+
+        Raises:
+            ValueError: for weights or data that are missing, or a result file of another run.
+        """
+        self.load()
+        self._resume()
+        with tqdm(list(self.cells()), unit="cell", disable=not self.progress, leave=False) as bar:
+            for key, compute in bar:
+                self.cell(key, compute)
+        return self.result
+
+    def cell(self, key: Key, compute: Callable[[], Any]) -> Any:
+        """What stands at ``key``, computed and written if nothing does."""
+        cells = self.result
+        for part in key[:-1]:
+            cells = cells.setdefault(part, {})
+        if key[-1] not in cells:
+            cells[key[-1]] = compute()
+            save(self.path, self.result)
+        return cells[key[-1]]
+
+    def header(self) -> dict[str, Any]:
+        """What a result is of."""
+        return {
+            "study": self.kind,
+            "name": self.name,
+            "config": json.loads(json.dumps(dataclasses.asdict(self.config))),  # type: ignore[call-overload]
+            "weights": self.weights,
+            "metric": METRIC,
+            "command": self.command_line(),
+            "provenance": provenance(),
+        }
+
+    def _resume(self) -> None:
+        """Take over what an earlier run has left in the result file, if there is one."""
+        if not self.path.exists():
+            return
+        earlier = load(self.path)
+        for key in ("study", "config", "weights"):
+            if earlier.get(key) != self.result[key]:
+                raise ValueError(
+                    f"{self.path} belongs to another run (its {key} differs); "
+                    "move it away, or choose another output directory"
+                )
+        self.result |= {key: part for key, part in earlier.items() if key not in self.result}
+
+
+def interval(
+    values: Tensor, image: Tensor | None = None, statistic: str = "mean"
+) -> dict[str, float]:
+    """Estimate and bootstrap interval over images; with ``image``, restarts of one stay
+    together."""
+    found = metrics.bootstrap_interval(
+        values.cpu(), image, statistic=statistic, generator=torch.Generator().manual_seed(0)
+    )
+    return as_entry(found)
+
+
+def as_entry(found: metrics.Interval) -> dict[str, float]:
+    """An interval as result files hold it."""
+    return {"estimate": found.estimate, "low": found.low, "high": found.high}
+
+
+def similarity(x: Tensor, y: Tensor, image: Tensor | None = None) -> dict[str, float]:
+    """:data:`METRIC` of reconstructions in pairs, with its interval over images."""
+    return interval(metrics.ms_ssim(x.cpu(), y.cpu(), variant=VARIANT), image)
+
+
+def cost(outcome: Any) -> dict[str, Any]:
+    """What a defence's result has cost, and what it was made with."""
+    return {
+        "gradients_per_image": float(outcome.num_gradients.double().mean()),
+        "seconds_per_image": outcome.seconds / len(outcome.x),
+        "settings": outcome.settings,
+    }
+
+
+def chain_statistics(stats: dict[str, Tensor]) -> dict[str, float]:
+    """Acceptance, divergences and last step size of chains; nothing where there were none."""
+    if not stats:
+        return {}
+    return {
+        "acceptance_rate": float(stats["acceptance_rate"].mean()),
+        "divergences": int(stats["diverging"].sum()),
+        "step_size_last": float(stats["step_size"][:, -1].mean()),
+    }
+
+
+# --- Result files and pages -----------------------------------------------------------------------
+
+
+def save(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file atomically."""
+    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def load(path: Path, run: str = "the experiment") -> dict[str, Any]:
+    """One result file; ``run`` is what would make it again.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"result file {path} is damaged ({error}); move it away and run {run} again"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is no result file: it holds a {type(found).__name__}")
+    return found
+
+
+def read(directory: _Path, run: str = "an experiment") -> dict[str, dict[str, Any]]:
+    """The result files of a directory by file name, in order; ``run`` is what would make some.
+
+    Raises:
+        ValueError: if there is none, or one is damaged.
+    """
+    files = sorted(Path(directory).glob("*.json"))
+    if not files:
+        raise ValueError(f"no result files (*.json) in {directory}; run {run} first")
+    return {path.stem: load(path, run) for path in files}
+
+
+def write_pages(
+    studies: Mapping[str, type[Measurement[Any]]],
+    directory: _Path,
+    images: _Path | None = None,
+    run: str = "an experiment",
+) -> list[Path]:
+    """Write ``tables.md`` beside the result files of a directory, their figures, and further pages.
+
+    Args:
+        studies: studies by :attr:`Measurement.kind`.
+        directory: of the result files; a section of ``tables.md`` each.
+        images: directory of the figures, ``KIND_FILE_WHAT.png``; ``images`` below the results by
+            default.
+        run: what would make result files.
+
+    Returns:
+        What was written, the tables first.
+
+    Raises:
+        ValueError: if the directory holds no result file, a damaged one, or one of no study.
+    """
+    results = read(directory, run)
+    directory = Path(directory)
+    images = directory / "images" if images is None else Path(images)
+    sections, drawn = [], []
+    by_study: dict[type[Measurement[Any]], dict[str, dict[str, Any]]] = {}
+    for name, result in results.items():
+        if result.get("study") not in studies:
+            raise ValueError(f"{directory / name}.json is no result of a study; move it away")
+        study = studies[result["study"]]
+        by_study.setdefault(study, {})[name] = result
+        links = []
+        for what, figure in study.figures(result).items():
+            target = images / ("_".join(filter(None, (study.kind, name, what))) + ".png")
+            save_figure(figure, target)
+            links.append(Path(os.path.relpath(target, directory)).as_posix())
+            drawn.append(target)
+        sections.append(study.section(result, links))
+    tables = directory / "tables.md"
+    write_atomically(tables, "\n".join(sections).encode())
+    more = [path for study, found in by_study.items() for path in study.pages(found, directory)]
+    return [tables, *drawn, *more]
