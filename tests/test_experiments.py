@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import shared_path
+from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
+from pyro_vae_defence.experiments.report import report
 
 from pyro_vae_defence.experiments import config as configs
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.defend import defend
 from pyro_vae_defence.experiments.paper import TABLE_7
-from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
-from pyro_vae_defence.experiments.report import report
 from pyro_vae_defence.experiments.train import HALF_TOLERANCE, make_objective, train
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE

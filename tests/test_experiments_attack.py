@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from pyro_vae_defence.experiments.config import AttackConfig
+from pyro_vae_defence.experiments.registry import ATTACKS, MODELS
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.attack import attack
-from pyro_vae_defence.experiments.config import AttackConfig
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3, TABLE_7
-from pyro_vae_defence.experiments.registry import ATTACKS, MODELS
 from pyro_vae_defence.experiments.tables import NOT_MEASURED, table
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import load_pretrained, save_pretrained

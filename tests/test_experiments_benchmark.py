@@ -15,20 +15,20 @@ from pyro_vae_defence.experiments.benchmark.chains import encodings, run
 from pyro_vae_defence.experiments.benchmark.decoder import layer_flops
 from pyro_vae_defence.experiments.benchmark.memory import memory, peak_memory
 from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, energy, serve
-from pyro_vae_defence.experiments.benchmark.run import benchmark
+from pyro_vae_defence.experiments.benchmark.run import BenchmarkConfig, BenchmarkSamplers
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.benchmark.settling import running_means, settled
-from pyro_vae_defence.experiments.config import BenchmarkConfig
-from pyro_vae_defence.experiments.report import report
+from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import load_pretrained
 
 TINY = {
-    "radii": (0.1,), "num_images": 10, "num_chains": 2, "samplers": ("hmc", "paper"), "max_gradients": 8,
-    "warmup_gradients": 4, "window": 3, "gold_warmup": 20, "gold_gradients": 60, "ess_images": 2, "ess_gradients": 30,
-    "timed_gradients": 2, "matmul_size": 64, "rows": (1, 2), "repeats": 1, "engine_images": 10,
-    "engine_transitions": 2, "engine_warmup": 1, "engine_steps": 2, "engine_tree_depth": 1, "one_by_one_images": 1,
-    "memory_images": (), "memory_transitions": 1,
+    "radii": (0.1,), "num_images": 10, "num_chains": 2, "samplers": ("hmc", "paper"),
+    "max_gradients": 8, "warmup_gradients": 4, "window": 3, "gold_warmup": 20,
+    "gold_gradients": 60, "ess_images": 2, "ess_gradients": 30, "timed_gradients": 2,
+    "matmul_size": 64, "rows": (1, 2), "repeats": 1, "engine_images": 10,
+    "engine_transitions": 2, "engine_warmup": 1, "engine_steps": 2, "engine_tree_depth": 1,
+    "one_by_one_images": 1, "memory_images": (), "memory_transitions": 1,
 }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_operations_of_the_layers_are_those_torch_counts(vae):
 
 def test_results_tables_and_resumption(tmp_path, monkeypatch):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
-    first = benchmark("samplers", tmp_path, overrides=TINY, progress=False)
+    first = BenchmarkSamplers("samplers", tmp_path, overrides=TINY, progress=False).run()
     sections = {name: entry["results"] for name, entry in first["sections"].items()}
     assert list(sections) == [
         "decoder", "seconds_per_gradient", "engines", "memory", "chains 0.1"
@@ -191,19 +191,20 @@ def test_results_tables_and_resumption(tmp_path, monkeypatch):
     path = tmp_path / "samplers.json"
     written = path.stat().st_mtime_ns
     assert json.loads(path.read_text()) == first
-    again = benchmark("samplers", tmp_path, overrides=TINY, progress=False)
+    again = BenchmarkSamplers("samplers", tmp_path, overrides=TINY, progress=False).run()
     assert again["sections"] == first["sections"]
     assert path.stat().st_mtime_ns == written
     # One section less: that one alone is run again.
     first["sections"].pop("seconds_per_gradient")
     path.write_text(json.dumps(first))
-    again = benchmark("samplers", tmp_path, overrides=TINY, progress=False)
+    again = BenchmarkSamplers("samplers", tmp_path, overrides=TINY, progress=False).run()
     assert set(again["sections"]) == set(sections)
     assert again["sections"]["decoder"] == first["sections"]["decoder"]
     with pytest.raises(ValueError, match="belongs to another run"):
-        benchmark("samplers", tmp_path, overrides={**TINY, "seed": 1}, progress=False)
+        BenchmarkSamplers("samplers", tmp_path, overrides={**TINY, "seed": 1}, progress=False).run()
 
-    text = report(tmp_path)
+    (tables,) = write_pages({"benchmark_samplers": BenchmarkSamplers}, tmp_path)
+    text = tables.read_text()
     assert engines.NO_NUMPYRO in text
     assert SAMPLERS["paper"].label in text
     assert "15,001 gradients" in text
@@ -241,17 +242,19 @@ def test_command_line_mistakes(arguments, message, capsys, tmp_path):
 
 
 def test_the_command_writes_the_table(monkeypatch, tmp_path, capsys):
-    def write(name, output, root, models, overrides, progress):
-        assert (name, overrides, progress) == ("samplers", {"seed": 1}, False)
+    def measured(self):
+        assert (self.name, self.overrides, self.progress) == ("samplers", {"seed": 1}, False)
         result = {
+            "study": "benchmark_samplers",
             "config": {"model": "m", "dataset": "d", "seed": 1},
             "command": "python",
             "provenance": {"commit": "c", "torch": "t", "threads": 1, "machine": "x"},
             "sections": {},
         }
         (tmp_path / "samplers.json").write_text(json.dumps(result))
+        return result
 
-    monkeypatch.setattr("pyro_vae_defence.experiments.benchmark.run.benchmark", write)
+    monkeypatch.setattr(BenchmarkSamplers, "run", measured)
     arguments = ["samplers", "--set", "seed=1", "--quiet", "--output", str(tmp_path)]
     assert main(["benchmark", *arguments]) == 0
     assert (tmp_path / "tables.md").read_text() in capsys.readouterr().out

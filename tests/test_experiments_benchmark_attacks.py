@@ -7,7 +7,7 @@ import json
 import warnings
 
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.benchmark_attacks import OURS, THEIRS, attacks_table
+from pyro_vae_defence.experiments.benchmark.attacks import OURS, THEIRS, BenchmarkAttacks
 
 SMALL = ["--set", "num_images=4", "--set", "num_gradients=4"]
 
@@ -26,7 +26,7 @@ def test_benchmark(tmp_path, capsys):
         assert entry["num_gradients"] == 4, name
         assert entry["symmetric_kl"]["estimate"] > 0
         assert entry["largest_perturbation"] <= 0.1 + 1e-6
-    table = attacks_table(result)
+    table = BenchmarkAttacks.section(result, [])
     assert table in (tmp_path / "tables.md").read_text()
     assert table.strip() in capsys.readouterr().out
     assert result["command"].endswith("--set num_gradients=4")

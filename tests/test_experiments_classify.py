@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
+from pyro_vae_defence.experiments.config import ClassifierConfig
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, MODELS
 from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.classify import fit_classifier, train_classifier
-from pyro_vae_defence.experiments.config import ClassifierConfig
 from pyro_vae_defence.experiments.evaluate import evaluate
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, MODELS
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import (
     ConvClassifier,

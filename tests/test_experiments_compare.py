@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from pyro_vae_defence.experiments.config import CompareConfig, defence_spec
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS, MODELS
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.compare import compare
 from pyro_vae_defence.experiments.compare_report import label, verdict, write_comparison
-from pyro_vae_defence.experiments.config import CompareConfig, defence_spec
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS, MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained

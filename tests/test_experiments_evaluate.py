@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from programs import LinearGaussianVAE
+from pyro_vae_defence.experiments.config import EvaluateConfig
+from pyro_vae_defence.experiments.registry import MODELS
+from pyro_vae_defence.experiments.report import report
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.config import EvaluateConfig
 from pyro_vae_defence.experiments.evaluate import evaluate, measure, nll_name
 from pyro_vae_defence.experiments.paper import TABLE_7
-from pyro_vae_defence.experiments.registry import MODELS
-from pyro_vae_defence.experiments.report import report
 from pyro_vae_defence.experiments.tables import NOT_MEASURED, table, trained_models
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained

@@ -10,11 +10,13 @@ import json
 import pytest
 import torch
 from matplotlib.image import imread
+from pyro_vae_defence.experiments.config import FiguresConfig
+from pyro_vae_defence.experiments.registry import CLASSIFIERS, FIGURES, MODELS
+from pyro_vae_defence.experiments.report import report
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments import figures as module
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.config import FiguresConfig
 from pyro_vae_defence.experiments.figures import ATTACKERS, figures
 from pyro_vae_defence.experiments.figures_report import (
     examples_figure,
@@ -22,8 +24,6 @@ from pyro_vae_defence.experiments.figures_report import (
     objectives_figure,
     write_figures,
 )
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, FIGURES, MODELS
-from pyro_vae_defence.experiments.report import report
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained

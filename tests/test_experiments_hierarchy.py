@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import shared_path
 from PIL import Image
+from pyro_vae_defence.experiments.registry import HIERARCHIES, MODELS
+from pyro_vae_defence.experiments.report import report, write_report
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.hierarchy import defend_hierarchy
-from pyro_vae_defence.experiments.registry import HIERARCHIES, MODELS
-from pyro_vae_defence.experiments.report import report, write_report
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import save_pretrained

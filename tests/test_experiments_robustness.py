@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import re
@@ -12,19 +13,18 @@ import pytest
 import torch
 
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.config import RobustnessConfig
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import robustness_page
-from pyro_vae_defence.experiments.registry import ROBUSTNESS
-from pyro_vae_defence.experiments.report import report, robustness_table, write_report
-from pyro_vae_defence.experiments.robustness import robustness
+from pyro_vae_defence.experiments.robustness import Robustness, RobustnessConfig
+from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
 
 SETTINGS = {
-    "num_images": 4, "num_samples": 1, "warmup_steps": 1, "leapfrog_steps": 2, "num_steps": 2,
-    "num_chains": 2, "selection_draws": 1, "scoring_draws": 2, "check_images": 2, "check_steps": 4,
+    "num_images": 4, "chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 2,
+    "budget.num_steps": 2, "budget.num_chains": 2, "budget.selection_draws": 1,
+    "budget.scoring_draws": 2, "budget.check_images": 2, "budget.check_steps": 4,
     "attacks": ("encoder", "equilibrium"), "defences": ("none", "aware"),
     "targets": ("classification",),
 }  # fmt: skip
@@ -35,28 +35,20 @@ def models(tmp_path):
     torch.manual_seed(0)
     vae = ConvVAE().eval()
     known = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
+    variance = {"z": torch.full((64,), 0.3)}
     save_pretrained(
-        vae, "mnist_vae", tmp_path / "models", mean_posterior_variance={"z": torch.full((64,), 0.3)},
-        **known,
-    )  # fmt: skip
+        vae, "mnist_vae", tmp_path / "models", mean_posterior_variance=variance, **known
+    )
     save_pretrained(LinearClassifier(64, 10), "mnist_vae_classifier", tmp_path / "models", **known)
     return tmp_path / "models"
 
 
-@pytest.fixture
-def packaged(monkeypatch):
-    """Images that come with the package, under the dataset's own name."""
-    from pyro_vae_defence import data
-    from pyro_vae_defence.experiments import robustness as module
-
-    subset = data.load("mnist_subset", "test")
-    monkeypatch.setattr(module.data, "load", lambda *_: subset)
-
-
-def test_a_result_is_written_resumed_and_printed(models, packaged, tmp_path, capsys):
+def test_a_result_is_written_resumed_and_printed(models, tmp_path, capsys):
     output = tmp_path / "out"
-    run = {"output": output, "models": models, "overrides": SETTINGS}
-    result = robustness("mnist_radius_0.2", **run)
+    study = functools.partial(
+        Robustness, "mnist_radius_0.2", output, models=models, overrides=SETTINGS, progress=False
+    )
+    result = study().run()
     assert list(result["reports"]) == ["classification/none", "classification/aware"]
     aware = result["reports"]["classification/aware"]
     assert aware["defence"]["perturbation"] == "Linf(radius=0.2)"
@@ -71,17 +63,17 @@ def test_a_result_is_written_resumed_and_printed(models, packaged, tmp_path, cap
     lost = stored["reports"].pop("classification/none")
     stored["reports"]["classification/aware"]["seed"] = "kept"
     path.write_text(json.dumps(stored))
-    again = robustness("mnist_radius_0.2", **run)["reports"]
+    again = study().run()["reports"]
     assert again["classification/aware"]["seed"] == "kept"
     for key in ("robust", "clean", "seed", "per_image"):
         assert again["classification/none"][key] == lost[key]
 
-    table = robustness_table(json.loads(json.dumps(result)))
+    table = Robustness.section(json.loads(json.dumps(result)), [])
     assert "| no defence | accuracy |" in table
     assert "- skipped bpda: not asked for" in table
-    assert "robustness mnist_radius_0.2" in report(output)
-
-    write_report(output)
+    tables, page = write_pages({"robustness": Robustness}, output)
+    assert "robustness mnist_radius_0.2" in tables.read_text()
+    assert page == output / "report.html"
     page = (output / "report.html").read_text()
     # Everything is inside: the only sources are data, no link, no script.
     assert set(re.findall(r'(?:src|href)="([a-z]+:|[^#d])', page)) == {"data:"}
@@ -97,15 +89,18 @@ def test_a_result_is_written_resumed_and_printed(models, packaged, tmp_path, cap
     examples = matplotlib.image.imread(io.BytesIO(base64.b64decode(aware["examples"])))
     # Three rows of four images, a frame of one pixel around each.
     assert examples.shape == (3 * 29 + 1, 4 * 29 + 1, 4)
-    assert (
-        main(["robustness", "mnist_radius_0.2", "--output", str(output), "--set", "radius=7"]) == 2
-    )
+    command = ["robustness", "mnist_radius_0.2", "--output", str(output), "--models", str(models)]
+    assert main([*command, "--set", "num_images=4", "--set", "radius=.7"]) == 2
     assert "belongs to another run (its config differs)" in capsys.readouterr().err
+    assert main([*command, "--set", "radius=7"]) == 2
+    assert "radius must lie in (0, 1], the range of images, got 7" in capsys.readouterr().err
 
 
-def test_a_page_escapes_what_it_is_told_and_flags_what_is_unreliable(models, packaged, tmp_path):
+def test_a_page_escapes_what_it_is_told_and_flags_what_is_unreliable(models, tmp_path):
     settings = {**SETTINGS, "attacks": ("transfer",), "defences": ("aware",)}
-    result = robustness("mnist_radius_0.2", tmp_path, models=models, overrides=settings)
+    result = Robustness(
+        "mnist_radius_0.2", tmp_path, models=models, overrides=settings, progress=False
+    ).run()
     result["command"] = "<b>&"
     page = robustness_page([result])
     assert "&lt;b&gt;&amp;" in page
@@ -123,21 +118,26 @@ def test_pictures_are_rows_of_images():
 
 
 def test_every_dataset_and_radius_has_an_experiment():
-    assert {"mnist_radius_0.1", "mnist_radius_0.2", "fashion_mnist_radius_0.2"} <= set(ROBUSTNESS)
-    assert all(f"_{config.radius:g}" in name for name, config in ROBUSTNESS.items())
-    assert RobustnessConfig("m", 0.1).num_steps >= 100
+    assert {"mnist_radius_0.1", "mnist_radius_0.2", "fashion_mnist_radius_0.2"} <= set(
+        Robustness.names
+    )
+    assert all(f"_{config.radius:g}" in name for name, config in Robustness.names.items())
+    assert RobustnessConfig("m", 0.1).budget.num_steps >= 100
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"defences": "none"}, "defences must be a tuple of names"),
-        ({"targets": ("latents",)}, "targets must be a tuple of names"),
-        ({"engine": "SGD"}, "engine must be APGD, PGD or MomentumPGD, got 'SGD'"),
+        ({"defences": "none"}, "defences must be a tuple"),
+        ({"defences": ("latents",)}, "defences has no 'latents'"),
+        ({"targets": "latents"}, "targets must be a tuple"),
+        ({"targets": ("latents",)}, "targets must be one of"),
+        ({"engine": "SGD"}, "engine must be one of .*APGD.*PGD.*MomentumPGD.*, got 'SGD'"),
+        ({"attacks": ("x",)}, "attacks must be one of .*, got 'x'"),
     ],
 )
 def test_mistakes(change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         RobustnessConfig("mnist_vae", 0.1, **change)
     with pytest.raises(ValueError, match="no experiment named 'x'"):
-        robustness("x", tmp_path)
+        Robustness("x", tmp_path)

@@ -30,7 +30,7 @@ STUDIES = {
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
-    "benchmark": ("benchmark.samplers:BenchmarkSamplers", "benchmark.attacks:BenchmarkAttacks"),
+    "benchmark": ("benchmark.run:BenchmarkSamplers", "benchmark.attacks:BenchmarkAttacks"),
 }
 """Command -> studies that share it, each ``module:class``; imported when asked for."""
 

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.drawing import interval_curve
-from pyro_vae_defence.experiments.markdown import interval
+from pyro_vae_defence.experiments.tables import interval
 
 EXAMPLES = ("reference", "attacked", "defended")
 """Rows of a report's picture of examples, from the top."""
@@ -26,7 +26,7 @@ td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .bad { color: #a40000; } .good { color: #1a6b1a; } .note { color: #555; }
 section { border-top: 2px solid #1c1c1c; margin-top: 2.5rem; }
 img.examples { image-rendering: pixelated; max-width: 100%; }
-"""
+"""  # noqa: E501
 
 
 def robustness_page(results: Sequence[dict[str, Any]]) -> str:
@@ -96,7 +96,7 @@ def _svg(figure: Figure) -> str:
 
 def _result(result: dict[str, Any]) -> Iterator[str]:
     config, provenance = result["config"], result["provenance"]
-    yield f"<section><h2>{escape(result['experiment'])}</h2>"
+    yield f"<section><h2>robustness {escape(result['name'])}</h2>"
     yield (
         f"<p><code>{escape(result['command'])}</code>, commit "
         f"<code>{escape(provenance['commit'][:12])}</code>. "

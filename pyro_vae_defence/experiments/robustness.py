@@ -1,122 +1,226 @@
-"""What the whole suite of adaptive attacks leaves of a defence: one result file per dataset and
-radius."""
+"""What the whole suite of adaptive attacks leaves of a defence: one result file per model and
+radius.
+
+For each target (the similarity of reconstructions, the accuracy of a classifier) and defence, the
+report of :func:`~pyro_vae_defence.robustness.evaluate_robustness`: the worst case image by image
+over all attacks, scored on seeds that no attack has seen, with the checks that say whether to
+believe it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import zlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import attacks, data
-from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, NoDefence
-from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.config import RobustnessConfig, command, override
-from pyro_vae_defence.experiments.defences import whitened_hmc
+from pyro_vae_defence import attacks
+from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
+from pyro_vae_defence.experiments.configuration import (
+    AttackRadius,
+    ChainConfig,
+    Configuration,
+    Count,
+    Engine,
+    Natural,
+    one_of,
+)
+from pyro_vae_defence.experiments.defences import DefenceName, Setting, label, make_defence
+from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.drawing import picture
-from pyro_vae_defence.experiments.registry import MODELS, ROBUSTNESS
-from pyro_vae_defence.experiments.weights import load_conv_vae
-from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.classifier import load_classifier
+from pyro_vae_defence.experiments.html import robustness_page
+from pyro_vae_defence.experiments.study import Cell, Measurement
+from pyro_vae_defence.experiments.tables import interval, source, table
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.robustness import Budget, evaluate_robustness
+from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.robustness import KNOWLEDGE, Budget, evaluate_robustness
+
+Target = Literal["reconstruction", "classification"]
 
 
-def robustness(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    models: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Run the experiment ``name``; reports that the result file already holds are not made again.
+@dataclass(frozen=True)
+class RobustnessConfig(Configuration):
+    """The whole suite of adaptive attacks against a model without and with defences.
+
+    The defaults make one dataset and radius a matter of tens of minutes on one thread.
 
     Args:
-        name: a name of :data:`pyro_vae_defence.experiments.registry.ROBUSTNESS`.
-        output: directory of the result file ``NAME.json``, written after every report.
-        root: directory of the datasets.
-        models: directory of the weights of VAE and classifier; the packaged ones when ``None``.
-        overrides: fields of the configuration to change; they are recorded in the result.
-
-    Raises:
-        ValueError: for an unknown name or override, missing weights, or a result file of another
-            configuration.
+        model: name of a trained model; the classifier is the one of its name.
+        radius: L_inf radius of the attack, and what ``aware`` assumes.
+        defences: names of :mod:`~pyro_vae_defence.experiments.defences`.
+        targets: ``reconstruction`` (MSSSIM) and ``classification`` (accuracy).
+        attacks: names of :data:`pyro_vae_defence.robustness.KNOWLEDGE`; unrolling whole chains is
+            left out.
+        engine: optimiser of :mod:`pyro_vae_defence.attacks`.
+        reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`.
+        num_images: class-stratified test images.
+        num_examples: of these, how many are kept as pictures.
+        chain: of the defences.
+        budget: how hard the suite tries.
+        seed: seed of images, attacks and defences.
     """
-    if name not in ROBUSTNESS:
-        raise ValueError(f"no experiment named {name!r}; choose one of {', '.join(ROBUSTNESS)}")
-    config = override(ROBUSTNESS[name], overrides)
-    path = Path(output) / f"{name}.json"
-    vae, card_of_vae = load_conv_vae(config.model, models)
-    weights = {config.model: card_of_vae.sha256}
-    classifier = None
-    if "classification" in config.targets:
-        classifier, card = load_classifier(f"{config.model}_classifier", models)
-        weights[card.name] = card.sha256
-    result = results.header(
-        f"robustness {name}", config, weights, command("robustness", name, overrides)
+
+    model: str
+    radius: AttackRadius
+    defences: tuple[DefenceName, ...] = ("none", "hmc", "aware")
+    targets: tuple[Target, ...] = ("reconstruction", "classification")
+    attacks: tuple[Annotated[str, one_of(KNOWLEDGE)], ...] = (
+        "transfer",
+        "encoder",
+        "bpda",
+        "equilibrium",
+        "black_box",
+        "implicit",
+        "truncated",
     )
-    result["reports"] = {}
-    results.resume(path, result, "reports")
-
-    test_set = data.load(MODELS[config.model].dataset, "test", root)
-    chosen = data.stratified(
-        test_set, config.num_images, torch.Generator().manual_seed(config.seed)
+    engine: Engine = "APGD"
+    reading: Reading = "reencoded"
+    num_images: Count = 32
+    num_examples: Count = 8
+    chain: ChainConfig = ChainConfig(num_samples=5, warmup_steps=20)
+    budget: Budget = Budget(
+        num_restarts=1,
+        num_draws=(1,),
+        num_chains=8,
+        persistent_transitions=1,
+        unrolled_transitions=1,
+        num_iterations=5,
+        num_directions=5,
+        black_box_steps=2,
+        max_evaluations=20_000,
+        selection_draws=2,
+        scoring_draws=5,
     )
-    x, labels = test_set.images(chosen), test_set.labels[chosen]
-    labels = labels if labels.dim() == 1 else labels[:, 0]
-    for target in config.targets:
-        for kind in config.defences:
-            key = f"{target}/{kind}"
-            if key in result["reports"]:
-                continue
-            defence = _defence(kind, vae, config)
-            classify = None
-            if target == "classification":
-                assert classifier is not None
-                classify = DefendedClassifier(defence, classifier, config.reading)
-            report = evaluate_robustness(
-                vae,
-                defence,
-                x,
-                labels,
-                classifier=classify,
-                ball=Linf(config.radius),
-                budget=_budget(config),
-                attacks=config.attacks,
-                engine=getattr(attacks, config.engine),
-                # A seed of its own: a report does not depend on which others are made.
-                generator=torch.Generator().manual_seed(config.seed + zlib.crc32(key.encode())),
-            )
-            result["reports"][key] = {
-                **report.to_dict(),
-                "examples": _examples(defence, x, report.x_adv, config.num_examples),
-            }
-            results.save(path, result, indent=1)
-    return result
+    seed: Natural = 0
 
 
-def _examples(defence: Defence, x: Tensor, x_adv: Tensor, number: int) -> str:
-    """The first images, not chosen: reference, worst attack and what the defence makes of it."""
-    x, x_adv = x[:number], x_adv[:number]
-    outcome = defence(x_adv, torch.Generator().manual_seed(0))
-    return picture((x, x_adv, outcome.reconstruction))
+class Robustness(Measurement[RobustnessConfig]):
+    """Every adaptive attack against the models of ``defend``, undefended and defended."""
+
+    kind = command = "robustness"
+    metric = None  # every report names its own figure
+    names = {
+        name: RobustnessConfig(config.model, config.radius) for name, config in Defend.names.items()
+    }
+    output = "runs/robustness"
+
+    def load(self) -> None:
+        """The model, its classifier where one is a target, and images."""
+        config = self.config
+        self.vae, card = self.load_conv_vae(config.model)
+        self.classifier = None
+        if "classification" in config.targets:
+            self.classifier = self.load_classifier(f"{config.model}_classifier")
+        self.x, labels = self.choose(card.training["dataset"], config.num_images, "images")
+        self.labels = labels[:, 0]
+
+    def cells(self) -> Iterator[Cell]:
+        """A report per target and defence."""
+        for target in self.config.targets:
+            for name in self.config.defences:
+                key = f"{target}/{name}"
+                yield ("reports", key), functools.partial(self.report, key, target, name)
+
+    def report(self, key: str, target: Target, name: str) -> dict[str, Any]:
+        """One defence under the whole suite, and the first images under their worst attack."""
+        config = self.config
+        setting = Setting(self.vae, config.chain, radius=config.radius)
+        defence = make_defence(name, setting)
+        classify = None
+        if target == "classification":
+            classify = DefendedClassifier(defence, self.classifier, config.reading)
+        report = evaluate_robustness(
+            self.vae,
+            defence,
+            self.x,
+            self.labels,
+            classifier=classify,
+            ball=Linf(config.radius),
+            budget=config.budget,
+            attacks=config.attacks,
+            engine=getattr(attacks, config.engine),
+            generator=self.generator(key),
+        )
+        return {**report.to_dict(), "examples": self.examples(defence, report.x_adv)}
+
+    def examples(self, defence: Defence, x_adv: Tensor) -> str:
+        """The first images, not chosen: reference, worst attack and what the defence makes of
+        it."""
+        x, x_adv = (images[: self.config.num_examples] for images in (self.x, x_adv))
+        outcome = defence(x_adv, torch.Generator().manual_seed(0))
+        return picture((x, x_adv, outcome.reconstruction))
+
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """The worst cases, and what each attack left."""
+        config, budget = result["config"], result["config"]["budget"]
+        columns = [
+            "",
+            "figure",
+            "clean",
+            "random noise",
+            "robust, mean",
+            "robust, averaged",
+            f"worst of {budget['scoring_draws']} draws",
+            "decoder evaluations per image",
+            "reliable",
+        ]
+        rows = [
+            [
+                label(key.split("/")[1]),
+                report["figure"],
+                interval(report["clean"]["mean"]),
+                interval(report["random_noise"]),
+                *(interval(report["robust"][how]) for how in ("mean", "averaged", "worst_of_n")),
+                f"{report['cost']['attack_evaluations_per_image']:,.0f}",
+                "no" if report["unreliable"] else "yes",
+            ]
+            for key, report in result["reports"].items()
+        ]
+        return "\n".join(
+            [
+                f"### robustness {result['name']}",
+                "",
+                f"{config['num_images']} images, L_inf radius {config['radius']:g}, model "
+                f"`{config['model']}`, classes read `{config['reading']}`, {budget['num_steps']} "
+                f"steps of {config['engine']}, {budget['num_restarts']} restart(s), seed "
+                f"{config['seed']}. Higher is more robust; per-image worst case over attacks on "
+                "fresh seeds, 95% intervals over images. Heuristic, not certified.",
+                "",
+                *table(columns, rows)[:-1],
+                *(
+                    line
+                    for key, report in result["reports"].items()
+                    for line in _attacks(key, report)
+                ),
+                "",
+                f"{source(result)}.",
+                "",
+            ]
+        )
+
+    @classmethod
+    def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
+        """One self-contained page of all reports, ``report.html``."""
+        path = directory / "report.html"
+        write_atomically(path, robustness_page(list(results.values())).encode())
+        return [path]
 
 
-def _budget(config: RobustnessConfig) -> Budget:
-    known = {field.name for field in dataclasses.fields(Budget)}
-    found: dict[str, Any] = {k: v for k, v in vars(config).items() if k in known}
-    return Budget(**found)
-
-
-def _defence(kind: str, vae: ConvVAE, config: RobustnessConfig) -> Defence:
-    if kind == "none":
-        return NoDefence(vae)
-    kernel = whitened_hmc(vae, config.step_size, config.leapfrog_steps)
-    perturbation = Linf(config.radius) if kind == "aware" else None
-    return MCMCDefence(
-        vae, kernel, config.num_samples, config.warmup_steps, perturbation=perturbation
-    )
+def _attacks(key: str, report: dict[str, Any]) -> Sequence[str]:
+    """What each attack of a report left, those that were skipped, and why not to believe it."""
+    return [
+        "",
+        f"{key}, figure under each attack:",
+        "",
+        *(
+            f"- {attack['name']} ({attack['num_draws']} draws): {interval(attack['figure'])}"
+            for attack in report["attacks"]
+        ),
+        *(f"- skipped {name}: {why}" for name, why in report["skipped"].items()),
+        *(f"- unreliable: {reason}" for reason in report["reasons"]),
+    ]

@@ -186,6 +186,8 @@ class Measurement(Study[C]):
 
     kind: ClassVar[str]
     """Name of the study in result files, unique."""
+    metric: ClassVar[str | None] = METRIC
+    """Similarity that its cells hold, if that is one and the same."""
 
     # --- What a study says ---
 
@@ -237,10 +239,15 @@ class Measurement(Study[C]):
         """
         self.load()
         self._resume()
-        with tqdm(list(self.cells()), unit="cell", disable=not self.progress, leave=False) as bar:
-            for key, compute in bar:
+        cells = list(self.cells())
+        with tqdm(cells, unit="cell", disable=not self.progress, leave=False) as self._bar:
+            for key, compute in self._bar:
                 self.cell(key, compute)
         return self.result
+
+    def note(self, text: str) -> None:
+        """Say beside the progress bar what is running."""
+        self._bar.set_postfix_str(text)
 
     def cell(self, key: Key, compute: Callable[[], Any]) -> Any:
         """What stands at ``key``, computed and written if nothing does."""
@@ -259,7 +266,7 @@ class Measurement(Study[C]):
             "name": self.name,
             "config": json.loads(json.dumps(dataclasses.asdict(self.config))),  # type: ignore[call-overload]
             "weights": self.weights,
-            "metric": METRIC,
+            **({} if self.metric is None else {"metric": self.metric}),
             "command": self.command_line(),
             "provenance": provenance(),
         }

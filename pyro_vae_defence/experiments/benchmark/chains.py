@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks, diagnostics, metrics
 from pyro_vae_defence.defence import NoDefence
-from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.benchmark.samplers import GOLD, SAMPLERS, Sampler
 from pyro_vae_defence.experiments.benchmark.settling import running_means, settled
-from pyro_vae_defence.experiments.config import BenchmarkConfig
+from pyro_vae_defence.experiments.study import VARIANT, interval
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops import latents as lat
@@ -24,7 +23,10 @@ from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import Latents
 
-VARIANT = "paper"
+if TYPE_CHECKING:
+    from pyro_vae_defence.experiments.benchmark.run import BenchmarkConfig
+
+
 _POINTS = 60  # of a trajectory in the result file
 
 
@@ -387,7 +389,7 @@ def _tree(trace: Trace, num_chains: int) -> Any:
 
 def _interval(values: np.ndarray) -> dict[str, float]:
     """Mean over images with its 95% bootstrap interval."""
-    return results.interval(torch.from_numpy(values))
+    return interval(torch.from_numpy(values))
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:

@@ -9,9 +9,11 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pyro_vae_defence.experiments.config import BenchmarkConfig
+if TYPE_CHECKING:
+    from pyro_vae_defence.experiments.benchmark.run import BenchmarkConfig
+
 
 _MEBIBYTE = 2**20
 

@@ -1,96 +1,152 @@
-"""The benchmark as a whole: one result file, section by section."""
+"""Benchmark of the sampler engine: what an image costs, against what the machine and other
+libraries can do.
+
+One result file, section by section, each measured by a file of its own; ``docs/benchmark.md`` says
+what is measured and how.
+"""
 
 from __future__ import annotations
 
 import functools
-import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
-
-from pyro_vae_defence import data
-from pyro_vae_defence.experiments import results
 from pyro_vae_defence.experiments.benchmark.chains import chains, seconds_per_gradient
 from pyro_vae_defence.experiments.benchmark.decoder import decoder
 from pyro_vae_defence.experiments.benchmark.engines import engines
 from pyro_vae_defence.experiments.benchmark.memory import memory
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
-from pyro_vae_defence.experiments.config import command, override
-from pyro_vae_defence.experiments.registry import BENCHMARKS
-from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained
+from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
+from pyro_vae_defence.experiments.configuration import (
+    AttackRadius,
+    Configuration,
+    Count,
+    Natural,
+    Positive,
+)
+from pyro_vae_defence.experiments.study import Cell, Measurement
 
 
-def benchmark(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    models: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Run the benchmark ``name``; sections that the result file already holds are not run again.
+@dataclass(frozen=True)
+class BenchmarkConfig(Configuration):
+    """What the benchmark of the sampler engine runs; see ``docs/benchmark.md`` for what it
+    measures.
 
     Args:
-        name: a name of :data:`pyro_vae_defence.experiments.registry.BENCHMARKS`.
-        output: directory of the result file ``NAME.json``, written after every section.
-        root: directory of the datasets; the packaged subsets need none.
-        models: directory of the weights; the packaged ones when ``None``.
-        overrides: fields of :class:`~pyro_vae_defence.experiments.config.BenchmarkConfig` to
-            change; they are recorded in the result.
-        progress: say what is running.
-
-    Raises:
-        ValueError: for an unknown name, override or kernel, a result file of another configuration,
-            a model without Bernoulli likelihood or without a mean posterior variance, or fewer
-            images than asked for.
+        model: name of a trained model with Bernoulli likelihood.
+        dataset: test images of this name; the packaged subset needs no download.
+        radii: L_inf radii of the attack on the encoder.
+        num_images: attacked images, class-stratified.
+        num_chains: chains per image.
+        samplers: names of :data:`~pyro_vae_defence.experiments.benchmark.samplers.SAMPLERS`; all
+            when ``None``.
+        max_gradients: budget per chain; samplers known to be slow get a multiple of it and of the
+            warm-up.
+        warmup_gradients: of these, spent on adaptation.
+        window: length of the running mean, in gradients.
+        tolerance: distance in nats from the gold run's mean energy that counts as reached.
+        similarity_every: least number of gradients between two similarities.
+        gold_warmup: gradients per chain before the gold run.
+        gold_gradients: gradients per chain of the gold run.
+        ess_images: images of the effective sample size.
+        ess_gradients: gradients per chain after warm-up of that; 0 leaves it out.
+        timed_gradients: gradients per turn when kernels are timed.
+        matmul_size: side of the matrices that give the machine's rate.
+        rows: batch sizes of the decoder's gradient.
+        repeats: turns of everything that is timed.
+        engine_images: images for the comparison with other libraries.
+        engine_transitions: transitions of that.
+        engine_warmup: of these, how many adapt the step size.
+        engine_steps: leapfrog steps of HMC.
+        engine_tree_depth: largest tree depth of NUTS.
+        one_by_one_images: images that run one after the other, over all turns.
+        memory_images: numbers of images whose peak memory is measured.
+        memory_batch_size: most chains at a time of those runs.
+        memory_transitions: transitions of those runs.
+        seed: seed of images, attack and chains.
     """
-    if name not in BENCHMARKS:
-        raise ValueError(
-            f"no benchmark named {name!r}; choose one of {', '.join((*BENCHMARKS, 'attacks'))}"
-        )
-    config = override(BENCHMARKS[name], overrides)
-    names = tuple(SAMPLERS) if config.samplers is None else config.samplers
-    unknown = [sampler for sampler in names if sampler not in SAMPLERS]
-    if unknown:
-        raise ValueError(f"unknown samplers {unknown}; choose from {', '.join(SAMPLERS)}")
-    vae = load_pretrained(config.model, models)
-    if (
-        not isinstance(vae, ConvVAE)
-        or vae.likelihood != "bernoulli"
-        or not vae.mean_posterior_variance
-    ):
-        raise ValueError(
-            f"model {config.model!r} must have a Bernoulli likelihood and a mean posterior "
-            "variance in its "
-            "weights; choose a grey-scale model that this version has trained"
-        )
-    path = Path(output) / f"{name}.json"
-    result = results.header(
-        f"benchmark {name}",
-        config,
-        load_card(config.model, models).sha256,
-        command("benchmark", name, overrides),
-    )
-    result["sections"] = {}
-    results.resume(path, result, "sections")
 
-    test_set = data.load(config.dataset, "test", root)
-    generator = torch.Generator().manual_seed(config.seed)
-    references = test_set.images(data.stratified(test_set, config.num_images, generator))
-    many = test_set.images(data.stratified(test_set, config.engine_images, generator))
+    model: str
+    dataset: str = "mnist_subset"
+    radii: tuple[AttackRadius, ...] = (0.1, 0.2)
+    num_images: Count = 40
+    num_chains: Count = 4
+    samplers: tuple[str, ...] | None = None
+    max_gradients: Count = 300
+    warmup_gradients: Count = 120
+    window: Count = 40
+    tolerance: Positive = 1.0
+    similarity_every: Count = 8
+    gold_warmup: Natural = 300
+    gold_gradients: Count = 1500
+    ess_images: Count = 20
+    ess_gradients: Natural = 200
+    timed_gradients: Count = 20
+    matmul_size: Count = 2048
+    rows: tuple[Count, ...] = (1, 16, 128, 512)
+    repeats: Count = 3
+    engine_images: Count = 500
+    engine_transitions: Count = 12
+    engine_warmup: Natural = 6
+    engine_steps: Count = 4
+    engine_tree_depth: Count = 3
+    one_by_one_images: Count = 6
+    memory_images: tuple[Count, ...] = (500, 2000, 8000)
+    memory_batch_size: Count = 512
+    memory_transitions: Count = 2
+    seed: Natural = 0
 
-    with tqdm(disable=not progress, bar_format="{desc} [{elapsed}]") as bar:
-        note = bar.set_description_str
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = [name for name in self.samplers or () if name not in SAMPLERS]
+        if unknown:
+            raise ValueError(f"unknown samplers {unknown}; choose from {', '.join(SAMPLERS)}")
+        if self.engine_warmup >= self.engine_transitions:
+            raise ValueError(
+                f"engine_warmup must lie in 0..{self.engine_transitions - 1}, below "
+                f"engine_transitions, got {self.engine_warmup}"
+            )
+        if self.warmup_gradients >= self.max_gradients:
+            raise ValueError(
+                f"warmup_gradients must lie between 0 and max_gradients = {self.max_gradients}, "
+                f"got {self.warmup_gradients}"
+            )
+
+
+class BenchmarkSamplers(Measurement[BenchmarkConfig]):
+    """The sampler engine."""
+
+    kind = "benchmark_samplers"
+    command = "benchmark"
+    noun = "benchmark"
+    metric = None
+    names = {"samplers": BenchmarkConfig("mnist_vae")}
+    output = "runs/benchmark"
+
+    def load(self) -> None:
+        """The model, references, and images for the comparison with other libraries."""
+        config = self.config
+        self.vae, _ = self.load_conv_vae(config.model)
+        if self.vae.likelihood != "bernoulli" or not self.vae.mean_posterior_variance:
+            raise ValueError(
+                f"model {config.model!r} must have a Bernoulli likelihood and a mean posterior "
+                "variance in its weights; choose a grey-scale model that this version has trained"
+            )
+        self.references, _ = self.choose(config.dataset, config.num_images, "references")
+        self.many, _ = self.choose(config.dataset, config.engine_images, "engines")
+
+    def cells(self) -> Iterator[Cell]:
+        """A cell per section."""
+        config, vae, references = self.config, self.vae, self.references
+        names = tuple(SAMPLERS) if config.samplers is None else config.samplers
+        note = self.note
         sections: dict[str, Callable[[], dict[str, Any]]] = {
             "decoder": lambda: decoder(vae, references, config),
             "seconds_per_gradient": lambda: seconds_per_gradient(vae, references, names, config),
-            "engines": lambda: engines(vae, many, config, note),
-            "memory": lambda: memory(config.model, models, config, note),
+            "engines": lambda: engines(vae, self.many, config, note),
+            "memory": lambda: memory(config.model, self.models, config, note),
             **{
                 f"chains {radius:g}": functools.partial(
                     chains, vae, references, radius, names, config, note
@@ -98,17 +154,19 @@ def benchmark(
                 for radius in config.radii
             },
         }
-        for section, measure in sections.items():
-            if section in result["sections"]:
-                continue
-            note(section)
-            began = time.perf_counter()
-            found = measure()
-            # Sections may come from several calls, hence each says where and how long it ran.
-            result["sections"][section] = {
-                "results": found,
-                "wall_seconds": round(time.perf_counter() - began, 1),
-                "commit": result["provenance"]["commit"],
-            }
-            results.save(path, result, indent=1)
-    return result
+        for name, measure in sections.items():
+            yield ("sections", name), functools.partial(self.measured, measure)
+
+    def measured(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Sections may come from several calls, hence each says where and how long it ran."""
+        began = time.perf_counter()
+        return {
+            "results": measure(),
+            "wall_seconds": round(time.perf_counter() - began, 1),
+            "commit": self.result["provenance"]["commit"],
+        }
+
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """All tables; sections that are missing are left out."""
+        return benchmark_tables(result)

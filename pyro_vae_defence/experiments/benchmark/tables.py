@@ -6,7 +6,7 @@ from typing import Any
 
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
-from pyro_vae_defence.experiments.markdown import interval, source
+from pyro_vae_defence.experiments.tables import interval, source
 
 _ENGINES = {
     "hmc": "this library, HMC, all images at once",
