@@ -1,0 +1,248 @@
+"""What studies share: configurations, seeds, cells, defences by name, the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from pyro_vae_defence.experiments.__main__ import STUDIES, load_studies, main
+from pyro_vae_defence.experiments.configuration import (
+    ChainConfig,
+    Configuration,
+    Count,
+    Radius,
+    describe,
+    override,
+    parse_setting,
+)
+from pyro_vae_defence.experiments.defences import KINDS, Setting, label, make_defence
+from pyro_vae_defence.experiments.study import Measurement, write_pages
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.perturbation import UnknownRadius
+
+EVERY = [study for command in STUDIES for study in load_studies(command)]
+
+
+@dataclass(frozen=True)
+class ToyConfig(Configuration):
+    """A toy.
+
+    Args:
+        number: how many. More is said here,
+            and here.
+        radii: radii of attacks; all of them.
+        how: the way.
+        model: a name, if any.
+        chain: of the chains.
+        seed: of everything.
+    """
+
+    number: Count = 2
+    radii: tuple[Radius, ...] = (0.1,)
+    how: Literal["a", "b"] = "a"
+    model: str | None = None
+    chain: ChainConfig = ChainConfig(step_size=0.3)
+    seed: int = 0
+
+
+class Toy(Measurement[ToyConfig]):
+    kind = command = "toy"
+    names = {"plain": ToyConfig()}
+    output = "runs/toy"
+    fails: bool = False
+    computed: list[str]
+
+    def load(self):
+        self.computed = []
+        self.weights["w"] = "hash"
+
+    def cells(self):
+        for key in (("one",), ("nested", "two"), ("nested", "three")):
+            yield key, lambda key=key: self.compute(key[-1])
+
+    def compute(self, name):
+        if self.fails and name == "three":
+            raise KeyboardInterrupt
+        self.computed.append(name)
+        return float(torch.rand((), generator=self.generator(name)))
+
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        return f"# {result['name']} {result['one']:.3f}\n"
+
+
+def toy(output, **overrides):
+    return Toy("plain", output, overrides=overrides, progress=False)
+
+
+class TestCells:
+    def test_an_interrupted_run_goes_on_with_the_same_draws(self, tmp_path):
+        whole = toy(tmp_path / "whole").run()
+        study = toy(tmp_path)
+        study.fails = True
+        with pytest.raises(KeyboardInterrupt):
+            study.run()
+        assert "three" not in json.loads((tmp_path / "plain.json").read_text())["nested"]
+        study = toy(tmp_path)
+        result = study.run()
+        assert study.computed == ["three"]
+        assert (result["one"], result["nested"]) == (whole["one"], whole["nested"])
+        assert json.loads((tmp_path / "plain.json").read_text()) == result
+        written = (tmp_path / "plain.json").stat().st_mtime_ns
+        toy(tmp_path).run()
+        assert (tmp_path / "plain.json").stat().st_mtime_ns == written
+
+    def test_a_result_says_what_it_is_of(self, tmp_path):
+        result = toy(tmp_path, **{"chain.step_size": 0.5}).run()
+        assert (result["study"], result["name"]) == ("toy", "plain")
+        assert result["weights"] == {"w": "hash"}
+        assert result["config"]["chain"]["step_size"] == 0.5
+        assert result["command"].endswith("toy plain --set chain.step_size=0.5")
+        assert {"commit", "torch", "threads"} <= set(result["provenance"])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"config": {}}, "its config differs"),
+            ({"weights": {"w": "x"}}, "its weights differs"),
+            ({"study": "other"}, "its study differs"),
+        ],
+    )
+    def test_a_file_of_another_run_is_not_touched(self, tmp_path, change, message):
+        toy(tmp_path).run()
+        path = tmp_path / "plain.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        before = path.read_text()
+        with pytest.raises(ValueError, match=message):
+            toy(tmp_path).run()
+        assert path.read_text() == before
+
+    def test_seeds_have_one_rule(self, tmp_path):
+        def draw(seed, *purpose):
+            return torch.rand(3, generator=toy(tmp_path, seed=seed).generator(*purpose))
+
+        assert torch.equal(draw(0, "a", 1), draw(0, "a", 1))
+        assert not torch.equal(draw(0, "a", 1), draw(0, "a", 2))
+        assert not torch.equal(draw(0, "a"), draw(1, "a"))
+
+    def test_pages_refuse_what_is_no_result(self, tmp_path):
+        toy(tmp_path).run()
+        (tables,) = write_pages({"toy": Toy}, tmp_path)
+        assert tables.read_text().startswith("# plain 0.")
+        (tmp_path / "card.json").write_text('{"name": "x"}')
+        with pytest.raises(ValueError, match=r"card\.json is no result of a study"):
+            write_pages({"toy": Toy}, tmp_path)
+        with pytest.raises(ValueError, match="no result files"):
+            write_pages({"toy": Toy}, tmp_path / "none")
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("number", 0, "number must be an integer of at least 1, got 0"),
+            ("number", 1.5, "number must be an integer"),
+            ("number", True, "number must be of type int"),
+            ("radii", 0.1, "radii must be a tuple"),
+            ("radii", (0.1, 1.5), r"radii must lie in \[0, 1\].* got 1.5"),
+            ("radii", ("a",), r"radii must lie in \[0, 1\].* got 'a'"),
+            ("radii", (float("nan"),), "radii must lie"),
+            ("how", "c", "how must be one of"),
+            ("model", 3, "model must be of type str"),
+            ("chain.step_size", 0, "step_size must be positive and finite, got 0"),
+            ("chain.step_size", float("inf"), "step_size must be positive and finite"),
+            ("chain.warmup_steps", -1, "warmup_steps must be an integer of at least 0"),
+            ("chain.steps", 1, r"unknown setting 'chain.steps'; choose from .*"),
+            ("chain", 1, "unknown setting 'chain'; choose from .*chain.step_size"),
+            ("number.x", 1, "unknown setting 'number.x'"),
+            ("numbers", 1, "unknown setting 'numbers'; choose from number, radii"),
+        ],
+    )
+    def test_a_value_that_does_not_fit_is_named(self, key, value, message):
+        with pytest.raises(ValueError, match=message):
+            override(ToyConfig(), {key: value})
+
+    def test_nested_settings_change_what_they_name(self):
+        settings = dict(map(parse_setting, ("chain.burn_in=30", "how=b", "radii=0.1,0.2")))
+        config = override(ToyConfig(), settings)
+        assert config == ToyConfig(
+            how="b", radii=(0.1, 0.2), chain=ChainConfig(step_size=0.3, burn_in=30)
+        )
+        with pytest.raises(ValueError, match="--set takes KEY=VALUE, got 'number'"):
+            parse_setting("number")
+
+    def test_help_comes_from_fields_and_docstring(self):
+        lines = list(describe(ToyConfig()))
+        assert lines[0] == ("number", "2", "how many")
+        assert lines[1] == ("radii", "(0.1,)", "radii of attacks")
+        assert ("chain.step_size", "0.3") in [line[:2] for line in lines]
+
+    @pytest.mark.parametrize("study", EVERY, ids=lambda study: study.__name__)
+    def test_every_field_of_every_study_is_documented(self, study):
+        assert study.names
+        for name, config in list(study.names.items())[:1]:
+            assert dataclasses.is_dataclass(config), name
+            for key, _, what in describe(config):
+                assert what, f"{type(config).__name__}.{key} has no line in its docstring"
+
+
+class TestDefences:
+    def test_every_kind_is_made_and_labelled_by_its_entry(self):
+        """A defence or control is one entry."""
+        vae = ConvVAE().eval()
+        setting = Setting(
+            vae,
+            ChainConfig(num_samples=2, warmup_steps=1, num_steps=1),
+            metric={"z": torch.ones(64)},
+            radius=0.1,
+            unknown_radius=lambda: UnknownRadius((0.0, 0.1), (0.0, 1.0)),
+        )
+        x = torch.rand(2, 1, 28, 28)
+        for name, kind in KINDS.items():
+            defence = make_defence(name, setting)
+            assert kind.label in label(name)
+            if name != "paper":
+                assert defence(x, torch.Generator().manual_seed(0)).reconstruction.shape == x.shape
+
+    def test_a_setting_reaches_the_kernel(self):
+        setting = Setting(
+            ConvVAE(), ChainConfig(step_size=0.123, burn_in=7), metric={"z": torch.ones(64)}
+        )
+        kernel = make_defence("hmc@20", setting).kernel(ConvVAE().model)
+        assert (kernel.step_size, kernel.burn_in) == (0.123, 7)
+
+    def test_what_assumes_a_radius_must_be_told(self):
+        setting = Setting(ConvVAE(), ChainConfig(), metric={"z": torch.ones(64)})
+        for name in ("aware", "aware_unknown", "dark_clip"):
+            with pytest.raises(ValueError, match=f"'{name}' assumes a radius"):
+                make_defence(name, setting)
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize("command", STUDIES)
+    def test_help_of_every_study(self, command, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        for study in load_studies(command):
+            for key, _, what in describe(next(iter(study.names.values()))):
+                assert key in text
+                assert what in text
+
+    def test_help_names_every_command(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        text = capsys.readouterr().out
+        assert all(f"\n  {command} " in text for command in STUDIES)
+
+    def test_a_command_that_is_none(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["tarin"])
+        assert stop.value.code == 2
+        assert "invalid choice: 'tarin'" in capsys.readouterr().err
