@@ -6,7 +6,7 @@ from typing import Any
 
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
-from pyro_vae_defence.experiments.tables import interval, source
+from pyro_vae_defence.experiments.tables import interval, source, table
 
 _ENGINES = {
     "hmc": "this library, HMC, all images at once",
@@ -50,56 +50,70 @@ def _chains(
 ) -> list[str]:
     gold = section["gold"]
     rhat = gold["rhat_energy"], gold["rhat_latents"]
+    rows, rates = [], []
+    for name, entry in section["samplers"].items():
+        energy, similarity = entry["gradients_energy"], entry["gradients_similarity"]
+        known = None not in (energy, similarity) and name in seconds
+        rows.append(
+            [
+                SAMPLERS[name].label,
+                _count(energy, entry["budget"]),
+                _count(similarity, entry["budget"]),
+                f"{max(energy, similarity) * seconds[name]:.3g}" if known else "",
+                interval(entry["excess_energy_last"], 1),
+                f"{entry['acceptance_rate']:.2f}",
+                f"{entry['divergences']}",
+            ]
+        )
+        if "ess" in entry:
+            ess = [entry["ess"][f"{what}_per_gradient"] for what in ("energy", "latents")]
+            per_gradient = [*ess, entry["ess"]["worst_latent_per_gradient"]]
+            rates.append(
+                [
+                    SAMPLERS[name].label,
+                    *(f"{1000 * rate:.3g}" for rate in per_gradient),
+                    *(f"{rate / seconds[name]:.3g}" if name in seconds else "" for rate in ess),
+                ]
+            )
+    columns = [
+        "kernel",
+        "gradients to energy",
+        "gradients to MSSSIM",
+        "seconds per image",
+        "energy above gold at the end (nats)",
+        "acceptance",
+        "divergences",
+    ]
     lines = [
         f"### Until stationary, radius {section['radius']:g}",
         "",
         f"{config['num_images']} attacked images, {config['num_chains']} chains each. Gold run: "
         f"{gold['transitions_per_chain']:,} transitions ({gold['gradients_per_chain']:,} "
-        "gradients) per chain after "
-        f"warm-up; mean energy {gold['energy']:.2f} ± {gold['energy_monte_carlo_error']:.2f} "
-        "nats, MSSSIM[paper] "
-        f"{interval(gold['similarity'], 3)}; R-hat of the energy {rhat[0]['median']:.3f} in the "
-        "median over images "
-        f"and {rhat[0]['max']:.3f} at most, of the latents {rhat[1]['median']:.3f} and "
-        f"{rhat[1]['q99']:.3f} (99%).",
+        f"gradients) per chain after warm-up; mean energy {gold['energy']:.2f} ± "
+        f"{gold['energy_monte_carlo_error']:.2f} nats, MSSSIM[paper] "
+        f"{interval(gold['similarity'])}; R-hat of the energy {rhat[0]['median']:.3f} in the "
+        f"median over images and {rhat[0]['max']:.3f} at most, of the latents "
+        f"{rhat[1]['median']:.3f} and {rhat[1]['q99']:.3f} (99%).",
         "",
-        "| kernel | gradients to energy | gradients to MSSSIM | seconds per image | "
-        "energy above gold at the end (nats) | acceptance | divergences |",
-        "|---|---|---|---|---|---|---|",
+        *table(columns, rows),
+        *_against_paper(section["samplers"], seconds),
     ]
-    for name, entry in section["samplers"].items():
-        energy, similarity = entry["gradients_energy"], entry["gradients_similarity"]
-        both = None if energy is None or similarity is None else max(energy, similarity)
-        time = "" if both is None or name not in seconds else f"{both * seconds[name]:.3g}"
-        lines.append(
-            f"| {SAMPLERS[name].label} | {_count(energy, entry['budget'])} | "
-            f"{_count(similarity, entry['budget'])} | {time} | "
-            f"{interval(entry['excess_energy_last'], 1)} | {entry['acceptance_rate']:.2f} | "
-            f"{entry['divergences']} |"
-        )
-    lines += ["", *_against_paper(section["samplers"], seconds)]
-    if all("ess" in entry for entry in section["samplers"].values()):
-        lines += [
-            f"#### Effective sample size afterwards, radius {section['radius']:g}",
-            "",
-            "| kernel | energy, per 1,000 gradients | latents, per 1,000 gradients | slowest "
-            "latent | "
-            "energy, per second | latents, per second |",
-            "|---|---|---|---|---|---|",
+    if len(rates) == len(rows):
+        columns = [
+            "kernel",
+            "energy, per 1,000 gradients",
+            "latents, per 1,000 gradients",
+            "slowest latent",
+            "energy, per second",
+            "latents, per second",
         ]
-        for name, entry in section["samplers"].items():
-            ess = entry["ess"]
-            rates = [ess["energy_per_gradient"], ess["latents_per_gradient"]]
-            cells = [f"{1000 * rate:.3g}" for rate in (*rates, ess["worst_latent_per_gradient"])]
-            cells += [f"{rate / seconds[name]:.3g}" if name in seconds else "" for rate in rates]
-            lines.append(f"| {SAMPLERS[name].label} | {' | '.join(cells)} |")
-        lines.append("")
+        title = f"#### Effective sample size afterwards, radius {section['radius']:g}"
+        lines += [title, "", *table(columns, rates)]
     return lines
 
 
 def _against_paper(samplers: dict[str, Any], seconds: dict[str, float]) -> list[str]:
-    """What the fastest exact kernel saves against the paper's rule and against the paper's full
-    budget."""
+    """What the fastest exact kernel saves against the paper's rule and its full budget."""
     if "paper" not in samplers or "paper" not in seconds:
         return []
     num_steps = PAPER_SETTINGS["mnist"].num_transitions
@@ -107,8 +121,7 @@ def _against_paper(samplers: dict[str, Any], seconds: dict[str, float]) -> list[
     budget_seconds = full * seconds["paper"]
     lines = [
         f"The paper's full budget, {full:,} gradients, takes {budget_seconds:.3g} seconds per "
-        "image (its seconds per "
-        "gradient were measured on a share of it)."
+        "image (its seconds per gradient were measured on a share of it)."
     ]
     reached = {
         name: entry["gradients_energy"]
@@ -126,64 +139,74 @@ def _against_paper(samplers: dict[str, Any], seconds: dict[str, float]) -> list[
         saved = budget_seconds / (reached[best] * seconds[best])
         lines.append(
             f"The fastest exact kernel, {SAMPLERS[best].label}, needs {least}{ratio:.1f} times "
-            "fewer gradients than "
-            f"the paper's rule to reach the energy, and {saved:.0f} times less wall time than the "
-            "full budget."
+            "fewer gradients than the paper's rule to reach the energy, and "
+            f"{saved:.0f} times less wall time than the full budget."
         )
     return [*lines, ""]
 
 
 def _decoder(section: dict[str, Any]) -> list[str]:
-    lines = [
+    rows = [
+        [
+            f"{entry['rows']}",
+            f"{entry['flops_per_row'] / 1e6:.1f}",
+            f"{entry['seconds_per_row'] * 1e6:.0f}",
+            f"{100 * entry['share_of_matmul_rate']:.0f}%",
+            f"{100 * entry['share_as_written']:.0f}%",
+        ]
+        for entry in section["rows"]
+    ]
+    columns = [
+        "rows",
+        "MFLOP per row",
+        "µs per row",
+        "share of the matmul rate",
+        "the same, layers as written",
+    ]
+    size, operators = section["matmul_size"], section["operators"]
+    shares = ", ".join(
+        f"`{name}` {100 * share:.0f}%" for name, share in operators["shares"].items()
+    )
+    return [
         "### One gradient against the matrix-multiply rate",
         "",
-        f"A float32 product of two {section['matmul_size']} x {section['matmul_size']} matrices "
-        "ran at "
-        f"{section['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. "
-        "One gradient through the layers as they are written takes "
-        f"{section['flops_per_row_as_written'] / 1e6:.1f} "
-        "MFLOP per row.",
+        f"A float32 product of two {size} x {size} matrices ran at "
+        f"{section['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. One gradient through the layers "
+        f"as they are written takes {section['flops_per_row_as_written'] / 1e6:.1f} MFLOP per row.",
         "",
-        "| rows | MFLOP per row | µs per row | share of the matmul rate | the same, layers as "
-        "written |",
-        "|---|---|---|---|---|",
+        *table(columns, rows),
+        f"CPU time at {operators['rows']} rows: {shares}.",
+        "",
     ]
-    for entry in section["rows"]:
-        lines.append(
-            f"| {entry['rows']} | {entry['flops_per_row'] / 1e6:.1f} | "
-            f"{entry['seconds_per_row'] * 1e6:.0f} | {100 * entry['share_of_matmul_rate']:.0f}% | "
-            f"{100 * entry['share_as_written']:.0f}% |"
-        )
-    shares = ", ".join(
-        f"`{name}` {100 * share:.0f}%" for name, share in section["operators"]["shares"].items()
-    )
-    return [*lines, "", f"CPU time at {section['operators']['rows']} rows: {shares}.", ""]
 
 
 def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
     found = section["engines"]
-    lines = [
-        "### Other libraries",
-        "",
-        f"{section['images']} images, {section['transitions']} transitions; HMC with "
-        f"{config['engine_steps']} leapfrog "
-        f"steps, NUTS with trees of at most {config['engine_tree_depth']} doublings.",
-        "",
-        "| | gradients per image | acceptance | seconds per image | µs per gradient | times this "
-        "library's, per "
-        "image | per gradient |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, entry in found.items():
-        per_gradient = entry["seconds_per_image"] / entry["gradients"]
         ours = found[name.split("_")[-1]]
-        lines.append(
-            f"| {_ENGINES[name]} | {entry['gradients']:.0f} | {entry['acceptance_rate']:.2f} | "
-            f"{entry['seconds_per_image']:.3g} | "
-            f"{1e6 * per_gradient:.0f} | "
-            f"{entry['seconds_per_image'] / ours['seconds_per_image']:.2f} | "
-            f"{per_gradient / (ours['seconds_per_image'] / ours['gradients']):.2f} |"
+        seconds, gradients = entry["seconds_per_image"], entry["gradients"]
+        relative = seconds / ours["seconds_per_image"]
+        rows.append(
+            [
+                _ENGINES[name],
+                f"{gradients:.0f}",
+                f"{entry['acceptance_rate']:.2f}",
+                f"{seconds:.3g}",
+                f"{1e6 * seconds / gradients:.0f}",
+                f"{relative:.2f}",
+                f"{relative * ours['gradients'] / gradients:.2f}",
+            ]
         )
+    columns = [
+        "",
+        "gradients per image",
+        "acceptance",
+        "seconds per image",
+        "µs per gradient",
+        "times this library's, per image",
+        "per gradient",
+    ]
     numpyro = section["numpyro"]
     if isinstance(numpyro, str):
         note = f"{numpyro}: not measured."
@@ -195,26 +218,34 @@ def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
         )
         note = (
             f"NumPyro {numpyro['numpyro']} on JAX {numpyro['jax']}; compiling took {compiled} "
-            "seconds and is not "
-            "counted. Relative differences of the decoders: energies "
-            f"{numpyro['energy_difference']:.1g}, gradients "
-            f"{numpyro['gradient_difference']:.1g}."
+            "seconds and is not counted. Relative differences of the decoders: energies "
+            f"{numpyro['energy_difference']:.1g}, gradients {numpyro['gradient_difference']:.1g}."
         )
-    return [*lines, "", note, ""]
+    return [
+        "### Other libraries",
+        "",
+        f"{section['images']} images, {section['transitions']} transitions; HMC with "
+        f"{config['engine_steps']} leapfrog steps, NUTS with trees of at most "
+        f"{config['engine_tree_depth']} doublings.",
+        "",
+        *table(columns, rows),
+        note,
+        "",
+    ]
 
 
 def _memory(section: dict[str, Any]) -> list[str]:
-    lines = [
+    rows = [
+        [f"{entry['images']:,}", f"{entry['idle_mib']:.0f}", f"{entry['peak_mib']:.0f}"]
+        for entry in section["measured"]
+    ]
+    return [
         "### Memory",
         "",
         f"Peak resident memory of HMC in micro-batches of {section['batch_size']:,} chains.",
         "",
-        "| images | before (MiB) | peak (MiB) |",
-        "|---|---|---|",
+        *table(["images", "before (MiB)", "peak (MiB)"], rows),
     ]
-    for entry in section["measured"]:
-        lines.append(f"| {entry['images']:,} | {entry['idle_mib']:.0f} | {entry['peak_mib']:.0f} |")
-    return [*lines, ""]
 
 
 def _count(gradients: int | None, budget: int) -> str:
