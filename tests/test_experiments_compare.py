@@ -6,12 +6,13 @@ import json
 
 import pytest
 import torch
-from pyro_vae_defence.experiments.config import CompareConfig, defence_spec
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS, MODELS
 
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.compare import compare
-from pyro_vae_defence.experiments.compare_report import label, verdict, write_comparison
+from pyro_vae_defence.experiments.classify import CLASSIFIERS
+from pyro_vae_defence.experiments.compare import Compare, CompareConfig, verdict
+from pyro_vae_defence.experiments.defences import defence_spec, label
+from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
@@ -26,14 +27,14 @@ TINY = {
     "num_restarts": 2,
     "num_images": 20,
     "num_noise": 10,
-    "num_chains": 2,
     "curve_restarts": 1,
     "curve_images": 10,
     "cost_radius": 0.1,
-    "num_samples": 2,
-    "warmup_steps": 1,
-    "num_steps": 1,
-    "burn_in": 3,
+    "chain.num_chains": 2,
+    "chain.num_samples": 2,
+    "chain.warmup_steps": 1,
+    "chain.num_steps": 1,
+    "chain.burn_in": 3,
 }
 
 
@@ -49,10 +50,14 @@ def models(tmp_path_factory):
     return directory
 
 
+def compare(output, models, **changes):
+    return Compare("mnist", output, None, models, {**TINY, **changes}, progress=False).run()
+
+
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("results")
-    return output, compare("mnist", output, models=models, overrides=TINY, progress=False)
+    return output, compare(output, models)
 
 
 def test_cells_hold_every_figure(run):
@@ -101,22 +106,22 @@ def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path):
     expected = cut["radii"]["0.1"].pop("mode")
     cut["radii"]["0"]["none"]["marked"] = True
     path.write_text(json.dumps(cut))
-    again = compare("mnist", tmp_path, models=models, overrides=TINY, progress=False)
+    again = compare(tmp_path, models)
     assert again["radii"]["0"]["none"]["marked"]
     found = json.loads(path.read_text())["radii"]["0.1"]["mode"]
     assert {k: v for k, v in found.items() if k != "seconds_per_image"} == {
         k: v for k, v in expected.items() if k != "seconds_per_image"
     }
     before = path.stat().st_mtime_ns
-    compare("mnist", tmp_path, models=models, overrides=TINY, progress=False)
+    compare(tmp_path, models)
     assert path.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="belongs to another run"):
-        compare("mnist", tmp_path, models=models, overrides={**TINY, "seed": 1}, progress=False)
+        compare(tmp_path, models, seed=1)
 
 
 def test_tables_and_figures_come_from_the_files_alone(run, tmp_path, capsys):
     output, result = run
-    tables, figures = write_comparison(output, tmp_path / "images")
+    tables, *figures = write_pages({"compare": Compare}, output, tmp_path / "images")
     text = tables.read_text()
     value = result["radii"]["0.1"]["aware_0.1"]["ms_ssim"]["estimate"]
     assert f"| HMC, perturbation-aware δ = 0.1 | {value:.3f} [" in text
@@ -170,7 +175,7 @@ def test_names_of_defences():
 
 
 def test_registry_has_model_and_classifiers_of_every_comparison():
-    for config in COMPARISONS.values():
+    for config in Compare.names.values():
         assert config.model in MODELS
         for inputs in ("", "_guide", "_posterior"):
             assert f"{config.model}_classifier{inputs}" in CLASSIFIERS
@@ -184,7 +189,7 @@ def test_registry_has_model_and_classifiers_of_every_comparison():
         ({"defences": "hmc"}, "defences must be a tuple"),
         ({"defences": ("hcm",)}, "defences has no 'hcm'"),
         ({"radii": (0.1, 2.0)}, r"radii must lie in \[0, 1\]"),
-        ({"burn_in": -1}, "burn_in must be an integer of at least 0, got -1"),
+        ({"chain.burn_in": -1}, "burn_in must be an integer of at least 0, got -1"),
         ({"inputs": ("guide",)}, "inputs must hold 'mean'"),
         ({"reading": "mean/posterior"}, "reading must be one of"),
         ({"inputs": ("mean", "posterior")}, "no pretrained model named 'mnist_vae_classifier_post"),
@@ -192,7 +197,7 @@ def test_registry_has_model_and_classifiers_of_every_comparison():
 )
 def test_mistakes(changes, message, models, tmp_path):
     with pytest.raises(ValueError, match=message):
-        compare("mnist", tmp_path, models=models, overrides={**TINY, **changes})
+        compare(tmp_path, models, **changes)
     with pytest.raises(ValueError, match="no comparison named 'x'"):
-        compare("x", tmp_path)
-    assert isinstance(COMPARISONS["mnist"], CompareConfig)
+        Compare("x", tmp_path)
+    assert isinstance(Compare.names["mnist"], CompareConfig)

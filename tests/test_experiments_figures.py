@@ -10,20 +10,19 @@ import json
 import pytest
 import torch
 from matplotlib.image import imread
-from pyro_vae_defence.experiments.config import FiguresConfig
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, FIGURES, MODELS
-from pyro_vae_defence.experiments.report import report
 
-from pyro_vae_defence import data
-from pyro_vae_defence.experiments import figures as module
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.figures import ATTACKERS, figures
-from pyro_vae_defence.experiments.figures_report import (
+from pyro_vae_defence.experiments.classify import CLASSIFIERS
+from pyro_vae_defence.experiments.figures import (
+    ATTACKERS,
+    Figures,
+    FiguresConfig,
     examples_figure,
     knowledge_figure,
     objectives_figure,
-    write_figures,
 )
+from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
@@ -31,13 +30,13 @@ from pyro_vae_defence.models.pretrained import save_pretrained
 TINY = {
     "radii": (0.1, 1.0),
     "objective_radii": (0.2,),
-    "num_chains": 2,
-    "num_steps": 2,
+    "attack_chains": 2,
+    "attack_steps": 2,
     "num_images": 3,
     "num_examples": 1,
-    "num_samples": 1,
-    "warmup_steps": 1,
-    "leapfrog_steps": 1,
+    "chain.num_samples": 1,
+    "chain.warmup_steps": 1,
+    "chain.num_steps": 1,
 }
 SECONDS = "attack_seconds_per_image"
 
@@ -53,19 +52,14 @@ def models(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module", autouse=True)
-def packaged():
-    """Images that come with the package, under the dataset's own name."""
-    subset = data.load("mnist_subset", "test")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.data, "load", lambda *_: subset)
-        yield subset
+def study(output, models, changes=TINY):
+    return Figures("mnist", output, None, models, changes, progress=False)
 
 
 @pytest.fixture(scope="module")
-def run(models, packaged, tmp_path_factory):
+def run(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("results")
-    return output, figures("mnist", output, models=models, overrides=TINY, progress=False)
+    return output, study(output, models).run()
 
 
 def test_cells_hold_every_measure(run):
@@ -85,7 +79,7 @@ def test_cells_hold_every_measure(run):
     assert "examples" not in cell
 
 
-def test_attacks_stay_in_their_ball_and_no_attack_changes_nothing(run, packaged):
+def test_attacks_stay_in_their_ball_and_no_attack_changes_nothing(run):
     _, result = run
     clean = result["clean"]["reference"]
     assert clean["ms_ssim"]["images"]["estimate"] == 1.0
@@ -107,22 +101,22 @@ def pixels(picture):
     return imread(io.BytesIO(base64.b64decode(picture)))[..., 0]
 
 
-def test_every_supervised_target_is_of_another_class(run, models):
-    config = FiguresConfig("mnist_vae", num_images=20)
-    study, weights = module._load(config, None, models)
-    assert set(weights) == {"mnist_vae", "mnist_vae_classifier"}
-    assert not bool((study.labels == study.labels.roll(1)).any())
-    assert torch.equal(study._target[1:], study.x_ref[:-1])
+def test_every_supervised_target_is_of_another_class(models, tmp_path):
+    every = study(tmp_path, models, {"num_images": 20})
+    every.load()
+    assert set(every.weights) == {"mnist_vae", "mnist_vae_classifier"}
+    assert not bool((every.labels == every.labels.roll(1)).any())
+    assert torch.equal(every.target[1:], every.x_ref[:-1])
 
 
-def test_the_attacker_who_knows_keeps_the_best_of_the_gradients(models):
-    config = FiguresConfig("mnist_vae", **{**TINY, "gradients": ("truncated", "equilibrium")})
-    study, _ = module._load(config, None, models)
-    purposes = {gradient: f"with_mcmc {gradient} 0.1" for gradient in config.gradients}
+def test_the_attacker_who_knows_keeps_the_best_of_the_gradients(models, tmp_path):
+    knows = study(tmp_path, models, {**TINY, "gradients": ("truncated", "equilibrium")})
+    knows.load()
+    purposes = {gradient: f"with_mcmc {gradient} 0.1" for gradient in knows.config.gradients}
     values = torch.cat(
         [
-            study._attack(
-                study._latent_distance(gradient, study._generator(f"{purpose} objective")),
+            knows.attack(
+                knows.latent_distance(gradient, knows.generator(purpose, "objective")),
                 0.1,
                 purpose,
             ).objective
@@ -130,8 +124,8 @@ def test_the_attacker_who_knows_keeps_the_best_of_the_gradients(models):
         ]
     )
     truncated = int((values[0] >= values[1]).sum())
-    strongest = study.knowledge("with_mcmc", 0.1)["strongest"]
-    assert strongest == {"truncated": truncated, "equilibrium": config.num_images - truncated}
+    strongest = knows.knowledge("with_mcmc", 0.1)["strongest"]
+    assert strongest == {"truncated": truncated, "equilibrium": TINY["num_images"] - truncated}
 
 
 def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path, capsys):
@@ -149,7 +143,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path, capsys):
     assert "figures_mnist_objectives.png" in capsys.readouterr().out
     assert "| 1 | knows the defence" not in (tmp_path / "tables.md").read_text()
 
-    again = figures("mnist", tmp_path, models=models, overrides=TINY, progress=False)
+    again = study(tmp_path, models).run()
     assert again["clean"]["reference"]["marked"]
     found = json.loads(path.read_text())
     for name, cells in (
@@ -158,16 +152,16 @@ def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path, capsys):
     ):
         assert {**cells[name], SECONDS: 0} == {**lost[name], SECONDS: 0}
     before = path.stat().st_mtime_ns
-    figures("mnist", tmp_path, models=models, overrides=TINY, progress=False)
+    study(tmp_path, models).run()
     assert path.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="belongs to another run"):
-        figures("mnist", tmp_path, models=models, overrides={**TINY, "seed": 1}, progress=False)
+        study(tmp_path, models, {**TINY, "seed": 1}).run()
 
 
 def test_tables_and_figures_come_from_the_files_alone(run, capsys):
     output, result = run
     images = output / "images"
-    tables, drawn = write_figures(output, images)
+    tables, *drawn = write_pages({"figures": Figures}, output, images)
     text = tables.read_text()
     for attacker, label in zip(ATTACKERS, ("does not know", "knows"), strict=True):
         value = result["knowledge"]["0.1"][attacker]["ms_ssim"]["images"]["estimate"]
@@ -184,7 +178,7 @@ def test_tables_and_figures_come_from_the_files_alone(run, capsys):
     assert "tables.md" in capsys.readouterr().out
     assert [path.read_bytes() for path in drawn] == before
     assert tables.read_text() == text
-    assert "### Objectives (Figure 16)" in report(output)
+    assert "### Objectives (Figure 16)" in text
 
 
 def test_pictures_have_the_papers_panels(run):
@@ -206,7 +200,7 @@ def test_pictures_have_the_papers_panels(run):
 
 
 def test_registry_has_model_and_classifier():
-    for config in FIGURES.values():
+    for config in Figures.names.values():
         assert config.model in MODELS
         assert f"{config.model}_classifier" in CLASSIFIERS
 
@@ -220,7 +214,9 @@ def test_registry_has_model_and_classifier():
         ({"gradients": ("unroll",)}, "gradients must be a tuple of names"),
         ({"gradients": ()}, r"gradients must be a tuple of names .* got \(\)"),
         ({"engine": "SGD"}, "engine must be APGD, PGD or MomentumPGD, got 'SGD'"),
-        ({"num_chains": 1}, "num_chains must be an integer of at least 2"),
+        ({"attack_chains": 1}, "attack_chains must be an integer of at least 2"),
+        ({"chain.num_chains": 2}, "chain.num_chains must be 1, for attackers who unroll the chain"),
+        ({"chain.burn_in": 3}, "chain.burn_in must be 0, for attackers who unroll .* got 3"),
         ({"num_examples": 0}, r"num_examples must lie in 1..num_images = 3, got 0"),
         ({"num_images": 11}, "num_images=11 leaves an image whose target is of its own class"),
         ({"num_image": 3}, "unknown setting 'num_image'"),
@@ -228,13 +224,13 @@ def test_registry_has_model_and_classifier():
 )
 def test_mistakes(changes, message, models, tmp_path):
     with pytest.raises(ValueError, match=message):
-        figures("mnist", tmp_path, models=models, overrides={**TINY, **changes})
+        study(tmp_path, models, {**TINY, **changes}).run()
 
 
 def test_mistakes_of_names(tmp_path, capsys):
     with pytest.raises(ValueError, match="no figures named 'x'; choose one of mnist"):
-        figures("x", tmp_path)
+        Figures("x", tmp_path)
     with pytest.raises(ValueError, match="no result files"):
-        write_figures(tmp_path, tmp_path)
+        write_pages({"figures": Figures}, tmp_path)
     assert main(["figures", "x", "--output", str(tmp_path)]) == 2
     assert "no figures named 'x'" in capsys.readouterr().err

@@ -15,41 +15,55 @@ For each radius and defence a cell holds, with 95% intervals over images:
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_vae_defence import attacks, data, metrics
+from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.defence import (
     Defence,
     DefenceResult,
     DefendedClassifier,
     MCMCDefence,
-    NoDefence,
     calibrate_radius,
     detection_scores,
 )
-from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.config import (
-    WITH_RADIUS,
-    CompareConfig,
-    command,
-    defence_spec,
-    override,
+from pyro_vae_defence.experiments.classify import CLASSIFIERS, LatentInputs, classifiers_of
+from pyro_vae_defence.experiments.configuration import (
+    ChainConfig,
+    Configuration,
+    Count,
+    Natural,
+    Radius,
 )
-from pyro_vae_defence.experiments.defences import named_defence
-from pyro_vae_defence.experiments.defend import VARIANT
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, COMPARISONS, classifiers_of
-from pyro_vae_defence.experiments.results import interval
-from pyro_vae_defence.experiments.weights import load_conv_vae
-from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
+from pyro_vae_defence.experiments.defences import (
+    KINDS,
+    DefenceName,
+    Setting,
+    defence_spec,
+    label,
+    make_defence,
+)
+from pyro_vae_defence.experiments.drawing import interval_curve
+from pyro_vae_defence.experiments.study import (
+    Cell,
+    Key,
+    Measurement,
+    as_entry,
+    cost,
+    interval,
+    similarity,
+)
+from pyro_vae_defence.experiments.tables import interval as shown
+from pyro_vae_defence.experiments.tables import source, table
+from pyro_vae_defence.experiments.train import DATASETS
+from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.ops.balls import Linf
 
@@ -68,265 +82,243 @@ _READINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def compare(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    models: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Compare defences on the dataset ``name``; cells that the result file already holds are not
-    run again.
+@dataclass(frozen=True)
+class CompareConfig(Configuration):
+    """Every defence and control against the encoder attack of the paper, over its radius.
+
+    What assumes a radius assumes the attack's own, or that of its name, as in ``aware_0.1``.
 
     Args:
-        name: a name of :data:`pyro_vae_defence.experiments.registry.COMPARISONS`.
-        output: directory of the result file ``NAME.json``, written after every cell.
-        root: directory of the datasets.
-        models: directory of the weights of VAE and classifiers; the packaged ones when ``None``.
-        overrides: fields of the configuration to change; they are recorded in the result.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: for an unknown name or override, weights that are missing, or a result file of
-            another run.
+        model: name of a trained VAE; its classifiers are found by name.
+        defences: what to compare, names of :mod:`~pyro_vae_defence.experiments.defences`.
+        costs: what to compare at ``cost_radius`` by its cost as well.
+        inputs: what the classifiers were trained on, ``mean`` among it; see
+            :class:`~pyro_vae_defence.experiments.classify.ClassifierConfig`.
+        reading: how classifiers read a defence in the main table, ``READING/INPUTS``; all readings
+            are in the result.
+        radii: L_inf radii of the attack, in units of the image range; 0 for no attack.
+        full_radii: radii with all references, restarts and images; the others have those of the
+            curve.
+        num_references: class-stratified test images whose reconstructions are compared.
+        num_restarts: attacks per reference; all of them count.
+        num_images: class-stratified test images that are classified.
+        num_noise: of these, with random noise of the attack's radius.
+        curve_restarts: attacks per reference at the other radii.
+        curve_images: images that are classified there.
+        cost_radius: radius of the comparison by cost.
+        chain: of the defences, but for names that fix their transitions.
+        seed: seed of images, attacks and defences.
     """
-    if name not in COMPARISONS:
-        raise ValueError(f"no comparison named {name!r}; choose one of {', '.join(COMPARISONS)}")
-    config = override(COMPARISONS[name], overrides)
-    study = _Study.load(config, root, models)
-    path = Path(output) / f"{name}.json"
-    result = results.header(
-        f"compare {name}",
-        config,
-        study.weights,
-        command("compare", name, overrides),
-        metric=metrics.metric_name("ms_ssim", VARIANT),
+
+    model: str
+    defences: tuple[DefenceName, ...] = (
+        "none",
+        "hmc",
+        "aware",
+        "aware_0.1",
+        "aware_0.2",
+        "aware_unknown",
+        "aware_mode",
+        "mode",
+        "encoder_samples",
+        "dark_clip",
+        "dark_clip_0.2",
+        "extreme_clip",
+        "median",
+        "gaussian",
     )
-    result |= {
-        "clean": study.undefended_accuracy(),
-        "noise_floor": {},
-        "radii": {},
-        "costs": {},
-    }
-    results.resume(path, result, "noise_floor", "radii", "costs")
+    costs: tuple[DefenceName, ...] = tuple(
+        f"{kind}@{transitions}" for kind in ("hmc", "aware_0.2") for transitions in (4, 10, 20, 40)
+    )
+    inputs: tuple[LatentInputs, ...] = ("mean",)
+    reading: str = "reencoded/mean"
+    radii: tuple[Radius, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    full_radii: tuple[Radius, ...] = (0.1, 0.2)
+    num_references: Count = 50
+    num_restarts: Count = 10
+    num_images: Count = 1000
+    num_noise: Count = 200
+    curve_restarts: Count = 1
+    curve_images: Count = 100
+    cost_radius: Radius = 0.2
+    chain: ChainConfig = ChainConfig()
+    seed: Natural = 0
 
-    # (where cells go, radius, names, all images or those of the curve)
-    parts: list[tuple[dict[str, Any], float, tuple[str, ...], bool]] = [
-        (result["radii"].setdefault(f"{r:g}", {}), r, config.defences, r in config.full_radii)
-        for r in config.radii
-    ]
-    parts.append((result["costs"], config.cost_radius, config.costs, False))
-    total = sum(len(names) for _, _, names, _ in parts)
-    with tqdm(total=total, unit="cell", disable=not progress, leave=False) as bar:
-        for cells, radius, names, full in parts:
-            missing = [defence for defence in names if defence not in cells]
-            bar.update(len(names) - len(missing))
-            inputs = study.inputs(radius, full) if missing else None
-            for defence in missing:
-                assert inputs is not None
-                same = study.same(defence, radius, cells)
-                cells[defence] = cells[same] if same else study.cell(defence, radius, inputs)
-                result["noise_floor"].setdefault("full" if full else "curve", inputs.noise_floor)
-                results.save(path, result, indent=1)
-                bar.update()
-    return result
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "mean" not in self.inputs:
+            raise ValueError(
+                f"inputs must hold 'mean', whose classifier is the yardstick, got {self.inputs}"
+            )
+        known = [f"{how}/{inputs}" for inputs in self.inputs for how in _READINGS[inputs]]
+        if self.reading not in known:
+            raise ValueError(f"reading must be one of {', '.join(known)}, got {self.reading!r}")
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One column of labels, and the classifiers that predict it, by what they were trained on."""
-
-    column: int
-    classifiers: dict[str, LinearClassifier]
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What is given to every defence at one radius."""
+class _Inputs(NamedTuple):
+    """What is given to every defence at one radius: attacked references, which reference each is
+    of and its undefended reconstruction; images to be classified by kind, and their labels."""
 
     x_adv: Tensor
     image: Tensor
     before: Tensor
-    noise_floor: dict[str, float]
     classified: dict[str, Tensor]
     labels: Tensor
 
 
-class _Study:
-    """A trained VAE with its classifiers, test images, and defences by name."""
+class Compare(Measurement[CompareConfig]):
+    """Defences and controls side by side, by the name of the dataset."""
 
-    def __init__(
-        self,
-        config: CompareConfig,
-        vae: ConvVAE,
-        tasks: dict[str, _Task],
-        weights: dict[str, str],
-        load_split: Callable[[str], data.Images],
-    ) -> None:
-        self.config = config
-        self.vae = vae
-        self.tasks = tasks
-        self.weights = weights
-        self.load_split = load_split
-        test_set = load_split("test")
-        chosen = data.stratified(test_set, config.num_references, self._generator("references"))
-        self.references = test_set.images(chosen)
-        chosen = data.stratified(test_set, config.num_images, self._generator("images"))
-        self.images = test_set.images(chosen)
-        self.labels = test_set.labels[chosen].reshape(len(chosen), -1)
-        self._clean: dict[tuple[Any, ...], DefenceResult] = {}
-        self._unknown: UnknownRadius | None = None
+    kind = command = "compare"
+    noun = "comparison"
+    names = {
+        **{
+            dataset: CompareConfig(f"{dataset}_vae")
+            for dataset in (*DATASETS, "fashion_mnist_inverted")
+        },
+        # Attacked encodings start so far up there that a short chain without a burn-in ends on its
+        # way.
+        "color_mnist_textured": CompareConfig(
+            "color_mnist_textured_vae", chain=ChainConfig(step_size=0.2, burn_in=30)
+        ),
+    }
+    output = "runs/compare"
 
-    @classmethod
-    def load(
-        cls,
-        config: CompareConfig,
-        root: str | os.PathLike[str] | None,
-        models: str | os.PathLike[str] | None,
-    ) -> _Study:
-        """Read weights and data."""
-        vae, card = load_conv_vae(config.model, models)
-        weights = {config.model: card.sha256}
-        tasks = {}
-        for task, plain in classifiers_of(config.model).items():
-            classifiers: dict[str, LinearClassifier] = {}
-            for inputs in config.inputs:
-                name = plain if inputs == "mean" else f"{plain}_{inputs}"
-                classifiers[inputs], of = load_classifier(name, models)
-                weights[name] = of.sha256
-            tasks[task] = _Task(CLASSIFIERS[plain].column, classifiers)
-        known = [f"{how}/{inputs}" for inputs in config.inputs for how in _READINGS[inputs]]
-        if config.reading not in known:
-            raise ValueError(f"reading must be one of {', '.join(known)}, got {config.reading!r}")
-        load = functools.partial(data.load, card.training["dataset"], root=root)
-        return cls(config, vae, tasks, weights, load)
-
-    def undefended_accuracy(self) -> dict[str, Any]:
-        """Accuracy of the undefended model on clean images, per task."""
-        return {
-            task: interval(
-                metrics.correct(self._undefended(task, self.images), self._labels(task)),
-                torch.arange(len(self.images)),
-            )
-            for task in self.tasks
-        }
-
-    def inputs(self, radius: float, full: bool) -> _Inputs:
-        """Attack references and images at a radius; the curve's are the first of all."""
+    def load(self) -> None:
+        """The model, its classifiers by label and by what they were trained on, and images."""
         config = self.config
-        restarts = config.num_restarts if full else min(config.curve_restarts, config.num_restarts)
-        num_images = len(self.images) if full else min(config.curve_images, len(self.images))
-        x = self.images[:num_images]
-        references = self.references.repeat(restarts, 1, 1, 1)
-        before, again = (
-            NoDefence(self.vae)(references, self._generator(purpose)).reconstruction
-            for purpose in ("before", "again")
-        )
-        image = torch.arange(len(self.references)).repeat(restarts)
-        classified = {"clean": x}
-        x_adv = references
-        if radius > 0:
-            attack = functools.partial(
-                attacks.PGD, attacks.symmetric_kl(self.vae), Linf(radius), preset="paper"
-            )
-            found = attack(num_restarts=restarts)(self.references, self._generator("attack"))
-            x_adv = found.x_adv.flatten(0, 1)
-            classified["attacked"] = attack()(x, self._generator("attack images")).x_adv[0]
-            some = x[: config.num_noise]
-            classified["noise"] = attacks.random_noise(some, Linf(radius), self._generator("noise"))
-        floor = interval(metrics.ms_ssim(before, again, variant=VARIANT), image)
-        return _Inputs(x_adv, image, before, floor, classified, self.labels[:num_images])
+        self.vae, card = self.load_conv_vae(config.model)
+        # Name of the label -> its column, and what it was trained on -> classifier.
+        self.tasks: dict[str, tuple[int, dict[LatentInputs, Any]]] = {}
+        for task, plain in classifiers_of(config.model).items():
+            classifiers = {
+                inputs: self.load_classifier(plain if inputs == "mean" else f"{plain}_{inputs}")
+                for inputs in config.inputs
+            }
+            self.tasks[task] = CLASSIFIERS[plain].column, classifiers
+        self.dataset = card.training["dataset"]
+        self.references, _ = self.choose(self.dataset, config.num_references, "references")
+        self.x, self.labels = self.choose(self.dataset, config.num_images, "images")
+        self._clean: dict[tuple[Any, ...], DefenceResult] = {}
 
-    def cell(self, name: str, radius: float, inputs: _Inputs) -> dict[str, Any]:
-        """Everything about one defence at one radius."""
-        defence = self.defence(name, radius)
-        outcome = defence(inputs.x_adv, self._generator("similarity"))
+    def cells(self) -> Iterator[Cell]:
+        """Undefended accuracies, noise floors, a cell per radius and defence, and those of
+        costs."""
+        config = self.config
+        # Where cells stand, the attack's radius, defences, all images or those of the curve.
+        parts: list[tuple[Key, float, tuple[str, ...], bool]] = [
+            (("radii", f"{radius:g}"), radius, config.defences, radius in config.full_radii)
+            for radius in config.radii
+        ]
+        parts.append((("costs",), config.cost_radius, config.costs, False))
+        for task in self.tasks:
+            yield ("clean", task), functools.partial(self.undefended_accuracy, task)
+        for full in dict.fromkeys(full for _, _, names, full in parts if names):
+            size = "full" if full else "curve"
+            yield ("noise_floor", size), functools.partial(self.noise_floor, full)
+        for place, radius, names, full in parts:
+            for name in names:
+                compute = functools.partial(self.defended, place, name, radius, full)
+                yield (*place, name), compute
+
+    def undefended_accuracy(self, task: str) -> dict[str, float]:
+        """Accuracy of the undefended model on clean images."""
+        column, _ = self.tasks[task]
+        return interval(metrics.correct(self._undefended(task, self.x), self.labels[:, column]))
+
+    def noise_floor(self, full: bool) -> dict[str, float]:
+        """Similarity of two undefended reconstructions of the same reference, one draw each."""
+        references, image, before = self._repeated(full)
+        return similarity(before, self.reconstruct(self.vae, references, "again"), image)
+
+    def defended(self, place: Key, name: str, radius: float, full: bool) -> dict[str, Any]:
+        """Everything about one defence at one radius; a copy of the cell at ``place`` that is of
+        the same defence by another name, as ``aware`` is ``aware_0.1`` at 0.1."""
+        resolved = _resolved(name, radius)
+        for other, cell in functools.reduce(operator.getitem, place, self.result).items():
+            if _resolved(other, radius) == resolved:
+                return cell
+        inputs = self.inputs(radius, full)
+        setting = Setting(
+            self.vae, self.config.chain, radius=radius, unknown_radius=self.unknown_radius
+        )
+        defence = make_defence(name, setting)
+        outcome = defence(inputs.x_adv, self.generator("similarity"))
         with torch.no_grad():
             mean = {site: value.mean((0, 1)) for site, value in outcome.samples.items()}
             decoded = program.decode(self.vae, mean, tuple(inputs.x_adv.shape[1:]))
-        runs = {
-            kind: self._run(name, radius, defence, kind, x) for kind, x in inputs.classified.items()
-        }
+        runs = {}
+        for kind, x in inputs.classified.items():
+            # Clean images once, if the defence does not depend on the attack's radius.
+            known = self._clean if kind == "clean" else {}
+            key = (*resolved, len(x))
+            if key not in known:
+                known[key] = defence(x, self.generator("classify", kind))
+            runs[kind] = known[key]
         entry = {
-            "ms_ssim": self._similarity(inputs, outcome.reconstruction),
-            "ms_ssim_of_mean": self._similarity(inputs, decoded),
+            "ms_ssim": similarity(inputs.before, outcome.reconstruction, inputs.image),
+            "ms_ssim_of_mean": similarity(inputs.before, decoded, inputs.image),
             "accuracy": {
-                task: self._accuracy(name, defence, task, runs, inputs) for task in self.tasks
+                task: self._accuracy(task, None if name == "none" else defence, runs, inputs)
+                for task in self.tasks
             },
-            "gradients_per_image": float(outcome.num_gradients.double().mean()),
-            "seconds_per_image": outcome.seconds / len(inputs.x_adv),
+            **cost(outcome),
             "num_attacks": len(inputs.x_adv),
             "num_classified": len(inputs.labels),
-            "settings": outcome.settings,
         }
         if isinstance(defence, MCMCDefence) and "attacked" in runs:
             entry["detection"] = self._detection(defence, runs)
         return entry
 
-    def defence(self, name: str, radius: float) -> Any:
-        """The defence or control of a name; see :class:`CompareConfig`."""
-        return named_defence(self.vae, name, self.config, radius, self.unknown_radius)
+    # --- Inputs ---
 
-    def same(self, name: str, radius: float, cells: dict[str, Any]) -> str | None:
-        """A defence among ``cells`` that at this radius is ``name``, as ``aware`` is ``aware_0.1``
-        at 0.1."""
-        return next(
-            (c for c in cells if self._resolved(c, radius) == self._resolved(name, radius)), None
-        )
+    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    def inputs(self, radius: float, full: bool) -> _Inputs:
+        """Attacked references and images at a radius; the curve's are the first of all."""
+        num_images = self.config.num_images if full else self.config.curve_images
+        x = self.x[:num_images]
+        x_adv, image, before = self._repeated(full)
+        classified = {"clean": x}
+        if radius > 0:
+            attack = functools.partial(
+                attacks.PGD, attacks.symmetric_kl(self.vae), Linf(radius), preset="paper"
+            )
+            on_references = attack(num_restarts=len(image) // len(self.references))
+            x_adv = on_references(self.references, self.generator("attack")).flat().images
+            classified["attacked"] = attack()(x, self.generator("attack images")).x_adv[0]
+            some = x[: self.config.num_noise]
+            classified["noise"] = attacks.random_noise(some, Linf(radius), self.generator("noise"))
+        return _Inputs(x_adv, image, before, classified, self.labels[:num_images])
 
-    def _resolved(self, name: str, radius: float) -> tuple[str, float | None, int | None]:
-        kind, assumed, transitions = defence_spec(name)
-        delta = radius if assumed is None and kind in WITH_RADIUS else assumed
-        return kind, delta, transitions
+    @functools.cache  # noqa: B019
+    def _repeated(self, full: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """References restart after restart, which one each is, and their undefended
+        reconstructions."""
+        config = self.config
+        restarts = config.num_restarts if full else min(config.curve_restarts, config.num_restarts)
+        image = torch.arange(len(self.references)).repeat(restarts)
+        references = self.references[image]
+        return references, image, self.reconstruct(self.vae, references, "before")
 
+    @functools.cache  # noqa: B019
     def unknown_radius(self) -> UnknownRadius:
         """A radius left open, with penalties from clean validation images."""
-        if self._unknown is None:
-            validation_set = self.load_split("validation")
-            chosen = data.stratified(
-                validation_set, CALIBRATION_IMAGES, self._generator("calibration")
-            )
-            x = validation_set.images(chosen)
-            self._unknown = calibrate_radius(self.vae, x, CALIBRATION_RADII)
-        return self._unknown
+        x, _ = self.choose(self.dataset, CALIBRATION_IMAGES, "calibration", "validation")
+        return calibrate_radius(self.vae, x, CALIBRATION_RADII)
 
-    def _run(
-        self, name: str, radius: float, defence: Defence, kind: str, x: Tensor
-    ) -> DefenceResult:
-        """Defend images to be classified; clean ones once, if the defence does not depend on the
-        attack's radius."""
-        generator = self._generator(f"classify {kind}")
-        if kind != "clean":
-            return defence(x, generator)
-        key = (*self._resolved(name, radius), len(x))
-        if key not in self._clean:
-            self._clean[key] = defence(x, generator)
-        return self._clean[key]
-
-    def _similarity(self, inputs: _Inputs, reconstruction: Tensor) -> dict[str, float]:
-        return interval(
-            metrics.ms_ssim(inputs.before, reconstruction, variant=VARIANT), inputs.image
-        )
+    # --- Parts of a cell ---
 
     def _accuracy(
-        self,
-        name: str,
-        defence: Defence,
-        task: str,
-        runs: dict[str, DefenceResult],
-        inputs: _Inputs,
+        self, task: str, defence: Defence | None, runs: dict[str, DefenceResult], inputs: _Inputs
     ) -> dict[str, Any]:
-        """Reading/classifier -> share of images with the right class, and with the reference's, per
-        kind of image."""
-        reference = self._undefended(task, inputs.classified["clean"])
-        label = self._labels(task)[: len(reference)]
-        predictions = {
-            UNDEFENDED_READING: {
-                kind: self._undefended(task, x) for kind, x in inputs.classified.items()
-            }
-        }
-        if name != "none":
+        """Reading/classifier -> kind of image -> share of images with the right class, and with the
+        reference's."""
+        column, classifiers = self.tasks[task]
+        undefended = {kind: self._undefended(task, x) for kind, x in inputs.classified.items()}
+        reference, right = undefended["clean"], inputs.labels[:, column]
+        if defence is None:
+            predictions = {UNDEFENDED_READING: undefended}
+        else:
             predictions = {
                 f"{reading}/{trained_on}": {
                     kind: DefendedClassifier(defence, classifier, reading)
@@ -334,23 +326,19 @@ class _Study:
                     .argmax(-1)
                     for kind, run in runs.items()
                 }
-                for trained_on, classifier in self.tasks[task].classifiers.items()
+                for trained_on, classifier in classifiers.items()
                 for reading in _READINGS[trained_on]
             }
-        image = torch.arange(len(reference))
-        return {
-            reading: {
-                kind: {
-                    "correct": interval(
-                        metrics.correct(found, label[: len(found)]), image[: len(found)]
-                    ),
-                    "unchanged": interval(
-                        metrics.adversarial_accuracy(reference[: len(found)], found),
-                        image[: len(found)],
-                    ),
-                }
-                for kind, found in of_kind.items()
+
+        def shares(found: Tensor) -> dict[str, Any]:
+            some = slice(len(found))
+            return {
+                "correct": interval(metrics.correct(found, right[some])),
+                "unchanged": interval(metrics.adversarial_accuracy(reference[some], found)),
             }
+
+        return {
+            reading: {kind: shares(found) for kind, found in of_kind.items()}
             for reading, of_kind in predictions.items()
         }
 
@@ -361,29 +349,257 @@ class _Study:
             kind: detection_scores(defence, run, self.vae.mean_posterior_variance)
             for kind, run in runs.items()
         }
-        return {
-            score: {
-                f"against_{kind}": {
-                    metric.__name__: results.as_entry(
-                        metrics.detection_interval(
-                            metric,
-                            scores[kind][score],
-                            value[: len(scores[kind][score])],
-                            generator=torch.Generator().manual_seed(0),
-                        )
+
+        def against(kind: str, score: str) -> dict[str, Any]:
+            negative = scores[kind][score]
+            positive = scores["attacked"][score][: len(negative)]
+            return {
+                metric.__name__: as_entry(
+                    metrics.detection_interval(
+                        metric, negative, positive, generator=torch.Generator().manual_seed(0)
                     )
-                    for metric in (metrics.auroc, metrics.fpr_at_tpr)
-                }
-                for kind in ("clean", "noise")
+                )
+                for metric in (metrics.auroc, metrics.fpr_at_tpr)
             }
-            for score, value in scores["attacked"].items()
+
+        return {
+            score: {f"against_{kind}": against(kind, score) for kind in ("clean", "noise")}
+            for score in scores["attacked"]
         }
 
     def _undefended(self, task: str, x: Tensor) -> Tensor:
-        return self.tasks[task].classifiers["mean"].classify(self.vae, x)
+        return self.tasks[task][1]["mean"].classify(self.vae, x)
 
-    def _labels(self, task: str) -> Tensor:
-        return self.labels[:, self.tasks[task].column]
+    # --- Tables and figures ---
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return results.generator(self.config.seed, purpose)
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """A table per fully measured radius, ways of classifying, detection, figures."""
+        result = _NOT_YET | result
+        config, name = result["config"], result["name"]
+        clean = ", ".join(f"{task} {shown(value)}" for task, value in result["clean"].items())
+        floor = next(iter(result["noise_floor"].values()), None)
+        lines = [
+            f"## {name}",
+            "",
+            f"Model `{config['model']}`; undefended accuracy on clean images: {clean}; noise floor "
+            f"of {result['metric']}: {shown(floor)}; seed {config['seed']}.",
+            "",
+        ]
+        for radius in config["full_radii"]:
+            if cells := result["radii"].get(f"{radius:g}"):
+                lines += _main_table(result, radius, cells)
+                lines += _readings_tables(radius, cells)
+                lines += _detection_table(radius, cells)
+        for figure in figures:
+            lines += [f"![{name}: {Path(figure).stem}]({figure})", ""]
+        return "\n".join([*lines, f"{source(result)}.", ""])
+
+    @classmethod
+    def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
+        """By radius, and by cost where that was measured."""
+        result = _NOT_YET | result
+        by_cost = {"cost": cost_figure(result)} if result["costs"] else {}
+        return {"": radius_figure(result), **by_cost}
+
+
+# What an interrupted run may lack.
+_NOT_YET: dict[str, Any] = {"noise_floor": {}, "radii": {}, "costs": {}}
+
+
+def _resolved(name: str, radius: float) -> tuple[str, float | None, int | None]:
+    """What a defence is at a radius of the attack, whatever it is called."""
+    kind, assumed, transitions = defence_spec(name)
+    own = KINDS[kind].radius and assumed is None
+    return kind, radius if own else assumed, transitions
+
+
+def _reading(result: dict[str, Any], cell: dict[str, Any], task: str) -> dict[str, Any]:
+    """Kind of images -> accuracies, in the reading of the main table."""
+    found = cell["accuracy"][task]
+    return found.get(result["config"]["reading"]) or found[UNDEFENDED_READING]
+
+
+def _under_attack(result: dict[str, Any], cell: dict[str, Any], task: str) -> dict[str, float]:
+    found = _reading(result, cell, task)
+    return found.get("attacked", found["clean"])["correct"]
+
+
+def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) -> list[str]:
+    tasks = list(result["clean"])
+    some = next(iter(cells.values()))
+    columns = ["", f"{result['metric']}, one draw", "mean of draws"]
+    for task in tasks:
+        of = "" if len(tasks) == 1 else f" ({task})"
+        columns += [
+            f"correct, attacked{of}",
+            f"unchanged{of}",
+            f"correct, clean{of}",
+            f"correct, noise{of}",
+        ]
+    columns += ["gradients / image", "seconds / image", "verdict"]
+    rows = []
+    for name, cell in cells.items():
+        values = [label(name), shown(cell["ms_ssim"]), shown(cell["ms_ssim_of_mean"])]
+        for task in tasks:
+            found = _reading(result, cell, task)
+            values += [
+                shown(found.get("attacked", {}).get("correct")),
+                shown(found.get("attacked", {}).get("unchanged")),
+                shown(found["clean"]["correct"]),
+                shown(found.get("noise", {}).get("correct")),
+            ]
+        values += [f"{cell['gradients_per_image']:.0f}", f"{cell['seconds_per_image']:.2g}"]
+        rows.append([*values, verdict(result, cells, name)])
+    return [
+        f"### Radius {radius:g}",
+        "",
+        f"{some['num_attacks']} attacks on {result['config']['num_references']} references, "
+        f"{some['num_classified']} images classified (reading `{result['config']['reading']}`; no "
+        f"defence: by the {UNDEFENDED_READING}). 95% intervals over images. *Verdict*: against the "
+        f"best control, on {result['metric']} of the mean of draws and on correct {tasks[0]} under "
+        "attack.",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def verdict(result: dict[str, Any], cells: dict[str, Any], name: str) -> str:
+    """Whether a defence beats the best control of its table, on similarity and on accuracy under
+    attack.
+
+    *Better* and *worse* are said only where the 95% intervals do not overlap.
+    """
+    task = next(iter(result["clean"]))
+    controls = [other for other in cells if defence_spec(other).role == "control"]
+    of_attack = "attacked" in _reading(result, cells[name], task)
+    if defence_spec(name).role != "defence" or not controls or not of_attack:
+        return ""
+    words = []
+    for what, value in (
+        ("similarity", lambda cell: cell["ms_ssim_of_mean"]),
+        ("accuracy", lambda cell: _under_attack(result, cell, task)),
+    ):
+        best = max(controls, key=lambda other: value(cells[other])["estimate"])
+        own, other = value(cells[name]), value(cells[best])
+        than = label(best).removeprefix("control: ")
+        if own["low"] > other["high"]:
+            words.append(f"{what}: better than {than}")
+        elif own["high"] < other["low"]:
+            words.append(f"{what}: **worse** than {than}")
+        else:
+            words.append(f"{what}: not told apart from {than}")
+    return "; ".join(words)
+
+
+def _readings_tables(radius: float, cells: dict[str, Any]) -> Iterator[str]:
+    """Correct classes under attack and without, for every way to classify."""
+    defended = {name: cell for name, cell in cells.items() if defence_spec(name).role != "none"}
+    if not defended:
+        return
+    first = next(iter(defended.values()))["accuracy"]
+    for task, ways in first.items():
+        what = f"{task}, radius {radius:g}"
+        yield f"Ways to classify ({what}): correct under attack / on clean images."
+        yield ""
+        rows = [
+            [
+                label(name),
+                *(
+                    " / ".join(
+                        f"{of[kind]['correct']['estimate']:.3f}"
+                        for kind in ("attacked", "clean")
+                        if kind in of
+                    )
+                    for of in cell["accuracy"][task].values()
+                ),
+            ]
+            for name, cell in defended.items()
+        ]
+        yield from table(["", *ways], rows)
+
+
+def _detection_table(radius: float, cells: dict[str, Any]) -> list[str]:
+    """AUROC and false positive rates of every score."""
+    rows = [
+        [
+            label(name),
+            score.replace("_", " "),
+            *(shown(found[kind][metric]) for kind in found for metric in ("auroc", "fpr_at_tpr")),
+        ]
+        for name, cell in cells.items()
+        for score, found in cell.get("detection", {}).items()
+    ]
+    if not rows:
+        return []
+    columns = ["", "score"]
+    for kind in ("clean images", "noise of equal radius"):
+        columns += [f"AUROC, {kind}", "FPR at 95% TPR"]
+    return [
+        f"Telling attacked images from others (radius {radius:g}); *start energy* needs no chain "
+        "and is the control.",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def radius_figure(result: dict[str, Any]) -> Figure:
+    """Accuracy under attack and similarity against the attack's radius, a line per defence;
+    controls are dashed."""
+    task = next(iter(result["clean"]))
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name in result["config"]["defences"]:
+        found = {float(r): cells[name] for r, cells in result["radii"].items() if name in cells}
+        if not found:
+            continue
+        accuracy = [_under_attack(result, cell, task) for cell in found.values()]
+        similarities = [cell["ms_ssim_of_mean"] for cell in found.values()]
+        for axes, values in ((left, accuracy), (right, similarities)):
+            interval_curve(axes, list(found), values, label(name))
+            if defence_spec(name).role == "control":
+                axes.lines[-1].set_linestyle("--")
+    left.set_ylabel(f"correct {task}")
+    right.set_ylabel(f"{result['metric']}, mean of draws")
+    for axes in (left, right):
+        axes.set_xlabel("radius of the attack")
+    return _finished(figure)
+
+
+def cost_figure(result: dict[str, Any]) -> Figure:
+    """Accuracy and similarity at one radius against gradients per image; what needs none stands at
+    0 as a line."""
+    radius, task = result["config"]["cost_radius"], next(iter(result["clean"]))
+    free = {
+        name: cell
+        for name, cell in result["radii"].get(f"{radius:g}", {}).items()
+        if defence_spec(name).kind in ("none", "dark_clip", "median")
+    }
+    families: dict[str, list[dict[str, Any]]] = {}
+    for name, cell in result["costs"].items():
+        families.setdefault(name.partition("@")[0], []).append(cell)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, quality, value in (
+        (left, f"correct {task}", lambda cell: _under_attack(result, cell, task)),
+        (right, result["metric"], lambda cell: cell["ms_ssim_of_mean"]),
+    ):
+        for name, cells in families.items():
+            gradients = [cell["gradients_per_image"] for cell in cells]
+            interval_curve(axes, gradients, [value(cell) for cell in cells], label(name))
+        for number, (name, cell) in enumerate(free.items()):
+            axes.axhline(
+                value(cell)["estimate"], ls="--", lw=1, color=f"C{4 + number}", label=label(name)
+            )
+        axes.set_xlabel(f"gradients per image, radius {radius:g}")
+        axes.set_ylabel(quality)
+    return _finished(figure)
+
+
+def _finished(figure: Figure) -> Figure:
+    """Both axes from 0 to 1, one legend below."""
+    for axes in figure.axes:
+        axes.set_ylim(0, 1.02)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
+    return figure

@@ -64,6 +64,16 @@ def one_of(known: Iterable[str]) -> Mark:
     return check
 
 
+def must_be(what: str, holds: Callable[[Any], Any]) -> Mark:
+    """A condition in words and as a function."""
+
+    def check(name: str, value: Any) -> None:
+        if not holds(value):
+            raise ValueError(f"{name} must be {what}, got {value!r}")
+
+    return check
+
+
 def not_empty(name: str, value: Any) -> None:
     """A tuple with entries."""
     if not (isinstance(value, tuple) and value):
@@ -109,7 +119,10 @@ class ChainConfig(Configuration):
     burn_in: Natural = 0
 
 
-Engine = Literal["APGD", "PGD", "MomentumPGD"]
+Engine = Annotated[
+    Literal["APGD", "PGD", "MomentumPGD"],
+    must_be("APGD, PGD or MomentumPGD", lambda value: value in ("APGD", "PGD", "MomentumPGD")),
+]
 """Optimisers of :mod:`pyro_vae_defence.attacks`."""
 
 Config = TypeVar("Config")
@@ -196,7 +209,7 @@ def check_fields(config: Any) -> None:
     Raises:
         ValueError: naming the first field that does not fit, its value and what would.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
         _check(name, getattr(config, name), hint)
 
 

@@ -7,7 +7,9 @@ transitions of the defence, by gradients of :mod:`pyro_vae_defence.attacks.adapt
 results the one with the largest objective on fresh chains is kept, image by image. :math:`\tilde
 z^r` enters by its mean, since
 
-.. math:: E\|\tilde z^a - \tilde z^r\|^2 = E\|\tilde z^a - E\tilde z^r\|^2 + \mathrm{tr}\,\mathrm{Var}(\tilde z^r).
+.. math::
+    E\|\tilde z^a - \tilde z^r\|^2 = E\|\tilde z^a - E\tilde z^r\|^2
+    + \mathrm{tr}\,\mathrm{Var}(\tilde z^r).
 
 Section ``objectives`` (C.6). All that an attacker may maximise, unsupervised, and supervised
 towards the image of another class, with one optimiser and budget.
@@ -22,145 +24,190 @@ Every attack leaves a *cell* of means over images with 95% intervals:
 - supervised, ``target_ms_ssim`` and ``target_symmetric_kl``: the same to the target;
 - in ``knowledge``, ``examples``: a picture of the first images, and below them both
   reconstructions.
-
-Budgets are those of :class:`~pyro_vae_defence.experiments.config.FiguresConfig`.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
-import os
+import io
+import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from pyro_vae_defence import attacks, data, metrics
+from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks import adaptive
-from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, NoDefence
-from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.config import FiguresConfig, command, override
-from pyro_vae_defence.experiments.defences import whitened_hmc
-from pyro_vae_defence.experiments.defend import VARIANT
-from pyro_vae_defence.experiments.drawing import picture
-from pyro_vae_defence.experiments.registry import FIGURES, MODELS
-from pyro_vae_defence.experiments.results import interval
-from pyro_vae_defence.experiments.weights import load_conv_vae
-from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, Reading
+from pyro_vae_defence.experiments.configuration import (
+    AttackRadius,
+    ChainConfig,
+    Configuration,
+    Count,
+    Engine,
+    Mark,
+    Natural,
+    at_least,
+    must_be,
+)
+from pyro_vae_defence.experiments.defences import Setting, make_defence
+from pyro_vae_defence.experiments.drawing import interval_curve, picture
+from pyro_vae_defence.experiments.study import Cell, Measurement, interval, similarity
+from pyro_vae_defence.experiments.tables import interval as shown
+from pyro_vae_defence.experiments.tables import source, table
 from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
-from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
+from pyro_vae_defence.models import program
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import Latents, PreparedObjective
+from pyro_vae_defence.types import VAE, Latents, PreparedObjective
 
 ATTACKERS = ("without_mcmc", "with_mcmc")
 KINDS = ("unsupervised", "supervised")
 
+Gradient = Literal["bpda", "truncated", "equilibrium"]
+AttackObjective = Literal[
+    "symmetric_kl",
+    "forward_kl",
+    "reverse_kl",
+    "mean_distance",
+    "squared_wasserstein",
+    "output",
+    "cross_entropy",
+]
 
-def figures(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    models: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Attack the model of ``name``; cells that the result file already holds are not run again.
 
-    Args:
-        name: a name of :data:`pyro_vae_defence.experiments.registry.FIGURES`.
-        output: directory of the result file ``NAME.json``, written after every cell.
-        root: directory of the datasets.
-        models: directory of the weights of VAE and classifier; the packaged ones when ``None``.
-        overrides: fields of the configuration to change; they are recorded in the result.
-        progress: show a progress bar.
-
-    Raises:
-        ValueError: for an unknown name or override, missing weights, or a result file of another
-            run.
-    """
-    if name not in FIGURES:
-        raise ValueError(f"no figures named {name!r}; choose one of {', '.join(FIGURES)}")
-    config = override(FIGURES[name], overrides)
-    study, weights = _load(config, root, models)
-    path = Path(output) / f"{name}.json"
-    result = results.header(
-        f"figures {name}",
-        config,
-        weights,
-        command("figures", name, overrides),
-        metric=metrics.metric_name("ms_ssim", VARIANT),
+def _names_from(known: tuple[str, ...]) -> Mark:
+    return must_be(
+        f"a tuple of names from {known}",
+        lambda value: isinstance(value, tuple) and value and all(each in known for each in value),
     )
-    result |= {"clean": {}, "knowledge": {}, "objectives": {}}
-    results.resume(path, result, "clean", "knowledge", "objectives")
-    with tqdm(list(_cells(result, study)), unit="cell", disable=not progress, leave=False) as bar:
-        for cells, key, measure in bar:
-            if key not in cells:
-                cells[key] = measure()
-                results.save(path, result, indent=1)
-    return result
 
 
-_Cell = tuple[dict[str, Any], str, Callable[[], dict[str, Any]]]
-"""Where a cell goes, under which name, and how it is measured."""
-
-
-def _cells(result: dict[str, Any], study: _Study) -> Iterator[_Cell]:
-    yield result["clean"], "reference", study.clean
-    for radius in study.config.radii:
-        cells = result["knowledge"].setdefault(f"{radius:g}", {})
-        for attacker in ATTACKERS:
-            yield cells, attacker, functools.partial(study.knowledge, attacker, radius)
-    for radius in study.config.objective_radii:
-        kinds = result["objectives"].setdefault(f"{radius:g}", {})
-        for kind in KINDS:
-            cells = kinds.setdefault(kind, {})
-            for objective in study.config.objectives:
-                yield cells, objective, functools.partial(study.objective, kind, objective, radius)
-
-
-def _load(
-    config: FiguresConfig,
-    root: str | os.PathLike[str] | None,
-    models: str | os.PathLike[str] | None,
-) -> tuple[_Study, dict[str, str]]:
-    """Read weights and data; the weights' hashes by name."""
-    vae, card_of_vae = load_conv_vae(config.model, models)
-    classifier, card = load_classifier(f"{config.model}_classifier", models)
-    weights = {config.model: card_of_vae.sha256, card.name: card.sha256}
-    test_set = data.load(MODELS[config.model].dataset, "test", root)
-    chosen = data.stratified(
-        test_set, config.num_images, results.generator(config.seed, "references")
-    )
-    labels = test_set.labels[chosen]
-    if bool((labels == labels.roll(1)).any()):
-        raise ValueError(
-            f"num_images={config.num_images} leaves an image whose target is of its own class; "
-            "ask for one more"
-        )
-    return _Study(config, vae, classifier, test_set.images(chosen), labels), weights
+_Radii = Annotated[
+    tuple[AttackRadius, ...],
+    must_be(
+        "a tuple of radii in (0, 1], the range of images",
+        lambda value: (
+            isinstance(value, tuple)
+            and all(isinstance(radius, (int, float)) and 0 < radius <= 1 for radius in value)
+        ),
+    ),
+]
 
 
 @dataclass(frozen=True)
-class _Study:
-    """A trained VAE with its classifier, references ``(N, C, H, W)`` and their labels."""
+class FiguresConfig(Configuration):
+    """Figures 5, 10, 11, 12 and 16 of the paper: attackers that know the defence or not, and what
+    attacks maximise.
 
-    config: FiguresConfig
-    vae: ConvVAE
-    classifier: LinearClassifier
-    x_ref: Tensor
-    labels: Tensor
+    The defaults make one dataset a matter of minutes on one thread.
 
-    # --- Cells ---
+    Args:
+        model: name of a trained model; the classifier is the one of its name.
+        radii: L_inf radii of the attackers that do or do not know the defence, in units of the
+            image range.
+        gradients: of the attacker who does: ``bpda``, ``truncated``, ``equilibrium``, see
+            :mod:`pyro_vae_defence.attacks.adaptive`. All are tried and the best result is kept,
+            image by image.
+        attack_chains: chains per image that this attacker averages over, and draws of the guide for
+            the other one.
+        persistent_transitions: transitions of these chains per step; they go on from the last step.
+        unrolled_transitions: how many of the last transitions ``truncated`` differentiates.
+        objectives: what is compared, ``output`` being maximum damage or the targeted output attack;
+            see :mod:`pyro_vae_defence.attacks.objectives`.
+        objective_radii: L_inf radii of these attacks.
+        engine: optimiser of :mod:`pyro_vae_defence.attacks`, of all attacks.
+        attack_steps: its steps.
+        num_images: class-stratified test images, not one more than a multiple of the classes: the
+            target of an image is the image before it.
+        num_examples: of these, the first ones, that are kept to be shown.
+        reading: how the classifier reads the defence's draws, see
+            :mod:`pyro_vae_defence.defence.classifier`.
+        chain: of the defence, one per image without a burn-in, which attackers cannot unroll.
+        seed: seed of images, attacks and defences.
+    """
+
+    model: str
+    radii: _Radii = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+    gradients: Annotated[tuple[Gradient, ...], _names_from(get_args(Gradient))] = (
+        "bpda",
+        "equilibrium",
+    )
+    attack_chains: Annotated[int, at_least(2)] = 8
+    persistent_transitions: Count = 1
+    unrolled_transitions: Count = 1
+    objectives: Annotated[tuple[AttackObjective, ...], _names_from(get_args(AttackObjective))] = (
+        get_args(AttackObjective)
+    )
+    objective_radii: _Radii = (0.1, 0.2)
+    engine: Engine = "MomentumPGD"
+    attack_steps: Count = 50
+    num_images: Annotated[int, at_least(2)] = 20
+    num_examples: int = 2
+    reading: Reading = "reencoded"
+    chain: ChainConfig = ChainConfig(num_samples=5, warmup_steps=20)
+    seed: Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_examples <= self.num_images:
+            raise ValueError(
+                f"num_examples must lie in 1..num_images = {self.num_images}, got "
+                f"{self.num_examples!r}"
+            )
+        for name, only in (("num_chains", 1), ("burn_in", 0)):
+            if (value := getattr(self.chain, name)) != only:
+                raise ValueError(
+                    f"chain.{name} must be {only}, for attackers who unroll the chain, got {value}"
+                )
+
+
+class Figures(Measurement[FiguresConfig]):
+    """Attackers' knowledge and objectives, by the name of the dataset."""
+
+    kind = command = "figures"
+    noun = "figures"
+    names = {dataset: FiguresConfig(f"{dataset}_vae") for dataset in ("mnist", "fashion_mnist")}
+    output = "runs/figures"
+
+    def load(self) -> None:
+        """The model, its classifier, and references ``(N, C, H, W)``."""
+        config = self.config
+        self.vae, card = self.load_conv_vae(config.model)
+        self.classifier = self.load_classifier(f"{config.model}_classifier")
+        dataset = card.training["dataset"]
+        self.x_ref, labels = self.choose(dataset, config.num_images, "references")
+        self.labels = labels[:, 0]
+        # What supervised attacks aim at: of every image the image before it.
+        self.target = self.x_ref.roll(1, 0)
+        if bool((self.labels == self.labels.roll(1)).any()):
+            raise ValueError(
+                f"num_images={config.num_images} leaves an image whose target is of its own class; "
+                "ask for one more"
+            )
+
+    def cells(self) -> Iterator[Cell]:
+        """No attack, a cell per radius and attacker, and per radius, kind and objective."""
+        yield ("clean", "reference"), self.clean
+        for radius in self.config.radii:
+            for attacker in ATTACKERS:
+                compute = functools.partial(self.knowledge, attacker, radius)
+                yield ("knowledge", f"{radius:g}", attacker), compute
+        for radius in self.config.objective_radii:
+            for kind in KINDS:
+                for name in self.config.objectives:
+                    compute = functools.partial(self.objective, kind, name, radius)
+                    yield ("objectives", f"{radius:g}", kind, name), compute
 
     def clean(self) -> dict[str, Any]:
         """No attack: the floors of noise, and what the defence costs."""
@@ -171,12 +218,12 @@ class _Study:
         gradients = self.config.gradients if attacker == "with_mcmc" else ("exact",)
         purposes = [f"{attacker} {gradient} {radius:g}" for gradient in gradients]
         objectives = [
-            self._latent_distance(gradient, self._generator(f"{purpose} objective"))
+            self.latent_distance(gradient, self.generator(purpose, "objective"))
             for gradient, purpose in zip(gradients, purposes, strict=True)
         ]
         started = time.perf_counter()
         found = [
-            self._attack(objective, radius, purpose)
+            self.attack(objective, radius, purpose)
             for objective, purpose in zip(objectives, purposes, strict=True)
         ]
         seconds = (time.perf_counter() - started) / len(self.x_ref)
@@ -191,28 +238,36 @@ class _Study:
     def objective(self, kind: str, name: str, radius: float) -> dict[str, Any]:
         """One objective of Figure 16 at one radius."""
         purpose, supervised = f"{kind} {name} {radius:g}", kind == "supervised"
-        found = self._attack(self._prepared(name, supervised), radius, purpose)
+        found = self.attack(self._prepared(name, supervised), radius, purpose)
         return self._cell(purpose, found.x_adv[0], supervised)
 
-    def _attack(
+    def attack(
         self, objective: PreparedObjective, radius: float, purpose: str
     ) -> attacks.AttackResult:
-        engine = getattr(attacks, self.config.engine)
+        """The references attacked from one random start."""
+        config = self.config
+        engine = getattr(attacks, config.engine)
         # Objectives with chains of their own see all images at once.
-        attack = engine(objective, Linf(radius), num_steps=self.config.num_steps, batch_size=2**31)
-        return attack(self.x_ref, self._generator(f"{purpose} attack"))
+        attack = engine(objective, Linf(radius), num_steps=config.attack_steps, batch_size=2**31)
+        return attack(self.x_ref, self.generator(purpose, "attack"))
 
     def _cell(
         self, purpose: str, x: Tensor, supervised: bool = False, examples: bool = False
     ) -> dict[str, Any]:
         """What is measured of images ``x`` that stem from the references."""
-        runs = {
-            "undefended": NoDefence(self.vae)(x, self._generator(f"{purpose} undefended")),
-            "defended": self._hmc()(x, self._generator(f"{purpose} defended")),
+        defence = self.hmc()
+        run = defence(x, self.generator(purpose, "defended"))
+        behind = DefendedClassifier(defence, self.classifier, self.config.reading)
+        predicted = {
+            "undefended": self.classifier.classify(self.vae, x),
+            "defended": behind.log_probabilities(run).argmax(-1),
         }
-
-        def similarity(reference: Tensor, image: Tensor) -> dict[str, float]:
-            return interval(metrics.ms_ssim(reference, image, variant=VARIANT))
+        reference = self.classifier.classify(self.vae, self.x_ref)
+        before = self.reconstruct(self.vae, self.x_ref, "before")
+        after = {
+            "undefended": self.reconstruct(self.vae, x, purpose, "undefended"),
+            "defended": run.reconstruction,
+        }
 
         def divergence(reference: Tensor) -> dict[str, float]:
             with torch.no_grad():
@@ -222,51 +277,29 @@ class _Study:
         cell: dict[str, Any] = {
             "ms_ssim": {
                 "images": similarity(self.x_ref, x),
-                **{
-                    name: similarity(self._reconstruction, run.reconstruction)
-                    for name, run in runs.items()
-                },
+                **{name: similarity(before, decoded) for name, decoded in after.items()},
             },
-            "unchanged": self._unchanged(x, runs["defended"]),
+            "unchanged": {
+                name: interval(metrics.adversarial_accuracy(reference, found))
+                for name, found in predicted.items()
+            },
             "symmetric_kl": divergence(self.x_ref),
         }
         if supervised:
             cell["target_ms_ssim"] = {
-                name: similarity(self._reconstruction.roll(1, 0), run.reconstruction)
-                for name, run in runs.items()
+                name: similarity(before.roll(1, 0), decoded) for name, decoded in after.items()
             }
-            cell["target_symmetric_kl"] = divergence(self._target)
+            cell["target_symmetric_kl"] = divergence(self.target)
         if examples:
-            shown = (x, *(run.reconstruction for run in runs.values()))
-            cell["examples"] = picture([images[: self.config.num_examples] for images in shown])
+            rows = [images[: self.config.num_examples] for images in (x, *after.values())]
+            cell["examples"] = picture(rows)
         return cell
-
-    def _unchanged(self, x: Tensor, defended: DefenceResult) -> dict[str, Any]:
-        reference = self.classifier.classify(self.vae, self.x_ref)
-        behind = DefendedClassifier(self._hmc(), self.classifier, self.config.reading)
-        predicted = {
-            "undefended": self.classifier.classify(self.vae, x),
-            "defended": behind.log_probabilities(defended).argmax(-1),
-        }
-        return {
-            name: interval(metrics.adversarial_accuracy(reference, found))
-            for name, found in predicted.items()
-        }
-
-    @functools.cached_property
-    def _reconstruction(self) -> Tensor:
-        """Of the references, one draw of the guide; an image's target is the image before it."""
-        return NoDefence(self.vae)(self.x_ref, self._generator("before")).reconstruction
-
-    @property
-    def _target(self) -> Tensor:
-        return self.x_ref.roll(1, 0)
 
     # --- What attackers maximise ---
 
     def _prepared(self, name: str, supervised: bool) -> PreparedObjective:
         """An objective of Table 1 or C.6 by name."""
-        target = self._target if supervised else None
+        target = self.target if supervised else None
         if name == "cross_entropy":
             # Unsupervised, away from the class predicted at the reference.
             targets = self.labels.roll(1) if supervised else None
@@ -277,72 +310,340 @@ class _Study:
             return attacks.maximum_damage(self.vae)
         return attacks.targeted_output(self.vae, target)
 
-    def _latent_distance(self, gradient: str, generator: torch.Generator) -> PreparedObjective:
+    def latent_distance(self, gradient: str, generator: torch.Generator) -> PreparedObjective:
         """Equation 64: with ``"exact"`` of the guide alone, else of the defended guide by this
         gradient."""
-        number = self.config.num_chains
+        number, box = self.config.attack_chains, self._box
         if gradient == "exact":
             score = adaptive.latent_distance(functools.partial(program.posterior_mean, self.vae))
-            encode = adaptive.transfer(self._start)
+            encode = adaptive.transfer(box.start)
             return adaptive.expected(encode, score, number, generator=generator)
         mean = {name: value.mean((0, 1)) for name, value in self._defended.samples.items()}
         score = adaptive.latent_distance(lambda x: lat.repeat(mean, number))
-        resume = self._transitions(self.config.persistent_transitions)
-        start, chain = self._start, self._chain
+        # With the step size that the defence arrives at.
+        step_size = float(self._defended.sample_stats["step_size"].median())
+        resume = box.transitions(self.config.persistent_transitions, step_size)
         if gradient == "equilibrium":
             return adaptive.equilibrium(
-                start, chain, self._energy, score, number, resume=resume, generator=generator
+                box.start, box.chain, box.energy, score, number, resume=resume, generator=generator
             )
         if gradient == "bpda":
-            encode = adaptive.bpda(start, chain, resume)
+            encode = adaptive.bpda(box.start, box.chain, resume)
         else:
-            last = self._transitions(self.config.unrolled_transitions)
-            encode = adaptive.truncated(start, chain, last, resume)
+            last = box.transitions(self.config.unrolled_transitions, step_size)
+            encode = adaptive.truncated(box.start, box.chain, last, resume)
         return adaptive.expected(encode, score, number, persistent=True, generator=generator)
-
-    def _start(self, x: Tensor, streams: Streams) -> Latents:
-        return program.encode(self.vae, x, streams=streams)
-
-    def _energy(self, x: Tensor, latents: Latents) -> Tensor:
-        return self._potential.at(x)(latents)
-
-    @functools.cached_property
-    def _potential(self) -> ModelPotential:
-        return ModelPotential(self.vae.model, self.x_ref)
 
     # --- The defence ---
 
-    @property
-    def _kernel(self) -> Callable[..., BatchedHMC]:
-        """HMC in the metric of the mean posterior variance."""
-        return whitened_hmc(self.vae, self.config.step_size, self.config.leapfrog_steps)
-
-    def _hmc(self, num_chains: int = 1) -> MCMCDefence:
-        config = self.config
-        return MCMCDefence(
-            self.vae, self._kernel, config.num_samples, config.warmup_steps, num_chains
-        )
+    def hmc(self, num_chains: int = 1) -> MCMCDefence:
+        """HMC on the paper's target, in the metric of the mean posterior variance."""
+        chain = replace(self.config.chain, num_chains=num_chains)
+        return make_defence("hmc", Setting(self.vae, chain))
 
     @functools.cached_property
     def _defended(self) -> DefenceResult:
         """The references behind the defence, in as many chains as the attacker has."""
-        return self._hmc(self.config.num_chains)(self.x_ref, self._generator("references defended"))
+        defence = self.hmc(self.config.attack_chains)
+        return defence(self.x_ref, self.generator("references defended"))
+
+    @functools.cached_property
+    def _box(self) -> _WhiteBox:
+        return _WhiteBox(self.vae, self.hmc(), self.x_ref)
+
+    # --- Tables and figures ---
+
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """Budgets, figures, a table of attackers and one per radius and kind of objectives."""
+        result = _NOT_YET | result
+        config = result["config"]
+        chain = config["chain"]
+        lines = [
+            f"## {result['name']}",
+            "",
+            f"{config['num_images']} images, model `{config['model']}`, seed {config['seed']}; "
+            f"L_inf balls. Every attack: {config['attack_steps']} steps of {config['engine']} from "
+            "one random start. Defence: one HMC chain per image on the paper's target, "
+            f"{chain['warmup_steps']} + {chain['num_samples']} transitions of {chain['num_steps']} "
+            "leapfrog steps on average, whitened; its last draw is decoded, classes are read by "
+            f"`{config['reading']}`. {result['metric']} of reconstructions is to one undefended "
+            "draw at the reference. 95% intervals over images. Heuristic, not certified.",
+            "",
+        ]
+        for figure in figures:
+            lines += [f"![{Path(figure).stem}]({figure})", ""]
+        lines += [*_knowledge_table(result), *_objectives_tables(result)]
+        return "\n".join([*lines, f"{source(result)}.", ""])
+
+    @classmethod
+    def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
+        """Figures 5, 10 and 11 in one, 12, and 16."""
+        result = _NOT_YET | result
+        return {
+            "knowledge": knowledge_figure(result),
+            "examples": examples_figure(result),
+            "objectives": objectives_figure(result),
+        }
+
+
+class _WhiteBox:
+    """What an attacker who knows a defence gets of it: start, chain, energy, a few transitions."""
+
+    def __init__(self, vae: VAE, defence: Any, x: Tensor) -> None:
+        self.vae, self.defence = vae, defence
+        self._potential = ModelPotential(vae.model, x)
+
+    def start(self, x: Tensor, streams: Streams) -> Latents:
+        """Where chains start: a draw of the guide."""
+        return program.encode(self.vae, x, streams=streams)
+
+    def energy(self, x: Tensor, latents: Latents) -> Tensor:
+        """U(z; x) of the defence's target, ``(M,)``, in nats."""
+        return self._potential.at(x)(latents)
 
     @property
-    def _chain(self) -> UnrolledKernel:
+    def chain(self) -> UnrolledKernel:
         """The whole defence."""
-        config = self.config
-        make = functools.partial(self._kernel, self.vae.model)
-        total = config.warmup_steps + config.num_samples
-        return UnrolledKernel(make, self._energy, total, config.warmup_steps)
+        make = functools.partial(self.defence.kernel, self.vae.model)
+        total = self.defence.warmup_steps + self.defence.num_samples
+        return UnrolledKernel(make, self.energy, total, self.defence.warmup_steps)
 
-    def _transitions(self, number: int) -> UnrolledKernel:
-        """Some transitions with the step size that the defence arrives at."""
-        step_size = float(self._defended.sample_stats["step_size"].median())
+    def transitions(self, number: int, step_size: float) -> UnrolledKernel:
+        """Some transitions with a fixed step size."""
         make = functools.partial(
-            self._kernel, self.vae.model, step_size=step_size, adapt_step_size=False
+            self.defence.kernel, self.vae.model, step_size=step_size, adapt_step_size=False
         )
-        return UnrolledKernel(make, self._energy, number)
+        return UnrolledKernel(make, self.energy, number)
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return results.generator(self.config.seed, purpose)
+
+# --- Tables ---------------------------------------------------------------------------------------
+
+# What an interrupted run may lack.
+_NOT_YET: dict[str, Any] = {"knowledge": {}, "objectives": {}}
+
+_ATTACKERS = {
+    "without_mcmc": "does not know the defence",
+    "with_mcmc": "knows the defence",
+}
+_DEFENCES = {"undefended": "no defence", "defended": "HMC"}
+_SHOWN = {"images": "image", "undefended": "no defence", "defended": "HMC"}
+
+# (attacker, reconstructions) -> where the paper shows it.
+_PANELS = {
+    ("without_mcmc", "undefended"): "Figure 10 (a)",
+    ("without_mcmc", "defended"): "Figures 10 (b), 5 (a)",
+    ("with_mcmc", "undefended"): "not in the paper",
+    ("with_mcmc", "defended"): "Figures 11, 5 (b)",
+}
+
+
+class _Measure(NamedTuple):
+    """A quantity of cells: its key, what it is called, where a successful attack moves it, how it
+    is printed."""
+
+    key: str
+    title: str
+    direction: str
+    digits: int = 3
+
+    def of(self, cell: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """Name of the reconstruction or ``""`` -> entry, as the cell has it."""
+        name, _, part = self.key.partition("/")
+        found = cell.get(name, {})
+        if part:
+            return {"": found[part]} if found else {}
+        if "estimate" in found:
+            return {"": found}
+        return {key: entry for key, entry in found.items() if key != "images"}
+
+
+_MEASURES = (
+    _Measure("ms_ssim/images", "images: reference, attacked", "↑"),
+    _Measure("ms_ssim", "reconstructions: reference, attacked", "↓"),
+    _Measure("symmetric_kl", "symmetric KL to the reference (nats)", "↑", 1),
+    _Measure("unchanged", "class unchanged", "↓"),
+    _Measure("target_ms_ssim", "reconstructions: target, attacked", "↑"),
+    _Measure("target_symmetric_kl", "symmetric KL to the target (nats)", "↓", 1),
+)
+
+
+def _knowledge_table(result: dict[str, Any]) -> list[str]:
+    config, metric = result["config"], result["metric"]
+    columns = [
+        "radius",
+        "attacker",
+        f"{metric}: images",
+        "reconstructions, no defence",
+        "reconstructions, HMC",
+        "class unchanged, no defence",
+        "class unchanged, HMC",
+        "symmetric KL (nats)",
+        "seconds per image of the attack",
+        "best gradient, images",
+    ]
+    rows = [["0", "none", *_values(result["clean"]["reference"]), "", ""]]
+    for radius, cells in result["knowledge"].items():
+        for attacker, cell in cells.items():
+            seconds = f"{cell['attack_seconds_per_image']:.2g}"
+            strongest = ", ".join(f"{name} {count}" for name, count in cell["strongest"].items())
+            rows.append([radius, _ATTACKERS[attacker], *_values(cell), seconds, strongest])
+    return [
+        "### Attackers with and without knowledge of the defence (Figures 5, 10, 11)",
+        "",
+        f"Both maximise eq. 64, the one without knowledge over {config['attack_chains']} draws of "
+        f"the guide per image and step, the other over {config['attack_chains']} chains, which go "
+        f"on from the last step for {config['persistent_transitions']} transition(s), by each of "
+        f"the gradients {', '.join(config['gradients'])}, of whose results the one with the "
+        "largest objective on fresh chains is kept, image by image.",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def _values(cell: dict[str, Any]) -> list[str]:
+    """Similarities, classes and divergence as :func:`_knowledge_table` orders them."""
+    return [
+        *(shown(cell["ms_ssim"][name]) for name in _SHOWN),
+        *(shown(cell["unchanged"][name]) for name in _DEFENCES),
+        shown(cell["symmetric_kl"], 1),
+    ]
+
+
+def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
+    yield "### Objectives (Figure 16)"
+    yield ""
+    for radius, kinds in result["objectives"].items():
+        for kind, cells in kinds.items():
+            yield f"Radius {radius}, {kind}; arrows show where a successful attack moves a figure."
+            yield ""
+            some = next(iter(cells.values()))
+            columns = [
+                f"{measure.title}{f', {_DEFENCES[name]}' if name else ''} {measure.direction}"
+                for measure in _MEASURES
+                for name in measure.of(some)
+            ]
+            rows = [
+                [_label(name)]
+                + [
+                    shown(entry, measure.digits)
+                    for measure in _MEASURES
+                    for entry in measure.of(cell).values()
+                ]
+                for name, cell in cells.items()
+            ]
+            yield from table(["objective", *columns], rows)
+
+
+def _label(objective: str) -> str:
+    return objective.replace("_", " ").replace("kl", "KL").replace("wass", "Wass")
+
+
+# --- Figures --------------------------------------------------------------------------------------
+
+
+def knowledge_figure(result: dict[str, Any]) -> Figure:
+    """Similarity of images (blue) and reconstructions (orange) over the radius (Figures 5, 10 and
+    11)."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    for axes, ((attacker, defence), place) in zip(panels, _PANELS.items(), strict=True):
+        found = {0.0: result["clean"]["reference"]} | {
+            float(radius): cells[attacker]
+            for radius, cells in result["knowledge"].items()
+            if attacker in cells
+        }
+        for name, label in (("images", "images"), (defence, "reconstructions")):
+            entries = [cell["ms_ssim"][name] for cell in found.values()]
+            interval_curve(axes, list(found), entries, label)
+        floor = result["clean"]["reference"]["ms_ssim"]["undefended"]["estimate"]
+        axes.axhline(floor, color="black", lw=0.8, ls=":", label="two draws at the reference")
+        axes.set_title(
+            f"attacker {_ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})", fontsize=9
+        )
+        axes.set_ylim(0, 1.02)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("radius of the attack")
+    for axes in figure.axes[::2]:
+        axes.set_ylabel(result["metric"])
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def examples_figure(result: dict[str, Any]) -> Figure:
+    """Attacked images over the radius and their reconstructions, a row of panels per attacker
+    (Figure 12)."""
+    number = result["config"]["num_examples"]
+    width, height = 0.6 * number + 0.1, 0.6 * len(_SHOWN) + 0.35
+    columns = {"reference": dict.fromkeys(_ATTACKERS, result["clean"]["reference"])}
+    columns |= {f"radius {radius}": cells for radius, cells in result["knowledge"].items()}
+    figure = Figure(
+        figsize=(len(columns) * width + 1, len(_ATTACKERS) * height), layout="constrained"
+    )
+    grid = figure.subplots(len(_ATTACKERS), len(columns), squeeze=False)
+    for panels, (attacker, title) in zip(grid, _ATTACKERS.items(), strict=True):
+        for axes, (column, cells) in zip(panels, columns.items(), strict=True):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_title(column, fontsize=7)
+            if attacker in cells:
+                pixels = imread(io.BytesIO(base64.b64decode(cells[attacker]["examples"])))
+                axes.imshow(pixels)
+        tile = pixels.shape[0] / len(_SHOWN)
+        centres = [(place + 0.5) * tile for place in range(len(_SHOWN))]
+        panels[0].set_yticks(centres, list(_SHOWN.values()), fontsize=7)
+        panels[0].set_ylabel(f"attacker\n{title}", fontsize=8)
+    return figure
+
+
+def objectives_figure(result: dict[str, Any]) -> Figure:
+    """What each objective does to each metric (Figure 16): a panel per metric, a row of them per
+    kind of attack."""
+    objectives = result["config"]["objectives"]
+    markers = dict(zip(result["objectives"], itertools.cycle("os^vD")))
+    figure = Figure(figsize=(3 * len(_MEASURES), 7), layout="constrained")
+    grid = figure.subplots(len(KINDS), len(_MEASURES), sharey=True, squeeze=False)
+    for kind, panels in zip(KINDS, grid, strict=True):
+        for measure, axes in zip(_MEASURES, panels, strict=True):
+            series = _series(result, kind, measure)
+            if not series:
+                axes.set_axis_off()
+                continue
+            for number, ((radius, name), points) in enumerate(series.items()):
+                shift = 0.6 * ((number + 0.5) / len(series) - 0.5)
+                low, estimate, high = (
+                    torch.tensor([entry[key] for entry in points.values()])
+                    for key in ("low", "estimate", "high")
+                )
+                axes.errorbar(
+                    estimate,
+                    [place + shift for place in points],
+                    xerr=torch.stack([estimate - low, high - estimate]).clamp(min=0),
+                    fmt=markers[radius],
+                    color={"undefended": "C0", "defended": "C1"}.get(name, "black"),
+                    ms=4,
+                    lw=1,
+                    label=", ".join(filter(None, (_DEFENCES.get(name), f"radius {radius}"))),
+                )
+            axes.set_title(f"{measure.title} {measure.direction}", fontsize=8)
+        panels[0].set_yticks(range(len(objectives)), [_label(name) for name in objectives])
+        panels[0].set_ylabel(kind)
+        panels[0].set_ylim(len(objectives) - 0.5, -0.5)
+    # The first panel with both defences.
+    handles = grid[0, 1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
+
+
+def _series(
+    result: dict[str, Any], kind: str, measure: _Measure
+) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+    """Radius and defence -> number of the objective -> entry; what an interrupted run lacks is left
+    out."""
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for radius, kinds in result["objectives"].items():
+        for place, objective in enumerate(result["config"]["objectives"]):
+            for name, entry in measure.of(kinds.get(kind, {}).get(objective, {})).items():
+                found.setdefault((radius, name), {})[place] = entry
+    return found
