@@ -200,6 +200,7 @@ class TestDefences:
             ChainConfig(num_samples=2, warmup_steps=1, num_steps=1),
             metric={"z": torch.ones(64)},
             radius=0.1,
+            paper="mnist",
             unknown_radius=lambda: UnknownRadius((0.0, 0.1), (0.0, 1.0)),
         )
         x = torch.rand(2, 1, 28, 28)
@@ -221,6 +222,8 @@ class TestDefences:
         for name in ("aware", "aware_unknown", "dark_clip"):
             with pytest.raises(ValueError, match=f"'{name}' assumes a radius"):
                 make_defence(name, setting)
+        with pytest.raises(ValueError, match="'paper' is a setting per dataset"):
+            make_defence("paper", setting)
 
 
 class TestCommandLine:

@@ -36,7 +36,7 @@ from pyro_vae_defence.experiments.configuration import (
     Natural,
     not_empty,
 )
-from pyro_vae_defence.experiments.defences import FixedDefenceName, Setting, label, make_defence
+from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3
 from pyro_vae_defence.experiments.study import (
     METRIC,
@@ -54,7 +54,8 @@ from pyro_vae_defence.experiments.train import DATASETS, MODEL_ORDER, MODELS, mo
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.ops.balls import Linf
 
-_Names = Annotated[tuple[FixedDefenceName, ...], not_empty]
+_Name = Annotated[str, known_defence(attack_radius=False)]
+_Names = Annotated[tuple[_Name, ...], not_empty]
 _Radii = Annotated[tuple[AttackRadius, ...], not_empty]
 
 
@@ -103,6 +104,7 @@ class Attack(Measurement[AttackConfig]):
         if config.dataset in DATASETS and config.architecture is None
     }
     output = "runs/attack"
+    parts = ("radii",)
 
     def load(self) -> None:
         """The model, its classifiers by label, and images."""

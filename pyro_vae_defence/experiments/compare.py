@@ -44,9 +44,9 @@ from pyro_vae_defence.experiments.configuration import (
 )
 from pyro_vae_defence.experiments.defences import (
     KINDS,
-    DefenceName,
     Setting,
     defence_spec,
+    known_defence,
     label,
     make_defence,
 )
@@ -82,6 +82,9 @@ _READINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
+_Name = Annotated[str, known_defence(unknown_radius=True)]
+
+
 @dataclass(frozen=True)
 class CompareConfig(Configuration):
     """Every defence and control against the encoder attack of the paper, over its radius.
@@ -111,7 +114,7 @@ class CompareConfig(Configuration):
     """
 
     model: str
-    defences: tuple[DefenceName, ...] = (
+    defences: tuple[_Name, ...] = (
         "none",
         "hmc",
         "aware",
@@ -127,7 +130,7 @@ class CompareConfig(Configuration):
         "median",
         "gaussian",
     )
-    costs: tuple[DefenceName, ...] = tuple(
+    costs: tuple[_Name, ...] = tuple(
         f"{kind}@{transitions}" for kind in ("hmc", "aware_0.2") for transitions in (4, 10, 20, 40)
     )
     inputs: tuple[LatentInputs, ...] = ("mean",)
@@ -183,6 +186,7 @@ class Compare(Measurement[CompareConfig]):
         ),
     }
     output = "runs/compare"
+    parts = ("clean", "noise_floor", "radii", "costs")
 
     def load(self) -> None:
         """The model, its classifiers by label and by what they were trained on, and images."""
@@ -375,7 +379,6 @@ class Compare(Measurement[CompareConfig]):
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A table per fully measured radius, ways of classifying, detection, figures."""
-        result = _NOT_YET | result
         config, name = result["config"], result["name"]
         clean = ", ".join(f"{task} {shown(value)}" for task, value in result["clean"].items())
         floor = next(iter(result["noise_floor"].values()), None)
@@ -398,13 +401,8 @@ class Compare(Measurement[CompareConfig]):
     @classmethod
     def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
         """By radius, and by cost where that was measured."""
-        result = _NOT_YET | result
         by_cost = {"cost": cost_figure(result)} if result["costs"] else {}
         return {"": radius_figure(result), **by_cost}
-
-
-# What an interrupted run may lack.
-_NOT_YET: dict[str, Any] = {"noise_floor": {}, "radii": {}, "costs": {}}
 
 
 def _resolved(name: str, radius: float) -> tuple[str, float | None, int | None]:

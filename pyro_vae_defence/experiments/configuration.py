@@ -28,11 +28,7 @@ Mark = Callable[[str, Any], None]
 
 def at_least(least: int) -> Mark:
     """An integer not below ``least``."""
-    return functools.partial(_check_integer, least)
-
-
-def _check_integer(least: int, name: str, value: Any) -> None:
-    check_integer(name, value, least)
+    return lambda name, value: check_integer(name, value, least)
 
 
 def within(low: float, high: float, of_images: bool = True, without_low: bool = False) -> Mark:
@@ -47,23 +43,6 @@ def within(low: float, high: float, of_images: bool = True, without_low: bool = 
     return check
 
 
-def positive(name: str, value: Any) -> None:
-    """A positive finite number."""
-    if not (_is_number(value) and 0 < value < math.inf):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}")
-
-
-def one_of(known: Iterable[str]) -> Mark:
-    """One of some names."""
-    names = tuple(known)
-
-    def check(name: str, value: Any) -> None:
-        if value not in names:
-            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-
-    return check
-
-
 def must_be(what: str, holds: Callable[[Any], Any]) -> Mark:
     """A condition in words and as a function."""
 
@@ -74,15 +53,20 @@ def must_be(what: str, holds: Callable[[Any], Any]) -> Mark:
     return check
 
 
-def not_empty(name: str, value: Any) -> None:
-    """A tuple with entries."""
-    if not (isinstance(value, tuple) and value):
-        raise ValueError(f"{name} must be a tuple that is not empty, got {value!r}")
+def one_of(known: Iterable[str]) -> Mark:
+    """One of some names."""
+    names = tuple(known)
+    return must_be(f"one of {', '.join(names)}", lambda value: value in names)
 
+
+not_empty = must_be("a tuple that is not empty", lambda value: isinstance(value, tuple) and value)
 
 Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
-Positive = Annotated[float, positive]
+Positive = Annotated[
+    float,
+    must_be("positive and finite", lambda value: _is_number(value) and 0 < value < math.inf),
+]
 Radius = Annotated[float, within(0, 1)]
 """Of a ball of images; 0 is no attack."""
 AttackRadius = Annotated[float, within(0, 1, without_low=True)]

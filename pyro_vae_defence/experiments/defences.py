@@ -25,7 +25,7 @@ from pyro_vae_defence.defence import (
     median_filter,
 )
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
-from pyro_vae_defence.experiments.configuration import ChainConfig, one_of
+from pyro_vae_defence.experiments.configuration import ChainConfig, Mark, one_of
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models.perturbation import Perturbation, UnknownRadius
 from pyro_vae_defence.ops.balls import Linf
@@ -56,7 +56,7 @@ class Setting:
     metric: LatentsLike | None = None
     radius: float | None = None
     unknown_radius: Callable[[], UnknownRadius] | None = None
-    paper: str = "mnist"
+    paper: str | None = None
     options: dict[str, Any] | None = None
 
 
@@ -102,6 +102,8 @@ def _mode(setting: Setting, perturbation: Perturbation | None, _: int | None) ->
 
 
 def _paper(setting: Setting, *_: Any) -> Defence:
+    if setting.paper is None:
+        raise ValueError("'paper' is a setting per dataset; name it in Setting(paper=...)")
     return MCMCDefence.paper(setting.vae, setting.paper, **(setting.options or {}))
 
 
@@ -204,21 +206,30 @@ def defence_spec(name: str) -> DefenceSpec:
     )
 
 
-def _check_name(name: str, value: Any) -> None:
-    defence_spec(value)
+def known_defence(
+    published: bool = False, unknown_radius: bool = False, attack_radius: bool = True
+) -> Mark:
+    """A defence's name in a configuration, as an annotation of ``str``.
 
+    Args:
+        published: whether the configuration says whose setting ``paper`` is.
+        unknown_radius: whether the study knows what ``aware_unknown`` assumes.
+        attack_radius: whether a name without a radius may assume the attack's.
+    """
 
-def _check_fixed_name(name: str, value: Any) -> None:
-    kind, radius, _ = defence_spec(value)
-    if kind == "aware_unknown" or (KINDS[kind].radius and radius is None):
-        raise ValueError(f"{name}: {value!r} assumes a radius; name it, as in 'aware_0.2'")
+    def check(name: str, value: Any) -> None:
+        kind, radius, _ = defence_spec(value)
+        if kind == "paper" and not published:
+            raise ValueError(
+                f"{name}: 'paper' is a setting per dataset, which the study defend knows"
+            )
+        if (kind == "aware_unknown" and not unknown_radius) or (
+            KINDS[kind].radius and radius is None and not attack_radius
+        ):
+            raise ValueError(f"{name}: {value!r} assumes a radius; name it, as in 'aware_0.2'")
 
+    return check
 
-DefenceName = Annotated[str, _check_name]
-"""Annotation of a defence's name in a configuration."""
-
-FixedDefenceName = Annotated[str, _check_fixed_name]
-"""Of a defence that is the same whatever the attack."""
 
 PaperName = Annotated[str, one_of(PAPER_SETTINGS)]
 """Of a published setting of the defence."""

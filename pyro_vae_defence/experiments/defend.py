@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -23,9 +23,9 @@ from pyro_vae_defence.experiments.configuration import (
     Natural,
 )
 from pyro_vae_defence.experiments.defences import (
-    FixedDefenceName,
     PaperName,
     Setting,
+    known_defence,
     label,
     make_defence,
 )
@@ -63,7 +63,7 @@ class DefendConfig(Configuration):
     radius: AttackRadius
     num_references: Count = 50
     num_restarts: Count = 10
-    defences: tuple[FixedDefenceName, ...] = ("none", "hmc", "paper")
+    defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "paper")
     chain: ChainConfig = ChainConfig(num_samples=20, warmup_steps=30)
     paper: PaperName = "mnist"
     seed: Natural = 0
@@ -79,6 +79,7 @@ class Defend(Measurement[DefendConfig]):
         for radius in (0.1, 0.2)
     }
     output = "runs/results"
+    parts = ("defences",)
 
     def load(self) -> None:
         """The model, and references ``(N, C, H, W)`` of its dataset."""
@@ -121,6 +122,7 @@ class Defend(Measurement[DefendConfig]):
         setting = Setting(
             self.vae,
             self.config.chain,
+            radius=self.config.radius,
             paper=self.config.paper,
             options={"progress": self.progress},
         )

@@ -29,7 +29,7 @@ from pyro_vae_defence.experiments.configuration import (
     Natural,
     one_of,
 )
-from pyro_vae_defence.experiments.defences import DefenceName, Setting, label, make_defence
+from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import robustness_page
@@ -66,7 +66,7 @@ class RobustnessConfig(Configuration):
 
     model: str
     radius: AttackRadius
-    defences: tuple[DefenceName, ...] = ("none", "hmc", "aware")
+    defences: tuple[Annotated[str, known_defence()], ...] = ("none", "hmc", "aware")
     targets: tuple[Target, ...] = ("reconstruction", "classification")
     attacks: tuple[Annotated[str, one_of(KNOWLEDGE)], ...] = (
         "transfer",
@@ -107,6 +107,7 @@ class Robustness(Measurement[RobustnessConfig]):
         name: RobustnessConfig(config.model, config.radius) for name, config in Defend.names.items()
     }
     output = "runs/robustness"
+    parts = ("reports",)
 
     def load(self) -> None:
         """The model, its classifier where one is a target, and images."""

@@ -188,6 +188,8 @@ class Measurement(Study[C]):
     """Name of the study in result files, unique."""
     metric: ClassVar[str | None] = METRIC
     """Similarity that its cells hold, if that is one and the same."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Parts of a result that hold cells; they are there from the beginning."""
 
     # --- What a study says ---
 
@@ -224,7 +226,7 @@ class Measurement(Study[C]):
     @functools.cached_property
     def result(self) -> dict[str, Any]:
         """What the result file holds, or will hold."""
-        return self.header()
+        return self.header() | {part: {} for part in self.parts}
 
     @property
     def path(self) -> Path:
@@ -282,7 +284,7 @@ class Measurement(Study[C]):
                     f"{self.path} belongs to another run (its {key} differs); "
                     "move it away, or choose another output directory"
                 )
-        self.result |= {key: part for key, part in earlier.items() if key not in self.result}
+        self.result |= {key: part for key, part in earlier.items() if key not in self.header()}
 
 
 def interval(

@@ -136,6 +136,7 @@ class BenchmarkAttacks(Measurement[AttackBenchmarkConfig]):
     metric = None
     names = {"attacks": AttackBenchmarkConfig()}
     output = "runs/benchmark"
+    parts = ("methods",)
 
     def load(self) -> None:
         """The model and references."""

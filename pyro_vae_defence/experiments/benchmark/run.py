@@ -124,6 +124,7 @@ class BenchmarkSamplers(Measurement[BenchmarkConfig]):
     metric = None
     names = {"samplers": BenchmarkConfig("mnist_vae")}
     output = "runs/benchmark"
+    parts = ("sections",)
 
     def load(self) -> None:
         """The model, references, and images for the comparison with other libraries."""
