@@ -27,7 +27,11 @@ _RESAMPLES_AT_ONCE = 256  # bounds the memory; fixed, so that results do not dep
 
 
 class Interval(NamedTuple):
-    """A statistic over images and its bootstrap interval."""
+    """A statistic over images and its bootstrap interval.
+
+    >>> f"{Interval(0.9712, 0.962, 0.98, 0.95, 100, 50):.2f}"
+    '0.97 [0.96, 0.98]'
+    """
 
     estimate: float
     """The statistic of all values."""
@@ -38,6 +42,16 @@ class Interval(NamedTuple):
     num_values: int
     num_groups: int
     """Independent units: equal to ``num_values`` without groups."""
+
+    def to_dict(self) -> dict[str, float]:
+        """Estimate, low and high by name, as result files hold them."""
+        return {"estimate": self.estimate, "low": self.low, "high": self.high}
+
+    def __format__(self, spec: str) -> str:
+        """The three numbers in the format of a number; without one, like ``str``."""
+        if not spec:
+            return str(self)
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 def bootstrap_interval(
