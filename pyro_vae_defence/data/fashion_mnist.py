@@ -10,8 +10,8 @@ FASHION_MNIST = IdxDataset(
     name="fashion_mnist",
     torchvision_class="FashionMNIST",
     class_names=(
-        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+        "Ankle boot",
     ),
     sha256=(
         "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -20,4 +20,4 @@ FASHION_MNIST = IdxDataset(
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
     subset_sha256="85f39641f596f180c39f309c5069f9261b0fc5e9b5354a5d81c8f03d98f77207",
-)
+)  # fmt: skip

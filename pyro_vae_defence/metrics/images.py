@@ -72,7 +72,6 @@ def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
     Raises:
         ValueError: shapes or dtypes differ or are unsuitable, the images are too small for the
             variant, or the variant is unknown. The range of the values is not checked.
-
     """
     _check_pair(x, y)
     smaller_side = min(x.shape[-2:])
@@ -107,7 +106,6 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes or dtypes differ or are unsuitable, or the images are too small.
-
     """
     _check_pair(x, y)
     if min(x.shape[-2:]) < _STANDARD_WINDOW:
@@ -133,7 +131,6 @@ def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
 
     Raises:
         ValueError: shapes or dtypes differ or are unsuitable, or ``scale`` is not positive.
-
     """
     _check_pair(x, y)
     if not scale > 0:

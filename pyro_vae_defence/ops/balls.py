@@ -1,5 +1,4 @@
-r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one perturbation per
-image.
+r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one per image.
 
 Each ball knows ``project`` (the nearest point of the ball; exactly inside, also in floating point),
 ``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`) and
@@ -65,8 +64,7 @@ class Ball:
         raise NotImplementedError
 
     def step_direction(self, gradient: Tensor) -> Tensor:
-        """Direction of a step before ``project_box``: steepest ascent, and for L1 the Euclidean
-        one.
+        """Direction of a step before ``project_box``: steepest ascent, for L1 the Euclidean one.
 
         The projection of a Euclidean step on an L1 ball chooses how many coordinates move; steepest
         ascent moves one, and gets stuck once that one has reached the box.
@@ -87,8 +85,7 @@ class Ball:
         raise NotImplementedError
 
     def inside(self, x_ref: Tensor, x_adv: Tensor) -> Tensor:
-        """Move ``x_adv`` by the last bits it takes for ``x_adv - x_ref``, as computed, to be
-        inside.
+        """Move ``x_adv`` by the last bits it takes for ``x_adv - x_ref`` to be inside.
 
         A projected perturbation may leave the ball again when it is added to an image and rounded.
         The result lies between the two images, hence in [0, 1] if they do.
@@ -170,8 +167,7 @@ class L2(Ball):
 
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """Normalised gradient (zero where the gradient is zero)."""
-        norm = self.norm(gradient)
-        return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
+        return _normalised(gradient)
 
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """Uniform in the Euclidean ball."""
@@ -235,8 +231,7 @@ class L1(Ball):
 
     def step_direction(self, gradient: Tensor) -> Tensor:
         """Gradient over its Euclidean norm (zero where the gradient is zero)."""
-        norm = gradient.flatten(1).norm(dim=1)
-        return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
+        return _normalised(gradient)
 
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """Uniform in the L1 ball: signed exponential spacings."""
@@ -246,3 +241,8 @@ class L1(Ball):
         rest = -streams.uniform(0, 2, (), like.dtype).log()
         total = spacings.flatten(1).sum(1) + rest
         return self.project(self.radius * signs * spacings / rows(total, like))
+
+
+def _normalised(gradient: Tensor) -> Tensor:
+    norm = gradient.flatten(1).norm(dim=1)
+    return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
