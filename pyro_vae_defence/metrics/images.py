@@ -98,8 +98,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity at one scale, ``pytorch_msssim.ssim`` (window 11, sigma 1.5, range 1).
 
     Args:
-        x: images, shape ``(N, C, H, W)`` with sides of 11 pixels or more, float, range [0, 1].
-        y: images of the same shape, dtype and device.
+        x, y: images as for :func:`ms_ssim`, with sides of 11 pixels or more.
 
     Returns:
         Shape ``(N,)``, range [-1, 1]; 1 for identical images.
@@ -122,8 +121,7 @@ def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
     The paper (Table 7) reports it on the 0..255 scale, hence ``scale``; ``scale=1`` keeps [0, 1].
 
     Args:
-        x: images, shape ``(N, C, H, W)``, float, range [0, 1].
-        y: images of the same shape, dtype and device.
+        x, y: images as for :func:`ms_ssim`, of any size.
         scale: what a difference of 1 counts for; positive.
 
     Returns:

@@ -17,6 +17,7 @@ matters).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -83,6 +84,22 @@ class Ball:
             low, high: bounds of every value, same shape, ``low <= 0 <= high``.
         """
         raise NotImplementedError
+
+    def _bisect(
+        self,
+        at: Callable[[Tensor], Tensor],
+        inner: Tensor,
+        outer: Tensor,
+        middle_of: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The point ``at`` the parameter nearest to ``outer`` that is inside; ``inner``'s is."""
+        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
+        for _ in range(_BISECTIONS):
+            middle = middle_of(inner, outer)
+            inside = self.norm(at(middle)) <= self.radius
+            inner = torch.where(inside, middle, inner)
+            outer = torch.where(inside, outer, middle)
+        return at(inner)
 
     def inside(self, x_ref: Tensor, x_adv: Tensor) -> Tensor:
         """Move ``x_adv`` by the last bits it takes for ``x_adv - x_ref`` to be inside.
@@ -156,14 +173,7 @@ class L2(Ball):
             return torch.minimum(torch.maximum(scaled, low), high)
 
         inner = (self.radius / self.norm(perturbation).clamp(min=1e-30)).clamp(max=1.0)
-        outer = torch.ones_like(inner)
-        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
-        for _ in range(_BISECTIONS):
-            middle = (inner * outer).sqrt()
-            inside = self.norm(at(middle)) <= self.radius
-            inner = torch.where(inside, middle, inner)
-            outer = torch.where(inside, outer, middle)
-        return at(inner)
+        return self._bisect(at, inner, torch.ones_like(inner), lambda a, b: (a * b).sqrt())
 
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """Normalised gradient (zero where the gradient is zero)."""
@@ -212,15 +222,8 @@ class L1(Ball):
             shrunk = (perturbation.abs() - rows(threshold, perturbation)).clamp(min=0)
             return torch.minimum(torch.maximum(perturbation.sign() * shrunk, low), high)
 
-        outer = torch.zeros_like(self.norm(perturbation))
         inner = perturbation.flatten(1).abs().amax(1)
-        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
-        for _ in range(_BISECTIONS):
-            middle = 0.5 * (inner + outer)
-            inside = self.norm(at(middle)) <= self.radius
-            inner = torch.where(inside, middle, inner)
-            outer = torch.where(inside, outer, middle)
-        return at(inner)
+        return self._bisect(at, inner, torch.zeros_like(inner), lambda a, b: 0.5 * (a + b))
 
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """The coordinate with the largest absolute gradient, with its sign."""
