@@ -16,12 +16,7 @@ from pyro_vae_defence.data.color_mnist import load_color_mnist
 from pyro_vae_defence.data.datasets import SPLITS, Images, Split, default_root
 from pyro_vae_defence.data.fashion_mnist import FASHION_MNIST
 from pyro_vae_defence.data.mnist import MNIST
-from pyro_vae_defence.data.variants import (
-    ImageTransform,
-    TexturedImages,
-    TransformedImages,
-    invert,
-)
+from pyro_vae_defence.data.variants import ImageTransform, TexturedImages, TransformedImages, invert
 from pyro_vae_defence.ops.checks import check_integer
 
 # A new dataset is a file of this package and a line here: root, split, download -> images.

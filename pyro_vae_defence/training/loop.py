@@ -190,9 +190,8 @@ def _open_log(
             "pip install 'pyro-vae-defence[tensorboard]', or leave the argument out"
         ) from error
     # A resumed run writes its whole history again, and hides what earlier files hold.
-    writer = stack.enter_context(
-        contextlib.closing(SummaryWriter(os.fspath(directory), purge_step=0))
-    )
+    writer = SummaryWriter(os.fspath(directory), purge_step=0)
+    stack.callback(writer.close)
 
     def write(entry: dict[str, float]) -> None:
         for name, value in entry.items():
@@ -200,10 +199,6 @@ def _open_log(
                 writer.add_scalar(name, value, int(entry["epoch"]))
 
     return write
-
-
-def _length(loader: Any) -> int | None:
-    return len(loader) if isinstance(loader, Sized) else None
 
 
 def _set_epoch(loader: Any, epoch: int) -> None:
@@ -266,7 +261,8 @@ class _Run:
         for x in self._remaining_batches():
             if self.steps == 0:
                 check_images(x, "loader's first batch")
-                parallel.check_shares(_length(self.loader), x)
+                length = len(self.loader) if isinstance(self.loader, Sized) else None
+                parallel.check_shares(length, x)
             self._step(x)
             self.batch += 1
             every = self.config.checkpoint_every
