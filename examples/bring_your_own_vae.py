@@ -25,8 +25,7 @@ from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models.program import mean_posterior_variance
 from pyro_vae_defence.ops.balls import Linf
 
-# --- The VAE: nothing of this library
-# ---------------------------------------------------------------
+# --- The VAE: nothing of this library ---
 
 
 class Encoder(nn.Module):
@@ -54,11 +53,9 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     def __init__(self, z_dim=20, hidden_dim=400):
         super().__init__()
-        self.encoder, self.decoder, self.z_dim = (
-            Encoder(z_dim, hidden_dim),
-            Decoder(z_dim, hidden_dim),
-            z_dim,
-        )
+        self.encoder = Encoder(z_dim, hidden_dim)
+        self.decoder = Decoder(z_dim, hidden_dim)
+        self.z_dim = z_dim
 
     def model(self, x):
         pyro.module("decoder", self.decoder)
@@ -76,8 +73,7 @@ class VAE(nn.Module):
             pyro.sample("latent", dist.Normal(loc, scale).to_event(1))
 
 
-# --- Train it with Pyro, then attack and defend it
-# ---------------------------------------------------
+# --- Train it with Pyro, then attack and defend it ---
 
 
 def main():
@@ -107,19 +103,17 @@ def main():
         "HMC": functools.partial(BatchedHMC, step_size=0.5, inverse_mass_matrix=variance),
         "NUTS": functools.partial(BatchedNUTS, step_size=0.5, inverse_mass_matrix=variance),
     }
-    print(
-        f"\n{metrics.metric_name('ms_ssim', 'paper')} of reconstructions, radius {options.radius:g}"
-    )
+    name = metrics.metric_name("ms_ssim", "paper")
+    print(f"\n{name} of reconstructions, radius {options.radius:g}")
     print(f"no defence  {similarity(before, undefended(x_adv))}")
-    for name, kernel in kernels.items():
+    for label, kernel in kernels.items():
         result = MCMCDefence(vae, kernel, num_samples=30, warmup_steps=30, num_chains=4)(x_adv)
         rhat = np.median(diagnostics.rhat(result.to_datatree())["latent"])
-        print(f"{name:10s}  {similarity(before, result)}, median R-hat {rhat:.2f}")
+        print(f"{label:10s}  {similarity(before, result)}, median R-hat {rhat:.2f}")
 
 
 def similarity(before, result):
-    found = metrics.bootstrap_interval(metrics.ms_ssim(before, result.reconstruction))
-    return f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    return f"{metrics.bootstrap_interval(metrics.ms_ssim(before, result.reconstruction)):.2f}"
 
 
 if __name__ == "__main__":

@@ -92,8 +92,7 @@ def run(options):
 
 
 def correct(classify, x, labels):
-    found = metrics.bootstrap_interval(metrics.correct(classify.predict(x), labels))
-    return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{metrics.bootstrap_interval(metrics.correct(classify.predict(x), labels)):.3f}"
 
 
 if __name__ == "__main__":

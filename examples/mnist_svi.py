@@ -13,102 +13,92 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-import pyro
 import pyro.infer
 import torch
+from matplotlib.figure import Figure
 
 from pyro_vae_defence import attacks, data, diagnostics, metrics, plots
 from pyro_vae_defence.defence import MCMCDefence, NoDefence
-from pyro_vae_defence.experiments.provenance import provenance
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.objectives import BetaELBO
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.files import atomic_path, write_json
+from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.training import FitConfig, NonFiniteLossError, fit
 
+METRIC = metrics.metric_name("ms_ssim", "paper")
 DATASETS = ("mnist_subset", "fashion_mnist_subset", "mnist", "fashion_mnist", "color_mnist")
-KERNELS = ("hmc", "nuts", "pyro-hmc", "pyro-nuts")
-# Initial step size and number of leapfrog steps. The batched kernels run in the metric of the
-# training set's mean posterior variance, hence on a scale of order one; stock Pyro kernels start
-# from the identity.
-DEFAULT_STEP = {"hmc": (0.5, 4), "nuts": (0.5, 4), "pyro-hmc": (0.1, 10), "pyro-nuts": (0.1, 10)}
+# The batched kernels run in the metric of the training set's mean posterior variance, hence on a
+# scale of order one, and a batch costs its largest tree: in this metric few would grow beyond 31
+# leaves. Stock Pyro kernels start from the identity.
+KERNELS = {
+    "hmc": (BatchedHMC, {"step_size": 0.5, "num_steps": 4}),
+    "nuts": (BatchedNUTS, {"step_size": 0.5, "max_tree_depth": 5}),
+    "pyro-hmc": (pyro.infer.HMC, {"step_size": 0.1, "num_steps": 10}),
+    "pyro-nuts": (pyro.infer.NUTS, {"step_size": 0.1}),
+}
 
 
-def main() -> int:
+def main():
+    started = time.perf_counter()
     options = parse_arguments()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
-
-    train_set = data.load(options.dataset, "train", options.data_root, options.download)
-    test_set = data.load(options.dataset, "test", options.data_root, options.download)
+    train_set, validation_set, test_set = (
+        data.load(options.dataset, split, options.data_root, options.download)
+        for split in data.SPLITS
+    )
     print(f"{train_set}, {test_set}")
 
-    vae, nelbo = train(options, train_set, output)
+    vae = ConvVAE(train_set.image_shape[0]).to(options.device)
+    nelbo = train(options, vae, train_set, validation_set, output)
     metric = program.mean_posterior_variance(
         vae, (x.to(options.device) for x, _ in data.batches(train_set, 500))
     )
-    chosen = data.stratified(test_set, options.num_references)
-    x_ref = test_set.images(chosen).to(options.device)
+    x_ref = test_set.images(data.stratified(test_set, options.num_references)).to(options.device)
 
     results = {
-        "options": {k: v for k, v in vars(options).items() if k != "output"},
-        "metric": metrics.metric_name("ms_ssim", "paper"),
+        "options": {name: value for name, value in vars(options).items() if name != "output"},
+        "metric": METRIC,
         "validation_nelbo": nelbo,
         "provenance": provenance(),
         "radii": {},
     }
     for radius in options.radius:
-        print(
-            f"\nradius {radius:g}: attacking {len(x_ref)} images x {options.num_restarts} restarts"
-        )
+        restarts = f"{len(x_ref)} images x {options.num_restarts} restarts"
+        print(f"\nradius {radius:g}: attacking {restarts}")
         entry = attack_and_defend(options, vae, metric, x_ref, radius, output)
         results["radii"][f"{radius:g}"] = entry
-        write_atomically(output / "results.json", json.dumps(results, indent=2).encode())
-    print_table(results)
+        write_json(output / "results.json", results)
+    print_table(results["radii"])
     print(f"\nfiles in {output}/: results.json, panel_*.png, chains_*.png, chains_*.nc, vae.pt")
-    return 0
+    print(f"{time.perf_counter() - started:.0f} s in all")
 
 
-def train(options, train_set, output):
-    """The paper's VAE, trained by SVI with a one-cycle schedule."""
-    vae = ConvVAE(train_set.image_shape[0]).to(options.device)
-    validation_set = data.load(options.dataset, "validation", options.data_root, options.download)
-    loader = OnDevice(data.batches(train_set, 64, shuffle=True, drop_last=True), options.device)
-    # The programs know their beta; the objective stays Pyro's own.
-    weighted = Weighted(vae, options.beta)
+def train(options, vae, train_set, validation_set, output):
+    """SVI with a one-cycle schedule; returns -ELBO on the validation set, at beta = 1."""
+    name = f"{options.dataset} beta={options.beta:g} seed={options.seed}"
     result = fit(
-        weighted,
-        pyro.infer.TraceMeanField_ELBO(),
-        loader,
-        FitConfig(
-            epochs=options.epochs,
-            learning_rate=1e-3,
-            schedule="one_cycle",
-            name=f"{options.dataset} beta={options.beta:g} seed={options.seed}",
-        ),
-        validation=OnDevice(data.batches(validation_set, 500), options.device),
+        vae,
+        BetaELBO(options.beta),
+        data.batches(train_set, 64, shuffle=True, drop_last=True),
+        FitConfig(options.epochs, 1e-3, "one_cycle", posterior_variance=False, name=name),
+        validation=data.batches(validation_set, 500),
         checkpoint=options.checkpoint or output / "vae.pt",
     )
-    vae.eval()
-    last = result.history[-1]
-    print(
-        f"trained for {len(result.history)} epochs in "
-        f"{sum(h['seconds'] for h in result.history):.0f} s: "
-        f"validation -ELBO {last['validation_nelbo']:.1f} nats"
-    )
-    return vae, last["validation_nelbo"]
+    nelbo = result.history[-1]["validation_nelbo"]
+    seconds = sum(epoch["seconds"] for epoch in result.history)
+    trained = f"trained for {len(result.history)} epochs in {seconds:.0f} s"
+    print(f"{trained}: validation -ELBO {nelbo:.1f} nats")
+    return nelbo
 
 
 def attack_and_defend(options, vae, metric, x_ref, radius, output):
@@ -117,14 +107,10 @@ def attack_and_defend(options, vae, metric, x_ref, radius, output):
         attacks.symmetric_kl(vae), Linf(radius), num_restarts=options.num_restarts, preset="paper"
     )
     attacked = attack(x_ref)
-    x_adv = attacked.x_adv.flatten(0, 1)
-    references = x_ref.repeat(options.num_restarts, 1, 1, 1)
-    image = torch.arange(len(x_ref)).repeat(options.num_restarts)
+    x_adv, references, image = attacked.flat()
 
     undefended = NoDefence(vae)
-    before = undefended(references)
-    again = undefended(references)
-    broken = undefended(x_adv)
+    before, again, broken = (undefended(x) for x in (references, references, x_adv))
     defence = MCMCDefence(
         vae,
         make_kernel(options, metric),
@@ -136,122 +122,74 @@ def attack_and_defend(options, vae, metric, x_ref, radius, output):
     defended = defence(x_adv)
     tree = defended.to_datatree()
 
-    def similarity(reconstruction):
-        return metrics.ms_ssim(before.reconstruction, reconstruction, variant="paper")
-
-    broken_similarity = similarity(broken.reconstruction)
-    defended_similarity = similarity(defended.reconstruction)
+    def similarity(result):
+        return metrics.ms_ssim(before.reconstruction, result.reconstruction, variant="paper")
 
     energy = program.potential(vae, references)
     with torch.no_grad():
         ratio_before = metrics.log_posterior_ratio(energy, before.latents, broken.latents)
         ratio_after = metrics.log_posterior_ratio(energy, before.latents, defended.latents)
+
+    def interval(values, statistic="mean"):
+        # Over reference images: restarts on one image stay together.
+        return metrics.bootstrap_interval(values, image, statistic=statistic)
+
+    broken_similarity, defended_similarity = similarity(broken), similarity(defended)
     rhat = np.concatenate([v.ravel() for v in diagnostics.rhat(tree).values()])
     ess = np.concatenate([v.ravel() for v in diagnostics.ess(tree).values()])
     stats = defended.sample_stats
     entry = {
-        "undefended": interval(broken_similarity, image),
-        "defended": interval(defended_similarity, image),
-        "difference": interval(defended_similarity - broken_similarity, image),
-        "noise_floor": interval(similarity(again.reconstruction), image),
-        "log_posterior_ratio_undefended": interval(ratio_before, image, "median"),
-        "log_posterior_ratio_defended": interval(ratio_after, image, "median"),
+        "undefended": interval(broken_similarity),
+        "defended": interval(defended_similarity),
+        "difference": interval(defended_similarity - broken_similarity),
+        "noise_floor": interval(similarity(again)),
+        "log_posterior_ratio_undefended": interval(ratio_before, "median"),
+        "log_posterior_ratio_defended": interval(ratio_after, "median"),
         "symmetric_kl": float(attacked.objective.mean()),
         "acceptance_rate": float(stats["acceptance_rate"].mean()),
         "divergences": int(stats["diverging"].sum()),
-        "rhat_median": finite(np.nanmedian(rhat)),
-        "rhat_95": finite(np.nanquantile(rhat, 0.95)),
-        "ess_median": finite(np.nanmedian(ess)),
+        "rhat_median": float(np.nanmedian(rhat)),
+        "rhat_95": float(np.nanquantile(rhat, 0.95)),
+        "ess_median": float(np.nanmedian(ess)),
         "draws": options.num_chains * options.num_samples,
         "gradients_per_image": float(defended.num_gradients.float().mean()),
         "seconds_per_image": defended.seconds / len(x_adv),
     }
-    save_pictures(
-        output, radius, tree, ratio_before, ratio_after,
-        {
-            "reference": references,
-            "its\nreconstruction": before.reconstruction,
-            f"adversarial\nradius {radius:g}": x_adv,
-            "its\nreconstruction ": broken.reconstruction,
-            "after\nMCMC": defended.reconstruction,
-        },
-    )  # fmt: skip
-    save_chains(defended.to_arviz(), output / f"chains_{radius:g}.nc")
+    columns = {
+        "reference": references,
+        "its\nreconstruction": before.reconstruction,
+        f"adversarial\nradius {radius:g}": x_adv,
+        "its\nreconstruction ": broken.reconstruction,
+        "after\nMCMC": defended.reconstruction,
+    }
+    draw_images(columns, output / f"panel_{radius:g}.png")
+    draw_chains(tree, ratio_before, ratio_after, output / f"chains_{radius:g}.png")
+    with atomic_path(output / f"chains_{radius:g}.nc") as path:
+        defended.to_arviz().to_netcdf(str(path))
     return entry
 
 
 def make_kernel(options, metric):
-    step_size, num_steps = DEFAULT_STEP[options.kernel]
-    step_size = step_size if options.step_size is None else options.step_size
-    num_steps = num_steps if options.num_steps is None else options.num_steps
-    if options.kernel == "hmc":
-        return functools.partial(
-            BatchedHMC, step_size=step_size, num_steps=num_steps, inverse_mass_matrix=metric
-        )
-    if options.kernel == "nuts":
-        # A batch costs its largest tree; in this metric few trees would grow beyond 31 leaves.
-        return functools.partial(
-            BatchedNUTS, step_size=step_size, max_tree_depth=5, inverse_mass_matrix=metric
-        )
-    if options.kernel == "pyro-hmc":
-        return functools.partial(pyro.infer.HMC, step_size=step_size, num_steps=num_steps)
-    return functools.partial(pyro.infer.NUTS, step_size=step_size)
+    """The kernel with its settings, those of the command line where it has them."""
+    kernel, settings = KERNELS[options.kernel]
+    given = {"step_size": options.step_size, "num_steps": options.num_steps}
+    settings = {name: given.get(name) or value for name, value in settings.items()}
+    if not options.kernel.startswith("pyro"):
+        settings["inverse_mass_matrix"] = metric
+    return functools.partial(kernel, **settings)
 
 
-class Weighted(torch.nn.Module):
-    """A ConvVAE whose programs run at a given beta."""
-
-    def __init__(self, vae, beta):
-        super().__init__()
-        self.vae, self.beta = vae, beta
-
-    def model(self, x):
-        # Training weighs the KL term; validation is the plain ELBO.
-        return self.vae.model(x, self.beta if self.training else 1.0)
-
-    def guide(self, x):
-        return self.vae.guide(x, self.beta if self.training else 1.0)
-
-
-class OnDevice:
-    """A loader whose images move to a device."""
-
-    def __init__(self, loader, device):
-        self.loader, self.device = loader, device
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        return (x.to(self.device) for x, _ in self.loader)
-
-
-def interval(values, groups, statistic="mean"):
-    """Estimate and 95% bootstrap interval over reference images, as a dict."""
-    result = metrics.bootstrap_interval(values.cpu(), groups, statistic=statistic)
-    return {"estimate": result.estimate, "low": result.low, "high": result.high}
-
-
-def finite(value):
-    return float(value) if math.isfinite(value) else None
-
-
-def save_chains(chains, path):
-    temporary = path.with_suffix(".tmp")
-    chains.to_netcdf(str(temporary))
-    temporary.replace(path)
-
-
-def save_pictures(output, radius, tree, ratio_before, ratio_after, columns):
+def draw_images(columns, path):
     rows = min(5, len(columns["reference"]))
-    size = (1.4 * len(columns), 0.4 + 1.4 * rows)
-    figure, axes = plt.subplots(rows, len(columns), figsize=size, squeeze=False)
-    plots.panel(axes, columns)
+    figure = Figure((1.4 * len(columns), 0.4 + 1.4 * rows))
+    plots.panel(figure.subplots(rows, len(columns), squeeze=False), columns)
     figure.tight_layout()
-    figure.savefig(output / f"panel_{radius:g}.png", dpi=110)
-    plt.close(figure)
+    figure.savefig(path, dpi=110)
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6))
+
+def draw_chains(tree, ratio_before, ratio_after, path):
+    figure = Figure((9, 6))
+    axes = figure.subplots(2, 2)
     lp = tree["sample_stats"]["lp"].values
     site, values = next(iter((k, v.values) for k, v in tree["posterior"].data_vars.items()))
     plots.trace(axes[0, 0], lp[:, :, 0], "log p(x, z) of the first image (nats)")
@@ -260,62 +198,54 @@ def save_pictures(output, radius, tree, ratio_before, ratio_after, columns):
     plots.trace(axes[1, 0], values[:, :, 0].reshape(*lp.shape[:2], -1)[..., 0], f"{site}[0]")
     plots.posterior_ratios(axes[1, 1], ratio_before, ratio_after)
     figure.tight_layout()
-    figure.savefig(output / f"chains_{radius:g}.png", dpi=110)
-    plt.close(figure)
+    figure.savefig(path, dpi=110)
 
 
-def print_table(results):
-    def cell(entry, digits=2):
-        return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
-
-    rows = [
-        (f"{results['metric']}, undefended", lambda e: cell(e["undefended"])),
-        (f"{results['metric']}, defended", lambda e: cell(e["defended"])),
-        ("  defended minus undefended, paired", lambda e: cell(e["difference"])),
-        (f"{results['metric']}, noise floor", lambda e: cell(e["noise_floor"])),
-        ("median log posterior ratio, undefended (nats)",
-         lambda e: cell(e["log_posterior_ratio_undefended"], 1)),
-        ("median log posterior ratio, defended (nats)",
-         lambda e: cell(e["log_posterior_ratio_defended"], 1)),
-        ("acceptance rate", lambda e: f"{e['acceptance_rate']:.2f}"),
-        ("divergences", lambda e: str(e["divergences"])),
-        ("R-hat, median and 95% "
-         "quantile", lambda e: f"{show(e['rhat_median'])}, {show(e['rhat_95'])}"),
-        ("bulk ESS of all draws, median", lambda e: f"{show(e['ess_median'], 0)} of {e['draws']}"),
-        ("gradients per image", lambda e: f"{e['gradients_per_image']:.0f}"),
-        ("seconds per image", lambda e: f"{e['seconds_per_image']:.3f}"),
-    ]  # fmt: skip
-    width = max(len(label) for label, _ in rows)
-    print("\n" + " " * width + "".join(f"  {'radius ' + r:>22}" for r in results["radii"]))
-    for label, show_entry in rows:
-        values = (show_entry(entry) for entry in results["radii"].values())
-        print(f"{label:<{width}}" + "".join(f"  {value:>22}" for value in values))
+def print_table(radii):
+    rows = {
+        f"{METRIC}, undefended": "{undefended:.2f}",
+        f"{METRIC}, defended": "{defended:.2f}",
+        "  defended minus undefended, paired": "{difference:.2f}",
+        f"{METRIC}, noise floor": "{noise_floor:.2f}",
+        "median log posterior ratio, undefended (nats)": "{log_posterior_ratio_undefended:.1f}",
+        "median log posterior ratio, defended (nats)": "{log_posterior_ratio_defended:.1f}",
+        "acceptance rate": "{acceptance_rate:.2f}",
+        "divergences": "{divergences}",
+        "R-hat, median and 95% quantile": "{rhat_median:.2f}, {rhat_95:.2f}",
+        "bulk ESS of all draws, median": "{ess_median:.0f} of {draws}",
+        "gradients per image": "{gradients_per_image:.0f}",
+        "seconds per image": "{seconds_per_image:.3f}",
+    }
+    width = max(map(len, rows))
+    print("\n" + " " * width + "".join(f"  {'radius ' + radius:>22}" for radius in radii))
+    for label, numbers in rows.items():
+        cells = (f"  {numbers.format(**entry):>22}" for entry in radii.values())
+        print(f"{label:<{width}}" + "".join(cells))
     print("intervals: 95% bootstrap over reference images")
-
-
-def show(value, digits=2):
-    return "n/a" if value is None else f"{value:.{digits}f}"
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    positive, unsigned = at_least(1), at_least(0)
+    count = number(int, lambda n: n >= 1, "an integer of at least 1")
+    unsigned = number(int, lambda n: n >= 0, "an integer of at least 0")
+    positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
+    radius = number(positive, lambda v: v <= 1, "at most 1, the image range")
     parser.add_argument("--kernel", choices=KERNELS, default="hmc")
     parser.add_argument("--dataset", choices=DATASETS, default="mnist_subset")
     parser.add_argument("--data-root", help="directory of full datasets")
     parser.add_argument("--download", action="store_true", help="fetch a missing dataset")
-    parser.add_argument("--epochs", type=positive, default=30)
-    parser.add_argument("--beta", type=positive_float, default=1.0, help="weight of the KL term")
+    parser.add_argument("--epochs", type=count, default=30)
+    parser.add_argument("--beta", type=positive, default=1.0, help="weight of the KL term")
     parser.add_argument("--radius", type=radius, nargs="+", default=[0.1, 0.2])
-    parser.add_argument("--num-references", type=positive, default=50)
-    parser.add_argument("--num-restarts", type=positive, default=2)
-    parser.add_argument("--num-chains", type=positive, default=4)
-    parser.add_argument("--num-samples", type=positive, default=30)
+    parser.add_argument("--num-references", type=count, default=50)
+    parser.add_argument("--num-restarts", type=count, default=2)
+    parser.add_argument("--num-chains", type=count, default=4)
+    parser.add_argument("--num-samples", type=count, default=30)
     parser.add_argument("--warmup-steps", type=unsigned, default=30)
-    parser.add_argument("--step-size", type=positive_float, help="initial step size")
-    parser.add_argument("--num-steps", type=positive, help="leapfrog steps of HMC")
+    parser.add_argument("--step-size", type=positive, help="initial step size")
+    parser.add_argument("--num-steps", type=count, help="leapfrog steps of HMC")
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="runs/mnist_svi")
@@ -323,58 +253,36 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def at_least(smallest):
+def number(kind, valid, wanted):
+    """An argparse type: a number, refused in one line unless it is valid."""
+
     def parse(text):
         try:
-            value = int(text)
+            value = kind(text)
         except ValueError:
-            value = smallest - 1
-        if value < smallest:
-            raise argparse.ArgumentTypeError(
-                f"must be an integer of at least {smallest}, got {text}"
-            )
+            value = math.nan
+        if not valid(value):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
         return value
 
     return parse
-
-
-def positive_float(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
-    return value
-
-
-def radius(text):
-    value = positive_float(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"must be at most 1, the image range, got {text}")
-    return value
 
 
 def device(text):
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(
-            f"no device {text}: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"no device {text}: {reason}") from error
     return text
 
 
 if __name__ == "__main__":
-    started = time.perf_counter()
     try:
-        code = main()
+        main()
     except (ValueError, OSError, NonFiniteLossError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; finished work is in the output directory", file=sys.stderr)
-        code = 130
-    else:
-        print(f"{time.perf_counter() - started:.0f} s in all")
-    sys.exit(code)
+        sys.exit(130)

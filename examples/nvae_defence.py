@@ -5,10 +5,11 @@ distributions of the topmost groups; the defence runs Hamiltonian Monte Carlo on
 together, in the noise of the latents, whose prior is a standard normal whatever the groups above
 do.
 
-    python examples/nvae_defence.py                         # the trained model that comes with the
-    library python examples/nvae_defence.py --untrained             # the same way with random
-    weights, for a quick look python examples/nvae_defence.py --checkpoint celeba.pt  # an official
-    checkpoint, with CelebA in --data-root
+    python examples/nvae_defence.py                         # the trained model of the library
+    python examples/nvae_defence.py --untrained             # random weights, for a quick look
+    python examples/nvae_defence.py --checkpoint celeba.pt  # an official checkpoint
+
+The last one needs CelebA in --data-root.
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="official NVAE checkpoint")
     parser.add_argument("--untrained", action="store_true", help="a small network as it starts")
-    parser.add_argument(
-        "--models", help="directory of trained models; the packaged ones by default"
-    )
+    parser.add_argument("--models", help="directory of trained models; the packaged by default")
     parser.add_argument("--data-root", help="directory of the datasets")
     parser.add_argument("--groups", type=int, default=2, help="attacked groups, from the top")
     parser.add_argument("--radius", type=float, default=0.1, help="of the L_inf ball")
@@ -85,8 +84,7 @@ def main():
     )
     x_adv = attack(x_ref).best()
 
-    # Whitening: the noise's mean posterior variance over training images, which no attacker can
-    # move.
+    # Whitening: the noise's mean posterior variance over training images, out of attackers' reach.
     programs = vae.noncentred()
     metric = programs.mean_posterior_variance
     if metric is None:
@@ -114,8 +112,7 @@ def main():
 
 
 def similarity(x, y):
-    found = metrics.bootstrap_interval(metrics.ms_ssim(x.cpu(), y.cpu()))
-    return f"{found.estimate:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"{metrics.bootstrap_interval(metrics.ms_ssim(x, y)):.3f}"
 
 
 if __name__ == "__main__":

@@ -16,15 +16,11 @@ from typing import Any
 import numpy as np
 import xarray
 
+_LEADING = ("chain", "draw", "image")
+
 SAMPLE_STATS = (
-    "acceptance_rate",
-    "diverging",
-    "energy",
-    "lp",
-    "step_size",
-    "n_steps",
-    "tree_depth",
-)
+    "acceptance_rate", "diverging", "energy", "lp", "step_size", "n_steps", "tree_depth",
+)  # fmt: skip
 """Statistics of a transition, by ArviZ's names; ``energy`` and ``lp`` are in nats."""
 
 
@@ -59,25 +55,24 @@ def to_datatree(
     """
     if not posterior:
         raise ValueError("posterior is empty; pass at least one latent site")
-    leading: tuple[int, ...] | None = None
+    arrays = {name: np.asarray(values) for name, values in posterior.items()}
+    leading = next(iter(arrays.values())).shape[:3]
     variables = {}
-    for name, values in posterior.items():
-        values = np.asarray(values)
+    for name, values in arrays.items():
         if values.ndim < 3:
             raise ValueError(
                 f"posterior[{name!r}] must have dimensions (chain, draw, image, ...), "
                 f"got shape {values.shape}"
             )
-        if leading is not None and values.shape[:3] != leading:
+        if values.shape[:3] != leading:
             raise ValueError(
                 f"posterior[{name!r}] has (chain, draw, image) = {values.shape[:3]}, "
                 f"other sites have {leading}"
             )
-        leading = values.shape[:3]
-        dims = ["chain", "draw", "image", *event_dims(name, values.shape[3:], len(posterior) == 1)]
-        variables[name] = (dims, values)
-    assert leading is not None
-    groups = {"posterior": _dataset(variables, leading, attrs)}
+        own = event_dims(name, values.shape[3:], len(arrays) == 1)
+        variables[name] = ([*_LEADING, *own], values)
+    coords = {name: np.arange(size) for name, size in zip(_LEADING, leading, strict=True)}
+    groups = {"posterior": xarray.Dataset(variables, coords, dict(attrs or {}))}
     if sample_stats:
         stats = {}
         for name, values in sample_stats.items():
@@ -87,36 +82,22 @@ def to_datatree(
                     f"sample_stats[{name!r}] must have shape (chain, draw, image) = {leading}, "
                     f"got {values.shape}"
                 )
-            stats[name] = (["chain", "draw", "image"], values)
-        groups["sample_stats"] = _dataset(stats, leading, None)
+            stats[name] = (_LEADING, values)
+        groups["sample_stats"] = xarray.Dataset(stats, coords)
     if observed_data:
         observed = {}
         for name, values in observed_data.items():
             values = np.asarray(values)
-            if values.shape[0] != leading[2]:
+            if len(values) != leading[2]:
                 raise ValueError(
-                    f"observed_data[{name!r}] must have {leading[2]} images, got {values.shape[0]}"
+                    f"observed_data[{name!r}] must have {leading[2]} images, got {len(values)}"
                 )
-            rest = (
-                ["channel", "height", "width"]
-                if values.ndim == 4
-                else [f"{name}_dim_{number}" for number in range(values.ndim - 1)]
-            )
+            rest = [f"{name}_dim_{number}" for number in range(values.ndim - 1)]
+            if values.ndim == 4:
+                rest = ["channel", "height", "width"]
             observed[name] = (["image", *rest], values)
-        groups["observed_data"] = xarray.Dataset(observed, coords={"image": np.arange(leading[2])})
+        groups["observed_data"] = xarray.Dataset(observed, {"image": coords["image"]})
     return xarray.DataTree.from_dict(groups)
-
-
-def _dataset(
-    variables: dict[str, tuple[list[str], np.ndarray]],
-    leading: tuple[int, ...],
-    attrs: Mapping[str, Any] | None,
-) -> xarray.Dataset:
-    coords = {
-        name: np.arange(size)
-        for name, size in zip(("chain", "draw", "image"), leading, strict=True)
-    }
-    return xarray.Dataset(variables, coords=coords, attrs=dict(attrs or {}))
 
 
 def to_arviz(tree: xarray.DataTree) -> Any:
@@ -130,8 +111,7 @@ def to_arviz(tree: xarray.DataTree) -> Any:
 
 
 def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
-    """ArviZ's rank-normalised split R-hat: site -> one value per image and latent, ``(image,
-    *event)``.
+    """ArviZ's rank-normalised split R-hat: site -> values ``(image, *event)``.
 
     NaN where the chains do not move at all.
     """
@@ -141,8 +121,7 @@ def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
 
 
 def ess(tree: xarray.DataTree) -> dict[str, np.ndarray]:
-    """ArviZ's bulk effective sample size: site -> one value per image and latent, ``(image,
-    *event)``."""
+    """ArviZ's bulk effective sample size: site -> values ``(image, *event)``."""
     import arviz
 
     return _per_site(tree, arviz.ess(to_arviz(tree)))

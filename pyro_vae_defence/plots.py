@@ -55,8 +55,7 @@ def trace(axes: Axes, draws: Any, label: str = "") -> Axes:
 
 
 def rank(axes: Axes, draws: Any, label: str = "", bins: int = 10) -> Axes:
-    """Rank plot of one scalar: histogram of each chain's ranks among all draws, flat when chains
-    agree.
+    """Rank plot of one scalar: each chain's ranks among all draws, flat when chains agree.
 
     Reference: Vehtari et al., "Rank-normalization, folding, and localization: an improved R-hat",
     2021, https://doi.org/10.1214/20-BA1221.

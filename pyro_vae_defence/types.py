@@ -31,8 +31,7 @@ attacks pass them, so that noise and what is known per image stay with a row whe
 computed."""
 
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""Whether an attack has succeeded: images ``(N, C, H, W)`` and objective ``(N,)`` -> bool
-``(N,)``."""
+"""Has an attack succeeded? Images ``(N, C, H, W)`` and objective ``(N,)`` -> bool ``(N,)``."""
 
 PreparedCriterion: TypeAlias = Callable[..., Criterion]
 """Reference images, and perhaps ``streams`` -> the :data:`Criterion` against these references."""
@@ -41,8 +40,7 @@ Encode: TypeAlias = Callable[[Tensor], Latents]
 """Images ``(N, C, H, W)`` -> latents; may be random (an encoder, or an encoder and a defence)."""
 
 ImageEnergy: TypeAlias = Callable[[Tensor, Latents], Tensor]
-"""Images ``(N, C, H, W)`` and latents of ``N`` rows -> energies U(z; x), ``(N,)``, differentiable
-in both."""
+"""Images and latents of ``N`` rows -> energies U(z; x), ``(N,)``, differentiable in both."""
 
 Perturb: TypeAlias = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` -> perturbed images of the same shape."""

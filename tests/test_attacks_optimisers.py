@@ -76,6 +76,11 @@ def problem(kind):
     return x, prepare, maximiser
 
 
+def assert_same(one, other):
+    """Equal up to the rounding of sums, which may depend on the number of rows."""
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 def objective_at(prepare, x, y):
     return prepare(x, Streams.create(x.shape[0], seed=0))(y)
 
@@ -199,8 +204,8 @@ def test_result_does_not_depend_on_the_batch(name):
     whole = run(x)
     parts = run(x, batch_size=3)
     for one, other in zip(whole, parts):
-        assert torch.equal(one, other)
-    assert torch.equal(run(x[:2]).x_adv, whole.x_adv[:, :2])
+        assert_same(one, other)
+    assert_same(run(x[:2]).x_adv, whole.x_adv[:, :2])
     assert not torch.equal(whole.x_adv[0], whole.x_adv[1])
 
 
@@ -219,7 +224,7 @@ def test_solved_rows_leave_and_the_others_do_not_notice(name):
     solved = early.solved[0]
     assert torch.equal(solved, full.objective[0] >= threshold)
     assert (early.objective[0][solved] >= threshold).all()
-    assert torch.equal(early.x_adv[0][~solved], full.x_adv[0][~solved])
+    assert_same(early.x_adv[0][~solved], full.x_adv[0][~solved])
     spent = (early.num_gradients + early.num_queries)[0]
     assert (spent[solved] < (full.num_gradients + full.num_queries)[0][solved]).all()
     assert torch.equal(spent[~solved], (full.num_gradients + full.num_queries)[0][~solved])
@@ -228,7 +233,8 @@ def test_solved_rows_leave_and_the_others_do_not_notice(name):
 
 def test_criterion_on_classes_and_targets_follow_rows_that_leave():
     torch.manual_seed(1)
-    vae, classifier, x = LinearGaussianVAE(), LinearClassifier(3, 4), torch.rand(12, 1, 4, 4)
+    vae, classifier = LinearGaussianVAE(), LinearClassifier(3, 4).double()
+    x = torch.rand(12, 1, 4, 4).double()
     labels = classifier.classify(vae, x)
     attack = attacks.APGD(
         attacks.dlr(vae, classifier, labels),

@@ -10,9 +10,9 @@ from conftest import shared_path
 from torch.utils.data import DataLoader
 
 from pyro_vae_defence import data
-from pyro_vae_defence.data import loading
+from pyro_vae_defence.data import idx
 from pyro_vae_defence.data._build_subsets import PER_CLASS, some_of_each_class
-from pyro_vae_defence.data.datasets import COLORS
+from pyro_vae_defence.data.color_mnist import COLORS
 
 SUBSETS = ["mnist_subset", "fashion_mnist_subset"]
 
@@ -195,7 +195,7 @@ def test_a_failed_download_says_so(tmp_path, monkeypatch):
 
 
 def test_damaged_package_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "_PACKAGED", tmp_path)
+    monkeypatch.setattr(idx, "PACKAGED", tmp_path)
     with pytest.raises(FileNotFoundError, match="reinstall"):
         data.load("mnist_subset", "test")
     (tmp_path / "mnist_subset.npz").write_bytes(b"nothing")

@@ -34,7 +34,7 @@ def softmax(scores):
 
 class TestReadings:
     @pytest.fixture
-    def run(self, tutorial_vae):
+    def run(self, float64, tutorial_vae):
         defence = MCMCDefence(tutorial_vae, KERNEL, 4, 2, 3)
         return defence, LinearClassifier(5, 10), defence(torch.rand(6, 1, 28, 28))
 
@@ -54,7 +54,7 @@ class TestReadings:
         for reading, probabilities in expected.items():
             found = DefendedClassifier(defence, classifier, reading).log_probabilities(result)
             assert found.shape == (6, 10)
-            assert torch.allclose(found.exp(), probabilities, atol=1e-6)
+            assert torch.allclose(found.exp(), probabilities, rtol=0, atol=1e-12)
             # Readings differ, or the options would be one.
             others = [p for name, p in expected.items() if name != reading]
             assert all((found.exp() - other).abs().max() > 1e-4 for other in others)
@@ -70,7 +70,7 @@ class TestReadings:
         predicted = classify.predict(x, torch.Generator().manual_seed(1))
         assert torch.equal(predicted, log_probabilities.argmax(-1))
 
-    def test_of_a_single_draw_agree(self, tutorial_vae):
+    def test_of_a_single_draw_agree(self, float64, tutorial_vae):
         classifier, x = LinearClassifier(5, 10), torch.rand(4, 1, 28, 28)
         result = NoDefence(tutorial_vae)(x)
         last, draws, mean = (
@@ -79,8 +79,8 @@ class TestReadings:
             )
             for reading in ("last", "draws", "mean")
         )
-        assert torch.allclose(last, draws, atol=1e-6)
-        assert torch.allclose(last, mean, atol=1e-6)
+        assert torch.allclose(last, draws, rtol=0, atol=1e-12)
+        assert torch.allclose(last, mean, rtol=0, atol=1e-12)
 
     @pytest.mark.parametrize("reading", READINGS)
     def test_work_for_every_control_and_hierarchies(self, reading):

@@ -48,6 +48,7 @@ def test_contract(tutorial_vae, optimiser, tmp_path):
 
 
 @pytest.mark.parametrize("optimiser", STEPS)
+@pytest.mark.usefixtures("float64")
 def test_does_not_depend_on_the_micro_batch(tutorial_vae, optimiser):
     x = torch.rand(5, 1, 28, 28)
 
@@ -57,8 +58,8 @@ def test_does_not_depend_on_the_micro_batch(tutorial_vae, optimiser):
         return defence(x).latents["latent"]
 
     whole = run(x)
-    assert torch.allclose(run(x, batch_size=2), whole, atol=1e-4)
-    assert torch.allclose(run(x[:1]), whole[:1], atol=1e-4)
+    assert torch.allclose(run(x, batch_size=2), whole, rtol=1e-9, atol=1e-9)
+    assert torch.allclose(run(x[:1]), whole[:1], rtol=1e-9, atol=1e-9)
 
 
 def test_the_mean_makes_it_deterministic_and_constraints_are_kept(tutorial_vae):

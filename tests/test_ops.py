@@ -1,16 +1,20 @@
-"""Balls, divergences, latents arithmetic, random streams."""
+"""Balls, divergences, latents arithmetic, random streams, files."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
+from pyro_vae_defence.metrics import Interval
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import L1, L2, Linf
+from pyro_vae_defence.ops.files import atomic_path, write_json
+from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.streams import Streams, philox
 
 BALLS = [Linf(0.1), L2(1.5), L1(4.0)]
@@ -229,3 +233,30 @@ def test_projection_of_a_far_step_is_the_best_point_of_ball_and_box(ball):
     for point in _feasible(ball, low, high):
         assert (gain >= (gradient * point).flatten(1).sum(1) - 1e-3).all()
     assert (ball.step_direction(torch.zeros_like(gradient)) == 0).all()
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "made" / "x.json"
+    write_json(path, {"interval": Interval(0.5, 0.25, 1.0, 0.95, 9, 3), "r": [float("nan"), (1,)]})
+    expected = {"interval": {"estimate": 0.5, "low": 0.25, "high": 1.0}, "r": [None, [1]]}
+    assert json.loads(path.read_text()) == expected
+    assert path.stat().st_mode & 0o777 == 0o644
+
+    def fail(failure):
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            assert temporary.parent == path.parent
+            raise failure
+
+    for failure in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(failure):
+            fail(failure)
+    assert json.loads(path.read_text()) == expected
+    assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+def test_provenance_names_commit_versions_and_threads():
+    source = provenance()
+    assert torch.__version__.startswith(source["torch"])
+    assert source["threads"] == torch.get_num_threads()
+    assert set(source) >= {"commit", "python", "pyro-ppl", "machine"}

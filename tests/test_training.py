@@ -209,6 +209,42 @@ def test_evaluate_is_per_image_and_changes_nothing(images):
         evaluate(vae, TraceMeanField_ELBO(), [])
 
 
+class Elsewhere:
+    """Images on another device."""
+
+    def __init__(self, images):
+        self.images, self.asked = images, []
+
+    def to(self, device):
+        self.asked.append(device)
+        return self.images
+
+
+def test_batches_are_moved_to_the_device_of_the_vae(images):
+    vae, x = ConvVAE(), Elsewhere(images[:4])
+    result = fit(vae, BetaELBO(), [(x, 0)], config(epochs=1), validation=[x])
+    evaluate(vae, BetaELBO(), [x])
+    # A step, two validations, the mean posterior variance, the evaluation.
+    assert x.asked == [torch.device("cpu")] * 5
+    assert result.mean_posterior_variance["z"].shape == (64,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_on_a_gpu_takes_batches_from_the_cpu(images, tmp_path):
+    vae = ConvVAE().cuda()
+    fit(vae, BetaELBO(), loader(images), config(), validation=[images], checkpoint=tmp_path / "c")
+    resumed = ConvVAE().cuda()
+    fit(
+        resumed,
+        BetaELBO(),
+        loader(images),
+        config(),
+        validation=[images],
+        checkpoint=tmp_path / "c",
+    )
+    assert all(torch.equal(vae.state_dict()[k], v) for k, v in resumed.state_dict().items())
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from pyro_vae_defence.attacks.objectives._rows import prepare
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.checks import check_integer
-from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.files import atomic_save
 from pyro_vae_defence.ops.latents import rows, unfold
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import Criterion, Objective, PreparedCriterion, PreparedObjective
@@ -54,7 +53,7 @@ class FlatAttack(NamedTuple):
 
     images: Tensor
     references: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
 
 
 class AttackResult(NamedTuple):
@@ -413,19 +412,10 @@ class _Progress:
             self.path.unlink(missing_ok=True)
 
     def _write(self, underway: dict[str, Any]) -> None:
-        if self.path is None:
-            return
-        buffer = io.BytesIO()
-        torch.save(
-            {
-                "identity": self.identity,
-                "seed": self.seed,
-                "finished": self.finished,
-                "underway": underway,
-            },
-            buffer,
-        )
-        write_atomically(self.path, buffer.getvalue())
+        if self.path is not None:
+            progress = {"identity": self.identity, "seed": self.seed}
+            parts = {"finished": self.finished, "underway": underway}
+            atomic_save(progress | parts, self.path)
 
 
 def _identity(attack: Attack, x_ref: Tensor) -> str:

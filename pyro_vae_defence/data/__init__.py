@@ -1,9 +1,9 @@
-"""Image datasets: the paper's, small real subsets that come with the library, harder variants, and
-one's own."""
+"""Image datasets: the paper's, packaged subsets, harder variants, and one's own."""
 
-from pyro_vae_defence.data.datasets import ColoredImages, ImageDataset, Images
+from pyro_vae_defence.data.color_mnist import ColoredImages
+from pyro_vae_defence.data.datasets import SPLITS, ImageDataset, Images, default_root
 from pyro_vae_defence.data.files import ImageFiles, load_folder
-from pyro_vae_defence.data.loading import DATASETS, SPLITS, batches, default_root, load, stratified
+from pyro_vae_defence.data.loading import DATASETS, batches, load, stratified
 from pyro_vae_defence.data.variants import TexturedImages, TransformedImages, invert
 
 __all__ = [

@@ -1,26 +1,25 @@
-"""Cut the packaged subsets from the full datasets: ``python -m pyro_vae_defence.data._build_subsets
-ROOT``.
+"""Cut the packaged subsets from the full datasets.
 
-Takes, for every class, 600 images of the training split, 50 of the validation split and 100 of the
-test split, at even distances through the class (the first half of MNIST's test set is the easier
-one), and remembers where each stood (``<split>_indices``).
+``python -m pyro_vae_defence.data._build_subsets ROOT`` takes, for every class, 600 images of the
+training split, 50 of the validation split and 100 of the test split, at even distances through the
+class (the first half of MNIST's test set is the easier one), and remembers where each stood
+(``<split>_indices``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from pyro_vae_defence.data.datasets import Images
+from pyro_vae_defence.data.idx import PACKAGED
 from pyro_vae_defence.data.loading import load
 
 PER_CLASS = {"train": 600, "validation": 50, "test": 100}
-PACKAGED = Path(__file__).parent / "packaged"
 
 
 def some_of_each_class(dataset: Images, count: int) -> torch.Tensor:
@@ -33,7 +32,7 @@ def some_of_each_class(dataset: Images, count: int) -> torch.Tensor:
 
 
 def main(root: str) -> None:
-    """Write both subsets and print their sha256, which ``loading.py`` checks."""
+    """Write both subsets and print their sha256, which loading checks."""
     for name in ("mnist", "fashion_mnist"):
         arrays: dict[str, Any] = {}
         for split, count in PER_CLASS.items():

@@ -6,26 +6,29 @@ and one division instead of a Python loop.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 Index = int | slice | Tensor | Sequence[int]
+Split = Literal["train", "validation", "test"]
 
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (1, 0, 0),
-    "green": (0, 1, 0),
-    "blue": (0, 0, 1),
-    "yellow": (1, 1, 0),
-    "magenta": (1, 0, 1),
-    "cyan": (0, 1, 1),
-    "white": (1, 1, 1),
-}
-"""The seven corners of the RGB cube other than black, in the order of ColorMNIST's colour
-labels."""
+SPLITS = ("train", "validation", "test")
+ROOT_VARIABLE = "PYRO_VAE_DEFENCE_DATA"
+
+
+def default_root() -> Path:
+    """Where full datasets are looked for: ``$PYRO_VAE_DEFENCE_DATA``, or the user's cache."""
+    if os.environ.get(ROOT_VARIABLE):
+        return Path(os.environ[ROOT_VARIABLE])
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "pyro_vae_defence"
 
 
 class Images(Dataset[tuple[Tensor, Tensor]], ABC):
@@ -36,10 +39,12 @@ class Images(Dataset[tuple[Tensor, Tensor]], ABC):
 
     Attributes:
         labels: int64, ``(N,)`` or ``(N, columns)``.
-        name: dataset's name.
-        split: split's name.
+        name, split: names of the dataset and of its split.
         class_names: one name per class.
+        image_shape: ``(C, H, W)`` of one image, which a derived class sets.
     """
+
+    image_shape: tuple[int, int, int]
 
     def __init__(self, labels: Tensor, name: str, split: str, class_names: Sequence[str]) -> None:
         self.labels = labels
@@ -56,14 +61,14 @@ class Images(Dataset[tuple[Tensor, Tensor]], ABC):
     def __getitem__(self, index: Index) -> tuple[Tensor, Tensor]:
         return self.images(index), self.labels[index]
 
-    @property
-    @abstractmethod
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of one image."""
-
     @abstractmethod
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
+
+    def _items(self, index: Index | None) -> Tensor:
+        """The numbers of the images at ``index``, int64; a scalar for one image."""
+        items = torch.arange(len(self))
+        return items if index is None else items[index]
 
 
 class ImageDataset(Images):
@@ -72,21 +77,12 @@ class ImageDataset(Images):
     Args:
         images: uint8 ``(N, C, H, W)``.
         labels: int64 ``(N,)``.
-        name: dataset's name.
-        split: split's name.
+        name, split: names of the dataset and of its split.
         class_names: one name per class.
-
-    Attributes:
-        labels: int64, ``(N,)``; ``(N, 2)`` for digit and colour in :class:`ColoredImages`.
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        name: str,
-        split: str,
-        class_names: Sequence[str],
+        self, images: Tensor, labels: Tensor, name: str, split: str, class_names: Sequence[str]
     ) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise ValueError(
@@ -97,47 +93,10 @@ class ImageDataset(Images):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
         super().__init__(labels, name, split, class_names)
         self._images = images
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of one image."""
-        channels, height, width = self._images.shape[1:]
-        return channels, height, width
+        channels, height, width = images.shape[1:]
+        self.image_shape = channels, height, width
 
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
         chosen = self._images if index is None else self._images[index]
         return chosen.float().div_(255)
-
-
-class ColoredImages(ImageDataset):
-    """Grey images in each of seven colours: item ``7 * i + c`` is image ``i`` in colour ``c``.
-
-    A view: images are coloured when they are asked for. Labels have two columns, the class of the
-    image and its colour (see :data:`COLORS`). Following Cemgil et al. (2020), ColorMNIST multiplies
-    the digit's intensity by a corner of the RGB cube; the background stays black.
-    """
-
-    def __init__(self, grey: ImageDataset, name: str) -> None:
-        table = torch.tensor(list(COLORS.values()), dtype=torch.uint8)
-        count = len(table)
-        labels = torch.stack(
-            [
-                grey.labels.repeat_interleave(count),
-                torch.arange(count).repeat(len(grey)),
-            ],
-            1,
-        )
-        super().__init__(
-            grey._images.expand(-1, 3, -1, -1), grey.labels, name, grey.split, grey.class_names
-        )
-        self.labels = labels
-        self.color_names = tuple(COLORS)
-        self._table = table
-
-    def images(self, index: Index | None = None) -> Tensor:
-        """Images at ``index`` (all of them when ``None``), float32 in [0, 1], three channels."""
-        items = torch.arange(len(self)) if index is None else torch.arange(len(self))[index]
-        colors = self._table[items % len(self._table)].float()
-        grey = self._images[items // len(self._table)][..., :1, :, :]
-        return grey.float().div_(255) * colors[..., :, None, None]

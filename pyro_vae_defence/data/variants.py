@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vae_defence.data.datasets import Images, Index
+from pyro_vae_defence.data.datasets import SPLITS, Images, Index
 from pyro_vae_defence.ops.streams import Streams
 
 ImageTransform: TypeAlias = Callable[[Tensor], Tensor]
@@ -32,7 +32,6 @@ ImageTransform: TypeAlias = Callable[[Tensor], Tensor]
 TEXTURE_SEED = 0x74657874
 TEXTURE_STRENGTH = 0.5
 TEXTURE_CELLS = 7
-_STEPS = {"train": 0, "validation": 1, "test": 2}
 
 
 class TransformedImages(Images):
@@ -56,13 +55,8 @@ class TransformedImages(Images):
         self._transform = transform
         # One image tells the shape; its draws must not shift those of the user's run.
         with torch.random.fork_rng(devices=[]):
-            _, *self._shape = self._apply(torch.zeros(1, *dataset.image_shape)).shape
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of one image."""
-        channels, height, width = self._shape
-        return channels, height, width
+            channels, height, width = self._apply(torch.zeros(1, *dataset.image_shape)).shape[1:]
+        self.image_shape = channels, height, width
 
     def images(self, index: Index | None = None) -> Tensor:
         """Transformed images at ``index`` (all of them when ``None``)."""
@@ -74,8 +68,7 @@ class TransformedImages(Images):
         if found.dim() != 4 or len(found) != len(x) or not found.is_floating_point():
             raise ValueError(
                 f"transform returned {found.dtype} of shape {tuple(found.shape)} for "
-                f"{tuple(x.shape)}: "
-                "it must return one floating-point image (C, H, W) per image"
+                f"{tuple(x.shape)}: it must return one floating-point image (C, H, W) per image"
             )
         return found
 
@@ -91,25 +84,20 @@ class TexturedImages(Images):
     def __init__(self, dataset: Images, name: str) -> None:
         super().__init__(dataset.labels, name, dataset.split, dataset.class_names)
         self._dataset = dataset
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of one image."""
-        return self._dataset.image_shape
+        self.image_shape = dataset.image_shape
 
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
-        items = torch.arange(len(self)) if index is None else torch.arange(len(self))[index]
+        items = self._items(index)
         x = self._dataset.images(index)
         texture = textures(items.flatten(), self.image_shape, self.split).reshape(x.shape)
         return x + (1 - x.amax(-3, keepdim=True)) * texture
 
 
 def textures(items: Tensor, image_shape: tuple[int, int, int], split: str) -> Tensor:
-    """The textures of the items (int64, ``(N,)``) of a split: ``(N, C, H, W)``, float32 in (0,
-    0.5]."""
+    """Textures in (0, 0.5] of the items (int64, ``(N,)``) of a split, float32 ``(N, C, H, W)``."""
     channels, height, width = image_shape
     streams = Streams(TEXTURE_SEED, items, torch.zeros_like(items))
     shape = (channels, TEXTURE_CELLS, TEXTURE_CELLS)
-    grid = TEXTURE_STRENGTH * streams.uniform(_STEPS[split], 0, shape, torch.float32)
+    grid = TEXTURE_STRENGTH * streams.uniform(SPLITS.index(split), 0, shape, torch.float32)
     return F.interpolate(grid, (height, width), mode="bilinear", align_corners=True)

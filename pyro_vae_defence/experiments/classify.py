@@ -25,7 +25,7 @@ from pyro_vae_defence.experiments.configuration import (
     Radius,
     override,
 )
-from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.experiments.study import as_entry
 from pyro_vae_defence.experiments.train import DATASETS, MODELS
 from pyro_vae_defence.models import program

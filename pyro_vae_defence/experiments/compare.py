@@ -19,7 +19,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -55,7 +55,6 @@ from pyro_vae_defence.experiments.study import (
     Cell,
     Key,
     Measurement,
-    as_entry,
     cost,
     interval,
     similarity,
@@ -358,11 +357,9 @@ class Compare(Measurement[CompareConfig]):
             negative = scores[kind][score]
             positive = scores["attacked"][score][: len(negative)]
             return {
-                metric.__name__: as_entry(
-                    metrics.detection_interval(
-                        metric, negative, positive, generator=torch.Generator().manual_seed(0)
-                    )
-                )
+                metric.__name__: metrics.detection_interval(
+                    metric, negative, positive, generator=torch.Generator().manual_seed(0)
+                ).to_dict()
                 for metric in (metrics.auroc, metrics.fpr_at_tpr)
             }
 

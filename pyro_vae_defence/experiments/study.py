@@ -32,7 +32,7 @@ from pyro_vae_defence import data, metrics
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments.configuration import override
 from pyro_vae_defence.experiments.drawing import save_figure
-from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
@@ -295,12 +295,7 @@ def interval(
     found = metrics.bootstrap_interval(
         values.cpu(), image, statistic=statistic, generator=torch.Generator().manual_seed(0)
     )
-    return as_entry(found)
-
-
-def as_entry(found: metrics.Interval) -> dict[str, float]:
-    """An interval as result files hold it."""
-    return {"estimate": found.estimate, "low": found.low, "high": found.high}
+    return found.to_dict()
 
 
 def similarity(x: Tensor, y: Tensor, image: Tensor | None = None) -> dict[str, float]:

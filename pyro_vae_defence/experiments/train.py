@@ -27,7 +27,7 @@ from pyro_vae_defence.experiments.configuration import (
     override,
 )
 from pyro_vae_defence.experiments.paper import TABLE_7
-from pyro_vae_defence.experiments.provenance import provenance
+from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import (

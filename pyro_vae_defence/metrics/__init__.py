@@ -1,5 +1,4 @@
-"""Scores of images, latents and models: pure functions; one value per image, or per set where the
-name says so."""
+"""Scores of images, latents and models: pure functions, one value per image or per set of them."""
 
 from pyro_vae_defence.metrics.accuracy import adversarial_accuracy, correct
 from pyro_vae_defence.metrics.detection import auroc, detection_interval, fpr_at_tpr

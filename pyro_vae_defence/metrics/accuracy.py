@@ -24,37 +24,22 @@ def adversarial_accuracy(prediction_ref: Tensor, prediction_adv: Tensor) -> Tens
 
     Raises:
         ValueError: an argument is not a vector of classes, or the lengths differ.
-
     """
-    _check_classes("prediction_ref", prediction_ref)
-    _check_classes("prediction_adv", prediction_adv, length=prediction_ref.shape[0])
-    return (prediction_ref == prediction_adv).to(torch.get_default_dtype())
+    return _equal("prediction_ref", prediction_ref, "prediction_adv", prediction_adv)
 
 
 def correct(prediction: Tensor, label: Tensor) -> Tensor:
-    """1 where the predicted class is the label, 0 elsewhere.
-
-    Args:
-        prediction: predicted classes, integers of shape ``(N,)``.
-        label: true classes, the same shape.
-
-    Returns:
-        Zeros and ones of the default float dtype, shape ``(N,)``; the mean is the accuracy.
-
-    Raises:
-        ValueError: an argument is not a vector of classes, or the lengths differ.
-
-    """
-    _check_classes("prediction", prediction)
-    _check_classes("label", label, length=prediction.shape[0])
-    return (prediction == label).to(torch.get_default_dtype())
+    """1 where the predicted class is the label, 0 elsewhere; as :func:`adversarial_accuracy`."""
+    return _equal("prediction", prediction, "label", label)
 
 
-def _check_classes(name: str, classes: Tensor, length: int | None = None) -> None:
-    if classes.ndim != 1 or classes.is_floating_point() or classes.is_complex():
-        raise ValueError(
-            f"{name} has shape {tuple(classes.shape)} and dtype {classes.dtype}: "
-            "pass integer classes of shape (N,), such as logits.argmax(-1)"
-        )
-    if length is not None and classes.shape[0] != length:
-        raise ValueError(f"{name} has {classes.shape[0]} classes: pass {length}, one per image")
+def _equal(name_a: str, a: Tensor, name_b: str, b: Tensor) -> Tensor:
+    for name, classes in ((name_a, a), (name_b, b)):
+        if classes.ndim != 1 or classes.is_floating_point() or classes.is_complex():
+            raise ValueError(
+                f"{name} has shape {tuple(classes.shape)} and dtype {classes.dtype}: "
+                "pass integer classes of shape (N,), such as logits.argmax(-1)"
+            )
+    if len(a) != len(b):
+        raise ValueError(f"{name_b} has {len(b)} classes: pass {len(a)}, one per image")
+    return (a == b).to(torch.get_default_dtype())

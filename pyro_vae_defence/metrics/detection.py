@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.metrics.intervals import Interval
+from pyro_vae_defence.metrics.intervals import Interval, check_bootstrap, tails
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
@@ -62,8 +62,7 @@ def fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tenso
     _check(negatives, positives)
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr={tpr} must lie in (0, 1]: use 0.95 for 95 percent")
-    # Rounding must not ask for one image more than the share does (0.95 * 20 > 19 in floating
-    # point).
+    # Rounding must not ask for one image more than the share does (0.95 * 20 > 19 in binary).
     caught = math.ceil(tpr * positives.shape[0] - 1e-9)
     threshold = positives.sort(descending=True).values[max(caught, 1) - 1]
     return (negatives >= threshold).double().mean()
@@ -99,18 +98,13 @@ def detection_interval(
     if positives.shape[0] != num_images or num_images < 2:
         raise ValueError(
             f"negatives has {num_images} scores and positives {positives.shape[0]}: pass one of "
-            "each for every "
-            "image, of two images or more"
+            "each for every image, of two images or more"
         )
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1: use 0.95 for 95 percent")
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples={num_resamples} must be positive: use 500 or more")
+    check_bootstrap(level, num_resamples)
     negatives, positives = (v.detach().to("cpu", torch.float64) for v in (negatives, positives))
     drawn = torch.randint(num_images, (num_resamples, num_images), generator=generator)
     resampled = torch.stack([statistic(negatives[rows], positives[rows]) for rows in drawn])
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.quantile(resampled, tails)
+    low, high = torch.quantile(resampled, tails(level))
     estimate = statistic(negatives, positives)
     return Interval(float(estimate), float(low), float(high), level, num_images, num_images)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from pyro_vae_defence.metrics.likelihood import Transition, ais, importance_nll, sigmoid_schedule
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.checks import check_positive
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
@@ -56,8 +57,7 @@ def nll(
     """
     program.check_vae(vae)
     program.check_images(x, unit_interval=False)
-    if not rows >= 1:
-        raise ValueError(f"rows={rows} must be positive: pass a larger one")
+    check_positive("rows", rows)
     seed = draw_seed(generator)
     results = []
     with program.evaluation_mode(vae):
@@ -82,8 +82,7 @@ class _Weights:
 
     def __call__(self, count: int) -> Tensor:
         images = len(self.x)
-        # Reading a model's sites runs it once: only the last chunk may differ in size from the
-        # others.
+        # Reading a model's sites runs it once: only the last chunk may differ in size.
         if self.potential is None or self.potential.num_images != count * images:
             self.potential = program.potential(self.vae, self.x.repeat(count, 1, 1, 1))
         chain = torch.arange(self.drawn, self.drawn + count).repeat_interleave(images)
@@ -133,8 +132,7 @@ def ais_log_weights(
     """
     program.check_vae(vae)
     program.check_images(x, unit_interval=False)
-    if not num_chains >= 1:
-        raise ValueError(f"num_chains={num_chains} must be positive: pass a larger one")
+    check_positive("num_chains", num_chains)
     schedule = sigmoid_schedule(100) if schedule is None else schedule
     if initial is None and float(schedule[0]) != 0.0:
         raise ValueError(

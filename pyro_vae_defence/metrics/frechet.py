@@ -45,8 +45,7 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
         if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[1]:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and "
-                "the same F "
-                "in both"
+                "the same F in both"
             )
     mean, covariance = _moments(features)
     other_mean, other_covariance = _moments(other)
@@ -77,13 +76,9 @@ def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tens
 
 @torch.no_grad()
 def fid(
-    x: Tensor,
-    y: Tensor,
-    weights_path: str | os.PathLike[str] | None = None,
-    rows: int = 50,
+    x: Tensor, y: Tensor, weights_path: str | os.PathLike[str] | None = None, rows: int = 50
 ) -> Tensor:
-    """Fréchet Inception distance through torchmetrics, as in Table 7; grey images become three
-    channels.
+    """Fréchet Inception distance through torchmetrics (Table 7); grey becomes three channels.
 
     Args:
         x: images ``(N, C, H, W)`` in [0, 1] with one or three channels.
@@ -101,15 +96,13 @@ def fid(
     if weights_path is not None and not Path(weights_path).is_file():
         raise ValueError(
             f"weights_path={str(weights_path)!r} is no file: download torch-fidelity's Inception "
-            "weights "
-            "and pass their path"
+            "weights and pass their path"
         )
     for name, images in (("x", x), ("y", y)):
         if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[0] < 2:
             raise ValueError(
                 f"{name} has shape {tuple(images.shape)}: pass (N, C, H, W) with two images or "
-                "more and "
-                "one or three channels"
+                "more and one or three channels"
             )
     inception = _inception(None if weights_path is None else str(weights_path)).to(x.device)
     for images, real in ((x, True), (y, False)):

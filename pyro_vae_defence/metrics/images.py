@@ -72,7 +72,6 @@ def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
     Raises:
         ValueError: shapes or dtypes differ or are unsuitable, the images are too small for the
             variant, or the variant is unknown. The range of the values is not checked.
-
     """
     _check_pair(x, y)
     smaller_side = min(x.shape[-2:])
@@ -99,15 +98,13 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity at one scale, ``pytorch_msssim.ssim`` (window 11, sigma 1.5, range 1).
 
     Args:
-        x: images, shape ``(N, C, H, W)`` with sides of 11 pixels or more, float, range [0, 1].
-        y: images of the same shape, dtype and device.
+        x, y: images as for :func:`ms_ssim`, with sides of 11 pixels or more.
 
     Returns:
         Shape ``(N,)``, range [-1, 1]; 1 for identical images.
 
     Raises:
         ValueError: shapes or dtypes differ or are unsuitable, or the images are too small.
-
     """
     _check_pair(x, y)
     if min(x.shape[-2:]) < _STANDARD_WINDOW:
@@ -124,8 +121,7 @@ def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
     The paper (Table 7) reports it on the 0..255 scale, hence ``scale``; ``scale=1`` keeps [0, 1].
 
     Args:
-        x: images, shape ``(N, C, H, W)``, float, range [0, 1].
-        y: images of the same shape, dtype and device.
+        x, y: images as for :func:`ms_ssim`, of any size.
         scale: what a difference of 1 counts for; positive.
 
     Returns:
@@ -133,7 +129,6 @@ def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
 
     Raises:
         ValueError: shapes or dtypes differ or are unsuitable, or ``scale`` is not positive.
-
     """
     _check_pair(x, y)
     if not scale > 0:

@@ -27,7 +27,11 @@ _RESAMPLES_AT_ONCE = 256  # bounds the memory; fixed, so that results do not dep
 
 
 class Interval(NamedTuple):
-    """A statistic over images and its bootstrap interval."""
+    """A statistic over images and its bootstrap interval.
+
+    >>> f"{Interval(0.9712, 0.962, 0.98, 0.95, 100, 50):.2f}"
+    '0.97 [0.96, 0.98]'
+    """
 
     estimate: float
     """The statistic of all values."""
@@ -38,6 +42,16 @@ class Interval(NamedTuple):
     num_values: int
     num_groups: int
     """Independent units: equal to ``num_values`` without groups."""
+
+    def to_dict(self) -> dict[str, float]:
+        """Estimate, low and high by name, as result files hold them."""
+        return {"estimate": self.estimate, "low": self.low, "high": self.high}
+
+    def __format__(self, spec: str) -> str:
+        """The three numbers in the format of a number; without one, like ``str``."""
+        if not spec:
+            return str(self)
+        return f"{self.estimate:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 def bootstrap_interval(
@@ -70,13 +84,12 @@ def bootstrap_interval(
     Raises:
         ValueError: empty, non-finite or non-vector values, fewer than two groups, groups of another
             shape or dtype, or a level, number of resamples or statistic out of range.
-
     """
-    _check_values(values)
-    _check_options(level, num_resamples, statistic)
-    if groups is None:
-        groups = torch.arange(values.shape[0])
-    _check_groups(groups, values.shape[0])
+    groups = torch.arange(values.numel()) if groups is None else groups
+    _check_values(values, groups)
+    check_bootstrap(level, num_resamples)
+    if statistic not in ("mean", "median"):
+        raise ValueError(f"statistic={statistic!r} is unknown: choose 'mean' or 'median'")
     sample = values.detach().to("cpu", torch.float64)
     unit = torch.unique(groups.cpu(), return_inverse=True)[1]
     num_units = int(unit.max()) + 1
@@ -142,31 +155,32 @@ def _bca_levels(
     # All resamples on one side would send z0 to infinity; half a resample is the finest share seen.
     finest = 0.5 / resampled.shape[0]
     z0 = torch.special.ndtri(below.clamp(finest, 1 - finest))
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=resampled.dtype)
-    z = z0 + torch.special.ndtri(tails)
+    z = z0 + torch.special.ndtri(tails(level))
     return torch.special.ndtr(z0 + z / (1 - acceleration * z))
 
 
-def _check_values(values: Tensor) -> None:
+def tails(level: float) -> Tensor:
+    """Levels of the two quantiles between which a share ``level`` lies, float64 ``(2,)``."""
+    return torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+
+
+def check_bootstrap(level: float, num_resamples: int) -> None:
+    """``ValueError`` unless the options of a bootstrap interval are in range."""
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1: use 0.95 for 95 percent")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples={num_resamples} must be positive: use 500 or more")
+
+
+def _check_values(values: Tensor, groups: Tensor) -> None:
     if values.ndim != 1 or values.shape[0] == 0:
         raise ValueError(f"values has shape {tuple(values.shape)}: pass one value per image, (N,)")
     if not bool(torch.isfinite(values).all()):
         count = int((~torch.isfinite(values)).sum())
         raise ValueError(f"values has {count} non-finite entries: report and drop them first")
 
-
-def _check_groups(groups: Tensor, num_values: int) -> None:
-    if groups.shape != (num_values,) or groups.is_floating_point():
+    if groups.shape != values.shape or groups.is_floating_point():
         raise ValueError(
             f"groups has shape {tuple(groups.shape)} and dtype {groups.dtype}: "
-            f"pass {num_values} integers, one per value"
+            f"pass {len(values)} integers, one per value"
         )
-
-
-def _check_options(level: float, num_resamples: int, statistic: str) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1: use 0.95 for 95 percent")
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples={num_resamples} must be positive: use 1000 or more")
-    if statistic not in ("mean", "median"):
-        raise ValueError(f"statistic={statistic!r} is unknown: choose 'mean' or 'median'")

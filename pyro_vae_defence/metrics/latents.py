@@ -27,7 +27,6 @@ def active_units(means: Tensor, threshold: float = ACTIVITY_THRESHOLD) -> Tensor
 
     Raises:
         ValueError: fewer than two rows, no latent dimension, or a negative threshold.
-
     """
     if means.ndim < 2 or means.shape[0] < 2:
         raise ValueError(

@@ -32,6 +32,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pyro_vae_defence.ops.checks import check_positive
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 Transition: TypeAlias = Callable[[Latents, Potential, int], Latents]
@@ -61,10 +62,9 @@ def importance_nll(
 
     Raises:
         ValueError: a number is not positive, or the weights do not have ``k`` rows.
-
     """
-    _check_positive("num_samples", num_samples)
-    _check_positive("chunk", chunk)
+    check_positive("num_samples", num_samples)
+    check_positive("chunk", chunk)
     total: Tensor | None = None
     for start in range(0, num_samples, chunk):
         rows = min(chunk, num_samples - start)
@@ -112,7 +112,6 @@ def ais(
 
     Raises:
         ValueError: the schedule does not run from one end to the other.
-
     """
     temperatures = _check_schedule(schedule)
     latents = dict(initial)
@@ -148,10 +147,9 @@ def sigmoid_schedule(num_steps: int, steepness: float = 4.0) -> Tensor:
 
     Raises:
         ValueError: an argument is not positive.
-
     """
-    _check_positive("num_steps", num_steps)
-    _check_positive("steepness", steepness)
+    check_positive("num_steps", num_steps)
+    check_positive("steepness", steepness)
     logistic = torch.linspace(-steepness, steepness, num_steps + 1, dtype=torch.float64).sigmoid()
     return (logistic - logistic[0]) / (logistic[-1] - logistic[0])
 
@@ -176,8 +174,3 @@ def _check_schedule(schedule: Tensor | Sequence[float]) -> list[float]:
             "from 1 to 0: use sigmoid_schedule(num_steps)"
         )
     return temperatures
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}={value} must be positive: pass a larger one")

@@ -47,7 +47,6 @@ def log_posterior_ratio(
 
     Raises:
         ValueError: sites or shapes differ between the two.
-
     """
     shapes_1 = {site: tuple(value.shape) for site, value in latents_1.items()}
     shapes_2 = {site: tuple(value.shape) for site, value in latents_2.items()}
@@ -86,7 +85,6 @@ def ks_test(a: Tensor, b: Tensor) -> KSTest:
 
     Raises:
         ValueError: a sample is empty, not a vector or contains NaN.
-
     """
     first, second = _sorted_sample("a", a), _sorted_sample("b", b)
     n, m = first.size, second.size

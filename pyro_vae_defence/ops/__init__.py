@@ -1,1 +1,1 @@
-"""Tensor arithmetic that knows no model: balls, divergences, latents as dicts, random streams."""
+"""What knows no model: balls, divergences, latents as dicts, random streams, checks, files."""

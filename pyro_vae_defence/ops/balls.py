@@ -1,5 +1,4 @@
-r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one perturbation per
-image.
+r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one per image.
 
 Each ball knows ``project`` (the nearest point of the ball; exactly inside, also in floating point),
 ``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`) and
@@ -18,6 +17,7 @@ matters).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -65,8 +65,7 @@ class Ball:
         raise NotImplementedError
 
     def step_direction(self, gradient: Tensor) -> Tensor:
-        """Direction of a step before ``project_box``: steepest ascent, and for L1 the Euclidean
-        one.
+        """Direction of a step before ``project_box``: steepest ascent, for L1 the Euclidean one.
 
         The projection of a Euclidean step on an L1 ball chooses how many coordinates move; steepest
         ascent moves one, and gets stuck once that one has reached the box.
@@ -86,9 +85,24 @@ class Ball:
         """
         raise NotImplementedError
 
+    def _bisect(
+        self,
+        at: Callable[[Tensor], Tensor],
+        inner: Tensor,
+        outer: Tensor,
+        middle_of: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The point ``at`` the parameter nearest to ``outer`` that is inside; ``inner``'s is."""
+        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
+        for _ in range(_BISECTIONS):
+            middle = middle_of(inner, outer)
+            inside = self.norm(at(middle)) <= self.radius
+            inner = torch.where(inside, middle, inner)
+            outer = torch.where(inside, outer, middle)
+        return at(inner)
+
     def inside(self, x_ref: Tensor, x_adv: Tensor) -> Tensor:
-        """Move ``x_adv`` by the last bits it takes for ``x_adv - x_ref``, as computed, to be
-        inside.
+        """Move ``x_adv`` by the last bits it takes for ``x_adv - x_ref`` to be inside.
 
         A projected perturbation may leave the ball again when it is added to an image and rounded.
         The result lies between the two images, hence in [0, 1] if they do.
@@ -159,19 +173,11 @@ class L2(Ball):
             return torch.minimum(torch.maximum(scaled, low), high)
 
         inner = (self.radius / self.norm(perturbation).clamp(min=1e-30)).clamp(max=1.0)
-        outer = torch.ones_like(inner)
-        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
-        for _ in range(_BISECTIONS):
-            middle = (inner * outer).sqrt()
-            inside = self.norm(at(middle)) <= self.radius
-            inner = torch.where(inside, middle, inner)
-            outer = torch.where(inside, outer, middle)
-        return at(inner)
+        return self._bisect(at, inner, torch.ones_like(inner), lambda a, b: (a * b).sqrt())
 
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """Normalised gradient (zero where the gradient is zero)."""
-        norm = self.norm(gradient)
-        return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
+        return _normalised(gradient)
 
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """Uniform in the Euclidean ball."""
@@ -216,15 +222,8 @@ class L1(Ball):
             shrunk = (perturbation.abs() - rows(threshold, perturbation)).clamp(min=0)
             return torch.minimum(torch.maximum(perturbation.sign() * shrunk, low), high)
 
-        outer = torch.zeros_like(self.norm(perturbation))
         inner = perturbation.flatten(1).abs().amax(1)
-        inner = torch.where(self.norm(at(outer)) <= self.radius, outer, inner)
-        for _ in range(_BISECTIONS):
-            middle = 0.5 * (inner + outer)
-            inside = self.norm(at(middle)) <= self.radius
-            inner = torch.where(inside, middle, inner)
-            outer = torch.where(inside, outer, middle)
-        return at(inner)
+        return self._bisect(at, inner, torch.zeros_like(inner), lambda a, b: 0.5 * (a + b))
 
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
         """The coordinate with the largest absolute gradient, with its sign."""
@@ -235,8 +234,7 @@ class L1(Ball):
 
     def step_direction(self, gradient: Tensor) -> Tensor:
         """Gradient over its Euclidean norm (zero where the gradient is zero)."""
-        norm = gradient.flatten(1).norm(dim=1)
-        return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
+        return _normalised(gradient)
 
     def random_start(self, like: Tensor, streams: Streams) -> Tensor:
         """Uniform in the L1 ball: signed exponential spacings."""
@@ -246,3 +244,8 @@ class L1(Ball):
         rest = -streams.uniform(0, 2, (), like.dtype).log()
         total = spacings.flatten(1).sum(1) + rest
         return self.project(self.radius * signs * spacings / rows(total, like))
+
+
+def _normalised(gradient: Tensor) -> Tensor:
+    norm = gradient.flatten(1).norm(dim=1)
+    return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)

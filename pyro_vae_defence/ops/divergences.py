@@ -3,7 +3,8 @@ r"""Divergences between the guide's distributions at two inputs, one value per i
 For independent Gaussians :math:`q = N(m, s^2)` and :math:`q' = N(m', s'^2)`,
 
 .. math::
-    \mathrm{KL}(q \| q') = \sum_d \log\frac{s'_d}{s_d} + \frac{s_d^2 + (m_d - m'_d)^2}{2 s_d'^2} - \frac12,
+    \mathrm{KL}(q \| q') = \sum_d \log\frac{s'_d}{s_d}
+        + \frac{s_d^2 + (m_d - m'_d)^2}{2 s_d'^2} - \frac12,
     \qquad
     \mathrm{SKL} = \tfrac12 \mathrm{KL}(q \| q') + \tfrac12 \mathrm{KL}(q' \| q),
     \qquad
@@ -16,10 +17,12 @@ name to distribution with batch shape ``(N,)``; several sites add up. Results ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
+
+from pyro_vae_defence.ops.latents import sum_sites
 
 Posterior = Mapping[str, Distribution]
 
@@ -30,8 +33,7 @@ def kl(p: Posterior, q: Posterior) -> Tensor:
 
 
 def symmetric_kl(p: Posterior, q: Posterior) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences per image, in nats (Table 1 of the
-    paper)."""
+    """Half the sum of both KL-divergences per image, in nats (Table 1 of the paper)."""
     return 0.5 * (kl(p, q) + kl(q, p))
 
 
@@ -68,14 +70,11 @@ def _squared_wasserstein_site(p: Distribution, q: Distribution) -> Tensor:
     return (p.mean - q.mean).square() + (p.stddev - q.stddev).square()
 
 
-def _over_sites(p: Posterior, q: Posterior, divergence) -> Tensor:  # type: ignore[no-untyped-def]
+def _over_sites(
+    p: Posterior, q: Posterior, divergence: Callable[[Distribution, Distribution], Tensor]
+) -> Tensor:
     if p.keys() != q.keys():
         raise ValueError(
             f"both arguments must have the same latent sites, got {sorted(p)} and {sorted(q)}"
         )
-    parts = [divergence(p[name], q[name]) for name in p]
-    flat = [part.reshape(part.shape[0], -1).sum(-1) for part in parts]
-    total = flat[0]
-    for part in flat[1:]:
-        total = total + part
-    return total
+    return sum_sites({name: divergence(p[name], q[name]) for name in p})

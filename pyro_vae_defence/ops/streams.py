@@ -33,8 +33,7 @@ _MAX_PURPOSE = 4096
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four int64 tensors holding 32-bit words (broadcastable) to four random
-    words."""
+    """Philox4x32-10: four broadcastable int64 tensors of 32-bit words to four of random words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -82,8 +81,7 @@ class Streams(NamedTuple):
         first_image: int = 0,
         device: torch.device | str = "cpu",
     ) -> Streams:
-        """Streams of ``num_images`` images, numbered from ``first_image``, with chains folded
-        in."""
+        """Streams of images numbered from ``first_image``, with chains folded in."""
         image = torch.arange(first_image, first_image + num_images, device=device)
         chain = torch.arange(num_chains, device=device)
         return cls(

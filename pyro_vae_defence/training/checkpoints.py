@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pyro_vae_defence.ops.files import write_atomically
-
 FORMAT = 3
-
-
-def atomic_save(contents: Any, path: str | os.PathLike[str]) -> None:
-    """``torch.save``, whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
-    write_atomically(path, buffer.getvalue())
 
 
 def read(path: Path) -> dict[str, Any]:

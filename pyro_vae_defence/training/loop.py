@@ -37,13 +37,16 @@ from pyro_vae_defence.models.program import (
     evaluation_mode,
     mean_posterior_variance,
 )
-from pyro_vae_defence.ops.files import remove_partial
+from pyro_vae_defence.ops.files import atomic_save, remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
 from pyro_vae_defence.training.averaging import WeightAverage
 from pyro_vae_defence.training.config import FitConfig, FitResult, NonFiniteLossError
 from pyro_vae_defence.types import VAE, Latents
 
+# Where a run stands, saved with its weights; the last three inside an unfinished epoch: batches
+# done, their summed loss, images seen.
+_POSITION = ("epoch", "steps", "history", "batch", "loss_sum", "seen")
 # What a resumed run may set anew: the weights do not depend on it.
 _FREE_SETTINGS = {"progress", "checkpoint_every", "posterior_variance"}
 
@@ -78,9 +81,11 @@ def fit(
         vae: any Pyro VAE. An ``nn.Module`` is trained in train mode and left in eval mode.
         objective: a Pyro ELBO, e.g. ``pyro.infer.Trace_ELBO()`` or one of
             :mod:`pyro_vae_defence.objectives`.
-        loader: batches of images ``(B, C, H, W)`` in [0, 1], or tuples that start with one.
+        loader: batches of images ``(B, C, H, W)`` in [0, 1], or tuples that start with one. They
+            are moved to the device of the VAE's first parameter where ``vae`` is an ``nn.Module``.
         config: see :class:`FitConfig`.
-        validation: batches to validate on after each epoch. The plateau rule needs it.
+        validation: batches to validate on after each epoch, as ``loader`` has them. The plateau
+            rule needs it.
         checkpoint: file written after every epoch, atomically; parent directories are made. Its
             ``"weights"`` are those being trained; an average of them is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
@@ -139,7 +144,10 @@ def fit(
 def evaluate(
     vae: VAE, objective: Any, loader: Iterable[Any], *, max_images: int | None = None
 ) -> float:
-    """Mean loss of ``objective`` per image, in nats; no parameter changes."""
+    """Mean loss of ``objective`` per image, in nats; no parameter changes.
+
+    Batches are moved to the VAE's device, as :func:`fit` does.
+    """
     total, count = _loss_and_count(vae, objective, loader, max_images)
     if count == 0:
         raise ValueError("the loader is empty; pass at least one batch")
@@ -152,7 +160,7 @@ def _loss_and_count(
     """Summed loss, and the number of images it is of."""
     total, count = 0.0, 0
     with torch.no_grad(), evaluation_mode(vae):
-        for x in _images(loader):
+        for x in _images(vae, loader):
             total += float(objective.loss(vae.model, vae.guide, x))
             count += x.shape[0]
             if max_images is not None and count >= max_images:
@@ -160,9 +168,12 @@ def _loss_and_count(
     return total, count
 
 
-def _images(loader: Iterable[Any]) -> Iterator[Tensor]:
+def _images(vae: VAE, loader: Iterable[Any]) -> Iterator[Tensor]:
+    """The images of each batch, on the VAE's device where it says which that is."""
+    parameter = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
     for batch in loader:
-        yield batch[0] if isinstance(batch, (tuple, list)) else batch
+        x = batch[0] if isinstance(batch, (tuple, list)) else batch
+        yield x if parameter is None else x.to(parameter.device)
 
 
 def _open_log(
@@ -179,9 +190,8 @@ def _open_log(
             "pip install 'pyro-vae-defence[tensorboard]', or leave the argument out"
         ) from error
     # A resumed run writes its whole history again, and hides what earlier files hold.
-    writer = stack.enter_context(
-        contextlib.closing(SummaryWriter(os.fspath(directory), purge_step=0))
-    )
+    writer = SummaryWriter(os.fspath(directory), purge_step=0)
+    stack.callback(writer.close)
 
     def write(entry: dict[str, float]) -> None:
         for name, value in entry.items():
@@ -191,13 +201,8 @@ def _open_log(
     return write
 
 
-def _length(loader: Any) -> int | None:
-    return len(loader) if isinstance(loader, Sized) else None
-
-
 def _set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the samplers of a loader that shuffle by epoch, as torch's distributed one, which it
-    is."""
+    """Tell samplers that shuffle by epoch, as torch's distributed one, which epoch it is."""
     while loader is not None:
         if callable(getattr(loader, "set_epoch", None)):
             loader.set_epoch(epoch)
@@ -227,7 +232,6 @@ class _Run:
         self.epoch = 0
         self.steps = 0
         self.history: list[dict[str, float]] = []
-        # Position inside an unfinished epoch: batches done, their summed loss, images seen.
         self.batch = 0
         self.loss_sum = 0.0
         self.seen = 0
@@ -257,7 +261,8 @@ class _Run:
         for x in self._remaining_batches():
             if self.steps == 0:
                 check_images(x, "loader's first batch")
-                parallel.check_shares(_length(self.loader), x)
+                length = len(self.loader) if isinstance(self.loader, Sized) else None
+                parallel.check_shares(length, x)
             self._step(x)
             self.batch += 1
             every = self.config.checkpoint_every
@@ -268,7 +273,9 @@ class _Run:
         entry = {"epoch": float(self.epoch + 1), "train_loss": self.loss_sum / self.seen}
         assert self.optimiser is not None
         entry["learning_rate"] = float(self.optimiser.param_groups[0]["lr"])
-        self._share_buffers()
+        if isinstance(self.vae, nn.Module):
+            # The first process's running statistics are the ones that are saved.
+            parallel.broadcast(self.vae.buffers())
         if self.validation is not None:
             with self.validated_weights():
                 entry["validation_loss"] = self._validate(self.objective)
@@ -290,7 +297,7 @@ class _Run:
         name = "mean_posterior_variance"
         if not (self.config.posterior_variance and hasattr(self.vae, name)):
             return None
-        variance = mean_posterior_variance(self.vae, self.loader)
+        variance = mean_posterior_variance(self.vae, _images(self.vae, self.loader))
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
         return variance
@@ -298,10 +305,10 @@ class _Run:
     def report(self, on_epoch: Callable[[dict[str, float]], None], entry: dict[str, float]) -> None:
         """Call the user's function in a way that training does not depend on it."""
         # A run resumed from the checkpoint of this epoch will not call it again.
-        rng = self._get_rng()
+        rng = checkpoints.get_rng(self.loader)
         with self.validated_weights():
             on_epoch(entry)
-        self._set_rng(rng)
+        checkpoints.set_rng(rng, self.loader)
 
     def validated_weights(self) -> contextlib.AbstractContextManager[None]:
         """For a while, put the average of the weights in their place, if there is one."""
@@ -311,15 +318,15 @@ class _Run:
         """The epoch's batches that are not done yet, with the generators where they stood."""
         if self.batch:
             # The order of an epoch was drawn from the generators as they stood at its start.
-            self._set_rng(self._epoch_rng)
+            checkpoints.set_rng(self._epoch_rng, self.loader)
         else:
-            self._epoch_rng = self._get_rng()
-        batches = _images(self.loader)
+            self._epoch_rng = checkpoints.get_rng(self.loader)
+        batches = _images(self.vae, self.loader)
         for _ in range(self.batch):
             next(batches, None)
         if self._resume_rng is not None:
             # Before the next batch is fetched, since fetching may draw random transforms.
-            self._set_rng(self._resume_rng)
+            checkpoints.set_rng(self._resume_rng, self.loader)
             self._resume_rng = None
         yield from batches
 
@@ -361,11 +368,6 @@ class _Run:
         if count == 0:
             raise ValueError("validation is empty; pass at least one batch")
         return loss / count
-
-    def _share_buffers(self) -> None:
-        """Give every process the first one's running statistics, the ones that are saved."""
-        if isinstance(self.vae, nn.Module):
-            parallel.broadcast(self.vae.buffers())
 
     def _trained(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.parameters.items() if p.requires_grad}
@@ -412,28 +414,22 @@ class _Run:
                 f"parameters {missing} would not be trained: they have a gradient, but model and "
                 "guide do not register these very tensors. Call pyro.module(...) on their modules; "
                 "call pyro.clear_param_store() first if another VAE of this process has used the "
-                "same "
-                "names; and keep parameters contiguous (Pyro's parameter store copies others)"
+                "same names; and keep parameters contiguous (Pyro's parameter store copies others)"
             )
 
     # --- Checkpoints ---
 
     def save(self, path: Path) -> None:
         # Every process takes part, since each has generators of its own.
-        rng = parallel.gather({"now": self._get_rng(), "epoch": self._epoch_rng})
+        rng = parallel.gather({"now": checkpoints.get_rng(self.loader), "epoch": self._epoch_rng})
         if not parallel.is_first():
             return
         assert self.optimiser is not None
-        checkpoints.atomic_save(
+        atomic_save(
             {
                 "format": checkpoints.FORMAT,
                 "config": dataclasses.asdict(self.config),
-                "epoch": self.epoch,
-                "steps": self.steps,
-                "batch": self.batch,
-                "loss_sum": self.loss_sum,
-                "seen": self.seen,
-                "history": self.history,
+                **{name: getattr(self, name) for name in _POSITION},
                 "weights": self._weights(),
                 "average": None if self.average is None else self.average.values,
                 "optimiser": self.optimiser.state_dict(),
@@ -456,16 +452,15 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.steps, self.batch = state["epoch"], state["steps"], state["batch"]
-        self.loss_sum, self.seen = state["loss_sum"], state["seen"]
-        self.history = state["history"]
+        for name in _POSITION:
+            setattr(self, name, state[name])
         self._set_objective_state(state["objective"])
         rng = state["rng"][parallel.rank()]
         self._epoch_rng = rng["epoch"]
         if self.batch:
             self._resume_rng = rng["now"]
         else:
-            self._set_rng(rng["now"])
+            checkpoints.set_rng(rng["now"], self.loader)
 
     def _check_settings(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = state["config"], dataclasses.asdict(self.config)
@@ -487,14 +482,14 @@ class _Run:
 
     def _see_parameters(self) -> None:
         """Run the programs once, so that every parameter exists and the optimiser can be made."""
-        rng, objective = self._get_rng(), copy.deepcopy(self._objective_state())
-        x = next(_images(self.loader))
+        rng, objective = checkpoints.get_rng(self.loader), copy.deepcopy(self._objective_state())
+        x = next(_images(self.vae, self.loader))
         with poutine.trace(param_only=True) as capture:
             self.objective.loss_and_grads(self.model, self.guide, x)
         self._make_optimiser(capture.trace)
         assert self.optimiser is not None
         self.optimiser.zero_grad()
-        self._set_rng(rng)
+        checkpoints.set_rng(rng, self.loader)
         self._set_objective_state(objective)
 
     def _objective_state(self) -> dict[str, Any] | None:
@@ -529,9 +524,3 @@ class _Run:
         with torch.no_grad():
             for name, value in weights.items():
                 self.parameters[name].copy_(value)
-
-    def _get_rng(self) -> dict[str, Any]:
-        return checkpoints.get_rng(self.loader)
-
-    def _set_rng(self, state: dict[str, Any]) -> None:
-        checkpoints.set_rng(state, self.loader)

@@ -48,8 +48,7 @@ def check_initialised() -> None:
     if launched and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _active():
         raise ValueError(
             f"torchrun started {os.environ['WORLD_SIZE']} processes, but they have no process "
-            "group; "
-            "call torch.distributed.init_process_group() before fit"
+            "group; call torch.distributed.init_process_group() before fit"
         )
 
 
@@ -66,8 +65,7 @@ def check_shares(length: int | None, x: Tensor) -> None:
     if len(set(lengths)) > 1:
         raise ValueError(
             f"loader has {lengths} batches in the different processes; they must have the same "
-            "number, "
-            "as with torch.utils.data.DistributedSampler"
+            "number, as with torch.utils.data.DistributedSampler"
         )
     if len(set(sums)) == 1:
         raise ValueError(
@@ -94,8 +92,7 @@ def total(*numbers: float) -> list[float]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace each parameter's gradient by its sum over the processes, a missing one counting as
-    zero."""
+    """Sum each parameter's gradient over the processes, in place; a missing one counts as zero."""
     if world_size() == 1:
         return
     parameters = list(parameters)

@@ -29,7 +29,7 @@ from pyro_vae_defence.experiments.configuration import (
     Natural,
     at_least,
 )
-from pyro_vae_defence.experiments.provenance import commit
+from pyro_vae_defence.ops.provenance import commit
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
 from pyro_vae_defence.experiments.tables import interval as shown
 from pyro_vae_defence.experiments.tables import table

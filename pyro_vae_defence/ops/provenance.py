@@ -8,21 +8,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _LIBRARIES = ("torch", "torchvision", "pyro-ppl", "numpy", "arviz")
 
 
 def commit() -> str:
-    """The checkout's commit, marked ``-dirty`` when the package differs from it; else the
-    version."""
-    here = Path(__file__).resolve().parent
+    """The checkout's commit, ``-dirty`` when the package differs from it; else the version."""
+    package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(here), *arguments], check=True, capture_output=True, text=True
+            ["git", "-C", str(package), *arguments], check=True, capture_output=True, text=True
         ).stdout.strip()
 
     try:
-        dirty = git("status", "--porcelain", "--", str(here.parent))
+        dirty = git("status", "--porcelain", "--", str(package))
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
         return f"release {metadata.version('pyro-vae-defence')}"
@@ -30,8 +31,6 @@ def commit() -> str:
 
 def provenance() -> dict[str, Any]:
     """Commit, versions of the libraries results depend on, processor and threads."""
-    import torch
-
     return {
         "commit": commit(),
         "python": platform.python_version(),
