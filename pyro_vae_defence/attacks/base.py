@@ -54,7 +54,7 @@ class FlatAttack(NamedTuple):
 
     images: Tensor
     references: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # in place of tuple's method
 
 
 class AttackResult(NamedTuple):

@@ -19,6 +19,8 @@ https://arxiv.org/abs/1804.08598."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +38,7 @@ from pyro_vae_defence.attacks.pgd import default_step_size, last_iterate
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import Objective
 
 # Iterations of 10,000 at which the share of changed pixels is halved (section 3 of the Square
 # attack).
@@ -113,20 +116,39 @@ class NES(Attack):
     def _step(self, problem: Problem, state: State, t: int) -> State:
         perturbation = state["perturbation"]
         state = keep_best(state, perturbation, problem.value(perturbation))
-        gradient = torch.zeros_like(perturbation)
-        event = tuple(perturbation.shape[1:])
-        for i in range(self.num_directions // 2):
-            direction = problem.streams.normal(t, SEARCH_PURPOSE + i, event, perturbation.dtype)
-            ahead = problem.value(perturbation + self.scale * direction)
-            behind = problem.value(perturbation - self.scale * direction)
-            gradient = gradient + rows(ahead - behind, direction) * direction
-        gradient = gradient / (self.scale * self.num_directions)
+        shape = tuple(perturbation.shape[1:])
+        gradient = antithetic_gradient(
+            lambda step: problem.value(perturbation + step),
+            lambda i: problem.streams.normal(t, SEARCH_PURPOSE + i, shape, perturbation.dtype),
+            self.num_directions // 2,
+            self.scale,
+        )
         gradient = torch.where(gradient.isfinite(), gradient, 0.0)
         length = default_step_size(self, self.step_size)
         return {**state, "perturbation": problem.climb(perturbation, gradient, length)}
 
     def _finish(self, problem: Problem, state: State) -> State:
         return last_iterate(problem, state)
+
+
+def antithetic_gradient(
+    value: Objective, direction: Callable[[int], Tensor], num_pairs: int, scale: float
+) -> Tensor:
+    """The estimate of the module's text, from ``2 num_pairs`` values.
+
+    Args:
+        value: of a point displaced by its argument.
+        direction: the i-th standard normal direction of every row.
+        num_pairs: how many.
+        scale: length of a step per pixel.
+    """
+
+    def part(i: int) -> Tensor:
+        step = scale * direction(i)
+        rise = value(step) - value(-step)
+        return rows(rise, step) * step / (2 * scale**2 * num_pairs)
+
+    return functools.reduce(torch.add, map(part, range(num_pairs)))
 
 
 # --- Square's moves -------------------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""What an attacker who knows a defence gets of it: its start, chain and energy; no score.
+
+The parts are what the gradients of :mod:`pyro_vae_defence.attacks.adaptive` are made from. Latents
+are unconstrained throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.defence import Defence, MCMCDefence, NoDefence, PosteriorModeDefence
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
+from pyro_vae_defence.mcmc.adaptation import FixedStepSize
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import VAE, Latents
+
+
+class WhiteBox:
+    """A defence as its attacker sees it.
+
+    Args:
+        vae: any Pyro VAE.
+        defence: what is attacked, anything that maps images to a ``DefenceResult``.
+        x: images ``(N, C, H, W)`` on which :attr:`step_size` is found.
+        fresh: returns a generator where that needs a seed; torch's global seed by default.
+
+    Attributes:
+        shape: of an image.
+        has_chain: whether anything stands behind the encoder.
+        unrollable: whether it is a chain whose every transition is known: HMC or NUTS of this
+            library without burn-in.
+        evaluations: rows that the model has run on so far. What an unknown defence spends counts by
+            its own ``num_gradients``.
+
+    Example:
+        >>> from pyro_vae_defence.attacks import adaptive
+        >>> from pyro_vae_defence.models import ConvVAE
+        >>> x = torch.rand(2, 1, 28, 28)
+        >>> box = WhiteBox(ConvVAE(), MCMCDefence(ConvVAE(), num_samples=1, warmup_steps=1), x)
+        >>> encode = adaptive.bpda(box.start, box.chain)
+        >>> encode(x, Streams.create(2))["z"].shape
+        torch.Size([2, 64])
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        defence: Defence,
+        x: Tensor,
+        fresh: Callable[[], torch.Generator | None] = lambda: None,
+    ) -> None:
+        model = vae.model
+        if isinstance(defence, (MCMCDefence, PosteriorModeDefence)):
+            model = program.target(vae, defence.perturbation)
+
+        def counted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.evaluations += x.shape[0]
+            return model(x, *args, **kwargs)
+
+        self.vae, self.defence = vae, defence
+        self.shape = tuple(x.shape[1:])
+        self.evaluations = 0
+        self._x, self._fresh, self._model = x, fresh, counted
+        self._potential = ModelPotential(counted, x)
+        self.has_chain = not isinstance(defence, NoDefence)
+        self.unrollable = isinstance(defence, MCMCDefence) and _known(defence.kernel(counted))
+
+    # --- Encoder and decoder ---
+
+    def start(self, x: Tensor, streams: Streams) -> Latents:
+        """Where chains start: a draw of the guide, differentiable in the images."""
+        return self._potential.at(x).unconstrain(program.encode(self.vae, x, streams=streams))
+
+    def energy(self, x: Tensor, latents: Latents) -> Tensor:
+        """U(z; x) of the defence's target, ``(M,)``, in nats."""
+        return self._potential.at(x)(latents)
+
+    def constrain(self, latents: Latents) -> Latents:
+        """Latents on the support of each site, as classifiers read them."""
+        return self._potential.constrain(latents)
+
+    def decode(self, latents: Latents) -> Tensor:
+        """Mean images ``(M, C, H, W)``."""
+        return program.decode(self.vae, self.constrain(latents), self.shape)
+
+    # --- The chain ---
+
+    def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
+        """Where the defence ends; differentiable where it is unrollable. A defence that is not
+        starts by itself."""
+        if self.unrollable:
+            return self._whole(x, start, streams)
+        result = self.defence(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
+        self.evaluations += int(result.num_gradients.sum())
+        return self._potential.at(x).unconstrain(result.latents)
+
+    def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:
+        """Some transitions of an unrollable defence, to go on with where a chain has ended.
+
+        Args:
+            number: how many, >= 1.
+            step_size: kept throughout; :attr:`step_size` when ``None``.
+        """
+
+        def make() -> Any:
+            kernel = self._make_kernel()
+            kernel.rule = FixedStepSize()
+            kernel.step_size = self.step_size if step_size is None else step_size
+            return kernel
+
+        return unrolled.UnrolledKernel(make, self.energy, number)
+
+    @functools.cached_property
+    def step_size(self) -> float:
+        """The step size that an unrollable defence arrives at, median over images."""
+        kernel = self._make_kernel()
+        x = self._x
+        streams = Streams.create(x.shape[0], generator=self._fresh(), device=x.device)
+        with torch.no_grad():
+            start = lat.detach(self.start(x, streams))
+        whole = self._whole
+        unrolled.run(kernel, x, start, streams, whole.num_transitions, whole.warmup_steps)
+        return float(kernel.info.step_size.median())
+
+    @functools.cached_property
+    def _whole(self) -> unrolled.UnrolledKernel:
+        defence: Any = self.defence
+        total = defence.warmup_steps + defence.num_samples
+        return unrolled.UnrolledKernel(self._make_kernel, self.energy, total, defence.warmup_steps)
+
+    def _make_kernel(self) -> Any:
+        defence: Any = self.defence
+        return defence.kernel(self._model)
+
+
+def _known(kernel: Any) -> bool:
+    return isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
