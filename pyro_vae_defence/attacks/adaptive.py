@@ -583,8 +583,7 @@ def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> 
         if rest:
             raise ValueError(
                 f"labels has {labels.shape[0]} entries for {x_ref.shape[0]} references; they must "
-                "come "
-                "in one batch (restarts folded), so choose a larger batch_size"
+                "come in one batch (restarts folded), so choose a larger batch_size"
             )
         repeated = labels.repeat(times)[:, None]
 

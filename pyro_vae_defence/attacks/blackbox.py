@@ -8,7 +8,8 @@ adds a pattern of two pyramids of opposite signs to what was there.
 
 NES estimates a gradient from antithetic Gaussian directions :math:`u_i`,
 
-.. math:: \hat g = \frac{1}{2 \sigma n} \sum_{i=1}^{n} \bigl[\Delta(x + \sigma u_i) - \Delta(x - \sigma u_i)\bigr] u_i ,
+.. math:: \hat g = \frac{1}{2 \sigma n} \sum_{i=1}^{n}
+   \bigl[\Delta(x + \sigma u_i) - \Delta(x - \sigma u_i)\bigr] u_i ,
 
 and climbs along it as PGD does. Images it queries are clipped to [0, 1].
 
@@ -34,7 +35,7 @@ from pyro_vae_defence.attacks.base import (
     first_result,
     keep_best,
 )
-from pyro_vae_defence.attacks.pgd import default_step_size, last_iterate
+from pyro_vae_defence.attacks.pgd import Ascent
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.ops.streams import Streams
@@ -88,47 +89,35 @@ class Square(Attack):
 
 
 @dataclass(frozen=True)
-class NES(Attack):
-    """Gradient ascent along estimated gradients; ``num_directions + 1`` queries per step.
+class NES(Ascent):
+    """Ascent along estimated gradients; ``num_directions + 1`` queries per step.
 
     Args:
         num_directions: evaluations per estimate, even, >= 2: half as many directions, both ways.
         scale: standard deviation of the directions, in units of the image range.
-        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when
-            ``None``.
     """
 
     num_directions: int = 50
     scale: float = 1e-3
-    step_size: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integers("num_directions")
-        self._check_positive("scale", "step_size")
+        self._check_positive("scale")
         if self.num_directions % 2:
             raise ValueError(f"num_directions must be even, got {self.num_directions!r}")
 
-    def _start(self, problem: Problem) -> State:
-        start = problem.start()
-        return {**first_result(start), "perturbation": start}
-
-    def _step(self, problem: Problem, state: State, t: int) -> State:
+    def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
         perturbation = state["perturbation"]
-        state = keep_best(state, perturbation, problem.value(perturbation))
-        shape = tuple(perturbation.shape[1:])
+        shape, dtype = tuple(perturbation.shape[1:]), perturbation.dtype
         gradient = antithetic_gradient(
             lambda step: problem.value(perturbation + step),
-            lambda i: problem.streams.normal(t, SEARCH_PURPOSE + i, shape, perturbation.dtype),
+            lambda i: problem.streams.normal(t, SEARCH_PURPOSE + i, shape, dtype),
             self.num_directions // 2,
             self.scale,
         )
         gradient = torch.where(gradient.isfinite(), gradient, 0.0)
-        length = default_step_size(self, self.step_size)
-        return {**state, "perturbation": problem.climb(perturbation, gradient, length)}
-
-    def _finish(self, problem: Problem, state: State) -> State:
-        return last_iterate(problem, state)
+        return problem.value(perturbation), gradient, {}
 
 
 def antithetic_gradient(

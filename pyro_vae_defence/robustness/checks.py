@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.ops.balls import L1, L2, Ball, Linf
 from pyro_vae_defence.robustness.report import Check
-from pyro_vae_defence.robustness.scoring import Accuracy, Scores
+from pyro_vae_defence.robustness.scoring import Accuracy, Scores, Similarity
 from pyro_vae_defence.robustness.suite import ATTACKS, Candidate, Suite, connected
 
 Verdict = tuple[bool | None, str]
@@ -46,11 +46,6 @@ class Evidence:
     noise: Scores
     worst: Scores
 
-    @property
-    def rows(self) -> slice:
-        """The images that checks attack again."""
-        return slice(0, self.suite.budget.check_images)
-
     def of(self, black_box: bool) -> list[int]:
         """Which candidates are black boxes, or are not."""
         return [i for i, each in enumerate(self.found) if each.row.black_box == black_box]
@@ -59,15 +54,37 @@ class Evidence:
     def strongest(self) -> Candidate | None:
         """The gradient attack with the lowest mean figure, if any ran."""
         gradient = self.of(black_box=False)
-        if not gradient:
-            return None
-        return self.found[min(gradient, key=lambda i: float(self.scores[i].mean().mean()))]
+        best = min(gradient, key=lambda i: float(self.scores[i].mean().mean()), default=None)
+        return None if best is None else self.found[best]
 
-    def attack(self, candidate: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
-        """The check's images under the attack of a candidate, ``(n, C, H, W)``."""
+    @property
+    def rows(self) -> slice:
+        """The images that are attacked again."""
+        return slice(0, self.suite.budget.check_images)
+
+    def again(self, attack: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
+        """These under an attack, ``(n, C, H, W)``."""
         return self.suite.attack(
-            candidate.row, candidate.num_draws, rows=self.rows, ball=ball, num_steps=num_steps
+            attack.row, attack.num_draws, rows=self.rows, ball=ball, num_steps=num_steps
         )[0]
+
+    @functools.cached_property
+    def by_radius(self) -> list[tuple[float, Scores]]:
+        """Scores under the strongest attack in growing balls, the last of which allows any image;
+        none without such an attack."""
+        if self.strongest is None:
+            return []
+        suite, budget, size = self.suite, self.suite.budget, math.prod(self.suite.box.shape)
+        ball, found = suite.ball, []
+        covering = {"L2": L2(size**0.5), "L1": L1(float(size))}.get(ball.norm_name, Linf(1.0))
+        balls = [type(ball)(ball.radius / 2), ball, covering]
+        if not ball.radius < covering.radius:
+            balls = [type(ball)(covering.radius / 2), covering]
+        for ball in balls:
+            x_adv = self.again(self.strongest, budget.check_steps, ball)
+            scores = suite.scorer.score(x_adv, budget.scoring_draws, self.rows)
+            found.append((ball.radius, scores))
+        return found
 
     @functools.cached_property
     def probe(self) -> tuple[Tensor, Tensor] | None:
@@ -77,11 +94,10 @@ class Evidence:
         suite, box, fresh = self.suite, self.suite.box, self.suite.scorer.fresh
         if box.has_chain and not box.unrollable:
             return None
-        x_ref = suite.x[self.rows]
-        goal = suite.goal(self.rows)
         encode = adaptive.transfer(box.start)
         if box.has_chain:
             encode = adaptive.unroll(box.start, box.transitions(suite.budget.unrolled_transitions))
+        goal, x_ref = suite.goal(self.rows), suite.x[self.rows]
         prepared = adaptive.expected(encode, goal, resample=False, generator=fresh())
         objective = connected(prepared(x_ref))
         x_1, x_2 = (attacks.random_noise(x_ref, suite.ball, fresh()) for _ in range(2))
@@ -105,32 +121,15 @@ class Evidence:
             bound = (gradient * (x_2 - x_0)).abs().flatten(1).sum(1)
             return agree, usable & (change <= bound + rounding)
 
-    @functools.cached_property
-    def by_radius(self) -> list[tuple[Ball, Scores]]:
-        """The strongest attack in growing balls, of which the last allows any image; empty without
-        one."""
-        ball, size = self.suite.ball, math.prod(self.suite.box.shape)
-        covering = {"L2": L2(size**0.5), "L1": L1(float(size))}.get(ball.norm_name, Linf(1.0))
-        balls = [type(ball)(ball.radius / 2), ball, covering]
-        if not ball.radius < covering.radius:
-            balls = [type(ball)(covering.radius / 2), covering]
-        return [] if self.strongest is None else [(b, self._score_in(b)) for b in balls]
 
-    def _score_in(self, ball: Ball) -> Scores:
-        assert self.strongest is not None
-        budget = self.suite.budget
-        x_adv = self.attack(self.strongest, budget.check_steps, ball)
-        return self.suite.scorer.score(x_adv, budget.scoring_draws, self.rows)
-
-
-NO_GRADIENT = (None, "no exact gradient of this defence is known")
-NO_ATTACK = (None, "needs a gradient attack")
+_NO_GRADIENT = (None, "no exact gradient of this defence is known")
+_NO_ATTACK = (None, "needs a gradient attack")
 
 
 def finite_differences(evidence: Evidence) -> Verdict:
     """They agree with the gradient."""
     if evidence.probe is None:
-        return NO_GRADIENT
+        return _NO_GRADIENT
     agree, _ = evidence.probe
     return (
         bool(agree.double().mean() >= 0.7),
@@ -141,7 +140,7 @@ def finite_differences(evidence: Evidence) -> Verdict:
 def gradients_explain_changes(evidence: Evidence) -> Verdict:
     """The objective changes by no more than its gradient allows."""
     if evidence.probe is None:
-        return NO_GRADIENT
+        return _NO_GRADIENT
     _, explained = evidence.probe
     return (
         bool(explained.double().mean() >= 0.8),
@@ -173,12 +172,11 @@ def black_box_is_not_stronger(evidence: Evidence) -> Verdict:
 def whole_range_leaves_chance(evidence: Evidence) -> Verdict:
     """An attacker free to choose any image leaves what another image's prediction would."""
     if not evidence.by_radius:
-        return NO_ATTACK
+        return _NO_ATTACK
     _, scores = evidence.by_radius[-1]
     scorer = evidence.suite.scorer
-    measure = scorer.measure
-    if isinstance(measure, Accuracy):
-        chance = 1.0 / measure.num_classes
+    if isinstance(scorer, Accuracy):
+        chance = 1.0 / scorer.num_classes
         right, of = int(scores.per_draw[0].sum()), scores.per_draw.shape[1]
         # Probability of so many right answers, or more, by chance.
         tail = sum(
@@ -189,8 +187,9 @@ def whole_range_leaves_chance(evidence: Evidence) -> Verdict:
             f"{right} of {of} right where any image is allowed; by chance {chance * of:.1f} "
             f"(so many or more with probability {tail:.2g})",
         )
-    reference = measure.reference[evidence.rows]
-    unrelated = measure.compare(reference.roll(1, 0), reference)
+    assert isinstance(scorer, Similarity)
+    reference = scorer.reference[evidence.rows]
+    unrelated = scorer.compare(reference.roll(1, 0), reference)
     excess = scorer.interval(scores.mean() - unrelated)
     return (
         excess["low"] <= 0,
@@ -203,8 +202,8 @@ def monotone_in_radius(evidence: Evidence) -> Verdict:
     """A larger ball leaves no more."""
     strongest, tried = evidence.strongest, evidence.by_radius
     if strongest is None:
-        return NO_ATTACK
-    shown = ", ".join(f"{ball.radius:g}: {float(s.mean().mean()):.3f}" for ball, s in tried)
+        return _NO_ATTACK
+    shown = ", ".join(f"{radius:g}: {float(s.mean().mean()):.3f}" for radius, s in tried)
     interval = evidence.suite.scorer.interval
     rises = [
         interval(after.mean() - before.mean())
@@ -221,7 +220,7 @@ def loss_increases_with_iterations(evidence: Evidence) -> Verdict:
     """The attacker's objective, on noise of its own, after no, some, and all steps."""
     suite, strongest = evidence.suite, evidence.strongest
     if strongest is None:
-        return NO_ATTACK
+        return _NO_ATTACK
     budget, scorer, x_ref = suite.budget, suite.scorer, suite.x[evidence.rows]
     if strongest.row.name == "transfer":
         measure, draws = strongest.row, 1
@@ -230,7 +229,7 @@ def loss_increases_with_iterations(evidence: Evidence) -> Verdict:
         draws = max(5, budget.selection_draws)
     objective = suite.objective(measure, draws, evidence.rows, resample=False)(x_ref)
     steps = (max(1, budget.check_steps // 4), budget.check_steps)
-    few, many = (evidence.attack(strongest, number) for number in steps)
+    few, many = (evidence.again(strongest, number) for number in steps)
     start = attacks.random_noise(x_ref, suite.ball, scorer.fresh())
     with torch.no_grad():
         values = [objective(each) for each in (start, few, many)]
@@ -268,7 +267,6 @@ CHECKS: tuple[Callable[[Evidence], Verdict], ...] = (
 """In the order in which they run; a check is reported under its function's name."""
 
 
-def run_checks(evidence: Evidence) -> Iterator[Check]:
+def run_checks(evidence: Evidence) -> tuple[Check, ...]:
     """Every check with what it saw."""
-    for check in CHECKS:
-        yield Check(check.__name__, *check(evidence))
+    return tuple(Check(check.__name__, *check(evidence)) for check in CHECKS)

@@ -38,14 +38,14 @@ from torch import Tensor
 
 import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
-from pyro_vae_defence.defence import Defence, DefenceResult, DefendedClassifier
+from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.program import check_images, check_vae
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import Evidence, run_checks
-from pyro_vae_defence.robustness.report import AttackOutcome, RobustnessReport
+from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity, fresh_generators
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
@@ -82,7 +82,8 @@ def evaluate_robustness(
             :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
         ball: where perturbations live; ``Linf(0.1)`` by default.
         budget: how hard to try.
-        attacks: names of :data:`KNOWLEDGE`; all that apply by default.
+        attacks: names of :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; by default all that
+            apply.
         engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
             num_restarts=, batch_size=)``.
         similarity: of reconstructions, in pairs, differentiable, 1 for equal ones; the paper's
@@ -113,26 +114,15 @@ def evaluate_robustness(
     fresh = fresh_generators(seed)
     with program.evaluation_mode(vae, classifier):
         box = WhiteBox(vae, defence, x, fresh)
-        measure: Accuracy | Similarity
         if classifier is None:
-            measure = Similarity(vae, x, similarity, fresh)
+            scorer: Scorer = Similarity(vae, defence, x, similarity, fresh)
         else:
             if not isinstance(classifier, DefendedClassifier):
-                classifier = DefendedClassifier(_Named(vae, defence), classifier, "last")
-            measure = Accuracy(vae, x, classifier, labels)
-        scorer = Scorer(defence, measure, fresh)
-        suite = Suite(box, scorer, x, ball, budget or Budget(), engine)
-        return _report(suite, attacks, checks, seed)
-
-
-class _Named:
-    """Anything that maps images to a ``DefenceResult``, with the VAE that it defends."""
-
-    def __init__(self, vae: VAE, defence: Defence) -> None:
-        self.vae, self._defence = vae, defence
-
-    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
-        return self._defence(x, generator)
+                classifier = DefendedClassifier(box, classifier, "last")
+            scorer = Accuracy(vae, defence, x, labels, classifier, fresh)
+        return _report(
+            Suite(box, scorer, x, ball, budget or Budget(), engine), attacks, checks, seed
+        )
 
 
 def _report(
@@ -140,7 +130,6 @@ def _report(
 ) -> RobustnessReport:
     """Run the suite; the order of these lines decides which seed is used for what."""
     box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
-    measure = scorer.measure
     started = time.perf_counter()
     asked = [row for row in ATTACKS if wanted is None or row.name in wanted]
     table = [row for row in asked if not row.reason(box)]
@@ -156,28 +145,28 @@ def _report(
     clean_selection = scorer.score(x, budget.selection_draws).mean()
     winner = torch.stack([clean_selection, *(each.selection for each in found)]).argmin(0)
     worst = clean.choose(scores, winner)
-    image = torch.arange(len(winner), device=winner.device)
-    x_adv = torch.stack([x, *(each.x_adv for each in found)])[winner, image]
+    x_adv = torch.stack([x, *(each.x_adv for each in found)])
     names = ["none", *(each.row.name for each in found)]
     spent = box.evaluations / len(x)
-    evidence = Evidence(suite, found, scores, clean, noise, worst)
-    checks = tuple(run_checks(evidence)) if with_checks else ()
+    checks: tuple[Check, ...] = ()
+    if with_checks:
+        checks = run_checks(Evidence(suite, found, scores, clean, noise, worst))
     reasons = [f"check {c.name}: {c.detail}" for c in checks if c.passed is False]
     if not with_checks:
         reasons.append("no sanity check ran")
     if box.has_chain and all(each.row.transfers for each in found):
         reasons.append("only transfer attacks ran: no attacker knew the defence")
     return RobustnessReport(
-        figure=measure.name,
+        figure=scorer.figure,
         threat_model={
             "norm": suite.ball.norm_name,
             "radius": suite.ball.radius,
-            "target": measure.target,
-            "reading": measure.reading,
+            "target": scorer.target,
+            "reading": scorer.reading,
         },
         robust=scorer.figures(worst),
         clean=scorer.figures(clean),
-        undefended_clean=scorer.interval(measure.undefended),
+        undefended_clean=scorer.interval(scorer.undefended),
         random_noise=scorer.interval(noise.mean()),
         attacks=tuple(
             AttackOutcome(
@@ -208,5 +197,5 @@ def _report(
         },
         strongest=tuple(names[index] for index in winner.tolist()),
         per_image=worst.mean().detach().cpu(),
-        x_adv=x_adv,
+        x_adv=x_adv[winner, torch.arange(len(x), device=x.device)],
     )

@@ -22,7 +22,7 @@ class AttackOutcome(NamedTuple):
     """One attack, scored on fresh seeds.
 
     Attributes:
-        name: of :data:`~pyro_vae_defence.robustness.KNOWLEDGE`.
+        name: of :data:`~pyro_vae_defence.robustness.suite.KNOWLEDGE`.
         num_draws: draws (or chains) averaged per step.
         figure: mean figure and interval.
         evaluations: decoder evaluations per image.
@@ -40,7 +40,7 @@ class AttackOutcome(NamedTuple):
 
 @dataclass(frozen=True)
 class RobustnessReport:
-    """What :func:`~pyro_vae_defence.robustness.evaluate_robustness` found.
+    """What :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness` found.
 
     Attributes:
         figure: what is measured, e.g. ``"accuracy"`` or ``"ms_ssim[paper]"``; higher is more

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import metrics
-from pyro_vae_defence.defence import Defence, DefenceResult, DefendedClassifier, NoDefence
+from pyro_vae_defence.defence import Defence, DefenceResult, DefendedClassifier, NoDefence, Reading
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.ops import latents as lat
@@ -50,104 +50,43 @@ class Scores(NamedTuple):
         return Scores(per_draw, torch.stack([s.averaged for s in every])[winner, image])
 
 
-class Accuracy:
-    """Whether the class is the label's, where the defence ends.
+class Scorer:
+    """Runs a defence and says what its outputs are worth; every run and interval has a fresh seed.
 
     Args:
-        vae: any Pyro VAE.
-        x: reference images ``(N, C, H, W)``.
-        classifier: reads the defence.
-        labels: of the references, int64 ``(N,)``; those it predicts undefended when ``None``.
+        defence: what runs on the images.
+        fresh: returns a generator with a seed of its own.
 
     Attributes:
+        figure: name of what is measured.
+        target: what is done with latents, ``"classification"`` or ``"reconstruction"``.
+        reading: what is read of the defence's draws.
         undefended: figure of the VAE alone without an attack, ``(N,)``.
     """
 
-    name, target = "accuracy", "classification"
+    figure: str
+    target: str
+    reading: Reading = "last"
+    undefended: Tensor
 
-    def __init__(
-        self, vae: VAE, x: Tensor, classifier: DefendedClassifier, labels: Tensor | None
-    ) -> None:
-        with torch.no_grad():
-            scores = classifier.classifier(flatten_latents(program.posterior_mean(vae, x)))
-        self.classifier = classifier
-        self.reading = classifier.reading
-        self.num_classes = scores.shape[-1]
-        self.labels = scores.argmax(-1) if labels is None else labels
-        self.undefended = metrics.correct(scores.argmax(-1), self.labels)
-
-    def score(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
-        """Figures of ``num_draws`` runs of the defence, folded, on images of the references
-        ``rows``."""
-        log_probs = lat.unfold(self.classifier.log_probabilities(result), num_draws)
-        labels = self.labels[rows]
-        per_draw = torch.stack([metrics.correct(each.argmax(-1), labels) for each in log_probs])
-        return Scores(per_draw, metrics.correct(log_probs.exp().mean(0).argmax(-1), labels))
-
-
-class Similarity:
-    """Similarity of reconstructions to the reference's, one undefended draw.
-
-    Args:
-        vae: any Pyro VAE.
-        x: reference images ``(N, C, H, W)``.
-        compare: similarity of images in pairs; the paper's MSSSIM when ``None``.
-        fresh: generators of the undefended draws.
-
-    Attributes:
-        undefended: the noise floor, two undefended draws at the reference, ``(N,)``.
-    """
-
-    target, reading = "reconstruction", "last"
-
-    def __init__(
-        self,
-        vae: VAE,
-        x: Tensor,
-        compare: Callable[[Tensor, Tensor], Tensor] | None,
-        fresh: Callable[[], torch.Generator],
-    ) -> None:
-        self.name = "similarity" if compare else metrics.metric_name("ms_ssim", "paper")
-        self.compare = compare or functools.partial(metrics.ms_ssim, variant="paper")
-        self.reference, again = (NoDefence(vae)(x, fresh()).reconstruction for _ in range(2))
-        self.undefended = self.compare(self.reference, again)
-
-    def score(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
-        """As :meth:`Accuracy.score`."""
-        images = lat.unfold(result.reconstruction, num_draws)
-        reference = self.reference[rows]
-        per_draw = torch.stack([self.compare(image, reference) for image in images])
-        return Scores(per_draw, self.compare(images.mean(0), reference))
-
-
-class Scorer(NamedTuple):
-    """A defence and what is measured of it; every call takes a fresh seed.
-
-    Attributes:
-        defence: what runs on the images.
-        measure: what its runs are worth.
-        fresh: generators of the run.
-    """
-
-    defence: Defence
-    measure: Accuracy | Similarity
-    fresh: Callable[[], torch.Generator]
+    def __init__(self, defence: Defence, fresh: Callable[[], torch.Generator]) -> None:
+        self.defence, self.fresh = defence, fresh
 
     def score(self, x: Tensor, num_draws: int, rows: slice = slice(None)) -> Scores:
         """Run the defence ``num_draws`` times on ``x``, changed images of the references
         ``rows``."""
         result = self.defence(x.repeat(num_draws, 1, 1, 1), self.fresh())
-        return self.measure.score(result, num_draws, rows)
+        return self._scores(result, num_draws, rows)
+
+    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+        """Figures of runs that were folded into one batch."""
+        raise NotImplementedError
 
     def interval(self, values: Tensor) -> dict[str, float]:
         """Mean over images of values ``(N,)`` with its bootstrap interval."""
         found = metrics.bootstrap_interval(values.detach(), level=LEVEL, generator=self.fresh())
-        return {
-            "estimate": found.estimate,
-            "low": found.low,
-            "high": found.high,
-            "num_images": found.num_values,
-        }
+        edges = {"estimate": found.estimate, "low": found.low, "high": found.high}
+        return {**edges, "num_images": found.num_values}
 
     def figures(self, scores: Scores) -> dict[str, dict[str, float]]:
         """The four summaries of a report."""
@@ -157,3 +96,60 @@ class Scorer(NamedTuple):
             "worst_of_n": self.interval(scores.per_draw.amin(0)),
             "averaged": self.interval(scores.averaged),
         }
+
+
+class Accuracy(Scorer):
+    """Whether the class is the label's; labels are those predicted undefended where there are
+    none."""
+
+    figure, target = "accuracy", "classification"
+
+    def __init__(
+        self,
+        vae: VAE,
+        defence: Defence,
+        x: Tensor,
+        labels: Tensor | None,
+        classifier: DefendedClassifier,
+        fresh: Callable[[], torch.Generator],
+    ) -> None:
+        super().__init__(defence, fresh)
+        with torch.no_grad():
+            scores = classifier.classifier(flatten_latents(program.posterior_mean(vae, x)))
+        self.classifier, self.reading = classifier, classifier.reading
+        self.num_classes = scores.shape[-1]
+        self.labels = scores.argmax(-1) if labels is None else labels
+        self.undefended = metrics.correct(scores.argmax(-1), self.labels)
+
+    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+        log_probs = lat.unfold(self.classifier.log_probabilities(result), num_draws)
+        labels = self.labels[rows]
+        per_draw = torch.stack([metrics.correct(each.argmax(-1), labels) for each in log_probs])
+        return Scores(per_draw, metrics.correct(log_probs.exp().mean(0).argmax(-1), labels))
+
+
+class Similarity(Scorer):
+    """Similarity of reconstructions to the reference's, one undefended draw; by default the paper's
+    MSSSIM. Undefended it is the noise floor, that of a second draw."""
+
+    target = "reconstruction"
+
+    def __init__(
+        self,
+        vae: VAE,
+        defence: Defence,
+        x: Tensor,
+        compare: Callable[[Tensor, Tensor], Tensor] | None,
+        fresh: Callable[[], torch.Generator],
+    ) -> None:
+        super().__init__(defence, fresh)
+        self.figure = "similarity" if compare else metrics.metric_name("ms_ssim", "paper")
+        self.compare = compare or functools.partial(metrics.ms_ssim, variant="paper")
+        self.reference, again = (NoDefence(vae)(x, fresh()).reconstruction for _ in range(2))
+        self.undefended = self.compare(self.reference, again)
+
+    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+        images = lat.unfold(result.reconstruction, num_draws)
+        reference = self.reference[rows]
+        per_draw = torch.stack([self.compare(image, reference) for image in images])
+        return Scores(per_draw, self.compare(images.mean(0), reference))

@@ -6,7 +6,6 @@ An adaptive gradient is a function of :mod:`pyro_vae_defence.attacks.adaptive` a
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,110 +22,77 @@ from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.robustness.budget import Budget
-from pyro_vae_defence.robustness.scoring import Accuracy, Scorer
+from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import Latents, Objective, PreparedObjective
 
 ALL = slice(None)
 
 
-@dataclass(frozen=True)
-class Aim:
-    """What a row makes its objective of.
+class Aim(NamedTuple):
+    """What one attack maximises.
 
     Attributes:
-        suite: defence, budget and ball.
-        goal: what to maximise where the defence ends.
+        goal: of where the defence ends.
         num_draws: draws or chains averaged.
-        resume: a few transitions from where the last step ended; ``None`` where chains start anew.
+        resume: a few transitions from where the last step ended; ``None`` to start anew.
         resample: whether noise is fresh at every step.
     """
 
-    suite: Suite
     goal: PreparedGoal
     num_draws: int
     resume: Chain | None
     resample: bool
 
-    @property
-    def box(self) -> WhiteBox:
-        """The defence."""
-        return self.suite.box
-
-    @functools.cached_property
-    def options(self) -> dict[str, Any]:
-        """Common to all expectations; their seed is drawn when they are first asked for."""
-        # Few draws of a chain say nothing of the mean latent; averaged draws do.
-        of_mean = self.suite.scorer.measure.reading in ("mean", "reencoded")
-        return {"of_mean": of_mean, "generator": self.suite.scorer.fresh()}
-
-    def expected(self, encode: DefendedEncoder, persistent: bool = False) -> PreparedObjective:
-        """Average over draws; ``persistent`` for encoders that can go on."""
-        return adaptive.expected(
-            encode,
-            self.goal,
-            self.num_draws,
-            persistent=persistent and self.resume is not None,
-            resample=self.resample,
-            **self.options,
-        )
-
 
 # --- The objective of every row -------------------------------------------------------------------
 
 
-def _transfer(aim: Aim) -> PreparedObjective:
-    return attacks.symmetric_kl(aim.box.vae)
+def _transfer(suite: Suite, aim: Aim) -> PreparedObjective:
+    return attacks.symmetric_kl(suite.box.vae)
 
 
-def _encoder(aim: Aim) -> PreparedObjective:
-    return aim.expected(adaptive.transfer(aim.box.start))
+def _encoder(suite: Suite, aim: Aim) -> PreparedObjective:
+    return suite.expected(aim, adaptive.transfer(suite.box.start))
 
 
-def _bpda(aim: Aim) -> PreparedObjective:
-    return aim.expected(adaptive.bpda(aim.box.start, aim.box.chain, aim.resume), persistent=True)
+def _bpda(suite: Suite, aim: Aim) -> PreparedObjective:
+    encode = adaptive.bpda(suite.box.start, suite.box.chain, aim.resume)
+    return suite.expected(aim, encode, persistent=True)
 
 
-def _equilibrium(aim: Aim) -> PreparedObjective:
-    box = aim.box
-    return adaptive.equilibrium(
-        box.start, box.chain, box.energy, aim.goal, aim.num_draws, resume=aim.resume, **aim.options
-    )
+def _equilibrium(suite: Suite, aim: Aim) -> PreparedObjective:
+    parts = (suite.box.start, suite.box.chain, suite.box.energy, aim.goal, aim.num_draws)
+    return adaptive.equilibrium(*parts, resume=aim.resume, **suite.options())
 
 
-def _black_box(aim: Aim) -> PreparedObjective:
-    box = aim.box
+def _black_box(suite: Suite, aim: Aim) -> PreparedObjective:
+    box, ball, options = suite.box, suite.ball, suite.options()
     encode = adaptive.bpda(box.start, box.chain) if box.has_chain else adaptive.transfer(box.start)
-    frozen = adaptive.expected(encode, aim.goal, aim.num_draws, resample=False, **aim.options)
+    frozen = adaptive.expected(encode, aim.goal, aim.num_draws, resample=False, **options)
     # Smoothed by half the size of a typical perturbation, per pixel.
-    ball, size = aim.suite.ball, math.prod(box.shape)
+    size = math.prod(box.shape)
     typical = {"L2": ball.radius / size**0.5, "L1": ball.radius / size}
     scale = 0.5 * typical.get(ball.norm_name, ball.radius)
-    number = aim.suite.budget.num_directions
-    return adaptive.nes(frozen, number, scale, aim.options["generator"])
+    return adaptive.nes(frozen, suite.budget.num_directions, scale, options["generator"])
 
 
-def _implicit(aim: Aim) -> PreparedObjective:
-    box, iterations = aim.box, aim.suite.budget.num_iterations
-    encode = adaptive.implicit(box.start, box.chain, box.energy, iterations, resume=aim.resume)
-    return aim.expected(encode, persistent=True)
+def _implicit(suite: Suite, aim: Aim) -> PreparedObjective:
+    parts = (suite.box.start, suite.box.chain, suite.box.energy, suite.budget.num_iterations)
+    return suite.expected(aim, adaptive.implicit(*parts, resume=aim.resume), persistent=True)
 
 
-def _truncated(aim: Aim) -> PreparedObjective:
-    last = aim.box.transitions(aim.suite.budget.unrolled_transitions)
-    encode = adaptive.truncated(aim.box.start, aim.box.chain, last, aim.resume)
-    return aim.expected(encode, persistent=True)
+def _truncated(suite: Suite, aim: Aim) -> PreparedObjective:
+    last = suite.box.transitions(suite.budget.unrolled_transitions)
+    encode = adaptive.truncated(suite.box.start, suite.box.chain, last, aim.resume)
+    return suite.expected(aim, encode, persistent=True)
 
 
-def _unroll(aim: Aim) -> PreparedObjective:
-    return aim.expected(adaptive.unroll(aim.box.start, aim.box.chain))
+def _unroll(suite: Suite, aim: Aim) -> PreparedObjective:
+    return suite.expected(aim, adaptive.unroll(suite.box.start, suite.box.chain))
 
 
 # --- The table ------------------------------------------------------------------------------------
-
-
-def _always(box: WhiteBox) -> str:
-    return ""
 
 
 def _with_chain(box: WhiteBox) -> str:
@@ -138,13 +104,21 @@ def _with_transitions(box: WhiteBox) -> str:
     return _with_chain(box) or unknown
 
 
+def _once(budget: Budget) -> tuple[int, ...]:
+    return (1,)
+
+
+def _chains(budget: Budget) -> tuple[int, ...]:
+    return (budget.num_chains,)
+
+
 class Row(NamedTuple):
     """An attack.
 
     Attributes:
         name: its name.
         knowledge: what the attacker knows.
-        objective: of it, from an :class:`Aim`.
+        objective: what it maximises.
         reason: why it does not apply to a defence; empty where it does.
         num_draws: averaged per step, one after the other as :class:`Budget` says.
         black_box: whether it sees values alone.
@@ -153,8 +127,8 @@ class Row(NamedTuple):
 
     name: str
     knowledge: str
-    objective: Callable[[Aim], PreparedObjective]
-    reason: Callable[[WhiteBox], str] = _always
+    objective: Callable[[Suite, Aim], PreparedObjective]
+    reason: Callable[[WhiteBox], str] = lambda box: ""
     num_draws: Callable[[Budget], tuple[int, ...]] = lambda budget: budget.num_draws
     black_box: bool = False
     transfers: bool = False
@@ -163,22 +137,10 @@ class Row(NamedTuple):
 _DECODER = "defence and decoder"
 
 ATTACKS = (
-    Row(
-        "transfer",
-        "encoder, paper's objective",
-        _transfer,
-        num_draws=lambda budget: (1,),
-        transfers=True,
-    ),
+    Row("transfer", "encoder, paper's objective", _transfer, num_draws=_once, transfers=True),
     Row("encoder", "encoder and what is done with latents", _encoder, transfers=True),
     Row("bpda", "defence, run forwards", _bpda, _with_chain),
-    Row(
-        "equilibrium",
-        _DECODER,
-        _equilibrium,
-        _with_transitions,
-        num_draws=lambda budget: (budget.num_chains,),
-    ),
+    Row("equilibrium", _DECODER, _equilibrium, _with_transitions, _chains),
     Row("black_box", "outputs of the defence", _black_box, black_box=True),
     Row("implicit", _DECODER, _implicit, _with_chain),
     Row("truncated", _DECODER, _truncated, _with_transitions),
@@ -197,12 +159,10 @@ class Candidate(NamedTuple):
     """What one row found with one number of draws.
 
     Attributes:
-        row: the attack.
-        num_draws: draws per step.
+        row, num_draws: the attack.
         x_adv: the worst restart of each image, ``(N, C, H, W)``.
         selection: mean figure that chose it, ``(N,)``.
-        evaluations: decoder evaluations per image.
-        seconds: wall time.
+        evaluations, seconds: decoder evaluations per image and wall time.
     """
 
     row: Row
@@ -221,9 +181,7 @@ class Suite:
         box: the defence as attackers see it.
         scorer: what decides which attack is the worst.
         x: references ``(N, C, H, W)``.
-        ball: where perturbations live.
-        budget: how hard to try.
-        engine: optimiser, see :func:`~pyro_vae_defence.robustness.evaluate_robustness`.
+        ball, budget, engine: see :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`.
     """
 
     box: WhiteBox
@@ -233,37 +191,54 @@ class Suite:
     budget: Budget
     engine: Callable[..., Any]
 
+    def options(self) -> dict[str, Any]:
+        """What all expectations share, with a seed of their own."""
+        # Few draws of a chain say nothing of the mean latent; averaged draws do.
+        of_mean = self.scorer.reading in ("mean", "reencoded")
+        return {"of_mean": of_mean, "generator": self.scorer.fresh()}
+
+    def expected(
+        self, aim: Aim, encode: DefendedEncoder, persistent: bool = False
+    ) -> PreparedObjective:
+        """Average over draws; ``persistent`` for encoders that can go on."""
+        return adaptive.expected(
+            encode,
+            aim.goal,
+            aim.num_draws,
+            persistent=persistent and aim.resume is not None,
+            resample=aim.resample,
+            **self.options(),
+        )
+
     def goal(self, rows: slice = ALL) -> PreparedGoal:
         """What attackers maximise: the classifier's margin, or one minus the similarity."""
-        box, measure = self.box, self.scorer.measure
-        if isinstance(measure, Accuracy):
+        box, scorer = self.box, self.scorer
+        if isinstance(scorer, Accuracy):
 
             def classify(latents: Latents) -> Tensor:
                 latents = box.constrain(latents)
-                if measure.reading == "reencoded":
+                if scorer.reading == "reencoded":
                     latents = reencode(box.vae, latents, box.shape)
-                return measure.classifier.classifier(flatten_latents(latents))
+                return scorer.classifier.classifier(flatten_latents(latents))
 
-            return adaptive.misclassification(classify, measure.labels[rows])
-        reference = measure.reference[rows]
-
-        def damage(image: Tensor, reference: Tensor) -> Tensor:
-            return 1.0 - measure.compare(image, reference)
-
-        def reconstruct(x_ref: Tensor) -> Tensor:
-            return reference.repeat(x_ref.shape[0] // reference.shape[0], 1, 1, 1)
-
-        return adaptive.output_damage(box.decode, reconstruct, damage)
+            return adaptive.misclassification(classify, scorer.labels[rows])
+        assert isinstance(scorer, Similarity)
+        reference = scorer.reference[rows]
+        return adaptive.output_damage(
+            box.decode,
+            lambda x_ref: reference.repeat(x_ref.shape[0] // reference.shape[0], 1, 1, 1),
+            lambda image, reference: 1.0 - scorer.compare(image, reference),
+        )
 
     def objective(
         self, row: Row, num_draws: int, rows: slice = ALL, resample: bool = True
     ) -> PreparedObjective:
-        """The objective of a row; without a gradient in the image it has gradient zero, and attacks
-        go on."""
+        """What a row maximises; with gradient zero where the image has none, so that attacks go
+        on."""
         number, resume = self.budget.persistent_transitions, None
         if resample and self.box.unrollable and number is not None:
             resume = self.box.transitions(number)
-        prepared = row.objective(Aim(self, self.goal(rows), num_draws, resume, resample))
+        prepared = row.objective(self, Aim(self.goal(rows), num_draws, resume, resample))
         return lambda x_ref: connected(prepared(x_ref))
 
     def attack(
@@ -289,8 +264,7 @@ class Suite:
 
     def candidates(self, table: Iterable[Row], skipped: dict[str, str]) -> Iterator[Candidate]:
         """Run the rows of a table; notes in ``skipped`` what the budget did not allow."""
-        budget, num_images = self.budget, len(self.x)
-        limit = budget.max_evaluations
+        budget, num_images, limit = self.budget, len(self.x), self.budget.max_evaluations
         for row in table:
             before: float | None = None
             for num_draws in row.num_draws(budget):
@@ -303,8 +277,7 @@ class Suite:
                 per_image = (self.box.evaluations - spent) / num_images
                 scores = [self.scorer.score(x, budget.selection_draws).mean() for x in restarts]
                 selection, winner = torch.stack(scores).min(0)
-                image = torch.arange(len(winner), device=winner.device)
-                x_adv = restarts[winner, image]
+                x_adv = restarts[winner, torch.arange(num_images, device=winner.device)]
                 yield Candidate(row, num_draws, x_adv, selection, per_image, seconds)
                 reached = float(selection.mean())
                 if before is not None and abs(reached - before) <= budget.stable:

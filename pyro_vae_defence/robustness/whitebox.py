@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence import Defence, MCMCDefence, NoDefence, PosteriorModeDefence
+from pyro_vae_defence.defence import (
+    Defence,
+    DefenceResult,
+    MCMCDefence,
+    NoDefence,
+    PosteriorModeDefence,
+)
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
@@ -24,7 +30,7 @@ from pyro_vae_defence.types import VAE, Latents
 
 
 class WhiteBox:
-    """A defence as its attacker sees it.
+    """A defence as its attacker sees it; called, it runs the defence.
 
     Args:
         vae: any Pyro VAE.
@@ -33,21 +39,13 @@ class WhiteBox:
         fresh: returns a generator where that needs a seed; torch's global seed by default.
 
     Attributes:
+        vae, defence: as given.
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
         unrollable: whether it is a chain whose every transition is known: HMC or NUTS of this
             library without burn-in.
         evaluations: rows that the model has run on so far. What an unknown defence spends counts by
             its own ``num_gradients``.
-
-    Example:
-        >>> from pyro_vae_defence.attacks import adaptive
-        >>> from pyro_vae_defence.models import ConvVAE
-        >>> x = torch.rand(2, 1, 28, 28)
-        >>> box = WhiteBox(ConvVAE(), MCMCDefence(ConvVAE(), num_samples=1, warmup_steps=1), x)
-        >>> encode = adaptive.bpda(box.start, box.chain)
-        >>> encode(x, Streams.create(2))["z"].shape
-        torch.Size([2, 64])
     """
 
     def __init__(
@@ -71,7 +69,12 @@ class WhiteBox:
         self._x, self._fresh, self._model = x, fresh, counted
         self._potential = ModelPotential(counted, x)
         self.has_chain = not isinstance(defence, NoDefence)
-        self.unrollable = isinstance(defence, MCMCDefence) and _known(defence.kernel(counted))
+        kernel = defence.kernel(counted) if isinstance(defence, MCMCDefence) else None
+        self.unrollable = isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
+        """Run the defence on images ``(M, C, H, W)``."""
+        return self.defence(x, generator)
 
     # --- Encoder and decoder ---
 
@@ -98,7 +101,7 @@ class WhiteBox:
         starts by itself."""
         if self.unrollable:
             return self._whole(x, start, streams)
-        result = self.defence(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
+        result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
         self.evaluations += int(result.num_gradients.sum())
         return self._potential.at(x).unconstrain(result.latents)
 
@@ -139,7 +142,3 @@ class WhiteBox:
     def _make_kernel(self) -> Any:
         defence: Any = self.defence
         return defence.kernel(self._model)
-
-
-def _known(kernel: Any) -> bool:
-    return isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
