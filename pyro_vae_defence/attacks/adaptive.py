@@ -1,5 +1,4 @@
-r"""Gradients through a randomised, defended encoder, for an attacker who knows the defence (section
-4.4, C.3).
+r"""Gradients through a randomised, defended encoder for an attacker who knows it (4.4, C.3).
 
 The defended encoder starts at :math:`z_0 \sim q(z|x)` and runs a chain to :math:`z_T = F(x, z_0;
 \xi)`; the attacker maximises :math:`E[f(z_T)]`, with f a distance of latents, damage to the
@@ -32,9 +31,11 @@ callable. Seven gradients, by what they take for known:
 
 Of these 1 to 5 are *pathwise*: a :class:`DefendedEncoder`, whose values are the defence's latents
 and whose derivative is the estimate; :func:`expected` makes an objective of it by averaging over
-draws (EOT). 6 and 7 are objectives whose value is the estimated :math:`E[f]` and
-whose derivative is the estimate. An objective's noise is fresh with every call, unless
-``resample=False`` freezes it (common random numbers).
+draws (EOT). 6 and 7 are objectives whose value is the estimated :math:`E[f]` and whose derivative
+is the estimate. All take where chains start, ``start``, the ``chain``, called without gradient
+unless it is unrolled, and perhaps ``resume``, a few transitions that stand for the chain where it
+goes on from its end at the attacker's last step. An objective's noise is fresh with every call,
+unless ``resample=False`` freezes it (common random numbers).
 
 Biases. Unroll is exact for one trajectory, not for how decisions depend on x. BPDA replaces
 :math:`\partial_x F + \partial_{z_0} F\, dz_0/dx` by :math:`dz_0/dx`: for a chain that has forgotten
@@ -64,19 +65,12 @@ from pyro_vae_defence.attacks.blackbox import antithetic_gradient
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import (
-    ImageEnergy,
-    Latents,
-    LatentsLike,
-    Objective,
-    PreparedObjective,
-)
+from pyro_vae_defence.types import ImageEnergy, Latents, LatentsLike, Objective, PreparedObjective
 
 _DIRECTION = 2  # purpose of the random streams; an attack's start has 0 to 2 of other seeds
 
 Start: TypeAlias = Callable[[Tensor, Streams], Latents]
-"""Images ``(M, C, H, W)`` and the streams of their rows -> where chains start, differentiable in
-the images."""
+"""Images ``(M, C, H, W)`` and their rows' streams -> where chains start, differentiable."""
 
 Chain: TypeAlias = Callable[[Tensor, Latents, Streams], Latents]
 """Images, where chains start, and the streams of their rows -> where chains end."""
@@ -115,14 +109,7 @@ def transfer(start: Start) -> DefendedEncoder:
 
 
 def bpda(start: Start, chain: Chain, resume: Chain | None = None) -> DefendedEncoder:
-    """The chain's end, with the derivative of its start (backward pass differentiable
-    approximation).
-
-    Args:
-        start: where chains start, differentiable.
-        chain: the defence's chain; called without gradient.
-        resume: goes on from the last step's end instead, for a few transitions.
-    """
+    """The chain's end, with the derivative of its start (backward pass differentiable)."""
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         begin = start(x, streams)
@@ -138,13 +125,8 @@ def straight_through(values: LatentsLike, differentiable: LatentsLike) -> Latent
 
 
 def unroll(start: Start, chain: Chain) -> DefendedEncoder:
-    """The derivative through start and chain.
-
-    Args:
-        start: where chains start, differentiable.
-        chain: differentiable in images and start, such as
-            :class:`~pyro_vae_defence.mcmc.unrolled.UnrolledKernel`.
-    """
+    """The derivative through start and chain, such as an
+    :class:`~pyro_vae_defence.mcmc.unrolled.UnrolledKernel`."""
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         return chain(x, start(x, streams), streams)
@@ -155,15 +137,7 @@ def unroll(start: Start, chain: Chain) -> DefendedEncoder:
 def truncated(
     start: Start, first: Chain, last: Chain, resume: Chain | None = None
 ) -> DefendedEncoder:
-    """The derivative through the last transitions alone.
-
-    Args:
-        start: where chains start.
-        first: the transitions without gradient.
-        last: the transitions that are unrolled, differentiable in the images; their noise is
-            another than that of ``first``.
-        resume: stands for ``first`` where chains go on from the last step.
-    """
+    """The derivative through the last transitions alone; their noise is not that of the first."""
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         middle = _run(first, resume, x, start(x, streams), streams, previous)
@@ -183,15 +157,13 @@ def implicit(
     r"""The chain's end, with the derivative of a mode of U(z; x).
 
     Args:
-        start: where chains start.
-        chain: the defence's chain, or a mode search; called without gradient.
+        start, resume: see the module's text.
+        chain: the defence's chain, or a mode search.
         energy: U(z; x), twice differentiable.
         num_iterations: conjugate gradient iterations, >= 1, each one Hessian-vector product. In D
             dimensions D of them solve the system but for rounding.
-        damping: :math:`\lambda \ge 0` of :math:`\nabla_z^2 U + \lambda I`; for ends where the
-            Hessian is not positive definite. Iterations stop, row by row, at a direction of
-            negative curvature.
-        resume: goes on from the last step's end instead.
+        damping: :math:`\lambda \ge 0` of :math:`\nabla_z^2 U + \lambda I`, where the Hessian is
+            not positive definite. Iterations of a row stop at a direction of negative curvature.
 
     Raises:
         ValueError: if a number is out of range.
@@ -262,8 +234,7 @@ def conjugate_gradients(
     Args:
         matrix: multiplies latents of N rows by the rows' matrices.
         right: right-hand sides.
-        num_iterations: iterations; a row that is solved, or meets negative curvature, stays as it
-            is.
+        num_iterations: of them; a row that is solved, or meets negative curvature, stays as it is.
     """
     solution = {name: torch.zeros_like(value) for name, value in right.items()}
     residual, direction = dict(right), dict(right)
@@ -324,8 +295,7 @@ def expected(
         of_mean: the goal at the mean of the draws instead, against a defence that averages latents.
         persistent: hand the encoder where its chains ended at the call before.
         resample: fresh noise with every call; ``False`` for common random numbers.
-        generator: source of the seed, drawn when references are prepared; torch's global seed when
-            ``None``.
+        generator: of the seed, drawn when references are prepared; the global one when ``None``.
 
     Raises:
         ValueError: if ``num_draws`` is out of range, or persistent chains would see the same noise
@@ -371,18 +341,13 @@ def equilibrium(
     need not be differentiable, unless ``of_mean``.
 
     Args:
-        start: where chains start at the first call.
-        chain: reaches stationarity from there; called without gradient.
+        start, chain, resume: see the module's text; the chain reaches stationarity.
         energy: U(z; x), differentiable in the image.
-        goal: what to maximise.
+        goal, resample, generator: as for :func:`expected`.
         num_chains: independent chains per image, >= 2.
-        resume: goes on from the last call's end instead, for a few transitions: persistent chains.
-            Without it every call starts anew.
         of_mean: maximise the goal at the mean latent, f(E[z]), with the derivative
             :math:`-\mathrm{Cov}(\langle \nabla f(\bar z), z \rangle, \nabla_x U)`, whose bias is
             that of :math:`f(\bar z)` for :math:`f(E[z])`.
-        resample: fresh noise with every call.
-        generator: source of the seed; torch's global seed when ``None``.
 
     Raises:
         ValueError: if ``num_chains`` is out of range, or persistent chains would see the same noise
@@ -519,8 +484,7 @@ def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedGoal:
     r"""Squared distance :math:`\|z - z^r\|^2` of latents (eq. 64), summed over sites.
 
     Args:
-        encode: reference images to :math:`z^r`, e.g. the defended encoder; called once, without
-            gradient.
+        encode: reference images to :math:`z^r`, e.g. the defended encoder; called without gradient.
     """
 
     def prepare(x_ref: Tensor) -> Goal:
@@ -546,8 +510,7 @@ def output_damage(
     Args:
         decode: latents to images, differentiable.
         reconstruct: reference images to their reconstructions; called once, without gradient.
-        distance: of image pairs, one value per pair; the squared distance summed over pixels when
-            ``None``.
+        distance: of image pairs, one value per pair; squared and summed over pixels when ``None``.
     """
 
     def prepare(x_ref: Tensor) -> Goal:
@@ -566,8 +529,7 @@ def output_damage(
 
 
 def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> PreparedGoal:
-    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of a classifier's scores: positive where it
-    errs.
+    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of scores: positive where the classifier errs.
 
     Args:
         classify: latents of M rows to scores ``(M, classes)``, differentiable.

@@ -53,8 +53,7 @@ def checkpoints(num_steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class APGD(Attack):
-    """Gradient ascent without a step size to choose; one gradient per step, and the best iterate is
-    the result."""
+    """Ascent without a step size to choose; one gradient per step, and the best iterate counts."""
 
     num_steps: int = 100
 

@@ -131,8 +131,7 @@ class Problem:
         return self.ball.project_box(perturbation, self.low, self.high)
 
     def climb(self, perturbation: Tensor, gradient: Tensor, length: Tensor | float) -> Tensor:
-        """Project a step of ``length``, a number or one per row, along the ball's direction of
-        ascent."""
+        """Project a step of a ``length``, perhaps one per row, along the ball's steepest ascent."""
         length = rows(length, gradient) if isinstance(length, Tensor) else length
         return self.project(perturbation + length * self.ball.step_direction(gradient))
 
@@ -249,8 +248,7 @@ class Attack:
         raise NotImplementedError
 
     def _finish(self, problem: Problem, state: State) -> State:
-        """The state after the last step; a last iterate that was not evaluated may be compared
-        here."""
+        """The state after the last step; a last iterate that was not evaluated may be now."""
         return state
 
     # --- The template -----------------------------------------------------------------------------
@@ -271,8 +269,7 @@ class Attack:
     def attack_rows(
         self, x_ref: Tensor, streams: Streams, progress: _Progress | None = None
     ) -> AttackResult:
-        """Attack images whose rows (restarts folded in) have the given streams; ``checkpoint`` is
-        not used."""
+        """Attack images with given streams, restarts folded in; ``checkpoint`` is not used."""
         progress = progress or _Progress(dataclasses.replace(self, checkpoint=None), x_ref, 0)
         folded = x_ref.repeat(self.num_restarts, 1, 1, 1)
         firsts = range(0, folded.shape[0], self.batch_size)
@@ -381,8 +378,7 @@ class _Progress:
             self.underway = saved["underway"]
 
     def pop(self) -> tuple[int, Tensor, State, State]:
-        """The micro-batch under way: next step, rows still in it, their state, what the others came
-        to."""
+        """The micro-batch under way: next step, rows in it, their state, what others came to."""
         saved, self.underway = self.underway, {}
         return saved["step"], saved["active"], saved["state"], saved["outcome"]
 

@@ -157,8 +157,7 @@ def _corner(streams: Streams, t: int, purpose: int, places: int) -> Tensor:
 
 
 def _window(problem: Problem, side: int, t: int, purpose: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A random square: its mask ``(rows, 1, H, W)``, and every pixel's place in it, clamped to
-    it."""
+    """A random square: its mask ``(rows, 1, H, W)``, and pixels' places in it, clamped to it."""
     height, width = problem.x_ref.shape[-2:]
     top = _corner(problem.streams, t, purpose, height - side + 1)
     left = _corner(problem.streams, t, purpose + 1, width - side + 1)

@@ -1,5 +1,4 @@
-r"""Our models as plain ``torch.nn.Module`` classifiers, for attack libraries that know nothing of
-VAEs.
+r"""Our models as plain ``torch.nn.Module`` classifiers, for libraries that know nothing of VAEs.
 
 Foolbox, torchattacks and the Adversarial Robustness Toolbox attack modules that map images in [0,
 1] to scores. Two wrappers make a VAE one, whatever mode its modules are in:
@@ -32,25 +31,18 @@ from pyro_vae_defence.attacks.adaptive import straight_through
 from pyro_vae_defence.attacks.objectives import symmetric_kl
 from pyro_vae_defence.attacks.objectives._rows import LatentsOf, check_latents, encode_rows
 from pyro_vae_defence.attacks.objectives.classifiers import Classifier
-from pyro_vae_defence.models.program import (
-    check_images,
-    check_vae,
-    evaluation_mode,
-    posterior_mean,
-)
+from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode, posterior_mean
 from pyro_vae_defence.types import VAE, Encode, PreparedObjective
 
 
 class LatentClassifier(nn.Module):
-    """Images ``(N, C, H, W)`` in [0, 1] to the scores ``(N, num_classes)`` of a classifier of
-    latents.
+    """Images ``(N, C, H, W)`` in [0, 1] to scores ``(N, num_classes)`` of a classifier of latents.
 
     Args:
         vae: any Pyro VAE.
         classifier: latents to scores, e.g. a ``models.classifier.LinearClassifier``.
         latents: classify the guide's ``"mean"``, or a ``"sample"``, a new one at each call.
-        defended: images to defended latents, e.g. ``MCMCDefence(...).encode``; its output is
-            detached.
+        defended: images to defended latents, such as ``MCMCDefence(...).encode``; detached.
         surrogate: images to latents, what is differentiated in place of ``defended``; the guide's
             mean when ``None``. It must have the same sites.
 

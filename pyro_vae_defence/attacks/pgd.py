@@ -1,5 +1,4 @@
-r"""Projected gradient ascent in a ball around each reference image, plain, as published, and with
-momentum.
+r"""Projected gradient ascent in a ball around each reference: plain, as published, with momentum.
 
 .. math::
     \varepsilon_{t+1} = \Pi\bigl(\varepsilon_t + \eta_t d_t\bigr),
@@ -56,8 +55,7 @@ class Ascent(Attack):
         self._check_positive("step_size")
 
     def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
-        """The objective at ``state["perturbation"]``, where to go from there, and what changes in
-        the state."""
+        """Value and direction at ``state["perturbation"]``, and what changes in the state."""
         raise NotImplementedError
 
     def _start(self, problem: Problem) -> State:

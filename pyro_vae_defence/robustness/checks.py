@@ -20,12 +20,10 @@ from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.ops.balls import L1, L2, Ball, Linf
 from pyro_vae_defence.robustness.report import Check
 from pyro_vae_defence.robustness.scoring import Accuracy, Scores, Similarity
-from pyro_vae_defence.robustness.suite import ATTACKS, Candidate, Suite, connected
+from pyro_vae_defence.robustness.suite import Candidate, Suite, connected
 
 Verdict = tuple[bool | None, str]
 """Whether a check has passed, ``None`` where it does not apply, and what it saw."""
-
-_ROW = {row.name: row for row in ATTACKS}
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,11 @@ class Evidence:
 
     @property
     def rows(self) -> slice:
-        """The images that are attacked again."""
+        """The images that are looked at."""
         return slice(0, self.suite.budget.check_images)
 
     def again(self, attack: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
-        """These under an attack, ``(n, C, H, W)``."""
+        """The images under an attack, ``(n, C, H, W)``."""
         return self.suite.attack(
             attack.row, attack.num_draws, rows=self.rows, ball=ball, num_steps=num_steps
         )[0]
@@ -74,7 +72,7 @@ class Evidence:
         none without such an attack."""
         if self.strongest is None:
             return []
-        suite, budget, size = self.suite, self.suite.budget, math.prod(self.suite.box.shape)
+        suite, budget, size = self.suite, self.suite.budget, self.suite.x[0].numel()
         ball, found = suite.ball, []
         covering = {"L2": L2(size**0.5), "L1": L1(float(size))}.get(ball.norm_name, Linf(1.0))
         balls = [type(ball)(ball.radius / 2), ball, covering]
@@ -88,9 +86,8 @@ class Evidence:
 
     @functools.cached_property
     def probe(self) -> tuple[Tensor, Tensor] | None:
-        """Per image, whether finite differences with common random numbers agree with the gradient
-        at a small step, and whether it explains a step of the ball's size; ``None`` without an
-        exact gradient."""
+        """Whether finite differences under common noise agree with an image's gradient, and whether
+        it explains a step of the ball's size, ``(n,)`` each; ``None`` without exact gradients."""
         suite, box, fresh = self.suite, self.suite.box, self.suite.scorer.fresh
         if box.has_chain and not box.unrollable:
             return None
@@ -223,11 +220,12 @@ def loss_increases_with_iterations(evidence: Evidence) -> Verdict:
         return _NO_ATTACK
     budget, scorer, x_ref = suite.budget, suite.scorer, suite.x[evidence.rows]
     if strongest.row.name == "transfer":
-        measure, draws = strongest.row, 1
+        prepared = suite.objective(strongest.row, 1, evidence.rows)
     else:
-        measure = _ROW["bpda" if suite.box.has_chain else "encoder"]
-        draws = max(5, budget.selection_draws)
-    objective = suite.objective(measure, draws, evidence.rows, resample=False)(x_ref)
+        goal, draws = suite.goal(evidence.rows), max(5, budget.selection_draws)
+        options = {"resample": False, **suite.options()}
+        prepared = adaptive.expected(suite.box.forwards(), goal, draws, **options)
+    objective = prepared(x_ref)
     steps = (max(1, budget.check_steps // 4), budget.check_steps)
     few, many = (evidence.again(strongest, number) for number in steps)
     start = attacks.random_noise(x_ref, suite.ball, scorer.fresh())

@@ -72,22 +72,18 @@ def evaluate_robustness(
     Args:
         vae: any Pyro VAE.
         defence: what the attacker attacks: :class:`~pyro_vae_defence.defence.NoDefence`,
-            :class:`~pyro_vae_defence.defence.MCMCDefence`, or anything that maps images to a
-            ``DefenceResult``.
+            :class:`~pyro_vae_defence.defence.MCMCDefence`, or images to a ``DefenceResult``.
         x: reference images ``(N, C, H, W)`` in [0, 1], N >= 2.
-        labels: their classes, int64 ``(N,)``; with a classifier and no labels, those that it
-            predicts undefended.
+        labels: their classes, int64 ``(N,)``; those predicted undefended when ``None``.
         classifier: measures accuracy instead of similarity. Latents ``(M, D)`` to scores ``(M,
             classes)``, asked about where the defence ends; or a
             :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
         ball: where perturbations live; ``Linf(0.1)`` by default.
         budget: how hard to try.
-        attacks: names of :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; by default all that
-            apply.
+        attacks: names in :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; all by default.
         engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
             num_restarts=, batch_size=)``.
-        similarity: of reconstructions, in pairs, differentiable, 1 for equal ones; the paper's
-            MSSSIM by default.
+        similarity: of reconstructions in pairs, differentiable, 1 if equal; the paper's MSSSIM.
         checks: run the sanity checks; without them the report counts as unreliable.
         generator: source of the seed; torch's global seed when ``None``.
 

@@ -43,8 +43,7 @@ class RobustnessReport:
     """What :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness` found.
 
     Attributes:
-        figure: what is measured, e.g. ``"accuracy"`` or ``"ms_ssim[paper]"``; higher is more
-            robust.
+        figure: what is measured, e.g. ``"accuracy"`` or ``"ms_ssim[paper]"``; higher is better.
         threat_model: norm, radius, target and reading.
         robust: the per-image worst case: ``mean``, ``single``, ``worst_of_n`` and ``averaged``,
             each with estimate, interval and number of images.

@@ -51,16 +51,10 @@ class Scores(NamedTuple):
 
 
 class Scorer:
-    """Runs a defence and says what its outputs are worth; every run and interval has a fresh seed.
-
-    Args:
-        defence: what runs on the images.
-        fresh: returns a generator with a seed of its own.
+    """Runs a defence and says what its outputs are worth; all seeds are fresh.
 
     Attributes:
-        figure: name of what is measured.
-        target: what is done with latents, ``"classification"`` or ``"reconstruction"``.
-        reading: what is read of the defence's draws.
+        figure, target, reading: what is measured, of which use of the latents, read in which way.
         undefended: figure of the VAE alone without an attack, ``(N,)``.
     """
 
@@ -73,8 +67,7 @@ class Scorer:
         self.defence, self.fresh = defence, fresh
 
     def score(self, x: Tensor, num_draws: int, rows: slice = slice(None)) -> Scores:
-        """Run the defence ``num_draws`` times on ``x``, changed images of the references
-        ``rows``."""
+        """Run the defence ``num_draws`` times on images that stem from the references ``rows``."""
         result = self.defence(x.repeat(num_draws, 1, 1, 1), self.fresh())
         return self._scores(result, num_draws, rows)
 
@@ -99,8 +92,7 @@ class Scorer:
 
 
 class Accuracy(Scorer):
-    """Whether the class is the label's; labels are those predicted undefended where there are
-    none."""
+    """Whether the class is the label's, by default that predicted undefended."""
 
     figure, target = "accuracy", "classification"
 

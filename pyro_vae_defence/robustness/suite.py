@@ -6,7 +6,6 @@ An adaptive gradient is a function of :mod:`pyro_vae_defence.attacks.adaptive` a
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,19 +29,12 @@ ALL = slice(None)
 
 
 class Aim(NamedTuple):
-    """What one attack maximises.
-
-    Attributes:
-        goal: of where the defence ends.
-        num_draws: draws or chains averaged.
-        resume: a few transitions from where the last step ended; ``None`` to start anew.
-        resample: whether noise is fresh at every step.
-    """
+    """A goal, of how many draws or chains, and the transitions by which chains go on at the
+    attacker's next step; ``None`` where they start anew."""
 
     goal: PreparedGoal
     num_draws: int
     resume: Chain | None
-    resample: bool
 
 
 # --- The objective of every row -------------------------------------------------------------------
@@ -67,11 +59,10 @@ def _equilibrium(suite: Suite, aim: Aim) -> PreparedObjective:
 
 
 def _black_box(suite: Suite, aim: Aim) -> PreparedObjective:
-    box, ball, options = suite.box, suite.ball, suite.options()
-    encode = adaptive.bpda(box.start, box.chain) if box.has_chain else adaptive.transfer(box.start)
+    ball, options, size = suite.ball, suite.options(), suite.x[0].numel()
+    encode = suite.box.forwards()
     frozen = adaptive.expected(encode, aim.goal, aim.num_draws, resample=False, **options)
     # Smoothed by half the size of a typical perturbation, per pixel.
-    size = math.prod(box.shape)
     typical = {"L2": ball.radius / size**0.5, "L1": ball.radius / size}
     scale = 0.5 * typical.get(ball.norm_name, ball.radius)
     return adaptive.nes(frozen, suite.budget.num_directions, scale, options["generator"])
@@ -104,23 +95,14 @@ def _with_transitions(box: WhiteBox) -> str:
     return _with_chain(box) or unknown
 
 
-def _once(budget: Budget) -> tuple[int, ...]:
-    return (1,)
-
-
-def _chains(budget: Budget) -> tuple[int, ...]:
-    return (budget.num_chains,)
-
-
 class Row(NamedTuple):
     """An attack.
 
     Attributes:
-        name: its name.
-        knowledge: what the attacker knows.
+        name, knowledge: its name, and what the attacker knows.
         objective: what it maximises.
         reason: why it does not apply to a defence; empty where it does.
-        num_draws: averaged per step, one after the other as :class:`Budget` says.
+        draws: averaged per step, one number after the other as :class:`Budget` says.
         black_box: whether it sees values alone.
         transfers: whether it attacks the undefended encoder.
     """
@@ -129,7 +111,7 @@ class Row(NamedTuple):
     knowledge: str
     objective: Callable[[Suite, Aim], PreparedObjective]
     reason: Callable[[WhiteBox], str] = lambda box: ""
-    num_draws: Callable[[Budget], tuple[int, ...]] = lambda budget: budget.num_draws
+    draws: Callable[[Budget], tuple[int, ...]] = lambda budget: budget.num_draws
     black_box: bool = False
     transfers: bool = False
 
@@ -137,10 +119,10 @@ class Row(NamedTuple):
 _DECODER = "defence and decoder"
 
 ATTACKS = (
-    Row("transfer", "encoder, paper's objective", _transfer, num_draws=_once, transfers=True),
+    Row("transfer", "encoder, paper's objective", _transfer, draws=lambda b: (1,), transfers=True),
     Row("encoder", "encoder and what is done with latents", _encoder, transfers=True),
     Row("bpda", "defence, run forwards", _bpda, _with_chain),
-    Row("equilibrium", _DECODER, _equilibrium, _with_transitions, _chains),
+    Row("equilibrium", _DECODER, _equilibrium, _with_transitions, lambda b: (b.num_chains,)),
     Row("black_box", "outputs of the defence", _black_box, black_box=True),
     Row("implicit", _DECODER, _implicit, _with_chain),
     Row("truncated", _DECODER, _truncated, _with_transitions),
@@ -206,7 +188,6 @@ class Suite:
             aim.goal,
             aim.num_draws,
             persistent=persistent and aim.resume is not None,
-            resample=aim.resample,
             **self.options(),
         )
 
@@ -230,15 +211,12 @@ class Suite:
             lambda image, reference: 1.0 - scorer.compare(image, reference),
         )
 
-    def objective(
-        self, row: Row, num_draws: int, rows: slice = ALL, resample: bool = True
-    ) -> PreparedObjective:
-        """What a row maximises; with gradient zero where the image has none, so that attacks go
-        on."""
+    def objective(self, row: Row, num_draws: int, rows: slice = ALL) -> PreparedObjective:
+        """What a row maximises, with gradient zero where it has none: attacks go on."""
         number, resume = self.budget.persistent_transitions, None
-        if resample and self.box.unrollable and number is not None:
+        if self.box.unrollable and number is not None:
             resume = self.box.transitions(number)
-        prepared = row.objective(self, Aim(self.goal(rows), num_draws, resume, resample))
+        prepared = row.objective(self, Aim(self.goal(rows), num_draws, resume))
         return lambda x_ref: connected(prepared(x_ref))
 
     def attack(
@@ -267,7 +245,7 @@ class Suite:
         budget, num_images, limit = self.budget, len(self.x), self.budget.max_evaluations
         for row in table:
             before: float | None = None
-            for num_draws in row.num_draws(budget):
+            for num_draws in row.draws(budget):
                 spent, started = self.box.evaluations, time.perf_counter()
                 if limit is not None and spent >= limit * num_images:
                     skipped.setdefault(f"{row.name} ({num_draws} draws)", "the budget was spent")

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae_defence.attacks import adaptive
+from pyro_vae_defence.attacks.adaptive import DefendedEncoder
 from pyro_vae_defence.defence import (
     Defence,
     DefenceResult,
@@ -24,7 +26,6 @@ from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.program import ModelPotential
-from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents
 
@@ -39,11 +40,9 @@ class WhiteBox:
         fresh: returns a generator where that needs a seed; torch's global seed by default.
 
     Attributes:
-        vae, defence: as given.
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
-        unrollable: whether it is a chain whose every transition is known: HMC or NUTS of this
-            library without burn-in.
+        unrollable: whether all its transitions are known: this library's HMC or NUTS, no burn-in.
         evaluations: rows that the model has run on so far. What an unknown defence spends counts by
             its own ``num_gradients``.
     """
@@ -76,8 +75,6 @@ class WhiteBox:
         """Run the defence on images ``(M, C, H, W)``."""
         return self.defence(x, generator)
 
-    # --- Encoder and decoder ---
-
     def start(self, x: Tensor, streams: Streams) -> Latents:
         """Where chains start: a draw of the guide, differentiable in the images."""
         return self._potential.at(x).unconstrain(program.encode(self.vae, x, streams=streams))
@@ -94,11 +91,16 @@ class WhiteBox:
         """Mean images ``(M, C, H, W)``."""
         return program.decode(self.vae, self.constrain(latents), self.shape)
 
-    # --- The chain ---
+    def forwards(self) -> DefendedEncoder:
+        """The defence run forwards, with the derivative of its start."""
+        return (
+            adaptive.bpda(self.start, self.chain)
+            if self.has_chain
+            else adaptive.transfer(self.start)
+        )
 
     def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
-        """Where the defence ends; differentiable where it is unrollable. A defence that is not
-        starts by itself."""
+        """Where the defence ends; differentiable if unrollable. Others start by themselves."""
         if self.unrollable:
             return self._whole(x, start, streams)
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
@@ -124,12 +126,10 @@ class WhiteBox:
     @functools.cached_property
     def step_size(self) -> float:
         """The step size that an unrollable defence arrives at, median over images."""
-        kernel = self._make_kernel()
-        x = self._x
+        x, whole, kernel = self._x, self._whole, self._make_kernel()
         streams = Streams.create(x.shape[0], generator=self._fresh(), device=x.device)
         with torch.no_grad():
-            start = lat.detach(self.start(x, streams))
-        whole = self._whole
+            start = self.start(x, streams)
         unrolled.run(kernel, x, start, streams, whole.num_transitions, whole.warmup_steps)
         return float(kernel.info.step_size.median())
 

@@ -47,8 +47,7 @@ def own_streams(x_ref: Tensor, streams: Streams | None) -> Streams:
 
 
 def draws(streams: Streams, num_draws: int) -> list[Streams]:
-    """Independent streams for ``num_draws`` draws of the same rows; the first is ``streams``
-    itself."""
+    """Independent streams for draws of the same rows; the first is ``streams`` itself."""
     return [streams._replace(seed=(streams.seed + i) % 2**64) for i in range(num_draws)]
 
 

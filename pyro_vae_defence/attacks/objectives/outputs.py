@@ -17,12 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyro_vae_defence.attacks.objectives._rows import (
-    LatentsOf,
-    between,
-    check_latents,
-    reconstruct,
-)
+from pyro_vae_defence.attacks.objectives._rows import LatentsOf, between, check_latents, reconstruct
 from pyro_vae_defence.types import VAE, PreparedObjective
 
 

@@ -61,8 +61,7 @@ def symmetric_kl(
 def forward_kl(
     vae: VAE, x_target: Tensor | None = None, *, sites: Sites = None, num_draws: int = 1
 ) -> PreparedObjective:
-    """KL(q at the attacked image || q at the other), in nats; with targets, Table 1's latent space
-    attack."""
+    """KL(q at the attacked image || q at the other), in nats (Table 1, latent space attack)."""
     return _between_posteriors(vae, divergences.kl, x_target, sites, num_draws)
 
 
