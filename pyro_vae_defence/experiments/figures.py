@@ -51,16 +51,13 @@ from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.registry import FIGURES, MODELS
 from pyro_vae_defence.experiments.results import interval
 from pyro_vae_defence.experiments.weights import load_conv_vae
-from pyro_vae_defence.mcmc import BatchedHMC
-from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import LinearClassifier, load_classifier
-from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import Latents, PreparedObjective
+from pyro_vae_defence.robustness import WhiteBox
+from pyro_vae_defence.types import PreparedObjective
 
 ATTACKERS = ("without_mcmc", "with_mcmc")
 KINDS = ("unsupervised", "supervised")
@@ -280,69 +277,43 @@ class _Study:
     def _latent_distance(self, gradient: str, generator: torch.Generator) -> PreparedObjective:
         """Equation 64: with ``"exact"`` of the guide alone, else of the defended guide by this
         gradient."""
-        number = self.config.num_chains
+        number, box = self.config.num_chains, self._white_box
         if gradient == "exact":
             score = adaptive.latent_distance(functools.partial(program.posterior_mean, self.vae))
-            encode = adaptive.transfer(self._start)
+            encode = adaptive.transfer(box.start)
             return adaptive.expected(encode, score, number, generator=generator)
         mean = {name: value.mean((0, 1)) for name, value in self._defended.samples.items()}
         score = adaptive.latent_distance(lambda x: lat.repeat(mean, number))
-        resume = self._transitions(self.config.persistent_transitions)
-        start, chain = self._start, self._chain
+        # What the defence arrives at.
+        step_size = float(self._defended.sample_stats["step_size"].median())
+        resume = box.transitions(self.config.persistent_transitions, step_size)
         if gradient == "equilibrium":
             return adaptive.equilibrium(
-                start, chain, self._energy, score, number, resume=resume, generator=generator
+                box.start, box.chain, box.energy, score, number, resume=resume, generator=generator
             )
         if gradient == "bpda":
-            encode = adaptive.bpda(start, chain, resume)
+            encode = adaptive.bpda(box.start, box.chain, resume)
         else:
-            last = self._transitions(self.config.unrolled_transitions)
-            encode = adaptive.truncated(start, chain, last, resume)
+            last = box.transitions(self.config.unrolled_transitions, step_size)
+            encode = adaptive.truncated(box.start, box.chain, last, resume)
         return adaptive.expected(encode, score, number, persistent=True, generator=generator)
 
-    def _start(self, x: Tensor, streams: Streams) -> Latents:
-        return program.encode(self.vae, x, streams=streams)
-
-    def _energy(self, x: Tensor, latents: Latents) -> Tensor:
-        return self._potential.at(x)(latents)
-
     @functools.cached_property
-    def _potential(self) -> ModelPotential:
-        return ModelPotential(self.vae.model, self.x_ref)
+    def _white_box(self) -> WhiteBox:
+        return WhiteBox(self.vae, self._hmc(), self.x_ref)
 
     # --- The defence ---
 
-    @property
-    def _kernel(self) -> Callable[..., BatchedHMC]:
-        """HMC in the metric of the mean posterior variance."""
-        return whitened_hmc(self.vae, self.config.step_size, self.config.leapfrog_steps)
-
     def _hmc(self, num_chains: int = 1) -> MCMCDefence:
+        """HMC in the metric of the mean posterior variance."""
         config = self.config
-        return MCMCDefence(
-            self.vae, self._kernel, config.num_samples, config.warmup_steps, num_chains
-        )
+        kernel = whitened_hmc(self.vae, config.step_size, config.leapfrog_steps)
+        return MCMCDefence(self.vae, kernel, config.num_samples, config.warmup_steps, num_chains)
 
     @functools.cached_property
     def _defended(self) -> DefenceResult:
         """The references behind the defence, in as many chains as the attacker has."""
         return self._hmc(self.config.num_chains)(self.x_ref, self._generator("references defended"))
-
-    @property
-    def _chain(self) -> UnrolledKernel:
-        """The whole defence."""
-        config = self.config
-        make = functools.partial(self._kernel, self.vae.model)
-        total = config.warmup_steps + config.num_samples
-        return UnrolledKernel(make, self._energy, total, config.warmup_steps)
-
-    def _transitions(self, number: int) -> UnrolledKernel:
-        """Some transitions with the step size that the defence arrives at."""
-        step_size = float(self._defended.sample_stats["step_size"].median())
-        make = functools.partial(
-            self._kernel, self.vae.model, step_size=step_size, adapt_step_size=False
-        )
-        return UnrolledKernel(make, self._energy, number)
 
     def _generator(self, purpose: str) -> torch.Generator:
         return results.generator(self.config.seed, purpose)
