@@ -20,9 +20,15 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae_defence.models.nvae import NVAE, PUBLISHED, NVAEConfig
+from pyro_vae_defence.models.nvae import (
+    NVAE,
+    PUBLISHED,
+    NVAEConfig,
+    load_official,
+    load_safetensors,
+)
 from pyro_vae_defence.models.nvae.checkpoint import official_state_dict
-from pyro_vae_defence.models.nvae.likelihoods import observation
+from pyro_vae_defence.models.nvae.likelihoods import image_likelihood
 from pyro_vae_defence.models.nvae.regularisers import (
     SpectralPenalty,
     balance_kl,
@@ -46,13 +52,13 @@ def read_arrays(path: Path) -> Arrays:
 
 @pytest.fixture(params=MODELS)
 def golden(request: pytest.FixtureRequest) -> tuple[NVAE, Arrays]:
-    vae = NVAE.from_official(GOLDEN / f"{request.param}_checkpoint.pt")
+    vae = load_official(GOLDEN / f"{request.param}_checkpoint.pt")
     return vae.requires_grad_(False), read_arrays(GOLDEN / f"{request.param}_golden.npz")
 
 
 @pytest.fixture
 def packaged() -> tuple[NVAE, Arrays]:
-    vae = NVAE.from_safetensors(DATA / "nvae_celeba64_tiny.safetensors")
+    vae = load_safetensors(DATA / "nvae_celeba64_tiny.safetensors")
     return vae.requires_grad_(False), read_arrays(DATA / "nvae_celeba64_tiny_golden.npz")
 
 
@@ -194,7 +200,7 @@ def test_one_pass(golden: tuple[NVAE, Arrays]) -> None:
         check(full.log_prob(expected["x"]), expected["log_prob"])
         check(full.mean, expected["image_mean"])
     else:
-        likelihood = observation(vae.config, terms.logits)
+        likelihood = image_likelihood(vae.config, terms.logits)
         check(likelihood.log_prob_map(expected["x"]), expected["log_prob"])
 
 
@@ -286,7 +292,7 @@ def test_regularisers(golden: tuple[NVAE, Arrays]) -> None:
 @pytest.mark.parametrize("by", ["forward", "programs"])
 def test_training_mode(by: str) -> None:
     """Batch statistics are used, and updated once, also by an ELBO that runs two programs."""
-    vae = NVAE.from_official(GOLDEN / "mnist_nf0_checkpoint.pt").train()
+    vae = load_official(GOLDEN / "mnist_nf0_checkpoint.pt").train()
     expected = read_arrays(GOLDEN / "mnist_nf0_golden.npz")
     if by == "forward":
         terms = vae(expected["x"], groups(vae, expected, "eps"))
@@ -308,8 +314,8 @@ def test_training_mode(by: str) -> None:
 @needs_golden
 @pytest.mark.parametrize("name", MODELS)
 def test_plain_and_full_checkpoints_are_the_same(name: str) -> None:
-    full = NVAE.from_official(GOLDEN / f"{name}_checkpoint.pt")
-    plain = NVAE.from_official(GOLDEN / f"{name}_checkpoint_plain.pt")
+    full = load_official(GOLDEN / f"{name}_checkpoint.pt")
+    plain = load_official(GOLDEN / f"{name}_checkpoint_plain.pt")
     assert full.config == plain.config
     official = torch.load(GOLDEN / f"{name}_checkpoint_plain.pt", weights_only=True)["state_dict"]
     assert list(official) == list(official_state_dict(full))

@@ -29,7 +29,7 @@ MIN_DELTA = 1e-5
 UNIFORM_MARGIN = 1e-5
 
 
-def observation(config: NVAEConfig, logits: Tensor) -> TorchDistribution:
+def image_likelihood(config: NVAEConfig, logits: Tensor) -> TorchDistribution:
     """Distribution of the image, batch shape ``(N,)``, event shape ``config.image_shape``.
 
     Args:

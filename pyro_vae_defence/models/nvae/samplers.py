@@ -33,6 +33,11 @@ def gaussian(raw: Tensor, temperature: float = 1.0) -> dist.Normal:
     return dist.Normal(soft_clamp(loc), temperature * scale, validate_args=False)
 
 
+def from_noise(q: dist.Normal, noise: Tensor) -> Tensor:
+    """The draw of ``q`` that standard normal ``noise`` stands for."""
+    return q.loc + q.scale * noise
+
+
 def build_posterior_samplers(config: NVAEConfig) -> nn.ModuleList:
     """One 3x3 convolution per group, from the top down: features -> raw posterior parameters."""
     num_raw = 2 * config.num_latent_per_group

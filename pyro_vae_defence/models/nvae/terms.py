@@ -45,7 +45,7 @@ class GroupTerms:
 
 
 @dataclass(frozen=True)
-class Terms:
+class NVAETerms:
     """All groups from the top down, and the likelihood.
 
     Attributes:
