@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.pretrained import WeightCard, load_weights
+from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
 from pyro_vae_defence.types import VAE, LatentsLike
 
 
@@ -124,7 +124,7 @@ def load_classifier(
 
     Args:
         name: the classifier's name.
-        directory: where the files are; the packaged ones when ``None``.
+        directory: where the files are; ``None`` as in :mod:`pyro_vae_defence.models.pretrained`.
 
     Raises:
         ValueError: for an unknown name, another kind of model, or weights that do not match their
@@ -136,9 +136,4 @@ def load_classifier(
             f"{name!r} is a {card.architecture}, no classifier; "
             f"this function loads {sorted(_ARCHITECTURES)}"
         )
-    classifier = _ARCHITECTURES[card.architecture](**card.architecture_config)
-    try:
-        classifier.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"weights of {name!r} do not fit {card.architecture}: {error}") from error
-    return classifier.eval(), card
+    return rebuild(_ARCHITECTURES[card.architecture], card, tensors), card
