@@ -86,18 +86,13 @@ def find(name: str, directory: str | os.PathLike[str] | None = None) -> Path:
     for place in _places(directory):
         if (place / f"{name}.json").is_file():
             return place
-    hint = (
-        ""
-        if directory is not None or BESIDE_RESULTS.is_dir()
-        else (
-            "; the variants of the tables are not installed: run from a checkout of the project, or "
-            "pass its docs/results/models as directory (--models)"
+    known = ", ".join(available(directory)) or "none"
+    if directory is None and not BESIDE_RESULTS.is_dir():
+        known += (
+            "; the variants of the tables are not installed: run from a checkout of the project, "
+            "or pass its docs/results/models as directory (--models)"
         )
-    )
-    raise ValueError(
-        f"no pretrained model named {name!r}; available: "
-        f"{', '.join(available(directory)) or 'none'}{hint}"
-    )
+    raise ValueError(f"no pretrained model named {name!r}; available: {known}")
 
 
 def load_card(name: str, directory: str | os.PathLike[str] | None = None) -> WeightCard:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,17 @@ from torch.distributions import (
 )
 
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
-from pyro_vae_defence.models.sites import DATA_PLATE, image_site, latent_sites, sample_sites
+from pyro_vae_defence.models.sites import (
+    DATA_PLATE,
+    data_frame,
+    image_site,
+    latent_sites,
+    log_prob_per_image,
+    sample_sites,
+)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
+from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,8 +79,7 @@ __all__ = [
 ]
 
 
-# --- Validation at the public boundary
-# -------------------------------------------------------------
+# --- Validation at the public boundary ------------------------------------------------------------
 
 
 def check_vae(vae: Any) -> VAE:
@@ -141,66 +147,28 @@ def evaluation_mode(*programs: Any) -> Iterator[None]:
             module.training = mode
 
 
-# --- Sites ----------------------------------------------------------------------------------------
+# --- Traces ---------------------------------------------------------------------------------------
 
 
-def _latent_values(trace: poutine.Trace) -> Latents:
-    return {site["name"]: site["value"] for site in latent_sites(trace)}
-
-
-def _data_frame(name: str, site: Any, num_images: int) -> Any:
-    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-    named = [frame for frame in frames if frame.name == DATA_PLATE]
-    fitting = named or [frame for frame in frames if frame.size == num_images]
-    if len(fitting) != 1:
-        raise ValueError(
-            f"site {name!r} must stand inside one vectorised data plate; "
-            f'open it with pyro.plate("{DATA_PLATE}", x.shape[0]) around every sample site'
-        )
-    if fitting[0].size != num_images:
-        raise ValueError(
-            f"site {name!r} stands inside a data plate of size {fitting[0].size}, "
-            f"but x holds {num_images} images; open the plate with x.shape[0]"
-        )
-    return fitting[0]
-
-
-def _log_prob_per_image(name: str, site: Any, num_images: int) -> Tensor:
-    """Unscaled log-probability of one site, summed over all but the data plate: shape (N,)."""
-    log_prob = site["fn"].log_prob(site["value"])
-    mask = site["mask"]
-    if mask is False:
-        log_prob = torch.zeros_like(log_prob)
-    elif isinstance(mask, Tensor):
-        log_prob = torch.where(mask, log_prob, 0.0)
-    dim = _data_frame(name, site, num_images).dim
-    if log_prob.dim() < -dim or log_prob.shape[dim] not in (1, num_images):
-        raise ValueError(
-            f"site {name!r}: its log-probability of shape {tuple(log_prob.shape)} has no row per "
-            f"image at dimension {dim}; declare event dimensions with .to_event(...)"
-        )
-    per_image = log_prob.movedim(dim, 0)
-    return per_image.reshape(per_image.shape[0], -1).sum(-1).expand(num_images)
-
-
-def _rows_first(value: Tensor, site: Any, num_images: int) -> bool:
-    """Whether the site's value already has the data plate as its first dimension."""
-    frame = next(
-        f
-        for f in site["cond_indep_stack"]
-        if f.vectorized and (f.name == DATA_PLATE or f.size == num_images)
-    )
-    return value.dim() == len(site["fn"].event_shape) - frame.dim
-
-
-def _get_trace(program: Callable[..., Any], *args: Any, **kwargs: Any) -> poutine.Trace:
+def _get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> poutine.Trace:
     # Validation would force a device synchronisation per distribution, and raise inside a sampler
     # where a non-finite value has a defined meaning (a divergence).
     with poutine.block(), pyro.validation_enabled(False):
         return poutine.trace(program).get_trace(*args, **kwargs)
 
 
-def observation_site(model: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+def _latents(trace: poutine.Trace) -> Latents:
+    return {site["name"]: site["value"] for site in latent_sites(trace)}
+
+
+def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
+    """``start`` of shape ``(N,)`` minus the unscaled log-probability of every site, in nats."""
+    for site in sample_sites(trace).values():
+        start = start - log_prob_per_image(site, start.shape[0])
+    return start
+
+
+def observation_site(model: PyroProgram, *args: Any, **kwargs: Any) -> str:
     """Name of the one observed site of ``model(*args, **kwargs)``.
 
     Raises:
@@ -280,16 +248,16 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
             "guide(x), "
             f'with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
         ) from error
-    latents = {site["name"]: site for site in latent_sites(trace)}
-    if not latents:
+    sites = latent_sites(trace)
+    if not sites:
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
-    for name, site in latents.items():
-        _data_frame(name, site, x.shape[0])
+    for site in sites:
+        data_frame(site, x.shape[0])
 
 
 def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from the guide q(z | x) per image: site name -> ``(N, *event)``."""
-    return _latent_values(_guide_trace(vae, x, streams))
+    return _latents(_guide_trace(vae, x, streams))
 
 
 def sample_with_log_prob(
@@ -298,10 +266,7 @@ def sample_with_log_prob(
     """One draw z from the guide per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in
     nats."""
     trace = _guide_trace(vae, x, streams)
-    log_prob = x.new_zeros(x.shape[0])
-    for name, site in sample_sites(trace).items():
-        log_prob = log_prob + _log_prob_per_image(name, site, x.shape[0])
-    return _latent_values(trace), log_prob
+    return _latents(trace), -_energy(trace, x.new_zeros(x.shape[0]))
 
 
 class GuideDraws:
@@ -352,7 +317,7 @@ def posterior_mean(vae: VAE, x: Tensor) -> Latents:
 
     In a hierarchical guide each site is conditioned on the means above it.
     """
-    return _latent_values(_get_trace(_MeanMessenger()(vae.guide), x))
+    return _latents(_get_trace(_MeanMessenger()(vae.guide), x))
 
 
 class _MeanMessenger(Messenger):
@@ -367,7 +332,7 @@ def _guide_trace(vae: VAE, x: Tensor, streams: Streams | None) -> poutine.Trace:
     return _get_trace(_with_streams(vae.guide, streams), x)
 
 
-def _with_streams(program: Callable[..., Any], streams: Streams | None) -> Callable[..., Any]:
+def _with_streams(program: PyroProgram, streams: Streams | None) -> PyroProgram:
     return program if streams is None else _StreamMessenger(streams, step=0)(program)
 
 
@@ -376,7 +341,7 @@ def _with_streams(program: Callable[..., Any], streams: Streams | None) -> Calla
 
 def prior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from p(z) per image of ``x``: site name -> ``(N, *event)``."""
-    return _latent_values(_get_trace(_with_streams(vae.model, streams), x))
+    return _latents(_get_trace(_with_streams(vae.model, streams), x))
 
 
 def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Latents:
@@ -459,7 +424,7 @@ class ModelPotential:
         ValueError: if a site stands outside the data plate, a latent is discrete, or there is none.
     """
 
-    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: PyroProgram, *args: Any, **kwargs: Any) -> None:
         self._model = model
         self._args = args
         self._kwargs = kwargs
@@ -469,20 +434,20 @@ class ModelPotential:
         self.num_images: int = batch.shape[0]
         with torch.no_grad():
             trace = _get_trace(model, *args, **kwargs)
-        self.sites = tuple(self._read_site(site["name"], site) for site in latent_sites(trace))
+        self.sites = tuple(self._read_site(site) for site in latent_sites(trace))
         if not self.sites:
             raise ValueError("the model has no latent site to sample; nothing to run a chain on")
-        self._prototype = _latent_values(trace)
+        self._prototype = _latents(trace)
 
-    def _read_site(self, name: str, site: Any) -> LatentSite:
-        fn, value = site["fn"], site["value"]
-        _data_frame(name, site, self.num_images)
+    def _read_site(self, site: Any) -> LatentSite:
+        name, fn, value = site["name"], site["fn"], site["value"]
+        frame = data_frame(site, self.num_images)
         if fn.support.is_discrete:
             raise ValueError(
                 f"latent site {name!r} is discrete ({fn}); Hamiltonian kernels need continuous "
                 "latents, so marginalise it out or use a continuous relaxation"
             )
-        if not _rows_first(value, site, self.num_images):
+        if value.dim() != len(fn.event_shape) - frame.dim:
             raise ValueError(
                 f"latent site {name!r} has a plate left of the data plate; "
                 "make the data plate the leftmost one"
@@ -578,10 +543,7 @@ class ModelPotential:
         """Energies of shape ``(N,)``, in nats."""
         conditioned = poutine.condition(self._model, data=self.constrain(latents))
         trace = _get_trace(conditioned, *self._args, **self._kwargs)
-        energy = self.log_determinant(latents)
-        for name, site in sample_sites(trace).items():
-            energy = energy - _log_prob_per_image(name, site, self.num_images)
-        return energy
+        return _energy(trace, self.log_determinant(latents))
 
     def log_determinant(self, latents: LatentsLike) -> Tensor:
         """Minus the log-determinant of the constraining transforms (zero without any)."""
@@ -608,7 +570,7 @@ def potential(vae: VAE, x: Tensor, perturbation: Perturbation | None = None) -> 
     return ModelPotential(target(vae, perturbation), x)
 
 
-def target(vae: VAE, perturbation: Perturbation | None = None) -> Callable[..., Any]:
+def target(vae: VAE, perturbation: Perturbation | None = None) -> PyroProgram:
     """The Pyro model whose posterior a defence samples: ``vae.model``, or its perturbation-aware
     variant."""
     return vae.model if perturbation is None else PerturbationAware(vae.model, perturbation)
@@ -636,16 +598,14 @@ def guide_potential(
 
     def energy_of_guide(latents: LatentsLike) -> Tensor:
         conditioned = poutine.condition(vae.guide, data=energy.constrain(latents))
-        sites = sample_sites(_get_trace(conditioned, x))
+        trace = _get_trace(conditioned, x)
+        sites = sample_sites(trace)
         if sites.keys() != names:
             raise ValueError(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "
                 "a density of the guide needs the same sites in both"
             )
-        total = energy.log_determinant(latents)
-        for name, site in sites.items():
-            total = total - _log_prob_per_image(name, site, energy.num_images)
-        return total
+        return _energy(trace, energy.log_determinant(latents))
 
     return energy_of_guide
 

@@ -33,7 +33,9 @@ from pyro_vae_defence.models.nvae.regularisers import (
     kl_coefficient,
 )
 from pyro_vae_defence.models.sites import image_site, latent_sites, per_image
-from pyro_vae_defence.objectives.elbo import ImageELBO, Program, Terms, positive, site_kl
+from pyro_vae_defence.objectives.elbo import ImageELBO, Terms, site_kl
+from pyro_vae_defence.ops.checks import check_positive
+from pyro_vae_defence.types import PyroProgram
 
 
 class NVAEObjective(ImageELBO):
@@ -72,7 +74,7 @@ class NVAEObjective(ImageELBO):
         if not 0 < kl_anneal <= 1:
             raise ValueError(f"kl_anneal={kl_anneal!r} must lie in (0, 1]")
         if penalty != 0:
-            positive("penalty", penalty)
+            check_positive("penalty", penalty)
         self.vae = vae
         self.num_steps = num_steps
         self.kl_anneal = kl_anneal
@@ -80,19 +82,14 @@ class NVAEObjective(ImageELBO):
         self.spectral = SpectralPenalty(vae)
 
     def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Run both programs, which share one pass, and weigh the KL of every group."""
         model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
         image = image_site(model_trace)
         reconstruction = per_image(image["unscaled_log_prob"], image)
-        kl = torch.stack(
-            [
-                per_image(site_kl(site, model_trace.nodes[site["name"]]), site)
-                for site in latent_sites(guide_trace)
-            ],
-            dim=1,
-        )
+        sites = latent_sites(guide_trace)
+        kl = torch.stack([per_image(site_kl(site, model_trace), site) for site in sites], dim=1)
         beta = kl_coefficient(self.step, self.num_steps, anneal_portion=self.kl_anneal)
         balanced = balance_kl(kl, kl_balance_weights(self.vae.config).to(kl), beta)
         penalty = self.penalty * (self.spectral() + batch_norm_penalty(self.vae))

@@ -44,17 +44,21 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.sites import latent_sites
-from pyro_vae_defence.objectives._read import check_mean_field, gaussians, values
+from pyro_vae_defence.models.sites import (
+    check_mean_field,
+    gaussians,
+    latent_sites,
+    latent_values,
+)
 from pyro_vae_defence.objectives.elbo import (
     ImageELBO,
-    Program,
     Schedule,
     Terms,
+    check_weight,
     elbo_terms,
-    positive,
     weight_at,
 )
+from pyro_vae_defence.types import PyroProgram
 
 Estimator = Literal["mws", "mss", "published"]
 
@@ -82,12 +86,12 @@ class BetaTCVAE(ImageELBO):
         _check_estimator(estimator)
         if data_size < 1:
             raise ValueError(f"data_size={data_size!r} must be the number of training images")
-        self.beta = beta if callable(beta) else positive("beta", beta)
+        self.beta = check_weight("beta", beta)
         self.data_size = data_size
         self.estimator: Estimator = estimator
 
     def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Add ``(beta - 1) total_correlation`` to the negative ELBO."""
         beta = weight_at("beta", self.beta, self.step)
@@ -95,7 +99,8 @@ class BetaTCVAE(ImageELBO):
         check_mean_field(model_trace, guide_trace)
         sites = latent_sites(guide_trace)
         terms = elbo_terms(model_trace, guide_trace)
-        tc = total_correlation(values(sites), *gaussians(sites), self.data_size, self.estimator)
+        z, (loc, scale) = latent_values(sites), gaussians(sites)
+        tc = total_correlation(z, loc, scale, self.data_size, self.estimator)
         return terms | {"total_correlation": tc, "loss": terms["loss"] + (beta - 1) * tc}
 
 

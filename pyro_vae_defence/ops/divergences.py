@@ -3,7 +3,8 @@ r"""Divergences between the guide's distributions at two inputs, one value per i
 For independent Gaussians :math:`q = N(m, s^2)` and :math:`q' = N(m', s'^2)`,
 
 .. math::
-    \mathrm{KL}(q \| q') = \sum_d \log\frac{s'_d}{s_d} + \frac{s_d^2 + (m_d - m'_d)^2}{2 s_d'^2} - \frac12,
+    \mathrm{KL}(q \| q') = \sum_d \log\frac{s'_d}{s_d}
+    + \frac{s_d^2 + (m_d - m'_d)^2}{2 s_d'^2} - \frac12,
     \qquad
     \mathrm{SKL} = \tfrac12 \mathrm{KL}(q \| q') + \tfrac12 \mathrm{KL}(q' \| q),
     \qquad

@@ -2,7 +2,8 @@ r"""Moving average of the weights.
 
 After step :math:`t = 1, 2, \dots` with weights :math:`w_t`,
 
-.. math:: \bar w_t = d_t\, \bar w_{t-1} + (1 - d_t)\, w_t, \qquad d_t = \min\{d, (1 + t) / (10 + t)\}.
+.. math::
+    \bar w_t = d_t\, \bar w_{t-1} + (1 - d_t)\, w_t, \qquad d_t = \min\{d, (1 + t) / (10 + t)\}.
 
 The smaller decay of the first steps lets the average forget the initial weights, and changes
 nothing once :math:`t > (10 d - 1) / (1 - d)`. Parameters are averaged on Pyro's unconstrained
