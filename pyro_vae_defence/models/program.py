@@ -12,6 +12,10 @@ the sum of *unscaled* log-probabilities of the model's sites: a model trained un
 ``poutine.scale(beta)`` is still sampled at p(x|z)p(z), not at p(x|z)p(z)^beta. Latents with
 constrained support are moved on the unconstrained scale of :func:`torch.distributions.biject_to`,
 whose log-determinant enters the energy.
+
+Throughout, ``vae`` is any Pyro VAE, ``x`` are images ``(N, C, H, W)``, and ``streams`` the random
+streams of these images, which make a row's draws independent of the batch around it; without them
+noise comes from torch's global seed.
 """
 
 from __future__ import annotations
@@ -157,6 +161,10 @@ def _get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> poutine.Trace
         return poutine.trace(program).get_trace(*args, **kwargs)
 
 
+def _draw(program: PyroProgram, x: Tensor, streams: Streams | None) -> poutine.Trace:
+    return _get_trace(program if streams is None else _StreamMessenger(streams)(program), x)
+
+
 def _latents(trace: poutine.Trace) -> Latents:
     return {site["name"]: site["value"] for site in latent_sites(trace)}
 
@@ -183,13 +191,11 @@ def observation_site(model: PyroProgram, *args: Any, **kwargs: Any) -> str:
 
 
 class _StreamMessenger(Messenger):
-    """Draw Gaussian sites, behind transforms too, from per-image streams; others fall back on the
-    global seed."""
+    """Draw Gaussian sites, behind transforms too, from streams; others from the global seed."""
 
-    def __init__(self, streams: Streams, step: int) -> None:
+    def __init__(self, streams: Streams) -> None:
         super().__init__()
         self.streams = streams
-        self.step = step
         self.purpose = 2048  # clear of the sampler's own purposes
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -204,7 +210,7 @@ class _StreamMessenger(Messenger):
         shape = base.batch_shape
         if not shape or shape[0] != self.streams.image.shape[0]:
             return
-        noise = self.streams.normal(self.step, self.purpose, tuple(shape[1:]), base.loc.dtype)
+        noise = self.streams.normal(0, self.purpose, tuple(shape[1:]), base.loc.dtype)
         self.purpose += 1
         value = base.loc + base.scale * noise
         for transform in transforms:
@@ -217,21 +223,14 @@ def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[st
 
     For a hierarchical guide the lower sites' distributions are conditional on sampled upper sites.
 
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
-        streams: random streams of the images; the global seed when ``None``.
-
     Returns:
         Site name -> distribution with batch shape ``(N,)`` (or with plates of its own).
     """
-    trace = _guide_trace(vae, x, streams)
-    return {site["name"]: site["fn"] for site in latent_sites(trace)}
+    return {site["name"]: site["fn"] for site in latent_sites(_draw(vae.guide, x, streams))}
 
 
 def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
-    """Run ``vae.guide`` on images ``x`` once and see whether it keeps the contract of
-    :class:`types.VAE`.
+    """Run ``vae.guide`` on ``x`` once and see whether it keeps the contract of :class:`types.VAE`.
 
     Raises:
         ValueError: if it fails on such images, has no latent site, or one outside its data plate.
@@ -239,16 +238,14 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
     check_vae(vae)
     try:
         with torch.no_grad(), evaluation_mode(vae):
-            trace = _guide_trace(vae, x, streams)
+            sites = latent_sites(_draw(vae.guide, x, streams))
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"vae.guide failed on images of shape {tuple(x.shape)}: {error}; it must run as "
-            "guide(x), "
-            f'with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
+            f'guide(x), with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
         ) from error
-    sites = latent_sites(trace)
     if not sites:
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
     for site in sites:
@@ -257,15 +254,14 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
 
 def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from the guide q(z | x) per image: site name -> ``(N, *event)``."""
-    return _latents(_guide_trace(vae, x, streams))
+    return _latents(_draw(vae.guide, x, streams))
 
 
 def sample_with_log_prob(
     vae: VAE, x: Tensor, *, streams: Streams | None = None
 ) -> tuple[Latents, Tensor]:
-    """One draw z from the guide per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in
-    nats."""
-    trace = _guide_trace(vae, x, streams)
+    """One draw z per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in nats."""
+    trace = _draw(vae.guide, x, streams)
     return _latents(trace), -_energy(trace, x.new_zeros(x.shape[0]))
 
 
@@ -273,18 +269,13 @@ class GuideDraws:
     """Draws from the guide at the same images, over and over.
 
     A guide of one Gaussian site, like the paper's, runs once for all draws; any other runs for
-    every draw. Either way the draws are those of :func:`sample_with_log_prob` on the repeated
-    images.
-
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
+    every draw. Either way the draws are those of :func:`sample_with_log_prob` on repeated images.
     """
 
     def __init__(self, vae: VAE, x: Tensor) -> None:
         self.vae, self.x = vae, x
         self.site = ""
-        sites = sample_sites(_guide_trace(vae, x, Streams.create(len(x), seed=0, device=x.device)))
+        sites = sample_sites(_draw(vae.guide, x, Streams.create(len(x), seed=0, device=x.device)))
         if len(sites) != 1:
             return
         name, site = next(iter(sites.items()))
@@ -300,14 +291,13 @@ class GuideDraws:
             self.loc, self.scale = fn.base_dist.loc, fn.base_dist.scale
 
     def __call__(self, count: int, streams: Streams) -> tuple[Latents, Tensor]:
-        """``count`` draws per image, chains folded in front: latents of ``count * N`` rows and log
-        q(z | x)."""
+        """Latents of ``count * N`` rows, draws folded in front of images, and log q(z | x)."""
         if not self.site:
             return sample_with_log_prob(self.vae, self.x.repeat(count, 1, 1, 1), streams=streams)
         parameters = lat.repeat({"loc": self.loc, "scale": self.scale}, count)
         fn = dist.Normal(**parameters, validate_args=False)
         draws = dist.Independent(fn, self.events, validate_args=False)
-        with poutine.block(), _StreamMessenger(streams, step=0):
+        with poutine.block(), _StreamMessenger(streams):
             z = pyro.sample(self.site, draws)
         return {self.site: z}, draws.log_prob(z)
 
@@ -328,31 +318,19 @@ class _MeanMessenger(Messenger):
             msg["value"] = msg["fn"].mean
 
 
-def _guide_trace(vae: VAE, x: Tensor, streams: Streams | None) -> poutine.Trace:
-    return _get_trace(_with_streams(vae.guide, streams), x)
-
-
-def _with_streams(program: PyroProgram, streams: Streams | None) -> PyroProgram:
-    return program if streams is None else _StreamMessenger(streams, step=0)(program)
-
-
 # --- The model ------------------------------------------------------------------------------------
 
 
 def prior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from p(z) per image of ``x``: site name -> ``(N, *event)``."""
-    return _latents(_get_trace(_with_streams(vae.model, streams), x))
+    return _latents(_draw(vae.model, x, streams))
 
 
 def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Latents:
     """Where a chain or a search starts: site name -> ``(N, *event)``, on the constrained scale.
 
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
-        initial: ``"guide"``, a draw from q(z | x); ``"mean"``, the guide's mean; or ``"prior"``, a
-            draw from p(z).
-        streams: random streams of the images.
+    ``initial`` is ``"guide"``, a draw from q(z | x), ``"mean"``, the guide's mean, or ``"prior"``,
+    a draw from p(z).
     """
     if initial == "mean":
         return posterior_mean(vae, x)
@@ -366,6 +344,9 @@ def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) ->
         vae: any Pyro VAE.
         latents: site name -> ``(M, *event)``, on the constrained scale.
         image_shape: ``(C, H, W)`` of the images the model observes.
+
+    Raises:
+        ValueError: for a latent that the model does not sample.
     """
     first = next(iter(latents.values()))
     template = first.new_zeros((first.shape[0], *image_shape))
@@ -457,8 +438,7 @@ class ModelPotential:
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
 
     def at(self, x: Tensor) -> ModelPotential:
-        """The energy of the same model at other images, in any number; its sites are not read
-        again."""
+        """The energy of the same model at other images, any number; sites are not read again."""
         other = copy.copy(self)
         other._args = (x,)
         other._kwargs = {}
@@ -558,21 +538,16 @@ class ModelPotential:
 
 
 def potential(vae: VAE, x: Tensor, perturbation: Perturbation | None = None) -> ModelPotential:
-    """Energy U(z; x) of ``vae`` at images ``x`` of shape ``(N, C, H, W)`` (eq. 9 of the paper).
+    """Energy U(z; x) (eq. 9 of the paper).
 
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
-        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an
-            ``UnknownRadius``, for the energy :math:`U_\\delta(z; x)` of
-            :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
+    With a ``perturbation`` that the defender assumes, e.g. ``Linf(0.1)`` or an ``UnknownRadius``,
+    it is :math:`U_\\delta(z; x)` of :mod:`pyro_vae_defence.models.perturbation`.
     """
     return ModelPotential(target(vae, perturbation), x)
 
 
 def target(vae: VAE, perturbation: Perturbation | None = None) -> PyroProgram:
-    """The Pyro model whose posterior a defence samples: ``vae.model``, or its perturbation-aware
-    variant."""
+    """The model whose posterior a defence samples: ``vae.model``, or it perturbation-aware."""
     return vae.model if perturbation is None else PerturbationAware(vae.model, perturbation)
 
 
@@ -583,12 +558,8 @@ def guide_potential(
 
     The guide's counterpart of U(z; x): on the same unconstrained latents, with the same
     log-determinants, so that ``guide_potential(vae, x)(z) - potential(vae, x)(z)`` is the
-    log-weight log p(x, z) - log q(z | x).
-
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
-        model_potential: ``potential(vae, x)``, where it is at hand.
+    log-weight log p(x, z) - log q(z | x). ``model_potential`` is ``potential(vae, x)``, where that
+    is at hand.
 
     Raises:
         ValueError: when called, if the guide's latent sites are not those of the model.

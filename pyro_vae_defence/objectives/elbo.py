@@ -230,7 +230,7 @@ def add_terms(terms: Terms, extra: Terms) -> Terms:
 
 def site_kl(guide_site: Site, model_trace: Trace) -> Tensor:
     """KL of one latent site, in the site's batch shape; analytic, or else log q - log p."""
-    model_site = model_trace.nodes[guide_site["name"]]
+    model_site: Site = model_trace.nodes[guide_site["name"]]
     try:
         return kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:

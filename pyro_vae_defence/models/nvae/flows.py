@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import AffineTransform, Transform
-from torch.nn import functional as F
 
 from pyro_vae_defence.models.nvae.config import NVAEConfig
-from pyro_vae_defence.models.nvae.layers import Conv2d
+from pyro_vae_defence.models.nvae.layers import Conv2d, nested
 
 HIDDEN_FACTOR = 6
 SHIFT_INIT = 0.1
@@ -79,47 +78,26 @@ class MaskedConv2d(Conv2d):
         return self._normalised(self.weight * self.mask)
 
 
-class _Context(nn.Module):
-    def __init__(self, channels: int, mirror: bool) -> None:
-        super().__init__()
-        hidden = HIDDEN_FACTOR * channels
-        self.convz = nn.Sequential(
-            MaskedConv2d(channels, hidden, 3, mirror=mirror, zero_diag=True),
-            nn.ELU(),
-            MaskedConv2d(hidden, hidden, 5, mirror=mirror, groups=hidden),
-            nn.ELU(),
-        )
-
-    def forward(self, z: Tensor) -> Tensor:
-        out: Tensor = self.convz(z)
-        return out
-
-
-class _Head(nn.Module):
-    def __init__(self, channels: int, mirror: bool) -> None:
-        super().__init__()
-        self.conv_0 = MaskedConv2d(
-            HIDDEN_FACTOR * channels, channels, 1, mirror=mirror, bias=True, init_scale=SHIFT_INIT
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        # The ELU of an ELU: the published models are trained that way.
-        out: Tensor = self.conv_0(F.elu(hidden))
-        return out
-
-
 class AutoregressiveShift(nn.Module):
     """The network ``m(z)``; z and result ``(..., L, h, w)``, element i reads those before it."""
 
     def __init__(self, channels: int, *, mirror: bool) -> None:
         super().__init__()
-        self.conv = _Context(channels, mirror)
-        self.mu = _Head(channels, mirror)
+        hidden = HIDDEN_FACTOR * channels
+        context = nn.Sequential(
+            MaskedConv2d(channels, hidden, 3, mirror=mirror, zero_diag=True),
+            nn.ELU(),
+            MaskedConv2d(hidden, hidden, 5, mirror=mirror, groups=hidden),
+            nn.ELU(),
+            nn.ELU(),  # the ELU of an ELU: the published models are trained that way
+        )
+        shift = MaskedConv2d(hidden, channels, 1, mirror=mirror, bias=True, init_scale=SHIFT_INIT)
+        self.conv = nested("convz", context)
+        self.mu = nested("conv_0", shift)
 
     def forward(self, z: Tensor) -> Tensor:
         """The shift ``m(z)``."""
-        out: Tensor = self.mu(self.conv(z.flatten(0, -4)))
-        return out.reshape(z.shape)
+        return self.mu(self.conv(z.flatten(0, -4))).reshape(z.shape)
 
 
 class FlowPair(nn.Module):

@@ -81,8 +81,7 @@ class GaussianImage(dist.Normal):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Elementwise log-density of ``2 value - 1``, ``(N, 3, H, W)``."""
-        out: Tensor = super().log_prob(value) - math.log(2)
-        return out
+        return super().log_prob(value) - math.log(2)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> GaussianImage:
         """The same distribution on a larger batch."""

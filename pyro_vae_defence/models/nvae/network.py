@@ -38,7 +38,6 @@ from pyro_vae_defence.models.nvae.samplers import (
     from_noise,
     gaussian,
 )
-from pyro_vae_defence.models.nvae.terms import GroupTerms, NVAETerms
 from pyro_vae_defence.models.nvae.towers import (
     DecoderTower,
     EncoderTower,
@@ -138,34 +137,6 @@ class NVAENetwork(ScopedModule):
 
     # --- Whole passes -----------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, noise: Sequence[Tensor] | None = None) -> NVAETerms:
-        """One pass as the official program makes it: sample the posterior, decode, keep the terms.
-
-        Args:
-            x: images.
-            noise: standard normal draws ``(N, L, h, w)`` per group, from the top down; drawn from
-                the global seed when ``None``.
-
-        Raises:
-            ValueError: ``x`` or ``noise`` has the wrong shape.
-        """
-        image = self.observed(x)
-        draws = self._noise(x.shape[0], noise)
-        encoded = self.bottom_up(x)
-        groups: list[GroupTerms] = []
-
-        def choose(group: int, state: TopDownState) -> Tensor:
-            posterior, flow = self.posterior(group, state, encoded)
-            z = z_base = from_noise(posterior, draws[group])
-            for transform in flow:
-                z = transform(z)
-            groups.append(GroupTerms(posterior, gaussian(state.prior), z_base, z))
-            return z
-
-        logits = self.output(self.walk(x.shape[0], choose))
-        log_likelihood = image_likelihood(self.config, logits).log_prob(image)
-        return NVAETerms(tuple(groups), logits, -log_likelihood)
-
     def logits(self, latents: LatentsLike) -> Tensor:
         """Output of the network for latents by site name: ``(N, C_out, S, S)``.
 
@@ -191,7 +162,8 @@ class NVAENetwork(ScopedModule):
         Args:
             num: number of images.
             temperature: factor of all standard deviations, positive; below 1 images become typical.
-            noise: as in :meth:`forward`.
+            noise: standard normal draws ``(num, L, h, w)`` per group, from the top down; drawn from
+                the global seed when ``None``.
 
         Raises:
             ValueError: ``num`` or ``temperature`` is not positive, or ``noise`` has wrong shapes.
