@@ -24,7 +24,7 @@ INSTALLED = {
 
 
 def test_the_wheel_is_small_and_holds_no_variant():
-    installed = {path.stem for path in pretrained.PACKAGED.iterdir()}
+    installed = {path.stem for path in pretrained.PACKAGED_MODELS.iterdir()}
     assert installed == INSTALLED
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc"]
     # Weights and images do not shrink when they are packed, source does.
@@ -34,7 +34,7 @@ def test_the_wheel_is_small_and_holds_no_variant():
 def test_a_checkout_has_the_variants_of_the_tables_too():
     names = available()
     assert len(names) == len(set(names))
-    assert set(names) - INSTALLED == set(available(pretrained.BESIDE_RESULTS))
+    assert set(names) - INSTALLED == set(available(pretrained.CHECKOUT_MODELS))
     card = load_card("mnist_beta_vae_2")
     assert (card.training["beta"], card.training["start_from"]) == (2.0, "mnist_vae")
     vae = pretrained.load_pretrained("mnist_beta_vae_2")
@@ -42,7 +42,7 @@ def test_a_checkout_has_the_variants_of_the_tables_too():
 
 
 def test_without_a_checkout_the_message_says_where_variants_are(monkeypatch, tmp_path):
-    monkeypatch.setattr(pretrained, "BESIDE_RESULTS", tmp_path / "absent")
+    monkeypatch.setattr(pretrained, "CHECKOUT_MODELS", tmp_path / "absent")
     assert set(available()) == INSTALLED
     with pytest.raises(ValueError, match=r"'mnist_beta_vae_2'; available: .* from a checkout"):
         load_card("mnist_beta_vae_2")
@@ -52,8 +52,8 @@ def test_without_a_checkout_the_message_says_where_variants_are(monkeypatch, tmp
 
 def test_a_card_is_written_where_it_was_found(monkeypatch, tmp_path):
     first, second = tmp_path / "installed", tmp_path / "beside"
-    monkeypatch.setattr(pretrained, "PACKAGED", first)
-    monkeypatch.setattr(pretrained, "BESIDE_RESULTS", second)
+    monkeypatch.setattr(pretrained, "PACKAGED_MODELS", first)
+    monkeypatch.setattr(pretrained, "CHECKOUT_MODELS", second)
     known = {"training": {}, "command": "none", "provenance": {}}
     for name, places in {"a": [first, second], "b": [second]}.items():
         for place in places:

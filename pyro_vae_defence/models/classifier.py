@@ -102,8 +102,7 @@ class ConvClassifier(nn.Module):
         self.linear = nn.Linear(num_features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)`` in [0, 1] to features ``(N, num_features)``, before any
-        nonlinearity."""
+        """Images ``(N, C, H, W)`` in [0, 1] to features ``(N, num_features)``, not rectified."""
         return self.trunk(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,10 +110,7 @@ class ConvClassifier(nn.Module):
         return self.linear(self.features(x).relu())
 
 
-_ARCHITECTURES: dict[str, Any] = {
-    "LinearClassifier": LinearClassifier,
-    "ConvClassifier": ConvClassifier,
-}
+_CLASSIFIERS = {"LinearClassifier": LinearClassifier, "ConvClassifier": ConvClassifier}
 
 
 def load_classifier(
@@ -127,13 +123,12 @@ def load_classifier(
         directory: where the files are; ``None`` as in :mod:`pyro_vae_defence.models.pretrained`.
 
     Raises:
-        ValueError: for an unknown name, another kind of model, or weights that do not match their
-            card.
+        ValueError: for an unknown name, another kind of model, or weights that do not match it.
     """
     card, tensors = load_weights(name, directory)
-    if card.architecture not in _ARCHITECTURES:
+    if card.architecture not in _CLASSIFIERS:
         raise ValueError(
             f"{name!r} is a {card.architecture}, no classifier; "
-            f"this function loads {sorted(_ARCHITECTURES)}"
+            f"this function loads {sorted(_CLASSIFIERS)}"
         )
-    return rebuild(_ARCHITECTURES[card.architecture], card, tensors), card
+    return rebuild(_CLASSIFIERS[card.architecture], card, tensors), card

@@ -128,8 +128,7 @@ class ConvVAE(ScopedModule):
         }
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch shape ``(N,)``, event
-        ``(D,)``."""
+        """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch ``(N,)``, event ``(D,)``."""
         hidden = self.encoder(self._layout(x))
         loc = self.latent_loc(hidden).flatten(1)
         scale = (0.5 * self.latent_log_variance(hidden).flatten(1)).exp()
@@ -213,8 +212,7 @@ def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
 
 
 def _last_layer(x: Tensor, layer: nn.Module) -> Tensor:
-    """``layer(x)`` for 4x4 kernels of stride 2 and few output channels: a matrix product, then
-    overlapping sums."""
+    """``layer(x)`` for 4x4 kernels of stride 2: a matrix product, then overlapping sums."""
     assert isinstance(layer, nn.ConvTranspose2d)
     assert layer.bias is not None
     count, channels, height, width = x.shape

@@ -31,8 +31,7 @@ envelope theorem; energies use it in full, so that Hamiltonian kernels stay exac
 :math:`\exp(-U_\delta)`.
 
 An attacker asks for the gradient in x, too. A pixel of :math:`x^*` moves with x where the ball
-holds it, and stays where the range [0, 1] or the likelihood's own maximum does, hence in an L_inf
-ball
+holds it, and stays where the range [0, 1] or the likelihood's maximum does, so in an L_inf ball
 
 .. math:: \nabla_x U_\delta(z; x) = -\nabla \log p(x^* \mid z) \odot 1[|x^* - x| = \delta].
 
@@ -82,9 +81,8 @@ __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_im
 def most_likely_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
     """The image x - e most probable to ``likelihood`` with e in the ball and values in [0, 1].
 
-    To add a likelihood, register a function of the same three arguments for its class. Where the
-    log-likelihood is linear or quadratic in x, :mod:`pyro_vae_defence.ops.reach` makes it one
-    line::
+    To add a likelihood, register a function of the same three arguments for its class, one line by
+    :mod:`pyro_vae_defence.ops.reach` where its logarithm is linear or quadratic in x::
 
         @most_likely_image.register
         def _(likelihood: MyLikelihood, x: Tensor, ball: Ball) -> Tensor:
@@ -240,8 +238,7 @@ class _UnknownRadiusLikelihood(TorchDistribution):
 
 
 class _MostLikely(Messenger):
-    """Replace the observed image by the most likely one in reach, or its likelihood by the mixture
-    over radii."""
+    """Replace the image by the most likely one, or its likelihood by the mixture over radii."""
 
     def __init__(self, perturbation: Perturbation) -> None:
         super().__init__()
@@ -265,8 +262,7 @@ class _MostLikely(Messenger):
 
 
 def _check_rows(msg: Any) -> None:
-    """Norms and mixtures over all dimensions of an image need rows that are images, and nothing
-    masked."""
+    """Norms and mixtures over a whole image need rows that are images, and nothing masked."""
     if msg["value"].shape[0] != msg["fn"].batch_shape.numel() or isinstance(msg["mask"], Tensor):
         raise ValueError(
             f"site {msg['name']!r}: an L2 or L1 ball and an unknown radius need one image per row; "
@@ -277,8 +273,7 @@ def _check_rows(msg: Any) -> None:
 class PerturbationAware:
     """A Pyro model whose observation is the most likely image within a ball around its argument.
 
-    Conditioned on latents, minus its log-density is :math:`U_\\delta(z; x)`; any kernel takes it
-    for a model.
+    Conditioned on latents, minus its log-density is :math:`U_\\delta(z; x)`; any kernel takes it.
 
     Args:
         model: Pyro model p(x, z) that observes its image.
@@ -286,8 +281,7 @@ class PerturbationAware:
 
     Raises:
         ValueError: if ``perturbation`` is neither; when called, for a likelihood without a known
-            minimiser, or if an L2 or L1 ball or an unknown radius meets pixels that are not event
-            dimensions.
+            minimiser, or pixels that are no event dimensions but for an Linf ball.
 
     Example:
         >>> from pyro_vae_defence.models import ConvVAE

@@ -1,9 +1,8 @@
 """Trained weights and the cards that describe them.
 
-A model is two files: ``NAME.safetensors`` with the weights, and ``NAME.json``, its card, with the
-sha256 of the weights, the architecture, how it was trained (command, commit, configuration,
-versions) and what was measured. Nothing is unpickled, and weights that do not match their card are
-refused.
+A model is two files: ``NAME.safetensors`` with the weights, and ``NAME.json``, its card, with their
+sha256, the architecture, how it was trained (command, commit, configuration, versions) and what was
+measured. Nothing is unpickled, and weights that do not match their card are refused.
 
 Without a directory, models are looked for in two places: among the packaged ones, which examples
 and documentation load, and, in a checkout of the project, among the variants of its tables, which
@@ -32,9 +31,9 @@ from pyro_vae_defence.types import Latents
 
 TrainedVAE: TypeAlias = ConvVAE | NVAE
 
-PACKAGED = Path(__file__).parent / "weights"
+PACKAGED_MODELS = Path(__file__).parent / "weights"
 # Only a checkout has these.
-BESIDE_RESULTS = Path(__file__).parents[2] / "docs" / "results" / "models"
+CHECKOUT_MODELS = Path(__file__).parents[2] / "docs" / "results" / "models"
 
 # Attributes of a VAE, site -> tensor, that are stored beside the weights as "attribute.site".
 _STATISTICS = ("mean_posterior_variance", "mean_noise_variance")
@@ -44,7 +43,7 @@ def _nvae(**config: Any) -> NVAE:
     return NVAE(NVAEConfig.from_dict(config))
 
 
-_ARCHITECTURES: dict[str, Callable[..., TrainedVAE]] = {"ConvVAE": ConvVAE, "NVAE": _nvae}
+_VAES: dict[str, Callable[..., TrainedVAE]] = {"ConvVAE": ConvVAE, "NVAE": _nvae}
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def find(name: str, directory: str | os.PathLike[str] | None = None) -> Path:
         if (place / f"{name}.json").is_file():
             return place
     known = ", ".join(available(directory)) or "none"
-    if directory is None and not BESIDE_RESULTS.is_dir():
+    if directory is None and not CHECKOUT_MODELS.is_dir():
         known += (
             "; the variants of the tables are not installed: run from a checkout of the project, "
             "or pass its docs/results/models as directory (--models)"
@@ -143,16 +142,16 @@ def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) 
         ValueError: for an unknown name, or weights that are tampered with, truncated or misfit.
     """
     card, tensors = load_weights(name, directory)
-    if card.architecture not in _ARCHITECTURES:
+    if card.architecture not in _VAES:
         raise ValueError(
             f"card of {name!r} asks for architecture {card.architecture!r}; "
-            f"this version knows {sorted(_ARCHITECTURES)}"
+            f"this version knows {sorted(_VAES)}"
         )
     statistics: dict[str, Latents] = {}
     for key in [key for key in tensors if key.startswith(_STATISTICS)]:
         statistic, _, site = key.partition(".")
         statistics.setdefault(statistic, {})[site] = tensors.pop(key).float()
-    vae = rebuild(_ARCHITECTURES[card.architecture], card, tensors)
+    vae = rebuild(_VAES[card.architecture], card, tensors)
     for statistic, by_site in statistics.items():
         setattr(vae, statistic, by_site)
     return vae
@@ -232,4 +231,4 @@ def save_card(card: WeightCard, directory: str | os.PathLike[str] | None = None)
 
 
 def _places(directory: str | os.PathLike[str] | None) -> tuple[Path, ...]:
-    return (PACKAGED, BESIDE_RESULTS) if directory is None else (Path(directory),)
+    return (PACKAGED_MODELS, CHECKOUT_MODELS) if directory is None else (Path(directory),)

@@ -558,8 +558,7 @@ def guide_potential(
 
     The guide's counterpart of U(z; x): on the same unconstrained latents, with the same
     log-determinants, so that ``guide_potential(vae, x)(z) - potential(vae, x)(z)`` is the
-    log-weight log p(x, z) - log q(z | x). ``model_potential`` is ``potential(vae, x)``, where that
-    is at hand.
+    log-weight log p(x, z) - log q(z | x). ``model_potential`` is the latter, if it is at hand.
 
     Raises:
         ValueError: when called, if the guide's latent sites are not those of the model.

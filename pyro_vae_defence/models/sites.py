@@ -45,8 +45,7 @@ def latent_sites(trace: Trace) -> list[Site]:
 
 
 def image_site(model_trace: Trace, conditioned: Container[str] = ()) -> Site:
-    """The one site at which the model observes the image; sites ``conditioned`` from outside are
-    not it.
+    """The one site at which the model observes the image, other than those ``conditioned``.
 
     Raises:
         ValueError: if the model observes nothing, or more than one site.

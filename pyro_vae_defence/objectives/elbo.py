@@ -59,13 +59,11 @@ class ImageELBO(TraceMeanField_ELBO):
 
     A subclass overrides one hook, :meth:`particle_terms`; ``loss``, ``differentiable_loss`` and
     ``loss_and_grads``, all that :class:`pyro.infer.SVI` and :class:`pyro.infer.elbo.ELBOModule`
-    call, are sums of its ``"loss"`` over the images of the batch (a sum as everywhere in Pyro, not
-    a mean).
+    call, are sums of its ``"loss"`` over the images of the batch (sums, as everywhere in Pyro).
 
     ``num_particles`` draws of the latents are averaged. :attr:`step` counts the calls of
     ``loss_and_grads``, that is the optimisation steps; schedules read it, and whoever trains
-    through ``differentiable_loss`` sets it. :meth:`state_dict` has it, and whatever else a resumed
-    run needs.
+    through ``differentiable_loss`` sets it. :meth:`state_dict` has what a resumed run needs.
 
     Scales and masks that the programs set themselves act on the ELBO, as they do in Pyro; they
     change neither the terms reported nor what an objective adds to the ELBO.
@@ -100,8 +98,7 @@ class ImageELBO(TraceMeanField_ELBO):
         ``model`` and ``guide`` run on the images ``x`` of shape ``(N, C, H, W)`` or ``(N, ...)``
         and on the further arguments. The result maps names to tensors ``(N,)`` in nats:
         ``"reconstruction"`` is log p(x|z), ``"kl"`` is KL(q(z|x) || p(z)), both without any
-        weight; further names are the subclass's; ``"loss"`` is what training minimises. Advances
-        no counter.
+        weight; ``"loss"`` is what training minimises; further names are the subclass's.
         """
         particles = [
             self.particle_terms(model, guide, x, *args, **kwargs) for _ in range(self.num_particles)
@@ -166,10 +163,8 @@ class BetaELBO(ImageELBO):
 class MeanFieldELBO(ImageELBO):
     """Base of objectives that add terms to the negative ELBO of a Gaussian mean-field VAE.
 
-    A subclass overrides :meth:`extra_terms`.
-
-    Raises ``ValueError``, when it is evaluated, for a guide that is not Gaussian or whose sites
-    depend on each other.
+    A subclass overrides :meth:`extra_terms`. When evaluated, raises ``ValueError`` for a guide that
+    is not Gaussian or whose sites depend on each other.
     """
 
     def particle_terms(
@@ -190,8 +185,7 @@ class MeanFieldELBO(ImageELBO):
     def extra_terms(
         self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
     ) -> Terms:
-        """Terms ``(N,)`` of the guide's latent sites at the images ``x``; ``encode`` runs it at
-        others."""
+        """Terms ``(N,)`` of the guide's latent sites at ``x``; ``encode`` runs the guide."""
 
 
 class _ScaleLatents(Messenger):

@@ -1,7 +1,6 @@
 r"""beta-TCVAE: weight the total correlation of the latents, not their whole KL, by beta.
 
-With the aggregate posterior :math:`q(z) = \frac1N \sum_n q(z|x_n)` over the data set, the loss of
-an image is
+With the aggregate posterior :math:`q(z) = \frac1N \sum_n q(z|x_n)` of the data, an image's loss is
 
 .. math:: -\mathcal L(x_i) + (\beta - 1) TC_i, \qquad
    TC_i = \log \hat q(z_i) - \sum_d \log \hat q(z_{id}), \quad z_i \sim q(z|x_i).
@@ -21,8 +20,7 @@ x_j)` and a weight :math:`W_{ij}` for encoding j as seen from sample i,
     that :math:`x_i` is in the batch, its logarithm is not.
 ``published``
     What the code published with the paper trained: the weights of ``mws``, but reduced over the
-    samples i instead of the encodings j. It estimates no density; it is here to reproduce that
-    model.
+    samples i instead of the encodings j. It estimates no density; it reproduces that model.
 
 **A batch barely sees the total correlation.** The logarithm of a density is resolved only by
 batches that are large against :math:`\chi^2`, the chi-squared information between images and
@@ -69,9 +67,8 @@ class BetaTCVAE(ImageELBO):
     ``beta`` is a positive number or schedule, 1 being the plain ELBO; ``data_size`` is N, the
     number of training images. Terms: ``reconstruction``, ``kl``, ``total_correlation``, ``loss``.
 
-    Raises ``ValueError`` for ``beta`` not positive, ``data_size`` smaller than 1 or than a batch,
-    an unknown ``estimator``, and for a guide that is not Gaussian or whose sites depend on each
-    other.
+    Raises ``ValueError`` for ``beta`` not positive, ``data_size`` below 1 or the batch size,
+    an unknown ``estimator``, and a guide that is not Gaussian or whose sites depend on each other.
     """
 
     def __init__(
@@ -110,11 +107,9 @@ def total_correlation(
     """Estimate of the total correlation at each sample of a batch, ``(M,)`` in nats.
 
     ``latents`` of shape ``(M, D)`` are samples of the Gaussians ``loc``, ``scale``, ``(M, D)``
-    each; memory is ``M * M * D``. The value of ``mws`` contains the constant ``(D - 1)
-    log(data_size)``.
+    each; memory is ``M * M * D``. That of ``mws`` contains the constant ``(D - 1) log(data_size)``.
 
-    Raises ``ValueError`` for an unknown ``estimator``, ``data_size < M``, and ``M = 1`` with
-    ``mss``.
+    Raises ``ValueError`` for an unknown ``estimator``, ``data_size < M``, and ``mss`` with M = 1.
     """
     _check_estimator(estimator)
     batch_size = latents.shape[0]

@@ -6,8 +6,7 @@ from typing import Any
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> None:
-    """Raise a ``ValueError`` that names the argument unless ``value`` is an integer of at least
-    ``least``."""
+    """Raise a ``ValueError`` unless ``value``, called ``name``, is an integer >= ``least``."""
     if not (isinstance(value, int) and value >= least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 

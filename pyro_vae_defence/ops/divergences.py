@@ -31,8 +31,7 @@ def kl(p: Posterior, q: Posterior) -> Tensor:
 
 
 def symmetric_kl(p: Posterior, q: Posterior) -> Tensor:
-    """Half the sum of both Kullback-Leibler divergences per image, in nats (Table 1 of the
-    paper)."""
+    """Half the sum of both KL-divergences per image, in nats (Table 1 of the paper)."""
     return 0.5 * (kl(p, q) + kl(q, p))
 
 

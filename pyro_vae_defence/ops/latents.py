@@ -14,8 +14,7 @@ from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 
 def rows(value: Tensor, like: Tensor) -> Tensor:
-    """Append singleton dimensions to ``value`` of shape ``(N,)`` so that it scales rows of
-    ``like``."""
+    """``value`` of shape ``(N,)`` with singleton dimensions, so that it scales rows of ``like``."""
     return value.reshape(value.shape + (1,) * (like.dim() - value.dim()))
 
 
@@ -61,8 +60,7 @@ def index(latents: LatentsLike, key: Tensor | slice | int) -> Latents:
 
 
 def repeat(latents: LatentsLike, num_chains: int) -> Latents:
-    """Fold ``num_chains`` copies into the batch: ``(N, *event)`` to ``(num_chains * N,
-    *event)``."""
+    """Fold copies into the batch: ``(N, *event)`` to ``(num_chains * N, *event)``."""
     return {
         name: value.repeat((num_chains,) + (1,) * (value.dim() - 1))
         for name, value in latents.items()
@@ -75,8 +73,7 @@ def unfold(value: Tensor, num_chains: int) -> Tensor:
 
 
 def value_and_gradient(potential: Potential, latents: LatentsLike) -> tuple[Tensor, Latents]:
-    """Energies ``(N,)`` and their gradients: one forward and one backward pass to the latents
-    alone.
+    """Energies ``(N,)`` and their gradients: one forward pass, one backward to the latents alone.
 
     No gradient of a model's parameter is computed; what comes back is detached.
     """

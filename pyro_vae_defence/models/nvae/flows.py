@@ -3,8 +3,7 @@ r"""Volume-preserving autoregressive flows that enrich the posterior of a latent
 .. math:: z' = z - m(z), \qquad \log\lvert\det \partial z' / \partial z\rvert = 0,
 
 where :math:`m` is a masked convolutional network: in raster order, and by channel within a pixel,
-:math:`m_i` reads only elements before :math:`i`. A mirrored flow reads the image from its other
-end.
+:math:`m_i` reads only elements before :math:`i`. A mirrored flow starts at the other end.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ def autoregressive_mask(
 
     Rows above the centre are free, and so is the left half of the centre row; at the centre itself
     an output channel reads the input channels of earlier blocks, and of its own unless
-    ``zero_diag``. ``mirror`` flips space, not channels. A depthwise kernel has one input channel,
-    its own.
+    ``zero_diag``. ``mirror`` flips space, not channels. A depthwise kernel reads its own channel.
     """
     mask = torch.zeros(out_channels, in_channels, kernel_size, kernel_size)
     centre = kernel_size // 2
@@ -123,9 +121,8 @@ class ShiftTransform(Transform):
     """``z -> z - m(z)`` on events ``(L, h, w)``.
 
     The value just produced is inverted from the cache. Any other value is inverted by iterating
-    ``z = y + m(z)``, which ends after at most ``L h w`` steps because ``m`` is strictly
-    autoregressive, and in practice much earlier; gradients are those of the implicit function,
-    first order only.
+    ``z = y + m(z)``, which ends after at most ``L h w`` steps, in practice much earlier, because
+    ``m`` is strictly autoregressive; gradients are the implicit function's, first order only.
 
     Two transforms are equal when they share their network, so that the divergence of two posteriors
     behind the same flow is, as it must be, the divergence of their Gaussians.

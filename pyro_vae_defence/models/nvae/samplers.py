@@ -5,8 +5,7 @@ The first half of the channels is the raw mean, the second half the raw log-scal
 
 .. math:: \mu = c(\mu_\text{raw}), \qquad \sigma = t \, (\exp c(\log\sigma_\text{raw}) + 0.01),
 
-where :math:`t` is a temperature. Raw zeros therefore give a standard deviation of 1.01; so has the
-top prior.
+where :math:`t` is a temperature. Raw zeros, as at the top prior, give a standard deviation of 1.01.
 """
 
 from __future__ import annotations
