@@ -85,7 +85,7 @@ Choose: TypeAlias = Callable[[int, TopDownState], Tensor]
 
 
 class NVAENetwork(ScopedModule):
-    """The layers of an NVAE and the passes through them; :class:`nvae.NVAE` adds its programs.
+    """The layers of an NVAE and the passes through them, without programs.
 
     Images have shape ``(N, *image_shape)`` and values in [0, 1] (not checked: that would wait for
     the device at every call). Grey images are 28x28 and padded to 32x32 for the encoder; images
