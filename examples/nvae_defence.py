@@ -22,7 +22,7 @@ import torch
 from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.defence import MCMCDefence, NoDefence
 from pyro_vae_defence.mcmc import BatchedHMC
-from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig, load_official
 from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.models.program import mean_posterior_variance
 from pyro_vae_defence.ops.balls import Linf
@@ -44,7 +44,7 @@ SMALL = NVAEConfig(
 def load_model(options):
     """The network, in eval mode, and the name of a dataset it is for."""
     if options.checkpoint:
-        vae = NVAE.from_official(options.checkpoint)
+        vae = load_official(options.checkpoint)
         return vae, "celeba64" if vae.config.dataset == "celeba_64" else "mnist_subset"
     if options.untrained:
         return NVAE(SMALL).eval(), "mnist_subset"

@@ -20,6 +20,9 @@ Latents: TypeAlias = dict[str, Tensor]
 
 LatentsLike: TypeAlias = Mapping[str, Tensor]
 
+PyroProgram: TypeAlias = Callable[..., Any]
+"""A model or a guide; its first argument is images ``(N, C, H, W)``."""
+
 Objective: TypeAlias = Callable[[Tensor], Tensor]
 """What an attacker maximises, images ``(N, C, H, W)`` -> one value per image ``(N,)``."""
 

@@ -84,8 +84,7 @@ def pull(slope, jacobian):
     return (slope @ jacobian).reshape(-1, 1, 4, 4)
 
 
-# --- Pathwise estimators
-# ------------------------------------------------------------------------------
+# --- Pathwise estimators --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["transfer", "bpda", "unroll", "truncated", "implicit"])
@@ -124,10 +123,10 @@ def test_unrolled_hmc_agrees_with_finite_differences_under_common_noise(linear):
         BatchedHMC, vae.model, step_size=0.02, num_steps=5, adapt_step_size=False
     )
     chain = UnrolledKernel(make, lambda x, z: energy.at(x)(z), 4)
-    for encode in (
-        adaptive.unroll(wrong_encoder, chain),
-        adaptive.truncated(lambda x, streams: {"z": torch.ones(len(x), 3)}, lambda x, z, s: z, chain),
-    ):  # fmt: skip
+    ones = adaptive.truncated(
+        lambda x, streams: {"z": torch.ones(len(x), 3)}, lambda x, z, streams: z, chain
+    )
+    for encode in (adaptive.unroll(wrong_encoder, chain), ones):
         objective = prepared(encode, num_draws=2)[0](x)
         _, gradient = value_and_gradient(objective, x)
         direction = torch.randn_like(x)
@@ -216,8 +215,7 @@ def test_conjugate_gradients_solve_each_row_and_stop_at_negative_curvature(float
     assert solution[2:].abs().max() == 0
 
 
-# --- Equilibrium
-# --------------------------------------------------------------------------------------
+# --- Equilibrium ----------------------------------------------------------------------------------
 
 
 def assert_unbiased(estimates, truth):
@@ -326,8 +324,7 @@ def test_pixels_at_the_range_give_no_gradient_to_the_aware_posterior(float64):
     assert torch.allclose(gradient, torch.where(logits > 0, -logits, 0.0), atol=1e-10)
 
 
-# --- Black box, averages, engines
-# ---------------------------------------------------------------------
+# --- Black box, averages, engines -----------------------------------------------------------------
 
 
 def test_nes_estimates_the_gradient_of_the_smoothed_objective(linear):
@@ -415,7 +412,7 @@ def test_every_estimator_drives_an_attack(linear, name, target):
         return latents["z"] @ normal
 
     labels = classify(program.posterior_mean(vae, x)).argmax(-1)
-    score = {
+    goal = {
         "latents": adaptive.latent_distance(lambda x: program.posterior_mean(vae, x)),
         "reconstruction": adaptive.output_damage(
             decode, lambda x: decode(program.posterior_mean(vae, x))
@@ -424,20 +421,20 @@ def test_every_estimator_drives_an_attack(linear, name, target):
     }[target]
     bpda = adaptive.bpda(start, chain)
     objective = {
-        "transfer": lambda: adaptive.expected(adaptive.transfer(start), score),
-        "bpda": lambda: adaptive.expected(bpda, score),
-        "unroll": lambda: adaptive.expected(adaptive.unroll(start, chain), score),
-        "truncated": lambda: adaptive.expected(adaptive.truncated(start, chain, chain), score),
+        "transfer": lambda: adaptive.expected(adaptive.transfer(start), goal),
+        "bpda": lambda: adaptive.expected(bpda, goal),
+        "unroll": lambda: adaptive.expected(adaptive.unroll(start, chain), goal),
+        "truncated": lambda: adaptive.expected(adaptive.truncated(start, chain, chain), goal),
         "implicit": lambda: adaptive.expected(
-            adaptive.implicit(start, chain, lambda x, z: energy.at(x)(z), 3), score
+            adaptive.implicit(start, chain, lambda x, z: energy.at(x)(z), 3), goal
         ),
         "equilibrium": lambda: adaptive.equilibrium(
-            start, chain, lambda x, z: energy.at(x)(z), score, 20, resume=chain
+            start, chain, lambda x, z: energy.at(x)(z), goal, 20, resume=chain
         ),
-        "nes": lambda: adaptive.nes(adaptive.expected(bpda, score, resample=False), 6),
+        "nes": lambda: adaptive.nes(adaptive.expected(bpda, goal, resample=False), 6),
     }[name]()
     result = attacks.PGD(objective, Linf(0.2), 4, num_restarts=2)(x)
-    honest = adaptive.expected(adaptive.unroll(start, chain), score, 50)
+    honest = adaptive.expected(adaptive.unroll(start, chain), goal, 50)
     before = honest(x)(x).detach()
     after = honest(x)(result.best()).detach()
     assert (after > before).all()
@@ -446,24 +443,30 @@ def test_every_estimator_drives_an_attack(linear, name, target):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda f: adaptive.expected(f, quadratic, 0), "num_draws must be an integer of at least "
-                                                       "1"),
+        (
+            lambda f: adaptive.expected(f, quadratic, 0),
+            "num_draws must be an integer of at least 1",
+        ),
         (
             lambda f: adaptive.expected(f, quadratic, persistent=True, resample=False),
             "persistent chains need fresh noise",
         ),
-        (lambda f: adaptive.equilibrium(f, f, f, quadratic, 1), "num_chains must be an integer of "
-                                                                "at"),
+        (
+            lambda f: adaptive.equilibrium(f, f, f, quadratic, 1),
+            "num_chains must be an integer of at",
+        ),
         (lambda f: adaptive.nes(f, 0), "num_directions must be an integer of at least 1, got 0"),
         (lambda f: adaptive.nes(f, 3, 0.0), "scale must be positive, got 0.0"),
         (lambda f: adaptive.implicit(f, f, f, 0), "num_iterations must be at least 1, got 0"),
         (lambda f: adaptive.implicit(f, f, f, 3, -1.0), "damping must not be negative, got -1.0"),
         (
-            lambda f: adaptive.misclassification(f, torch.zeros(3, dtype=torch.long))(torch.rand(4, 1, 4, 4)),
+            lambda f: adaptive.misclassification(f, torch.tensor([0, 0, 0]))(
+                torch.rand(4, 1, 4, 4)
+            ),
             "labels has 3 entries for 4 references",
         ),
     ],
-)  # fmt: skip
+)
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call(lambda *_: None)

@@ -203,14 +203,19 @@ def test_class_attacks_change_classes():
 
 @pytest.mark.parametrize("ball", BALLS, ids=str)
 @pytest.mark.parametrize("supervised", [True, False])
-@pytest.mark.parametrize("row", attacks.TABLE_1)
-def test_table_1(row, supervised, ball, classifier):
-    vae, x, x_target = LinearGaussianVAE(), images(3), images(3, seed=8)
-    on_class = row == "adversarial_accuracy"
-    settings = {"classifier": classifier} if on_class else {}
-    if supervised:
-        settings |= {"targets": torch.tensor([1])} if on_class else {"x_target": x_target}
-    prepared = attacks.table_1(row, vae, supervised=supervised, **settings)
+@pytest.mark.parametrize("name", [*DIVERGENCES, "output", "cross_entropy"])
+def test_every_objective_drives_an_attack(name, supervised, ball, classifier):
+    vae, x = LinearGaussianVAE(), images(3)
+    target = images(3, seed=8) if supervised else None
+    if name == "cross_entropy":
+        targets = torch.tensor([1]) if supervised else None
+        prepared = attacks.cross_entropy(vae, classifier, targets=targets, latents="sample")
+    elif name != "output":
+        prepared = getattr(attacks, name)(vae, target)
+    else:
+        prepared = (
+            attacks.targeted_output(vae, target) if supervised else attacks.maximum_damage(vae)
+        )
     torch.manual_seed(2)
     result = attacks.PGD(prepared, ball, 30)(x)
     assert (ball.norm(result.x_adv[0] - x) <= ball.radius).all()
@@ -218,42 +223,6 @@ def test_table_1(row, supervised, ball, classifier):
     torch.manual_seed(2)
     start = attacks.PGD(prepared, ball, 1, step_size=1e-9)(x)
     assert (result.objective > start.objective).all()
-
-
-def test_rows_of_table_1_are_those_of_the_paper(classifier):
-    vae, x, x_adv = LinearGaussianVAE(), images(3), images(3, seed=2)
-    x_target, streams = images(3, seed=8), Streams.create(3, seed=1)
-    expected = {
-        "latent_space": attacks.forward_kl(vae, x_target),
-        "unsupervised_encoder": attacks.symmetric_kl(vae),
-        "targeted_output": attacks.targeted_output(vae, x_target),
-        "maximum_damage": attacks.maximum_damage(vae),
-        "projected_gradient_descent": attacks.squared_wasserstein(vae),
-        "adversarial_accuracy": attacks.cross_entropy(vae, classifier, latents="sample"),
-    }
-    assert expected.keys() == attacks.TABLE_1.keys()
-    assert [row.norm for row in attacks.TABLE_1.values()] == ["L2"] * 4 + ["Linf"] * 2
-    for row, prepared in expected.items():
-        settings = {"x_target": x_target} if attacks.TABLE_1[row].supervised else {}
-        if row == "adversarial_accuracy":
-            settings["classifier"] = classifier
-        named = attacks.table_1(row, vae, **settings)(x, streams)(x_adv)
-        assert torch.equal(named, prepared(x, streams)(x_adv))
-
-
-@pytest.mark.parametrize(
-    ("row", "settings", "message"),
-    [
-        ("latent", {}, "row must be one of latent_space, .*, got 'latent'"),
-        ("latent_space", {}, "is supervised: give x_target"),
-        ("maximum_damage", {"x_target": images()}, "is unsupervised: leave out x_target"),
-        ("adversarial_accuracy", {}, "attacks a class: give classifier"),
-        ("adversarial_accuracy", {"supervised": True}, "is supervised: give targets"),
-    ],
-)
-def test_table_1_asks_for_what_a_row_needs(row, settings, message):
-    with pytest.raises(ValueError, match=message):
-        attacks.table_1(row, LinearGaussianVAE(), **settings)
 
 
 def test_targets_follow_their_images_through_restarts_and_micro_batches():

@@ -245,7 +245,7 @@ def test_the_image_must_be_observed_at_one_site_inside_the_plate(x: Tensor) -> N
 
     with pytest.raises(ValueError, match=re.escape("exactly one site, found ['obs', 'label']")):
         BetaELBO().loss(labelled, vae.guide, x)
-    with pytest.raises(ValueError, match="site 'obs' lies outside plate 'data'"):
+    with pytest.raises(ValueError, match="site 'obs' must stand inside one vectorised data plate"):
         BetaELBO().loss(renamed, vae.guide, x)
 
 

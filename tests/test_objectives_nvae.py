@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nvae_reference import one_pass
 from torch.utils.data import DataLoader
 
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
-from pyro_vae_defence.models.nvae.regularisers import (
+from pyro_vae_defence.objectives import BetaELBO, NVAEObjective
+from pyro_vae_defence.objectives.nvae import (
     balance_kl,
     batch_norm_penalty,
     kl_balance_weights,
 )
-from pyro_vae_defence.objectives import BetaELBO, NVAEObjective
 from pyro_vae_defence.training import FitConfig, fit
 
 TINY = NVAEConfig(
@@ -46,7 +47,7 @@ def test_loss_is_the_published_sum(vae, x):
     torch.manual_seed(1)
     terms = objective.terms(vae.model, vae.guide, x)
     torch.manual_seed(1)
-    direct = vae(x)
+    direct = one_pass(vae, x)
     beta = (15 - 1e-4 * 100) / 30
     balanced = balance_kl(direct.kl, kl_balance_weights(TINY), beta).per_image
     singular = sum(

@@ -11,10 +11,19 @@ import pytest
 import torch
 from programs import LinearGaussianVAE
 
-from pyro_vae_defence.defence import DefendedClassifier, MCMCDefence, NoDefence
+from pyro_vae_defence.defence import (
+    DefendedClassifier,
+    MCMCDefence,
+    NoDefence,
+    PosteriorModeDefence,
+)
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
+from pyro_vae_defence.mcmc.adaptation import FixedStepSize
+from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
+from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import L2, Linf
-from pyro_vae_defence.robustness import KNOWLEDGE, Budget, evaluate_robustness
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.robustness import CHECKS, KNOWLEDGE, Budget, WhiteBox, evaluate_robustness
 
 TINY = Budget(
     num_steps=8, num_restarts=2, num_draws=(1, 2), stable=0.0, num_chains=8, num_iterations=3,
@@ -157,8 +166,9 @@ HMC = functools.partial(BatchedHMC, step_size=0.04, num_steps=3)
 def test_every_attack_runs_against_a_chain(delta):
     vae, x, labels = problem(10)
     budget = Budget(
-        num_steps=4, num_restarts=1, num_draws=(1,), num_chains=8, num_iterations=3, num_directions=4,
-        black_box_steps=2, selection_draws=2, scoring_draws=3, check_images=6, check_steps=4,
+        num_steps=4, num_restarts=1, num_draws=(1,), num_chains=8, num_iterations=3,
+        num_directions=4, black_box_steps=2, selection_draws=2, scoring_draws=3, check_images=6,
+        check_steps=4,
     )  # fmt: skip
     perturbation = None if delta is None else Linf(delta)
     defence = MCMCDefence(vae, HMC, 1, 2, perturbation=perturbation)
@@ -202,6 +212,59 @@ def test_nuts_any_other_defence_and_readings():
     }
     assert check(report, "finite_differences").passed is None
     assert report.skipped["unroll"] == "the defence is not a chain whose transitions are known"
+
+
+def test_a_report_without_a_gradient_attack_lists_every_check():
+    vae, x, labels = problem(8)
+    report = run(vae, NoDefence(vae), x, labels, SMALL, attacks=("black_box",))
+    assert [c.name for c in report.checks] == [c.__name__ for c in CHECKS]
+    assert {c.name for c in report.checks if c.passed is None} == {
+        "black_box_is_not_stronger",
+        "whole_range_leaves_chance",
+        "monotone_in_radius",
+        "loss_increases_with_iterations",
+    }
+
+
+def test_the_white_box_is_the_defence_in_parts():
+    vae, x, _ = problem(4)
+    defence = MCMCDefence(vae, HMC, 2, 3, perturbation=Linf(0.1))
+    box = WhiteBox(vae, defence, x)
+    assert box.has_chain
+    assert box.unrollable
+    streams = Streams.create(4, seed=3)
+    start = box.start(x, streams)
+    assert torch.equal(start["z"], program.encode(vae, x, streams=streams)["z"])
+    assert torch.equal(box.energy(x, start), program.potential(vae, x, Linf(0.1))(start))
+    spent = box.evaluations
+    whole = UnrolledKernel(
+        lambda: HMC(program.target(vae, Linf(0.1))), box.energy, 5, warmup_steps=3
+    )
+    with torch.no_grad():
+        assert torch.equal(box.chain(x, start, streams)["z"], whole(x, start, streams)["z"])
+    assert box.evaluations > spent + 4 * 5
+    # A few transitions keep the step size at which the defence arrives, or another.
+    few = box.transitions(2).make_kernel()
+    assert few.step_size == box.step_size != 0.04
+    assert box.transitions(2, 0.01).make_kernel().step_size == 0.01
+    assert isinstance(few.rule, FixedStepSize)
+
+
+def test_the_white_box_of_what_has_no_known_transitions():
+    vae, x, _ = problem(4)
+    undefended = WhiteBox(vae, NoDefence(vae), x)
+    assert not undefended.has_chain
+    burn_in = MCMCDefence(vae, functools.partial(HMC, burn_in=3), 1, 1)
+    assert not WhiteBox(vae, burn_in, x).unrollable
+    mode = PosteriorModeDefence(vae, num_steps=4, initial="mean", perturbation=Linf(0.1))
+    box = WhiteBox(vae, mode, x)
+    assert box.has_chain
+    assert not box.unrollable
+    before = box.evaluations
+    end = box.chain(x, {}, Streams.create(4, seed=1))
+    assert torch.equal(end["z"], mode(x).latents["z"])
+    # Counted as the defence counts itself.
+    assert box.evaluations == before + int(mode(x).num_gradients.sum())
 
 
 def test_reconstructions_are_scored_by_similarity():

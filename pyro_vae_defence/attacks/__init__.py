@@ -7,7 +7,6 @@ from pyro_vae_defence.attacks.lbfgs import LBFGS
 from pyro_vae_defence.attacks.margin import RMargin, r_margin
 from pyro_vae_defence.attacks.noise import random_noise
 from pyro_vae_defence.attacks.objectives import (
-    TABLE_1,
     cross_entropy,
     dlr,
     forward_kl,
@@ -17,7 +16,6 @@ from pyro_vae_defence.attacks.objectives import (
     reverse_kl,
     squared_wasserstein,
     symmetric_kl,
-    table_1,
     targeted_output,
 )
 from pyro_vae_defence.attacks.pgd import PGD, MomentumPGD
@@ -27,7 +25,6 @@ __all__ = [
     "LBFGS",
     "NES",
     "PGD",
-    "TABLE_1",
     "Attack",
     "AttackResult",
     "MomentumPGD",
@@ -45,6 +42,5 @@ __all__ = [
     "reverse_kl",
     "squared_wasserstein",
     "symmetric_kl",
-    "table_1",
     "targeted_output",
 ]

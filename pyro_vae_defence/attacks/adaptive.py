@@ -1,5 +1,4 @@
-r"""Gradients through a randomised, defended encoder, for an attacker who knows the defence (section
-4.4, C.3).
+r"""Gradients through a randomised, defended encoder for an attacker who knows it (4.4, C.3).
 
 The defended encoder starts at :math:`z_0 \sim q(z|x)` and runs a chain to :math:`z_T = F(x, z_0;
 \xi)`; the attacker maximises :math:`E[f(z_T)]`, with f a distance of latents, damage to the
@@ -30,11 +29,13 @@ callable. Seven gradients, by what they take for known:
 7. *nes*: a black box, from values alone, by antithetic Gaussian smoothing,
    :math:`\frac{1}{2 \sigma n} \sum_j [f(x + \sigma u_j) - f(x - \sigma u_j)] u_j`.
 
-Of these 1 to 5 are *pathwise*: an encoder whose values are the defence's latents and whose
-derivative is the estimate (:class:`Encode`), which :func:`expected` makes an objective of by
-averaging over draws (EOT). 6 and 7 are objectives whose value is the estimated :math:`E[f]` and
-whose derivative is the estimate. An objective's noise is fresh with every call, unless
-``resample=False`` freezes it (common random numbers).
+Of these 1 to 5 are *pathwise*: a :class:`DefendedEncoder`, whose values are the defence's latents
+and whose derivative is the estimate; :func:`expected` makes an objective of it by averaging over
+draws (EOT). 6 and 7 are objectives whose value is the estimated :math:`E[f]` and whose derivative
+is the estimate. All take where chains start, ``start``, the ``chain``, called without gradient
+unless it is unrolled, and perhaps ``resume``, a few transitions that stand for the chain where it
+goes on from its end at the attacker's last step. An objective's noise is fresh with every call,
+unless ``resample=False`` freezes it (common random numbers).
 
 Biases. Unroll is exact for one trajectory, not for how decisions depend on x. BPDA replaces
 :math:`\partial_x F + \partial_{z_0} F\, dz_0/dx` by :math:`dz_0/dx`: for a chain that has forgotten
@@ -52,6 +53,7 @@ Engstrom, Athalye, Lin, "Black-box adversarial attacks with limited queries and 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -59,34 +61,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyro_vae_defence.attacks.blackbox import antithetic_gradient
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import (
-    ImageEnergy,
-    Latents,
-    LatentsLike,
-    Objective,
-    PreparedObjective,
-)
+from pyro_vae_defence.types import ImageEnergy, Latents, LatentsLike, Objective, PreparedObjective
 
 _DIRECTION = 2  # purpose of the random streams; an attack's start has 0 to 2 of other seeds
 
 Start: TypeAlias = Callable[[Tensor, Streams], Latents]
-"""Images ``(M, C, H, W)`` and the streams of their rows -> where chains start, differentiable in
-the images."""
+"""Images ``(M, C, H, W)`` and their rows' streams -> where chains start, differentiable."""
 
 Chain: TypeAlias = Callable[[Tensor, Latents, Streams], Latents]
 """Images, where chains start, and the streams of their rows -> where chains end."""
 
-Score: TypeAlias = Callable[[Latents], Tensor]
-"""Latents of M rows -> what the attacker maximises, ``(M,)``, differentiable."""
+Goal: TypeAlias = Callable[[Latents], Tensor]
+"""Latents of M rows -> what the attacker maximises of them, ``(M,)``, differentiable."""
 
-PreparedScore: TypeAlias = Callable[[Tensor], Score]
-"""Reference images ``(M, C, H, W)`` -> the :data:`Score` against these references, row by row."""
+PreparedGoal: TypeAlias = Callable[[Tensor], Goal]
+"""Reference images ``(M, C, H, W)`` -> the :data:`Goal` against these references, row by row."""
 
 
-class Encode(Protocol):
+class DefendedEncoder(Protocol):
     """A defended encoder with a derivative of the attacker's choice."""
 
     def __call__(self, x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
@@ -103,7 +99,7 @@ class Encode(Protocol):
 # --- Pathwise estimators --------------------------------------------------------------------------
 
 
-def transfer(start: Start) -> Encode:
+def transfer(start: Start) -> DefendedEncoder:
     """The undefended encoder: attacks against it are transferred to the defence."""
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
@@ -112,32 +108,25 @@ def transfer(start: Start) -> Encode:
     return encode
 
 
-def bpda(start: Start, chain: Chain, resume: Chain | None = None) -> Encode:
-    """The chain's end, with the derivative of its start (backward pass differentiable
-    approximation).
-
-    Args:
-        start: where chains start, differentiable.
-        chain: the defence's chain; called without gradient.
-        resume: goes on from the last step's end instead, for a few transitions.
-    """
+def bpda(start: Start, chain: Chain, resume: Chain | None = None) -> DefendedEncoder:
+    """The chain's end, with the derivative of its start (backward pass differentiable)."""
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         begin = start(x, streams)
         end = _run(chain, resume, x, begin, streams, previous)
-        return {name: end[name] + (value - value.detach()) for name, value in begin.items()}
+        return straight_through(end, begin)
 
     return encode
 
 
-def unroll(start: Start, chain: Chain) -> Encode:
-    """The derivative through start and chain.
+def straight_through(values: LatentsLike, differentiable: LatentsLike) -> Latents:
+    """``values`` bit for bit, with the derivative of ``differentiable``, site by site."""
+    return {n: values[n].detach() + _derivative_only(v) for n, v in differentiable.items()}
 
-    Args:
-        start: where chains start, differentiable.
-        chain: differentiable in images and start, such as
-            :class:`~pyro_vae_defence.mcmc.unrolled.UnrolledKernel`.
-    """
+
+def unroll(start: Start, chain: Chain) -> DefendedEncoder:
+    """The derivative through start and chain, such as an
+    :class:`~pyro_vae_defence.mcmc.unrolled.UnrolledKernel`."""
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         return chain(x, start(x, streams), streams)
@@ -145,16 +134,10 @@ def unroll(start: Start, chain: Chain) -> Encode:
     return encode
 
 
-def truncated(start: Start, first: Chain, last: Chain, resume: Chain | None = None) -> Encode:
-    """The derivative through the last transitions alone.
-
-    Args:
-        start: where chains start.
-        first: the transitions without gradient.
-        last: the transitions that are unrolled, differentiable in the images; their noise is
-            another than that of ``first``.
-        resume: stands for ``first`` where chains go on from the last step.
-    """
+def truncated(
+    start: Start, first: Chain, last: Chain, resume: Chain | None = None
+) -> DefendedEncoder:
+    """The derivative through the last transitions alone; their noise is not that of the first."""
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         middle = _run(first, resume, x, start(x, streams), streams, previous)
@@ -170,19 +153,17 @@ def implicit(
     num_iterations: int = 10,
     damping: float = 0.0,
     resume: Chain | None = None,
-) -> Encode:
+) -> DefendedEncoder:
     r"""The chain's end, with the derivative of a mode of U(z; x).
 
     Args:
-        start: where chains start.
-        chain: the defence's chain, or a mode search; called without gradient.
+        start, resume: see the module's text.
+        chain: the defence's chain, or a mode search.
         energy: U(z; x), twice differentiable.
         num_iterations: conjugate gradient iterations, >= 1, each one Hessian-vector product. In D
             dimensions D of them solve the system but for rounding.
-        damping: :math:`\lambda \ge 0` of :math:`\nabla_z^2 U + \lambda I`; for ends where the
-            Hessian is not positive definite. Iterations stop, row by row, at a direction of
-            negative curvature.
-        resume: goes on from the last step's end instead.
+        damping: :math:`\lambda \ge 0` of :math:`\nabla_z^2 U + \lambda I`, where the Hessian is
+            not positive definite. Iterations of a row stop at a direction of negative curvature.
 
     Raises:
         ValueError: if a number is out of range.
@@ -253,8 +234,7 @@ def conjugate_gradients(
     Args:
         matrix: multiplies latents of N rows by the rows' matrices.
         right: right-hand sides.
-        num_iterations: iterations; a row that is solved, or meets negative curvature, stays as it
-            is.
+        num_iterations: of them; a row that is solved, or meets negative curvature, stays as it is.
     """
     solution = {name: torch.zeros_like(value) for name, value in right.items()}
     residual, direction = dict(right), dict(right)
@@ -297,8 +277,8 @@ def _other(streams: Streams) -> Streams:
 
 
 def expected(
-    encode: Encode,
-    score: PreparedScore,
+    encode: DefendedEncoder,
+    goal: PreparedGoal,
     num_draws: int = 1,
     *,
     of_mean: bool = False,
@@ -306,18 +286,16 @@ def expected(
     resample: bool = True,
     generator: torch.Generator | None = None,
 ) -> PreparedObjective:
-    """Expectation over transformation: the score averaged over draws of a randomised encoder.
+    """Expectation over transformation: the goal averaged over draws of a randomised encoder.
 
     Args:
         encode: the encoder; its derivative is the attack's.
-        score: what to maximise.
+        goal: what to maximise.
         num_draws: draws per image and call, >= 1.
-        of_mean: score the mean of the draws instead of each draw, against a defence that averages
-            latents.
+        of_mean: the goal at the mean of the draws instead, against a defence that averages latents.
         persistent: hand the encoder where its chains ended at the call before.
         resample: fresh noise with every call; ``False`` for common random numbers.
-        generator: source of the seed, drawn when references are prepared; torch's global seed when
-            ``None``.
+        generator: of the seed, drawn when references are prepared; the global one when ``None``.
 
     Raises:
         ValueError: if ``num_draws`` is out of range, or persistent chains would see the same noise
@@ -327,8 +305,8 @@ def expected(
     _check_noise(persistent, resample)
 
     def prepare(x_ref: Tensor) -> Objective:
-        score_ref = score(x_ref if of_mean else _repeat(x_ref, num_draws))
-        noise = _Noise(num_draws, resample, generator)
+        goal_ref = goal(x_ref if of_mean else _repeat(x_ref, num_draws))
+        noise = _noise(num_draws, resample, generator)
         previous: Latents | None = None
 
         def objective(x: Tensor) -> Tensor:
@@ -337,8 +315,8 @@ def expected(
             if persistent:
                 previous = lat.detach(latents)
             if of_mean:
-                return score_ref(_mean(latents, num_draws))
-            return lat.unfold(score_ref(latents), num_draws).mean(0)
+                return goal_ref(_mean(latents, num_draws))
+            return lat.unfold(goal_ref(latents), num_draws).mean(0)
 
         return objective
 
@@ -349,7 +327,7 @@ def equilibrium(
     start: Start,
     chain: Chain,
     energy: ImageEnergy,
-    score: PreparedScore,
+    goal: PreparedGoal,
     num_chains: int = 50,
     *,
     resume: Chain | None = None,
@@ -357,25 +335,19 @@ def equilibrium(
     resample: bool = True,
     generator: torch.Generator | None = None,
 ) -> PreparedObjective:
-    r"""The score at stationarity, with the derivative :math:`-\mathrm{Cov}(f(z), \nabla_x U(z;
-    x))`.
+    r"""The goal at stationarity, with derivative :math:`-\mathrm{Cov}(f(z), \nabla_x U(z; x))`.
 
-    The covariance is the unbiased one, over chains of one image, which are independent. The score
+    The covariance is the unbiased one, over chains of one image, which are independent. The goal
     need not be differentiable, unless ``of_mean``.
 
     Args:
-        start: where chains start at the first call.
-        chain: reaches stationarity from there; called without gradient.
+        start, chain, resume: see the module's text; the chain reaches stationarity.
         energy: U(z; x), differentiable in the image.
-        score: what to maximise.
+        goal, resample, generator: as for :func:`expected`.
         num_chains: independent chains per image, >= 2.
-        resume: goes on from the last call's end instead, for a few transitions: persistent chains.
-            Without it every call starts anew.
-        of_mean: maximise the score of the mean latent, f(E[z]), with the derivative
+        of_mean: maximise the goal at the mean latent, f(E[z]), with the derivative
             :math:`-\mathrm{Cov}(\langle \nabla f(\bar z), z \rangle, \nabla_x U)`, whose bias is
             that of :math:`f(\bar z)` for :math:`f(E[z])`.
-        resample: fresh noise with every call.
-        generator: source of the seed; torch's global seed when ``None``.
 
     Raises:
         ValueError: if ``num_chains`` is out of range, or persistent chains would see the same noise
@@ -388,8 +360,8 @@ def equilibrium(
     _check_noise(resume is not None, resample)
 
     def prepare(x_ref: Tensor) -> Objective:
-        score_ref = score(x_ref if of_mean else _repeat(x_ref, num_chains))
-        noise = _Noise(num_chains, resample, generator)
+        goal_ref = goal(x_ref if of_mean else _repeat(x_ref, num_chains))
+        noise = _noise(num_chains, resample, generator)
         previous: Latents | None = None
 
         def objective(x: Tensor) -> Tensor:
@@ -399,10 +371,10 @@ def equilibrium(
             latents = _run(chain, resume, images, begin, streams, previous)
             previous = latents
             if of_mean:
-                value, per_chain = _linearised(score_ref, latents, num_chains)
+                value, per_chain = _linearised(goal_ref, latents, num_chains)
             else:
                 with torch.no_grad():
-                    per_chain = lat.unfold(score_ref(latents), num_chains)
+                    per_chain = lat.unfold(goal_ref(latents), num_chains)
                 value = per_chain.mean(0)
             weight = (per_chain - per_chain.mean(0)) / (num_chains - 1)
             energies = lat.unfold(energy(images, latents), num_chains)
@@ -439,7 +411,7 @@ def nes(
         raise ValueError(f"scale must be positive, got {scale!r}")
 
     def prepare(x_ref: Tensor) -> Objective:
-        noise = _Noise(1, True, generator)
+        noise = _noise(1, True, generator)
 
         def black_box(x: Tensor) -> Tensor:
             streams = noise(x)
@@ -448,11 +420,13 @@ def nes(
                 value = inner(x)
                 if not x.requires_grad:
                     return value
-                gradient = torch.zeros_like(x)
-                for number in range(num_directions):
-                    step = scale * streams.normal(number, _DIRECTION, tuple(x.shape[1:]), x.dtype)
-                    rise = inner((x + step).clamp(0.0, 1.0)) - inner((x - step).clamp(0.0, 1.0))
-                    gradient += lat.rows(rise, x) * step / (2 * scale**2 * num_directions)
+                shape = tuple(x.shape[1:])
+                gradient = antithetic_gradient(
+                    lambda step: inner((x + step).clamp(0.0, 1.0)),
+                    lambda number: streams.normal(number, _DIRECTION, shape, x.dtype),
+                    num_directions,
+                    scale,
+                )
             return value + _derivative_only((gradient * x).flatten(1).sum(1))
 
         return black_box
@@ -460,11 +434,11 @@ def nes(
     return prepare
 
 
-def _linearised(score: Score, latents: Latents, num: int) -> tuple[Tensor, Tensor]:
+def _linearised(goal: Goal, latents: Latents, num: int) -> tuple[Tensor, Tensor]:
     """f at the mean of ``num`` draws, ``(N,)``, and its linear part at every draw, ``(num, N)``."""
     with torch.enable_grad():
         mean = {n: v.detach().requires_grad_() for n, v in _mean(latents, num).items()}
-        value = score(mean)
+        value = goal(mean)
         slope = torch.autograd.grad(value.sum(), tuple(mean.values()))
     slopes = lat.repeat(dict(zip(mean, slope, strict=True)), num)
     return value.detach(), lat.unfold(lat.dot(slopes, latents), num)
@@ -483,20 +457,19 @@ def _mean(latents: LatentsLike, num: int) -> Latents:
     return {name: lat.unfold(value, num).mean(0) for name, value in latents.items()}
 
 
-class _Noise:
+def _noise(
+    num_draws: int, resample: bool, generator: torch.Generator | None
+) -> Callable[[Tensor], Streams]:
     """Streams of each call: other ones every time, or always the same."""
+    seed = draw_seed(generator)
+    calls = itertools.count() if resample else itertools.repeat(0)
 
-    def __init__(self, num_draws: int, resample: bool, generator: torch.Generator | None) -> None:
-        self.num_draws = num_draws
-        self.resample = resample
-        self.seed = draw_seed(generator)
-        self.calls = 0
-
-    def __call__(self, x: Tensor) -> Streams:
+    def streams(x: Tensor) -> Streams:
         # Even seeds: the odd ones are `_other`.
-        seed = 2 * (self.seed + self.calls) % 2**64
-        self.calls += self.resample
-        return Streams.create(x.shape[0], self.num_draws, seed=seed, device=x.device)
+        even = 2 * (seed + next(calls)) % 2**64
+        return Streams.create(x.shape[0], num_draws, seed=even, device=x.device)
+
+    return streams
 
 
 def _check_noise(persistent: bool, resample: bool) -> None:
@@ -504,26 +477,25 @@ def _check_noise(persistent: bool, resample: bool) -> None:
         raise ValueError("persistent chains need fresh noise at every call: leave resample=True")
 
 
-# --- Scores ---------------------------------------------------------------------------------------
+# --- Goals ----------------------------------------------------------------------------------------
 
 
-def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedScore:
+def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedGoal:
     r"""Squared distance :math:`\|z - z^r\|^2` of latents (eq. 64), summed over sites.
 
     Args:
-        encode: reference images to :math:`z^r`, e.g. the defended encoder; called once, without
-            gradient.
+        encode: reference images to :math:`z^r`, e.g. the defended encoder; called without gradient.
     """
 
-    def prepare(x_ref: Tensor) -> Score:
+    def prepare(x_ref: Tensor) -> Goal:
         with torch.no_grad():
             reference = lat.detach(encode(x_ref))
 
-        def score(latents: Latents) -> Tensor:
+        def goal(latents: Latents) -> Tensor:
             difference = lat.add(latents, reference, -1.0)
             return lat.dot(difference, difference)
 
-        return score
+        return goal
 
     return prepare
 
@@ -532,34 +504,32 @@ def output_damage(
     decode: Callable[[Latents], Tensor],
     reconstruct: Callable[[Tensor], Tensor],
     distance: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> PreparedScore:
+) -> PreparedGoal:
     """How far the decoded latents are from the reference's reconstruction.
 
     Args:
         decode: latents to images, differentiable.
         reconstruct: reference images to their reconstructions; called once, without gradient.
-        distance: of image pairs, one value per pair; the squared distance summed over pixels when
-            ``None``.
+        distance: of image pairs, one value per pair; squared and summed over pixels when ``None``.
     """
 
-    def prepare(x_ref: Tensor) -> Score:
+    def prepare(x_ref: Tensor) -> Goal:
         with torch.no_grad():
             reference = reconstruct(x_ref)
 
-        def score(latents: Latents) -> Tensor:
+        def goal(latents: Latents) -> Tensor:
             image = decode(latents)
             if distance is None:
                 return (image - reference).square().flatten(1).sum(1)
             return distance(image, reference)
 
-        return score
+        return goal
 
     return prepare
 
 
-def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> PreparedScore:
-    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of a classifier's scores: positive where it
-    errs.
+def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> PreparedGoal:
+    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of scores: positive where the classifier errs.
 
     Args:
         classify: latents of M rows to scores ``(M, classes)``, differentiable.
@@ -570,21 +540,20 @@ def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> 
         ValueError: when references are prepared whose number is no multiple of the labels'.
     """
 
-    def prepare(x_ref: Tensor) -> Score:
+    def prepare(x_ref: Tensor) -> Goal:
         times, rest = divmod(x_ref.shape[0], labels.shape[0])
         if rest:
             raise ValueError(
                 f"labels has {labels.shape[0]} entries for {x_ref.shape[0]} references; they must "
-                "come "
-                "in one batch (restarts folded), so choose a larger batch_size"
+                "come in one batch (restarts folded), so choose a larger batch_size"
             )
         repeated = labels.repeat(times)[:, None]
 
-        def score(latents: Latents) -> Tensor:
+        def goal(latents: Latents) -> Tensor:
             scores = classify(latents)
             own = scores.gather(1, repeated)[:, 0]
             return scores.scatter(1, repeated, -torch.inf).amax(1) - own
 
-        return score
+        return goal
 
     return prepare

@@ -2,7 +2,8 @@ r"""APGD: projected gradient ascent with momentum that chooses its own step size
 
 .. math::
     z_t = \Pi(x_t + \eta_t d_t), \qquad
-    x_{t+1} = \Pi\bigl(x_t + \alpha (z_t - x_t) + (1 - \alpha)(x_t - x_{t-1})\bigr), \quad \alpha = 0.75,
+    x_{t+1} = \Pi\bigl(x_t + \alpha (z_t - x_t) + (1 - \alpha)(x_t - x_{t-1})\bigr), \quad
+    \alpha = 0.75,
 
 with :math:`d_t` the steepest ascent in the ball's norm (the sign of the gradient for L_inf) and
 :math:`\eta_0 = 2 r`. At checkpoints :math:`w_j = \lceil p_j T \rceil`, :math:`p_0 = 0`, :math:`p_1
@@ -52,8 +53,7 @@ def checkpoints(num_steps: int) -> list[int]:
 
 @dataclass(frozen=True)
 class APGD(Attack):
-    """Gradient ascent without a step size to choose; one gradient per step, and the best iterate is
-    the result."""
+    """Ascent without a step size to choose; one gradient per step, and the best iterate counts."""
 
     num_steps: int = 100
 

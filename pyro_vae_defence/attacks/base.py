@@ -130,8 +130,7 @@ class Problem:
         return self.ball.project_box(perturbation, self.low, self.high)
 
     def climb(self, perturbation: Tensor, gradient: Tensor, length: Tensor | float) -> Tensor:
-        """Project a step of ``length``, a number or one per row, along the ball's direction of
-        ascent."""
+        """Project a step of a ``length``, perhaps one per row, along the ball's steepest ascent."""
         length = rows(length, gradient) if isinstance(length, Tensor) else length
         return self.project(perturbation + length * self.ball.step_direction(gradient))
 
@@ -248,8 +247,7 @@ class Attack:
         raise NotImplementedError
 
     def _finish(self, problem: Problem, state: State) -> State:
-        """The state after the last step; a last iterate that was not evaluated may be compared
-        here."""
+        """The state after the last step; a last iterate that was not evaluated may be now."""
         return state
 
     # --- The template -----------------------------------------------------------------------------
@@ -263,19 +261,14 @@ class Attack:
         """
         check_images(x_ref, "x_ref")
         progress = _Progress(self, x_ref, draw_seed(generator))
-        return self.attack_rows(
-            x_ref,
-            Streams.create(
-                x_ref.shape[0], self.num_restarts, seed=progress.seed, device=x_ref.device
-            ),
-            progress,
-        )
+        device = x_ref.device
+        streams = Streams.create(len(x_ref), self.num_restarts, seed=progress.seed, device=device)
+        return self.attack_rows(x_ref, streams, progress)
 
     def attack_rows(
         self, x_ref: Tensor, streams: Streams, progress: _Progress | None = None
     ) -> AttackResult:
-        """Attack images whose rows (restarts folded in) have the given streams; ``checkpoint`` is
-        not used."""
+        """Attack images with given streams, restarts folded in; ``checkpoint`` is not used."""
         progress = progress or _Progress(dataclasses.replace(self, checkpoint=None), x_ref, 0)
         folded = x_ref.repeat(self.num_restarts, 1, 1, 1)
         firsts = range(0, folded.shape[0], self.batch_size)
@@ -283,8 +276,7 @@ class Attack:
             if index < len(progress.finished):
                 continue
             part = slice(first, first + self.batch_size)
-            some = Streams(streams.seed, streams.image[part], streams.chain[part])
-            progress.finish(self._attack(folded[part], some, progress))
+            progress.finish(self._attack(folded[part], _take(streams, part), progress))
         whole = {
             name: unfold(torch.cat([part[name] for part in progress.finished]), self.num_restarts)
             for name in progress.finished[0]
@@ -338,9 +330,7 @@ class Attack:
         return Problem(prepare(self.objective, x_ref, streams), self.ball, x_ref, streams)
 
     def _criterion(self, problem: Problem) -> Criterion | None:
-        if self.stop is None:
-            return None
-        return prepare(self.stop, problem.x_ref, problem.streams)
+        return None if self.stop is None else prepare(self.stop, problem.x_ref, problem.streams)
 
 
 def _charge(state: State, problem: Problem) -> State:
@@ -354,7 +344,7 @@ def _charge(state: State, problem: Problem) -> State:
     return state
 
 
-def _take(streams: Streams, index: Tensor) -> Streams:
+def _take(streams: Streams, index: Tensor | slice) -> Streams:
     return Streams(streams.seed, streams.image[index], streams.chain[index])
 
 
@@ -372,46 +362,41 @@ class _Progress:
     def __init__(self, attack: Attack, x_ref: Tensor, seed: int) -> None:
         self.path = None if attack.checkpoint is None else Path(attack.checkpoint)
         self.every = attack.checkpoint_every
+        self.identity = "" if self.path is None else _identity(attack, x_ref)
         self.seed = seed
         self.finished: list[State] = []
         self.underway: dict[str, Any] = {}
-        self.identity = ""
-        if self.path is None:
-            return
-        self.identity = _identity(attack, x_ref)
-        if self.path.exists():
+        if self.path is not None and self.path.exists():
             saved = torch.load(self.path, map_location=x_ref.device, weights_only=True)
             if saved["identity"] != self.identity:
                 raise ValueError(
                     f"checkpoint {str(self.path)!r} belongs to other images or settings; "
                     "delete it, or give this attack another file"
                 )
-            self.seed = saved["seed"]
-            self.finished, self.underway = saved["finished"], saved["underway"]
+            self.seed, self.finished = saved["seed"], saved["finished"]
+            self.underway = saved["underway"]
 
     def pop(self) -> tuple[int, Tensor, State, State]:
-        """The micro-batch under way: next step, rows still in it, their state, what the others came
-        to."""
+        """The micro-batch under way: next step, rows in it, their state, what others came to."""
         saved, self.underway = self.underway, {}
         return saved["step"], saved["active"], saved["state"], saved["outcome"]
 
     def step(self, step: int, active: Tensor, state: State, outcome: State) -> None:
         """Note that ``step`` steps of the current micro-batch are done; write every so often."""
-        if self.path is not None and step % self.every == 0:
-            underway = {"step": step, "active": active, "state": state, "outcome": outcome}
-            self._write(underway)
+        if step % self.every == 0:
+            self._write(step=step, active=active, state=state, outcome=outcome)
 
     def finish(self, part: State) -> None:
         """Note a finished micro-batch."""
         self.finished.append(part)
-        self._write({})
+        self._write()
 
     def remove(self) -> None:
         """Delete the file of a complete attack."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-    def _write(self, underway: dict[str, Any]) -> None:
+    def _write(self, **underway: Any) -> None:
         if self.path is not None:
             progress = {"identity": self.identity, "seed": self.seed}
             parts = {"finished": self.finished, "underway": underway}

@@ -8,7 +8,8 @@ adds a pattern of two pyramids of opposite signs to what was there.
 
 NES estimates a gradient from antithetic Gaussian directions :math:`u_i`,
 
-.. math:: \hat g = \frac{1}{2 \sigma n} \sum_{i=1}^{n} \bigl[\Delta(x + \sigma u_i) - \Delta(x - \sigma u_i)\bigr] u_i ,
+.. math:: \hat g = \frac{1}{2 \sigma n} \sum_{i=1}^{n}
+   \bigl[\Delta(x + \sigma u_i) - \Delta(x - \sigma u_i)\bigr] u_i ,
 
 and climbs along it as PGD does. Images it queries are clipped to [0, 1].
 
@@ -19,6 +20,8 @@ https://arxiv.org/abs/1804.08598."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +35,11 @@ from pyro_vae_defence.attacks.base import (
     first_result,
     keep_best,
 )
-from pyro_vae_defence.attacks.pgd import default_step_size, last_iterate
+from pyro_vae_defence.attacks.pgd import Ascent
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import Objective
 
 # Iterations of 10,000 at which the share of changed pixels is halved (section 3 of the Square
 # attack).
@@ -85,48 +89,55 @@ class Square(Attack):
 
 
 @dataclass(frozen=True)
-class NES(Attack):
-    """Gradient ascent along estimated gradients; ``num_directions + 1`` queries per step.
+class NES(Ascent):
+    """Ascent along estimated gradients; ``num_directions + 1`` queries per step.
 
     Args:
         num_directions: evaluations per estimate, even, >= 2: half as many directions, both ways.
         scale: standard deviation of the directions, in units of the image range.
-        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when
-            ``None``.
     """
 
     num_directions: int = 50
     scale: float = 1e-3
-    step_size: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integers("num_directions")
-        self._check_positive("scale", "step_size")
+        self._check_positive("scale")
         if self.num_directions % 2:
             raise ValueError(f"num_directions must be even, got {self.num_directions!r}")
 
-    def _start(self, problem: Problem) -> State:
-        start = problem.start()
-        return {**first_result(start), "perturbation": start}
-
-    def _step(self, problem: Problem, state: State, t: int) -> State:
+    def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
         perturbation = state["perturbation"]
-        state = keep_best(state, perturbation, problem.value(perturbation))
-        gradient = torch.zeros_like(perturbation)
-        event = tuple(perturbation.shape[1:])
-        for i in range(self.num_directions // 2):
-            direction = problem.streams.normal(t, SEARCH_PURPOSE + i, event, perturbation.dtype)
-            ahead = problem.value(perturbation + self.scale * direction)
-            behind = problem.value(perturbation - self.scale * direction)
-            gradient = gradient + rows(ahead - behind, direction) * direction
-        gradient = gradient / (self.scale * self.num_directions)
+        shape, dtype = tuple(perturbation.shape[1:]), perturbation.dtype
+        gradient = antithetic_gradient(
+            lambda step: problem.value(perturbation + step),
+            lambda i: problem.streams.normal(t, SEARCH_PURPOSE + i, shape, dtype),
+            self.num_directions // 2,
+            self.scale,
+        )
         gradient = torch.where(gradient.isfinite(), gradient, 0.0)
-        length = default_step_size(self, self.step_size)
-        return {**state, "perturbation": problem.climb(perturbation, gradient, length)}
+        return problem.value(perturbation), gradient, {}
 
-    def _finish(self, problem: Problem, state: State) -> State:
-        return last_iterate(problem, state)
+
+def antithetic_gradient(
+    value: Objective, direction: Callable[[int], Tensor], num_pairs: int, scale: float
+) -> Tensor:
+    """The estimate of the module's text, from ``2 num_pairs`` values.
+
+    Args:
+        value: of a point displaced by its argument.
+        direction: the i-th standard normal direction of every row.
+        num_pairs: how many.
+        scale: length of a step per pixel.
+    """
+
+    def part(i: int) -> Tensor:
+        step = scale * direction(i)
+        rise = value(step) - value(-step)
+        return rows(rise, step) * step / (2 * scale**2 * num_pairs)
+
+    return functools.reduce(torch.add, map(part, range(num_pairs)))
 
 
 # --- Square's moves -------------------------------------------------------------------------------
@@ -146,8 +157,7 @@ def _corner(streams: Streams, t: int, purpose: int, places: int) -> Tensor:
 
 
 def _window(problem: Problem, side: int, t: int, purpose: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A random square: its mask ``(rows, 1, H, W)``, and every pixel's place in it, clamped to
-    it."""
+    """A random square: its mask ``(rows, 1, H, W)``, and pixels' places in it, clamped to it."""
     height, width = problem.x_ref.shape[-2:]
     top = _corner(problem.streams, t, purpose, height - side + 1)
     left = _corner(problem.streams, t, purpose + 1, width - side + 1)

@@ -1,5 +1,4 @@
-r"""Our models as plain ``torch.nn.Module`` classifiers, for attack libraries that know nothing of
-VAEs.
+r"""Our models as plain ``torch.nn.Module`` classifiers, for libraries that know nothing of VAEs.
 
 Foolbox, torchattacks and the Adversarial Robustness Toolbox attack modules that map images in [0,
 1] to scores. Two wrappers make a VAE one, whatever mode its modules are in:
@@ -28,29 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_vae_defence.attacks.adaptive import straight_through
 from pyro_vae_defence.attacks.objectives import symmetric_kl
-from pyro_vae_defence.attacks.objectives._rows import LatentsOf, check_latents
+from pyro_vae_defence.attacks.objectives._rows import LatentsOf, check_latents, encode_rows
 from pyro_vae_defence.attacks.objectives.classifiers import Classifier
-from pyro_vae_defence.models.program import (
-    check_images,
-    check_vae,
-    encode,
-    evaluation_mode,
-    posterior_mean,
-)
+from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode, posterior_mean
 from pyro_vae_defence.types import VAE, Encode, PreparedObjective
 
 
 class LatentClassifier(nn.Module):
-    """Images ``(N, C, H, W)`` in [0, 1] to the scores ``(N, num_classes)`` of a classifier of
-    latents.
+    """Images ``(N, C, H, W)`` in [0, 1] to scores ``(N, num_classes)`` of a classifier of latents.
 
     Args:
         vae: any Pyro VAE.
         classifier: latents to scores, e.g. a ``models.classifier.LinearClassifier``.
         latents: classify the guide's ``"mean"``, or a ``"sample"``, a new one at each call.
-        defended: images to defended latents, e.g. ``MCMCDefence(...).encode``; its output is
-            detached.
+        defended: images to defended latents, such as ``MCMCDefence(...).encode``; detached.
         surrogate: images to latents, what is differentiated in place of ``defended``; the guide's
             mean when ``None``. It must have the same sites.
 
@@ -90,8 +82,7 @@ class LatentClassifier(nn.Module):
         """Scores of every image; the gradient is that of the surrogate when defended."""
         with evaluation_mode(self.vae, self.classifier):
             if self.defended is None:
-                draw = encode if self.latents == "sample" else posterior_mean
-                return self.classifier(draw(self.vae, x))
+                return self.classifier(encode_rows(self.vae, x, self.latents))
             smooth = self.surrogate(x) if self.surrogate else posterior_mean(self.vae, x)
             with torch.no_grad():
                 exact = self.defended(x.detach())
@@ -100,12 +91,7 @@ class LatentClassifier(nn.Module):
                     f"defended and surrogate must have the same latent sites, "
                     f"got {sorted(exact)} and {sorted(smooth)}"
                 )
-            return self.classifier({n: _straight_through(exact[n], smooth[n]) for n in smooth})
-
-
-def _straight_through(value: Tensor, differentiable: Tensor) -> Tensor:
-    """``value`` itself, bit for bit, with the gradient of ``differentiable``."""
-    return value.detach() + (differentiable - differentiable.detach())
+            return self.classifier(straight_through(exact, smooth))
 
 
 class EncoderAttackHead(nn.Module):
@@ -138,9 +124,8 @@ class EncoderAttackHead(nn.Module):
         """Scores ``(N, 2)``."""
         if x.shape[0] != self.num_images:
             raise ValueError(
-                f"x has {x.shape[0]} images, but there are {self.num_images} references, and row "
-                "i is "
-                "compared with reference i; attack all of them in one batch"
+                f"x has {x.shape[0]} images, but there are {self.num_images} references, and row i "
+                "is compared with reference i; attack all of them in one batch"
             )
         value = self._objective(x)
         return torch.stack([torch.zeros_like(value), value], 1)

@@ -5,8 +5,9 @@ limited-memory BFGS matrix :math:`B_t` of the last pairs :math:`s = \varepsilon_
 \varepsilon_t`, :math:`y = \nabla f_{t+1} - \nabla f_t`,
 
 .. math::
-    d_t \approx \arg\min_{\varepsilon_t + d \in C} \; \langle \nabla f_t, d \rangle + \tfrac12 \langle d, B_t d \rangle,
-    \qquad \varepsilon_{t+1} = \varepsilon_t + \tau_t d_t ,
+    d_t \approx \arg\min_{\varepsilon_t + d \in C} \;
+    \langle \nabla f_t, d \rangle + \tfrac12 \langle d, B_t d \rangle, \qquad
+    \varepsilon_{t+1} = \varepsilon_t + \tau_t d_t ,
 
 where :math:`\tau_t \in (0, 1]` satisfies Armijo's condition. The inner problem costs no evaluation
 of the objective: it is solved by spectral projected gradients, with exact projections on :math:`C`,

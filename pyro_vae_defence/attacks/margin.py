@@ -1,5 +1,4 @@
-r"""The r-robustness margin: how far an attacker may go before most reconstructions move by more
-than r.
+r"""The r-robustness margin: how far an attacker may go before most outputs move by more than r.
 
 An encoder is random, so robustness at :math:`x` is a statement about the distribution of
 reconstructions: the VAE is r-robust to a perturbation :math:`\varepsilon` if
@@ -24,10 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.attacks.base import Attack
-from pyro_vae_defence.attacks.objectives._rows import (
-    draws,
-    reconstruct,
-)
+from pyro_vae_defence.attacks.objectives._rows import draws, reconstruct
 from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -66,8 +62,7 @@ def r_margin(
             ball's. Any restart that succeeds counts.
         x_ref: reference images ``(N, C, H, W)`` in [0, 1].
         r: largest Euclidean distance between reconstructions that is tolerated, > 0.
-        num_bisections: radii tried after the largest; the bracket is the largest radius over 2 to
-            this power.
+        num_bisections: radii tried after the largest; each halves the bracket.
         num_draws: pairs of reconstructions per decision, with noise the attack has not seen.
         generator: source of the run's seed; torch's global seed when ``None``.
 
@@ -94,9 +89,7 @@ def r_margin(
         )
         chain = torch.arange(attack.num_restarts, device=index.device)
         streams = Streams(
-            attacker.seed,
-            index.repeat(attack.num_restarts),
-            chain.repeat_interleave(len(index)),
+            attacker.seed, index.repeat(attack.num_restarts), chain.repeat_interleave(len(index))
         )
         x_adv = repeated.attack_rows(x_ref[index], streams).x_adv
         return torch.stack([differs(x, index) for x in x_adv]).any(0)

@@ -1,5 +1,4 @@
-r"""Random perturbations as large as an attack's: the control that shows how much of its effect is
-mere size.
+r"""Random perturbations as large as an attack's: how much of its effect is mere size?
 
 .. math:: x' = \mathrm{clip}(x + r\, d(n), 0, 1), \qquad n \sim N(0, I),
 

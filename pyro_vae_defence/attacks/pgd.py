@@ -1,5 +1,4 @@
-r"""Projected gradient ascent in a ball around each reference image, plain, as published, and with
-momentum.
+r"""Projected gradient ascent in a ball around each reference: plain, as published, with momentum.
 
 .. math::
     \varepsilon_{t+1} = \Pi\bigl(\varepsilon_t + \eta_t d_t\bigr),
@@ -29,17 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.attacks.base import (
-    Attack,
-    AttackResult,
-    Problem,
-    State,
-    first_result,
-    keep_best,
-)
+from pyro_vae_defence.attacks.base import Attack, Problem, State, first_result, keep_best
 from pyro_vae_defence.ops.latents import rows
-
-__all__ = ["PGD", "AttackResult", "MomentumPGD"]
 
 PAPER_START_SCALE = 0.2
 PAPER_LEARNING_RATE = 1.0
@@ -49,34 +39,64 @@ PAPER_PATIENCE = 20
 _RELATIVE_IMPROVEMENT = 1e-4
 
 
-def default_step_size(attack: Attack, step_size: float | None) -> float:
-    """``step_size``, or 2.5 radii over ``num_steps``: enough to cross the ball from any start."""
-    return 2.5 * attack.ball.radius / attack.num_steps if step_size is None else step_size
-
-
 @dataclass(frozen=True)
-class PGD(Attack):
-    """Projected gradient ascent; one gradient per step, and the best iterate is the result.
+class Ascent(Attack):
+    """Steps of one length, whose direction a subclass knows; the best iterate is the result.
 
     Args:
         step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when
-            ``None``. Not used by the paper's preset.
-        preset: ``"paper"`` for the published optimiser, whose result is the last iterate.
+            ``None``, enough to cross the ball from any start.
     """
 
     step_size: float | None = None
-    preset: Literal["paper"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_positive("step_size")
+
+    def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
+        """Value and direction at ``state["perturbation"]``, and what changes in the state."""
+        raise NotImplementedError
+
+    def _start(self, problem: Problem) -> State:
+        start = problem.start()
+        return {**first_result(start), "perturbation": start}
+
+    def _step(self, problem: Problem, state: State, t: int) -> State:
+        perturbation = state["perturbation"]
+        value, direction, changed = self._direction(problem, state, t)
+        state = keep_best(state, perturbation, value) | changed
+        length = self.step_size
+        if length is None:
+            length = 2.5 * self.ball.radius / self.num_steps
+        return {**state, "perturbation": problem.climb(perturbation, direction, length)}
+
+    def _finish(self, problem: Problem, state: State) -> State:
+        return last_iterate(problem, state)
+
+
+@dataclass(frozen=True)
+class PGD(Ascent):
+    """Projected gradient ascent; one gradient per step.
+
+    Args:
+        preset: ``"paper"`` for the published optimiser, which has a step size of its own, and whose
+            result is the last iterate.
+    """
+
+    preset: Literal["paper"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.preset not in (None, "paper"):
             raise ValueError(f"preset must be 'paper' or None, got {self.preset!r}")
 
+    def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
+        return *problem.value_and_gradient(state["perturbation"]), {}
+
     def _start(self, problem: Problem) -> State:
         if self.preset is None:
-            start = problem.start()
-            return {**first_result(start), "perturbation": start}
+            return super()._start(problem)
         x_ref = problem.x_ref
         start = PAPER_START_SCALE * problem.streams.normal(
             0, 0, tuple(x_ref.shape[1:]), x_ref.dtype
@@ -91,16 +111,9 @@ class PGD(Attack):
         }
 
     def _step(self, problem: Problem, state: State, t: int) -> State:
-        if self.preset == "paper":
-            return self._step_as_published(problem, state)
-        perturbation = state["perturbation"]
-        value, gradient = problem.value_and_gradient(perturbation)
-        state = keep_best(state, perturbation, value)
-        length = default_step_size(self, self.step_size)
-        return {**state, "perturbation": problem.climb(perturbation, gradient, length)}
-
-    def _step_as_published(self, problem: Problem, state: State) -> State:
-        """A step along the raw gradient with a rate halved on plateaus, per row."""
+        if self.preset is None:
+            return super()._step(problem, state, t)
+        # Along the raw gradient, with a rate per row that is halved on plateaus.
         perturbation, rate, record = state["perturbation"], state["rate"], state["record"]
         value, gradient = problem.value_and_gradient(perturbation, through_clip=True)
         moved = problem.ball.project(perturbation + rows(rate, gradient) * gradient)
@@ -119,50 +132,34 @@ class PGD(Attack):
         }
 
     def _finish(self, problem: Problem, state: State) -> State:
-        if self.preset == "paper":
-            return {**state, "result": state["perturbation"]}
-        return last_iterate(problem, state)
+        if self.preset is None:
+            return super()._finish(problem, state)
+        return {**state, "result": state["perturbation"]}
 
 
 @dataclass(frozen=True)
-class MomentumPGD(Attack):
-    """Gradient ascent along an accumulated gradient (MI-FGSM) from a random start; one gradient per
-    step.
+class MomentumPGD(Ascent):
+    """Gradient ascent along an accumulated gradient (MI-FGSM); one gradient per step.
 
     Args:
-        step_size: length of a step in units of the image range; 2.5 radii over ``num_steps`` when
-            ``None``.
         decay: factor mu of the accumulated gradient, >= 0; the paper's 1.0 by default.
     """
 
-    step_size: float | None = None
     decay: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("step_size")
         if not self.decay >= 0:
             raise ValueError(f"decay must be at least 0, got {self.decay!r}")
 
     def _start(self, problem: Problem) -> State:
-        start = problem.start()
-        return {
-            **first_result(start),
-            "perturbation": start,
-            "momentum": torch.zeros_like(start),
-        }
+        state = super()._start(problem)
+        return {**state, "momentum": torch.zeros_like(state["perturbation"])}
 
-    def _step(self, problem: Problem, state: State, t: int) -> State:
-        perturbation = state["perturbation"]
-        value, gradient = problem.value_and_gradient(perturbation)
-        state = keep_best(state, perturbation, value)
+    def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
+        value, gradient = problem.value_and_gradient(state["perturbation"])
         momentum = self.decay * state["momentum"] + normalised(gradient)
-        length = default_step_size(self, self.step_size)
-        moved = problem.climb(perturbation, momentum, length)
-        return {**state, "perturbation": moved, "momentum": momentum}
-
-    def _finish(self, problem: Problem, state: State) -> State:
-        return last_iterate(problem, state)
+        return value, momentum, {"momentum": momentum}
 
 
 def normalised(gradient: Tensor) -> Tensor:

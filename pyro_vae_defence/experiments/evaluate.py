@@ -17,7 +17,6 @@ from pyro_vae_defence.experiments.config import EvaluateConfig, command, overrid
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import (
-    PACKAGED,
     load_card,
     load_pretrained,
     save_card,
@@ -85,7 +84,7 @@ def evaluate(
     path.parent.mkdir(parents=True, exist_ok=True)
     results.save(path, result)
     measured = {**card.metrics, "test": result["metrics"]}
-    save_card(dataclasses.replace(card, metrics=measured), PACKAGED if models is None else models)
+    save_card(dataclasses.replace(card, metrics=measured), models)
     return result
 
 

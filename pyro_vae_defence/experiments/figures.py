@@ -62,14 +62,12 @@ from pyro_vae_defence.experiments.drawing import interval_curve, picture
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval, similarity
 from pyro_vae_defence.experiments.tables import interval as shown
 from pyro_vae_defence.experiments.tables import source, table
-from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, Latents, PreparedObjective
+from pyro_vae_defence.robustness import WhiteBox
+from pyro_vae_defence.types import PreparedObjective
 
 ATTACKERS = ("without_mcmc", "with_mcmc")
 KINDS = ("unsupervised", "supervised")
@@ -349,8 +347,8 @@ class Figures(Measurement[FiguresConfig]):
         return defence(self.x_ref, self.generator("references defended"))
 
     @functools.cached_property
-    def _box(self) -> _WhiteBox:
-        return _WhiteBox(self.vae, self.hmc(), self.x_ref)
+    def _box(self) -> WhiteBox:
+        return WhiteBox(self.vae, self.hmc(), self.x_ref)
 
     # --- Tables and figures ---
 
@@ -384,36 +382,6 @@ class Figures(Measurement[FiguresConfig]):
             "examples": examples_figure(result),
             "objectives": objectives_figure(result),
         }
-
-
-class _WhiteBox:
-    """What an attacker who knows a defence gets of it: start, chain, energy, a few transitions."""
-
-    def __init__(self, vae: VAE, defence: Any, x: Tensor) -> None:
-        self.vae, self.defence = vae, defence
-        self._potential = ModelPotential(vae.model, x)
-
-    def start(self, x: Tensor, streams: Streams) -> Latents:
-        """Where chains start: a draw of the guide."""
-        return program.encode(self.vae, x, streams=streams)
-
-    def energy(self, x: Tensor, latents: Latents) -> Tensor:
-        """U(z; x) of the defence's target, ``(M,)``, in nats."""
-        return self._potential.at(x)(latents)
-
-    @property
-    def chain(self) -> UnrolledKernel:
-        """The whole defence."""
-        make = functools.partial(self.defence.kernel, self.vae.model)
-        total = self.defence.warmup_steps + self.defence.num_samples
-        return UnrolledKernel(make, self.energy, total, self.defence.warmup_steps)
-
-    def transitions(self, number: int, step_size: float) -> UnrolledKernel:
-        """Some transitions with a fixed step size."""
-        make = functools.partial(
-            self.defence.kernel, self.vae.model, step_size=step_size, adapt_step_size=False
-        )
-        return UnrolledKernel(make, self.energy, number)
 
 
 # --- Tables ---------------------------------------------------------------------------------------

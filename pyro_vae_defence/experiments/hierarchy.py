@@ -30,7 +30,7 @@ from pyro_vae_defence.experiments.registry import HIERARCHIES
 from pyro_vae_defence.experiments.results import interval
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.nvae import NVAE
+from pyro_vae_defence.models.nvae import NVAE, load_official
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
@@ -138,7 +138,7 @@ def _load(
     if checkpoint is None:
         vae, weights = load_pretrained(config.model, models), load_card(config.model, models).sha256
     else:
-        vae = NVAE.from_official(checkpoint)
+        vae = load_official(checkpoint)
         weights = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
     if not isinstance(vae, NVAE):
         raise ValueError(

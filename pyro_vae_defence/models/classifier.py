@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.pretrained import WeightCard, load_weights
+from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
 from pyro_vae_defence.types import VAE, LatentsLike
 
 
@@ -102,8 +102,7 @@ class ConvClassifier(nn.Module):
         self.linear = nn.Linear(num_features, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """Images ``(N, C, H, W)`` in [0, 1] to features ``(N, num_features)``, before any
-        nonlinearity."""
+        """Images ``(N, C, H, W)`` in [0, 1] to features ``(N, num_features)``, not rectified."""
         return self.trunk(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,10 +110,7 @@ class ConvClassifier(nn.Module):
         return self.linear(self.features(x).relu())
 
 
-_ARCHITECTURES: dict[str, Any] = {
-    "LinearClassifier": LinearClassifier,
-    "ConvClassifier": ConvClassifier,
-}
+_CLASSIFIERS = {"LinearClassifier": LinearClassifier, "ConvClassifier": ConvClassifier}
 
 
 def load_classifier(
@@ -124,21 +120,15 @@ def load_classifier(
 
     Args:
         name: the classifier's name.
-        directory: where the files are; the packaged ones when ``None``.
+        directory: where the files are; ``None`` as in :mod:`pyro_vae_defence.models.pretrained`.
 
     Raises:
-        ValueError: for an unknown name, another kind of model, or weights that do not match their
-            card.
+        ValueError: for an unknown name, another kind of model, or weights that do not match it.
     """
     card, tensors = load_weights(name, directory)
-    if card.architecture not in _ARCHITECTURES:
+    if card.architecture not in _CLASSIFIERS:
         raise ValueError(
             f"{name!r} is a {card.architecture}, no classifier; "
-            f"this function loads {sorted(_ARCHITECTURES)}"
+            f"this function loads {sorted(_CLASSIFIERS)}"
         )
-    classifier = _ARCHITECTURES[card.architecture](**card.architecture_config)
-    try:
-        classifier.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise ValueError(f"weights of {name!r} do not fit {card.architecture}: {error}") from error
-    return classifier.eval(), card
+    return rebuild(_CLASSIFIERS[card.architecture], card, tensors), card

@@ -15,7 +15,6 @@ with MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940, appendix D.1.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyro_vae_defence.models.scope import ScopedModule
 from pyro_vae_defence.types import Latents
 
 Likelihood = Literal["bernoulli", "gaussian"]
@@ -33,10 +33,8 @@ Likelihood = Literal["bernoulli", "gaussian"]
 GAUSSIAN_LOG_VARIANCE = -math.log(2 * math.pi)
 IMAGE_SIZE = 28
 
-_instances = itertools.count()
 
-
-class ConvVAE(nn.Module):
+class ConvVAE(ScopedModule):
     """The paper's VAE (Table 6) as two Pyro programs over the sites ``z`` and ``obs``.
 
     Args:
@@ -81,7 +79,6 @@ class ConvVAE(nn.Module):
         self.likelihood: Likelihood = likelihood
         self.log_variance = log_variance
         self.channels_last = channels_last
-        self._scope = self._new_scope()
 
         self.encoder = nn.Sequential(
             nn.Conv2d(in_channels, 32, 3, stride=2, padding=1),
@@ -115,16 +112,6 @@ class ConvVAE(nn.Module):
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
-    # Pyro's parameter store is global and keyed by name. A name per instance, also for copies,
-    # keeps two VAEs of one process from sharing parameters by accident.
-    @staticmethod
-    def _new_scope() -> str:
-        return f"ConvVAE_{next(_instances)}"
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._scope = self._new_scope()
-
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape ``(C, H, W)`` of the images."""
@@ -141,8 +128,7 @@ class ConvVAE(nn.Module):
         }
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
-        """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch shape ``(N,)``, event
-        ``(D,)``."""
+        """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch ``(N,)``, event ``(D,)``."""
         hidden = self.encoder(self._layout(x))
         loc = self.latent_loc(hidden).flatten(1)
         scale = (0.5 * self.latent_log_variance(hidden).flatten(1)).exp()
@@ -169,7 +155,7 @@ class ConvVAE(nn.Module):
     def model(self, x: Tensor, beta: float = 1.0) -> Tensor:
         """Pyro program p(x, z); ``beta`` > 0 scales the log-density of the latents."""
         self._check(x, beta)
-        pyro.module(f"{self._scope}.decoder", self.decoder)
+        pyro.module(f"{self.scope}.decoder", self.decoder)
         with pyro.plate("data", x.shape[0]):
             zeros = x.new_zeros(x.shape[0], self.latent_dim)
             with poutine.scale(scale=beta):
@@ -180,7 +166,7 @@ class ConvVAE(nn.Module):
         """Pyro program q(z | x), scaled like the model's latents."""
         self._check(x, beta)
         for name in ("encoder", "latent_loc", "latent_log_variance"):
-            pyro.module(f"{self._scope}.{name}", getattr(self, name))
+            pyro.module(f"{self.scope}.{name}", getattr(self, name))
         with pyro.plate("data", x.shape[0]), poutine.scale(scale=beta):
             return pyro.sample("z", self.posterior(x))
 
@@ -226,8 +212,7 @@ def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
 
 
 def _last_layer(x: Tensor, layer: nn.Module) -> Tensor:
-    """``layer(x)`` for 4x4 kernels of stride 2 and few output channels: a matrix product, then
-    overlapping sums."""
+    """``layer(x)`` for 4x4 kernels of stride 2: a matrix product, then overlapping sums."""
     assert isinstance(layer, nn.ConvTranspose2d)
     assert layer.bias is not None
     count, channels, height, width = x.shape

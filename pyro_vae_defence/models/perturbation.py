@@ -1,11 +1,11 @@
-r"""The perturbation-aware posterior: what a defender samples who assumes that x may have been
-perturbed.
+r"""The perturbation-aware posterior, for a defender who assumes that x may have been perturbed.
 
 The posterior of an attacked image is the wrong posterior: it takes the perturbation for signal. If
 the perturbation is assumed to lie in a ball of radius :math:`\delta`, the energy becomes
 
 .. math::
-    U_\delta(z; x) = \min_{\|e\|_p \le \delta,\; 0 \le x - e \le 1} \bigl[-\log p(x - e \mid z)\bigr] - \log p(z).
+    U_\delta(z; x) = \min_{\|e\|_p \le \delta,\; 0 \le x - e \le 1}
+    \bigl[-\log p(x - e \mid z)\bigr] - \log p(z).
 
 For every attack inside the ball, :math:`e = x^a - x^r` is feasible, hence
 :math:`U_\delta(z; x^a) \le U_0(z; x^r)` for all z: no such attack can lower the unnormalised
@@ -15,15 +15,15 @@ defence.
 
 The minimiser :math:`x^* = x - e` is found per likelihood by :func:`most_likely_image`:
 
-==============================  ====================
-================================================= likelihood                      balls
-minimiser ==============================  ====================
-================================================= Bernoulli, ContinuousBernoulli  Linf, L2, L1
-exact (the log-likelihood is linear in x) Normal, GaussianImage           Linf, L2, L1
-exact (weighted projection of the mean) Laplace                         Linf                  exact
-DiscretisedLogisticMixture      Linf                  search over grid levels
-(``models.nvae.likelihoods``) ==============================  ====================
-=================================================
+============================  ============  ========================================
+likelihood                    balls         minimiser
+============================  ============  ========================================
+Bernoulli                     Linf, L2, L1  exact: the log-likelihood is linear in x
+ContinuousBernoulli           Linf, L2, L1  exact, likewise
+Normal, GaussianImage         Linf, L2, L1  exact: weighted projection of the mean
+Laplace                       Linf          exact
+DiscretisedLogisticMixture    Linf          search over grid levels
+============================  ============  ========================================
 
 A search that misses the minimum gives a larger energy, never one of an image out of reach; the
 inequality above is then no longer proved. For the gradient in z :math:`x^*` is a constant, by the
@@ -31,8 +31,7 @@ envelope theorem; energies use it in full, so that Hamiltonian kernels stay exac
 :math:`\exp(-U_\delta)`.
 
 An attacker asks for the gradient in x, too. A pixel of :math:`x^*` moves with x where the ball
-holds it, and stays where the range [0, 1] or the likelihood's own maximum does, hence in an L_inf
-ball
+holds it, and stays where the range [0, 1] or the likelihood's maximum does, so in an L_inf ball
 
 .. math:: \nabla_x U_\delta(z; x) = -\nabla \log p(x^* \mid z) \odot 1[|x^* - x| = \delta].
 
@@ -60,7 +59,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -74,17 +72,17 @@ from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Lap
 
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.types import PyroProgram
 
 __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_image"]
 
 
 @functools.singledispatch
 def most_likely_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
-    """The image x - e with e in the ball and values in [0, 1] that ``likelihood`` finds most
-    probable.
+    """The image x - e most probable to ``likelihood`` with e in the ball and values in [0, 1].
 
-    To add a likelihood, register a function of the same three arguments for its class. A
-    log-likelihood that is linear or quadratic in x is one line with :mod:`pyro_vae_defence.ops.reach`::
+    To add a likelihood, register a function of the same three arguments for its class, one line by
+    :mod:`pyro_vae_defence.ops.reach` where its logarithm is linear or quadratic in x::
 
         @most_likely_image.register
         def _(likelihood: MyLikelihood, x: Tensor, ball: Ball) -> Tensor:
@@ -240,8 +238,7 @@ class _UnknownRadiusLikelihood(TorchDistribution):
 
 
 class _MostLikely(Messenger):
-    """Replace the observed image by the most likely one in reach, or its likelihood by the mixture
-    over radii."""
+    """Replace the image by the most likely one, or its likelihood by the mixture over radii."""
 
     def __init__(self, perturbation: Perturbation) -> None:
         super().__init__()
@@ -265,8 +262,7 @@ class _MostLikely(Messenger):
 
 
 def _check_rows(msg: Any) -> None:
-    """Norms and mixtures over all dimensions of an image need rows that are images, and nothing
-    masked."""
+    """Norms and mixtures over a whole image need rows that are images, and nothing masked."""
     if msg["value"].shape[0] != msg["fn"].batch_shape.numel() or isinstance(msg["mask"], Tensor):
         raise ValueError(
             f"site {msg['name']!r}: an L2 or L1 ball and an unknown radius need one image per row; "
@@ -277,8 +273,7 @@ def _check_rows(msg: Any) -> None:
 class PerturbationAware:
     """A Pyro model whose observation is the most likely image within a ball around its argument.
 
-    Conditioned on latents, minus its log-density is :math:`U_\\delta(z; x)`; any kernel takes it
-    for a model.
+    Conditioned on latents, minus its log-density is :math:`U_\\delta(z; x)`; any kernel takes it.
 
     Args:
         model: Pyro model p(x, z) that observes its image.
@@ -286,8 +281,7 @@ class PerturbationAware:
 
     Raises:
         ValueError: if ``perturbation`` is neither; when called, for a likelihood without a known
-            minimiser, or if an L2 or L1 ball or an unknown radius meets pixels that are not event
-            dimensions.
+            minimiser, or pixels that are no event dimensions but for an Linf ball.
 
     Example:
         >>> from pyro_vae_defence.models import ConvVAE
@@ -299,7 +293,7 @@ class PerturbationAware:
         True
     """
 
-    def __init__(self, model: Callable[..., Any], perturbation: Perturbation) -> None:
+    def __init__(self, model: PyroProgram, perturbation: Perturbation) -> None:
         if not isinstance(perturbation, (Ball, UnknownRadius)):
             raise ValueError(
                 "perturbation must be a ball such as Linf(0.1), an UnknownRadius, or None, "

@@ -1,9 +1,12 @@
 """Trained weights and the cards that describe them.
 
-A model is two files: ``NAME.safetensors`` with the weights, and ``NAME.json``, its card, with the
-sha256 of the weights, the architecture, how it was trained (command, commit, configuration,
-versions) and what was measured. Nothing is unpickled, and weights that do not match their card are
-refused.
+A model is two files: ``NAME.safetensors`` with the weights, and ``NAME.json``, its card, with their
+sha256, the architecture, how it was trained (command, commit, configuration, versions) and what was
+measured. Nothing is unpickled, and weights that do not match their card are refused.
+
+Without a directory, models are looked for in two places: among the packaged ones, which examples
+and documentation load, and, in a checkout of the project, among the variants of its tables, which
+lie beside the results (``docs/results/models``) and are not installed.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from pyro_vae_defence.types import Latents
 
 TrainedVAE: TypeAlias = ConvVAE | NVAE
 
-PACKAGED = Path(__file__).parent / "weights"
+PACKAGED_MODELS = Path(__file__).parent / "weights"
+# Only a checkout has these.
+CHECKOUT_MODELS = Path(__file__).parents[2] / "docs" / "results" / "models"
 
 # Attributes of a VAE, site -> tensor, that are stored beside the weights as "attribute.site".
 _STATISTICS = ("mean_posterior_variance", "mean_noise_variance")
@@ -38,7 +43,7 @@ def _nvae(**config: Any) -> NVAE:
     return NVAE(NVAEConfig.from_dict(config))
 
 
-_ARCHITECTURES: dict[str, Callable[..., TrainedVAE]] = {"ConvVAE": ConvVAE, "NVAE": _nvae}
+_VAES: dict[str, Callable[..., TrainedVAE]] = {"ConvVAE": ConvVAE, "NVAE": _nvae}
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,26 @@ class WeightCard:
 
 
 def available(directory: str | os.PathLike[str] | None = None) -> list[str]:
-    """Names of the models in ``directory`` (packaged ones when ``None``)."""
-    return sorted(path.stem for path in _directory(directory).glob("*.json"))
+    """Names of the models in ``directory``, or in all places of the module's text."""
+    return sorted({path.stem for place in _places(directory) for path in place.glob("*.json")})
+
+
+def find(name: str, directory: str | os.PathLike[str] | None = None) -> Path:
+    """Where the files of a model are: ``directory``, or the first place that has its card.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    for place in _places(directory):
+        if (place / f"{name}.json").is_file():
+            return place
+    known = ", ".join(available(directory)) or "none"
+    if directory is None and not CHECKOUT_MODELS.is_dir():
+        known += (
+            "; the variants of the tables are not installed: run from a checkout of the project, "
+            "or pass its docs/results/models as directory (--models)"
+        )
+    raise ValueError(f"no pretrained model named {name!r}; available: {known}")
 
 
 def load_card(name: str, directory: str | os.PathLike[str] | None = None) -> WeightCard:
@@ -77,12 +100,7 @@ def load_card(name: str, directory: str | os.PathLike[str] | None = None) -> Wei
     Raises:
         ValueError: if there is no such model, or the card is damaged.
     """
-    path = _directory(directory) / f"{name}.json"
-    if not path.exists():
-        raise ValueError(
-            f"no pretrained model named {name!r}; available: "
-            f"{', '.join(available(directory)) or 'none'}"
-        )
+    path = find(name, directory) / f"{name}.json"
     try:
         return WeightCard(**json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
@@ -98,7 +116,7 @@ def load_weights(
         ValueError: for an unknown name, or weights that are tampered with or truncated.
     """
     card = load_card(name, directory)
-    path = _directory(directory) / f"{name}.safetensors"
+    path = find(name, directory) / f"{name}.safetensors"
     content = path.read_bytes() if path.exists() else b""
     if hashlib.sha256(content).hexdigest() != card.sha256:
         raise ValueError(
@@ -118,32 +136,41 @@ def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) 
 
     Args:
         name: one of :func:`available`.
-        directory: where the files are; the packaged ones when ``None``.
+        directory: where the files are; ``None`` as in the module's text.
 
     Raises:
         ValueError: for an unknown name, or weights that are tampered with, truncated or misfit.
     """
     card, tensors = load_weights(name, directory)
-    if card.architecture not in _ARCHITECTURES:
+    if card.architecture not in _VAES:
         raise ValueError(
             f"card of {name!r} asks for architecture {card.architecture!r}; "
-            f"this version knows {sorted(_ARCHITECTURES)}"
+            f"this version knows {sorted(_VAES)}"
         )
-    vae = _ARCHITECTURES[card.architecture](**card.architecture_config)
-    for statistic in _STATISTICS:
-        prefix = f"{statistic}."
-        by_site = {
-            key.removeprefix(prefix): tensors.pop(key).float()
-            for key in list(tensors)
-            if key.startswith(prefix)
-        }
-        if by_site:
-            setattr(vae, statistic, by_site)
+    statistics: dict[str, Latents] = {}
+    for key in [key for key in tensors if key.startswith(_STATISTICS)]:
+        statistic, _, site = key.partition(".")
+        statistics.setdefault(statistic, {})[site] = tensors.pop(key).float()
+    vae = rebuild(_VAES[card.architecture], card, tensors)
+    for statistic, by_site in statistics.items():
+        setattr(vae, statistic, by_site)
+    return vae
+
+
+def rebuild(architecture: Callable[..., Any], card: WeightCard, tensors: dict[str, Tensor]) -> Any:
+    """A module of ``architecture`` with the card's configuration and these weights, in eval mode.
+
+    Raises:
+        ValueError: if the weights do not fit.
+    """
+    module = architecture(**card.architecture_config)
     try:
-        vae.load_state_dict({key: value.float() for key, value in tensors.items()})
+        module.load_state_dict({key: value.float() for key, value in tensors.items()})
     except RuntimeError as error:
-        raise ValueError(f"weights of {name!r} do not fit {card.architecture}: {error}") from error
-    return vae.eval()
+        raise ValueError(
+            f"weights of {card.name!r} do not fit {card.architecture}: {error}"
+        ) from error
+    return module.eval()
 
 
 def save_pretrained(
@@ -172,14 +199,11 @@ def save_pretrained(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {
+    tensors: dict[str, Tensor] = {}
+    for key, value in vae.state_dict().items():
         # Counters, as batch norm has one, stay whole numbers.
-        key: value.detach()
-        .cpu()
-        .to(dtype if value.is_floating_point() else value.dtype)
-        .contiguous()
-        for key, value in vae.state_dict().items()
-    }
+        stored = dtype if value.is_floating_point() else value.dtype
+        tensors[key] = value.detach().cpu().to(stored).contiguous()
     for statistic, by_site in zip(_STATISTICS, (mean_posterior_variance, mean_noise_variance)):
         for site, value in (by_site or {}).items():
             tensors[f"{statistic}.{site}"] = value.detach().cpu().float().contiguous()
@@ -199,11 +223,12 @@ def save_pretrained(
     return card
 
 
-def save_card(card: WeightCard, directory: str | os.PathLike[str]) -> None:
-    """Write a card atomically."""
+def save_card(card: WeightCard, directory: str | os.PathLike[str] | None = None) -> None:
+    """Write a card atomically, to ``directory`` or over the one that :func:`find` finds."""
+    place = find(card.name) if directory is None else Path(directory)
     text = json.dumps(asdict(card), indent=2, sort_keys=False) + "\n"
-    write_atomically(Path(directory) / f"{card.name}.json", text.encode())
+    write_atomically(place / f"{card.name}.json", text.encode())
 
 
-def _directory(directory: str | os.PathLike[str] | None) -> Path:
-    return PACKAGED if directory is None else Path(directory)
+def _places(directory: str | os.PathLike[str] | None) -> tuple[Path, ...]:
+    return (PACKAGED_MODELS, CHECKOUT_MODELS) if directory is None else (Path(directory),)

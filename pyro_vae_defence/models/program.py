@@ -12,13 +12,17 @@ the sum of *unscaled* log-probabilities of the model's sites: a model trained un
 ``poutine.scale(beta)`` is still sampled at p(x|z)p(z), not at p(x|z)p(z)^beta. Latents with
 constrained support are moved on the unconstrained scale of :func:`torch.distributions.biject_to`,
 whose log-determinant enters the energy.
+
+Throughout, ``vae`` is any Pyro VAE, ``x`` are images ``(N, C, H, W)``, and ``streams`` the random
+streams of these images, which make a row's draws independent of the batch around it; without them
+noise comes from torch's global seed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +44,17 @@ from torch.distributions import (
 )
 
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
-from pyro_vae_defence.models.sites import DATA_PLATE, image_site, latent_sites, sample_sites
+from pyro_vae_defence.models.sites import (
+    DATA_PLATE,
+    data_frame,
+    image_site,
+    latent_sites,
+    log_prob_per_image,
+    sample_sites,
+)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
+from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -72,8 +83,7 @@ __all__ = [
 ]
 
 
-# --- Validation at the public boundary
-# -------------------------------------------------------------
+# --- Validation at the public boundary ------------------------------------------------------------
 
 
 def check_vae(vae: Any) -> VAE:
@@ -141,66 +151,32 @@ def evaluation_mode(*programs: Any) -> Iterator[None]:
             module.training = mode
 
 
-# --- Sites ----------------------------------------------------------------------------------------
+# --- Traces ---------------------------------------------------------------------------------------
 
 
-def _latent_values(trace: poutine.Trace) -> Latents:
-    return {site["name"]: site["value"] for site in latent_sites(trace)}
-
-
-def _data_frame(name: str, site: Any, num_images: int) -> Any:
-    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
-    named = [frame for frame in frames if frame.name == DATA_PLATE]
-    fitting = named or [frame for frame in frames if frame.size == num_images]
-    if len(fitting) != 1:
-        raise ValueError(
-            f"site {name!r} must stand inside one vectorised data plate; "
-            f'open it with pyro.plate("{DATA_PLATE}", x.shape[0]) around every sample site'
-        )
-    if fitting[0].size != num_images:
-        raise ValueError(
-            f"site {name!r} stands inside a data plate of size {fitting[0].size}, "
-            f"but x holds {num_images} images; open the plate with x.shape[0]"
-        )
-    return fitting[0]
-
-
-def _log_prob_per_image(name: str, site: Any, num_images: int) -> Tensor:
-    """Unscaled log-probability of one site, summed over all but the data plate: shape (N,)."""
-    log_prob = site["fn"].log_prob(site["value"])
-    mask = site["mask"]
-    if mask is False:
-        log_prob = torch.zeros_like(log_prob)
-    elif isinstance(mask, Tensor):
-        log_prob = torch.where(mask, log_prob, 0.0)
-    dim = _data_frame(name, site, num_images).dim
-    if log_prob.dim() < -dim or log_prob.shape[dim] not in (1, num_images):
-        raise ValueError(
-            f"site {name!r}: its log-probability of shape {tuple(log_prob.shape)} has no row per "
-            f"image at dimension {dim}; declare event dimensions with .to_event(...)"
-        )
-    per_image = log_prob.movedim(dim, 0)
-    return per_image.reshape(per_image.shape[0], -1).sum(-1).expand(num_images)
-
-
-def _rows_first(value: Tensor, site: Any, num_images: int) -> bool:
-    """Whether the site's value already has the data plate as its first dimension."""
-    frame = next(
-        f
-        for f in site["cond_indep_stack"]
-        if f.vectorized and (f.name == DATA_PLATE or f.size == num_images)
-    )
-    return value.dim() == len(site["fn"].event_shape) - frame.dim
-
-
-def _get_trace(program: Callable[..., Any], *args: Any, **kwargs: Any) -> poutine.Trace:
+def _get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> poutine.Trace:
     # Validation would force a device synchronisation per distribution, and raise inside a sampler
     # where a non-finite value has a defined meaning (a divergence).
     with poutine.block(), pyro.validation_enabled(False):
         return poutine.trace(program).get_trace(*args, **kwargs)
 
 
-def observation_site(model: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+def _draw(program: PyroProgram, x: Tensor, streams: Streams | None) -> poutine.Trace:
+    return _get_trace(program if streams is None else _StreamMessenger(streams)(program), x)
+
+
+def _latents(trace: poutine.Trace) -> Latents:
+    return {site["name"]: site["value"] for site in latent_sites(trace)}
+
+
+def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
+    """``start`` of shape ``(N,)`` minus the unscaled log-probability of every site, in nats."""
+    for site in sample_sites(trace).values():
+        start = start - log_prob_per_image(site, start.shape[0])
+    return start
+
+
+def observation_site(model: PyroProgram, *args: Any, **kwargs: Any) -> str:
     """Name of the one observed site of ``model(*args, **kwargs)``.
 
     Raises:
@@ -215,13 +191,11 @@ def observation_site(model: Callable[..., Any], *args: Any, **kwargs: Any) -> st
 
 
 class _StreamMessenger(Messenger):
-    """Draw Gaussian sites, behind transforms too, from per-image streams; others fall back on the
-    global seed."""
+    """Draw Gaussian sites, behind transforms too, from streams; others from the global seed."""
 
-    def __init__(self, streams: Streams, step: int) -> None:
+    def __init__(self, streams: Streams) -> None:
         super().__init__()
         self.streams = streams
-        self.step = step
         self.purpose = 2048  # clear of the sampler's own purposes
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -236,7 +210,7 @@ class _StreamMessenger(Messenger):
         shape = base.batch_shape
         if not shape or shape[0] != self.streams.image.shape[0]:
             return
-        noise = self.streams.normal(self.step, self.purpose, tuple(shape[1:]), base.loc.dtype)
+        noise = self.streams.normal(0, self.purpose, tuple(shape[1:]), base.loc.dtype)
         self.purpose += 1
         value = base.loc + base.scale * noise
         for transform in transforms:
@@ -249,21 +223,14 @@ def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[st
 
     For a hierarchical guide the lower sites' distributions are conditional on sampled upper sites.
 
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
-        streams: random streams of the images; the global seed when ``None``.
-
     Returns:
         Site name -> distribution with batch shape ``(N,)`` (or with plates of its own).
     """
-    trace = _guide_trace(vae, x, streams)
-    return {site["name"]: site["fn"] for site in latent_sites(trace)}
+    return {site["name"]: site["fn"] for site in latent_sites(_draw(vae.guide, x, streams))}
 
 
 def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
-    """Run ``vae.guide`` on images ``x`` once and see whether it keeps the contract of
-    :class:`types.VAE`.
+    """Run ``vae.guide`` on ``x`` once and see whether it keeps the contract of :class:`types.VAE`.
 
     Raises:
         ValueError: if it fails on such images, has no latent site, or one outside its data plate.
@@ -271,55 +238,44 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
     check_vae(vae)
     try:
         with torch.no_grad(), evaluation_mode(vae):
-            trace = _guide_trace(vae, x, streams)
+            sites = latent_sites(_draw(vae.guide, x, streams))
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"vae.guide failed on images of shape {tuple(x.shape)}: {error}; it must run as "
-            "guide(x), "
-            f'with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
+            f'guide(x), with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
         ) from error
-    latents = {site["name"]: site for site in latent_sites(trace)}
-    if not latents:
+    if not sites:
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
-    for name, site in latents.items():
-        _data_frame(name, site, x.shape[0])
+    for site in sites:
+        data_frame(site, x.shape[0])
 
 
 def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from the guide q(z | x) per image: site name -> ``(N, *event)``."""
-    return _latent_values(_guide_trace(vae, x, streams))
+    return _latents(_draw(vae.guide, x, streams))
 
 
 def sample_with_log_prob(
     vae: VAE, x: Tensor, *, streams: Streams | None = None
 ) -> tuple[Latents, Tensor]:
-    """One draw z from the guide per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in
-    nats."""
-    trace = _guide_trace(vae, x, streams)
-    log_prob = x.new_zeros(x.shape[0])
-    for name, site in sample_sites(trace).items():
-        log_prob = log_prob + _log_prob_per_image(name, site, x.shape[0])
-    return _latent_values(trace), log_prob
+    """One draw z per image, as :func:`encode`, and log q(z | x), shape ``(N,)``, in nats."""
+    trace = _draw(vae.guide, x, streams)
+    return _latents(trace), -_energy(trace, x.new_zeros(x.shape[0]))
 
 
 class GuideDraws:
     """Draws from the guide at the same images, over and over.
 
     A guide of one Gaussian site, like the paper's, runs once for all draws; any other runs for
-    every draw. Either way the draws are those of :func:`sample_with_log_prob` on the repeated
-    images.
-
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
+    every draw. Either way the draws are those of :func:`sample_with_log_prob` on repeated images.
     """
 
     def __init__(self, vae: VAE, x: Tensor) -> None:
         self.vae, self.x = vae, x
         self.site = ""
-        sites = sample_sites(_guide_trace(vae, x, Streams.create(len(x), seed=0, device=x.device)))
+        sites = sample_sites(_draw(vae.guide, x, Streams.create(len(x), seed=0, device=x.device)))
         if len(sites) != 1:
             return
         name, site = next(iter(sites.items()))
@@ -335,14 +291,13 @@ class GuideDraws:
             self.loc, self.scale = fn.base_dist.loc, fn.base_dist.scale
 
     def __call__(self, count: int, streams: Streams) -> tuple[Latents, Tensor]:
-        """``count`` draws per image, chains folded in front: latents of ``count * N`` rows and log
-        q(z | x)."""
+        """Latents of ``count * N`` rows, draws folded in front of images, and log q(z | x)."""
         if not self.site:
             return sample_with_log_prob(self.vae, self.x.repeat(count, 1, 1, 1), streams=streams)
         parameters = lat.repeat({"loc": self.loc, "scale": self.scale}, count)
         fn = dist.Normal(**parameters, validate_args=False)
         draws = dist.Independent(fn, self.events, validate_args=False)
-        with poutine.block(), _StreamMessenger(streams, step=0):
+        with poutine.block(), _StreamMessenger(streams):
             z = pyro.sample(self.site, draws)
         return {self.site: z}, draws.log_prob(z)
 
@@ -352,7 +307,7 @@ def posterior_mean(vae: VAE, x: Tensor) -> Latents:
 
     In a hierarchical guide each site is conditioned on the means above it.
     """
-    return _latent_values(_get_trace(_MeanMessenger()(vae.guide), x))
+    return _latents(_get_trace(_MeanMessenger()(vae.guide), x))
 
 
 class _MeanMessenger(Messenger):
@@ -363,31 +318,19 @@ class _MeanMessenger(Messenger):
             msg["value"] = msg["fn"].mean
 
 
-def _guide_trace(vae: VAE, x: Tensor, streams: Streams | None) -> poutine.Trace:
-    return _get_trace(_with_streams(vae.guide, streams), x)
-
-
-def _with_streams(program: Callable[..., Any], streams: Streams | None) -> Callable[..., Any]:
-    return program if streams is None else _StreamMessenger(streams, step=0)(program)
-
-
 # --- The model ------------------------------------------------------------------------------------
 
 
 def prior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from p(z) per image of ``x``: site name -> ``(N, *event)``."""
-    return _latent_values(_get_trace(_with_streams(vae.model, streams), x))
+    return _latents(_draw(vae.model, x, streams))
 
 
 def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Latents:
     """Where a chain or a search starts: site name -> ``(N, *event)``, on the constrained scale.
 
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
-        initial: ``"guide"``, a draw from q(z | x); ``"mean"``, the guide's mean; or ``"prior"``, a
-            draw from p(z).
-        streams: random streams of the images.
+    ``initial`` is ``"guide"``, a draw from q(z | x), ``"mean"``, the guide's mean, or ``"prior"``,
+    a draw from p(z).
     """
     if initial == "mean":
         return posterior_mean(vae, x)
@@ -401,6 +344,9 @@ def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) ->
         vae: any Pyro VAE.
         latents: site name -> ``(M, *event)``, on the constrained scale.
         image_shape: ``(C, H, W)`` of the images the model observes.
+
+    Raises:
+        ValueError: for a latent that the model does not sample.
     """
     first = next(iter(latents.values()))
     template = first.new_zeros((first.shape[0], *image_shape))
@@ -459,7 +405,7 @@ class ModelPotential:
         ValueError: if a site stands outside the data plate, a latent is discrete, or there is none.
     """
 
-    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: PyroProgram, *args: Any, **kwargs: Any) -> None:
         self._model = model
         self._args = args
         self._kwargs = kwargs
@@ -469,20 +415,20 @@ class ModelPotential:
         self.num_images: int = batch.shape[0]
         with torch.no_grad():
             trace = _get_trace(model, *args, **kwargs)
-        self.sites = tuple(self._read_site(site["name"], site) for site in latent_sites(trace))
+        self.sites = tuple(self._read_site(site) for site in latent_sites(trace))
         if not self.sites:
             raise ValueError("the model has no latent site to sample; nothing to run a chain on")
-        self._prototype = _latent_values(trace)
+        self._prototype = _latents(trace)
 
-    def _read_site(self, name: str, site: Any) -> LatentSite:
-        fn, value = site["fn"], site["value"]
-        _data_frame(name, site, self.num_images)
+    def _read_site(self, site: Any) -> LatentSite:
+        name, fn, value = site["name"], site["fn"], site["value"]
+        frame = data_frame(site, self.num_images)
         if fn.support.is_discrete:
             raise ValueError(
                 f"latent site {name!r} is discrete ({fn}); Hamiltonian kernels need continuous "
                 "latents, so marginalise it out or use a continuous relaxation"
             )
-        if not _rows_first(value, site, self.num_images):
+        if value.dim() != len(fn.event_shape) - frame.dim:
             raise ValueError(
                 f"latent site {name!r} has a plate left of the data plate; "
                 "make the data plate the leftmost one"
@@ -492,8 +438,7 @@ class ModelPotential:
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
 
     def at(self, x: Tensor) -> ModelPotential:
-        """The energy of the same model at other images, in any number; its sites are not read
-        again."""
+        """The energy of the same model at other images, any number; sites are not read again."""
         other = copy.copy(self)
         other._args = (x,)
         other._kwargs = {}
@@ -578,10 +523,7 @@ class ModelPotential:
         """Energies of shape ``(N,)``, in nats."""
         conditioned = poutine.condition(self._model, data=self.constrain(latents))
         trace = _get_trace(conditioned, *self._args, **self._kwargs)
-        energy = self.log_determinant(latents)
-        for name, site in sample_sites(trace).items():
-            energy = energy - _log_prob_per_image(name, site, self.num_images)
-        return energy
+        return _energy(trace, self.log_determinant(latents))
 
     def log_determinant(self, latents: LatentsLike) -> Tensor:
         """Minus the log-determinant of the constraining transforms (zero without any)."""
@@ -596,21 +538,16 @@ class ModelPotential:
 
 
 def potential(vae: VAE, x: Tensor, perturbation: Perturbation | None = None) -> ModelPotential:
-    """Energy U(z; x) of ``vae`` at images ``x`` of shape ``(N, C, H, W)`` (eq. 9 of the paper).
+    """Energy U(z; x) (eq. 9 of the paper).
 
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
-        perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an
-            ``UnknownRadius``, for the energy :math:`U_\\delta(z; x)` of
-            :mod:`pyro_vae_defence.models.perturbation`; ``None`` for the paper's.
+    With a ``perturbation`` that the defender assumes, e.g. ``Linf(0.1)`` or an ``UnknownRadius``,
+    it is :math:`U_\\delta(z; x)` of :mod:`pyro_vae_defence.models.perturbation`.
     """
     return ModelPotential(target(vae, perturbation), x)
 
 
-def target(vae: VAE, perturbation: Perturbation | None = None) -> Callable[..., Any]:
-    """The Pyro model whose posterior a defence samples: ``vae.model``, or its perturbation-aware
-    variant."""
+def target(vae: VAE, perturbation: Perturbation | None = None) -> PyroProgram:
+    """The model whose posterior a defence samples: ``vae.model``, or it perturbation-aware."""
     return vae.model if perturbation is None else PerturbationAware(vae.model, perturbation)
 
 
@@ -621,12 +558,7 @@ def guide_potential(
 
     The guide's counterpart of U(z; x): on the same unconstrained latents, with the same
     log-determinants, so that ``guide_potential(vae, x)(z) - potential(vae, x)(z)`` is the
-    log-weight log p(x, z) - log q(z | x).
-
-    Args:
-        vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
-        model_potential: ``potential(vae, x)``, where it is at hand.
+    log-weight log p(x, z) - log q(z | x). ``model_potential`` is the latter, if it is at hand.
 
     Raises:
         ValueError: when called, if the guide's latent sites are not those of the model.
@@ -636,16 +568,14 @@ def guide_potential(
 
     def energy_of_guide(latents: LatentsLike) -> Tensor:
         conditioned = poutine.condition(vae.guide, data=energy.constrain(latents))
-        sites = sample_sites(_get_trace(conditioned, x))
+        trace = _get_trace(conditioned, x)
+        sites = sample_sites(trace)
         if sites.keys() != names:
             raise ValueError(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "
                 "a density of the guide needs the same sites in both"
             )
-        total = energy.log_determinant(latents)
-        for name, site in sites.items():
-            total = total - _log_prob_per_image(name, site, energy.num_images)
-        return total
+        return _energy(trace, energy.log_determinant(latents))
 
     return energy_of_guide
 

@@ -1,20 +1,28 @@
 """Sites of a traced program: which are latent, which is the image, and values per image.
 
-:mod:`pyro_vae_defence.models.program` and the objectives read their traces with these.
+The only reader of traces: :mod:`pyro_vae_defence.models.program` and the objectives ask here. The
+axis of the data plate comes first, so that ``N`` rows come out whatever other plates, event shapes
+or number of latent sites a program has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
+from pyro.distributions import Independent, Normal
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-Site = Any
+Site: TypeAlias = Any
 
 DATA_PLATE = "data"
+
+
+# --- Which sites there are ------------------------------------------------------------------------
 
 
 def sample_sites(trace: Trace) -> dict[str, Site]:
@@ -37,8 +45,7 @@ def latent_sites(trace: Trace) -> list[Site]:
 
 
 def image_site(model_trace: Trace, conditioned: Container[str] = ()) -> Site:
-    """The one site at which the model observes the image; sites ``conditioned`` from outside are
-    not it.
+    """The one site at which the model observes the image, other than those ``conditioned``.
 
     Raises:
         ValueError: if the model observes nothing, or more than one site.
@@ -58,23 +65,125 @@ def image_site(model_trace: Trace, conditioned: Container[str] = ()) -> Site:
     return observed[0]
 
 
-def rows(value: Tensor, site: Site, event_dim: int = 0) -> Tensor:
-    """``value``, with the site's batch axes and ``event_dim`` more, as ``(N, everything else)``.
+def check_mean_field(*traces: Trace) -> None:
+    """Refuse a hierarchy: the distribution of one latent site depends on another site's sample.
 
-    The axis of plate ``"data"`` comes first, whatever other plates the site stands in.
+    An objective that compares q(z | x) with q(z | x') in closed form means the joint posterior; for
+    a hierarchy the parameters seen in one trace are those of a conditional. The autograd graph
+    tells the two apart (when there is one), at no cost for a single site.
+    """
+    for trace in traces:
+        sites = latent_sites(trace)
+        samples = [site["value"] for site in sites if site["value"].requires_grad]
+        if len(sites) < 2 or not samples:
+            continue
+        # With the values detached, only the distributions' parameters can lead back to a sample.
+        log_probs = [site["fn"].log_prob(site["value"].detach()).sum() for site in sites]
+        total = torch.stack(log_probs).sum()
+        if not total.requires_grad:
+            continue
+        found = torch.autograd.grad(total, samples, retain_graph=True, allow_unused=True)
+        if any(gradient is not None for gradient in found):
+            names = [site["name"] for site in sites]
+            raise ValueError(
+                f"latent sites {names} depend on each other; this objective needs sites that are "
+                "independent given the image (mean field); train a hierarchy with BetaELBO"
+            )
+
+
+# --- Values per image -----------------------------------------------------------------------------
+
+
+def data_frame(site: Site, num_images: int | None = None) -> Any:
+    """The frame of the data plate a site stands in.
+
+    It is the plate ``"data"``; where the number of images is given, another plate of that size will
+    do, and the size is checked.
 
     Raises:
-        ValueError: if the site stands outside that plate.
+        ValueError: if there is no such plate, or it has another size.
     """
-    for frame in site["cond_indep_stack"]:
-        if frame.name == DATA_PLATE:
-            return value.movedim(frame.dim - event_dim, 0).flatten(1)
-    raise ValueError(
-        f"site {site['name']!r} lies outside plate 'data'; "
-        'open pyro.plate("data", x.shape[0]) around every sample site'
-    )
+    frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    named = [frame for frame in frames if frame.name == DATA_PLATE]
+    fitting = named or [frame for frame in frames if frame.size == num_images]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"site {site['name']!r} must stand inside one vectorised data plate; "
+            f'open it with pyro.plate("{DATA_PLATE}", x.shape[0]) around every sample site'
+        )
+    if num_images not in (None, fitting[0].size):
+        raise ValueError(
+            f"site {site['name']!r} stands inside a data plate of size {fitting[0].size}, "
+            f"but x holds {num_images} images; open the plate with x.shape[0]"
+        )
+    return fitting[0]
 
 
-def per_image(value: Tensor, site: Site) -> Tensor:
-    """Sum of one value per batch element (a log-probability, a KL) within each image, ``(N,)``."""
-    return rows(value.unsqueeze(-1), site, event_dim=1).sum(1)
+def per_image(value: Tensor, site: Site, num_images: int | None = None) -> Tensor:
+    """Sum of one value per batch element (a log-probability, a KL) within each image, ``(N,)``.
+
+    Raises:
+        ValueError: as :func:`data_frame`, or if the value has no row per image.
+    """
+    frame = data_frame(site, num_images)
+    if value.dim() < -frame.dim or value.shape[frame.dim] not in (1, frame.size):
+        raise ValueError(
+            f"site {site['name']!r}: its log-probability of shape {tuple(value.shape)} has no row "
+            f"per image at dimension {frame.dim}; declare event dimensions with .to_event(...)"
+        )
+    rows = value.movedim(frame.dim, 0)
+    return rows.reshape(rows.shape[0], -1).sum(-1).expand(frame.size)
+
+
+def log_prob_per_image(site: Site, num_images: int) -> Tensor:
+    """Log-probability of a site within each image, masked as it says but not scaled: ``(N,)``."""
+    log_prob = site["fn"].log_prob(site["value"])
+    return per_image(scale_and_mask(log_prob, mask=site["mask"]), site, num_images)
+
+
+def image_rows(value: Tensor, site: Site) -> Tensor:
+    """``value``, of the site's batch and event shape, as ``(N, everything else)``."""
+    return value.movedim(data_frame(site).dim - site["fn"].event_dim, 0).flatten(1)
+
+
+def latent_values(sites: list[Site]) -> Tensor:
+    """Sampled latents of all sites, ``(N, D)``."""
+    return torch.cat([image_rows(site["value"], site) for site in sites], 1)
+
+
+def gaussians(sites: list[Site]) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations of Gaussian sites, each ``(N, D)``, as :func:`latent_values`.
+
+    Raises:
+        ValueError: for a site that is not Gaussian with diagonal covariance.
+    """
+    locs, scales = [], []
+    for site in sites:
+        fn = site["fn"]
+        while isinstance(fn, Independent):
+            fn = fn.base_dist
+        if not isinstance(fn, Normal):
+            raise ValueError(
+                f"site {site['name']!r} is {type(fn).__name__}; this objective needs Gaussian "
+                "latents: sample pyro.distributions.Normal(loc, scale).to_event()"
+            )
+        locs.append(image_rows(fn.loc, site))
+        scales.append(image_rows(fn.scale, site))
+    return torch.cat(locs, 1), torch.cat(scales, 1)
+
+
+def decoder_mean(model_trace: Trace, x: Tensor) -> Tensor:
+    """Mean of the image's distribution, in the shape of the images ``x``.
+
+    Raises:
+        ValueError: for a distribution without a mean.
+    """
+    site = image_site(model_trace)
+    try:
+        mean = site["fn"].mean
+    except NotImplementedError:
+        raise ValueError(
+            f"site {site['name']!r} has a {type(site['fn']).__name__} without a mean; "
+            "this objective re-encodes the decoder's mean and needs one"
+        ) from None
+    return image_rows(mean, site).reshape(x.shape)

@@ -32,21 +32,28 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae_defence.models.sites import image_site, latent_sites, per_image, rows
-from pyro_vae_defence.objectives._read import check_mean_field, decoder_mean, gaussians
+from pyro_vae_defence.models.sites import (
+    Site,
+    check_mean_field,
+    decoder_mean,
+    gaussians,
+    image_rows,
+    image_site,
+    latent_sites,
+    per_image,
+)
 from pyro_vae_defence.objectives.elbo import (
+    EncodeSites,
     ImageELBO,
-    Program,
+    MeanFieldELBO,
     Terms,
     add_terms,
-    elbo_terms,
-    positive,
 )
-from pyro_vae_defence.objectives.smooth_encoder import encode, perturbed, smoothness_terms
-from pyro_vae_defence.types import Perturb
+from pyro_vae_defence.objectives.smooth_encoder import SE
+from pyro_vae_defence.types import Perturb, PyroProgram
 
 
-class AVAE(ImageELBO):
+class AVAE(MeanFieldELBO):
     """The autoencoding VAE's objective; see the module's text.
 
     ``rho`` in [0, 1) is the correlation that ties an image's latents to its reconstruction's.
@@ -60,17 +67,14 @@ class AVAE(ImageELBO):
         super().__init__(num_particles=num_particles)
         self.rho = _correlation(rho)
 
-    def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+    def extra_terms(
+        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
     ) -> Terms:
-        """Add the autoencoding term to the negative ELBO."""
-        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
-        check_mean_field(model_trace, guide_trace)
-        extra = _autoencoding_terms(model_trace, guide_trace, guide, self.rho, x, *args, **kwargs)
-        return add_terms(elbo_terms(model_trace, guide_trace), extra)
+        """The autoencoding term."""
+        return _autoencoding_terms(model_trace, sites, encode, self.rho, x)
 
 
-class SEAVAE(ImageELBO):
+class SEAVAE(SE):
     """SE-AVAE: the loss of SE plus AVAE's term, the ELBO once.
 
     Arguments and errors are those of the two classes. Terms: ``reconstruction``, ``kl``,
@@ -80,23 +84,15 @@ class SEAVAE(ImageELBO):
     def __init__(
         self, perturb: Perturb, gamma: float, rho: float = 0.975, *, num_particles: int = 1
     ) -> None:
-        super().__init__(num_particles=num_particles)
-        self.perturb = perturb
-        self.gamma = positive("gamma", gamma)
+        super().__init__(perturb, gamma, num_particles=num_particles)
         self.rho = _correlation(rho)
 
-    def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+    def extra_terms(
+        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
     ) -> Terms:
-        """Add the terms of both objectives to the negative ELBO."""
-        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
-        check_mean_field(model_trace, guide_trace)
-        neighbour = encode(guide, perturbed(self.perturb, x), *args, **kwargs)
-        return add_terms(
-            elbo_terms(model_trace, guide_trace),
-            smoothness_terms(model_trace, guide_trace, neighbour, self.gamma)
-            | _autoencoding_terms(model_trace, guide_trace, guide, self.rho, x, *args, **kwargs),
-        )
+        """The terms of both objectives."""
+        smoothness = super().extra_terms(model_trace, sites, encode, x)
+        return smoothness | _autoencoding_terms(model_trace, sites, encode, self.rho, x)
 
 
 class AVAESS(ImageELBO):
@@ -115,14 +111,17 @@ class AVAESS(ImageELBO):
         self.rho = _correlation(rho)
 
     def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """AVAE's terms on images made by the model, with a gradient for the guide only."""
         model = poutine.block(model, hide_types=["param"])
         with torch.no_grad():
             x = decoder_mean(poutine.trace(model).get_trace(x, *args, **kwargs), x)
 
-        guide_trace = poutine.trace(guide).get_trace(x, *args, **kwargs)
+        def run_guide(x: Tensor) -> Trace:
+            return poutine.trace(guide).get_trace(x, *args, **kwargs)
+
+        guide_trace = run_guide(x)
         sites = latent_sites(guide_trace)
         # The model sees copies of the latents that are leaves of its graph: its gradient is taken
         # at these leaves and handed on to the guide from there, so it never runs into the decoder.
@@ -145,12 +144,16 @@ class AVAESS(ImageELBO):
             for site, gradient in zip(sites, gradients):
                 # Zero in value, the chain rule in gradient.
                 chain = (site["value"] - site["value"].detach()) * gradient
-                reconstruction = reconstruction + rows(chain, site, site["fn"].event_dim).sum(1)
+                reconstruction = reconstruction + image_rows(chain, site).sum(1)
 
         loc, scale = gaussians([model_trace.nodes[site["name"]] for site in sites])
         kl = kl_divergence(Normal(*gaussians(sites)), Normal(loc.detach(), scale.detach()))
         terms = {"reconstruction": reconstruction, "kl": kl.sum(1)}
-        extra = _autoencoding_terms(model_trace, guide_trace, guide, self.rho, x, *args, **kwargs)
+
+        def encode(x: Tensor) -> list[Site]:
+            return latent_sites(run_guide(x))
+
+        extra = _autoencoding_terms(model_trace, sites, encode, self.rho, x)
         return add_terms(terms | {"loss": terms["kl"] - reconstruction}, extra)
 
 
@@ -165,17 +168,10 @@ def autoencoding(
 
 
 def _autoencoding_terms(
-    model_trace: Trace,
-    guide_trace: Trace,
-    guide: Program,
-    rho: float,
-    x: Tensor,
-    *args: Any,
-    **kwargs: Any,
+    model_trace: Trace, sites: list[Site], encode: EncodeSites, rho: float, x: Tensor
 ) -> Terms:
-    again = encode(guide, decoder_mean(model_trace, x).detach(), *args, **kwargs)
-    here = gaussians(latent_sites(guide_trace))
-    return {"autoencoding": autoencoding(*here, *gaussians(again), rho)}
+    again = encode(decoder_mean(model_trace, x).detach())
+    return {"autoencoding": autoencoding(*gaussians(sites), *gaussians(again), rho)}
 
 
 def _correlation(rho: float) -> float:

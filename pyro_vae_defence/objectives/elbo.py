@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
+from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.util import torch_item
@@ -33,9 +34,15 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_vae_defence.models.sites import image_site, latent_sites, per_image
-
-Program: TypeAlias = Callable[..., Any]
+from pyro_vae_defence.models.sites import (
+    Site,
+    check_mean_field,
+    image_site,
+    latent_sites,
+    per_image,
+)
+from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.types import PyroProgram
 
 Terms: TypeAlias = dict[str, Tensor]
 """Name of a term -> one value per image ``(N,)``, in nats."""
@@ -43,19 +50,20 @@ Terms: TypeAlias = dict[str, Tensor]
 Schedule: TypeAlias = Callable[[int], float]
 """Number of optimisation steps taken so far -> a weight."""
 
+EncodeSites: TypeAlias = Callable[[Tensor], list[Site]]
+"""Images -> the latent sites of one run of the guide on them."""
+
 
 class ImageELBO(TraceMeanField_ELBO):
     """Base of the objectives: a Pyro ELBO that keeps one value per image until the very end.
 
     A subclass overrides one hook, :meth:`particle_terms`; ``loss``, ``differentiable_loss`` and
     ``loss_and_grads``, all that :class:`pyro.infer.SVI` and :class:`pyro.infer.elbo.ELBOModule`
-    call, are sums of its ``"loss"`` over the images of the batch (a sum as everywhere in Pyro, not
-    a mean).
+    call, are sums of its ``"loss"`` over the images of the batch (sums, as everywhere in Pyro).
 
     ``num_particles`` draws of the latents are averaged. :attr:`step` counts the calls of
     ``loss_and_grads``, that is the optimisation steps; schedules read it, and whoever trains
-    through ``differentiable_loss`` sets it. :meth:`state_dict` has it, and whatever else a resumed
-    run needs.
+    through ``differentiable_loss`` sets it. :meth:`state_dict` has what a resumed run needs.
 
     Scales and masks that the programs set themselves act on the ELBO, as they do in Pyro; they
     change neither the terms reported nor what an objective adds to the ELBO.
@@ -64,8 +72,7 @@ class ImageELBO(TraceMeanField_ELBO):
     """
 
     def __init__(self, *, num_particles: int = 1) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"num_particles={num_particles!r} must be an integer of at least 1")
+        check_integer("num_particles", num_particles)
         super().__init__(num_particles=num_particles)
         self.step = 0
 
@@ -79,18 +86,19 @@ class ImageELBO(TraceMeanField_ELBO):
 
     @abstractmethod
     def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Terms from one draw of the latents, among them ``"loss"``; see :meth:`terms`."""
 
-    def terms(self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any) -> Terms:
+    def terms(
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Terms:
         """Every term of the objective, one value per image, for logging.
 
         ``model`` and ``guide`` run on the images ``x`` of shape ``(N, C, H, W)`` or ``(N, ...)``
         and on the further arguments. The result maps names to tensors ``(N,)`` in nats:
         ``"reconstruction"`` is log p(x|z), ``"kl"`` is KL(q(z|x) || p(z)), both without any
-        weight; further names are the subclass's; ``"loss"`` is what training minimises. Advances
-        no counter.
+        weight; ``"loss"`` is what training minimises; further names are the subclass's.
         """
         particles = [
             self.particle_terms(model, guide, x, *args, **kwargs) for _ in range(self.num_particles)
@@ -101,18 +109,20 @@ class ImageELBO(TraceMeanField_ELBO):
         }
 
     def differentiable_loss(
-        self, model: Program, guide: Program, *args: Any, **kwargs: Any
+        self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Loss of the batch, a scalar tensor with a gradient."""
         loss = self.terms(model, guide, *args, **kwargs)["loss"].sum()
         warn_if_nan(loss, "loss")
         return loss
 
-    def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss(self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any) -> float:
         """Loss of the batch, a number; leaves no gradient and advances no counter."""
         return torch_item(self.differentiable_loss(model, guide, *args, **kwargs))
 
-    def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any
+    ) -> float:
         """Loss of the batch; adds its gradient to the parameters and one to :attr:`step`."""
         total = 0.0
         for _ in range(self.num_particles):
@@ -140,14 +150,42 @@ class BetaELBO(ImageELBO):
 
     def __init__(self, beta: float | Schedule = 1.0, *, num_particles: int = 1) -> None:
         super().__init__(num_particles=num_particles)
-        self.beta = beta if callable(beta) else positive("beta", beta)
+        self.beta = check_weight("beta", beta)
 
     def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Run both programs with their latent sites scaled by beta."""
         scaled = _ScaleLatents(weight_at("beta", self.beta, self.step))
         return elbo_terms(*self._get_trace(scaled(model), scaled(guide), (x, *args), kwargs))
+
+
+class MeanFieldELBO(ImageELBO):
+    """Base of objectives that add terms to the negative ELBO of a Gaussian mean-field VAE.
+
+    A subclass overrides :meth:`extra_terms`. When evaluated, raises ``ValueError`` for a guide that
+    is not Gaussian or whose sites depend on each other.
+    """
+
+    def particle_terms(
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Terms:
+        """Add the further terms to those of the negative ELBO, each with weight one."""
+        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
+        check_mean_field(model_trace, guide_trace)
+
+        def encode(x: Tensor) -> list[Site]:
+            return latent_sites(poutine.trace(guide).get_trace(x, *args, **kwargs))
+
+        terms = elbo_terms(model_trace, guide_trace)
+        extra = self.extra_terms(model_trace, latent_sites(guide_trace), encode, x)
+        return add_terms(terms, extra)
+
+    @abstractmethod
+    def extra_terms(
+        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
+    ) -> Terms:
+        """Terms ``(N,)`` of the guide's latent sites at ``x``; ``encode`` runs the guide."""
 
 
 class _ScaleLatents(Messenger):
@@ -173,7 +211,7 @@ def elbo_terms(model_trace: Trace, guide_trace: Trace) -> Terms:
     loss = -per_image(image["log_prob"], image)
     kl = torch.zeros_like(reconstruction)
     for site in latent_sites(guide_trace):
-        divergence = site_kl(site, model_trace.nodes[site["name"]])
+        divergence = site_kl(site, model_trace)
         kl = kl + per_image(divergence, site)
         loss = loss + per_image(scale_and_mask(divergence, site["scale"], site["mask"]), site)
     return {"reconstruction": reconstruction, "kl": kl, "loss": loss}
@@ -184,8 +222,9 @@ def add_terms(terms: Terms, extra: Terms) -> Terms:
     return terms | extra | {"loss": terms["loss"] + sum(extra.values())}
 
 
-def site_kl(guide_site: Any, model_site: Any) -> Tensor:
+def site_kl(guide_site: Site, model_trace: Trace) -> Tensor:
     """KL of one latent site, in the site's batch shape; analytic, or else log q - log p."""
+    model_site: Site = model_trace.nodes[guide_site["name"]]
     try:
         return kl_divergence(guide_site["fn"], model_site["fn"])
     except NotImplementedError:
@@ -209,7 +248,7 @@ def linear_schedule(num_steps: int, end: float = 1.0, start: float = 0.0) -> Sch
         raise ValueError(f"num_steps={num_steps!r} must be at least 1")
     if not 0 <= start < float("inf"):
         raise ValueError(f"start={start!r} must be a finite number of at least 0")
-    positive("end", end)
+    check_positive("end", end)
 
     def weight(step: int) -> float:
         return start + (end - start) * min(1.0, (step + 1) / num_steps)
@@ -217,13 +256,11 @@ def linear_schedule(num_steps: int, end: float = 1.0, start: float = 0.0) -> Sch
     return weight
 
 
-def positive(name: str, value: float) -> float:
-    """``value``, or ``ValueError`` unless it is positive and finite."""
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value!r} must be positive and finite")
-    return value
+def check_weight(name: str, weight: float | Schedule) -> float | Schedule:
+    """A weight whose value, if it is constant, was found to be positive and finite."""
+    return weight if callable(weight) else check_positive(name, weight)
 
 
 def weight_at(name: str, weight: float | Schedule, step: int) -> float:
     """Value of a constant or scheduled weight at ``step``, checked to be positive and finite."""
-    return positive(f"{name} at step {step}", weight(step)) if callable(weight) else weight
+    return check_positive(f"{name} at step {step}", weight(step)) if callable(weight) else weight

@@ -31,28 +31,18 @@ Cemgil, Ghaisas, Dvijotham, Kohli, "Adversarially Robust Representations with Sm
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_vae_defence.models.sites import Site, latent_sites, per_image
-from pyro_vae_defence.objectives._read import check_mean_field, gaussians
-from pyro_vae_defence.objectives.elbo import (
-    ImageELBO,
-    Program,
-    Terms,
-    add_terms,
-    elbo_terms,
-    positive,
-    site_kl,
-)
+from pyro_vae_defence.models.sites import Site, gaussians, per_image
+from pyro_vae_defence.objectives.elbo import EncodeSites, MeanFieldELBO, Terms, site_kl
+from pyro_vae_defence.ops.checks import check_positive
 from pyro_vae_defence.types import Perturb
 
 
-class SE(ImageELBO):
+class SE(MeanFieldELBO):
     """The smooth encoder's objective; see the module's text.
 
     ``perturb`` maps images ``(N, C, H, W)`` to their worst neighbours under the encoder *as it is
@@ -73,28 +63,16 @@ class SE(ImageELBO):
     def __init__(self, perturb: Perturb, gamma: float, *, num_particles: int = 1) -> None:
         super().__init__(num_particles=num_particles)
         self.perturb = perturb
-        self.gamma = positive("gamma", gamma)
+        self.gamma = check_positive("gamma", gamma)
 
-    def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+    def extra_terms(
+        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
     ) -> Terms:
-        """Add the neighbour's KL and the coupling to the negative ELBO."""
-        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
-        check_mean_field(model_trace, guide_trace)
-        neighbour = encode(guide, perturbed(self.perturb, x), *args, **kwargs)
-        return add_terms(
-            elbo_terms(model_trace, guide_trace),
-            smoothness_terms(model_trace, guide_trace, neighbour, self.gamma),
-        )
-
-
-def smoothness_terms(
-    model_trace: Trace, guide_trace: Trace, neighbour: list[Site], gamma: float
-) -> Terms:
-    """``kl_adv`` and ``omega`` for the latent sites of the neighbouring images."""
-    kl_adv = [per_image(site_kl(site, model_trace.nodes[site["name"]]), site) for site in neighbour]
-    coupling = omega(*gaussians(latent_sites(guide_trace)), *gaussians(neighbour), gamma)
-    return {"kl_adv": torch.stack(kl_adv).sum(0), "omega": coupling}
+        """The neighbour's KL and the coupling."""
+        neighbour = encode(perturbed(self.perturb, x))
+        kl_adv = [per_image(site_kl(site, model_trace), site) for site in neighbour]
+        coupling = omega(*gaussians(sites), *gaussians(neighbour), self.gamma)
+        return {"kl_adv": torch.stack(kl_adv).sum(0), "omega": coupling}
 
 
 def omega(loc: Tensor, scale: Tensor, loc_adv: Tensor, scale_adv: Tensor, gamma: float) -> Tensor:
@@ -121,8 +99,3 @@ def perturbed(perturb: Perturb, x: Tensor) -> Tensor:
             "it must keep the shape"
         )
     return x_adv
-
-
-def encode(guide: Program, x: Tensor, *args: Any, **kwargs: Any) -> list[Site]:
-    """Latent sites of one run of the guide on ``x``."""
-    return latent_sites(poutine.trace(guide).get_trace(x, *args, **kwargs))

@@ -1,7 +1,6 @@
 r"""beta-TCVAE: weight the total correlation of the latents, not their whole KL, by beta.
 
-With the aggregate posterior :math:`q(z) = \frac1N \sum_n q(z|x_n)` over the data set, the loss of
-an image is
+With the aggregate posterior :math:`q(z) = \frac1N \sum_n q(z|x_n)` of the data, an image's loss is
 
 .. math:: -\mathcal L(x_i) + (\beta - 1) TC_i, \qquad
    TC_i = \log \hat q(z_i) - \sum_d \log \hat q(z_{id}), \quad z_i \sim q(z|x_i).
@@ -21,8 +20,7 @@ x_j)` and a weight :math:`W_{ij}` for encoding j as seen from sample i,
     that :math:`x_i` is in the batch, its logarithm is not.
 ``published``
     What the code published with the paper trained: the weights of ``mws``, but reduced over the
-    samples i instead of the encodings j. It estimates no density; it is here to reproduce that
-    model.
+    samples i instead of the encodings j. It estimates no density; it reproduces that model.
 
 **A batch barely sees the total correlation.** The logarithm of a density is resolved only by
 batches that are large against :math:`\chi^2`, the chi-squared information between images and
@@ -44,17 +42,21 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.sites import latent_sites
-from pyro_vae_defence.objectives._read import check_mean_field, gaussians, values
+from pyro_vae_defence.models.sites import (
+    check_mean_field,
+    gaussians,
+    latent_sites,
+    latent_values,
+)
 from pyro_vae_defence.objectives.elbo import (
     ImageELBO,
-    Program,
     Schedule,
     Terms,
+    check_weight,
     elbo_terms,
-    positive,
     weight_at,
 )
+from pyro_vae_defence.types import PyroProgram
 
 Estimator = Literal["mws", "mss", "published"]
 
@@ -65,9 +67,8 @@ class BetaTCVAE(ImageELBO):
     ``beta`` is a positive number or schedule, 1 being the plain ELBO; ``data_size`` is N, the
     number of training images. Terms: ``reconstruction``, ``kl``, ``total_correlation``, ``loss``.
 
-    Raises ``ValueError`` for ``beta`` not positive, ``data_size`` smaller than 1 or than a batch,
-    an unknown ``estimator``, and for a guide that is not Gaussian or whose sites depend on each
-    other.
+    Raises ``ValueError`` for ``beta`` not positive, ``data_size`` below 1 or the batch size,
+    an unknown ``estimator``, and a guide that is not Gaussian or whose sites depend on each other.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class BetaTCVAE(ImageELBO):
         _check_estimator(estimator)
         if data_size < 1:
             raise ValueError(f"data_size={data_size!r} must be the number of training images")
-        self.beta = beta if callable(beta) else positive("beta", beta)
+        self.beta = check_weight("beta", beta)
         self.data_size = data_size
         self.estimator: Estimator = estimator
 
     def particle_terms(
-        self, model: Program, guide: Program, x: Tensor, *args: Any, **kwargs: Any
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Add ``(beta - 1) total_correlation`` to the negative ELBO."""
         beta = weight_at("beta", self.beta, self.step)
@@ -95,7 +96,8 @@ class BetaTCVAE(ImageELBO):
         check_mean_field(model_trace, guide_trace)
         sites = latent_sites(guide_trace)
         terms = elbo_terms(model_trace, guide_trace)
-        tc = total_correlation(values(sites), *gaussians(sites), self.data_size, self.estimator)
+        z, (loc, scale) = latent_values(sites), gaussians(sites)
+        tc = total_correlation(z, loc, scale, self.data_size, self.estimator)
         return terms | {"total_correlation": tc, "loss": terms["loss"] + (beta - 1) * tc}
 
 
@@ -105,11 +107,9 @@ def total_correlation(
     """Estimate of the total correlation at each sample of a batch, ``(M,)`` in nats.
 
     ``latents`` of shape ``(M, D)`` are samples of the Gaussians ``loc``, ``scale``, ``(M, D)``
-    each; memory is ``M * M * D``. The value of ``mws`` contains the constant ``(D - 1)
-    log(data_size)``.
+    each; memory is ``M * M * D``. That of ``mws`` contains the constant ``(D - 1) log(data_size)``.
 
-    Raises ``ValueError`` for an unknown ``estimator``, ``data_size < M``, and ``M = 1`` with
-    ``mss``.
+    Raises ``ValueError`` for an unknown ``estimator``, ``data_size < M``, and ``mss`` with M = 1.
     """
     _check_estimator(estimator)
     batch_size = latents.shape[0]

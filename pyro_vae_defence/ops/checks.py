@@ -11,7 +11,8 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-def check_positive(name: str, value: float) -> None:
-    """``ValueError`` naming the argument unless ``value`` is positive."""
-    if not value > 0:
-        raise ValueError(f"{name}={value} must be positive: pass a larger one")
+def check_positive(name: str, value: float) -> float:
+    """``value``, or a ``ValueError`` naming the argument unless it is positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}={value!r} must be positive and finite")
+    return value

@@ -9,7 +9,7 @@ from typing import Literal
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.types import Latents
 
-Schedule = Literal["plateau", "one_cycle", "constant"]
+LearningRateSchedule = Literal["plateau", "one_cycle", "constant"]
 Precision = Literal["float32", "bfloat16"]
 
 
@@ -48,7 +48,7 @@ class FitConfig:
 
     epochs: int = 300
     learning_rate: float = 5e-4
-    schedule: Schedule = "plateau"
+    schedule: LearningRateSchedule = "plateau"
     factor: float = 0.5
     patience: int = 10
     clip_norm: float | None = None

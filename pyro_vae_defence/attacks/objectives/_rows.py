@@ -10,16 +10,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.program import decode, encode, posterior_mean
+from pyro_vae_defence.models.program import (
+    check_guide,
+    check_images,
+    check_vae,
+    decode,
+    encode,
+    evaluation_mode,
+    posterior_mean,
+)
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, Latents
+from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
 
 LatentsOf = Literal["sample", "mean"]
+T = TypeVar("T")
 
 
 def prepare(prepared: Callable[..., Any], x_ref: Tensor, streams: Streams) -> Any:
@@ -37,8 +47,7 @@ def own_streams(x_ref: Tensor, streams: Streams | None) -> Streams:
 
 
 def draws(streams: Streams, num_draws: int) -> list[Streams]:
-    """Independent streams for ``num_draws`` draws of the same rows; the first is ``streams``
-    itself."""
+    """Independent streams for draws of the same rows; the first is ``streams`` itself."""
     return [streams._replace(seed=(streams.seed + i) % 2**64) for i in range(num_draws)]
 
 
@@ -60,7 +69,7 @@ def of_rows(value: Tensor, streams: Streams, name: str) -> Tensor:
     return value[streams.image]
 
 
-def encode_rows(vae: VAE, x: Tensor, of: LatentsOf, streams: Streams) -> Latents:
+def encode_rows(vae: VAE, x: Tensor, of: LatentsOf, streams: Streams | None = None) -> Latents:
     """A draw from the guide with the rows' own noise, or its means."""
     return encode(vae, x, streams=streams) if of == "sample" else posterior_mean(vae, x)
 
@@ -73,6 +82,50 @@ def reconstruct(vae: VAE, x: Tensor, of: LatentsOf, streams: Streams) -> Tensor:
 def average(values: list[Tensor]) -> Tensor:
     """Mean over draws of values per image."""
     return torch.stack(values).mean(0)
+
+
+def between(
+    vae: VAE,
+    read: Callable[[Tensor, Streams], T],
+    distance: Callable[[T, T], Tensor],
+    x_target: Tensor | None,
+    num_draws: int,
+) -> PreparedObjective:
+    """Distance of what is read of an image from what is read of its reference, to be made large; or
+    minus that from what is read of its target.
+
+    Args:
+        vae: any Pyro VAE.
+        read: images and the noise of one draw to what is compared.
+        distance: of two readings, ``(N,)``.
+        x_target: target images ``(N, C, H, W)``, one per reference or a single one.
+        num_draws: noise draws averaged over, the same for both images.
+    """
+    check_vae(vae)
+    check_integer("num_draws", num_draws)
+    if x_target is not None:
+        check_images(x_target, "x_target")
+    sign = 1.0 if x_target is None else -1.0
+
+    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
+        streams = own_streams(x_ref, streams)
+        noises = draws(streams, num_draws)
+        other = x_ref if x_target is None else of_rows(x_target, streams, "x_target")
+
+        def at(x: Tensor) -> list[T]:
+            with evaluation_mode(vae):
+                return [read(x, noise) for noise in noises]
+
+        with torch.no_grad():
+            check_guide(vae, x_ref, streams=streams)
+            fixed = at(other)
+
+        def objective(x: Tensor) -> Tensor:
+            return sign * average([distance(p, q) for p, q in zip(at(x), fixed, strict=True)])
+
+        return objective
+
+    return prepare
 
 
 def check_latents(of: str) -> None:

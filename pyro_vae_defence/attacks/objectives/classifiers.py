@@ -20,7 +20,6 @@ parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690 (section 4,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,14 +63,12 @@ def cross_entropy(
     latents: LatentsOf = "mean",
     num_draws: int = 1,
 ) -> PreparedObjective:
-    """Cross-entropy of the label, in nats; with targets, minus that of the target (Table 1,
-    adversarial accuracy).
+    """Cross-entropy of the label, in nats; with targets, minus that of the target (Table 1).
 
     Args:
         vae: any Pyro VAE.
         classifier: latents to scores.
-        labels: int64 ``(N,)``; the classes predicted at the references when ``None``. Not used with
-            targets.
+        labels: int64 ``(N,)``, not used with targets; those predicted at references if ``None``.
         targets: int64 ``(N,)`` or ``(1,)``, the classes to be reached.
         latents: classify a ``"sample"`` of the guide (as in Table 1), or its ``"mean"``.
         num_draws: noise draws averaged over; one is enough for means.
@@ -91,8 +88,7 @@ def dlr(
     latents: LatentsOf = "mean",
     num_draws: int = 1,
 ) -> PreparedObjective:
-    """Difference of logits ratio; arguments as for :func:`cross_entropy`, labels are used with
-    targets too.
+    """Difference of logits ratio; as :func:`cross_entropy`, but labels are used with targets too.
 
     Raises:
         ValueError: as above, and with fewer than 3 classes (4 with targets).
@@ -109,37 +105,24 @@ def misclassified(
     targets: Tensor | None = None,
     latents: LatentsOf = "mean",
 ) -> PreparedCriterion:
-    """Criterion for ``stop``: the class is no longer the label's, or, with targets, is the
-    target's.
-
-    Arguments as for :func:`cross_entropy`.
-    """
-    settle = _settle(2, vae, classifier, labels, targets, latents, 1)
+    """Criterion for ``stop``: the class is not the label's, or, with targets, is the target's;
+    arguments as for :func:`cross_entropy`."""
+    differs = _on_scores(_differs, 2, vae, classifier, labels, targets, latents, 1)
 
     def prepare(x_ref: Tensor, streams: Streams | None = None) -> Criterion:
-        scores, label, target = settle(x_ref, streams)
+        objective = differs(x_ref, streams)
 
         def criterion(x: Tensor, value: Tensor) -> Tensor:
             with torch.no_grad():
-                predicted = scores(x)[0].argmax(1)
-            return predicted != label if target is None else predicted == target
+                return objective(x) > 0.5
 
         return criterion
 
     return prepare
 
 
-def _on_scores(loss: _Loss, least: int, *settings: Any) -> PreparedObjective:
-    settle = _settle(least, *settings)
-
-    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
-        scores, label, target = settle(x_ref, streams)
-        return lambda x: average([loss(score, label, target) for score in scores(x)])
-
-    return prepare
-
-
-def _settle(
+def _on_scores(
+    loss: _Loss,
     least: int,
     vae: VAE,
     classifier: Classifier,
@@ -147,10 +130,8 @@ def _settle(
     targets: Tensor | None,
     latents: LatentsOf,
     num_draws: int,
-) -> Callable[
-    [Tensor, Streams | None], tuple[Callable[[Tensor], list[Tensor]], Tensor, Tensor | None]
-]:
-    """Check the settings; return references -> (images -> scores per draw, labels, targets)."""
+) -> PreparedObjective:
+    """A loss of scores of at least ``least`` classes, averaged over draws."""
     check_vae(vae)
     check_integer("num_draws", num_draws)
     check_latents(latents)
@@ -162,7 +143,7 @@ def _settle(
         ):
             raise ValueError(f"{name} must be an int64 tensor (N,), got {classes!r}")
 
-    def settle(x_ref: Tensor, streams: Streams | None) -> Any:
+    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
         streams = own_streams(x_ref, streams)
         noises = draws(streams, num_draws)
 
@@ -180,9 +161,14 @@ def _settle(
             )
         label = first.argmax(1) if labels is None else of_rows(labels, streams, "labels")
         target = None if targets is None else of_rows(targets, streams, "targets")
-        return scores, label, target
+        return lambda x: average([loss(score, label, target) for score in scores(x)])
 
-    return settle
+    return prepare
+
+
+def _differs(scores: Tensor, label: Tensor, target: Tensor | None) -> Tensor:
+    predicted = scores.argmax(1)
+    return (predicted != label if target is None else predicted == target).to(scores)
 
 
 def _cross_entropy(scores: Tensor, label: Tensor, target: Tensor | None) -> Tensor:

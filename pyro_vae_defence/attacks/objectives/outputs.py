@@ -15,27 +15,10 @@ of variational autoencoders", AISTATS 2021, https://arxiv.org/abs/2007.07365 (ma
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pyro_vae_defence.attacks.objectives._rows import (
-    LatentsOf,
-    average,
-    check_latents,
-    draws,
-    of_rows,
-    own_streams,
-    reconstruct,
-)
-from pyro_vae_defence.models.program import (
-    check_guide,
-    check_images,
-    check_vae,
-    evaluation_mode,
-)
-from pyro_vae_defence.ops.checks import check_integer
-from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, Objective, PreparedObjective
+from pyro_vae_defence.attacks.objectives._rows import LatentsOf, between, check_latents, reconstruct
+from pyro_vae_defence.types import VAE, PreparedObjective
 
 
 def maximum_damage(
@@ -62,35 +45,17 @@ def targeted_output(
         latents: decode a ``"sample"`` of the guide, or its ``"mean"``.
         num_draws: noise draws averaged over; one is enough for means.
     """
-    check_images(x_target, "x_target")
     return _between_outputs(vae, x_target, latents, num_draws)
 
 
 def _between_outputs(
     vae: VAE, x_target: Tensor | None, latents: LatentsOf, num_draws: int
 ) -> PreparedObjective:
-    check_vae(vae)
     check_latents(latents)
-    check_integer("num_draws", num_draws)
-    sign = 1.0 if x_target is None else -1.0
-
-    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
-        streams = own_streams(x_ref, streams)
-        noises = draws(streams, num_draws)
-        other = x_ref if x_target is None else of_rows(x_target, streams, "x_target")
-
-        def at(x: Tensor) -> list[Tensor]:
-            with evaluation_mode(vae):
-                return [reconstruct(vae, x, latents, noise) for noise in noises]
-
-        with torch.no_grad():
-            check_guide(vae, x_ref, streams=streams)
-            fixed = at(other)
-
-        def objective(x: Tensor) -> Tensor:
-            distances = [(a - b).square().flatten(1).sum(1) for a, b in zip(at(x), fixed)]
-            return sign * average(distances)
-
-        return objective
-
-    return prepare
+    return between(
+        vae,
+        lambda x, noise: reconstruct(vae, x, latents, noise),
+        lambda a, b: (a - b).square().flatten(1).sum(1),
+        x_target,
+        num_draws,
+    )

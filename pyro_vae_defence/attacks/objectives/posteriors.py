@@ -40,27 +40,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from pyro_vae_defence.attacks.objectives._rows import (
-    average,
-    draws,
-    of_rows,
-    own_streams,
-)
-from pyro_vae_defence.models.program import (
-    check_guide,
-    check_images,
-    check_vae,
-    evaluation_mode,
-    posterior,
-)
+from pyro_vae_defence.attacks.objectives._rows import between
+from pyro_vae_defence.models.program import posterior
 from pyro_vae_defence.ops import divergences
-from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.divergences import Posterior
-from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, Objective, PreparedObjective
+from pyro_vae_defence.types import VAE, PreparedObjective
 
 Sites = int | str | Sequence[str] | None
 
@@ -75,8 +61,7 @@ def symmetric_kl(
 def forward_kl(
     vae: VAE, x_target: Tensor | None = None, *, sites: Sites = None, num_draws: int = 1
 ) -> PreparedObjective:
-    """KL(q at the attacked image || q at the other), in nats; with targets, Table 1's latent space
-    attack."""
+    """KL(q at the attacked image || q at the other), in nats (Table 1, latent space attack)."""
     return _between_posteriors(vae, divergences.kl, x_target, sites, num_draws)
 
 
@@ -108,41 +93,22 @@ def _between_posteriors(
     sites: Sites,
     num_draws: int,
 ) -> PreparedObjective:
-    check_vae(vae)
-    check_integer("num_draws", num_draws)
     _check_sites(sites)
-    if x_target is not None:
-        check_images(x_target, "x_target")
-    sign = 1.0 if x_target is None else -1.0
-
-    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
-        streams = own_streams(x_ref, streams)
-        noises = draws(streams, num_draws)
-        other = x_ref if x_target is None else of_rows(x_target, streams, "x_target")
-
-        def at(x: Tensor) -> list[Posterior]:
-            with evaluation_mode(vae):
-                return [_choose(posterior(vae, x, streams=noise), sites) for noise in noises]
-
-        with torch.no_grad():
-            check_guide(vae, x_ref, streams=streams)
-            fixed = at(other)
-
-        def objective(x: Tensor) -> Tensor:
-            return sign * average([divergence(p, q) for p, q in zip(at(x), fixed)])
-
-        return objective
-
-    return prepare
+    return between(
+        vae,
+        lambda x, noise: _choose(posterior(vae, x, streams=noise), sites),
+        divergence,
+        x_target,
+        num_draws,
+    )
 
 
 def _check_sites(sites: Sites) -> None:
-    if sites is None or isinstance(sites, str):
-        return
     if isinstance(sites, int):
-        if sites < 1 or isinstance(sites, bool):
-            raise ValueError(f"sites must be names, or a number of at least 1, got {sites!r}")
-    elif not sites or not all(isinstance(name, str) for name in sites):
+        fits = sites >= 1 and not isinstance(sites, bool)
+    else:
+        fits = sites is None or (bool(sites) and all(isinstance(name, str) for name in sites))
+    if not fits:
         raise ValueError(f"sites must be names, or a number of at least 1, got {sites!r}")
 
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae_defence.models.nvae.layers import (
-    BatchNorm,
     BatchNormSwish,
     Conv2d,
     FactorisedReduce,
     SqueezeExcite,
+    batch_norm,
+    nested,
     plain_conv,
     upsampling_skip,
 )
@@ -50,7 +51,7 @@ class ResidualConv(nn.Module):
         if kind == "bnswish":
             self.bn_act = BatchNormSwish(in_channels)
         elif kind == "bnelu":
-            self.bn = BatchNorm(in_channels)
+            self.bn = batch_norm(in_channels)
         stride = 2 if resize is Resize.DOWN else 1
         self.conv_0 = Conv2d(in_channels, out_channels, 3, stride=stride, dilation=dilation)
         self.kind = kind
@@ -64,72 +65,47 @@ class ResidualConv(nn.Module):
             x = F.elu(self.bn(x) if self.kind == "bnelu" else x)
         if self.upsample:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        out: Tensor = self.conv_0(x)
-        return out
+        return self.conv_0(x)
 
 
-class ConvBatchNormSwish(nn.Module):
-    """Convolution, batch norm, swish."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        groups: int = 1,
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(
-            plain_conv(in_channels, out_channels, kernel_size, stride, groups),
-            BatchNormSwish(out_channels),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``x``."""
-        out: Tensor = self.conv(x)
-        return out
+def _conv_batch_norm_swish(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    conv = plain_conv(in_channels, out_channels, kernel_size, stride, groups)
+    return nested("conv", nn.Sequential(conv, BatchNormSwish(out_channels)))
 
 
-class InvertedResidual(nn.Module):
+def inverted_residual(
+    in_channels: int,
+    out_channels: int,
+    resize: Resize,
+    *,
+    expansion: int,
+    kernel_size: int,
+    groups: int,
+) -> nn.Sequential:
     """[nearest upsampling ->] batch norm -> 1x1 -> depthwise or grouped -> 1x1 -> batch norm.
 
     Batch norm and swish follow the first two convolutions, which are ``expansion`` times wider.
     """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        resize: Resize,
-        *,
-        expansion: int,
-        kernel_size: int,
-        groups: int,
-    ) -> None:
-        super().__init__()
-        hidden = in_channels * expansion
-        groups = groups or hidden
-        if hidden % groups:
-            raise ValueError(
-                f"{in_channels} channels expanded {expansion} times do not divide into {groups} "
-                f"groups; choose num_channels_enc and num_channels_dec as multiples of {groups}"
-            )
-        upsample = [nn.Upsample(scale_factor=2)] if resize is Resize.UP else []
-        stride = 2 if resize is Resize.DOWN else 1
-        self.conv = nn.Sequential(
-            *upsample,
-            BatchNorm(in_channels),
-            ConvBatchNormSwish(in_channels, hidden, 1),
-            ConvBatchNormSwish(hidden, hidden, kernel_size, stride, groups),
-            plain_conv(hidden, out_channels, 1),
-            BatchNorm(out_channels),
+    hidden = in_channels * expansion
+    groups = groups or hidden
+    if hidden % groups:
+        raise ValueError(
+            f"{in_channels} channels expanded {expansion} times do not divide into {groups} "
+            f"groups; choose num_channels_enc and num_channels_dec as multiples of {groups}"
         )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``x``."""
-        out: Tensor = self.conv(x)
-        return out
+    upsample = [nn.Upsample(scale_factor=2)] if resize is Resize.UP else []
+    stride = 2 if resize is Resize.DOWN else 1
+    layers = nn.Sequential(
+        *upsample,
+        batch_norm(in_channels),
+        _conv_batch_norm_swish(in_channels, hidden, 1),
+        _conv_batch_norm_swish(hidden, hidden, kernel_size, stride, groups),
+        plain_conv(hidden, out_channels, 1),
+        batch_norm(out_channels),
+    )
+    return nested("conv", layers)
 
 
 _RESIDUAL = {
@@ -150,14 +126,8 @@ def build_op(name: str, in_channels: int, out_channels: int, resize: Resize) -> 
     if match is None:
         raise ValueError(f"operation {name!r} is unknown")
     expansion, kernel_size, groups = map(int, match.groups())
-    return InvertedResidual(
-        in_channels,
-        out_channels,
-        resize,
-        expansion=expansion,
-        kernel_size=kernel_size,
-        groups=groups,
-    )
+    sizes = dict(expansion=expansion, kernel_size=kernel_size, groups=groups)
+    return inverted_residual(in_channels, out_channels, resize, **sizes)
 
 
 class Cell(nn.Module):
@@ -187,5 +157,4 @@ class Cell(nn.Module):
         branch = x
         for op in self._ops:
             branch = op(branch)
-        out: Tensor = self.skip(x) + RESIDUAL_SCALE * self.se(branch)
-        return out
+        return self.skip(x) + RESIDUAL_SCALE * self.se(branch)

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from pyro_vae_defence.models.nvae.config import NVAEConfig
 from pyro_vae_defence.models.nvae.layers import Conv2d
 from pyro_vae_defence.models.nvae.nvae import NVAE
+from pyro_vae_defence.ops.files import write_atomically
 
-FORMAT = "pyro_vae_defence.nvae.v1"
+SAFETENSORS_FORMAT = "pyro_vae_defence.nvae.v1"
 _ALIAS = "weight_normalized"
 
 
@@ -78,24 +79,17 @@ def official_state_dict(network: NVAE) -> dict[str, Tensor]:
     return official
 
 
-def save_safetensors(network: NVAE, path: str | os.PathLike[str]) -> None:
+def save_safetensors(vae: NVAE, path: str | os.PathLike[str]) -> None:
     """Write the weights, and the configuration as JSON in the metadata.
 
     An existing file is replaced at once or not at all.
     """
-    path = Path(path)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    metadata = {"format": FORMAT, "config": json.dumps(network.config.to_dict(), sort_keys=True)}
-    content = safetensors.torch.save(tensors, metadata)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}
+    metadata = {
+        "format": SAFETENSORS_FORMAT,
+        "config": json.dumps(vae.config.to_dict(), sort_keys=True),
+    }
+    write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> NVAE:
@@ -103,16 +97,17 @@ def load_safetensors(path: str | os.PathLike[str]) -> NVAE:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, of another format, or its configuration, keys or shapes do
-            not fit.
+        ValueError: the file is damaged or foreign, or its configuration, keys or shapes do not fit.
     """
     path = Path(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"format is {metadata.get('format')!r}, expected {FORMAT!r}")
+        if metadata.get("format") != SAFETENSORS_FORMAT:
+            raise ValueError(
+                f"format is {metadata.get('format')!r}, expected {SAFETENSORS_FORMAT!r}"
+            )
         network = NVAE(NVAEConfig.from_dict(json.loads(metadata["config"])))
         _load(network, state_dict)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -157,14 +157,10 @@ class NVAEConfig:
                 least = 0 if field.name in _MAY_BE_ZERO else 1
                 if value < least:
                     raise ValueError(f"{field.name}={value} must be at least {least}")
-        if self.dataset not in INPUT_SIZES:
-            known = ", ".join(sorted(INPUT_SIZES))
-            raise ValueError(f"dataset={self.dataset!r} is unknown; choose one of {known}")
-        if self.arch_instance not in ARCHITECTURES:
-            known = ", ".join(sorted(ARCHITECTURES))
-            raise ValueError(
-                f"arch_instance={self.arch_instance!r} is unknown; choose one of {known}"
-            )
+        for name, known in (("dataset", INPUT_SIZES), ("arch_instance", ARCHITECTURES)):
+            if (value := getattr(self, name)) not in known:
+                choices = ", ".join(sorted(known))
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {choices}")
         if self.num_x_bits > 8:
             raise ValueError(f"num_x_bits={self.num_x_bits} must lie in 1..8")
         if self.num_preprocess_blocks != self.num_postprocess_blocks:

@@ -3,8 +3,7 @@ r"""Volume-preserving autoregressive flows that enrich the posterior of a latent
 .. math:: z' = z - m(z), \qquad \log\lvert\det \partial z' / \partial z\rvert = 0,
 
 where :math:`m` is a masked convolutional network: in raster order, and by channel within a pixel,
-:math:`m_i` reads only elements before :math:`i`. A mirrored flow reads the image from its other
-end.
+:math:`m_i` reads only elements before :math:`i`. A mirrored flow starts at the other end.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.distributions.transforms import AffineTransform, Transform
-from torch.nn import functional as F
 
 from pyro_vae_defence.models.nvae.config import NVAEConfig
-from pyro_vae_defence.models.nvae.layers import Conv2d
+from pyro_vae_defence.models.nvae.layers import Conv2d, nested
 
 HIDDEN_FACTOR = 6
 SHIFT_INIT = 0.1
@@ -32,8 +30,7 @@ def autoregressive_mask(
 
     Rows above the centre are free, and so is the left half of the centre row; at the centre itself
     an output channel reads the input channels of earlier blocks, and of its own unless
-    ``zero_diag``. ``mirror`` flips space, not channels. A depthwise kernel has one input channel,
-    its own.
+    ``zero_diag``. ``mirror`` flips space, not channels. A depthwise kernel reads its own channel.
     """
     mask = torch.zeros(out_channels, in_channels, kernel_size, kernel_size)
     centre = kernel_size // 2
@@ -79,47 +76,26 @@ class MaskedConv2d(Conv2d):
         return self._normalised(self.weight * self.mask)
 
 
-class _Context(nn.Module):
-    def __init__(self, channels: int, mirror: bool) -> None:
-        super().__init__()
-        hidden = HIDDEN_FACTOR * channels
-        self.convz = nn.Sequential(
-            MaskedConv2d(channels, hidden, 3, mirror=mirror, zero_diag=True),
-            nn.ELU(),
-            MaskedConv2d(hidden, hidden, 5, mirror=mirror, groups=hidden),
-            nn.ELU(),
-        )
-
-    def forward(self, z: Tensor) -> Tensor:
-        out: Tensor = self.convz(z)
-        return out
-
-
-class _Head(nn.Module):
-    def __init__(self, channels: int, mirror: bool) -> None:
-        super().__init__()
-        self.conv_0 = MaskedConv2d(
-            HIDDEN_FACTOR * channels, channels, 1, mirror=mirror, bias=True, init_scale=SHIFT_INIT
-        )
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        # The ELU of an ELU: the published models are trained that way.
-        out: Tensor = self.conv_0(F.elu(hidden))
-        return out
-
-
 class AutoregressiveShift(nn.Module):
     """The network ``m(z)``; z and result ``(..., L, h, w)``, element i reads those before it."""
 
     def __init__(self, channels: int, *, mirror: bool) -> None:
         super().__init__()
-        self.conv = _Context(channels, mirror)
-        self.mu = _Head(channels, mirror)
+        hidden = HIDDEN_FACTOR * channels
+        context = nn.Sequential(
+            MaskedConv2d(channels, hidden, 3, mirror=mirror, zero_diag=True),
+            nn.ELU(),
+            MaskedConv2d(hidden, hidden, 5, mirror=mirror, groups=hidden),
+            nn.ELU(),
+            nn.ELU(),  # the ELU of an ELU: the published models are trained that way
+        )
+        shift = MaskedConv2d(hidden, channels, 1, mirror=mirror, bias=True, init_scale=SHIFT_INIT)
+        self.conv = nested("convz", context)
+        self.mu = nested("conv_0", shift)
 
     def forward(self, z: Tensor) -> Tensor:
         """The shift ``m(z)``."""
-        out: Tensor = self.mu(self.conv(z.flatten(0, -4)))
-        return out.reshape(z.shape)
+        return self.mu(self.conv(z.flatten(0, -4))).reshape(z.shape)
 
 
 class FlowPair(nn.Module):
@@ -145,9 +121,8 @@ class ShiftTransform(Transform):
     """``z -> z - m(z)`` on events ``(L, h, w)``.
 
     The value just produced is inverted from the cache. Any other value is inverted by iterating
-    ``z = y + m(z)``, which ends after at most ``L h w`` steps because ``m`` is strictly
-    autoregressive, and in practice much earlier; gradients are those of the implicit function,
-    first order only.
+    ``z = y + m(z)``, which ends after at most ``L h w`` steps, in practice much earlier, because
+    ``m`` is strictly autoregressive; gradients are the implicit function's, first order only.
 
     Two transforms are equal when they share their network, so that the divergence of two posteriors
     behind the same flow is, as it must be, the divergence of their Gaussians.

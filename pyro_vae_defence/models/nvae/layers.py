@@ -9,6 +9,8 @@ Attribute names are those of the official state dict; they are part of the file 
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -76,9 +78,14 @@ def plain_conv(
     )
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm with NVAE's momentum."""
-    return nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM)
+def nested(name: str, layer: nn.Module) -> nn.Sequential:
+    """``layer`` one level down in the state dict, under ``name``."""
+    return nn.Sequential(OrderedDict({name: layer}))
+
+
+def batch_norm(channels: int) -> nn.Sequential:
+    """Batch norm with NVAE's momentum, without activation."""
+    return nested("bn", nn.BatchNorm2d(channels, momentum=BATCH_NORM_MOMENTUM))
 
 
 class BatchNormSwish(nn.BatchNorm2d):
@@ -90,19 +97,6 @@ class BatchNormSwish(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and activate ``x``."""
         return F.silu(super().forward(x))
-
-
-class BatchNorm(nn.Module):
-    """Batch norm without activation; the official state dict keeps it one level down."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.bn = batch_norm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x``."""
-        out: Tensor = self.bn(x)
-        return out
 
 
 class SqueezeExcite(nn.Module):
@@ -134,9 +128,9 @@ class FactorisedReduce(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         quarter = out_channels // 4
-        self.conv_1 = Conv2d(in_channels, quarter, 1, stride=2)
-        self.conv_2 = Conv2d(in_channels, quarter, 1, stride=2)
-        self.conv_3 = Conv2d(in_channels, quarter, 1, stride=2)
+        self.conv_1, self.conv_2, self.conv_3 = (
+            Conv2d(in_channels, quarter, 1, stride=2) for _ in range(3)
+        )
         self.conv_4 = Conv2d(in_channels, out_channels - 3 * quarter, 1, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ MIN_DELTA = 1e-5
 UNIFORM_MARGIN = 1e-5
 
 
-def observation(config: NVAEConfig, logits: Tensor) -> TorchDistribution:
+def image_likelihood(config: NVAEConfig, logits: Tensor) -> TorchDistribution:
     """Distribution of the image, batch shape ``(N,)``, event shape ``config.image_shape``.
 
     Args:
@@ -70,9 +70,8 @@ def quantise(images: Tensor, num_bits: int) -> Tensor:
 class GaussianImage(dist.Normal):
     """Gaussian on ``y = 2x - 1`` seen as a distribution of ``x``; parameters ``(N, 6, H, W)``.
 
-    ``loc`` and ``scale`` are those of ``x``. The log-density is taken with respect to ``y``, as
-    published figures are; the density with respect to ``x`` is larger by ``log 2`` per channel and
-    pixel.
+    ``loc`` and ``scale`` are those of ``x``. The log-density is with respect to ``y``, as published
+    figures are; with respect to ``x`` it is larger by ``log 2`` per channel and pixel.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -81,8 +80,7 @@ class GaussianImage(dist.Normal):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Elementwise log-density of ``2 value - 1``, ``(N, 3, H, W)``."""
-        out: Tensor = super().log_prob(value) - math.log(2)
-        return out
+        return super().log_prob(value) - math.log(2)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> GaussianImage:
         """The same distribution on a larger batch."""
@@ -101,8 +99,7 @@ class DiscretisedLogisticMixture(TorchDistribution):
         logits: ``(N, 10 M, H, W)``: M mixture logits, then per colour M means, M log-scales and M
             coefficients before their tanh. The coefficients of red, green, blue slots are those of
             green on red, blue on red, blue on green.
-        num_bits: bits per channel; the images have ``2 ** num_bits`` equally spaced levels in [0,
-            1].
+        num_bits: bits per channel; images have ``2 ** num_bits`` equally spaced levels in [0, 1].
         validate_args: whether :meth:`log_prob` checks that images lie in [0, 1].
     """
 
@@ -204,8 +201,7 @@ class DiscretisedLogisticMixture(TorchDistribution):
         Args:
             uniform_mixture: ``(*, M, H, W)``, chooses the component (Gumbel trick).
             uniform_logistic: ``(*, 3, H, W)``, the noise of the colours.
-            temperature: divides the mixture logits, and, as in the official program, also divides
-                the scales.
+            temperature: divides the mixture logits and, as in the official program, the scales.
         """
         score = self.mixture_logits / temperature - (-uniform_mixture.log()).log()
         choice = score.argmax(dim=-3, keepdim=True).unsqueeze(-4)
@@ -243,9 +239,8 @@ def _(likelihood: DiscretisedLogisticMixture, x: Tensor, ball: Ball) -> Tensor:
     observed pixel and, for every component, the levels in reach closest to its means in turn; then
     steps of single channels by .., 4, 2, 1 levels up and down, each kept where the likelihood
     rises. It never falls on the way, in some 50 evaluations at a radius of .1 and 8 bits. The
-    result is the minimum of most pixels but not proved to be: with random logits all triples of
-    levels do better in one pixel of twenty (the tests compare), by a nat or two per image where the
-    ball gains hundreds.
+    result is the minimum of most pixels but not proved to be: with random logits all triples do
+    better in one pixel of twenty (the tests compare), by a nat or two; the ball gains hundreds.
     """
     if not isinstance(ball, Linf):
         raise ValueError(

@@ -18,10 +18,9 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions.transforms import AffineTransform
 
-from pyro_vae_defence.models.nvae import likelihoods
 from pyro_vae_defence.models.nvae.flows import FlowPosterior
-from pyro_vae_defence.models.nvae.nvae import NVAE, Path, TopDownState
-from pyro_vae_defence.models.nvae.samplers import gaussian
+from pyro_vae_defence.models.nvae.network import NVAENetwork, TopDownPath, TopDownState
+from pyro_vae_defence.models.nvae.samplers import from_noise, gaussian
 from pyro_vae_defence.types import Latents, LatentsLike
 
 
@@ -33,47 +32,35 @@ class NonCentredNVAE:
 
     Args:
         vae: the network.
+
+    Attributes:
+        image_shape: shape ``(C, H, W)`` of the images.
+        sites: names of the noise sites, from the top down.
     """
 
-    def __init__(self, vae: NVAE) -> None:
+    def __init__(self, vae: NVAENetwork) -> None:
         self.vae = vae
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of the images."""
-        return self.vae.image_shape
+        self.image_shape = vae.image_shape
+        self.sites = tuple(site.replace("z", "eps") for site in vae.sites)
 
     @property
     def mean_posterior_variance(self) -> Latents | None:
         """The training set's mean variance of the guide per site, where it is known."""
         return self.vae.mean_noise_variance
 
-    @staticmethod
-    def site(group: int) -> str:
-        """Name of the noise site of ``group``, counted from the top."""
-        return f"eps_{group:02d}"
-
-    @property
-    def sites(self) -> tuple[str, ...]:
-        """Names of the noise sites, from the top down."""
-        return tuple(self.site(group) for group in range(self.vae.config.num_groups))
-
     def model(self, x: Tensor) -> TorchDistribution:
         """Generative program p(x, noise), as :meth:`NVAE.model`."""
-        image = self.vae._image(x)
-        self.vae._register()
+        image = self.vae.observed(x)
+        self.vae.register()
 
         def choose(group: int, state: TopDownState) -> Tensor:
             prior = gaussian(state.prior)
             zeros = torch.zeros_like(prior.loc)
             standard = dist.Normal(zeros, torch.ones_like(zeros), validate_args=False)
-            noise = pyro.sample(self.site(group), standard.to_event(3))
-            z: Tensor = prior.loc + prior.scale * noise
-            return z
+            return from_noise(prior, pyro.sample(self.sites[group], standard.to_event(3)))
 
         with pyro.plate("data", x.shape[0]):
-            path = self.vae._walk(x.shape[0], choose)
-            observation = likelihoods.observation(self.vae.config, self.vae._output(path))
+            observation = self.vae.likelihood(self.vae.walk(x.shape[0], choose))
             pyro.sample("obs", observation, obs=image)
         return observation
 
@@ -83,13 +70,13 @@ class NonCentredNVAE:
         Returns:
             Site name -> noise ``(N, L, h, w)``.
         """
-        encoded = self.vae._encode(x)
-        self.vae._register()
+        encoded = self.vae.bottom_up(x)
+        self.vae.register()
         sampled: Latents = {}
 
         def choose(group: int, state: TopDownState) -> Tensor:
             prior = gaussian(state.prior)
-            posterior, flow = self.vae._posterior(group, state, encoded)
+            posterior, flow = self.vae.posterior(group, state, encoded)
             q: TorchDistribution
             if flow:
                 to_noise = AffineTransform(
@@ -99,12 +86,11 @@ class NonCentredNVAE:
             else:
                 loc = (posterior.loc - prior.loc) / prior.scale
                 q = dist.Normal(loc, posterior.scale / prior.scale, validate_args=False).to_event(3)
-            sampled[self.site(group)] = noise = pyro.sample(self.site(group), q)
-            z: Tensor = prior.loc + prior.scale * noise
-            return z
+            sampled[self.sites[group]] = noise = pyro.sample(self.sites[group], q)
+            return from_noise(prior, noise)
 
         with pyro.plate("data", x.shape[0]):
-            self.vae._walk(x.shape[0], choose)
+            self.vae.walk(x.shape[0], choose)
         return sampled
 
     def to_latents(self, noise: LatentsLike) -> Latents:
@@ -117,8 +103,8 @@ class NonCentredNVAE:
 
     def to_noise(self, latents: LatentsLike) -> Latents:
         """Latents of ``vae`` -> noise; inverse of :meth:`to_latents`, with the same errors."""
-        values = self.vae._checked(latents, self.vae.sites)
-        path = self.vae._walk(values[0].shape[0], lambda group, _: values[group])
+        values = self.vae.in_order(latents, self.vae.sites)
+        path = self.vae.walk(values[0].shape[0], lambda group, _: values[group])
         priors = [gaussian(state.prior) for state in path.states]
         return {
             site: (z - prior.loc) / prior.scale
@@ -127,19 +113,11 @@ class NonCentredNVAE:
 
     def observation(self, noise: LatentsLike) -> TorchDistribution:
         """p(x | noise), batch shape ``(N,)``; errors as in :meth:`to_latents`."""
-        return likelihoods.observation(self.vae.config, self.vae._output(self._path(noise)))
+        return self.vae.likelihood(self._path(noise))
 
     def decode(self, noise: LatentsLike) -> Tensor:
         """Mean of p(x | noise): images ``(N, C, H, W)``; errors as in :meth:`to_latents`."""
-        images: Tensor = self.observation(noise).mean
-        return images
+        return self.observation(noise).mean
 
-    def _path(self, noise: LatentsLike) -> Path:
-        draws = self.vae._checked(noise, self.sites)
-
-        def choose(group: int, state: TopDownState) -> Tensor:
-            prior = gaussian(state.prior)
-            z: Tensor = prior.loc + prior.scale * draws[group]
-            return z
-
-        return self.vae._walk(draws[0].shape[0], choose)
+    def _path(self, noise: LatentsLike) -> TopDownPath:
+        return self.vae.walk_by_noise(self.vae.in_order(noise, self.sites))

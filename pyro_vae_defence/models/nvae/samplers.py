@@ -5,8 +5,7 @@ The first half of the channels is the raw mean, the second half the raw log-scal
 
 .. math:: \mu = c(\mu_\text{raw}), \qquad \sigma = t \, (\exp c(\log\sigma_\text{raw}) + 0.01),
 
-where :math:`t` is a temperature. Raw zeros therefore give a standard deviation of 1.01; so has the
-top prior.
+where :math:`t` is a temperature. Raw zeros, as at the top prior, give a standard deviation of 1.01.
 """
 
 from __future__ import annotations
@@ -31,6 +30,11 @@ def gaussian(raw: Tensor, temperature: float = 1.0) -> dist.Normal:
     loc, log_scale = raw.chunk(2, dim=1)
     scale = soft_clamp(log_scale).exp() + MIN_SCALE
     return dist.Normal(soft_clamp(loc), temperature * scale, validate_args=False)
+
+
+def from_noise(q: dist.Normal, noise: Tensor) -> Tensor:
+    """The draw of ``q`` that standard normal ``noise`` stands for."""
+    return q.loc + q.scale * noise
 
 
 def build_posterior_samplers(config: NVAEConfig) -> nn.ModuleList:

@@ -31,8 +31,7 @@ class EncoderCombiner(nn.Module):
 
     def forward(self, x_enc: Tensor, x_dec: Tensor) -> Tensor:
         """Combine two feature maps of one resolution."""
-        out: Tensor = x_enc + self.conv(x_dec)
-        return out
+        return x_enc + self.conv(x_dec)
 
 
 class DecoderCombiner(nn.Module):
@@ -44,37 +43,32 @@ class DecoderCombiner(nn.Module):
 
     def forward(self, x_dec: Tensor, z: Tensor) -> Tensor:
         """Combine features and latent of one resolution."""
-        out: Tensor = self.conv(cat([x_dec, z], dim=1))
-        return out
+        return self.conv(cat([x_dec, z], dim=1))
 
 
 def build_pre_process(config: NVAEConfig) -> nn.Sequential:
     """Cells between stem and encoder tower; the last of each block halves the resolution."""
-    cells = []
-    channels = config.num_channels_enc
-    for _ in range(config.num_preprocess_blocks):
-        for index in range(config.num_preprocess_cells):
-            is_last = index == config.num_preprocess_cells - 1
-            resize = Resize.DOWN if is_last else Resize.NONE
-            cells.append(
-                Cell(config.architecture.pre_process, channels, resize, use_se=config.use_se)
-            )
-            channels = resize.channels(channels)
-    return nn.Sequential(*cells)
+    plain = [Resize.NONE] * (config.num_preprocess_cells - 1)
+    resizes = config.num_preprocess_blocks * [*plain, Resize.DOWN]
+    return _cells(config.architecture.pre_process, config.num_channels_enc, resizes, config.use_se)
 
 
 def build_post_process(config: NVAEConfig) -> nn.Sequential:
     """Cells between decoder tower and output; the first of each block doubles the resolution."""
-    cells = []
+    plain = [Resize.NONE] * (config.num_postprocess_cells - 1)
+    resizes = config.num_postprocess_blocks * [Resize.UP, *plain]
     channels = config.num_channels_dec * 2**config.num_postprocess_blocks
-    for _ in range(config.num_postprocess_blocks):
-        for index in range(config.num_postprocess_cells):
-            resize = Resize.UP if index == 0 else Resize.NONE
-            cells.append(
-                Cell(config.architecture.post_process, channels, resize, use_se=config.use_se)
-            )
-            channels = resize.channels(channels)
-    return nn.Sequential(*cells)
+    return _cells(config.architecture.post_process, channels, resizes, config.use_se)
+
+
+def _cells(
+    ops: tuple[str, ...], channels: int, resizes: list[Resize], use_se: bool
+) -> nn.Sequential:
+    cells = nn.Sequential()
+    for resize in resizes:
+        cells.append(Cell(ops, channels, resize, use_se=use_se))
+        channels = resize.channels(channels)
+    return cells
 
 
 class EncoderTower(nn.ModuleList):

@@ -1,0 +1,66 @@
+"""How hard the suite tries."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from pyro_vae_defence.ops.checks import check_integer
+
+_LEAST = {"num_chains": 2, "check_images": 2, "check_steps": 4}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How hard the suite tries.
+
+    Args:
+        num_steps: steps of every gradient attack, >= 1.
+        num_restarts: random starts per image, each scored by itself, >= 1.
+        num_draws: draws averaged per step (EOT), rising: the next is tried unless the last has
+            changed the figure by less than ``stable``.
+        stable: see ``num_draws``.
+        num_chains: chains per image of the equilibrium gradient, >= 2.
+        persistent_transitions: transitions per step of chains that go on from the attacker's last
+            step; ``None`` runs the whole defence at every step. Chains start with the whole defence
+            in either case.
+        unrolled_transitions: K of the truncated gradient, >= 1.
+        num_iterations: conjugate gradient iterations of the implicit gradient, >= 1.
+        num_directions: antithetic pairs per step of the black box, >= 1.
+        black_box_steps: its steps, >= 1.
+        max_evaluations: decoder evaluations per image after which no further attack starts;
+            ``None`` for no limit.
+        selection_draws, scoring_draws: runs of the defence that choose the worst attack, and that
+            are reported, >= 1.
+        check_images, check_steps: images and steps of the attacks that checks need, >= 2 and >= 4.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    num_steps: int = 100
+    num_restarts: int = 5
+    num_draws: tuple[int, ...] = (1, 5, 20)
+    stable: float = 0.02
+    num_chains: int = 50
+    persistent_transitions: int | None = 2
+    unrolled_transitions: int = 2
+    num_iterations: int = 10
+    num_directions: int = 10
+    black_box_steps: int = 50
+    max_evaluations: int | None = None
+    selection_draws: int = 5
+    scoring_draws: int = 20
+    check_images: int = 16
+    check_steps: int = 20
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("num_draws", "stable") and value is not None:
+                check_integer(field.name, value, _LEAST.get(field.name, 1))
+        draws = self.num_draws
+        if not (draws and all(isinstance(n, int) and n >= 1 for n in draws)):
+            raise ValueError(f"num_draws must hold integers of at least 1, got {draws!r}")
+        if not self.stable >= 0:
+            raise ValueError(f"stable must not be negative, got {self.stable!r}")

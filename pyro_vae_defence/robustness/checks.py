@@ -1,0 +1,270 @@
+"""Symptoms of attacks that fail for want of a gradient, tested on the images at hand.
+
+A check is a function of the :class:`Evidence` and a line of :data:`CHECKS`. One that fails makes
+the report unreliable.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence import attacks
+from pyro_vae_defence.attacks import adaptive
+from pyro_vae_defence.ops.balls import L1, L2, Ball, Linf
+from pyro_vae_defence.robustness.report import Check
+from pyro_vae_defence.robustness.scoring import Accuracy, Scores, Similarity
+from pyro_vae_defence.robustness.suite import Candidate, Suite, connected
+
+Verdict = tuple[bool | None, str]
+"""Whether a check has passed, ``None`` where it does not apply, and what it saw."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the suite found, and what several checks look at.
+
+    Attributes:
+        suite: to attack again.
+        found: what its attacks found.
+        scores: of these, on fresh seeds.
+        clean, noise, worst: scores without attack, under random noise, and of the worst attacks.
+    """
+
+    suite: Suite
+    found: list[Candidate]
+    scores: list[Scores]
+    clean: Scores
+    noise: Scores
+    worst: Scores
+
+    def of(self, black_box: bool) -> list[int]:
+        """Which candidates are black boxes, or are not."""
+        return [i for i, each in enumerate(self.found) if each.row.black_box == black_box]
+
+    @functools.cached_property
+    def strongest(self) -> Candidate | None:
+        """The gradient attack with the lowest mean figure, if any ran."""
+        gradient = self.of(black_box=False)
+        best = min(gradient, key=lambda i: float(self.scores[i].mean().mean()), default=None)
+        return None if best is None else self.found[best]
+
+    @property
+    def rows(self) -> slice:
+        """The images that are looked at."""
+        return slice(0, self.suite.budget.check_images)
+
+    def again(self, attack: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
+        """The images under an attack, ``(n, C, H, W)``."""
+        return self.suite.attack(
+            attack.row, attack.num_draws, rows=self.rows, ball=ball, num_steps=num_steps
+        )[0]
+
+    @functools.cached_property
+    def by_radius(self) -> list[tuple[float, Scores]]:
+        """Scores under the strongest attack in growing balls, the last of which allows any image;
+        none without such an attack."""
+        if self.strongest is None:
+            return []
+        suite, budget, size = self.suite, self.suite.budget, self.suite.x[0].numel()
+        ball, found = suite.ball, []
+        covering = {"L2": L2(size**0.5), "L1": L1(float(size))}.get(ball.norm_name, Linf(1.0))
+        balls = [type(ball)(ball.radius / 2), ball, covering]
+        if not ball.radius < covering.radius:
+            balls = [type(ball)(covering.radius / 2), covering]
+        for ball in balls:
+            x_adv = self.again(self.strongest, budget.check_steps, ball)
+            scores = suite.scorer.score(x_adv, budget.scoring_draws, self.rows)
+            found.append((ball.radius, scores))
+        return found
+
+    @functools.cached_property
+    def probe(self) -> tuple[Tensor, Tensor] | None:
+        """Whether finite differences under common noise agree with an image's gradient, and whether
+        it explains a step of the ball's size, ``(n,)`` each; ``None`` without exact gradients."""
+        suite, box, fresh = self.suite, self.suite.box, self.suite.scorer.fresh
+        if box.has_chain and not box.unrollable:
+            return None
+        encode = adaptive.transfer(box.start)
+        if box.has_chain:
+            encode = adaptive.unroll(box.start, box.transitions(suite.budget.unrolled_transitions))
+        goal, x_ref = suite.goal(self.rows), suite.x[self.rows]
+        prepared = adaptive.expected(encode, goal, resample=False, generator=fresh())
+        objective = connected(prepared(x_ref))
+        x_1, x_2 = (attacks.random_noise(x_ref, suite.ball, fresh()) for _ in range(2))
+        # At the reference itself many objectives have gradient zero.
+        x_0 = x_ref + 0.5 * (x_1 - x_ref)
+        leaf = x_0.clone().requires_grad_()
+        value = objective(leaf)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        usable = gradient.isfinite().flatten(1).all(1)
+        gradient = torch.where(gradient.isfinite(), gradient, 0.0)
+        direction = torch.where(gradient != 0, gradient.sign(), (x_2 - x_ref).sign())
+        step = 0.02 * (x_2 - x_ref).abs().amax() * direction
+        with torch.no_grad():
+            ahead, behind = ((x_0 + sign * step).clamp(0.0, 1.0) for sign in (1, -1))
+            seen = objective(ahead) - objective(behind)
+            predicted = (gradient * (ahead - behind)).flatten(1).sum(1)
+            larger = torch.maximum(seen.abs(), predicted.abs())
+            rounding = 1e-5 * (1 + value.abs())
+            agree = usable & ((seen - predicted).abs() <= 0.25 * larger + rounding)
+            change = (objective(x_2) - value).abs()
+            bound = (gradient * (x_2 - x_0)).abs().flatten(1).sum(1)
+            return agree, usable & (change <= bound + rounding)
+
+
+_NO_GRADIENT = (None, "no exact gradient of this defence is known")
+_NO_ATTACK = (None, "needs a gradient attack")
+
+
+def finite_differences(evidence: Evidence) -> Verdict:
+    """They agree with the gradient."""
+    if evidence.probe is None:
+        return _NO_GRADIENT
+    agree, _ = evidence.probe
+    return (
+        bool(agree.double().mean() >= 0.7),
+        f"{int(agree.sum())} of {len(agree)} images agree within a quarter (at least 70% must)",
+    )
+
+
+def gradients_explain_changes(evidence: Evidence) -> Verdict:
+    """The objective changes by no more than its gradient allows."""
+    if evidence.probe is None:
+        return _NO_GRADIENT
+    _, explained = evidence.probe
+    return (
+        bool(explained.double().mean() >= 0.8),
+        f"on {int(explained.sum())} of {len(explained)} images a random step in the ball changes "
+        "the objective by no more than the gradient allows (at least 80% must)",
+    )
+
+
+def black_box_is_not_stronger(evidence: Evidence) -> Verdict:
+    """An attacker who sees more does more."""
+    gradient, black = evidence.of(black_box=False), evidence.of(black_box=True)
+    if not (gradient and black):
+        return None, "needs a black-box and a gradient attack"
+
+    def worst(indices: list[int]) -> Tensor:
+        selection = torch.stack([evidence.found[i].selection for i in indices])
+        first, *others = (evidence.scores[i] for i in indices)
+        return first.choose(others, selection.argmin(0)).mean()
+
+    lead = evidence.suite.scorer.interval(worst(gradient) - worst(black))
+    return (
+        lead["low"] <= 0,
+        "figure under gradient attacks minus figure under the black box: "
+        f"{lead['estimate']:.3f} [{lead['low']:.3f}, {lead['high']:.3f}]; must not lie above 0 "
+        "beyond noise",
+    )
+
+
+def whole_range_leaves_chance(evidence: Evidence) -> Verdict:
+    """An attacker free to choose any image leaves what another image's prediction would."""
+    if not evidence.by_radius:
+        return _NO_ATTACK
+    _, scores = evidence.by_radius[-1]
+    scorer = evidence.suite.scorer
+    if isinstance(scorer, Accuracy):
+        chance = 1.0 / scorer.num_classes
+        right, of = int(scores.per_draw[0].sum()), scores.per_draw.shape[1]
+        # Probability of so many right answers, or more, by chance.
+        tail = sum(
+            math.comb(of, k) * chance**k * (1 - chance) ** (of - k) for k in range(right, of + 1)
+        )
+        return (
+            tail > 0.01,
+            f"{right} of {of} right where any image is allowed; by chance {chance * of:.1f} "
+            f"(so many or more with probability {tail:.2g})",
+        )
+    assert isinstance(scorer, Similarity)
+    reference = scorer.reference[evidence.rows]
+    unrelated = scorer.compare(reference.roll(1, 0), reference)
+    excess = scorer.interval(scores.mean() - unrelated)
+    return (
+        excess["low"] <= 0,
+        f"figure {float(scores.mean().mean()):.3f} where any image is allowed, unrelated images "
+        f"have {float(unrelated.mean()):.3f}; must not exceed it beyond noise",
+    )
+
+
+def monotone_in_radius(evidence: Evidence) -> Verdict:
+    """A larger ball leaves no more."""
+    strongest, tried = evidence.strongest, evidence.by_radius
+    if strongest is None:
+        return _NO_ATTACK
+    shown = ", ".join(f"{radius:g}: {float(s.mean().mean()):.3f}" for radius, s in tried)
+    interval = evidence.suite.scorer.interval
+    rises = [
+        interval(after.mean() - before.mean())
+        for (_, before), (_, after) in itertools.pairwise(tried)
+    ]
+    return (
+        all(rise["low"] <= 0 for rise in rises),
+        f"'{strongest.row.name}', {evidence.suite.budget.check_steps} steps, figure by radius: "
+        f"{shown}; must not rise beyond noise",
+    )
+
+
+def loss_increases_with_iterations(evidence: Evidence) -> Verdict:
+    """The attacker's objective, on noise of its own, after no, some, and all steps."""
+    suite, strongest = evidence.suite, evidence.strongest
+    if strongest is None:
+        return _NO_ATTACK
+    budget, scorer, x_ref = suite.budget, suite.scorer, suite.x[evidence.rows]
+    if strongest.row.name == "transfer":
+        prepared = suite.objective(strongest.row, 1, evidence.rows)
+    else:
+        goal, draws = suite.goal(evidence.rows), max(5, budget.selection_draws)
+        options = {"resample": False, **suite.options()}
+        prepared = adaptive.expected(suite.box.forwards(), goal, draws, **options)
+    objective = prepared(x_ref)
+    steps = (max(1, budget.check_steps // 4), budget.check_steps)
+    few, many = (evidence.again(strongest, number) for number in steps)
+    start = attacks.random_noise(x_ref, suite.ball, scorer.fresh())
+    with torch.no_grad():
+        values = [objective(each) for each in (start, few, many)]
+    rise = scorer.interval(values[2] - values[0])
+    later = scorer.interval(values[2] - values[1])
+    shown = ", ".join(f"{float(value.mean()):.4g}" for value in values)
+    return (
+        rise["low"] > 0 and later["high"] >= 0,
+        f"'{strongest.row.name}' objective after 0, {steps[0]} and {steps[1]} steps: {shown}; must "
+        "rise from the first to the last beyond noise, and not fall in between",
+    )
+
+
+def random_noise_is_weaker(evidence: Evidence) -> Verdict:
+    """Half of what attacks do is more than noise does."""
+    clean = evidence.clean.mean()
+    drop_noise, drop = clean - evidence.noise.mean(), clean - evidence.worst.mean()
+    excess = evidence.suite.scorer.interval(drop_noise - 0.5 * drop)
+    return (
+        excess["low"] <= 0,
+        f"random noise lowers the figure by {float(drop_noise.mean()):.3f}, the attacks by "
+        f"{float(drop.mean()):.3f}; half of that is allowed, beyond noise",
+    )
+
+
+CHECKS: tuple[Callable[[Evidence], Verdict], ...] = (
+    finite_differences,
+    gradients_explain_changes,
+    black_box_is_not_stronger,
+    whole_range_leaves_chance,
+    monotone_in_radius,
+    loss_increases_with_iterations,
+    random_noise_is_weaker,
+)
+"""In the order in which they run; a check is reported under its function's name."""
+
+
+def run_checks(evidence: Evidence) -> tuple[Check, ...]:
+    """Every check with what it saw."""
+    return tuple(Check(check.__name__, *check(evidence)) for check in CHECKS)

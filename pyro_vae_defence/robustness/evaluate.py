@@ -1,0 +1,197 @@
+r"""How much of a defence the strongest of many attacks leaves.
+
+:func:`evaluate_robustness` runs the attacks of :mod:`pyro_vae_defence.attacks.adaptive` on every
+image within a budget and takes, image by image, the worst. A *figure* is one number per image and
+draw of the randomised defence, higher for more robust: whether the predicted class is the label, or
+the similarity of the attacked image's reconstruction to the reference's. With draws :math:`s = 1,
+\dots, S` on seeds that no attack has seen, an image :math:`i` contributes
+
+.. math::
+    \text{mean: } \tfrac1S \sum_s m_{is}, \quad \text{single: } m_{i1}, \quad
+    \text{worst of N: } \min_s m_{is}, \quad
+    \text{averaged: the figure of the draws' mean output.}
+
+Which attack is an image's worst is decided on other seeds than those it is reported on, so that the
+minimum does not collect luck. Intervals are bootstrapped over images.
+
+What a suite of attacks leaves is an upper bound of the true robustness: heuristic, not certified.
+An attack that fails for want of a gradient looks like a robust defence, hence the *checks*:
+symptoms of such failures, tested on the images at hand and reported as passed or failed. One that
+fails makes the report unreliable.
+
+References: Carlini et al., "On evaluating adversarial robustness", 2019,
+https://arxiv.org/abs/1902.06705; Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense
+of security", ICML 2018, https://arxiv.org/abs/1802.00420.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pyro_vae_defence
+from pyro_vae_defence.attacks import APGD, random_noise
+from pyro_vae_defence.defence import Defence, DefendedClassifier
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.program import check_images, check_vae
+from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.ops.streams import draw_seed
+from pyro_vae_defence.robustness.budget import Budget
+from pyro_vae_defence.robustness.checks import Evidence, run_checks
+from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport
+from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity, fresh_generators
+from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
+from pyro_vae_defence.robustness.whitebox import WhiteBox
+from pyro_vae_defence.types import VAE
+
+
+def evaluate_robustness(
+    vae: VAE,
+    defence: Defence,
+    x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    classifier: Callable[..., Tensor] | None = None,
+    ball: Ball | None = None,
+    budget: Budget | None = None,
+    attacks: Sequence[str] | None = None,
+    engine: Callable[..., Any] = APGD,
+    similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
+    checks: bool = True,
+    generator: torch.Generator | None = None,
+) -> RobustnessReport:
+    """Attack a defence with everything and report the worst case.
+
+    Args:
+        vae: any Pyro VAE.
+        defence: what the attacker attacks: :class:`~pyro_vae_defence.defence.NoDefence`,
+            :class:`~pyro_vae_defence.defence.MCMCDefence`, or images to a ``DefenceResult``.
+        x: reference images ``(N, C, H, W)`` in [0, 1], N >= 2.
+        labels: their classes, int64 ``(N,)``; those predicted undefended when ``None``.
+        classifier: measures accuracy instead of similarity. Latents ``(M, D)`` to scores ``(M,
+            classes)``, asked about where the defence ends; or a
+            :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
+        ball: where perturbations live; ``Linf(0.1)`` by default.
+        budget: how hard to try.
+        attacks: names in :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; all by default.
+        engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
+            num_restarts=, batch_size=)``.
+        similarity: of reconstructions in pairs, differentiable, 1 if equal; the paper's MSSSIM.
+        checks: run the sanity checks; without them the report counts as unreliable.
+        generator: source of the seed; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: if an argument does not fit.
+    """
+    check_vae(vae)
+    check_images(x)
+    if not callable(defence):
+        raise ValueError(f"defence must map images to a DefenceResult, got {defence!r}")
+    if x.shape[0] < 2:
+        raise ValueError(f"x holds {x.shape[0]} image: intervals need two or more")
+    ball = Linf(0.1) if ball is None else ball
+    if not isinstance(ball, Ball):
+        raise ValueError(f"ball must be a Ball such as Linf(0.1), got {ball!r}")
+    unknown = sorted(set(attacks or ()) - set(KNOWLEDGE))
+    if unknown or (attacks is not None and len(attacks) == 0):
+        raise ValueError(
+            f"attacks must be names among {', '.join(KNOWLEDGE)}, got {unknown or attacks}"
+        )
+    if labels is not None and tuple(labels.shape) != (x.shape[0],):
+        raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
+    seed = draw_seed(generator)
+    fresh = fresh_generators(seed)
+    with program.evaluation_mode(vae, classifier):
+        box = WhiteBox(vae, defence, x, fresh)
+        if classifier is None:
+            scorer: Scorer = Similarity(vae, defence, x, similarity, fresh)
+        else:
+            if not isinstance(classifier, DefendedClassifier):
+                classifier = DefendedClassifier(box, classifier, "last")
+            scorer = Accuracy(vae, defence, x, labels, classifier, fresh)
+        return _report(
+            Suite(box, scorer, x, ball, budget or Budget(), engine), attacks, checks, seed
+        )
+
+
+def _report(
+    suite: Suite, wanted: Sequence[str] | None, with_checks: bool, seed: int
+) -> RobustnessReport:
+    """Run the suite; the order of these lines decides which seed is used for what."""
+    box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
+    started = time.perf_counter()
+    asked = [row for row in ATTACKS if wanted is None or row.name in wanted]
+    table = [row for row in asked if not row.reason(box)]
+    skipped = {row.name: row.reason(box) or "not asked for" for row in ATTACKS if row not in table}
+    clock = time.perf_counter()
+    clean = scorer.score(x, budget.scoring_draws)
+    clean_seconds = (time.perf_counter() - clock) / (len(x) * budget.scoring_draws)
+    clean_result = scorer.defence(x, scorer.fresh())
+    noise = scorer.score(random_noise(x, suite.ball, scorer.fresh()), budget.scoring_draws)
+    found = list(suite.candidates(table, skipped))
+    scores = [scorer.score(each.x_adv, budget.scoring_draws) for each in found]
+    # Leaving an image alone is an attack too: it counts errors on clean images.
+    clean_selection = scorer.score(x, budget.selection_draws).mean()
+    winner = torch.stack([clean_selection, *(each.selection for each in found)]).argmin(0)
+    worst = clean.choose(scores, winner)
+    x_adv = torch.stack([x, *(each.x_adv for each in found)])
+    names = ["none", *(each.row.name for each in found)]
+    spent = box.evaluations / len(x)
+    checks: tuple[Check, ...] = ()
+    if with_checks:
+        checks = run_checks(Evidence(suite, found, scores, clean, noise, worst))
+    reasons = [f"check {c.name}: {c.detail}" for c in checks if c.passed is False]
+    if not with_checks:
+        reasons.append("no sanity check ran")
+    if box.has_chain and all(each.row.transfers for each in found):
+        reasons.append("only transfer attacks ran: no attacker knew the defence")
+    return RobustnessReport(
+        figure=scorer.figure,
+        threat_model={
+            "norm": suite.ball.norm_name,
+            "radius": suite.ball.radius,
+            "target": scorer.target,
+            "reading": scorer.reading,
+        },
+        robust=scorer.figures(worst),
+        clean=scorer.figures(clean),
+        undefended_clean=scorer.interval(scorer.undefended),
+        random_noise=scorer.interval(noise.mean()),
+        attacks=tuple(
+            AttackOutcome(
+                each.row.name,
+                each.num_draws,
+                scorer.interval(score.mean()),
+                each.evaluations,
+                each.seconds,
+                each.row.knowledge,
+            )
+            for each, score in zip(found, scores, strict=True)
+        ),
+        skipped=skipped,
+        checks=checks,
+        reasons=tuple(reasons),
+        cost={
+            "defence_gradients_per_image": float(clean_result.num_gradients.double().mean()),
+            "defence_seconds_per_image": clean_seconds,
+            "attack_evaluations_per_image": spent,
+            "seconds": time.perf_counter() - started,
+        },
+        seed=seed,
+        budget=json.loads(json.dumps(dataclasses.asdict(budget))),
+        defence=dict(clean_result.settings),
+        versions={
+            "pyro_vae_defence": pyro_vae_defence.__version__,
+            **{name: metadata.version(name) for name in ("torch", "pyro-ppl")},
+        },
+        strongest=tuple(names[index] for index in winner.tolist()),
+        per_image=worst.mean().detach().cpu(),
+        x_adv=x_adv[winner, torch.arange(len(x), device=x.device)],
+    )

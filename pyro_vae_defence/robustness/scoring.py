@@ -1,0 +1,147 @@
+r"""Figures of images behind a defence, on fresh seeds; nothing here knows an attacker.
+
+A *figure* is one number per image and draw of the randomised defence, higher for more robust:
+whether the predicted class is the label (:class:`Accuracy`), or the similarity of the image's
+reconstruction to the reference's (:class:`Similarity`).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence import metrics
+from pyro_vae_defence.defence import Defence, DefenceResult, DefendedClassifier, NoDefence, Reading
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.classifier import flatten_latents
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.types import VAE
+
+LEVEL = 0.95
+"""Of all intervals."""
+
+
+def fresh_generators(seed: int) -> Callable[[], torch.Generator]:
+    """A function that returns a generator with a seed of its own at every call."""
+    number = itertools.count(1)
+    return lambda: torch.Generator().manual_seed((seed + next(number)) % 2**63)
+
+
+class Scores(NamedTuple):
+    """Figures of one set of images: per draw ``(S, N)``, and of the draws' mean output ``(N,)``."""
+
+    per_draw: Tensor
+    averaged: Tensor
+
+    def mean(self) -> Tensor:
+        """Mean figure of each image, ``(N,)``."""
+        return self.per_draw.mean(0)
+
+    def choose(self, others: list[Scores], winner: Tensor) -> Scores:
+        """The scores of candidate ``winner[i]`` for image i; candidate 0 is this one."""
+        every = [self, *others]
+        image = torch.arange(len(winner), device=winner.device)
+        per_draw = torch.stack([s.per_draw for s in every])[winner, :, image].T
+        return Scores(per_draw, torch.stack([s.averaged for s in every])[winner, image])
+
+
+class Scorer:
+    """Runs a defence and says what its outputs are worth; all seeds are fresh.
+
+    Attributes:
+        figure, target, reading: what is measured, of which use of the latents, read in which way.
+        undefended: figure of the VAE alone without an attack, ``(N,)``.
+    """
+
+    figure: str
+    target: str
+    reading: Reading = "last"
+    undefended: Tensor
+
+    def __init__(self, defence: Defence, fresh: Callable[[], torch.Generator]) -> None:
+        self.defence, self.fresh = defence, fresh
+
+    def score(self, x: Tensor, num_draws: int, rows: slice = slice(None)) -> Scores:
+        """Run the defence ``num_draws`` times on images that stem from the references ``rows``."""
+        result = self.defence(x.repeat(num_draws, 1, 1, 1), self.fresh())
+        return self._scores(result, num_draws, rows)
+
+    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+        """Figures of runs that were folded into one batch."""
+        raise NotImplementedError
+
+    def interval(self, values: Tensor) -> dict[str, float]:
+        """Mean over images of values ``(N,)`` with its bootstrap interval."""
+        found = metrics.bootstrap_interval(values.detach(), level=LEVEL, generator=self.fresh())
+        edges = {"estimate": found.estimate, "low": found.low, "high": found.high}
+        return {**edges, "num_images": found.num_values}
+
+    def figures(self, scores: Scores) -> dict[str, dict[str, float]]:
+        """The four summaries of a report."""
+        return {
+            "mean": self.interval(scores.mean()),
+            "single": self.interval(scores.per_draw[0]),
+            "worst_of_n": self.interval(scores.per_draw.amin(0)),
+            "averaged": self.interval(scores.averaged),
+        }
+
+
+class Accuracy(Scorer):
+    """Whether the class is the label's, by default that predicted undefended."""
+
+    figure, target = "accuracy", "classification"
+
+    def __init__(
+        self,
+        vae: VAE,
+        defence: Defence,
+        x: Tensor,
+        labels: Tensor | None,
+        classifier: DefendedClassifier,
+        fresh: Callable[[], torch.Generator],
+    ) -> None:
+        super().__init__(defence, fresh)
+        with torch.no_grad():
+            scores = classifier.classifier(flatten_latents(program.posterior_mean(vae, x)))
+        self.classifier, self.reading = classifier, classifier.reading
+        self.num_classes = scores.shape[-1]
+        self.labels = scores.argmax(-1) if labels is None else labels
+        self.undefended = metrics.correct(scores.argmax(-1), self.labels)
+
+    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+        log_probs = lat.unfold(self.classifier.log_probabilities(result), num_draws)
+        labels = self.labels[rows]
+        per_draw = torch.stack([metrics.correct(each.argmax(-1), labels) for each in log_probs])
+        return Scores(per_draw, metrics.correct(log_probs.exp().mean(0).argmax(-1), labels))
+
+
+class Similarity(Scorer):
+    """Similarity of reconstructions to the reference's, one undefended draw; by default the paper's
+    MSSSIM. Undefended it is the noise floor, that of a second draw."""
+
+    target = "reconstruction"
+
+    def __init__(
+        self,
+        vae: VAE,
+        defence: Defence,
+        x: Tensor,
+        compare: Callable[[Tensor, Tensor], Tensor] | None,
+        fresh: Callable[[], torch.Generator],
+    ) -> None:
+        super().__init__(defence, fresh)
+        self.figure = "similarity" if compare else metrics.metric_name("ms_ssim", "paper")
+        self.compare = compare or functools.partial(metrics.ms_ssim, variant="paper")
+        self.reference, again = (NoDefence(vae)(x, fresh()).reconstruction for _ in range(2))
+        self.undefended = self.compare(self.reference, again)
+
+    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+        images = lat.unfold(result.reconstruction, num_draws)
+        reference = self.reference[rows]
+        per_draw = torch.stack([self.compare(image, reference) for image in images])
+        return Scores(per_draw, self.compare(images.mean(0), reference))

@@ -1,0 +1,268 @@
+"""The attacks: what each knows, when it applies, what it maximises, with how many draws.
+
+An adaptive gradient is a function of :mod:`pyro_vae_defence.attacks.adaptive` and a row of
+:data:`ATTACKS`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence import attacks
+from pyro_vae_defence.attacks import adaptive
+from pyro_vae_defence.attacks.adaptive import Chain, DefendedEncoder, PreparedGoal
+from pyro_vae_defence.defence.classifier import reencode
+from pyro_vae_defence.models.classifier import flatten_latents
+from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.robustness.budget import Budget
+from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
+from pyro_vae_defence.robustness.whitebox import WhiteBox
+from pyro_vae_defence.types import Latents, Objective, PreparedObjective
+
+ALL = slice(None)
+
+
+class Aim(NamedTuple):
+    """A goal, of how many draws or chains, and the transitions by which chains go on at the
+    attacker's next step; ``None`` where they start anew."""
+
+    goal: PreparedGoal
+    num_draws: int
+    resume: Chain | None
+
+
+# --- The objective of every row -------------------------------------------------------------------
+
+
+def _transfer(suite: Suite, aim: Aim) -> PreparedObjective:
+    return attacks.symmetric_kl(suite.box.vae)
+
+
+def _encoder(suite: Suite, aim: Aim) -> PreparedObjective:
+    return suite.expected(aim, adaptive.transfer(suite.box.start))
+
+
+def _bpda(suite: Suite, aim: Aim) -> PreparedObjective:
+    encode = adaptive.bpda(suite.box.start, suite.box.chain, aim.resume)
+    return suite.expected(aim, encode, persistent=True)
+
+
+def _equilibrium(suite: Suite, aim: Aim) -> PreparedObjective:
+    parts = (suite.box.start, suite.box.chain, suite.box.energy, aim.goal, aim.num_draws)
+    return adaptive.equilibrium(*parts, resume=aim.resume, **suite.options())
+
+
+def _black_box(suite: Suite, aim: Aim) -> PreparedObjective:
+    ball, options, size = suite.ball, suite.options(), suite.x[0].numel()
+    encode = suite.box.forwards()
+    frozen = adaptive.expected(encode, aim.goal, aim.num_draws, resample=False, **options)
+    # Smoothed by half the size of a typical perturbation, per pixel.
+    typical = {"L2": ball.radius / size**0.5, "L1": ball.radius / size}
+    scale = 0.5 * typical.get(ball.norm_name, ball.radius)
+    return adaptive.nes(frozen, suite.budget.num_directions, scale, options["generator"])
+
+
+def _implicit(suite: Suite, aim: Aim) -> PreparedObjective:
+    parts = (suite.box.start, suite.box.chain, suite.box.energy, suite.budget.num_iterations)
+    return suite.expected(aim, adaptive.implicit(*parts, resume=aim.resume), persistent=True)
+
+
+def _truncated(suite: Suite, aim: Aim) -> PreparedObjective:
+    last = suite.box.transitions(suite.budget.unrolled_transitions)
+    encode = adaptive.truncated(suite.box.start, suite.box.chain, last, aim.resume)
+    return suite.expected(aim, encode, persistent=True)
+
+
+def _unroll(suite: Suite, aim: Aim) -> PreparedObjective:
+    return suite.expected(aim, adaptive.unroll(suite.box.start, suite.box.chain))
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def _with_chain(box: WhiteBox) -> str:
+    return "" if box.has_chain else "there is no defence behind the encoder: 'encoder' is exact"
+
+
+def _with_transitions(box: WhiteBox) -> str:
+    unknown = "" if box.unrollable else "the defence is not a chain whose transitions are known"
+    return _with_chain(box) or unknown
+
+
+class Row(NamedTuple):
+    """An attack.
+
+    Attributes:
+        name, knowledge: its name, and what the attacker knows.
+        objective: what it maximises.
+        reason: why it does not apply to a defence; empty where it does.
+        draws: averaged per step, one number after the other as :class:`Budget` says.
+        black_box: whether it sees values alone.
+        transfers: whether it attacks the undefended encoder.
+    """
+
+    name: str
+    knowledge: str
+    objective: Callable[[Suite, Aim], PreparedObjective]
+    reason: Callable[[WhiteBox], str] = lambda box: ""
+    draws: Callable[[Budget], tuple[int, ...]] = lambda budget: budget.num_draws
+    black_box: bool = False
+    transfers: bool = False
+
+
+_DECODER = "defence and decoder"
+
+ATTACKS = (
+    Row("transfer", "encoder, paper's objective", _transfer, draws=lambda b: (1,), transfers=True),
+    Row("encoder", "encoder and what is done with latents", _encoder, transfers=True),
+    Row("bpda", "defence, run forwards", _bpda, _with_chain),
+    Row("equilibrium", _DECODER, _equilibrium, _with_transitions, lambda b: (b.num_chains,)),
+    Row("black_box", "outputs of the defence", _black_box, black_box=True),
+    Row("implicit", _DECODER, _implicit, _with_chain),
+    Row("truncated", _DECODER, _truncated, _with_transitions),
+    Row("unroll", _DECODER, _unroll, _with_transitions),
+)
+"""In the order in which they run: what every budget must allow first."""
+
+KNOWLEDGE = {row.name: row.knowledge for row in ATTACKS}
+"""The attacks and what each knows."""
+
+
+# --- Running them ---------------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """What one row found with one number of draws.
+
+    Attributes:
+        row, num_draws: the attack.
+        x_adv: the worst restart of each image, ``(N, C, H, W)``.
+        selection: mean figure that chose it, ``(N,)``.
+        evaluations, seconds: decoder evaluations per image and wall time.
+    """
+
+    row: Row
+    num_draws: int
+    x_adv: Tensor
+    selection: Tensor
+    evaluations: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attacks on a defence.
+
+    Attributes:
+        box: the defence as attackers see it.
+        scorer: what decides which attack is the worst.
+        x: references ``(N, C, H, W)``.
+        ball, budget, engine: see :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`.
+    """
+
+    box: WhiteBox
+    scorer: Scorer
+    x: Tensor
+    ball: Ball
+    budget: Budget
+    engine: Callable[..., Any]
+
+    def options(self) -> dict[str, Any]:
+        """What all expectations share, with a seed of their own."""
+        # Few draws of a chain say nothing of the mean latent; averaged draws do.
+        of_mean = self.scorer.reading in ("mean", "reencoded")
+        return {"of_mean": of_mean, "generator": self.scorer.fresh()}
+
+    def expected(
+        self, aim: Aim, encode: DefendedEncoder, persistent: bool = False
+    ) -> PreparedObjective:
+        """Average over draws; ``persistent`` for encoders that can go on."""
+        return adaptive.expected(
+            encode,
+            aim.goal,
+            aim.num_draws,
+            persistent=persistent and aim.resume is not None,
+            **self.options(),
+        )
+
+    def goal(self, rows: slice = ALL) -> PreparedGoal:
+        """What attackers maximise: the classifier's margin, or one minus the similarity."""
+        box, scorer = self.box, self.scorer
+        if isinstance(scorer, Accuracy):
+
+            def classify(latents: Latents) -> Tensor:
+                latents = box.constrain(latents)
+                if scorer.reading == "reencoded":
+                    latents = reencode(box.vae, latents, box.shape)
+                return scorer.classifier.classifier(flatten_latents(latents))
+
+            return adaptive.misclassification(classify, scorer.labels[rows])
+        assert isinstance(scorer, Similarity)
+        reference = scorer.reference[rows]
+        return adaptive.output_damage(
+            box.decode,
+            lambda x_ref: reference.repeat(x_ref.shape[0] // reference.shape[0], 1, 1, 1),
+            lambda image, reference: 1.0 - scorer.compare(image, reference),
+        )
+
+    def objective(self, row: Row, num_draws: int, rows: slice = ALL) -> PreparedObjective:
+        """What a row maximises, with gradient zero where it has none: attacks go on."""
+        number, resume = self.budget.persistent_transitions, None
+        if self.box.unrollable and number is not None:
+            resume = self.box.transitions(number)
+        prepared = row.objective(self, Aim(self.goal(rows), num_draws, resume))
+        return lambda x_ref: connected(prepared(x_ref))
+
+    def attack(
+        self,
+        row: Row,
+        num_draws: int,
+        *,
+        rows: slice = ALL,
+        ball: Ball | None = None,
+        num_steps: int | None = None,
+        num_restarts: int = 1,
+    ) -> Tensor:
+        """Attacked images of every restart, ``(num_restarts, N, C, H, W)``."""
+        steps = self.budget.black_box_steps if row.black_box else self.budget.num_steps
+        attack = self.engine(
+            self.objective(row, num_draws, rows),
+            ball or self.ball,
+            num_steps=num_steps or steps,
+            num_restarts=num_restarts,
+            batch_size=2**31,
+        )
+        return attack(self.x[rows], self.scorer.fresh()).x_adv
+
+    def candidates(self, table: Iterable[Row], skipped: dict[str, str]) -> Iterator[Candidate]:
+        """Run the rows of a table; notes in ``skipped`` what the budget did not allow."""
+        budget, num_images, limit = self.budget, len(self.x), self.budget.max_evaluations
+        for row in table:
+            before: float | None = None
+            for num_draws in row.draws(budget):
+                spent, started = self.box.evaluations, time.perf_counter()
+                if limit is not None and spent >= limit * num_images:
+                    skipped.setdefault(f"{row.name} ({num_draws} draws)", "the budget was spent")
+                    break
+                restarts = self.attack(row, num_draws, num_restarts=budget.num_restarts)
+                seconds = time.perf_counter() - started
+                per_image = (self.box.evaluations - spent) / num_images
+                scores = [self.scorer.score(x, budget.selection_draws).mean() for x in restarts]
+                selection, winner = torch.stack(scores).min(0)
+                x_adv = restarts[winner, torch.arange(num_images, device=winner.device)]
+                yield Candidate(row, num_draws, x_adv, selection, per_image, seconds)
+                reached = float(selection.mean())
+                if before is not None and abs(reached - before) <= budget.stable:
+                    break
+                before = reached
+
+
+def connected(objective: Objective) -> Objective:
+    """The same, with a gradient of zero where the image has no influence."""
+    return lambda x: objective(x) + 0.0 * x.flatten(1).sum(1)

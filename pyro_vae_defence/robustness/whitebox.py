@@ -1,0 +1,144 @@
+"""What an attacker who knows a defence gets of it: its start, chain and energy; no score.
+
+The parts are what the gradients of :mod:`pyro_vae_defence.attacks.adaptive` are made from. Latents
+are unconstrained throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.attacks import adaptive
+from pyro_vae_defence.attacks.adaptive import DefendedEncoder
+from pyro_vae_defence.defence import (
+    Defence,
+    DefenceResult,
+    MCMCDefence,
+    NoDefence,
+    PosteriorModeDefence,
+)
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
+from pyro_vae_defence.mcmc.adaptation import FixedStepSize
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import VAE, Latents
+
+
+class WhiteBox:
+    """A defence as its attacker sees it; called, it runs the defence.
+
+    Args:
+        vae: any Pyro VAE.
+        defence: what is attacked, anything that maps images to a ``DefenceResult``.
+        x: images ``(N, C, H, W)`` on which :attr:`step_size` is found.
+        fresh: returns a generator where that needs a seed; torch's global seed by default.
+
+    Attributes:
+        shape: of an image.
+        has_chain: whether anything stands behind the encoder.
+        unrollable: whether all its transitions are known: this library's HMC or NUTS, no burn-in.
+        evaluations: rows that the model has run on so far. What an unknown defence spends counts by
+            its own ``num_gradients``.
+    """
+
+    def __init__(
+        self,
+        vae: VAE,
+        defence: Defence,
+        x: Tensor,
+        fresh: Callable[[], torch.Generator | None] = lambda: None,
+    ) -> None:
+        model = vae.model
+        if isinstance(defence, (MCMCDefence, PosteriorModeDefence)):
+            model = program.target(vae, defence.perturbation)
+
+        def counted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.evaluations += x.shape[0]
+            return model(x, *args, **kwargs)
+
+        self.vae, self.defence = vae, defence
+        self.shape = tuple(x.shape[1:])
+        self.evaluations = 0
+        self._x, self._fresh, self._model = x, fresh, counted
+        self._potential = ModelPotential(counted, x)
+        self.has_chain = not isinstance(defence, NoDefence)
+        kernel = defence.kernel(counted) if isinstance(defence, MCMCDefence) else None
+        self.unrollable = isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
+        """Run the defence on images ``(M, C, H, W)``."""
+        return self.defence(x, generator)
+
+    def start(self, x: Tensor, streams: Streams) -> Latents:
+        """Where chains start: a draw of the guide, differentiable in the images."""
+        return self._potential.at(x).unconstrain(program.encode(self.vae, x, streams=streams))
+
+    def energy(self, x: Tensor, latents: Latents) -> Tensor:
+        """U(z; x) of the defence's target, ``(M,)``, in nats."""
+        return self._potential.at(x)(latents)
+
+    def constrain(self, latents: Latents) -> Latents:
+        """Latents on the support of each site, as classifiers read them."""
+        return self._potential.constrain(latents)
+
+    def decode(self, latents: Latents) -> Tensor:
+        """Mean images ``(M, C, H, W)``."""
+        return program.decode(self.vae, self.constrain(latents), self.shape)
+
+    def forwards(self) -> DefendedEncoder:
+        """The defence run forwards, with the derivative of its start."""
+        return (
+            adaptive.bpda(self.start, self.chain)
+            if self.has_chain
+            else adaptive.transfer(self.start)
+        )
+
+    def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
+        """Where the defence ends; differentiable if unrollable. Others start by themselves."""
+        if self.unrollable:
+            return self._whole(x, start, streams)
+        result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
+        self.evaluations += int(result.num_gradients.sum())
+        return self._potential.at(x).unconstrain(result.latents)
+
+    def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:
+        """Some transitions of an unrollable defence, to go on with where a chain has ended.
+
+        Args:
+            number: how many, >= 1.
+            step_size: kept throughout; :attr:`step_size` when ``None``.
+        """
+
+        def make() -> Any:
+            kernel = self._make_kernel()
+            kernel.rule = FixedStepSize()
+            kernel.step_size = self.step_size if step_size is None else step_size
+            return kernel
+
+        return unrolled.UnrolledKernel(make, self.energy, number)
+
+    @functools.cached_property
+    def step_size(self) -> float:
+        """The step size that an unrollable defence arrives at, median over images."""
+        x, whole, kernel = self._x, self._whole, self._make_kernel()
+        streams = Streams.create(x.shape[0], generator=self._fresh(), device=x.device)
+        with torch.no_grad():
+            start = self.start(x, streams)
+        unrolled.run(kernel, x, start, streams, whole.num_transitions, whole.warmup_steps)
+        return float(kernel.info.step_size.median())
+
+    @functools.cached_property
+    def _whole(self) -> unrolled.UnrolledKernel:
+        defence: Any = self.defence
+        total = defence.warmup_steps + defence.num_samples
+        return unrolled.UnrolledKernel(self._make_kernel, self.energy, total, defence.warmup_steps)
+
+    def _make_kernel(self) -> Any:
+        defence: Any = self.defence
+        return defence.kernel(self._model)
