@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 
@@ -10,3 +11,10 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
     ``least``."""
     if not (isinstance(value, int) and value >= least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise a ``ValueError`` that names the argument unless ``value`` is a positive finite
+    number."""
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
