@@ -49,26 +49,30 @@ class StepSizeState(NamedTuple):
     updates: int
 
 
-def _initial(step_size: Tensor) -> StepSizeState:
-    log = step_size.log()
-    return StepSizeState(log, log, torch.zeros_like(log), log, 0)
+class StepSizeRule:
+    """What adapts step sizes; a rule that derives from it writes :meth:`update`.
 
-
-def _check_target(target: float) -> None:
-    if not 0 < target < 1:
-        raise ValueError(f"target_accept_prob must lie in (0, 1), got {target}")
-
-
-@dataclass(frozen=True)
-class FixedStepSize:
-    """Keep the initial step size."""
+    Attributes:
+        adapts_while_sampling: whether it goes on after warm-up, or keeps its average from there on.
+        couples_images: whether a step size depends on the other rows of the batch.
+    """
 
     adapts_while_sampling = False
     couples_images = False
 
     def init(self, step_size: Tensor) -> StepSizeState:
         """State for initial step sizes ``(N,)``."""
-        return _initial(step_size)
+        log = step_size.log()
+        return StepSizeState(log, log, torch.zeros_like(log), log, 0)
+
+    def update(self, state: StepSizeState, acceptance_rate: Tensor) -> StepSizeState:
+        """State after a transition with acceptance probabilities ``(N,)``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FixedStepSize(StepSizeRule):
+    """Keep the initial step size."""
 
     def update(self, state: StepSizeState, acceptance_rate: Tensor) -> StepSizeState:
         """Return the state unchanged."""
@@ -76,7 +80,7 @@ class FixedStepSize:
 
 
 @dataclass(frozen=True)
-class DualAveraging:
+class DualAveraging(StepSizeRule):
     """Dual averaging on the acceptance probability, independently per image.
 
     Args:
@@ -94,15 +98,12 @@ class DualAveraging:
     kappa: float = 0.75
     shrink_factor: float = 1.0
 
-    adapts_while_sampling = False
-    couples_images = False
-
     def __post_init__(self) -> None:
         _check_target(self.target)
 
     def init(self, step_size: Tensor) -> StepSizeState:
         """State for initial step sizes ``(N,)``."""
-        return _initial(step_size)._replace(shrinkage=(self.shrink_factor * step_size).log())
+        return super().init(step_size)._replace(shrinkage=(self.shrink_factor * step_size).log())
 
     def update(self, state: StepSizeState, acceptance_rate: Tensor) -> StepSizeState:
         """State after a transition with acceptance probabilities ``(N,)``."""
@@ -117,7 +118,7 @@ class DualAveraging:
 
 
 @dataclass(frozen=True)
-class PaperStepSize:
+class PaperStepSize(StepSizeRule):
     """The paper's multiplicative rule (eq. 67): one step size for the batch, never frozen.
 
     Args:
@@ -132,10 +133,6 @@ class PaperStepSize:
     def __post_init__(self) -> None:
         _check_target(self.target)
 
-    def init(self, step_size: Tensor) -> StepSizeState:
-        """State for initial step sizes ``(N,)``."""
-        return _initial(step_size)
-
     def update(self, state: StepSizeState, acceptance_rate: Tensor) -> StepSizeState:
         """State after a transition with acceptance probabilities ``(N,)``, which are averaged."""
         acceptance_rate = acceptance_rate.mean().expand_as(acceptance_rate)
@@ -144,5 +141,6 @@ class PaperStepSize:
         return state._replace(log_step_size=log, log_average=log, updates=state.updates + 1)
 
 
-StepSizeRule = FixedStepSize | DualAveraging | PaperStepSize
-"""What adapts a step size: its state at the start of a run, and after each transition."""
+def _check_target(target: float) -> None:
+    if not 0 < target < 1:
+        raise ValueError(f"target_accept_prob must lie in (0, 1), got {target}")

@@ -101,9 +101,7 @@ class BatchedHMC(_JitteredKernel):
             target = options.get("target_accept_prob")
             self.rule = PaperStepSize() if target is None else PaperStepSize(target)
 
-    def _step(
-        self, state: HMCState, streams: Streams, step_size: Tensor
-    ) -> tuple[HMCState, HMCInfo]:
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
         num_steps = self._most_gradients(streams.seed, state.step)
         return hmc.step(self.potential, state, streams, step_size, num_steps, self.inverse_mass)
 
@@ -137,9 +135,7 @@ class BatchedNUTS(BatchedKernel):
     def _most_gradients(self, seed: int, step: int) -> int:
         return 2**self.max_tree_depth - 1
 
-    def _step(
-        self, state: HMCState, streams: Streams, step_size: Tensor
-    ) -> tuple[HMCState, HMCInfo]:
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
         depth = self.max_tree_depth
         return nuts.step(self.potential, state, streams, step_size, depth, self.inverse_mass)
 
@@ -156,9 +152,7 @@ class BatchedMALA(BatchedKernel):
     # https://doi.org/10.1111/1467-9868.00123
     default_target = 0.574
 
-    def _step(
-        self, state: HMCState, streams: Streams, step_size: Tensor
-    ) -> tuple[HMCState, HMCInfo]:
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
         return hmc.step(self.potential, state, streams, step_size, 1, self.inverse_mass)
 
 
@@ -203,9 +197,7 @@ class BatchedGHMC(BatchedKernel):
     def _most_gradients(self, seed: int, step: int) -> int:
         return self.num_steps
 
-    def _step(
-        self, state: GHMCState, streams: Streams, step_size: Tensor
-    ) -> tuple[GHMCState, HMCInfo]:
+    def _step(self, state: GHMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
         return ghmc.step(
             self.potential,
             state,
@@ -233,9 +225,7 @@ class BatchedMAMS(_JitteredKernel):
         check_dimension(state.position, "MAMS")
         return state
 
-    def _step(
-        self, state: HMCState, streams: Streams, step_size: Tensor
-    ) -> tuple[HMCState, HMCInfo]:
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
         num_steps = self._most_gradients(streams.seed, state.step)
         return mams.step(self.potential, state, streams, step_size, num_steps, self.inverse_mass)
 
@@ -254,7 +244,5 @@ class BatchedULA(BatchedKernel):
 
     default_target = 0.9
 
-    def _step(
-        self, state: HMCState, streams: Streams, step_size: Tensor
-    ) -> tuple[HMCState, HMCInfo]:
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
         return langevin.step(self.potential, state, streams, step_size, self.inverse_mass)
