@@ -38,6 +38,7 @@ class Transition(NamedTuple):
     position: np.ndarray
     hamiltonian: float
     accepted: bool
+    offset: int  # leapfrog steps from the start to the state chosen
     diverging: bool
     num_leaves: int
     depth: int
@@ -93,7 +94,8 @@ class RecursiveNUTS:
         def log_weights(leaves: list[Leaf]) -> np.ndarray:
             return np.array([start.hamiltonian - leaf.hamiltonian for leaf in leaves])
 
-        tree, candidate, accepted = [start], start, False
+        # The tree's leaves lie on one orbit, the start at number ``origin``.
+        tree, origin, candidate, accepted = [start], 0, start, False
         num_leaves, depth, acceptance, diverging = 0, 0, 0.0, False
         while depth < self.max_tree_depth:
             ahead = noise.forward[depth]
@@ -115,12 +117,14 @@ class RecursiveNUTS:
             if noise.log_uniform_subtree[depth - 1] < change:
                 candidate, accepted = chosen, True
             tree = tree + new if ahead else new[::-1] + tree
+            origin += 0 if ahead else len(new)
             if self.has_turned(tree):
                 break
         return Transition(
             candidate.position,
             candidate.hamiltonian,
             accepted,
+            next(i for i, leaf in enumerate(tree) if leaf is candidate) - origin,
             diverging,
             num_leaves,
             depth,

@@ -8,6 +8,7 @@ import numpy as np
 import pyro.infer
 import pytest
 import torch
+from kernels import FACTORIES
 from programs import BatchNormVAE, HierarchicalVAE
 
 from pyro_vae_defence import diagnostics
@@ -18,9 +19,7 @@ from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import ConvVAE, program
 
 KERNELS = {
-    "hmc": functools.partial(BatchedHMC, num_steps=3),
-    "nuts": functools.partial(BatchedNUTS, max_tree_depth=3),
-    "paper": functools.partial(BatchedHMC, preset="paper"),
+    **FACTORIES,
     "pyro-hmc": functools.partial(pyro.infer.HMC, step_size=0.1, num_steps=3),
     "pyro-nuts": functools.partial(pyro.infer.NUTS, step_size=0.1, max_tree_depth=3),
 }
@@ -48,7 +47,7 @@ def test_contract_of_every_kernel(tutorial_vae, name):
     energy = program.potential(tutorial_vae, x)
     last = energy({"latent": result.samples["latent"][1, 2]})
     assert torch.allclose(result.sample_stats["lp"][1, 2], -last, rtol=1e-4)
-    if own:
+    if own and name != "mams":  # which counts kinetic energy from a trajectory's start
         # The Hamiltonian is the potential energy and a positive kinetic energy.
         kinetic = result.sample_stats["energy"] + result.sample_stats["lp"]
         assert (kinetic > 0).all()

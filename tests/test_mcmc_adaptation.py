@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pyro.ops.dual_averaging
 import pytest
 import torch
+from kernels import EXACT, FACTORIES, KERNELS
 from pyro.infer import MCMC
 
-from pyro_vae_defence.mcmc import BatchedGHMC, BatchedHMC, BatchedMALA, BatchedMAMS, BatchedNUTS
-from pyro_vae_defence.mcmc.adaptation import (
-    DualAveraging,
-    FixedStepSize,
-    PaperStepSize,
-    pool_by_image,
-)
-from pyro_vae_defence.mcmc.kernels import trajectory_length
-from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.mcmc.adaptation import DualAveraging, FixedStepSize, PaperStepSize
+from pyro_vae_defence.mcmc.hmc import trajectory_length
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -44,24 +38,22 @@ def test_dual_averaging_equals_pyros(target):
 def test_the_paper_rule_by_hand():
     """Eq. 67: eta_t = eta_{t-1} + 0.01 (alpha - 0.9) / 0.9 eta_{t-1}."""
     start = torch.tensor([0.1, 0.4])
-    pooled, single = PaperStepSize(), PaperStepSize(pooled=False)
-    p, s = pooled.init(start), single.init(start)
-    by_hand_pooled, by_hand_single = start.clone(), start.clone()
+    rule = PaperStepSize()
+    state = rule.init(start)
+    by_hand = start.clone()
     for acceptance in (
         torch.tensor([1.0, 0.0]),
         torch.tensor([0.9, 0.3]),
         torch.tensor([0.2, 0.7]),
     ):
-        p, s = pooled.update(p, acceptance), single.update(s, acceptance)
+        state = rule.update(state, acceptance)
         mean = (acceptance[0] + acceptance[1]) / 2
         for i in range(2):
-            by_hand_pooled[i] += 0.01 * (mean - 0.9) / 0.9 * by_hand_pooled[i]
-            by_hand_single[i] += 0.01 * (acceptance[i] - 0.9) / 0.9 * by_hand_single[i]
-        assert torch.allclose(p.log_step_size.exp(), by_hand_pooled, rtol=1e-14)
-        assert torch.allclose(s.log_step_size.exp(), by_hand_single, rtol=1e-14)
+            by_hand[i] += 0.01 * (mean - 0.9) / 0.9 * by_hand[i]
+        assert torch.allclose(state.log_step_size.exp(), by_hand, rtol=1e-14)
     # One number written out: acceptance 1 and 0 has mean 0.5, so the step shrinks by 0.01 * 0.4 /
     # 0.9.
-    first = pooled.update(pooled.init(start), torch.tensor([1.0, 0.0])).log_step_size.exp()
+    first = rule.update(rule.init(start), torch.tensor([1.0, 0.0])).log_step_size.exp()
     assert torch.allclose(first, start * (1 - 0.004 / 0.9), rtol=1e-14)
 
 
@@ -78,10 +70,10 @@ def gaussians(latents):
     return 0.5 * (latents["z"] / SCALES[:, None]).square().sum(-1)
 
 
-def run(kernel, warmup_steps, num_samples, start=None):
+def run(kernel, warmup_steps, num_samples):
     """The infos of all transitions."""
     infos = []
-    start = {"z": torch.randn(12, 20) * SCALES[:, None]} if start is None else start
+    start = {"z": torch.randn(12, 20) * SCALES[:, None]}
     MCMC(
         kernel,
         num_samples,
@@ -94,24 +86,16 @@ def run(kernel, warmup_steps, num_samples, start=None):
 
 
 @pytest.mark.parametrize(
-    ("make", "warmup_steps"),
-    [
-        (functools.partial(BatchedHMC, target_accept_prob=0.8), 400),
-        (functools.partial(BatchedHMC, target_accept_prob=0.9), 400),
-        (functools.partial(BatchedNUTS, target_accept_prob=0.8, max_tree_depth=5), 120),
-        (BatchedMALA, 400),
-        (BatchedGHMC, 400),
-        (BatchedMAMS, 400),
-    ],
-    ids=["hmc-0.8", "hmc-0.9", "nuts-0.8", "mala", "ghmc", "mams"],
+    ("name", "options"), [*((name, {}) for name in EXACT), ("hmc", {"target_accept_prob": 0.9})]
 )
-def test_every_image_comes_near_its_target_acceptance(make, warmup_steps):
+def test_every_image_comes_near_its_target_acceptance(name, options):
     """Twelve images with scales over four decades, all started at step size 0.1.
 
     Within 0.1 of the target each: the averaged step size of dual averaging is known to end a little
     on the safe side, and a mean over 150 transitions has a standard error of about 0.02.
     """
-    kernel = make(potential_fn=gaussians)
+    warmup_steps = 120 if name == "nuts" else 400
+    kernel = FACTORIES[name](potential_fn=gaussians, **options)
     infos = run(kernel, warmup_steps, 150)
     acceptance = kernel.diagnostics()["acceptance rate"]
     assert acceptance.shape == (12,)
@@ -124,16 +108,16 @@ def test_every_image_comes_near_its_target_acceptance(make, warmup_steps):
     assert relative.max() / relative.min() < 1.5
 
 
-@pytest.mark.parametrize("make", [BatchedHMC, functools.partial(BatchedNUTS, max_tree_depth=3)])
-def test_frozen_after_warm_up(make):
+@pytest.mark.parametrize("name", KERNELS)
+def test_frozen_after_warm_up(name):
     """Sampling uses the averaged step size from its first transition to its last."""
-    kernel = make(potential_fn=gaussians)
+    kernel = FACTORIES[name](potential_fn=gaussians)
     infos = run(kernel, 20, 10)
     warmup = torch.stack([info.step_size for info in infos[:20]])
     sampling = torch.stack([info.step_size for info in infos[20:]])
     assert (warmup[1:] != warmup[:-1]).all()
     assert (sampling == sampling[0]).all()
-    rule = DualAveraging()
+    rule = DualAveraging(kernel.default_target)
     state = rule.init(torch.full((12,), 0.1))
     for info in infos[:20]:
         state = rule.update(state, info.acceptance_rate)
@@ -174,38 +158,3 @@ def test_jittered_lengths_have_the_stated_range_and_mean():
         # 5 standard errors of a uniform integer's mean: an error rate of 6e-7.
         width = math.sqrt(((high - low + 1) ** 2 - 1) / 12 / 4000)
         assert abs(float(lengths.double().mean()) - (low + high) / 2) <= 5 * width
-
-
-# --- Replicas -------------------------------------------------------------------------------------
-
-
-def test_pooling_averages_the_rows_of_an_image():
-    image = torch.tensor([7, 3, 7, 2**31, 3, 7])
-    values = torch.tensor([0.1, 0.2, 0.4, 0.9, 0.6, 1.0])
-    pooled = pool_by_image(values, image)
-    assert torch.allclose(pooled, torch.tensor([0.5, 0.4, 0.5, 0.9, 0.4, 0.5]))
-    alone = pool_by_image(values[image == 7], image[image == 7])
-    assert torch.equal(alone, pooled[image == 7])
-
-
-@pytest.mark.parametrize("make", [BatchedHMC, BatchedMALA, BatchedGHMC, BatchedMAMS])
-def test_replicas_share_a_step_size(make):
-    """One step size per image, and less noise in it: 3 images of 16 chains each, of three
-    scales."""
-    scales = torch.tensor([0.1, 1.0, 10.0]).repeat(16)
-
-    def potential(latents):
-        return 0.5 * (latents["z"] / scales[:, None]).square().sum(-1)
-
-    spread = {}
-    for pool_replicas in (False, True):
-        kernel = make(potential_fn=potential, pool_replicas=pool_replicas)
-        kernel.streams = Streams.create(3, 16, seed=1)
-        start = {"z": torch.randn(48, 10) * scales[:, None]}
-        step_size = run(kernel, 60, 2, start)[-1].step_size.reshape(16, 3)
-        spread[pool_replicas] = step_size.log().std(0)
-        # A shared step size is an image's own all the same.
-        relative = step_size.mean(0) / scales[:3]
-        assert relative.max() / relative.min() < 1.5
-    assert (spread[False] > 0.02).all()
-    assert (spread[True] == 0).all()

@@ -6,32 +6,16 @@ import functools
 
 import pytest
 import torch
+from kernels import FACTORIES, UNCOUPLED
 from programs import HierarchicalVAE
 from pyro.infer import MCMC
 
 from pyro_vae_defence.defence import MCMCDefence
-from pyro_vae_defence.mcmc import (
-    BatchedGHMC,
-    BatchedHMC,
-    BatchedMALA,
-    BatchedMAMS,
-    BatchedNUTS,
-    BatchedULA,
-)
+from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.ops.streams import Streams
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-KERNELS = {
-    "hmc": functools.partial(BatchedHMC, num_steps=4),
-    "hmc-fixed": functools.partial(BatchedHMC, num_steps=3, jitter=0.0, adapt_step_size=False),
-    "nuts": functools.partial(BatchedNUTS, max_tree_depth=5),
-    "mala": BatchedMALA,
-    "ghmc": functools.partial(BatchedGHMC, num_steps=2),
-    "mams": functools.partial(BatchedMAMS, num_steps=4),
-    "ula": BatchedULA,
-    "burn-in": functools.partial(BatchedHMC, num_steps=4, burn_in=10),
-}
 ROWS = 7
 # Near the posterior variances of the linear VAE: unadjusted steps of a fixed size need a metric,
 # without which rows fly off, and differences of rounding grow with them.
@@ -80,7 +64,7 @@ def assert_same_chains(alone, together, rows, rtol):
             assert torch.allclose(got, expected[rows], rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", UNCOUPLED)
 def test_images_with_very_different_posteriors(name):
     """Adaptation, tree sizes, acceptances and draws equal those of each image alone.
 
@@ -89,7 +73,7 @@ def test_images_with_very_different_posteriors(name):
     """
     start = {"z": SHIFTS[:, None] + torch.randn(ROWS, 3) * SCALES[:, None]}
     streams = Streams.create(ROWS, seed=4)
-    make = KERNELS[name]
+    make = FACTORIES[name]
     # Energies of a million nats leave few digits to the difference of two of them.
     step_size = 0.005 if name in ("hmc-fixed", "mams") else 0.1
     together = run(
@@ -108,13 +92,13 @@ def test_images_with_very_different_posteriors(name):
 # Without the burn-in: where three dimensions turn as sharply as from a draw of the prior, it
 # multiplies the rounding of matrix products by some hundred a step. Elementwise energies, above,
 # and micro-batches, below, cover it.
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "burn-in"])
+@pytest.mark.parametrize("name", [name for name in UNCOUPLED if name != "burn-in"])
 def test_images_of_a_pyro_model(name, linear_vae):
     x = torch.randn(ROWS, 1, 4, 4) * torch.logspace(-1, 1, ROWS)[:, None, None, None]
     start = {"z": torch.randn(ROWS, 3)}
     streams = Streams.create(ROWS, seed=5)
     make = functools.partial(
-        KERNELS[name], linear_vae.model, step_size=0.5, inverse_mass_matrix=METRIC
+        FACTORIES[name], linear_vae.model, step_size=0.5, inverse_mass_matrix=METRIC
     )
     together = run(make(), streams, start, x)
     for i in range(0, ROWS, 2):
@@ -124,7 +108,7 @@ def test_images_of_a_pyro_model(name, linear_vae):
         assert_same_chains(alone, together, rows, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "hmc-fixed"])
+@pytest.mark.parametrize("name", [name for name in UNCOUPLED if name != "hmc-fixed"])
 def test_images_of_a_hierarchical_constrained_model(name):
     x = torch.rand(ROWS, 1, 4, 4)
     start = {
@@ -133,7 +117,7 @@ def test_images_of_a_hierarchical_constrained_model(name):
         "low": torch.randn(ROWS, 1, 3)[:, 0],
     }
     streams = Streams.create(ROWS, seed=6)
-    make = functools.partial(KERNELS[name], HierarchicalVAE().model)
+    make = functools.partial(FACTORIES[name], HierarchicalVAE().model)
     together = run(make(), streams, start, x, warmup_steps=15, num_samples=5)
     assert (together[0]["rate"] > 0).all()
     for i in (0, ROWS - 1):
@@ -186,17 +170,14 @@ def assert_same_results(got, expected, images=slice(None), chains=slice(None)):
         assert close(value, expected.sample_stats[name][chains, :, images]), name
 
 
-@pytest.mark.parametrize("pool_replicas", [False, True])
-@pytest.mark.parametrize("name", ["hmc", "nuts", "ghmc", "burn-in"])
-def test_micro_batches_do_not_matter(name, pool_replicas, linear_vae):
+@pytest.mark.parametrize("name", [name for name in UNCOUPLED if name != "hmc-fixed"])
+def test_micro_batches_do_not_matter(name, linear_vae):
     x = torch.rand(7, 1, 4, 4)
-    kernel = functools.partial(
-        KERNELS[name], step_size=0.5, inverse_mass_matrix=METRIC, pool_replicas=pool_replicas
-    )
+    kernel = functools.partial(FACTORIES[name], step_size=0.5, inverse_mass_matrix=METRIC)
     whole = defend(linear_vae, x, kernel, num_chains=2)
     assert whole.samples["z"].shape == (2, 6, 7, 3)
-    shared = (whole.sample_stats["step_size"][0] == whole.sample_stats["step_size"][1]).all()
-    assert bool(shared) == pool_replicas
+    step_size = whole.sample_stats["step_size"]
+    assert (step_size[0] != step_size[1]).all()  # each chain has its own
     for batch_size in (1, 6):
         parts = defend(linear_vae, x, kernel, num_chains=2, batch_size=batch_size)
         assert_same_results(parts, whole)
@@ -208,12 +189,12 @@ def test_micro_batches_do_not_matter(name, pool_replicas, linear_vae):
 def test_chains_are_folded_into_the_batch(name, linear_vae):
     """Chain 0 of three is the chain of one; the chains differ; image i is image i."""
     x = torch.rand(5, 1, 4, 4)
-    three = defend(linear_vae, x, KERNELS[name], num_chains=3)
-    one = defend(linear_vae, x, KERNELS[name], num_chains=1)
+    three = defend(linear_vae, x, FACTORIES[name], num_chains=3)
+    one = defend(linear_vae, x, FACTORIES[name], num_chains=1)
     assert_same_results(one, three, chains=slice(0, 1))
     assert torch.allclose(one.latents["z"], three.latents["z"])
     assert torch.equal(three.latents["z"], three.samples["z"][0, -1])
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (three.samples["z"][a] != three.samples["z"][b]).any(-1).all()
-    first = defend(linear_vae, x[:2], KERNELS[name], num_chains=3)
+    first = defend(linear_vae, x[:2], FACTORIES[name], num_chains=3)
     assert_same_results(first, three, images=slice(0, 2))

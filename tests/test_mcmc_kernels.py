@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import json
 import math
 
@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from kernels import EXACT, FACTORIES, KERNELS, UNCOUPLED
 from programs import HierarchicalVAE, LinearGaussianVAE
 from pyro.infer import MCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -23,19 +24,10 @@ from pyro_vae_defence.mcmc import (
     BatchedNUTS,
     BatchedULA,
 )
+from pyro_vae_defence.mcmc.kernels import BatchedKernel, KernelOptions
 from pyro_vae_defence.ops.streams import Streams
 
-KERNELS = {
-    "hmc": functools.partial(BatchedHMC, num_steps=3),
-    "hmc-paper": functools.partial(BatchedHMC, preset="paper"),
-    "nuts": functools.partial(BatchedNUTS, max_tree_depth=3),
-    "mala": BatchedMALA,
-    "ghmc": functools.partial(BatchedGHMC, num_steps=2),
-    "mams": functools.partial(BatchedMAMS, num_steps=3),
-    "ula": BatchedULA,
-    "burn-in": functools.partial(BatchedHMC, num_steps=3, burn_in=4),
-}
-each_kernel = pytest.mark.parametrize("make", KERNELS.values(), ids=KERNELS)
+each_kernel = pytest.mark.parametrize("make", FACTORIES.values(), ids=FACTORIES)
 
 
 def gaussian(latents):
@@ -91,11 +83,11 @@ def test_constrained_sites_of_every_common_support(make):
     assert torch.allclose(draws["simplex"].sum(-1), torch.ones(4, 6), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "burn-in"])
+@pytest.mark.parametrize("name", [name for name in FACTORIES if name != "burn-in"])
 def test_chains_start_at_initial_params(name):
     """With a step size next to nothing a chain stays where it started, on the unconstrained
     scale."""
-    make = KERNELS[name]
+    make = FACTORIES[name]
     x = torch.rand(5, 1, 4, 4)
     start = {"top": torch.randn(5, 1, 2), "rate": torch.randn(5, 1), "low": torch.randn(5, 3)}
     kernel = make(HierarchicalVAE().model, step_size=1e-7)
@@ -129,6 +121,26 @@ def test_diagnostics_and_summary(make, capsys):
     mcmc.summary()
     # Pyro counts the entries of "divergences"; one entry per image would be taken for one each.
     assert "divergences" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_stays_where_everything_else_is_forbidden(name, value, float64):
+    """Infinite, NaN and minus infinite energies are divergences, not places to go."""
+
+    def lonely(latents):
+        z = latents["z"]
+        return torch.where(z.eq(0).all(-1), 0.0, value) + 0.0 * z.sum(-1)
+
+    kernel = FACTORIES[name](potential_fn=lonely, step_size=0.3)
+    z = kernel.sample({"z": torch.zeros(6, 2)})["z"]
+    assert kernel.info.diverging.all()
+    assert not kernel.info.accepted.any()
+    assert (kernel.info.offset == 0).all()
+    assert (kernel.info.acceptance_rate == 0).all()
+    assert (z == 0).all()
+    assert kernel.state.energy.isfinite().all()
+    assert kernel.info.energy.isfinite().all()
 
 
 def test_divergences_are_counted_after_warm_up_only():
@@ -174,6 +186,75 @@ def test_save_params_selects_sites(make):
     mcmc = MCMC(make(HierarchicalVAE().model), 3, 2, save_params=["rate"], disable_progbar=True)
     mcmc.run(x)
     assert set(mcmc.get_samples()) == {"rate"}
+
+
+# --- Arguments and budgets ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_arguments_come_in_one_order(name):
+    """Model, potential, then a kernel's own by keyword, then those of all kernels."""
+    first, second, *own, options = inspect.signature(KERNELS[name].kind).parameters.values()
+    assert (first.name, second.name) == ("model", "potential_fn")
+    assert {parameter.kind for parameter in own} <= {inspect.Parameter.KEYWORD_ONLY}
+    shared = inspect.signature(BatchedKernel).parameters.keys() - {"model", "potential_fn"}
+    assert shared == KernelOptions.__annotations__.keys()
+    if options.kind is inspect.Parameter.VAR_KEYWORD:
+        assert not shared & {parameter.name for parameter in own}
+    else:  # a kernel without arguments of its own has the base's
+        assert {parameter.name for parameter in [*own, options]} == shared
+    with pytest.raises(TypeError, match="stepsize"):
+        KERNELS[name].kind(potential_fn=gaussian, stepsize=0.1)
+    with pytest.raises(TypeError, match="positional"):
+        KERNELS[name].kind(None, gaussian, 0.1)
+
+
+@each_kernel
+def test_no_transition_takes_more_gradients_than_announced(make):
+    kernel = make(potential_fn=gaussian)
+    kernel.streams = Streams.create(5, seed=3)
+    params = {"z": torch.randn(5, 3)}
+    for step in range(6):
+        params = kernel.sample(params)
+        most = kernel.gradients_of(3, step)
+        assert (kernel.info.num_steps <= most).all()
+        assert isinstance(kernel, BatchedNUTS) or (kernel.info.num_steps == most).all()
+
+
+@pytest.mark.parametrize("name", UNCOUPLED)
+@pytest.mark.parametrize("rows_of_metric", [1, 6])
+def test_chains_that_stay_move_as_they_would_have_moved(name, rows_of_metric, linear_vae):
+    x, metric = torch.rand(6, 1, 4, 4), {"z": torch.linspace(0.5, 2, 3 * rows_of_metric)}
+    metric = {"z": 0.01 * metric["z"].reshape(rows_of_metric, 3)}
+    rows = torch.tensor([4, 1])
+
+    def moved(leave):
+        kernel = FACTORIES[name](linear_vae.model, inverse_mass_matrix=metric)
+        kernel.streams = Streams.create(6, seed=2)
+        kernel.setup(4, x)
+        params = {"z": torch.linspace(-1, 1, 18).reshape(6, 3)}
+        for step in range(8):
+            params = kernel.sample(params)
+            if step == 2 and leave:
+                kernel.keep(rows)
+                params = kernel.state.position
+        return params["z"], kernel
+
+    (stayed, kernel), (whole, other) = moved(True), moved(False)
+    assert torch.allclose(stayed, whole[rows], rtol=1e-9)
+    assert torch.allclose(kernel.info.step_size, other.info.step_size[rows], rtol=1e-9)
+    for entry, value in kernel.diagnostics().items():
+        assert torch.allclose(value, other.diagnostics()[entry][rows], rtol=1e-9)
+    # A run of its own has all rows again.
+    kernel.streams = None
+    assert run(kernel, x).get_samples()["z"].shape == (4, 6, 3)
+
+
+def test_chains_leave_a_run_that_has_begun():
+    kernel = BatchedHMC(LinearGaussianVAE().model)
+    kernel.setup(0, torch.rand(2, 1, 4, 4))
+    with pytest.raises(RuntimeError, match="call sample"):
+        kernel.keep(torch.tensor([0]))
 
 
 # --- Seeds and repeated runs ----------------------------------------------------------------------
@@ -399,14 +480,11 @@ def test_a_potential_needs_a_start(make):
 # --- Placement ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pool_replicas", [False, True])
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "nuts"])
-def test_kernels_run_on_a_device_that_cannot_answer(name, pool_replicas):
+@pytest.mark.parametrize("name", [name for name in FACTORIES if name != "nuts"])
+def test_kernels_run_on_a_device_that_cannot_answer(name):
     """Tensors on "meta" have no values: whatever asks for one (a host sync) raises."""
     metric = {"z": torch.ones(3)}
-    kernel = KERNELS[name](
-        potential_fn=gaussian, inverse_mass_matrix=metric, pool_replicas=pool_replicas
-    )
+    kernel = FACTORIES[name](potential_fn=gaussian, inverse_mass_matrix=metric)
     kernel.setup(warmup_steps=2)
     params = {"z": torch.empty(5, 3, device="meta")}
     for _ in range(4):
@@ -444,7 +522,7 @@ def test_host_syncs_of_a_transition(make):
     """NUTS asks once per leaf of the largest tree; the others ask for nothing, model or
     potential."""
     vae, x = LinearGaussianVAE(), torch.rand(5, 1, 4, 4)
-    kernel = make(vae.model, pool_replicas=True)
+    kernel = make(vae.model)
     kernel.setup(3, x)
     params = kernel.sample(kernel.initial_params)  # checks the start, which asks
     for _ in range(5):

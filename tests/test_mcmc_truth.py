@@ -6,24 +6,20 @@ Chains start away from the target, adapt during warm-up, and are frozen while th
 
 from __future__ import annotations
 
-import functools
 import inspect
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from kernels import EXACT, KERNELS
 from mcmc_reference import TARGETS, assert_moments
 from programs import LinearGaussianVAE
 from pyro.infer import MCMC
 from scipy import stats
 
 from pyro_vae_defence.mcmc import (
-    BatchedGHMC,
-    BatchedHMC,
     BatchedMALA,
-    BatchedMAMS,
-    BatchedNUTS,
     BatchedULA,
     ghmc,
     hmc,
@@ -33,20 +29,7 @@ from pyro_vae_defence.mcmc import (
 )
 from pyro_vae_defence.ops.streams import Streams
 
-KERNELS = {
-    # kernel, warm-up, draws, and how many independent draws each chain must be worth on average:
-    # 2.5 of them in each of 400 rows put 5 standard errors of a mean at 0.16 standard deviations.
-    "hmc": (functools.partial(BatchedHMC, num_steps=6), 150, 60, 10.0),
-    "nuts": (functools.partial(BatchedNUTS, step_size=0.3, max_tree_depth=4), 40, 20, 2.5),
-    "mala": (BatchedMALA, 400, 300, 2.5),
-    # More rejections than by default, each of which turns the momentum.
-    "ghmc": (functools.partial(BatchedGHMC, target_accept_prob=0.7), 300, 200, 2.5),
-    "mams": (functools.partial(BatchedMAMS, num_steps=6, target_accept_prob=0.8), 150, 60, 2.5),
-    "hmc-pooled": (functools.partial(BatchedHMC, num_steps=6, pool_replicas=True), 100, 60, 10.0),
-}
-SEEDS = {"hmc": (0, 1, 2), "nuts": (0, 1, 2)}
 LESS_TELLING = ("gaussian-2", "gaussian-64")
-REPLICAS = 4
 
 
 def run(kernel, start, warmup_steps, num_samples, *args):
@@ -57,19 +40,20 @@ def run(kernel, start, warmup_steps, num_samples, *args):
 
 def check_target(kernel_name: str, target_name: str, seed: int, rows: int = 400) -> None:
     """The check the samplers must pass and the mutants must fail."""
-    make, warmup_steps, num_samples, ess_per_row = KERNELS[kernel_name]
+    truth = KERNELS[kernel_name].targets
     target = TARGETS[target_name]
     generator = torch.Generator().manual_seed(seed)
     start = target.start(rows, generator)
-    kernel = make(potential_fn=target.potential, generator=generator)
-    replicas = REPLICAS if kernel.pool_replicas else 1
-    kernel.streams = Streams.create(rows // replicas, replicas, generator=generator)
-    draws = run(kernel, start, warmup_steps, num_samples)["z"]
-    assert_moments(target.standardise(draws), ess_per_row * rows)
+    kernel = KERNELS[kernel_name].kind(
+        potential_fn=target.potential, generator=generator, **truth.options
+    )
+    kernel.streams = Streams.create(rows, generator=generator)
+    draws = run(kernel, start, truth.warmup_steps, truth.num_samples)["z"]
+    assert_moments(target.standardise(draws), truth.ess * rows)
 
 
 # Error rate: 2K moments per call with K between 3 and 128, some 330 moments over the 5 targets, for
-# 10 pairs of kernel and seed: 3,300 moments at 5.7e-7 each, so correct samplers fail once in some
+# 9 pairs of kernel and seed: 3,000 moments at 5.7e-7 each, so correct samplers fail once in some
 # 500 choices of seeds.
 @pytest.mark.parametrize(
     ("kernel", "seed", "target"),
@@ -79,10 +63,10 @@ def check_target(kernel_name: str, target_name: str, seed: int, rows: int = 400)
             seed,
             target,
             # Relatives of HMC on the targets that tell least are left to the long run.
-            marks=[pytest.mark.slow] * (kernel not in SEEDS and target in LESS_TELLING),
+            marks=[pytest.mark.slow] * (kernel not in ("hmc", "nuts") and target in LESS_TELLING),
         )
-        for kernel in KERNELS
-        for seed in SEEDS.get(kernel, (0,))
+        for kernel in EXACT
+        for seed in KERNELS[kernel].targets.seeds
         for target in TARGETS
     ],
 )
@@ -91,7 +75,7 @@ def test_moments_of_known_targets(kernel, target, seed):
     check_target(kernel, target, seed)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EXACT)
 def test_moments_in_single_precision(kernel):
     assert torch.get_default_dtype() == torch.float32
     check_target(kernel, "gaussian-8", seed=3)
@@ -254,10 +238,23 @@ def test_mutants_die(monkeypatch, kernel, mutant):
 
 # --- Pyro models with known posteriors ------------------------------------------------------------
 
-MODEL_KERNELS = {
-    "hmc": (functools.partial(BatchedHMC, num_steps=4), 100, 30, 5.0),
-    "nuts": (functools.partial(BatchedNUTS, max_tree_depth=4), 30, 10, 2.0),
-}
+each_posterior = pytest.mark.parametrize(
+    ("kernel", "seed"),
+    [
+        (name, seed)
+        for name, kernel in KERNELS.items()
+        if kernel.posterior is not None
+        for seed in kernel.posterior.seeds
+    ],
+)
+
+
+def check_posterior(kernel_name: str, model, data, standardise) -> None:
+    """Draws from ``model`` given ``data`` have the moments that ``standardise`` takes out."""
+    truth = KERNELS[kernel_name].posterior
+    kernel = KERNELS[kernel_name].kind(model, **truth.options)
+    draws = run(kernel, None, truth.warmup_steps, truth.num_samples, data)
+    assert_moments(standardise(draws), truth.ess * len(data))
 
 
 def gamma_poisson(counts):
@@ -271,34 +268,34 @@ def gamma_poisson(counts):
 
 
 # Error rate: 2 and 12 moments a call at 5.7e-7 each, below 1e-4 for the whole of both tests.
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kernel", MODEL_KERNELS)
+@each_posterior
 @pytest.mark.usefixtures("float64")
 def test_moments_of_a_constrained_latent(kernel, seed):
     """Every row has its own data, and the draws come back on the support."""
-    make, warmup_steps, num_samples, ess_per_row = MODEL_KERNELS[kernel]
     torch.manual_seed(seed)
     counts = torch.poisson(torch.linspace(0.2, 10.0, 400)[:, None].expand(-1, 3))
-    rate = run(make(gamma_poisson), None, warmup_steps, num_samples, counts)["rate"]
-    assert (rate > 0).all()
     posterior = dist.Gamma(2.0 + counts.sum(1), torch.tensor(1.5 + 3))
-    standardised = (rate - posterior.mean) / posterior.stddev
-    assert_moments(standardised[..., None], ess_per_row * 400)
+
+    def standardised(draws):
+        assert (draws["rate"] > 0).all()
+        return ((draws["rate"] - posterior.mean) / posterior.stddev)[..., None]
+
+    check_posterior(kernel, gamma_poisson, counts, standardised)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("kernel", MODEL_KERNELS)
+@each_posterior
 def test_moments_of_the_linear_gaussian_vae(linear_vae, kernel, seed):
     """Images far from each other, from the prior, so that posteriors lie far apart too."""
-    make, warmup_steps, num_samples, ess_per_row = MODEL_KERNELS[kernel]
     torch.manual_seed(seed)
     x = 3.0 * torch.randn(400, 1, 4, 4)
-    z = run(make(linear_vae.model), None, warmup_steps, num_samples, x)["z"]
     mean, covariance = linear_vae.exact(x)
     whiten = torch.linalg.inv(torch.linalg.cholesky(covariance))
-    centred = z - mean
-    statistics = torch.cat([centred / covariance.diagonal().sqrt(), centred @ whiten.T], -1)
-    assert_moments(statistics, ess_per_row * 400)
+
+    def standardised(draws):
+        centred = draws["z"] - mean
+        return torch.cat([centred / covariance.diagonal().sqrt(), centred @ whiten.T], -1)
+
+    check_posterior(kernel, linear_vae.model, x, standardised)
 
 
 # --- Simulation-based calibration -----------------------------------------------------------------
@@ -334,33 +331,29 @@ def simulate(vae: LinearGaussianVAE, rows: int, seed: int):
     return z, x.reshape(rows, 1, 4, 4)
 
 
-# Thinned until draws are all but independent, as uniform ranks ask for.
-CALIBRATION_KERNELS = {
-    "hmc": (functools.partial(BatchedHMC, num_steps=5), 60, 4),
-    "nuts": (functools.partial(BatchedNUTS, max_tree_depth=4), 30, 2),
-    "mala": (BatchedMALA, 200, 25),
-    "ghmc": (functools.partial(BatchedGHMC, persistence=0.7), 150, 15),
-    "mams": (functools.partial(BatchedMAMS, num_steps=5), 60, 4),
-}
+each_calibrated = pytest.mark.parametrize(
+    "kernel", [name for name in EXACT if KERNELS[name].calibration is not None]
+)
 
 
 def check_calibration(kernel: str, vae: LinearGaussianVAE, rows: int, seed: int) -> None:
-    make, warmup_steps, thinning = CALIBRATION_KERNELS[kernel]
+    warmup_steps, thinning, options = KERNELS[kernel].calibration
     truth, x = simulate(vae, rows, seed)
-    z = run(make(vae.model), None, warmup_steps, thinning * (NUM_RANKS - 1), x)["z"]
+    made = KERNELS[kernel].kind(vae.model, **options)
+    z = run(made, None, warmup_steps, thinning * (NUM_RANKS - 1), x)["z"]
     # The starts are draws from the prior, which know nothing of the truth.
     assert_uniform_ranks(truth, z[thinning - 1 :: thinning])
 
 
 # Error rate: 3 coordinates at 1e-4 each per case.
-@pytest.mark.parametrize("kernel", CALIBRATION_KERNELS)
+@each_calibrated
 def test_calibration(linear_vae, kernel):
     check_calibration(kernel, linear_vae, rows=1600, seed=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("kernel", CALIBRATION_KERNELS)
+@each_calibrated
 def test_calibration_with_many_simulations(linear_vae, kernel, seed):
     check_calibration(kernel, linear_vae, rows=20_000, seed=seed)
 
@@ -432,7 +425,7 @@ def test_unadjusted_langevin_says_what_a_test_would_have_accepted():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [10, 11, 12])
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", EXACT)
 @pytest.mark.usefixtures("float64")
 def test_moments_of_known_targets_with_many_rows(kernel, target, seed):
     check_target(kernel, target, seed, rows=4000)

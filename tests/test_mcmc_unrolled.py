@@ -10,7 +10,7 @@ import torch
 from programs import LinearGaussianVAE, TutorialVAE
 
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
-from pyro_vae_defence.mcmc.unrolled import UnrolledKernel, UnrolledModeSearch, record, replay
+from pyro_vae_defence.mcmc.unrolled import UnrolledKernel, record, replay
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.streams import Streams
@@ -90,14 +90,19 @@ def test_replay_follows_the_run_and_its_derivative_is_exact(float64, kind, ball,
     assert slope.abs().max() > 1e-2
 
 
-def test_graphs_kept_or_built_again_give_one_gradient_and_leave_parameters_alone(float64):
+def test_graphs_built_again_give_the_gradient_of_graphs_kept_and_leave_parameters_alone(float64):
     vae, x, start, energy = case("bernoulli", None)
     streams = Streams.create(ROWS, seed=1)
     _, decisions = record(KERNELS["hmc"](vae.model), x, start, streams, 4, 2)
     found = []
-    for checkpoint in (True, False):
+    for build_again in (True, False):
         leaf = x.clone().requires_grad_()
-        z = replay(energy, leaf, start, streams, decisions, checkpoint=checkpoint)
+        z = {"latent": start["latent"].clone().requires_grad_()}
+        if build_again:
+            z = replay(energy, leaf, z, streams, decisions)
+        else:
+            for decision in decisions:
+                z = unrolled._follow(energy, leaf, z, streams, decision, None)
         found.append(torch.autograd.grad(z["latent"].square().sum(), leaf)[0])
     assert torch.allclose(*found, rtol=1e-10)
     leaf = x.clone().requires_grad_()
@@ -142,39 +147,10 @@ def test_unrolled_kernel_is_a_chain(float64, name):
     assert torch.allclose(single["z"], plain["z"][2:3], atol=1e-9)
 
 
-@pytest.mark.parametrize("ball", BALLS)
-def test_mode_search_is_differentiable(float64, ball):
-    _, x, start, energy = case("bernoulli", BALLS[ball])
-    search = UnrolledModeSearch(energy, 8, 0.05, matrix(start))
-    direction = torch.randn_like(x)
-    leaf = x.clone().requires_grad_()
-    value = search(leaf, start)["latent"].square().sum(1)
-    (gradient,) = torch.autograd.grad(value.sum(), leaf)
-    h = 1e-6
-
-    def at(step):
-        return search(x + step * direction, start)["latent"].square().sum(1)
-
-    difference = (at(h) - at(-h)) / (2 * h)
-    slope = (gradient * direction).flatten(1).sum(1)
-    assert torch.allclose(slope, difference.detach(), rtol=1e-4, atol=1e-7)
-
-
-def test_mode_search_finds_the_gaussian_mode(float64):
-    vae, x, start, energy = case("gaussian", None)
-    mode = UnrolledModeSearch(energy, 150, 0.05)(x, {"z": torch.zeros_like(start["z"])})
-    assert torch.allclose(mode["z"], vae.exact(x)[0], atol=0.01)
-
-
 def test_mistakes(float64):
-    vae, x, start, energy = case("gaussian", None)
+    vae, x, start, _ = case("gaussian", None)
     streams = Streams.create(ROWS, seed=5)
     with pytest.raises(ValueError, match="must be a BatchedHMC or BatchedNUTS to be unrolled"):
         record(object(), x, start, streams, 3)
     with pytest.raises(ValueError, match="num_transitions must be at least 1, got 0"):
         record(KERNELS["hmc"](vae.model), x, start, streams, 0)
-    with pytest.raises(ValueError, match="num_steps must be at least 1, got 0"):
-        UnrolledModeSearch(energy, 0)
-    with pytest.raises(ValueError, match="learning_rate must be positive, got 0"):
-        UnrolledModeSearch(energy, 3, 0.0)
-    assert unrolled.ADAM_DECAYS == (0.9, 0.999)

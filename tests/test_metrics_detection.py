@@ -103,7 +103,7 @@ def test_stays_on_its_device(metric):
         (lambda s: metrics.detection_interval(metrics.auroc, s, s, level=2.0), "level=2.0"),
         (
             lambda s: metrics.detection_interval(metrics.auroc, s, s, num_resamples=0),
-            "num_resamples=0",
+            "num_resamples must be an integer of at least 1, got 0",
         ),
     ],
 )

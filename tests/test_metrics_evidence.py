@@ -166,9 +166,9 @@ def test_simulated_latents_are_posterior_draws(float64):
 
 
 def test_bad_arguments_are_refused(wide, x):
-    with pytest.raises(ValueError, match="rows=0 must be positive"):
+    with pytest.raises(ValueError, match="rows must be an integer of at least 1, got 0"):
         metrics.nll(wide, x, rows=0)
-    with pytest.raises(ValueError, match="num_samples=0 must be positive"):
+    with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got 0"):
         metrics.nll(wide, x, 0)
     with pytest.raises(ValueError, match="x must have shape"):
         metrics.nll(wide, x[0])
@@ -178,7 +178,7 @@ def test_bad_arguments_are_refused(wide, x):
     def stay(latents, potential, step):
         return latents
 
-    with pytest.raises(ValueError, match="num_chains=0 must be positive"):
+    with pytest.raises(ValueError, match="num_chains must be an integer of at least 1, got 0"):
         metrics.ais_log_weights(wide, x, stay, num_chains=0)
     with pytest.raises(ValueError, match="schedule falls, and initial is None"):
         metrics.ais_log_weights(wide, x, stay, torch.tensor([1.0, 0.5, 0.0]))

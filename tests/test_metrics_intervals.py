@@ -133,7 +133,7 @@ def test_bad_arguments_are_refused():
         bootstrap_interval(values, torch.zeros(4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"level=95 must lie between 0 and 1: use 0.95"):
         bootstrap_interval(values, level=95)
-    with pytest.raises(ValueError, match="num_resamples=0 must be positive"):
+    with pytest.raises(ValueError, match="num_resamples must be an integer of at least 1, got 0"):
         bootstrap_interval(values, num_resamples=0)
     with pytest.raises(ValueError, match="statistic='mode' is unknown: choose 'mean' or 'median'"):
         bootstrap_interval(values, statistic="mode")

@@ -210,10 +210,10 @@ def test_linear_schedule_anneals_in_both_directions() -> None:
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
 def test_beta_must_be_positive_and_finite(beta: float) -> None:
-    with pytest.raises(ValueError, match=r"beta.* must be positive and finite"):
+    with pytest.raises(ValueError, match=r"beta.* must be a positive finite number"):
         BetaELBO(beta)
     vae = LinearVAE()
-    with pytest.raises(ValueError, match=r"beta at step 0.* must be positive and finite"):
+    with pytest.raises(ValueError, match=r"beta at step 0.* must be a positive finite number"):
         BetaELBO(lambda step: beta).loss(vae.model, vae.guide, images(vae))
 
 

@@ -34,7 +34,8 @@ from pyro_vae_defence.defence.convergence import (
     ConvergenceRule,
     assess,
 )
-from pyro_vae_defence.mcmc.kernels import BatchedHMC, BatchedKernel
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.mcmc.mode import search_mode
 from pyro_vae_defence.models.compiled import Recorder, ReducedForce, check_force_dtype
 from pyro_vae_defence.models.perturbation import Perturbation

@@ -1,7 +1,7 @@
 """Hamiltonian and Langevin kernels that run one independent chain per image in one tensor
 program."""
 
-from pyro_vae_defence.mcmc.kernels import (
+from pyro_vae_defence.mcmc.samplers import (
     BatchedGHMC,
     BatchedHMC,
     BatchedMALA,

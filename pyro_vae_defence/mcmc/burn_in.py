@@ -8,7 +8,8 @@ size :math:`\epsilon` (:func:`~pyro_vae_defence.mcmc.integrators.isokinetic`) fo
 refreshment of the direction u,
 
 .. math::
-    u \leftarrow \frac{c\, u + \sqrt{1 - c^2}\, \xi / \sqrt d}{|c\, u + \sqrt{1 - c^2}\, \xi / \sqrt d|}, \qquad
+    u \leftarrow \frac{c\, u + \sqrt{1 - c^2}\, \xi / \sqrt d}
+        {|c\, u + \sqrt{1 - c^2}\, \xi / \sqrt d|}, \qquad
     c = e^{-\gamma \epsilon}, \quad \xi \sim N(0, 1) .
 
 Without a test the dynamics are biased, so they only choose where a chain starts; the chain's own
@@ -30,13 +31,22 @@ import math
 import torch
 
 from pyro_vae_defence.mcmc.hmc import MOMENTUM, SECOND_MOMENTUM, HMCState, draw_momentum
-from pyro_vae_defence.mcmc.integrators import Phase, dimension, isokinetic, normalise
+from pyro_vae_defence.mcmc.integrators import (
+    Phase,
+    check_dimension,
+    dimension,
+    isokinetic,
+    normalise,
+)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import LatentsLike, Potential
 
 STEP_SIZE = 0.35
+"""Size of a step, in units of the whitened posterior's width."""
+
 FRICTION = 1.0
+"""Rate gamma of forgetting a direction, per unit of time."""
 
 # Steps of a burn-in count down from the top of the 32 bits of a stream's step, clear of
 # transitions.
@@ -49,26 +59,20 @@ def burn_in(
     streams: Streams,
     num_steps: int,
     inverse_mass: LatentsLike | None = None,
-    *,
-    step_size: float = STEP_SIZE,
-    friction: float = FRICTION,
 ) -> HMCState:
-    """State after ``num_steps`` steps of every chain, one gradient each.
+    """State after ``num_steps`` >= 0 steps of every chain, one gradient each.
 
-    Args:
-        potential: energy per image.
-        state: current state, of two latent dimensions or more.
-        streams: random streams of the chains.
-        num_steps: steps, >= 0.
-        inverse_mass: diagonal of M^-1 per site; identity when ``None``.
-        step_size: in units of the whitened posterior's width.
-        friction: rate gamma of forgetting a direction, >= 0, per unit of time.
+    The other arguments are those of :func:`~pyro_vae_defence.mcmc.hmc.step`.
+
+    Raises:
+        ValueError: if there are fewer than two latent dimensions.
     """
     if num_steps == 0:
         return state
-    kept = math.exp(-friction * step_size)
+    check_dimension(state.position, "burn_in > 0")
+    kept = math.exp(-FRICTION * STEP_SIZE)
     fresh = math.sqrt((1 - kept**2) / dimension(state.position))
-    step_sizes = torch.full_like(state.energy, step_size)
+    step_sizes = torch.full_like(state.energy, STEP_SIZE)
     # A standard normal vector has a uniform direction.
     direction = normalise(draw_momentum(streams, _LAST_STEP, state.position, None, SECOND_MOMENTUM))
     phase = Phase(state.position, direction, state.energy, state.gradient)

@@ -76,14 +76,8 @@ def step(
 ) -> tuple[GHMCState, HMCInfo]:
     """One transition of every chain: ``num_steps`` gradients.
 
-    Args:
-        potential: energy per image.
-        state: current state.
-        streams: random streams of the chains.
-        step_size: per chain ``(N,)``.
-        num_steps: leapfrog steps L >= 1, common to the batch and independent of the state.
-        persistence: share of the momentum that is kept, in [0, 1).
-        inverse_mass: diagonal of M^-1 per site; identity when ``None``.
+    ``persistence`` in [0, 1) is the share of the momentum that is kept; the other arguments are
+    those of :func:`~pyro_vae_defence.mcmc.hmc.step`.
     """
     noise = draw_momentum(streams, state.step, state.position, inverse_mass)
     momentum = refresh(state.momentum, noise, persistence)

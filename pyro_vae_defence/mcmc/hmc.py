@@ -3,7 +3,9 @@ r"""Hamiltonian Monte Carlo, one independent chain per image (Algorithm 1 of the
 A transition draws :math:`r \sim N(0, M)`, integrates L leapfrog steps from (z, r) to (z*, r*), and
 accepts z* with probability
 
-.. math:: \alpha = \min\{1, \exp(H(z, r) - H(z^*, r^*))\}, \qquad H = U(z) + \tfrac12 r^\top M^{-1} r ,
+.. math::
+    \alpha = \min\{1, \exp(H(z, r) - H(z^*, r^*))\}, \qquad
+    H = U(z) + \tfrac12 r^\top M^{-1} r ,
 
 image by image. A non-finite energy, or one that has risen by more than 1000 nats, is a divergence:
 it is rejected and recorded.
@@ -16,6 +18,8 @@ Reference: Neal, "MCMC using Hamiltonian dynamics", 2011, https://arxiv.org/abs/
 
 from __future__ import annotations
 
+import math
+import random
 from typing import NamedTuple
 
 import torch
@@ -63,8 +67,10 @@ class HMCInfo(NamedTuple):
         diverging: whether the trajectory diverged.
         energy: Hamiltonian at the new state, in nats, the quantity of the energy diagnostics.
         step_size: step size used.
-        num_steps: leapfrog steps taken, each one gradient.
-        tree_depth: doublings made by NUTS; 0 for HMC.
+        num_steps: integrator steps taken, each one gradient.
+        tree_depth: doublings made by NUTS; 0 for the others.
+        offset: integrator steps from the old state to the new one, int64: negative against time,
+            0 for a chain that stayed.
     """
 
     acceptance_rate: Tensor
@@ -74,6 +80,7 @@ class HMCInfo(NamedTuple):
     step_size: Tensor
     num_steps: Tensor
     tree_depth: Tensor
+    offset: Tensor
 
 
 def init(potential: Potential, position: LatentsLike) -> HMCState:
@@ -145,6 +152,7 @@ def accept(
         step_size=step_size,
         num_steps=torch.full_like(step_size, num_steps, dtype=torch.long),
         tree_depth=torch.zeros_like(step_size, dtype=torch.long),
+        offset=num_steps * accepted.long(),
     )
     moved = HMCState(
         lat.where(accepted, proposal.position, state.position),
@@ -153,6 +161,16 @@ def accept(
         state.step + 1,
     )
     return moved, info
+
+
+def trajectory_length(seed: int, step: int, num_steps: int, jitter: float) -> int:
+    """Steps of transition ``step``, uniform on (1 - jitter) to (1 + jitter) ``num_steps``.
+
+    A function of seed and transition alone, like all noise of a run; at least 1.
+    """
+    low = max(1, math.ceil((1 - jitter) * num_steps))
+    high = max(low, math.floor((1 + jitter) * num_steps))
+    return random.Random(seed * 2**32 + step).randint(low, high)
 
 
 def trajectory(

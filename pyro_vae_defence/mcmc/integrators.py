@@ -117,6 +117,15 @@ def dimension(latents: LatentsLike) -> int:
     return sum(math.prod(value.shape[1:]) for value in latents.values())
 
 
+def check_dimension(latents: LatentsLike, what: str) -> None:
+    """Raise a ``ValueError`` that names ``what`` where there is no room for a direction to turn."""
+    if dimension(latents) < 2:
+        raise ValueError(
+            f"{what} needs at least 2 latent dimensions, since a direction must be able to turn; "
+            "use BatchedHMC without burn-in for 1"
+        )
+
+
 def normalise(direction: LatentsLike) -> Latents:
     """Each image's vector divided by its length, over all sites."""
     inverse = lat.dot(direction, direction).rsqrt()

@@ -2,7 +2,9 @@ r"""Langevin dynamics without a Metropolis test, one independent chain per image
 
 A step of size :math:`\epsilon` of the overdamped dynamics is
 
-.. math:: z^* = z - \tfrac{\epsilon^2}{2} M^{-1} \nabla U(z) + \epsilon M^{-1/2} \xi, \qquad \xi \sim N(0, 1),
+.. math::
+    z^* = z - \tfrac{\epsilon^2}{2} M^{-1} \nabla U(z) + \epsilon M^{-1/2} \xi, \qquad
+    \xi \sim N(0, 1),
 
 which is HMC with one leapfrog step that is never rejected. **The chain does not sample the
 target.** On a Gaussian of variance :math:`\sigma^2` it is an autoregression whose stationary
@@ -40,14 +42,7 @@ def step(
 
     ``acceptance_rate`` is what a Metropolis test would have accepted, a measure of the bias that is
     not corrected; ``accepted`` is true of every chain but those whose energy would not be finite,
-    which stay where they are.
-
-    Args:
-        potential: energy per image.
-        state: current state.
-        streams: random streams of the chains.
-        step_size: per chain ``(N,)``.
-        inverse_mass: diagonal of M^-1 per site; identity when ``None``.
+    which stay where they are. Arguments as :func:`~pyro_vae_defence.mcmc.hmc.step`.
     """
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
     phase, start, end = trajectory(potential, state, momentum, step_size, 1, inverse_mass)

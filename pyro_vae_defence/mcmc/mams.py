@@ -33,15 +33,10 @@ def step(
     num_steps: int,
     inverse_mass: LatentsLike | None = None,
 ) -> tuple[HMCState, HMCInfo]:
-    """One transition of every chain: ``num_steps`` gradients.
+    """One transition of every chain: ``num_steps`` isokinetic steps, a gradient each.
 
-    Args:
-        potential: energy per image.
-        state: current state, of two latent dimensions or more.
-        streams: random streams of the chains.
-        step_size: per chain ``(N,)``.
-        num_steps: isokinetic steps L >= 1, common to the batch and independent of the state.
-        inverse_mass: diagonal of M^-1 per site; identity when ``None``.
+    Arguments as :func:`~pyro_vae_defence.mcmc.hmc.step`; there must be two latent dimensions or
+    more.
     """
     # A standard normal vector has a uniform direction.
     direction = normalise(draw_momentum(streams, state.step, state.position, None))

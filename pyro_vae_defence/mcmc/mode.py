@@ -5,7 +5,8 @@ Adam (Kingma and Ba 2015) on the energy U, whose update is elementwise, so that 
 another:
 
 .. math::
-    m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \quad
+    m_t = \beta_1 m_{t-1} + (1 - \beta_1) g_t, \quad
+    v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2, \quad
     z_{t+1} = z_t - \eta_t \frac{m_t / (1 - \beta_1^t)}{\sqrt{v_t / (1 - \beta_2^t)} + \epsilon},
 
 with a rate :math:`\eta_t` that falls linearly to zero over the search, since the steps are few.
@@ -21,14 +22,12 @@ https://arxiv.org/abs/1412.6980; Nocedal, Wright, "Numerical optimization", 2006
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from pyro_vae_defence.mcmc.integrators import energy_and_gradient
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 _DECAY = (0.9, 0.999)  # of gradient and squared gradient; Kingma and Ba's values
@@ -62,8 +61,7 @@ def search_mode(
         ValueError: if an argument is out of range.
     """
     check_integer("num_steps", num_steps, 0)
-    if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
-        raise ValueError(f"learning_rate must be a positive finite number, got {learning_rate!r}")
+    check_positive("learning_rate", learning_rate)
     position = lat.detach(start)
     energy, gradient = energy_and_gradient(potential, position)
     best, best_energy = position, energy

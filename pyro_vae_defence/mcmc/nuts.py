@@ -25,7 +25,7 @@ programming in NumPyro", 2019, https://arxiv.org/abs/1912.11554 (the iterative s
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,15 +47,23 @@ _SUBTREE = 2
 _LEAF = 3  # + depth
 
 
+class _End(NamedTuple):
+    """An end of a tree, ``offset`` leapfrog steps from where the transition began."""
+
+    phase: Phase
+    offset: Tensor
+
+
 class _Candidate(NamedTuple):
     position: Latents
     energy: Tensor
     gradient: Latents
     hamiltonian: Tensor
+    offset: Tensor
 
 
 class _Subtree(NamedTuple):
-    end: Phase
+    end: _End
     candidate: _Candidate
     log_weight: Tensor
     momentum_sum: Latents
@@ -79,22 +87,13 @@ def is_turning(
     return left | right
 
 
-def _where_phase(mask: Tensor, a: Phase, b: Phase) -> Phase:
-    return Phase(
-        lat.where(mask, a.position, b.position),
-        lat.where(mask, a.momentum, b.momentum),
-        torch.where(mask, a.energy, b.energy),
-        lat.where(mask, a.gradient, b.gradient),
-    )
-
-
-def _where_candidate(mask: Tensor, a: _Candidate, b: _Candidate) -> _Candidate:
-    return _Candidate(
-        lat.where(mask, a.position, b.position),
-        torch.where(mask, a.energy, b.energy),
-        lat.where(mask, a.gradient, b.gradient),
-        torch.where(mask, a.hamiltonian, b.hamiltonian),
-    )
+def _where(mask: Tensor, a: Any, b: Any) -> Any:
+    """Rows of ``a`` where ``mask`` holds, rows of ``b`` elsewhere, in every part."""
+    if isinstance(a, Tensor):
+        return torch.where(mask, a, b)
+    if isinstance(a, dict):
+        return lat.where(mask, a, b)
+    return type(a)(*(_where(mask, x, y) for x, y in zip(a, b)))
 
 
 def _subtrees_closed_by(leaf: int) -> range:
@@ -107,7 +106,7 @@ def _subtrees_closed_by(leaf: int) -> range:
 
 def _grow(
     potential: Potential,
-    start: Phase,
+    edge: _End,
     hamiltonian_start: Tensor,
     direction: Tensor,
     depth: int,
@@ -117,17 +116,17 @@ def _grow(
     step_size: Tensor,
     inverse_mass: LatentsLike | None,
 ) -> _Subtree:
-    """Add ``2 ** depth`` leaves beyond ``start`` to the trees marked by ``growing``."""
+    """Add ``2 ** depth`` leaves beyond ``edge`` to the trees marked by ``growing``."""
     num_leaves = 2**depth
     log_uniform = streams.uniform(step, _LEAF + depth, (num_leaves,), step_size.dtype).log()
-    phase = start
-    candidate = _Candidate(start.position, start.energy, start.gradient, hamiltonian_start)
+    phase, offset = edge
+    candidate = _Candidate(phase.position, phase.energy, phase.gradient, hamiltonian_start, offset)
     log_weight = torch.full_like(step_size, -torch.inf)
-    momentum_sum = {name: torch.zeros_like(value) for name, value in start.momentum.items()}
+    momentum_sum = {name: torch.zeros_like(value) for name, value in phase.momentum.items()}
     turning = torch.zeros_like(growing)
     diverging = torch.zeros_like(growing)
     acceptance_sum = torch.zeros_like(step_size)
-    leaves = torch.zeros_like(step_size, dtype=torch.long)
+    leaves_grown = torch.zeros_like(offset)
     checkpoints: list[tuple[Latents, Latents]] = [({}, {})] * max(depth, 1)
     signed_step = direction * step_size
     asked = growing
@@ -135,21 +134,19 @@ def _grow(
     for leaf in range(num_leaves):
         if leaf > 0 and not bool(growing.any()):
             break
-        phase = _where_phase(growing, leapfrog(potential, phase, signed_step, inverse_mass), phase)
+        phase = _where(growing, leapfrog(potential, phase, signed_step, inverse_mass), phase)
+        offset = offset + direction
         hamiltonian = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
         error = energy_error(hamiltonian, hamiltonian_start)
 
         acceptance_sum += torch.where(growing, (-error).clamp(max=0.0).exp(), 0.0)
-        leaves += growing
+        leaves_grown += growing
         total = torch.logaddexp(log_weight, -error)
         # The first finite leaf is always taken, even where a float32 uniform has rounded to 1; a
         # leaf of zero weight never is (inf - inf is NaN).
         taken = growing & (log_uniform[:, leaf] <= -error - total)
-        candidate = _where_candidate(
-            taken,
-            _Candidate(phase.position, phase.energy, phase.gradient, hamiltonian),
-            candidate,
-        )
+        at_leaf = _Candidate(phase.position, phase.energy, phase.gradient, hamiltonian, offset)
+        candidate = _where(taken, at_leaf, candidate)
         log_weight = torch.where(growing, total, log_weight)
         momentum_sum = lat.where(growing, lat.add(momentum_sum, phase.momentum), momentum_sum)
 
@@ -165,14 +162,14 @@ def _grow(
         growing = growing & ~diverging & ~turning
 
     return _Subtree(
-        phase,
+        _End(phase, offset),
         candidate,
         log_weight,
         momentum_sum,
         asked & growing,
         diverging,
         acceptance_sum,
-        leaves,
+        leaves_grown,
     )
 
 
@@ -186,27 +183,21 @@ def step(
 ) -> tuple[HMCState, HMCInfo]:
     """One transition of every chain: at most ``2 ** max_tree_depth - 1`` gradients.
 
-    Args:
-        potential: energy per image.
-        state: current state (of :func:`pyro_vae_defence.mcmc.hmc.init`).
-        streams: random streams of the chains.
-        step_size: per chain ``(N,)``.
-        max_tree_depth: largest number of doublings.
-        inverse_mass: diagonal of M^-1 per site; identity when ``None``.
+    ``max_tree_depth`` is the largest number of doublings; the other arguments are those of
+    :func:`~pyro_vae_defence.mcmc.hmc.step`. In the info, ``offset`` tells which leaf was chosen.
     """
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
-    start = Phase(state.position, momentum, state.energy, state.gradient)
     hamiltonian_start = state.energy + kinetic_energy(momentum, inverse_mass)
-    left = right = start
-    candidate = _Candidate(state.position, state.energy, state.gradient, hamiltonian_start)
+    offset = torch.zeros_like(step_size, dtype=torch.long)
+    left = right = _End(Phase(state.position, momentum, state.energy, state.gradient), offset)
+    candidate = _Candidate(state.position, state.energy, state.gradient, hamiltonian_start, offset)
     log_weight = torch.zeros_like(step_size)
     momentum_sum = momentum
     active = torch.ones_like(step_size, dtype=torch.bool)
     diverging = torch.zeros_like(active)
-    accepted = torch.zeros_like(active)
     acceptance_sum = torch.zeros_like(step_size)
-    leaves = torch.zeros_like(step_size, dtype=torch.long)
-    depths = torch.zeros_like(leaves)
+    num_leaves = torch.zeros_like(offset)
+    depths = torch.zeros_like(offset)
     shape = (max_tree_depth,)
     forward = streams.uniform(state.step, _DIRECTION, shape, step_size.dtype) > 0.5
     log_uniform = streams.uniform(state.step, _SUBTREE, shape, step_size.dtype).log()
@@ -217,9 +208,9 @@ def step(
         ahead = forward[:, depth]
         subtree = _grow(
             potential,
-            _where_phase(ahead, right, left),
+            _where(ahead, right, left),
             hamiltonian_start,
-            torch.where(ahead, 1.0, -1.0).to(step_size.dtype),
+            torch.where(ahead, 1, -1),
             depth,
             active,
             streams,
@@ -230,33 +221,30 @@ def step(
         depths += active
         diverging |= subtree.diverging
         acceptance_sum += subtree.acceptance_sum
-        leaves += subtree.num_leaves
+        num_leaves += subtree.num_leaves
         complete = subtree.complete
 
         taken = complete & (log_uniform[:, depth] < subtree.log_weight - log_weight)
-        candidate = _where_candidate(taken, subtree.candidate, candidate)
-        accepted |= taken
+        candidate = _where(taken, subtree.candidate, candidate)
         log_weight = torch.where(
             complete, torch.logaddexp(log_weight, subtree.log_weight), log_weight
         )
         momentum_sum = lat.where(
             complete, lat.add(momentum_sum, subtree.momentum_sum), momentum_sum
         )
-        right = _where_phase(complete & ahead, subtree.end, right)
-        left = _where_phase(complete & ~ahead, subtree.end, left)
-        turning = is_turning(left.momentum, right.momentum, momentum_sum, inverse_mass)
+        right = _where(complete & ahead, subtree.end, right)
+        left = _where(complete & ~ahead, subtree.end, left)
+        turning = is_turning(left.phase.momentum, right.phase.momentum, momentum_sum, inverse_mass)
         active = complete & ~turning
 
     info = HMCInfo(
-        acceptance_rate=acceptance_sum / leaves,
-        accepted=accepted,
+        acceptance_rate=acceptance_sum / num_leaves,
+        accepted=candidate.offset != 0,
         diverging=diverging,
         energy=candidate.hamiltonian,
         step_size=step_size,
-        num_steps=leaves,
+        num_steps=num_leaves,
         tree_depth=depths,
+        offset=candidate.offset,
     )
-    return (
-        HMCState(candidate.position, candidate.energy, candidate.gradient, state.step + 1),
-        info,
-    )
+    return HMCState(*candidate[:3], state.step + 1), info

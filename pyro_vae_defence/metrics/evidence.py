@@ -21,7 +21,7 @@ from torch import Tensor
 from pyro_vae_defence.metrics.likelihood import Transition, ais, importance_nll, sigmoid_schedule
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.checks import check_positive
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
@@ -57,7 +57,7 @@ def nll(
     """
     program.check_vae(vae)
     program.check_images(x, unit_interval=False)
-    check_positive("rows", rows)
+    check_integer("rows", rows)
     seed = draw_seed(generator)
     results = []
     with program.evaluation_mode(vae):
@@ -132,7 +132,7 @@ def ais_log_weights(
     """
     program.check_vae(vae)
     program.check_images(x, unit_interval=False)
-    check_positive("num_chains", num_chains)
+    check_integer("num_chains", num_chains)
     schedule = sigmoid_schedule(100) if schedule is None else schedule
     if initial is None and float(schedule[0]) != 0.0:
         raise ValueError(

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vae_defence.ops.checks import check_integer
+
 _RESAMPLES_AT_ONCE = 256  # bounds the memory; fixed, so that results do not depend on it
 
 
@@ -168,8 +170,7 @@ def check_bootstrap(level: float, num_resamples: int) -> None:
     """``ValueError`` unless the options of a bootstrap interval are in range."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1: use 0.95 for 95 percent")
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples={num_resamples} must be positive: use 500 or more")
+    check_integer("num_resamples", num_resamples)
 
 
 def _check_values(values: Tensor, groups: Tensor) -> None:

@@ -32,7 +32,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import check_positive
+from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 Transition: TypeAlias = Callable[[Latents, Potential, int], Latents]
@@ -63,8 +63,8 @@ def importance_nll(
     Raises:
         ValueError: a number is not positive, or the weights do not have ``k`` rows.
     """
-    check_positive("num_samples", num_samples)
-    check_positive("chunk", chunk)
+    check_integer("num_samples", num_samples)
+    check_integer("chunk", chunk)
     total: Tensor | None = None
     for start in range(0, num_samples, chunk):
         rows = min(chunk, num_samples - start)
@@ -148,7 +148,7 @@ def sigmoid_schedule(num_steps: int, steepness: float = 4.0) -> Tensor:
     Raises:
         ValueError: an argument is not positive.
     """
-    check_positive("num_steps", num_steps)
+    check_integer("num_steps", num_steps)
     check_positive("steepness", steepness)
     logistic = torch.linspace(-steepness, steepness, num_steps + 1, dtype=torch.float64).sigmoid()
     return (logistic - logistic[0]) / (logistic[-1] - logistic[0])

@@ -1,0 +1,248 @@
+"""Hamiltonian and Langevin kernels with one independent chain per image.
+
+Each is its own arguments and one step, on :class:`~pyro_vae_defence.mcmc.kernels.BatchedKernel`,
+whose keywords all of them take: ``step_size``, ``adapt_step_size``, ``target_accept_prob``,
+``inverse_mass_matrix``, ``burn_in``, ``generator``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from pyro_vae_defence.mcmc import ghmc, hmc, langevin, mams, nuts
+from pyro_vae_defence.mcmc.adaptation import PaperStepSize
+from pyro_vae_defence.mcmc.ghmc import GHMCState
+from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
+from pyro_vae_defence.mcmc.integrators import check_dimension
+from pyro_vae_defence.mcmc.kernels import BatchedKernel, KernelOptions
+from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import Potential
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
+
+Preset = Literal["paper"]
+
+
+class _JitteredKernel(BatchedKernel):
+    """A kernel whose trajectories have a length of their own at every transition."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Potential | None = None,
+        *,
+        num_steps: int = 4,
+        jitter: float = 1.0,
+        **options: Unpack[KernelOptions],
+    ) -> None:
+        super().__init__(model, potential_fn, **options)
+        check_integer("num_steps", num_steps)
+        if not 0.0 <= jitter <= 1.0:
+            raise ValueError(f"jitter must lie in [0, 1], got {jitter!r}; 0 keeps lengths fixed")
+        self.num_steps = num_steps
+        self.jitter = jitter
+
+    def _most_gradients(self, seed: int, step: int) -> int:
+        return hmc.trajectory_length(seed, step, self.num_steps, self.jitter)
+
+
+class BatchedHMC(_JitteredKernel):
+    """Hamiltonian Monte Carlo.
+
+    A setting for attacked images, the first to reach the stationary energy in this library's
+    benchmark on MNIST: ``step_size=0.2, num_steps=4, burn_in=30`` with a metric that whitens, such
+    as ``inverse_mass_matrix=vae.mean_posterior_variance``.
+
+    The other arguments are those of :class:`~pyro_vae_defence.mcmc.kernels.BatchedKernel`;
+    ``target_accept_prob`` is 0.8, or 0.9 in the paper's rule.
+
+    Args:
+        num_steps: leapfrog steps per transition, >= 1: the mean when lengths are jittered.
+        jitter: 0 to 1. The length of each transition is drawn uniformly from the integers between
+            (1 - jitter) and (1 + jitter) times ``num_steps``, at least 1, common to the batch. A
+            fixed length resonates with the target's own frequencies; 0 keeps it fixed.
+        preset: ``"paper"`` for the published setting: 20 fixed leapfrog steps and one step size for
+            the batch that follows eq. 67 to the end.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import pyro.infer
+        >>> from pyro_vae_defence.models import ConvVAE
+        >>> kernel = BatchedHMC(ConvVAE().eval().model, step_size=0.1, num_steps=4)
+        >>> mcmc = pyro.infer.MCMC(kernel, num_samples=3, warmup_steps=2, disable_progbar=True)
+        >>> mcmc.run(torch.rand(5, 1, 28, 28))
+        >>> mcmc.get_samples()["z"].shape
+        torch.Size([3, 5, 64])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Potential | None = None,
+        *,
+        num_steps: int = 4,
+        jitter: float = 1.0,
+        preset: Preset | None = None,
+        **options: Unpack[KernelOptions],
+    ) -> None:
+        if preset not in (None, "paper"):
+            raise ValueError(f"preset must be 'paper' or None, got {preset!r}")
+        if preset == "paper":
+            num_steps, jitter = 20, 0.0
+        super().__init__(model, potential_fn, num_steps=num_steps, jitter=jitter, **options)
+        if preset == "paper":
+            target = options.get("target_accept_prob")
+            self.rule = PaperStepSize() if target is None else PaperStepSize(target)
+
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
+        num_steps = self._most_gradients(streams.seed, state.step)
+        return hmc.step(self.potential, state, streams, step_size, num_steps, self.inverse_mass)
+
+
+class BatchedNUTS(BatchedKernel):
+    """The No-U-Turn Sampler with one independent tree per image.
+
+    A batch costs as many gradients as its largest tree; smaller trees wait, unchanged. The other
+    arguments are those of :class:`~pyro_vae_defence.mcmc.kernels.BatchedKernel`.
+
+    Args:
+        max_tree_depth: largest number of doublings, 1 to 20.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Potential | None = None,
+        *,
+        max_tree_depth: int = 10,
+        **options: Unpack[KernelOptions],
+    ) -> None:
+        super().__init__(model, potential_fn, **options)
+        if not (isinstance(max_tree_depth, int) and 1 <= max_tree_depth <= 20):
+            raise ValueError(f"max_tree_depth must be an integer in 1..20, got {max_tree_depth!r}")
+        self.max_tree_depth = max_tree_depth
+
+    def _most_gradients(self, seed: int, step: int) -> int:
+        return 2**self.max_tree_depth - 1
+
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
+        depth = self.max_tree_depth
+        return nuts.step(self.potential, state, streams, step_size, depth, self.inverse_mass)
+
+
+class BatchedMALA(BatchedKernel):
+    """The Metropolis-adjusted Langevin algorithm: HMC with one leapfrog step, one gradient per
+    transition.
+
+    The arguments are those of :class:`~pyro_vae_defence.mcmc.kernels.BatchedKernel`; the noise of a
+    step has standard deviation ``step_size``.
+    """
+
+    # Optimal in high dimensions: Roberts and Rosenthal 1998,
+    # https://doi.org/10.1111/1467-9868.00123
+    default_target = 0.574
+
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
+        return hmc.step(self.potential, state, streams, step_size, 1, self.inverse_mass)
+
+
+class BatchedGHMC(BatchedKernel):
+    """Generalised HMC: the momentum is kept in part from one transition to the next.
+
+    The other arguments are those of :class:`~pyro_vae_defence.mcmc.kernels.BatchedKernel`;
+    ``target_accept_prob`` is 0.9, since every rejection turns the momentum.
+
+    Args:
+        num_steps: leapfrog steps per transition, >= 1, always as many.
+        persistence: share of the momentum a transition keeps, in [0, 1); 0 is HMC. A chain goes on
+            in one direction for about ``num_steps * step_size / (1 - persistence)``.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    default_target = 0.9
+
+    def __init__(
+        self,
+        model: Callable[..., Any] | None = None,
+        potential_fn: Potential | None = None,
+        *,
+        num_steps: int = 1,
+        persistence: float = 0.8,
+        **options: Unpack[KernelOptions],
+    ) -> None:
+        super().__init__(model, potential_fn, **options)
+        check_integer("num_steps", num_steps)
+        if not 0.0 <= persistence < 1.0:
+            raise ValueError(
+                f"persistence must lie in [0, 1), got {persistence!r}; 0 draws the momentum anew"
+            )
+        self.num_steps = num_steps
+        self.persistence = persistence
+
+    def _extend(self, state: HMCState, streams: Streams) -> GHMCState:
+        return ghmc.init(state, streams, self.inverse_mass)
+
+    def _most_gradients(self, seed: int, step: int) -> int:
+        return self.num_steps
+
+    def _step(self, state: GHMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
+        return ghmc.step(
+            self.potential,
+            state,
+            streams,
+            step_size,
+            self.num_steps,
+            self.persistence,
+            self.inverse_mass,
+        )
+
+
+class BatchedMAMS(_JitteredKernel):
+    """The Metropolis-adjusted microcanonical sampler: HMC's relative whose particles keep their
+    speed.
+
+    ``num_steps`` (4) and ``jitter`` (1.0) are those of :class:`BatchedHMC`, ``step_size`` is on the
+    scale of HMC's. The other arguments are those of
+    :class:`~pyro_vae_defence.mcmc.kernels.BatchedKernel`; there must be two latent dimensions or
+    more.
+    """
+
+    default_target = 0.9  # Robnik et al. 2025
+
+    def _extend(self, state: HMCState, streams: Streams) -> HMCState:
+        check_dimension(state.position, "MAMS")
+        return state
+
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
+        num_steps = self._most_gradients(streams.seed, state.step)
+        return mams.step(self.potential, state, streams, step_size, num_steps, self.inverse_mass)
+
+
+class BatchedULA(BatchedKernel):
+    """The unadjusted Langevin algorithm, a baseline: **biased**, its draws are not from the target.
+
+    Nothing is rejected but a step to a non-finite energy. The acceptance rate in ``info`` and
+    ``diagnostics()`` is what MALA's test would have accepted at the same step size; it measures the
+    bias. See :mod:`~pyro_vae_defence.mcmc.langevin` for its size on a Gaussian.
+
+    The arguments are those of :class:`~pyro_vae_defence.mcmc.kernels.BatchedKernel`; the noise of a
+    step has standard deviation ``step_size``. The closer ``target_accept_prob`` (0.9) is to 1, the
+    smaller are bias and steps.
+    """
+
+    default_target = 0.9
+
+    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
+        return langevin.step(self.potential, state, streams, step_size, self.inverse_mass)
