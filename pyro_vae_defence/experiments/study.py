@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence import data, metrics
+from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments.configuration import override
 from pyro_vae_defence.experiments.drawing import save_figure
@@ -163,12 +164,12 @@ class Study(ABC, Generic[C]):
         return classifier
 
     @functools.cache  # noqa: B019 (a study lives as long as its process)
-    def images(self, dataset: str, split: str = "test") -> data.Images:
+    def images(self, dataset: str, split: Split = "test") -> data.Images:
         """A dataset, read once."""
         return data.load(dataset, split, self.root)
 
     def choose(
-        self, dataset: str, number: int, purpose: str, split: str = "test", column: int = 0
+        self, dataset: str, number: int, purpose: str, split: Split = "test", column: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Class-stratified images ``(N, C, H, W)`` and their labels, ``(N, columns)``."""
         images = self.images(dataset, split)
@@ -186,6 +187,8 @@ class Measurement(Study[C]):
 
     kind: ClassVar[str]
     """Name of the study in result files, unique."""
+    metric: ClassVar[str | None] = METRIC
+    """Similarity that its cells hold, if that is one and the same."""
 
     # --- What a study says ---
 
@@ -259,7 +262,7 @@ class Measurement(Study[C]):
             "name": self.name,
             "config": json.loads(json.dumps(dataclasses.asdict(self.config))),  # type: ignore[call-overload]
             "weights": self.weights,
-            "metric": METRIC,
+            **({} if self.metric is None else {"metric": self.metric}),
             "command": self.command_line(),
             "provenance": provenance(),
         }
