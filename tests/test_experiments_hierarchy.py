@@ -73,6 +73,14 @@ def test_every_group_and_defence_is_scored(models, tmp_path):
         assert image.width > 100
 
 
+def test_defences_and_controls_are_those_of_every_study(models, tmp_path):
+    """Chains move noise, others may, and all are scored on latents."""
+    names = ("mode", "dark_clip_0.1", "hmc@2")
+    found = run(models, tmp_path, groups=(1,), defences=names)["groups"]["1"]["defences"]
+    assert list(found) == list(names)
+    assert ["acceptance_rate" in found[name] for name in names] == [False, False, True]
+
+
 def test_results_do_not_depend_on_batches_or_interruptions(models, tmp_path):
     """An attack's and a defence's noise are the image's own; finished entries are kept."""
     changes = {"groups": (2,), "defences": ("none", "hmc")}

@@ -313,7 +313,7 @@ def cost(outcome: Any) -> dict[str, Any]:
 
 def chain_statistics(stats: dict[str, Tensor]) -> dict[str, float]:
     """Acceptance, divergences and last step size of chains; nothing where there were none."""
-    if not stats:
+    if "acceptance_rate" not in stats:  # searches of a mode have energies alone
         return {}
     return {
         "acceptance_rate": float(stats["acceptance_rate"].mean()),
