@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared_path
-from pyro_vae_defence.experiments.registry import DEFENCES, MODELS
-from pyro_vae_defence.experiments.report import report
 
-from pyro_vae_defence.experiments import config as configs
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.defend import defend
+from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.paper import TABLE_7
-from pyro_vae_defence.experiments.train import HALF_TOLERANCE, make_objective, train
+from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.train import (
+    HALF_TOLERANCE,
+    MODELS,
+    Train,
+    TrainConfig,
+    make_objective,
+)
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE
 from pyro_vae_defence.models.pretrained import (
@@ -31,7 +34,7 @@ TINY = {"dataset": "mnist_subset", "epochs": 1, "images_per_epoch": 256}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
-    train("mnist_vae", directory, overrides=TINY, progress=False)
+    Train("mnist_vae", directory, overrides=TINY, progress=False).run()
     return directory
 
 
@@ -111,7 +114,7 @@ TINY_NVAE = {
 def nvae_models(tmp_path_factory):
     directory = tmp_path_factory.mktemp("nvae")
     changes = {**TINY, "architecture": TINY_NVAE, "images_per_epoch": 128}
-    train("mnist_nvae", directory, overrides=changes, progress=False)
+    Train("mnist_nvae", directory, overrides=changes, progress=False).run()
     return directory
 
 
@@ -131,16 +134,16 @@ def test_train_an_nvae(nvae_models):
 
 def test_defend_writes_results_and_runs_nothing_twice(models, tmp_path):
     changes = {
-        "num_references": 10, "num_restarts": 1, "num_samples": 1, "warmup_steps": 1,
-    }  # fmt: skip
-
-    # The registry's test set is the full one; a tiny model was trained on the subset.
-    root = shared_path("data")
+        "num_references": 10,
+        "num_restarts": 1,
+        "chain.num_samples": 1,
+        "chain.warmup_steps": 1,
+    }
 
     def run(**more):
-        return defend(
-            "mnist_radius_0.1", tmp_path, root, models, {**changes, **more}, progress=False
-        )
+        settings = {**changes, **more}
+        study = Defend("mnist_radius_0.1", tmp_path, None, models, settings, progress=False)
+        return study.run()
 
     first = run(defences=("none", "hmc"))
     assert set(first["defences"]) == {"none", "hmc"}
@@ -151,7 +154,7 @@ def test_defend_writes_results_and_runs_nothing_twice(models, tmp_path):
     assert path.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="belongs to another run"):
         run(defences=("none",))
-    text = report(tmp_path)
+    text = write_pages({Defend.kind: Defend}, tmp_path)[0].read_text()
     assert "ms_ssim[paper]" in text
     estimate = json.loads(path.read_text())["defences"]["hmc"]["ms_ssim"]["estimate"]
     assert f"{estimate:.3f}" in text
@@ -160,7 +163,7 @@ def test_defend_writes_results_and_runs_nothing_twice(models, tmp_path):
 @pytest.mark.parametrize("objective", ["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss"])
 def test_every_objective_of_a_configuration_trains(objective):
     vae = ConvVAE()
-    config = configs.TrainConfig("mnist_subset", objective, "mnist_vae", beta=2.0)  # type: ignore[arg-type]
+    config = TrainConfig("mnist_subset", objective, "mnist_vae", beta=2.0)
     loss = make_objective(config, vae, 1000, 10).loss_and_grads(
         vae.model, vae.guide, torch.rand(4, 1, 28, 28)
     )
@@ -168,11 +171,11 @@ def test_every_objective_of_a_configuration_trains(objective):
     assert vae.encoder[0].weight.grad is not None
 
 
-def test_registry_holds_the_models_of_table_7():
+def test_models_are_those_of_table_7():
     for dataset in ("mnist", "fashion_mnist", "color_mnist"):
         names = {n for n in TABLE_7 if n.startswith(dataset + "_") and MODELS[n].dataset == dataset}
         assert len(names) == 7
-    assert all(entry.model in MODELS for entry in DEFENCES.values())
+    assert all(entry.model in MODELS for entry in Defend.names.values())
     for dataset in ("mnist", "color_mnist"):
         for variant in ("se_0.1", "se_0.2", "avae", "se_avae", "avae_ss"):
             assert MODELS[f"{dataset}_{variant}"].start_from == f"{dataset}_vae"
@@ -198,7 +201,7 @@ def test_the_coupling_of_se_is_the_one_that_the_published_sweep_found():
 
 def test_a_variant_starts_from_trained_weights(models, tmp_path):
     """AVAE-SS leaves the decoder as it found it, up to float16; the encoder learns."""
-    card = train("mnist_avae_ss", tmp_path, overrides=TINY, progress=False, models=models)
+    card = Train("mnist_avae_ss", tmp_path, None, models, TINY, progress=False).run()
     before, after = (
         load_pretrained(*where) for where in (("mnist_vae", models), (card.name, tmp_path))
     )
@@ -216,7 +219,7 @@ def test_a_variant_starts_from_trained_weights(models, tmp_path):
 
 def test_avae_ss_needs_a_trained_model():
     with pytest.raises(ValueError, match="set start_from=NAME"):
-        configs.TrainConfig("mnist", "avae_ss")
+        TrainConfig("mnist", "avae_ss")
 
 
 @pytest.mark.parametrize(

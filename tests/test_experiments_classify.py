@@ -6,14 +6,18 @@ import json
 
 import pytest
 import torch
-from pyro_vae_defence.experiments.config import ClassifierConfig
-from pyro_vae_defence.experiments.registry import CLASSIFIERS, MODELS
 from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.classify import fit_classifier, train_classifier
-from pyro_vae_defence.experiments.evaluate import evaluate
+from pyro_vae_defence.experiments.classify import (
+    CLASSIFIERS,
+    ClassifierConfig,
+    TrainClassifier,
+    fit_classifier,
+)
+from pyro_vae_defence.experiments.evaluate import Evaluate
+from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import (
     ConvClassifier,
@@ -74,7 +78,7 @@ def test_linear_classifier_reads_any_programs_latents(tutorial_vae):
 
 
 def test_a_linear_classifier_of_means_is_trained_and_stored(tmp_path):
-    card = train_classifier("mnist_vae_classifier", tmp_path, overrides=TINY)
+    card = TrainClassifier("mnist_vae_classifier", tmp_path, overrides=TINY).run()
     classifier, loaded = load_classifier("mnist_vae_classifier", tmp_path)
     assert loaded == card
     assert card.training["weights"] == load_card("mnist_vae").sha256
@@ -97,11 +101,10 @@ def test_features_are_trained_by_the_same_command_and_measure_distances(models, 
     extractor, _ = load_classifier("mnist_features", models)
     assert isinstance(extractor, ConvClassifier)
     assert extractor.features(torch.rand(2, 1, 28, 28)).shape == (2, 64)
-    result = evaluate(
-        "mnist_vae", models / "out", models=models,
-        overrides={"num_images": 50, "num_samples": 2, "features": "mnist_features",
-                   "ais_images": 3, "ais_steps": 3, "ais_chains": 2},
-    )  # fmt: skip
+    changes = {"num_images": 50, "num_samples": 2, "features": "mnist_features"}
+    changes |= {"ais_images": 3, "ais_steps": 3, "ais_chains": 2}
+    study = Evaluate("mnist_vae", models / "out", None, models, changes, progress=False)
+    result = study.run()
     distance = result["metrics"]["frechet[mnist_features]"]
     assert distance["estimate"] > 0
     assert "fid" not in json.dumps(result).lower()
@@ -110,7 +113,7 @@ def test_features_are_trained_by_the_same_command_and_measure_distances(models, 
     assert set(ais["on_the_same_images"]) == {"nll[iwae 2]", "difference", "acceptance_rate"}
 
 
-def test_registry_has_a_classifier_for_every_model():
+def test_every_model_has_a_classifier():
     for model, config in MODELS.items():
         assert CLASSIFIERS[f"{model}_classifier"].model == model
         if config.dataset == "color_mnist":
@@ -121,14 +124,14 @@ def test_registry_has_a_classifier_for_every_model():
 
 def test_mistakes(models, tmp_path):
     with pytest.raises(ValueError, match="no classifier named 'x'"):
-        train_classifier("x", tmp_path)
+        TrainClassifier("x", tmp_path)
     with pytest.raises(ValueError, match="'mnist_vae' is a ConvVAE, no classifier"):
         load_classifier("mnist_vae", models)
     with pytest.raises(ValueError, match="num_latents >= 1 and num_classes >= 2, got 0 and 3"):
         LinearClassifier(0, 3)
     with pytest.raises(ValueError, match="need in_channels >= 1"):
         ConvClassifier(0, 3)
-    train_classifier("mnist_vae_classifier", tmp_path, models=models, overrides=TINY)
+    TrainClassifier("mnist_vae_classifier", tmp_path, models=models, overrides=TINY).run()
     path = tmp_path / "mnist_vae_classifier.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="do not match their card"):

@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from programs import LinearGaussianVAE
-from pyro_vae_defence.experiments.config import EvaluateConfig
-from pyro_vae_defence.experiments.registry import MODELS
-from pyro_vae_defence.experiments.report import report
 
 from pyro_vae_defence import metrics
+from pyro_vae_defence.experiments import attack
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.evaluate import evaluate, measure, nll_name
+from pyro_vae_defence.experiments.cards import trained_models
+from pyro_vae_defence.experiments.evaluate import Evaluate, EvaluateConfig, nll_name, table
 from pyro_vae_defence.experiments.paper import TABLE_7
-from pyro_vae_defence.experiments.tables import NOT_MEASURED, table, trained_models
+from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.tables import NOT_MEASURED
+from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained
 
@@ -32,12 +33,18 @@ def models(tmp_path):
     return tmp_path / "models"
 
 
-def test_measured_numbers_are_those_of_the_exact_model(float64):
+def measured(output, models, **changes):
+    return Evaluate("mnist_vae", output, models=models, overrides=changes, progress=False).run()
+
+
+def test_measured_numbers_are_those_of_the_exact_model(float64, tmp_path):
     """NLL within 5 standard errors of the exact one, MSE of its expectation (two tests, 1e-6)."""
     torch.manual_seed(0)
     vae = LinearGaussianVAE()
     x = metrics.simulate(vae, torch.zeros(200, 1, 4, 4))[1]
-    found = measure(vae, x, EvaluateConfig("toy", num_samples=200, rows=64))
+    study = Evaluate("toy", tmp_path, overrides={"num_samples": 200, "rows": 64})
+    study.vae, study.x = vae, x
+    found = {name: compute() for (_, name), compute in study.cells()}
     gap = torch.tensor(found["nll[iwae 200]"]["estimate"]) + vae.evidence(x).mean()
     assert (
         abs(gap) < 0.05
@@ -56,7 +63,7 @@ def test_measured_numbers_are_those_of_the_exact_model(float64):
 
 def test_evaluate_writes_result_and_card(models, tmp_path):
     changes = {"num_images": 20, "num_samples": 4, "rows": 30}
-    result = evaluate("mnist_vae", tmp_path / "out", models=models, overrides=changes)
+    result = measured(tmp_path / "out", models, **changes)
     assert json.loads((tmp_path / "out" / "mnist_vae.json").read_text()) == result
     assert set(result["provenance"]) >= {"commit", "torch", "threads"}
     assert result["config"]["num_images"] == 20
@@ -64,14 +71,13 @@ def test_evaluate_writes_result_and_card(models, tmp_path):
     assert entry["low"] < entry["estimate"] < entry["high"]
     card = load_card("mnist_vae", models)
     assert card.metrics == {"validation_nelbo": 1.0, "test": result["metrics"]}
-    assert result["weights"] == card.sha256
-    written = report(tmp_path / "out")
+    assert result["weights"] == {"mnist_vae": card.sha256}
+    written = write_pages({Evaluate.kind: Evaluate}, tmp_path / "out")[0].read_text()
     assert f"| nll[iwae 4] | {entry['estimate']:.2f} [" in written
     assert "| active units | " in written
     load_pretrained("mnist_vae", models)  # a new card still fits its weights
-    again = evaluate(
-        "mnist_vae", tmp_path / "again", models=models, overrides={**changes, "rows": 7}
-    )
+    assert measured(tmp_path / "out", models, **changes) == result  # nothing is measured twice
+    again = measured(tmp_path / "again", models, **{**changes, "rows": 7})
     assert again["metrics"][nll_name(4)]["estimate"] == pytest.approx(entry["estimate"], rel=1e-5)
 
 
@@ -84,12 +90,7 @@ def test_full_test_set_has_a_file_of_its_own(models, tmp_path):
 
 
 def test_table_7_prints_files_and_says_what_is_missing(models, tmp_path, capsys):
-    evaluate(
-        "mnist_vae",
-        tmp_path,
-        models=models,
-        overrides={"num_images": 10, "num_samples": 2},
-    )
+    measured(tmp_path, models, num_images=10, num_samples=2)
     path = tmp_path / "mnist_vae.json"
     result = json.loads(path.read_text())
     result["metrics"][nll_name(2)].update(estimate=87.654, low=86.0, high=89.0)
@@ -109,7 +110,7 @@ def test_table_7_prints_files_and_says_what_is_missing(models, tmp_path, capsys)
     assert capsys.readouterr().out.count(NOT_MEASURED) == 2 * 21
 
 
-def test_paper_and_registry_agree_on_names():
+def test_paper_and_library_agree_on_names():
     assert set(TABLE_7) <= set(MODELS)
     assert len(TABLE_7) == 21
     for printed in TABLE_7.values():
@@ -132,9 +133,13 @@ def test_packaged_models_stand_in_the_documentation():
     """The page's tables are what the commands print now."""
     results = Path(__file__).resolve().parents[1] / "docs" / "results"
     assert (results / "models.md").read_text() == trained_models() + "\n"
-    for number, directory in ((2, "attack"), (3, "attack"), (7, "evaluate")):
+    for number, directory, made in (
+        (2, "attack", attack.table),
+        (3, "attack", attack.table),
+        (7, "evaluate", table),
+    ):
         written = (results / directory / f"table_{number}.md").read_text()
-        assert written == table(number, results / directory) + "\n"
+        assert written == made(number, results / directory) + "\n"
 
 
 def test_config_defaults_are_the_papers():
@@ -147,7 +152,11 @@ def test_config_defaults_are_the_papers():
     [
         (["evaluate", "mnist_gan"], "no pretrained model named 'mnist_gan'"),
         (["evaluate", "mnist_vae", "--set", "images=3"], "unknown setting 'images'"),
-        (["evaluate", "mnist_vae", "--set", "num_samples=0"], "num_samples=0 must be positive"),
+        (
+            ["evaluate", "mnist_vae", "--set", "num_samples=0"],
+            "num_samples must be an integer of at least 1, got 0",
+        ),
+        (["evaluate", "mnist_vae", "--set", "model=other"], "results are named after the model"),
         (["table", "9"], "no generator for table 9"),
     ],
 )

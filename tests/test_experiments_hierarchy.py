@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import shared_path
 from PIL import Image
-from pyro_vae_defence.experiments.registry import HIERARCHIES, MODELS
-from pyro_vae_defence.experiments.report import report, write_report
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.hierarchy import defend_hierarchy
+from pyro_vae_defence.experiments.hierarchy import DefendHierarchy
+from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import save_pretrained
@@ -25,9 +25,9 @@ SMALL = {
     "attack_steps": 2,
     "num_references": 2,
     "num_restarts": 2,
-    "num_samples": 1,
-    "warmup_steps": 2,
-    "num_steps": 1,
+    "chain.num_samples": 1,
+    "chain.warmup_steps": 2,
+    "chain.num_steps": 1,
     "metric_images": 6,
     "batch_size": 3,
 }
@@ -47,13 +47,9 @@ def models(tmp_path_factory):
 
 
 def run(models, output, **changes):
-    return defend_hierarchy(
-        "mnist_nvae_radius_0.1",
-        output,
-        models=models,
-        overrides={**SMALL, **changes},
-        progress=False,
-    )
+    settings = {**SMALL, **changes}
+    study = DefendHierarchy("mnist_nvae_radius_0.1", output, None, models, settings, progress=False)
+    return study.run()
 
 
 def test_every_group_and_defence_is_scored(models, tmp_path):
@@ -67,13 +63,22 @@ def test_every_group_and_defence_is_scored(models, tmp_path):
             found = entry["defences"][name]
             assert 0 <= found["ms_ssim"]["estimate"] <= 1
             assert found["gradients_per_image"] >= 4
-    text = report(tmp_path)
+    tables, figure = write_pages({DefendHierarchy.kind: DefendHierarchy}, tmp_path)
+    text = tables.read_text()
     estimate = result["groups"]["3"]["defences"]["aware"]["ms_ssim"]["estimate"]
     assert f"{estimate:.3f}" in text
     assert text.count("HMC, perturbation-aware") == 2
-    write_report(tmp_path)
-    with Image.open(tmp_path / "mnist_nvae_groups.png") as figure:
-        assert figure.width > 100
+    assert figure == tmp_path / "mnist_nvae_groups.png"
+    with Image.open(figure) as image:
+        assert image.width > 100
+
+
+def test_defences_and_controls_are_those_of_every_study(models, tmp_path):
+    """Chains move noise, others may, and all are scored on latents."""
+    names = ("mode", "dark_clip_0.1", "hmc@2")
+    found = run(models, tmp_path, groups=(1,), defences=names)["groups"]["1"]["defences"]
+    assert list(found) == list(names)
+    assert ["acceptance_rate" in found[name] for name in names] == [False, False, True]
 
 
 def test_results_do_not_depend_on_batches_or_interruptions(models, tmp_path):
@@ -105,21 +110,25 @@ def test_the_attack_sees_the_chosen_groups_alone(models, tmp_path):
     [
         ({"groups": (4,)}, "at most the model's 3 groups"),
         ({"groups": 2}, "groups must be a tuple"),
-        ({"groups": (0,)}, "groups must be a tuple"),
-        ({"defences": ("nuts",)}, "defences must be a tuple"),
+        ({"groups": ()}, "groups must be a tuple"),
+        ({"groups": (0,)}, "groups must be an integer of at least 1, got 0"),
+        ({"defences": "hmc"}, "defences must be a tuple"),
+        ({"defences": ("other",)}, "defences has no 'other'"),
+        ({"defences": ("aware_unknown",)}, "name a radius"),
         ({"dataset": "color_mnist"}, "shape"),
         ({"model": "flat"}, "has no latent groups"),
     ],
 )
 def test_mistakes(models, tmp_path, changes, message):
     root = shared_path("data") if changes.get("dataset") == "color_mnist" else None
+    settings = {**SMALL, **changes}
     with pytest.raises(ValueError, match=message):
-        defend_hierarchy("mnist_nvae_radius_0.1", tmp_path, root, models, {**SMALL, **changes})
+        DefendHierarchy("mnist_nvae_radius_0.1", tmp_path, root, models, settings).run()
 
 
 def test_unknown_name():
     with pytest.raises(ValueError, match="no experiment named 'omniglot'"):
-        defend_hierarchy("omniglot", "nowhere")
+        DefendHierarchy("omniglot", "nowhere")
 
 
 # --- CelebA with official weights -----------------------------------------------------------------
@@ -146,17 +155,17 @@ def celeba(root, num):
 def test_table_8_of_celeba_is_one_command(tmp_path, capsys):
     """The whole way of `defend celeba_nvae_radius_0.1`, on a tiny model in the official format."""
     checkpoint = shared_path("golden", "nvae", "celeba64_checkpoint.pt")
-    config = HIERARCHIES["celeba_nvae_radius_0.1"]
+    config = DefendHierarchy.names["celeba_nvae_radius_0.1"]
     assert (config.num_references, config.num_restarts, config.attack_steps) == (20, 10, 50)
     arguments = ["defend", "celeba_nvae_radius_0.1", "--checkpoint", str(checkpoint)]
     arguments += ["--data-root", str(celeba(tmp_path, 2)), "--output", str(tmp_path / "results")]
-    small = {"groups": (2,), "num_references": 2, "num_restarts": 1, "num_samples": 1}
-    small |= {"warmup_steps": 1, "num_steps": 1, "metric_images": 2, "device": "cpu"}
-    small |= {"attack_steps": 2, "defences": ("none", "hmc", "aware")}
+    small = {"groups": (2,), "num_references": 2, "num_restarts": 1, "metric_images": 2}
+    small |= {"chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 1}
+    small |= {"attack_steps": 2, "defences": ("none", "hmc", "aware"), "device": "cpu"}
     for key, value in small.items():
         arguments += ["--set", f"{key}={value}"]
     assert main([*arguments, "--quiet"]) == 0, capsys.readouterr().err
-    assert "HMC, dual averaging" in capsys.readouterr().out
+    assert "HMC, the paper's target" in capsys.readouterr().out
     result = json.loads((tmp_path / "results" / "celeba_nvae_radius_0.1.json").read_text())
     assert set(result["groups"]["2"]["defences"]) == {"none", "hmc", "aware"}
     assert f"--checkpoint {checkpoint}" in result["command"]
@@ -165,4 +174,4 @@ def test_table_8_of_celeba_is_one_command(tmp_path, capsys):
 
 def test_weights_of_celeba_have_to_be_given(tmp_path):
     with pytest.raises(ValueError, match="no pretrained model named 'celeba_nvae'"):
-        defend_hierarchy("celeba_nvae_radius_0.05", tmp_path)
+        DefendHierarchy("celeba_nvae_radius_0.05", tmp_path).run()

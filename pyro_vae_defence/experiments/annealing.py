@@ -22,8 +22,8 @@ from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential
 
 TARGET_ACCEPTANCE = 0.8
+# Change of the log step size per temperature for an acceptance rate wrong by one.
 _GAIN = 0.3
-"""Change of the log step size per temperature for an acceptance rate wrong by one."""
 
 
 class HMCTransition:
@@ -76,12 +76,15 @@ class HMCTransition:
 
 
 class AISResult(NamedTuple):
-    """Log-weights of a walk and what tells whether it went well."""
+    """Log-weights of a walk and what tells whether it went well.
+
+    Attributes:
+        log_weights: ``(num_chains, N)``, in nats.
+        acceptance_rate: average over temperatures and chains, ``(N,)``.
+    """
 
     log_weights: Tensor
-    """Shape ``(num_chains, N)``, in nats."""
     acceptance_rate: Tensor
-    """Average over temperatures and chains, ``(N,)``."""
 
     @property
     def nll(self) -> Tensor:
@@ -112,8 +115,8 @@ def ais(
     Args:
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
-        schedule: inverse temperatures; 100 of :func:`pyro_vae_defence.metrics.sigmoid_schedule` by
-            default. Three or more.
+        schedule: three or more inverse temperatures; by default 100 of
+            :func:`pyro_vae_defence.metrics.sigmoid_schedule`.
         num_chains: independent chains per image.
         num_steps: leapfrog steps per temperature.
         step_size: where tuning starts, in units of the metric.
@@ -124,11 +127,9 @@ def ais(
     if len(schedule) < 3:
         raise ValueError(
             f"schedule has {len(schedule)} temperatures: pass three or more, or use metrics.nll, "
-            "which "
-            "needs no walk"
+            "which needs no walk"
         )
     rising = bool(schedule[0] < schedule[-1])
-    rows = num_chains * len(x)
     variance = guide_variance(vae, x.repeat(num_chains, 1, 1, 1))
 
     def walk(
@@ -141,11 +142,9 @@ def ais(
         )
         return transition, log_weights
 
-    # The pilot always starts at the guide: step sizes that knew `initial` would bias the walk from
-    # it.
-    pilot, _ = walk(
-        x.new_full((rows,), step_size), schedule if rising else schedule.flip(0), None, tune=True
-    )
+    # The pilot starts at the guide: step sizes that knew `initial` would bias the walk from it.
+    start = x.new_full((num_chains * len(x),), step_size)
+    pilot, _ = walk(start, schedule if rising else schedule.flip(0), None, tune=True)
     step_sizes = torch.stack(pilot.step_sizes)
     transition, log_weights = walk(step_sizes if rising else step_sizes.flip(0), schedule, initial)
     acceptance = torch.stack(transition.acceptance_rates).mean(0).view(num_chains, len(x)).mean(0)

@@ -50,7 +50,7 @@ from pyro_vae_defence.experiments.study import (
 from pyro_vae_defence.experiments.tables import NOT_MEASURED, source
 from pyro_vae_defence.experiments.tables import interval as shown
 from pyro_vae_defence.experiments.tables import table as table_lines
-from pyro_vae_defence.experiments.train import DATASETS, MODEL_ORDER, MODELS, model_label
+from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.ops.balls import Linf
 
@@ -226,7 +226,7 @@ def table(number: int, results: str | os.PathLike[str]) -> str:
             f"### Table {number}, {DATASETS[dataset]}",
             {
                 name: found.get(name)
-                for name in MODEL_ORDER
+                for name in MODELS
                 if MODELS[name].dataset == dataset and (name in found or name in printed)
             },
         )

@@ -1,10 +1,14 @@
-"""Train a named classifier and write its weights and card."""
+"""Train a named classifier: its weights, and the card that says how they came about.
+
+The paper's downstream task is a linear classifier on the guide's means; here also on draws, of the
+guide or of p(z|x). A small convolutional one of images is the feature extractor of the Fréchet
+distances.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,35 +17,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data, metrics
-from pyro_vae_defence.defence import EncoderDefence, MCMCDefence
+from pyro_vae_defence.defence import EncoderDefence
 from pyro_vae_defence.experiments.configuration import (
+    ChainConfig,
     Configuration,
     Count,
     Natural,
     Positive,
     Radius,
-    override,
 )
-from pyro_vae_defence.ops.provenance import provenance
-from pyro_vae_defence.experiments.study import as_entry
+from pyro_vae_defence.experiments.defences import Setting, make_defence
+from pyro_vae_defence.experiments.study import Study, interval
 from pyro_vae_defence.experiments.train import DATASETS, MODELS
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.classifier import (
-    ConvClassifier,
-    LinearClassifier,
-    flatten_latents,
-)
-from pyro_vae_defence.models.pretrained import (
-    TrainedVAE,
-    WeightCard,
-    load_card,
-    load_pretrained,
-    save_pretrained,
-)
-from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier, flatten_latents
+from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
+from pyro_vae_defence.ops.provenance import provenance
 
 LatentInputs = Literal["mean", "guide", "posterior"]
 
@@ -53,22 +46,20 @@ class ClassifierConfig(Configuration):
 
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
-        model: trained model whose latents are classified, linearly; ``None`` classifies images by a
-            small convolutional network.
-        inputs: which latents: the guide's ``"mean"``, draws from the ``"guide"``, or draws from the
+        model: trained model whose latents are classified, linearly. Without one, a small
+            convolutional network classifies images.
+        inputs: which latents, the guide's ``"mean"``, draws from the ``"guide"``, or draws from the
             ``"posterior"`` p(z|x) by HMC.
         num_draws: draws per image, where they are draws.
-        num_images: class-stratified training images, and a tenth of that for validation and test;
-            all when ``None``.
-        radius: L_inf radius of the perturbations that the chains assume; 0 for the paper's
-            posterior.
+        num_images: class-stratified training images, and a tenth of that for validation and test,
+            all if ``None``.
+        radius: L_inf radius of the perturbations that chains assume, 0 for the paper's posterior.
         column: which label, where there are several (ColorMNIST: 0 digit, 1 colour).
         optimiser: ``"sgd"`` or ``"adam"``.
-        learning_rate: at the start; halved when the validation loss has not fallen for ``patience``
-            epochs.
-        patience: epochs.
-        early_stop: stop when the validation loss has not fallen for so many epochs.
-        max_epochs: stop in any case.
+        learning_rate: at the start.
+        patience: epochs without a lower validation loss after which the learning rate is halved.
+        early_stop: epochs without a lower validation loss after which the training stops.
+        max_epochs: after these it stops in any case.
         batch_size: images per step.
         seed: seed of initialisation and order.
     """
@@ -89,27 +80,29 @@ class ClassifierConfig(Configuration):
     seed: Natural = 0
 
 
+# --- Classifiers by name --------------------------------------------------------------------------
+
 # The part of a classifier's name that says which column of labels it predicts.
 _PARTS = {"class": "", "color": "_color"}
-_LABELS = dict.fromkeys(("color_mnist", "color_mnist_textured"), tuple(_PARTS.values()))
+_COLOURED = ("color_mnist", "color_mnist_textured")
 
 
 def _classifiers() -> dict[str, ClassifierConfig]:
     classifiers = {}
     for model, config in MODELS.items():
-        for column, label in enumerate(_LABELS.get(config.dataset, ("",))):
-            # ColorMNIST has every image in seven colours; to read variants of a model and draws, as
-            # many images as MNIST's will do.
-            as_mnist = 55_000 if config.dataset in _LABELS else None
+        coloured = config.dataset in _COLOURED
+        # ColorMNIST has every image in seven colours; to read variants of a model and draws, as
+        # many images as MNIST's will do.
+        as_mnist = 55_000 if coloured else None
+        for column, part in enumerate(_PARTS.values() if coloured else ("",)):
             plain = ClassifierConfig(config.dataset, model, column=column)
             if config.start_from is not None:
                 plain = replace(plain, num_images=as_mnist)
-            guide = replace(plain, inputs="guide", num_images=as_mnist)
+            name = f"{model}{part}_classifier"
+            classifiers[name] = plain
+            classifiers[f"{name}_guide"] = replace(plain, inputs="guide", num_images=as_mnist)
             # A tenth of the training images, at some hundred gradients each.
-            posterior = replace(plain, inputs="posterior", num_images=5_500)
-            classifiers[f"{model}{label}_classifier"] = plain
-            classifiers[f"{model}{label}_classifier_guide"] = guide
-            classifiers[f"{model}{label}_classifier_posterior"] = posterior
+            classifiers[f"{name}_posterior"] = replace(plain, inputs="posterior", num_images=5_500)
     for dataset in DATASETS:
         classifiers[f"{dataset}_features"] = ClassifierConfig(
             dataset,
@@ -134,71 +127,68 @@ def classifiers_of(model: str) -> dict[str, str]:
     return {task: name for task, name in names.items() if name in CLASSIFIERS}
 
 
+# --- Training one ---------------------------------------------------------------------------------
+
 _ROWS = 1000
+"""Inputs that are computed or classified at once."""
 
 # Of the chains whose draws are classified: transitions before the first, and per draw that is kept.
 _WARMUP_STEPS = 15
 _THINNING = 3
 
 
-def train_classifier(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    models: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-) -> WeightCard:
-    """Train the classifier ``name`` of the registry; writes ``NAME.safetensors`` and its card to
-    ``output``.
+class TrainClassifier(Study[ClassifierConfig]):
+    """Weights ``NAME.safetensors`` and their card ``NAME.json`` in ``output``."""
 
-    Args:
-        name: a name of :data:`pyro_vae_defence.experiments.registry.CLASSIFIERS`.
-        output: directory for weights and card.
-        root: directory of the datasets.
-        models: directory of the VAE's weights; the packaged ones when ``None``.
-        overrides: fields of the configuration to change; they are recorded in the card.
+    command = "train"
+    noun = "classifier"
+    names = CLASSIFIERS
+    output = "runs/models"
 
-    Raises:
-        ValueError: for an unknown name or override.
-    """
-    if name not in CLASSIFIERS:
-        raise ValueError(f"no classifier named {name!r}; choose one of {', '.join(CLASSIFIERS)}")
-    config = override(CLASSIFIERS[name], overrides)
-    source = provenance()
-    started = time.perf_counter()
-    vae = None if config.model is None else load_pretrained(config.model, models)
-    train, validation, test = (
-        _inputs(data.load(config.dataset, split, root), vae, config)
-        for split in ("train", "validation", "test")
-    )
-    torch.manual_seed(config.seed)
-    num_classes = int(train.labels.max()) + 1
-    if vae is None:
-        classifier: Any = ConvClassifier(train[0][0].shape[0], num_classes)
-    else:
-        classifier = LinearClassifier(train[0][0].shape[0], num_classes)
-    history = fit_classifier(classifier, train, validation, config)
-    correct = torch.cat(
-        [metrics.correct(classifier(x).argmax(-1), y) for x, y in data.batches(test, _ROWS)]
-    )
-    # Draws of one image are not independent: images are resampled.
-    image = torch.arange(len(test)) % test.num_images
-    found = metrics.bootstrap_interval(correct, image, generator=torch.Generator().manual_seed(0))
-    training = dataclasses.asdict(config)
-    if config.model is not None:
-        training["weights"] = load_card(config.model, models).sha256
-    return save_pretrained(
-        classifier,
-        name,
-        output,
-        training={**training, "epochs": len(history)},
-        command=command("train", name, overrides),
-        provenance={**source, "seconds": round(time.perf_counter() - started, 1)},
-        metrics={
-            "validation_cross_entropy": min(history),
-            "test_accuracy": {**as_entry(found), "num_images": found.num_groups},
-        },
-    )
+    def run(self) -> WeightCard:
+        """Train the classifier; its card.
+
+        Raises:
+            ValueError: for missing data or weights.
+        """
+        config = self.config
+        source = provenance()
+        started = time.perf_counter()
+        training = dataclasses.asdict(config)
+        vae = None
+        if config.model is not None:
+            vae, card = self.load_vae(config.model)
+            training["weights"] = card.sha256
+        train, validation, test = (
+            _inputs(self.images(config.dataset, split), vae, config)
+            for split in ("train", "validation", "test")
+        )
+        torch.manual_seed(config.seed)
+        make: Any = ConvClassifier if vae is None else LinearClassifier
+        classifier = make(train[0][0].shape[0], int(train.labels.max()) + 1)
+        history = fit_classifier(classifier, train, validation, config)
+        correct = torch.cat(
+            [metrics.correct(classifier(x).argmax(-1), y) for x, y in data.batches(test, _ROWS)]
+        )
+        # Draws of one image are not independent: images are resampled.
+        accuracy = interval(correct, torch.arange(len(test)) % test.num_images)
+        return save_pretrained(
+            classifier,
+            self.name,
+            self.directory,
+            training={**training, "epochs": len(history)},
+            command=self.command_line(),
+            provenance={**source, "seconds": round(time.perf_counter() - started, 1)},
+            metrics={
+                "validation_cross_entropy": min(history),
+                "test_accuracy": {**accuracy, "num_images": test.num_images},
+            },
+        )
+
+    @classmethod
+    def summary(cls, found: WeightCard) -> str:
+        """The accuracy it has reached."""
+        return f"{found.name}: test accuracy {found.metrics['test_accuracy']['estimate']:.4f}"
 
 
 def fit_classifier(
@@ -209,7 +199,7 @@ def fit_classifier(
     Args:
         classifier: inputs to scores ``(N, classes)``.
         train, validation: datasets of inputs and labels that take lists of indices.
-        config: see :class:`~pyro_vae_defence.experiments.config.ClassifierConfig`.
+        config: how.
 
     Returns:
         The mean cross-entropy on the validation set after every epoch, in nats.
@@ -247,35 +237,27 @@ def _cross_entropy(classifier: nn.Module, loader: Iterable[Any]) -> float:
     return float(torch.cat(losses).mean())
 
 
-class _Labelled(TensorDataset):
-    """Inputs in memory and one label each; row ``d * num_images + i`` is draw d of image i."""
+class _Labelled:
+    """Inputs, read when asked for, and one label each; row ``d * num_images + i`` is draw d of
+    image i."""
 
-    def __init__(self, inputs: Tensor, labels: Tensor, num_images: int) -> None:
-        super().__init__(inputs, labels)
+    def __init__(self, read: Callable[[Any], Tensor], labels: Tensor, num_images: int) -> None:
+        self.read = read
         self.labels = labels
         self.num_images = num_images
-
-
-class _OneLabel:
-    """Images on demand with one of their labels."""
-
-    def __init__(self, dataset: data.Images, labels: Tensor) -> None:
-        self.dataset = dataset
-        self.labels = labels
-        self.num_images = len(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: Any) -> tuple[Tensor, Tensor]:
-        return self.dataset.images(index), self.labels[index]
+        return self.read(index), self.labels[index]
 
 
-def _inputs(dataset: data.Images, vae: TrainedVAE | None, config: ClassifierConfig) -> Any:
+def _inputs(dataset: data.Images, vae: TrainedVAE | None, config: ClassifierConfig) -> _Labelled:
     """What a classifier reads: latents, computed once, or the images themselves."""
     labels = dataset.labels if dataset.labels.dim() == 1 else dataset.labels[:, config.column]
     if vae is None:
-        return _OneLabel(dataset, labels)
+        return _Labelled(dataset.images, labels, len(labels))
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.arange(len(dataset))
     if config.num_images is not None:
@@ -286,7 +268,8 @@ def _inputs(dataset: data.Images, vae: TrainedVAE | None, config: ClassifierConf
     draw = _draw(vae, config)
     parts = [draw(dataset.images(some), generator) for some in chosen.split(_ROWS)]
     inputs = torch.cat(parts, 1)
-    return _Labelled(inputs.flatten(0, 1), labels[chosen].repeat(len(inputs)), len(chosen))
+    read = inputs.flatten(0, 1).__getitem__
+    return _Labelled(read, labels[chosen].repeat(len(inputs)), len(chosen))
 
 
 def _draw(vae: TrainedVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.Generator], Tensor]:
@@ -298,21 +281,15 @@ def _draw(vae: TrainedVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.
 
     if config.inputs == "mean":
         return mean
-    defence: Any = EncoderDefence(vae, config.num_draws)
+    thinning, defence = 1, EncoderDefence(vae, config.num_draws)
     if config.inputs == "posterior":
-        kernel = whitened_hmc(vae, step_size=0.5, num_steps=4)
-        defence = MCMCDefence(
-            vae,
-            kernel,
-            num_samples=_THINNING * config.num_draws,
-            warmup_steps=_WARMUP_STEPS,
-            perturbation=Linf(config.radius) if config.radius > 0 else None,
-        )
-    thinning = _THINNING if config.inputs == "posterior" else 1
+        thinning = _THINNING
+        chain = ChainConfig(thinning * config.num_draws, _WARMUP_STEPS)
+        defence = make_defence("aware", Setting(vae, chain, radius=config.radius))
 
     def draws(x: Tensor, generator: torch.Generator) -> Tensor:
         samples = defence(x, generator).samples
-        kept = {name: value[0, thinning - 1 :: thinning] for name, value in samples.items()}
-        return torch.cat([value.flatten(2) for value in kept.values()], 2)
+        kept = [value[0, thinning - 1 :: thinning] for value in samples.values()]
+        return torch.cat([value.flatten(2) for value in kept], 2)
 
     return draws

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae_defence import attacks, metrics
+from pyro_vae_defence.attacks.base import FlatAttack
+from pyro_vae_defence.defence import DefenceResult
 from pyro_vae_defence.experiments.configuration import (
     AttackRadius,
     ChainConfig,
@@ -42,6 +45,7 @@ from pyro_vae_defence.experiments.tables import chain_cells, source, table
 from pyro_vae_defence.experiments.tables import interval as cell
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.types import Potential
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Defend(Measurement[DefendConfig]):
         self.x_ref, _ = self.choose(dataset, self.config.num_references, "references")
 
     @functools.cached_property
-    def attacked(self) -> attacks.FlatAttack:
+    def attacked(self) -> FlatAttack:
         """Every restart beside its reference, and what the attack reached into the result."""
         attack = attacks.PGD(
             attacks.symmetric_kl(self.vae),
@@ -128,42 +132,16 @@ class Defend(Measurement[DefendConfig]):
         )
         images, references, image = self.attacked
         outcome = make_defence(name, setting)(images, self.generator("defence", name))
-        with torch.no_grad():
-            at_reference = program.potential(self.vae, references)
-            ratio = metrics.log_posterior_ratio(at_reference, self.before.latents, outcome.latents)
-            final = program.potential(self.vae, outcome.x)(outcome.latents)
-        return {
-            "ms_ssim": similarity(self.before.reconstruction, outcome.reconstruction, image),
-            "log_posterior_ratio_median": interval(ratio, image, "median"),
-            "energy": interval(final, image),
-            **cost(outcome),
-            **chain_statistics(outcome.sample_stats),
-        }
+        at_reference = program.potential(self.vae, references)
+        at_attacked = program.potential(self.vae, outcome.x)
+        return score(self.before, outcome, at_reference, at_attacked, image)
 
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A row per defence, and the noise floor."""
         config = result["config"]
-        rows = [
-            [
-                label(name),
-                cell(entry["ms_ssim"]),
-                cell(entry["log_posterior_ratio_median"], 1),
-                cell(entry["energy"], 1),
-                *chain_cells(entry),
-            ]
-            for name, entry in result["defences"].items()
-        ]
+        rows = [score_cells(name, entry) for name, entry in result["defences"].items()]
         rows.append(["noise floor", cell(result["noise_floor"]), *[""] * 5])
-        columns = [
-            "",
-            METRIC,
-            "median log posterior ratio (nats)",
-            "energy of x_adv (nats)",
-            "acceptance",
-            "gradients per image",
-            "seconds per image",
-        ]
         return "\n".join(
             [
                 f"### {result['name']}",
@@ -172,8 +150,59 @@ class Defend(Measurement[DefendConfig]):
                 f"radius {config['radius']:g}, model `{config['model']}`, seed {config['seed']}. "
                 "95% intervals over reference images.",
                 "",
-                *table(columns, rows),
+                *table(["", *SCORE_COLUMNS], rows),
                 f"{source(result)}.",
                 "",
             ]
         )
+
+
+# --- Scores, also of hierarchical models ----------------------------------------------------------
+
+
+@torch.no_grad()
+def score(
+    before: DefenceResult,
+    outcome: DefenceResult,
+    at_reference: Potential,
+    at_attacked: Potential,
+    image: Tensor,
+) -> dict[str, Any]:
+    """What a defence has reached and what it cost.
+
+    Args:
+        before: undefended references.
+        outcome: their attacked images, defended.
+        at_reference: energies (N,) of latents at the references.
+        at_attacked: at the attacked images.
+        image: which reference each row is of, (N,).
+    """
+    ratio = metrics.log_posterior_ratio(at_reference, before.latents, outcome.latents)
+    return {
+        "ms_ssim": similarity(before.reconstruction, outcome.reconstruction, image),
+        "log_posterior_ratio_median": interval(ratio, image, "median"),
+        "energy": interval(at_attacked(outcome.latents), image),
+        **cost(outcome),
+        **chain_statistics(outcome.sample_stats),
+    }
+
+
+SCORE_COLUMNS = (
+    METRIC,
+    "median log posterior ratio (nats)",
+    "energy of x_adv (nats)",
+    "acceptance",
+    "gradients per image",
+    "seconds per image",
+)
+
+
+def score_cells(name: str, entry: dict[str, Any]) -> list[str]:
+    """A defence, and the cells below :data:`SCORE_COLUMNS`."""
+    return [
+        label(name),
+        cell(entry["ms_ssim"]),
+        cell(entry["log_posterior_ratio_median"], 1),
+        cell(entry["energy"], 1),
+        *chain_cells(entry),
+    ]

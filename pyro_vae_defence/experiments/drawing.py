@@ -29,11 +29,11 @@ def interval_curve(
     return plots.curve(axes, x, estimate, low, high, label)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
     """Write a figure atomically; equal figures make equal files, since neither date nor version is
     in them."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())
 
 

@@ -1,157 +1,36 @@
-"""Test likelihood and reconstruction error of a trained model: one result file per model."""
+"""Test likelihood and reconstruction error of a trained model, beside Table 7 of the paper.
+
+On test images of the model's own dataset, with 95% intervals over images: the negative
+log-likelihood by importance sampling, and by annealed importance sampling where asked for; the MSE
+of one-sample reconstructions; active units; a Fréchet distance to samples of the model. What was
+measured also goes into the model's card, under ``test``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import data, metrics
-from pyro_vae_defence.experiments import annealing, results
-from pyro_vae_defence.experiments.config import EvaluateConfig, command, override
+from pyro_vae_defence import metrics
+from pyro_vae_defence.experiments import annealing, tables
+from pyro_vae_defence.experiments.configuration import Configuration, Count, Natural, at_least
+from pyro_vae_defence.experiments.paper import TABLE_7
+from pyro_vae_defence.experiments.study import Cell, Measurement, interval, load
+from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.classifier import load_classifier
-from pyro_vae_defence.models.pretrained import (
-    load_card,
-    load_pretrained,
-    save_card,
-)
+from pyro_vae_defence.models.pretrained import save_card
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import VAE
 
 MSE = metrics.metric_name("mse", "0..255")
-
-
-def evaluate(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    models: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Measure the trained model ``name`` on test images of its own dataset.
-
-    Writes ``NAME.json`` to ``output`` (``NAME_full.json`` for the full test set), and the metrics
-    into the model's card under ``test``.
-
-    Args:
-        name: name of a trained model.
-        output: directory of the result file.
-        root: directory of the datasets.
-        models: directory of weights and cards; the packaged ones when ``None``.
-        overrides: fields of :class:`~pyro_vae_defence.experiments.config.EvaluateConfig` to change;
-            they are recorded in the result.
-
-    Raises:
-        ValueError: for an unknown name or override.
-    """
-    config = override(EvaluateConfig(name), {**(overrides or {}), "model": name})
-    vae = load_pretrained(name, models)
-    card = load_card(name, models)
-    dataset = card.training["dataset"]
-    result = results.header(
-        f"evaluate {name}",
-        config,
-        card.sha256,
-        command("evaluate", name, overrides),
-        dataset=dataset,
-    )
-    generator = torch.Generator().manual_seed(config.seed)
-    test_set = data.load(dataset, "test", root)
-    if config.num_images is None:
-        x = test_set.images()
-    else:
-        x = test_set.images(data.stratified(test_set, config.num_images, generator))
-
-    started = time.perf_counter()
-    result["metrics"] = measure(vae, x, config, generator)
-    if config.features is not None:
-        extractor, _ = load_classifier(config.features, models)
-        name_of_distance = metrics.metric_name("frechet", config.features)
-        samples = sample(vae, x, config.rows, generator)
-        result["metrics"][name_of_distance] = {
-            "estimate": float(metrics.frechet(x, samples, extractor.features)),
-            "num_images": len(x),
-        }
-    result["seconds"] = round(time.perf_counter() - started, 1)
-
-    path = Path(output) / f"{name}{'_full' if config.num_images is None else ''}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results.save(path, result)
-    measured = {**card.metrics, "test": result["metrics"]}
-    save_card(dataclasses.replace(card, metrics=measured), models)
-    return result
-
-
-def measure(
-    vae: VAE, x: Tensor, config: EvaluateConfig, generator: torch.Generator | None = None
-) -> dict[str, Any]:
-    """NLL, MSE of one-sample reconstructions, and active units of any Pyro VAE on images ``x``.
-
-    Returns:
-        Metric's full name -> estimate and 95% interval over images, or active and all units per
-        site.
-    """
-    ais: dict[str, Any] = {}
-    nll = metrics.nll(vae, x, config.num_samples, config.rows, generator)
-    errors, means = [], []
-    with torch.no_grad(), program.evaluation_mode(vae):
-        # Draws come from the images' own streams, whatever the size of the batches.
-        seed = draw_seed(generator)
-        for first in range(0, len(x), config.rows):
-            batch = x[first : first + config.rows]
-            streams = Streams.create(len(batch), seed=seed, first_image=first, device=x.device)
-            latents = program.encode(vae, batch, streams=streams)
-            decoded = program.decode(vae, latents, tuple(x.shape[1:]))
-            errors.append(metrics.mse(batch, decoded))
-            means.append(program.posterior_mean(vae, batch))
-    if config.ais_images > 0:
-        some = slice(0, config.ais_images)
-        walk = annealing.ais(
-            vae,
-            x[some],
-            metrics.sigmoid_schedule(config.ais_steps),
-            config.ais_chains,
-            generator=generator,
-        )
-        both = {
-            nll_name(config.num_samples): _interval(nll[some]),
-            "difference": _interval(walk.nll - nll[some]),
-            "acceptance_rate": float(walk.acceptance_rate.mean()),
-        }
-        ais = {f"nll[ais {config.ais_steps}]": {**_interval(walk.nll), "on_the_same_images": both}}
-    units = {site: torch.cat([mean[site] for mean in means]) for site in means[0]}
-    return {
-        nll_name(config.num_samples): _interval(nll),
-        MSE: _interval(torch.cat(errors)),
-        **ais,
-        "active_units": {
-            site: {"active": int(metrics.active_units(mean).sum()), "all": mean[0].numel()}
-            for site, mean in units.items()
-        },
-    }
-
-
-@torch.no_grad()
-def sample(
-    vae: VAE, like: Tensor, rows: int = 1000, generator: torch.Generator | None = None
-) -> Tensor:
-    """Means of p(x | z) at draws from the prior, clamped to [0, 1]: as many images as ``like`` has,
-    of its shape."""
-    seed = draw_seed(generator)
-    images = []
-    with program.evaluation_mode(vae):
-        for first in range(0, len(like), rows):
-            batch = like[first : first + rows]
-            streams = Streams.create(len(batch), seed=seed, first_image=first, device=like.device)
-            latents = program.prior(vae, batch, streams=streams)
-            images.append(program.decode(vae, latents, tuple(like.shape[1:])))
-    return torch.cat(images).clamp(0, 1)
 
 
 def nll_name(num_samples: int) -> str:
@@ -159,5 +38,255 @@ def nll_name(num_samples: int) -> str:
     return metrics.metric_name("nll", f"iwae {num_samples}")
 
 
-def _interval(values: Tensor) -> dict[str, float]:
-    return {**results.interval(values), "num_images": len(values)}
+@dataclass(frozen=True)
+class EvaluateConfig(Configuration):
+    """How a trained model is measured.
+
+    Args:
+        model: name of a trained model.
+        num_images: class-stratified test images, the full test set if ``None``.
+        num_samples: importance samples per image.
+        rows: pairs of image and sample computed at once, which bounds the memory.
+        features: trained feature extractor for a Fréchet distance between the images and as many
+            samples of the model.
+        ais_images: images whose NLL is also found by annealed importance sampling.
+        ais_steps: temperatures of that.
+        ais_chains: chains per image of that.
+        seed: seed of the choice of images and of all draws.
+    """
+
+    model: str
+    num_images: Count | None = 1000
+    num_samples: Count = 1000
+    rows: Count = 1000
+    features: str | None = None
+    ais_images: Natural = 0
+    ais_steps: Annotated[int, at_least(3)] = 100
+    ais_chains: Count = 4
+    seed: Natural = 0
+
+
+class Evaluate(Measurement[EvaluateConfig]):
+    """Any trained model, by its name; the full test set has a file of its own."""
+
+    kind = command = "evaluate"
+    metric = None
+    noun = "trained model"
+    names = {name: EvaluateConfig(name) for name in MODELS}
+    output = "runs/evaluate"
+    parts = ("metrics",)
+    shorthands = {"full": ("num_images", None)}
+
+    @classmethod
+    def has(cls, name: str) -> bool:
+        """Any name: whether it is that of a model, its weights tell."""
+        return True
+
+    @classmethod
+    def configuration(cls, name: str) -> EvaluateConfig:
+        """All models are measured alike."""
+        return EvaluateConfig(name)
+
+    @property
+    def path(self) -> Path:
+        """``NAME.json``, or ``NAME_full.json`` for the full test set."""
+        full = "_full" if self.config.num_images is None else ""
+        return self.directory / f"{self.name}{full}.json"
+
+    def run(self) -> dict[str, Any]:
+        """Measure what is not measured yet, and write it into the card; the result."""
+        result = super().run()
+        measured = {**self.card.metrics, "test": result["metrics"]}
+        card = dataclasses.replace(self.card, metrics=measured)
+        save_card(card, self.models)
+        return result
+
+    def load(self) -> None:
+        """The model, and test images ``(N, C, H, W)`` of its dataset."""
+        config = self.config
+        if config.model != self.name:
+            raise ValueError(
+                f"model={config.model!r}: results are named after the model; run evaluate on it"
+            )
+        self.vae, self.card = self.load_vae(config.model)
+        dataset = self.result["dataset"] = self.card.training["dataset"]
+        if config.num_images is None:
+            self.x = self.images(dataset).images()
+        else:
+            self.x, _ = self.choose(dataset, config.num_images, "images")
+        if config.features is not None:
+            self.extractor = self.load_classifier(config.features)
+
+    def cells(self) -> Iterator[Cell]:
+        """A cell per metric, by its full name."""
+        config = self.config
+        cells: dict[str, Callable[[], Any]] = {
+            nll_name(config.num_samples): lambda: _over_images(self.nll),
+            MSE: lambda: _over_images(self.mse()),
+            "active_units": self.active_units,
+        }
+        if config.ais_images:
+            cells[f"nll[ais {config.ais_steps}]"] = self.annealed
+        if config.features is not None:
+            cells[metrics.metric_name("frechet", config.features)] = self.distance
+        for name, compute in cells.items():
+            yield ("metrics", name), functools.partial(self._timed, compute)
+
+    def _timed(self, compute: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        found = compute()
+        seconds = self.result.get("seconds", 0.0) + time.perf_counter() - started
+        self.result["seconds"] = round(seconds, 1)
+        return found
+
+    @functools.cached_property
+    def nll(self) -> Tensor:
+        """-log p(x) by importance sampling, ``(N,)``, in nats."""
+        num_samples, rows = self.config.num_samples, self.config.rows
+        return metrics.nll(self.vae, self.x, num_samples, rows, self.generator("nll"))
+
+    def annealed(self) -> dict[str, Any]:
+        """NLL by annealed importance sampling, beside the other one of the same images."""
+        config = self.config
+        some = slice(0, config.ais_images)
+        walk = annealing.ais(
+            self.vae,
+            self.x[some],
+            metrics.sigmoid_schedule(config.ais_steps),
+            config.ais_chains,
+            generator=self.generator("ais"),
+        )
+        both = {
+            nll_name(config.num_samples): _over_images(self.nll[some]),
+            "difference": _over_images(walk.nll - self.nll[some]),
+            "acceptance_rate": float(walk.acceptance_rate.mean()),
+        }
+        return {**_over_images(walk.nll), "on_the_same_images": both}
+
+    @torch.no_grad()
+    def mse(self) -> Tensor:
+        """Of one-sample reconstructions, ``(N,)``, on the scale 0..255."""
+        errors = [
+            metrics.mse(x, self._decode(program.encode(self.vae, x, streams=streams)))
+            for x, streams in self._parts("mse")
+        ]
+        return torch.cat(errors)
+
+    @torch.no_grad()
+    def active_units(self) -> dict[str, dict[str, int]]:
+        """How many units of every site are active, and how many there are."""
+        parts = [program.posterior_mean(self.vae, x) for x, _ in self._parts()]
+        units = {}
+        for site in parts[0]:
+            active = metrics.active_units(torch.cat([means[site] for means in parts]))
+            units[site] = {"active": int(active.sum()), "all": active.numel()}
+        return units
+
+    @torch.no_grad()
+    def distance(self) -> dict[str, float]:
+        """Fréchet distance between the images and as many means of p(x | z) at prior draws."""
+        samples = [
+            self._decode(program.prior(self.vae, x, streams=streams)).clamp(0, 1)
+            for x, streams in self._parts("samples")
+        ]
+        distance = metrics.frechet(self.x, torch.cat(samples), self.extractor.features)
+        return {"estimate": float(distance), "num_images": len(self.x)}
+
+    def _decode(self, latents: Any) -> Tensor:
+        return program.decode(self.vae, latents, tuple(self.x.shape[1:]))
+
+    def _parts(self, *purpose: object) -> Iterator[tuple[Tensor, Streams]]:
+        """``rows`` images at a time, with the images' own streams whatever the number of rows."""
+        seed = draw_seed(self.generator(*purpose))
+        for first in range(0, len(self.x), self.config.rows):
+            x = self.x[first : first + self.config.rows]
+            yield x, Streams.create(len(x), seed=seed, first_image=first, device=x.device)
+
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """A row per metric that is there."""
+        rows = [
+            [
+                name,
+                tables.interval(entry, 2) if "low" in entry else f"{entry['estimate']:.2f}",
+                f"{entry['num_images']:,}",
+            ]
+            for name, entry in result["metrics"].items()
+            if "estimate" in entry
+        ]
+        if units := result["metrics"].get("active_units", {}).values():
+            active, every = (sum(site[key] for site in units) for key in ("active", "all"))
+            rows.append(["active units", f"{active} of {every}", ""])
+        return "\n".join(
+            [
+                f"### evaluate {result['name']}",
+                "",
+                *tables.table(["metric", "value", "images"], rows),
+                f"{tables.source(result)}.",
+                "",
+            ]
+        )
+
+
+def _over_images(values: Tensor) -> dict[str, float]:
+    return {**interval(values), "num_images": len(values)}
+
+
+# --- Table 7 --------------------------------------------------------------------------------------
+
+
+def table(number: int, results: str | os.PathLike[str]) -> str:
+    """Table 7 of the paper in Markdown, printed and measured numbers side by side; a measurement on
+    the full test set goes before one on a part of it.
+
+    Args:
+        number: 7.
+        results: directory with the result files of ``evaluate``.
+
+    Raises:
+        ValueError: for a damaged result file.
+    """
+    return "\n".join(_table(dataset, Path(results)) for dataset in DATASETS)
+
+
+def _table(dataset: str, results: Path) -> str:
+    rows, sources = [], []
+    for name in MODELS:
+        if MODELS[name].dataset != dataset:
+            continue
+        result = _read(name, results)
+        # Models that the paper's table does not have are shown once they are measured.
+        if result is None and name not in TABLE_7:
+            continue
+        # Its one plain model stands beside both of ours.
+        printed = TABLE_7.get(name.removesuffix("_long"))
+        of_paper = ["–", "–"] if printed is None else [f"{printed[k]:g}" for k in ("nll", "mse")]
+        nll, mse, count = tables.NOT_MEASURED, tables.NOT_MEASURED, ""
+        if result is not None:
+            config, measured = result["config"], result["metrics"]
+            entry = measured[nll_name(config["num_samples"])]
+            nll, count = tables.interval(entry, 2), f"{entry['num_images']:,}"
+            mse = tables.interval(measured[MSE], 1) if MSE in measured else mse
+            sources.append(
+                f"- `{result['command']}`, commit `{result['provenance']['commit'][:12]}`, "
+                f"{config['num_samples']} importance samples, seed {config['seed']}"
+            )
+        rows.append([model_label(name), of_paper[0], nll, of_paper[1], mse, count])
+    columns = ["", "NLL, paper", "NLL, ours", "MSE, paper", "MSE, ours", "test images"]
+    return "\n".join(
+        [
+            f"### Table 7, {DATASETS[dataset]}",
+            "",
+            *tables.table(columns, rows),
+            "NLL in nats; MSE per pixel on the scale 0..255. 95% intervals over images.",
+            "",
+            *([*sources, ""] if sources else []),
+        ]
+    )
+
+
+def _read(name: str, results: Path) -> dict[str, Any] | None:
+    for path in (results / f"{name}_full.json", results / f"{name}.json"):
+        if path.exists():
+            return load(path, f"evaluate {name}")
+    return None

@@ -1,10 +1,10 @@
-"""Attack the top latent groups of an NVAE and defend it on all groups at once (section 4.3, Figure
-4).
+"""Attack the top latent groups of an NVAE and defend it on all groups at once: one panel of Figure
+4 (section 4.3).
 
-One result file per model and radius: for every number of attacked groups, the strength of the
-attack and one entry per defence. Images go through the model in parts of ``batch_size``; whatever
-is random comes from the images' own streams, so that the parts do not matter (but to the paper's
-setting on MNIST, whose one step size couples the images of a part).
+For every number of attacked groups, the strength of the attack and one entry per defence. Images go
+through the model in parts of ``batch_size``; whatever is random comes from the images' own streams,
+so that the parts do not matter (but to the paper's setting on MNIST, whose one step size couples
+the images of a part).
 """
 
 from __future__ import annotations
@@ -12,295 +12,342 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae_defence import attacks, data, metrics
-from pyro_vae_defence.defence import MCMCDefence
-from pyro_vae_defence.experiments import results
-from pyro_vae_defence.experiments.config import HierarchyConfig, command, override
-from pyro_vae_defence.experiments.defend import VARIANT, chain_statistics, similarity
-from pyro_vae_defence.experiments.registry import HIERARCHIES
-from pyro_vae_defence.experiments.results import interval
-from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence import attacks
+from pyro_vae_defence.defence import DefenceResult, EncoderDefence
+from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments.configuration import (
+    AttackRadius,
+    ChainConfig,
+    Configuration,
+    Count,
+    Natural,
+    not_empty,
+)
+from pyro_vae_defence.experiments.defences import (
+    DefenceName,
+    PaperName,
+    Setting,
+    defence_spec,
+    label,
+    make_defence,
+)
+from pyro_vae_defence.experiments.defend import SCORE_COLUMNS, score, score_cells
+from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
+from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement, interval, similarity
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.nvae import NVAE, load_official
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, Latents, LatentsLike
+from pyro_vae_defence.types import Latents, Potential
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """Latents of the model, one row per attacked image, and what they cost."""
-
-    latents: Latents
-    reconstruction: Tensor
-    num_gradients: float = 0.0
-    seconds: float = 0.0
-    stats: dict[str, Tensor] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def defend_hierarchy(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    models: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-    progress: bool = True,
-    checkpoint: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
-    """Run the experiment ``name``; defences that the result file already holds are not run again.
+class HierarchyConfig(Configuration):
+    """Attacks on the top latent groups of an NVAE, and defences on all groups at once.
 
     Args:
-        name: a name of :data:`pyro_vae_defence.experiments.registry.HIERARCHIES`.
-        output: directory of the result file ``NAME.json``, written after every defence.
-        root: directory of the datasets.
-        models: directory of the weights; the packaged ones when ``None``.
-        overrides: fields of the configuration to change; they are recorded in the result.
-        progress: show progress bars.
-        checkpoint: official checkpoint to defend, instead of a trained model of this library.
-
-    Raises:
-        ValueError: for an unknown name or override, a model that is no NVAE, images that do not fit
-            it, or a result file of another configuration.
+        model: name of a trained NVAE, or what to call the one of an official checkpoint.
+        dataset: name for :func:`pyro_vae_defence.data.load`.
+        paper: whose published setting the defence ``paper`` is.
+        radius: L_inf radius of the attack, in units of the image range.
+        groups: numbers :math:`k_A` of attacked groups, counted from the top; one attack each.
+        num_references: class-stratified test images.
+        num_restarts: attacks per reference; all of them count, not the worst.
+        attack_steps: gradient steps of an attack.
+        column: which label to stratify by, where there are several.
+        defences: names of :mod:`~pyro_vae_defence.experiments.defences`; ``aware`` assumes the
+            attack's radius.
+        noncentred: whether defences other than ``paper`` move the noise of the latents instead of
+            the latents.
+        chain: of the defences, but for ``paper``.
+        metric_images: training images the metric is measured on, if the model comes without.
+        batch_size: most images at once, which bounds the memory.
+        checkpointing: recompute activations in backward passes, which bounds the memory of large
+            models.
+        device: torch device everything runs on.
+        seed: seed of references, attacks and defences.
     """
-    if name not in HIERARCHIES:
-        raise ValueError(f"no experiment named {name!r}; choose one of {', '.join(HIERARCHIES)}")
-    config = override(HIERARCHIES[name], overrides)
-    vae, weights = _load(config, models, checkpoint)
-    path = Path(output) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = results.header(
-        name,
-        config,
-        weights,
-        command("defend", name, overrides, checkpoint=checkpoint),
-        metric=metrics.metric_name("ms_ssim", VARIANT),
-    )
-    result["groups"] = {}
-    results.resume(path, result, "groups")
 
-    test_set = data.load(config.dataset, "test", root)
-    if test_set.image_shape != vae.image_shape:
-        raise ValueError(
-            f"images of {config.dataset!r} have shape {test_set.image_shape}, the model's "
-            f"{vae.image_shape}; set dataset=NAME of a fitting one"
-        )
-    chosen = data.stratified(
-        test_set, config.num_references, _generator(config, "references"), config.column
-    )
-    x_ref = test_set.images(chosen).to(config.device)
-    references = x_ref.repeat(config.num_restarts, 1, 1, 1)
-    image = torch.arange(len(x_ref)).repeat(config.num_restarts)
-    # rec(x^r) decodes one draw of the guide; a second draw gives the noise floor.
-    before, again = (
-        _undefended(vae, references, config, _generator(config, draw))
-        for draw in ("reference", "noise floor")
-    )
-    result["noise_floor"] = _compare(before.reconstruction, again.reconstruction, image)
-    metric = functools.cache(lambda: _metric(vae, config, root))
-    for k in config.groups:
-        entry = result["groups"].setdefault(str(k), {"defences": {}})
-        missing = [d for d in config.defences if d not in entry["defences"]]
-        if not missing:
-            continue
-        x_adv, reached = _attack(vae, x_ref, k, config)
-        entry["symmetric_kl"] = interval(reached.cpu(), image)
-        for defence in missing:
-            generator = _generator(config, defence, k)
-            if defence == "none":
-                outcome = _undefended(vae, x_adv, config, generator)
-            else:
-                outcome = _defended(vae, x_adv, defence, config, metric, generator, progress)
-            entry["defences"][defence] = _score(
-                vae, references, x_adv, before, outcome, image, config
+    model: str
+    dataset: str
+    paper: PaperName
+    radius: AttackRadius
+    groups: Annotated[tuple[Count, ...], not_empty]
+    num_references: Count = 50
+    num_restarts: Count = 10
+    attack_steps: Count = 50
+    column: Natural = 0
+    defences: tuple[DefenceName, ...] = ("none", "hmc", "aware")
+    noncentred: bool = True
+    chain: ChainConfig = ChainConfig(warmup_steps=40, step_size=0.2)
+    metric_images: Count = 1000
+    batch_size: Count = 500
+    checkpointing: bool = False
+    device: str = "cpu"
+    seed: Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.defences:
+            if defence_spec(name).kind == "aware_unknown":
+                raise ValueError(f"defences: {name!r} is not measured here; name a radius")
+
+
+class DefendHierarchy(Measurement[HierarchyConfig]):
+    """``<model>_radius_<radius>`` of Figure 4 and Table 8; the weights of ``celeba_nvae`` are the
+    official ones and have to be given as a file.
+
+    Args:
+        checkpoint: official checkpoint to defend, instead of a trained model of this library.
+        arguments, options: of :class:`~pyro_vae_defence.experiments.study.Study`.
+    """
+
+    kind = "hierarchy"
+    command = "defend"
+    names = {
+        **{
+            f"mnist_nvae_radius_{radius:g}": HierarchyConfig(
+                "mnist_nvae", "mnist", "mnist_nvae", radius, groups=(1, 2, 4, 6)
             )
-            results.save(path, result)
-    return result
-
-
-def _load(
-    config: HierarchyConfig,
-    models: str | os.PathLike[str] | None,
-    checkpoint: str | os.PathLike[str] | None,
-) -> tuple[NVAE, str]:
-    """The model on its device, and the sha256 of its weights."""
-    if checkpoint is None:
-        vae, weights = load_pretrained(config.model, models), load_card(config.model, models).sha256
-    else:
-        vae = load_official(checkpoint)
-        weights = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()
-    if not isinstance(vae, NVAE):
-        raise ValueError(
-            f"model {config.model!r} has no latent groups: it is a {type(vae).__name__}"
-        )
-    if max(config.groups) > vae.config.num_groups:
-        raise ValueError(
-            f"groups={config.groups} must be at most the model's {vae.config.num_groups} groups"
-        )
-    vae.checkpointing = config.checkpointing
-    return vae.requires_grad_(False).to(config.device), weights
-
-
-def _generator(config: HierarchyConfig, *purpose: object) -> torch.Generator:
-    """A generator per purpose: what is done does not depend on what else is, or was done before."""
-    words = "/".join(map(str, (config.seed, *purpose)))
-    digest = hashlib.sha256(words.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator))
-
-
-def _parts(num: int, config: HierarchyConfig) -> Iterator[slice]:
-    for first in range(0, num, config.batch_size):
-        yield slice(first, first + config.batch_size)
-
-
-@torch.no_grad()
-def _undefended(
-    vae: NVAE, x: Tensor, config: HierarchyConfig, generator: torch.Generator
-) -> _Outcome:
-    """One draw from the guide, decoded."""
-    started = time.perf_counter()
-    seed = _seed(generator)
-    latents, reconstructions = [], []
-    for part in _parts(len(x), config):
-        some = x[part]
-        streams = Streams.create(len(some), seed=seed, first_image=part.start, device=x.device)
-        latents.append(program.encode(vae, some, streams=streams))
-        reconstructions.append(vae.decode(latents[-1]))
-    return _Outcome(
-        _concatenate(latents), torch.cat(reconstructions), seconds=time.perf_counter() - started
-    )
-
-
-def _attack(vae: NVAE, x_ref: Tensor, k: int, config: HierarchyConfig) -> tuple[Tensor, Tensor]:
-    """Attacked images, restarts in turn, and the symmetric KL they reach over the top ``k``
-    groups."""
-    generator = _generator(config, "attack", k)
-    attack = attacks.PGD(
-        attacks.symmetric_kl(vae, sites=k),
-        Linf(config.radius),
-        num_steps=config.attack_steps,
-        num_restarts=config.num_restarts,
-        preset="paper",
-        batch_size=config.batch_size,
-    )
-    attacked = attack(x_ref, generator)
-    return attacked.x_adv.flatten(0, 1), attacked.objective.flatten()
-
-
-def _metric(vae: NVAE, config: HierarchyConfig, root: str | os.PathLike[str] | None) -> Latents:
-    """Mean posterior variance of what ``hmc`` moves, over training images: nothing an attacker can
-    change."""
-    programs: VAE = vae.noncentred() if config.noncentred else vae
-    stored = vae.mean_noise_variance if config.noncentred else vae.mean_posterior_variance
-    if stored is None:
-        train_set = data.load(config.dataset, "train", root)
-        num = min(config.metric_images, len(train_set))
-        generator = _generator(config, "metric")
-        order = torch.randperm(len(train_set), generator=generator)[:num]
-        batches = (train_set.images(order[p]).to(config.device) for p in _parts(num, config))
-        stored = program.mean_posterior_variance(programs, batches, generator=generator)
-    return {site: variance.to(config.device) for site, variance in stored.items()}
-
-
-def _defended(
-    vae: NVAE,
-    x: Tensor,
-    defence: str,
-    config: HierarchyConfig,
-    metric: Callable[[], Latents],
-    generator: torch.Generator,
-    progress: bool,
-) -> _Outcome:
-    options: dict[str, Any] = {"batch_size": config.batch_size, "progress": progress}
-    if defence == "paper":
-        run = MCMCDefence.paper(vae, config.paper, num_draws=1, **options)
-    else:
-        radius = config.radius if config.delta is None else config.delta
-        kernel = functools.partial(
-            BatchedHMC,
-            step_size=config.step_size,
-            num_steps=config.num_steps,
-            inverse_mass_matrix=metric(),
-        )
-        run = MCMCDefence(
-            vae.noncentred() if config.noncentred else vae,
-            kernel,
-            config.num_samples,
-            config.warmup_steps,
-            perturbation=Linf(radius) if defence == "aware" else None,
-            **options,
-        )
-    outcome = run(x, generator)
-    latents = outcome.latents
-    if defence != "paper" and config.noncentred:
-        with torch.no_grad():
-            parts = [
-                vae.noncentred().to_latents(lat.index(latents, part))
-                for part in _parts(len(x), config)
-            ]
-        latents = _concatenate(parts)
-    return _Outcome(
-        latents,
-        outcome.reconstruction,
-        float(outcome.num_gradients.double().mean()),
-        outcome.seconds,
-        outcome.sample_stats,
-        outcome.settings,
-    )
-
-
-@torch.no_grad()
-def _energy(vae: NVAE, x: Tensor, latents: LatentsLike, config: HierarchyConfig) -> Tensor:
-    """U(z; x) = -log p(x | z) - sum_k log p(z_k | z_{>k}) per image, ``(N,)``, in nats."""
-    return torch.cat(
-        [
-            program.potential(vae, x[part])(lat.index(latents, part))
-            for part in _parts(len(x), config)
-        ]
-    )
-
-
-def _score(
-    vae: NVAE,
-    references: Tensor,
-    x_adv: Tensor,
-    before: _Outcome,
-    outcome: _Outcome,
-    image: Tensor,
-    config: HierarchyConfig,
-) -> dict[str, Any]:
-    at_reference = functools.partial(_energy, vae, references, config=config)
-    ratio = metrics.log_posterior_ratio(at_reference, before.latents, outcome.latents)
-    energy = _energy(vae, x_adv, outcome.latents, config)
-    return {
-        "ms_ssim": _compare(before.reconstruction, outcome.reconstruction, image),
-        "log_posterior_ratio_median": interval(ratio.cpu(), image, "median"),
-        "energy": interval(energy.cpu(), image),
-        "gradients_per_image": outcome.num_gradients,
-        "seconds_per_image": outcome.seconds / len(references),
-        "settings": outcome.settings,
-        **chain_statistics(outcome.stats),
+            for radius in (0.1, 0.2)
+        },
+        **{
+            f"celeba_nvae_radius_{radius:g}": HierarchyConfig(
+                "celeba_nvae",
+                "celeba64",
+                "celeba_nvae",
+                radius,
+                groups=(1, 5, 10, 20),
+                num_references=20,
+                column=20,  # "Male"
+                defences=("none", "paper", "hmc", "aware"),
+                batch_size=20,
+                checkpointing=True,
+            )
+            for radius in (0.05, 0.1)
+        },
     }
+    output = "runs/results"
+    parts = ("groups",)
+    options = {"checkpoint": "official NVAE checkpoint (checkpoint.pt) to defend, e.g. CelebA's"}
+
+    def __init__(
+        self, *arguments: Any, checkpoint: str | os.PathLike[str] | None = None, **options: Any
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.checkpoint = checkpoint
+
+    def command_line(self, **options: Any) -> str:
+        """The command that repeats the run."""
+        return super().command_line(checkpoint=self.checkpoint, **options)
+
+    def load(self) -> None:
+        """The model on its device, and test images that fit it.
+
+        Raises:
+            ValueError: for a model that is no NVAE, too many groups, or images that do not fit.
+        """
+        config = self.config
+        if self.checkpoint is None:
+            vae, _ = self.load_vae(config.model)
+        else:
+            vae = load_official(self.checkpoint)
+            content = Path(self.checkpoint).read_bytes()
+            self.weights[config.model] = hashlib.sha256(content).hexdigest()
+        if not isinstance(vae, NVAE):
+            raise ValueError(
+                f"model {config.model!r} has no latent groups: it is a {type(vae).__name__}"
+            )
+        if max(config.groups) > vae.config.num_groups:
+            raise ValueError(
+                f"groups={config.groups} must be at most the model's {vae.config.num_groups} groups"
+            )
+        shape = self.images(config.dataset).image_shape
+        if shape != vae.image_shape:
+            raise ValueError(
+                f"images of {config.dataset!r} have shape {shape}, the model's {vae.image_shape}; "
+                "set dataset=NAME of a fitting one"
+            )
+        vae.checkpointing = config.checkpointing
+        self.vae = vae.requires_grad_(False).to(config.device)
+        self.programs: Any = self.vae.noncentred() if config.noncentred else self.vae
+        chosen, _ = self.choose(
+            config.dataset, config.num_references, "references", column=config.column
+        )
+        self.x_ref = chosen.to(config.device)
+        # Once per restart, and which reference each row is of.
+        self.references = self.x_ref.repeat(config.num_restarts, 1, 1, 1)
+        self.image = torch.arange(len(chosen)).repeat(config.num_restarts)
+
+    def cells(self) -> Iterator[Cell]:
+        """The noise floor; then per number of groups the attack, and a cell per defence."""
+        yield ("noise_floor",), self.noise_floor
+        for k in self.config.groups:
+            yield ("groups", str(k), "symmetric_kl"), functools.partial(self.reached, k)
+            for name in self.config.defences:
+                cell = functools.partial(self.defended, name, k)
+                yield ("groups", str(k), "defences", name), cell
+
+    @functools.cached_property
+    def before(self) -> DefenceResult:
+        """rec(x^r) decodes one draw of the guide."""
+        return self.undefended(self.references, "before")
+
+    def noise_floor(self) -> dict[str, float]:
+        """Similarity of two undefended reconstructions of the same reference."""
+        again = self.undefended(self.references, "again")
+        return similarity(self.before.reconstruction, again.reconstruction, self.image)
+
+    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    def attacked(self, k: int) -> attacks.AttackResult:
+        """The attack on the top ``k`` groups."""
+        config = self.config
+        attack = attacks.PGD(
+            attacks.symmetric_kl(self.vae, sites=k),
+            Linf(config.radius),
+            num_steps=config.attack_steps,
+            num_restarts=config.num_restarts,
+            preset="paper",
+            batch_size=config.batch_size,
+        )
+        return attack(self.x_ref, self.generator("attack", k))
+
+    def reached(self, k: int) -> dict[str, float]:
+        """The symmetric KL over the top ``k`` groups that the attack reaches, in nats."""
+        return interval(self.attacked(k).objective.flatten(), self.image)
+
+    def undefended(self, x: Tensor, *purpose: object) -> DefenceResult:
+        """One draw from the guide, decoded."""
+        guide = EncoderDefence(self.vae, 1, batch_size=self.config.batch_size)
+        return guide(x, self.generator(*purpose))
+
+    def defended(self, name: str, k: int) -> dict[str, Any]:
+        """One defence against the attack on the top ``k`` groups."""
+        x_adv = self.attacked(k).flat().images
+        if name == "none":
+            outcome = self.undefended(x_adv, "defence", name, k)
+        else:
+            defence = make_defence(name, self.setting(name))
+            outcome = defence(x_adv, self.generator("defence", name, k))
+        if set(outcome.latents) != set(self.vae.sites):  # it has moved noise
+            outcome = replace(outcome, latents=self.to_latents(outcome.latents))
+        at_reference, at_attacked = self.energy(self.references), self.energy(x_adv)
+        return score(self.before, outcome, at_reference, at_attacked, self.image)
+
+    def setting(self, name: str) -> Setting:
+        """What a defence runs on: the paper's on latents, others on noise if that is asked for."""
+        config = self.config
+        options: dict[str, Any] = {"batch_size": config.batch_size, "progress": self.progress}
+        if name == "paper":
+            options["num_draws"] = 1  # all draws of all groups may not fit in memory
+            return Setting(self.vae, config.chain, paper=config.paper, options=options)
+        return Setting(
+            self.programs, config.chain, self.inverse_mass, config.radius, options=options
+        )
+
+    @functools.cached_property
+    def inverse_mass(self) -> Latents:
+        """Mean posterior variance of what chains move, over training images: nothing an attacker
+        can change."""
+        config = self.config
+        found: Latents | None = self.programs.mean_posterior_variance
+        if found is None:
+            images = self.images(config.dataset, "train")
+            generator = self.generator("metric")
+            order = torch.randperm(len(images), generator=generator)[: config.metric_images]
+            parts = order.split(config.batch_size)
+            batches = (images.images(part).to(config.device) for part in parts)
+            found = program.mean_posterior_variance(self.programs, batches, generator=generator)
+        return {site: variance.to(config.device) for site, variance in found.items()}
+
+    def energy(self, x: Tensor) -> Potential:
+        """U(z; x) = -log p(x | z) - sum_k log p(z_k | z_{>k}), in nats."""
+
+        def at(latents: Latents) -> Tensor:
+            parts = [
+                program.potential(self.vae, x[part])(lat.index(latents, part))
+                for part in self._parts(x)
+            ]
+            return torch.cat(parts)
+
+        return at
+
+    @torch.no_grad()
+    def to_latents(self, noise: Latents) -> Latents:
+        """The latents that stand for noise."""
+        parts = [
+            self.programs.to_latents(lat.index(noise, part))
+            for part in self._parts(self.references)
+        ]
+        return {site: torch.cat([part[site] for part in parts]) for site in self.vae.sites}
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.arange(len(x), device=x.device).split(self.config.batch_size)
+
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """A row per number of attacked groups and defence."""
+        config = result["config"]
+        rows = [
+            [k, tables.interval(entry["symmetric_kl"], 1), *score_cells(name, found)]
+            for k, entry in result["groups"].items()
+            for name, found in entry.get("defences", {}).items()
+        ]
+        columns = ["attacked groups", "symmetric KL (nats)", "", *SCORE_COLUMNS]
+        return "\n".join(
+            [
+                f"### {result['name']}",
+                "",
+                f"{config['num_references']} reference images x {config['num_restarts']} restarts, "
+                f"radius {config['radius']:g}, model `{config['model']}`, seed {config['seed']}. "
+                f"95% intervals over reference images. Noise floor of {METRIC}: "
+                f"{tables.interval(result['noise_floor'])}.",
+                "",
+                *tables.table(columns, rows),
+                f"{tables.source(result)}.",
+                "",
+            ]
+        )
+
+    @classmethod
+    def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
+        """Figure 4 of every model, ``MODEL_groups.png``."""
+        by_model: dict[str, list[dict[str, Any]]] = {}
+        for result in results.values():
+            by_model.setdefault(result["config"]["model"], []).append(result)
+        written = []
+        for model, found in by_model.items():
+            written.append(directory / f"{model}_groups.png")
+            save_figure(groups_figure(found), written[-1], dpi=120)
+        return written
 
 
-def _compare(x: Tensor, y: Tensor, image: Tensor) -> dict[str, float]:
-    return similarity(x.cpu(), y.cpu(), image)
-
-
-def _concatenate(parts: list[Latents]) -> Latents:
-    return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+def groups_figure(results: list[dict[str, Any]]) -> Figure:
+    """Similarity of reconstructions against the number of attacked groups (Figure 4), one panel per
+    result."""
+    results = sorted(results, key=lambda result: result["config"]["radius"])
+    figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, result in zip(panels, results, strict=True):
+        for name in result["config"]["defences"]:
+            points = {
+                float(k): entry["defences"][name]["ms_ssim"]
+                for k, entry in result["groups"].items()
+                if name in entry.get("defences", {})
+            }
+            interval_curve(axes, list(points), list(points.values()), label(name))
+        axes.axhline(result["noise_floor"]["estimate"], color="black", lw=0.8, ls=":")
+        axes.set_title(f"radius {result['config']['radius']:g}", fontsize=9)
+        axes.set_xlabel("attacked groups, from the top")
+    panels[0].set_ylabel(METRIC)
+    panels[-1].legend(fontsize=7)
+    return figure

@@ -29,14 +29,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence import data, metrics
+from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments.configuration import override
 from pyro_vae_defence.experiments.drawing import save_figure
-from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
 from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.provenance import provenance
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,12 +164,12 @@ class Study(ABC, Generic[C]):
         return classifier
 
     @functools.cache  # noqa: B019 (a study lives as long as its process)
-    def images(self, dataset: str, split: str = "test") -> data.Images:
+    def images(self, dataset: str, split: Split = "test") -> data.Images:
         """A dataset, read once."""
         return data.load(dataset, split, self.root)
 
     def choose(
-        self, dataset: str, number: int, purpose: str, split: str = "test", column: int = 0
+        self, dataset: str, number: int, purpose: str, split: Split = "test", column: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Class-stratified images ``(N, C, H, W)`` and their labels, ``(N, columns)``."""
         images = self.images(dataset, split)
@@ -314,7 +315,7 @@ def cost(outcome: Any) -> dict[str, Any]:
 
 def chain_statistics(stats: dict[str, Tensor]) -> dict[str, float]:
     """Acceptance, divergences and last step size of chains; nothing where there were none."""
-    if not stats:
+    if "acceptance_rate" not in stats:  # searches of a mode have energies alone
         return {}
     return {
         "acceptance_rate": float(stats["acceptance_rate"].mean()),

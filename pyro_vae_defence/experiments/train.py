@@ -1,20 +1,26 @@
-"""Train a named model and write its weights and card."""
+"""Train a named model: its weights, and the card that says how they came about.
+
+Resumes when interrupted. The paper trains every model for 300 epochs with a plateau rule; a
+one-cycle schedule reaches a comparable likelihood in a tenth of that, which is what these models
+can afford. For the same reason the variants of a model start from the trained plain one and are
+trained until they have adapted.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pyro
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from pyro_vae_defence import data, objectives
+from pyro_vae_defence import objectives
 from pyro_vae_defence.attacks import PGD
 from pyro_vae_defence.attacks.objectives import squared_wasserstein
 from pyro_vae_defence.experiments.configuration import (
@@ -24,37 +30,30 @@ from pyro_vae_defence.experiments.configuration import (
     Natural,
     Positive,
     Share,
-    override,
 )
-from pyro_vae_defence.experiments.paper import TABLE_7
-from pyro_vae_defence.ops.provenance import provenance
+from pyro_vae_defence.experiments.study import Study
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
-from pyro_vae_defence.models.pretrained import (
-    TrainedVAE,
-    WeightCard,
-    load_card,
-    load_pretrained,
-    save_pretrained,
-)
+from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.training import FitConfig, evaluate, fit
 
-ObjectiveName = Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"]
+SE_STEPS = 20
+"""Gradient steps of SE's inner maximisation (Cemgil et al. 2020)."""
+
+HALF_TOLERANCE = 0.01
+"""Largest change of the validation -ELBO, in nats, for which weights are stored in float16."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(Configuration):
     """How a named model is trained.
 
-    The paper trains for 300 epochs with a plateau rule; the one-cycle schedule reaches a comparable
-    likelihood in a tenth of that, which is what these models can afford. For the same reason the
-    variants of a model start from the trained plain one and are trained until they have adapted.
-
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
         objective: which objective of :mod:`pyro_vae_defence.objectives`.
-        start_from: name of a trained model whose weights the training starts from; random ones when
+        start_from: name of a trained model whose weights the training starts from, random ones if
             ``None``. AVAE-SS, which post-processes a trained model, needs it.
         beta: weight of the KL (``beta``) or total correlation (``beta_tcvae``) term.
         estimator: minibatch estimator of the total correlation.
@@ -69,14 +68,14 @@ class TrainConfig(Configuration):
         learning_rate: peak learning rate of the one-cycle schedule.
         schedule: see :class:`pyro_vae_defence.training.FitConfig`.
         batch_size: images per step.
-        images_per_epoch: images drawn per epoch; all of them when ``None``.
+        images_per_epoch: images drawn per epoch, all of them if ``None``.
         half: store the weights in float16, unless that changes the validation -ELBO by more than
             0.01 nats.
         seed: seed of initialisation, order and noise.
     """
 
     dataset: str
-    objective: ObjectiveName = "beta"
+    objective: Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"] = "beta"
     start_from: str | None = None
     beta: Positive = 1.0
     estimator: Literal["mws", "mss", "published"] = "mws"
@@ -102,13 +101,10 @@ class TrainConfig(Configuration):
             )
 
 
-# An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per epoch as
-# on MNIST.
-_IMAGES = {"mnist": None, "fashion_mnist": None, "color_mnist": 55_000}
+# --- Models by name -------------------------------------------------------------------------------
 
-
-# Passes of a plain model, of which the others are variants.
-_EPOCHS = 40
+DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "color_mnist": "ColorMNIST"}
+"""Datasets of the paper's tables, and what these call them."""
 
 # SE searches a neighbour by 20 gradients of the encoder for every image it sees, twelve times the
 # cost of a plain step.
@@ -117,52 +113,6 @@ _SE_IMAGES = 30_000
 # The coupling that left MNIST most similar under attack, of .1, 1, 10 and 50 in trainings of 7,680
 # images.
 _SE_GAMMA = 10.0
-
-
-def _models() -> dict[str, TrainConfig]:
-    models = {}
-    for dataset, images in _IMAGES.items():
-        plain = f"{dataset}_vae"
-        models[plain] = TrainConfig(dataset, epochs=_EPOCHS, images_per_epoch=images)
-        # As many passes again, for the likelihood alone: every other result is of the first forty.
-        models[f"{plain}_long"] = TrainConfig(
-            dataset,
-            start_from=plain,
-            epochs=_EPOCHS,
-            learning_rate=1e-3,
-            images_per_epoch=images,
-            half=True,
-        )
-        variant = TrainConfig(
-            dataset,
-            start_from=plain,
-            epochs=3,
-            learning_rate=1e-3,
-            images_per_epoch=images,
-            half=True,
-        )
-        for beta in (2.0, 5.0, 10.0):
-            models[f"{dataset}_beta_vae_{beta:g}"] = replace(variant, beta=beta)
-            models[f"{dataset}_tcvae_{beta:g}"] = replace(
-                variant, objective="beta_tcvae", beta=beta
-            )
-        if dataset == "fashion_mnist":
-            continue
-        smooth = replace(
-            variant, objective="se", gamma=_SE_GAMMA, epochs=1, images_per_epoch=_SE_IMAGES
-        )
-        for radius in (0.1, 0.2):
-            models[f"{dataset}_se_{radius:g}"] = replace(smooth, radius=radius)
-        models[f"{dataset}_avae"] = replace(variant, objective="avae")
-        models[f"{dataset}_se_avae"] = replace(smooth, objective="se_avae")
-        models[f"{dataset}_avae_ss"] = replace(variant, objective="avae_ss")
-    # Backgrounds that no clip of dark pixels can restore.
-    models["fashion_mnist_inverted_vae"] = TrainConfig("fashion_mnist_inverted")
-    models["color_mnist_textured_vae"] = TrainConfig(
-        "color_mnist_textured", images_per_epoch=55_000
-    )
-    return models
-
 
 # Six latent groups: two of 8x4x4 and four of 8x8x8.
 _SMALL_NVAE = {
@@ -180,20 +130,52 @@ _SMALL_NVAE = {
     "res_dist": True,
 }
 
-MODELS: dict[str, TrainConfig] = {
-    **_models(),
-    "mnist_nvae": TrainConfig(
-        "mnist", "nvae", architecture=_SMALL_NVAE, epochs=12, learning_rate=4e-3
-    ),
-}
-"""Models of the paper's tables: ``<dataset>_vae``, ``<dataset>_beta_vae_<beta>`` and
-``<dataset>_tcvae_<beta>`` (Table 7), ``<dataset>_vae_long``, the plain one after a second training
-as long as the first, and for MNIST and ColorMNIST ``<dataset>_se_<radius>``,
-``<dataset>_avae``, ``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); VAEs of two harder
-variants, ``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``; and ``mnist_nvae``, a
-hierarchical VAE small enough to be trained on a processor."""
 
-DATASETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "color_mnist": "ColorMNIST"}
+def _models() -> dict[str, TrainConfig]:
+    models: dict[str, TrainConfig] = {}
+    for dataset in DATASETS:
+        # An epoch of ColorMNIST has every digit in seven colours; a model sees as many images per
+        # epoch as on MNIST.
+        images = 55_000 if dataset == "color_mnist" else None
+        name = f"{dataset}_vae"
+        plain = TrainConfig(dataset, epochs=40, images_per_epoch=images)
+        # As many passes again, for the likelihood alone: every other result is of the first forty.
+        again = replace(plain, start_from=name, learning_rate=1e-3, half=True)
+        variant = replace(again, epochs=3)
+        models |= {name: plain, f"{name}_long": again}
+        families = {"beta_vae": variant, "tcvae": replace(variant, objective="beta_tcvae")}
+        for family, config in families.items():
+            for beta in (2.0, 5.0, 10.0):
+                models[f"{dataset}_{family}_{beta:g}"] = replace(config, beta=beta)
+    for dataset in ("mnist", "color_mnist"):
+        variant = replace(models[f"{dataset}_vae_long"], epochs=3)
+        smooth = replace(
+            variant, objective="se", gamma=_SE_GAMMA, epochs=1, images_per_epoch=_SE_IMAGES
+        )
+        for radius in (0.1, 0.2):
+            models[f"{dataset}_se_{radius:g}"] = replace(smooth, radius=radius)
+        models[f"{dataset}_avae"] = replace(variant, objective="avae")
+        models[f"{dataset}_se_avae"] = replace(smooth, objective="se_avae")
+        models[f"{dataset}_avae_ss"] = replace(variant, objective="avae_ss")
+    # Backgrounds that no clip of dark pixels can restore.
+    models["fashion_mnist_inverted_vae"] = TrainConfig("fashion_mnist_inverted")
+    models["color_mnist_textured_vae"] = TrainConfig(
+        "color_mnist_textured", images_per_epoch=55_000
+    )
+    models["mnist_nvae"] = TrainConfig(
+        "mnist", "nvae", architecture=_SMALL_NVAE, learning_rate=4e-3
+    )
+    return models
+
+
+MODELS: dict[str, TrainConfig] = _models()
+"""Models in the order of tables: ``<dataset>_vae``, ``<dataset>_vae_long``, the plain one after a
+second training as long as the first, ``<dataset>_beta_vae_<beta>`` and ``<dataset>_tcvae_<beta>``
+(Table 7); for MNIST and ColorMNIST ``<dataset>_se_<radius>``, ``<dataset>_avae``,
+``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); VAEs of two harder variants,
+``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``; and ``mnist_nvae``, a hierarchical
+VAE small enough to be trained on a processor."""
+
 _FAMILIES = {
     "vae": "VAE",
     "vae_long": "VAE, second training",
@@ -204,16 +186,6 @@ _FAMILIES = {
     "se_avae": "SE-AVAE, radius 0.1",
     "avae_ss": "AVAE-SS",
 }
-MODEL_ORDER: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        [
-            *(each for name in TABLE_7 for each in (name, f"{name}_long") if each in MODELS),
-            *MODELS,
-        ]
-    )
-)
-"""The second training beside the first, then the paper's order, then what its Table 7 does not
-have."""
 
 
 def model_label(name: str) -> str:
@@ -225,11 +197,93 @@ def model_label(name: str) -> str:
     return f"{_FAMILIES[family]}{value}" if family in _FAMILIES else suffix
 
 
-SE_STEPS = 20
-"""Gradient steps of SE's inner maximisation (Cemgil et al. 2020)."""
+# --- Training one ---------------------------------------------------------------------------------
 
-HALF_TOLERANCE = 0.01
-"""Largest change of the validation -ELBO, in nats, for which weights are stored in float16."""
+
+class Train(Study[TrainConfig]):
+    """Weights ``NAME.safetensors`` and their card ``NAME.json`` in ``output``; the checkpoint and
+    the history of the training in ``output/NAME``."""
+
+    command = "train"
+    noun = "model"
+    names = MODELS
+    output = "runs/models"
+
+    def run(self) -> WeightCard:
+        """Train the model, or go on where an interrupted training stopped; its card.
+
+        Raises:
+            ValueError: for missing data or weights to start from, or a checkpoint of another run.
+            NonFiniteLossError: if the loss is no number.
+        """
+        config = self.config
+        folder = self.directory / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        train_set = self.images(config.dataset, "train")
+        count = config.images_per_epoch or len(train_set)
+        sampler = BatchSampler(RandomSampler(train_set, num_samples=count), config.batch_size, True)
+        loader: DataLoader[Any] = DataLoader(train_set, sampler=sampler, batch_size=None)
+        validation = self._validation()
+
+        torch.manual_seed(config.seed)
+        pyro.clear_param_store()
+        training = dataclasses.asdict(config)
+        if config.start_from is None:
+            vae = make_vae(config, train_set.image_shape[0])
+        else:
+            vae, start = self.load_vae(config.start_from)
+            vae.train()
+            training["start_from_sha256"] = start.sha256
+        result = fit(
+            vae,
+            make_objective(config, vae, len(train_set), config.epochs * len(loader)),
+            loader,
+            FitConfig(
+                epochs=config.epochs,
+                learning_rate=config.learning_rate,
+                schedule=config.schedule,
+                checkpoint_every=200,
+                progress=self.progress,
+                name=f"{self.name}: {config}",
+            ),
+            validation=validation,
+            checkpoint=folder / "checkpoint.pt",
+            on_epoch=lambda entry: _append(folder / "history.jsonl", entry),
+        )
+        measured = {"validation_nelbo": result.history[-1]["validation_nelbo"]}
+        dtype = torch.float32
+        if config.half:
+            before, after = (_nelbo(each, validation) for each in (vae, _rounded(vae)))
+            measured["validation_nelbo_change[float16]"] = after - before
+            if abs(after - before) <= HALF_TOLERANCE:
+                dtype = torch.float16
+        noise_variance = None
+        if isinstance(vae, NVAE):
+            noise_variance = program.mean_posterior_variance(vae.noncentred(), loader)
+        seconds = sum(entry["seconds"] for entry in result.history)
+        return save_pretrained(
+            vae,
+            self.name,
+            self.directory,
+            training=training,
+            command=self.command_line(),
+            provenance={**provenance(), "seconds": round(seconds, 1)},
+            metrics=measured,
+            mean_posterior_variance=result.mean_posterior_variance,
+            mean_noise_variance=noise_variance,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def summary(cls, found: WeightCard) -> str:
+        """The likelihood it has reached."""
+        return f"{found.name}: validation -ELBO {found.metrics['validation_nelbo']:.2f} nats"
+
+    def _validation(self) -> list[Tensor]:
+        """About 5,000 images; a stride of 6 visits all seven colours of ColorMNIST."""
+        images = self.images(self.config.dataset, "validation")
+        chosen = torch.arange(0, len(images), 6 if len(images) > 5000 else 1)
+        return [images.images(some) for some in chosen.split(500)]
 
 
 def make_vae(config: TrainConfig, in_channels: int) -> TrainedVAE:
@@ -240,25 +294,17 @@ def make_vae(config: TrainConfig, in_channels: int) -> TrainedVAE:
 
 
 def make_objective(config: TrainConfig, vae: TrainedVAE, data_size: int, num_steps: int) -> Any:
-    """The Pyro ELBO a configuration names, for ``num_steps`` optimisation steps in all."""
+    """The Pyro ELBO a configuration names, for ``num_steps`` optimisation steps in all.
 
-    def perturb(x: torch.Tensor) -> torch.Tensor:
+    Raises:
+        ValueError: for NVAE's objective of another model.
+    """
+
+    def perturb(x: Tensor) -> Tensor:
         attack = PGD(squared_wasserstein(vae), Linf(config.radius), num_steps=SE_STEPS)
         return attack(x).best()
 
-    if config.objective == "beta":
-        return objectives.BetaELBO(config.beta)
-    if config.objective == "beta_tcvae":
-        return objectives.BetaTCVAE(config.beta, data_size, estimator=config.estimator)
-    if config.objective == "se":
-        return objectives.SE(perturb, config.gamma)
-    if config.objective == "avae":
-        return objectives.AVAE(config.rho)
-    if config.objective == "se_avae":
-        return objectives.SEAVAE(perturb, config.gamma, config.rho)
-    if config.objective == "avae_ss":
-        return objectives.AVAESS(config.rho)
-    if config.objective == "nvae":
+    def nvae() -> Any:
         if not isinstance(vae, NVAE):
             raise ValueError(
                 "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
@@ -266,105 +312,19 @@ def make_objective(config: TrainConfig, vae: TrainedVAE, data_size: int, num_ste
         return objectives.NVAEObjective(
             vae, num_steps, kl_anneal=config.kl_anneal, penalty=config.penalty
         )
-    raise ValueError(f"unknown objective {config.objective!r}")
 
-
-def train(
-    name: str,
-    output: str | os.PathLike[str],
-    root: str | os.PathLike[str] | None = None,
-    overrides: dict[str, Any] | None = None,
-    progress: bool = True,
-    models: str | os.PathLike[str] | None = None,
-) -> WeightCard:
-    """Train the model ``name`` of the registry; resumes when interrupted.
-
-    Writes ``NAME.safetensors`` and ``NAME.json`` to ``output``, with a checkpoint and the history
-    beside them in ``output/NAME``.
-
-    Args:
-        name: a name of :data:`pyro_vae_defence.experiments.registry.MODELS`.
-        output: directory for the results.
-        root: directory of the datasets.
-        overrides: fields of the configuration to change; they are recorded in the card.
-        progress: show a progress bar.
-        models: directory of the model it starts from, where its configuration names one; the
-            packaged ones when ``None``.
-
-    Raises:
-        ValueError: for an unknown name or override.
-    """
-    if name not in MODELS:
-        raise ValueError(f"no model named {name!r}; choose one of {', '.join(MODELS)}")
-    config = override(MODELS[name], overrides)
-    folder = Path(output) / name
-    folder.mkdir(parents=True, exist_ok=True)
-
-    train_set = data.load(config.dataset, "train", root)
-    validation_set = data.load(config.dataset, "validation", root)
-    count = config.images_per_epoch or len(train_set)
-    sampler = BatchSampler(RandomSampler(train_set, num_samples=count), config.batch_size, True)
-    loader: DataLoader[Any] = DataLoader(train_set, sampler=sampler, batch_size=None)
-    # About 5,000 images; a stride of 6 visits all seven colours of ColorMNIST.
-    stride = 6 if len(validation_set) > 5000 else 1
-    validation = [
-        validation_set.images(
-            list(range(len(validation_set)))[first : first + 500 * stride : stride]
-        )
-        for first in range(0, len(validation_set), 500 * stride)
-    ]
-
-    torch.manual_seed(config.seed)
-    pyro.clear_param_store()
-    training = dataclasses.asdict(config)
-    if config.start_from is None:
-        vae = make_vae(config, train_set.image_shape[0])
-    else:
-        vae = load_pretrained(config.start_from, models).train()
-        training["start_from_sha256"] = load_card(config.start_from, models).sha256
-    num_steps = config.epochs * len(loader)
-    objective = make_objective(config, vae, len(train_set), num_steps)
-    result = fit(
-        vae,
-        objective,
-        loader,
-        FitConfig(
-            epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            schedule=config.schedule,
-            checkpoint_every=200,
-            progress=progress,
-            name=f"{name}: {config}",
+    makers = {
+        "beta": lambda: objectives.BetaELBO(config.beta),
+        "beta_tcvae": lambda: objectives.BetaTCVAE(
+            config.beta, data_size, estimator=config.estimator
         ),
-        validation=validation,
-        checkpoint=folder / "checkpoint.pt",
-        on_epoch=lambda entry: _append(folder / "history.jsonl", entry),
-    )
-    measured = {"validation_nelbo": result.history[-1]["validation_nelbo"]}
-    dtype = torch.float32
-    if config.half:
-        before, after = (_nelbo(each, validation) for each in (vae, _rounded(vae)))
-        measured["validation_nelbo_change[float16]"] = after - before
-        if abs(after - before) <= HALF_TOLERANCE:
-            dtype = torch.float16
-    noise_variance = None
-    if isinstance(vae, NVAE):
-        noise_variance = program.mean_posterior_variance(vae.noncentred(), loader)
-    return save_pretrained(
-        vae,
-        name,
-        output,
-        training=training,
-        command=command("train", name, overrides),
-        provenance={
-            **provenance(),
-            "seconds": round(sum(entry["seconds"] for entry in result.history), 1),
-        },
-        metrics=measured,
-        mean_posterior_variance=result.mean_posterior_variance,
-        mean_noise_variance=noise_variance,
-        dtype=dtype,
-    )
+        "se": lambda: objectives.SE(perturb, config.gamma),
+        "avae": lambda: objectives.AVAE(config.rho),
+        "se_avae": lambda: objectives.SEAVAE(perturb, config.gamma, config.rho),
+        "avae_ss": lambda: objectives.AVAESS(config.rho),
+        "nvae": nvae,
+    }
+    return makers[config.objective]()
 
 
 def _rounded(vae: TrainedVAE) -> TrainedVAE:
@@ -374,7 +334,7 @@ def _rounded(vae: TrainedVAE) -> TrainedVAE:
     return rounded
 
 
-def _nelbo(vae: TrainedVAE, validation: Any) -> float:
+def _nelbo(vae: TrainedVAE, validation: list[Tensor]) -> float:
     """Validation -ELBO with the same draws whichever model it is of."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

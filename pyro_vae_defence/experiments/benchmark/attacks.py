@@ -29,11 +29,11 @@ from pyro_vae_defence.experiments.configuration import (
     Natural,
     at_least,
 )
-from pyro_vae_defence.ops.provenance import commit
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
 from pyro_vae_defence.experiments.tables import interval as shown
 from pyro_vae_defence.experiments.tables import table
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.provenance import commit
 from pyro_vae_defence.types import Objective, PreparedObjective
 
 
