@@ -114,7 +114,7 @@ def test_the_attack_sees_the_chosen_groups_alone(models, tmp_path):
         ({"groups": (0,)}, "groups must be an integer of at least 1, got 0"),
         ({"defences": "hmc"}, "defences must be a tuple"),
         ({"defences": ("other",)}, "defences has no 'other'"),
-        ({"defences": ("aware_unknown",)}, "name a radius"),
+        ({"defences": ("aware_unknown",)}, "assumes a radius; name it"),
         ({"dataset": "color_mnist"}, "shape"),
         ({"model": "flat"}, "has no latent groups"),
     ],

@@ -33,10 +33,9 @@ from pyro_vae_defence.experiments.configuration import (
     not_empty,
 )
 from pyro_vae_defence.experiments.defences import (
-    DefenceName,
     PaperName,
     Setting,
-    defence_spec,
+    known_defence,
     label,
     make_defence,
 )
@@ -86,7 +85,7 @@ class HierarchyConfig(Configuration):
     num_restarts: Count = 10
     attack_steps: Count = 50
     column: Natural = 0
-    defences: tuple[DefenceName, ...] = ("none", "hmc", "aware")
+    defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "aware")
     noncentred: bool = True
     chain: ChainConfig = ChainConfig(warmup_steps=40, step_size=0.2)
     metric_images: Count = 1000
@@ -94,12 +93,6 @@ class HierarchyConfig(Configuration):
     checkpointing: bool = False
     device: str = "cpu"
     seed: Natural = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.defences:
-            if defence_spec(name).kind == "aware_unknown":
-                raise ValueError(f"defences: {name!r} is not measured here; name a radius")
 
 
 class DefendHierarchy(Measurement[HierarchyConfig]):

@@ -113,7 +113,6 @@ class Robustness(Measurement[RobustnessConfig]):
         """The model, its classifier where one is a target, and images."""
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
-        self.classifier = None
         if "classification" in config.targets:
             self.classifier = self.load_classifier(f"{config.model}_classifier")
         self.x, labels = self.choose(card.training["dataset"], config.num_images, "images")
