@@ -198,18 +198,12 @@ def test_every_defence_streams_and_joins(linear_vae, make):
     joined = make(linear_vae, batch_size=2)(x, torch.Generator().manual_seed(1))
     parts = list(make(linear_vae).stream([x[:3], x[3:]], torch.Generator().manual_seed(1)))
     assert [len(part.x) for part in parts] == [3, 2]
+    assert joined.settings == whole.settings
+    tensors = [name for name in vars(whole) if name not in ("seconds", "observation", "settings")]
     for result in (joined, DefenceResult.join(parts)):
-        for name, value in vars(whole).items():
-            if name == "seconds":
-                continue
-            close = value if isinstance(value, dict) else {name: value}
-            other = getattr(result, name)
-            for key, one in close.items():
-                two = other[key] if isinstance(value, dict) else other
-                if isinstance(one, torch.Tensor):
-                    torch.testing.assert_close(two, one, rtol=1e-9, atol=1e-9)
-                else:
-                    assert two == one
+        for name in tensors:
+            got, expected = getattr(result, name), getattr(whole, name)
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 # --- Kernels that are not of this library ---------------------------------------------------------

@@ -22,7 +22,8 @@ from pyro_vae_defence.defence.chains import INITIALS, ChainStart, Initial, Lengt
 from pyro_vae_defence.defence.convergence import MIN_CHAINS, ConvergenceRule
 from pyro_vae_defence.defence.foreign import KernelFactory, run_one_by_one
 from pyro_vae_defence.defence.result import Chains, setting
-from pyro_vae_defence.mcmc.kernels import BatchedHMC, BatchedKernel
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models.perturbation import Perturbation
 from pyro_vae_defence.models.program import ModelPotential, potential, target
 from pyro_vae_defence.ops.checks import check_integer
