@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import numpy as np
 import pyro.infer
 import pytest
 import torch
 from kernels import FACTORIES
-from programs import BatchNormVAE, HierarchicalVAE
+from programs import BatchNormVAE, HierarchicalVAE, TutorialVAE
+from pyro.infer import NUTS
+from pyro.infer.mcmc.util import initialize_model
 
 from pyro_vae_defence import diagnostics
-from pyro_vae_defence.defence import MCMCDefence, NoDefence
+from pyro_vae_defence.defence import (
+    DefenceResult,
+    EncoderDefence,
+    MCMCDefence,
+    NoDefence,
+    PosteriorModeDefence,
+    median_filter,
+)
+from pyro_vae_defence.defence.foreign import EnergyModel
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, PaperSetting
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.ops.balls import Linf
 
 KERNELS = {
     **FACTORIES,
@@ -160,6 +172,76 @@ def test_no_defence_is_one_draw_decoded(tutorial_vae):
     first = NoDefence(tutorial_vae).encode(x)["latent"]
     torch.manual_seed(0)
     assert torch.equal(NoDefence(tutorial_vae).encode(x)["latent"], first)
+    assert result.settings == {"defence": "none"}
+    # A number of draws or a filter would be another control.
+    assert list(inspect.signature(NoDefence).parameters) == ["vae", "batch_size"]
+
+
+def test_guide_and_model_with_different_latents_are_refused(linear_vae, monkeypatch):
+    monkeypatch.setattr(linear_vae, "guide", HierarchicalVAE().guide, raising=False)
+    for defence in (NoDefence(linear_vae), EncoderDefence(linear_vae, 2)):
+        with pytest.raises(ValueError, match=r"must have the model's sites \['z'\]"):
+            defence(torch.rand(2, 1, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        NoDefence,
+        functools.partial(EncoderDefence, num_samples=2, preprocess=median_filter),
+        functools.partial(PosteriorModeDefence, num_steps=2),
+        functools.partial(MCMCDefence, num_samples=2, warmup_steps=1),
+    ],
+)
+def test_every_defence_streams_and_joins(linear_vae, make):
+    x = torch.rand(5, 1, 4, 4)
+    whole = make(linear_vae)(x, torch.Generator().manual_seed(1))
+    joined = make(linear_vae, batch_size=2)(x, torch.Generator().manual_seed(1))
+    parts = list(make(linear_vae).stream([x[:3], x[3:]], torch.Generator().manual_seed(1)))
+    assert [len(part.x) for part in parts] == [3, 2]
+    assert joined.settings == whole.settings
+    tensors = [name for name in vars(whole) if name not in ("seconds", "observation", "settings")]
+    for result in (joined, DefenceResult.join(parts)):
+        for name in tensors:
+            got, expected = getattr(result, name), getattr(whole, name)
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+# --- Kernels that are not of this library ---------------------------------------------------------
+
+
+class Tempered(TutorialVAE):
+    """A beta-VAE's scale, which Pyro's own reading of the model would sample."""
+
+    def model(self, x):
+        with pyro.poutine.scale(scale=7.0):
+            super().model(x)
+
+
+@pytest.mark.parametrize("ball", [None, Linf(0.1)])
+@pytest.mark.parametrize(
+    ("vae", "shape"), [(HierarchicalVAE(), (1, 4, 4)), (Tempered(), (1, 28, 28))]
+)
+def test_foreign_kernels_move_on_the_librarys_potential(vae, shape, ball, float64):
+    vae = vae.double() if isinstance(vae, torch.nn.Module) else vae
+    energy = program.potential(vae, torch.rand(1, *shape), ball)
+    model = EnergyModel(energy)
+    _, pyros, transforms, _ = initialize_model(model, (torch.rand(1, *shape),))
+    for scale in (0.0, 1.0, 3.0):
+        z = {name: scale * torch.randn_like(value) for name, value in energy.prototype.items()}
+        assert all(torch.equal(transforms[name](value), value) for name, value in z.items())
+        before = model.num_calls
+        assert torch.allclose(pyros(z), energy(z)[0], rtol=1e-12)
+        assert model.num_calls == before + 1
+
+
+@pytest.mark.parametrize("kernel", [pyro.infer.RandomWalkKernel, lambda model: NUTS(model)])
+def test_any_factory_of_a_foreign_kernel_will_do(linear_vae, kernel):
+    result = MCMCDefence(linear_vae, kernel, 6, 4, 2)(torch.rand(2, 1, 4, 4))
+    assert result.samples["z"].shape == (2, 6, 2, 3)
+    for name in ("acceptance_rate", "lp"):
+        assert result.sample_stats[name].isfinite().all()
+    assert (result.num_gradients > result.sample_stats["n_steps"].sum((0, 1))).all()
 
 
 def test_settings_survive_netcdf(tutorial_vae, tmp_path):

@@ -19,6 +19,7 @@ from pyro_vae_defence.defence.convergence import assess, energy_drift, split_r_h
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.mode import search_mode
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.compiled import Recorder, ReducedForce
 from pyro_vae_defence.ops.balls import Linf
 
 HMC = functools.partial(BatchedHMC, num_steps=3)
@@ -280,16 +281,17 @@ def test_starts_at_the_mean_or_the_mode(linear_vae):
 def test_recorded_chains_are_traced_chains(linear_vae, perturbation):
     x = torch.rand(5, 1, 4, 4)
     options = {"perturbation": perturbation, "num_chains": 2, "batch_size": 4}
-    recorded = defend(linear_vae, x, capture=True, **options)
+    recorded = defend(linear_vae, x, prepare=Recorder(), **options)
+    assert recorded.settings["prepare"] == "Recorder()"
     assert_same(recorded, defend(linear_vae, x, **options))
 
 
 def test_recorded_chains_of_a_hierarchical_constrained_model(float64):
     x = torch.rand(3, 1, 4, 4)
     runs = []
-    for capture in (True, False):
+    for prepare in (Recorder(), None):
         torch.manual_seed(4)  # a Gamma site of the guide draws from the global seed
-        runs.append(defend(HierarchicalVAE(), x, initial="mode", mode_steps=3, capture=capture))
+        runs.append(defend(HierarchicalVAE(), x, initial="mode", mode_steps=3, prepare=prepare))
     for site in ("top", "rate", "low"):
         assert_same(*runs, site=site)
 
@@ -300,14 +302,19 @@ def test_a_recording_serves_every_micro_batch(linear_vae, monkeypatch):
     recorded = []
     capture = compiled._capture
     monkeypatch.setattr(compiled, "_capture", lambda *args: recorded.append(1) or capture(*args))
-    defend(linear_vae, torch.rand(6, 1, 4, 4), capture=True, batch_size=2)
+    defend(linear_vae, torch.rand(6, 1, 4, 4), prepare=Recorder(), batch_size=2)
     assert len(recorded) == 1
 
 
 def test_reduced_forces(linear_vae):
-    result = defend(LinearGaussianVAE(), torch.rand(2, 1, 4, 4).float(), force_dtype=torch.bfloat16)
-    assert result.samples["z"].isfinite().all()
-    assert result.settings["force_dtype"] == "torch.bfloat16"
+    half = functools.partial(ReducedForce, dtype=torch.bfloat16)
+    x = torch.rand(2, 1, 4, 4).float()
+    results = [defend(LinearGaussianVAE(), x, prepare=p) for p in (half, ReducedForce, None)]
+    assert results[0].samples["z"].isfinite().all()
+    assert torch.equal(results[0].samples["z"], results[1].samples["z"])
+    assert not torch.equal(results[0].samples["z"], results[2].samples["z"])
+    recorded = [result.settings["prepare"] for result in results]
+    assert recorded == ["ReducedForce(dtype=torch.bfloat16)", "ReducedForce", "None"]
 
 
 # --- Arguments ------------------------------------------------------------------------------------
@@ -327,13 +334,17 @@ def test_reduced_forces(linear_vae):
             {"until_converged": ConvergenceRule()},
             "num_chains must be at least 4, got 1",
         ),
-        ({"compile": True}, "compile works on recordings"),
-        ({"capture": True, "force_dtype": torch.bfloat16}, "cannot be combined"),
-        ({"force_dtype": torch.float64}, "force_dtype must be torch.bfloat16"),
+        ({"prepare": True}, r"prepare must map a ModelPotential .* such as Recorder\(\), got True"),
+        ({"prepare": lambda energy: 3}, "prepare must return a ModelPotential, it returned 3"),
+        (
+            {"prepare": functools.partial(ReducedForce, dtype=torch.float64)},
+            "dtype must be torch.bfloat16 or torch.float16, got torch.float64",
+        ),
         (
             {"kernel": pyro.infer.NUTS, "max_gradients": 9},
             "need a kernel of this library, such as BatchedHMC; got NUTS",
         ),
+        ({"kernel": pyro.infer.NUTS, "prepare": Recorder()}, "prepare need a kernel of this"),
     ],
 )
 def test_arguments(linear_vae, options, message):

@@ -108,3 +108,16 @@ def test_nvae_defence():
     assert done.returncode == 0, done.stderr
     assert "z_02: 4 maps of 8x8" in done.stdout
     assert "HMC, perturbation-aware" in done.stdout
+
+
+def test_large_dataset():
+    small = ("--num-images", 5, "--images-per-batch", 3)
+    done = run("large_dataset.py", *small, "--max-gradients", 600)
+    assert done.returncode == 0, done.stderr
+    batches = [line.split() for line in done.stdout.splitlines()[1:3]]
+    assert [int(batch[0]) for batch in batches] == [3, 2]
+    assert all(0 < float(batch[2]) <= 600 for batch in batches)
+    assert "5 images, 5 latents kept" in done.stdout
+    poor = run("large_dataset.py", *small, "--max-gradients", 40)
+    assert poor.returncode == 2
+    assert "max_gradients=40 leaves no transition" in poor.stderr.splitlines()[-1]

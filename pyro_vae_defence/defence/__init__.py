@@ -1,14 +1,15 @@
 """Defences: what runs between the encoder and whatever uses its latents."""
 
+from pyro_vae_defence.defence.base import BaseDefence, Defence
 from pyro_vae_defence.defence.classifier import (
     READINGS,
-    Defence,
     DefendedClassifier,
     Reading,
     read_latents,
 )
 from pyro_vae_defence.defence.controls import (
     EncoderDefence,
+    NoDefence,
     clip_dark_pixels,
     clip_extreme_pixels,
     gaussian_filter,
@@ -16,7 +17,8 @@ from pyro_vae_defence.defence.controls import (
 )
 from pyro_vae_defence.defence.convergence import Convergence, ConvergenceRule
 from pyro_vae_defence.defence.detection import detection_scores
-from pyro_vae_defence.defence.mcmc import DefenceResult, KernelFactory, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.foreign import KernelFactory
+from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.defence.radius import (
     RadiusChoice,
@@ -25,9 +27,11 @@ from pyro_vae_defence.defence.radius import (
     radius_probabilities,
     scores_by_radius,
 )
+from pyro_vae_defence.defence.result import DefenceResult
 
 __all__ = [
     "READINGS",
+    "BaseDefence",
     "Convergence",
     "ConvergenceRule",
     "Defence",

@@ -7,7 +7,8 @@ reads them in one of four ways (:data:`Reading`),
     \begin{aligned}
     \text{last:} \quad & p(y \mid z_{1,T}), \\
     \text{draws:} \quad & \tfrac{1}{CT} \textstyle\sum_{c,t} p(y \mid z_{c,t}), \\
-    \text{mean:} \quad & p(y \mid \bar z), \qquad \bar z = \tfrac{1}{CT} \textstyle\sum_{c,t} z_{c,t}, \\
+    \text{mean:} \quad & p(y \mid \bar z), \qquad
+        \bar z = \tfrac{1}{CT} \textstyle\sum_{c,t} z_{c,t}, \\
     \text{reencoded:} \quad & p\bigl(y \mid E_q[z \mid g(\bar z)]\bigr), \qquad g(z) = E[x \mid z].
     \end{aligned}
 
@@ -22,12 +23,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.mcmc import DefenceResult, MCMCDefence
+from pyro_vae_defence.defence.base import Defence
+from pyro_vae_defence.defence.mcmc import MCMCDefence
+from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.models.program import check_vae, decode, evaluation_mode, posterior_mean
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
@@ -38,18 +42,8 @@ Reading = Literal["last", "draws", "mean", "reencoded"]
 READINGS: tuple[Reading, ...] = get_args(Reading)
 
 
-class Defence(Protocol):
-    """What every defence and control of this package is: images to a :class:`DefenceResult`."""
-
-    vae: VAE
-
-    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
-        """Defend images ``(N, C, H, W)`` in [0, 1]."""
-
-
 def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded") -> Latents:
-    """Latents a classifier is asked about, ``num`` readings of each image: site -> ``(num, N,
-    *event)``.
+    """Latents a classifier is asked about, ``num`` per image: site -> ``(num, N, *event)``.
 
     Args:
         vae: the VAE that was defended.
@@ -59,8 +53,7 @@ def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded"
     Raises:
         ValueError: for an unknown reading.
     """
-    if reading not in READINGS:
-        raise ValueError(f"reading must be one of {READINGS}, got {reading!r}")
+    _check_reading(reading)
     if reading == "last":
         return {name: value[None] for name, value in result.latents.items()}
     if reading == "draws":
@@ -72,12 +65,18 @@ def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded"
     return {name: value[None] for name, value in mean.items()}
 
 
+def _check_reading(reading: Any) -> None:
+    if reading not in READINGS:
+        raise ValueError(f"reading must be one of {READINGS}, got {reading!r}")
+
+
 def reencode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Latents:
     """Guide's mean at the decoded ``latents``, differentiable: site -> ``(N, *event)``."""
     # A Gaussian likelihood's mean may leave the range the encoder knows.
     return posterior_mean(vae, decode(vae, latents, image_shape).clamp(0.0, 1.0))
 
 
+@dataclass(eq=False, repr=False)
 class DefendedClassifier:
     """Classes of images, predicted from latents that went through a defence.
 
@@ -101,47 +100,30 @@ class DefendedClassifier:
         torch.Size([3])
     """
 
-    def __init__(
-        self,
-        defence: Defence,
-        classifier: Callable[[Tensor], Tensor],
-        reading: Reading = "reencoded",
-    ) -> None:
-        for name, value in (("defence", defence), ("classifier", classifier)):
-            if not callable(value):
-                raise ValueError(f"{name} must be callable, got {value!r}")
-        check_vae(getattr(defence, "vae", None))
-        if reading not in READINGS:
-            raise ValueError(f"reading must be one of {READINGS}, got {reading!r}")
-        self.defence = defence
-        self.classifier = classifier
-        self.reading: Reading = reading
+    defence: Defence
+    classifier: Callable[[Tensor], Tensor]
+    reading: Reading = "reencoded"
+
+    def __post_init__(self) -> None:
+        for name in ("defence", "classifier"):
+            if not callable(getattr(self, name)):
+                raise ValueError(f"{name} must be callable, got {getattr(self, name)!r}")
+        check_vae(getattr(self.defence, "vae", None))
+        _check_reading(self.reading)
 
     @classmethod
     def paper(
-        cls,
-        vae: VAE,
-        classifier: Callable[[Tensor], Tensor],
-        dataset: str = "mnist",
-        **options: Any,
+        cls, vae: VAE, classifier: Callable[[Tensor], Tensor], *args: Any, **options: Any
     ) -> DefendedClassifier:
-        """The published protocol: one draw of the published chain, a classifier trained on the
-        guide's means.
-
-        Args:
-            vae: any Pyro VAE.
-            classifier: see :class:`DefendedClassifier`.
-            dataset: selects T and the step size, see :meth:`MCMCDefence.paper`.
-            **options: further arguments of :class:`MCMCDefence`.
-        """
-        return cls(MCMCDefence.paper(vae, dataset, **options), classifier, "last")
+        """The published protocol: one draw of the published chain, and a classifier that was
+        trained on the guide's means; further arguments go to :meth:`MCMCDefence.paper`."""
+        return cls(MCMCDefence.paper(vae, *args, **options), classifier, "last")
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Log-probabilities of the classes of images ``(N, C, H, W)`` in [0, 1]: ``(N, classes)``,
-        in nats.
+        """Log-probabilities of classes, ``(N, classes)`` in nats, of images ``(N, C, H, W)``.
 
         Args:
-            x: images, attacked or not.
+            x: images in [0, 1], attacked or not.
             generator: source of the defence's seed; torch's global seed when ``None``.
         """
         return self.log_probabilities(self.defence(x, generator))

@@ -105,8 +105,7 @@ def _r_hat(ratio: Tensor, num_draws: int) -> Tensor:
 
 
 def energy_drift(energy: Tensor) -> Tensor:
-    """Second half less first half of the energy ``(chain, draw, N)``, in standard errors:
-    ``(N,)``."""
+    """Rise of the energy ``(chain, draw, N)`` between halves, in standard errors: ``(N,)``."""
     half = energy.shape[1] // 2
     change = energy[:, -half:].mean(1) - energy[:, :half].mean(1)
     return change.mean(0) / (change.std(0) / change.shape[0] ** 0.5)

@@ -24,7 +24,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.mcmc import DefenceResult, MCMCDefence
+from pyro_vae_defence.defence.mcmc import MCMCDefence
+from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.program import evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.types import Latents, LatentsLike
@@ -79,8 +80,7 @@ def _fold(latents: LatentsLike) -> Latents:
 
 
 def _length(latents: LatentsLike, variance: LatentsLike) -> Tensor:
-    """Root mean square over latent dimensions in units of the standard deviation: ``(chain,
-    N)``."""
+    """Root mean square over latent dimensions, in standard deviations: ``(chain, N)``."""
     whitened = {
         name: (value / variance[name].to(value).sqrt()).flatten(2)
         for name, value in latents.items()

@@ -29,23 +29,18 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import metrics
-from pyro_vae_defence.defence.mcmc import DefenceResult, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.controls import NoDefence
+from pyro_vae_defence.defence.mcmc import MCMCDefence
+from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.mcmc.mode import search_mode_lbfgs
+from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import UnknownRadius
-from pyro_vae_defence.models.program import (
-    check_images,
-    check_vae,
-    evaluation_mode,
-    observation,
-    posterior_mean,
-    potential,
-)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.types import VAE, LatentsLike
 
-Score = Callable[[DefenceResult], Tensor]
+ResultScore = Callable[[DefenceResult], Tensor]
 """A defence's result -> one score per image ``(N,)``, higher is better."""
 
 
@@ -99,33 +94,32 @@ def calibrate_radius(
         >>> unknown.penalties[0], unknown.penalties[1] > 0
         (0.0, True)
     """
-    check_vae(vae)
-    check_images(clean_images, "clean_images")
+    program.check_vae(vae)
+    program.check_images(clean_images, "clean_images")
     if not 0.0 <= quantile <= 1.0:
         raise ValueError(f"quantile must lie in [0, 1], got {quantile!r}")
     radii = tuple(radii)
     balls = UnknownRadius(ball, radii, (0.0,) * len(radii)).balls
-    gains = []
-    with evaluation_mode(vae):
-        for x in clean_images.split(batch_size):
-            unperturbed = potential(vae, x)
-            with torch.no_grad():
-                start = lat.detach(unperturbed.unconstrain(posterior_mean(vae, x)))
-            mode, _ = search_mode_lbfgs(unperturbed, start, num_steps=num_steps)
-            with torch.no_grad():
-                lowest = unperturbed(mode)
-            columns = []
-            for each in balls:
-                energy = potential(vae, x, each)
-                # From the same mode, so that a gain is never negative.
-                closer, _ = search_mode_lbfgs(
-                    energy, mode, num_steps=0 if each is None else num_steps
-                )
-                with torch.no_grad():
-                    columns.append(lowest - energy(closer))
-            gains.append(torch.stack(columns))
+    with program.evaluation_mode(vae):
+        gains = [_gains(vae, x, balls, num_steps) for x in clean_images.split(batch_size)]
     penalties = torch.cat(gains, 1).quantile(quantile, dim=1)
     return UnknownRadius(ball, radii, tuple(penalties.tolist()))
+
+
+def _gains(vae: VAE, x: Tensor, balls: Iterable[Ball | None], num_steps: int) -> Tensor:
+    """What each ball gains at the posterior modes, ``(balls, N)``, in nats."""
+    unperturbed = program.potential(vae, x)
+    with torch.no_grad():
+        start = lat.detach(unperturbed.unconstrain(program.posterior_mean(vae, x)))
+    mode, _ = search_mode_lbfgs(unperturbed, start, num_steps=num_steps)
+    gains = []
+    for ball in balls:
+        energy = program.potential(vae, x, ball)
+        # From the same mode, so that a gain is never negative.
+        closer, _ = search_mode_lbfgs(energy, mode, num_steps=0 if ball is None else num_steps)
+        with torch.no_grad():
+            gains.append(unperturbed(mode) - energy(closer))
+    return torch.stack(gains)
 
 
 def radius_probabilities(
@@ -139,9 +133,9 @@ def radius_probabilities(
         x: the images that were defended, ``(N, C, H, W)``.
         perturbation: what the defence assumed.
     """
-    check_images(x)
-    with torch.no_grad(), evaluation_mode(vae):
-        likelihood = observation(vae, latents, tuple(x.shape[1:]))
+    program.check_images(x)
+    with torch.no_grad(), program.evaluation_mode(vae):
+        likelihood = program.observation(vae, latents, tuple(x.shape[1:]))
         observed = x.reshape(likelihood.batch_shape + likelihood.event_shape)
         return perturbation.log_joint(likelihood, observed).reshape(x.shape[0], -1).softmax(-1)
 
@@ -151,13 +145,12 @@ def scores_by_radius(
     x: Tensor,
     radii: Iterable[float],
     *,
-    score: Score = similarity_to_input,
+    score: ResultScore = similarity_to_input,
     ball: type[Ball] = Linf,
     defence: Callable[..., Any] = MCMCDefence,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Score of a defence that assumes each radius, ``(radii, N)``: the cost of guessing too small
-    or too large.
+    """Score of a defence that assumes each radius, ``(radii, N)``: what a wrong guess costs.
 
     Call it with clean images, and with attacked ones and a score that compares with what they were,
     e.g. ``score=lambda result: metrics.ms_ssim(reference, result.reconstruction)``.
@@ -173,7 +166,7 @@ def scores_by_radius(
             noise is common.
         generator: source of that seed; torch's global seed when ``None``.
     """
-    check_vae(vae)
+    program.check_vae(vae)
     seed = draw_seed(generator)
     scores = []
     for radius in radii:
@@ -196,10 +189,9 @@ def choose_radius(
     radii: Iterable[float],
     *,
     max_clean_cost: float,
-    score: Score = similarity_to_input,
-    ball: type[Ball] = Linf,
-    defence: Callable[..., Any] = MCMCDefence,
+    score: ResultScore = similarity_to_input,
     generator: torch.Generator | None = None,
+    **options: Any,
 ) -> RadiusChoice:
     """The largest radius whose clean cost stays within a bound.
 
@@ -212,10 +204,9 @@ def choose_radius(
         clean_images: ``(N, C, H, W)`` in [0, 1], not of the test set.
         radii: candidates >= 0.
         max_clean_cost: largest mean loss of score that is accepted.
-        score: as for :func:`scores_by_radius`.
-        ball: kind of ball.
-        defence: as for :func:`scores_by_radius`.
+        score: one value per image, higher is better.
         generator: source of the seed; torch's global seed when ``None``.
+        **options: ``ball`` and ``defence``, as for :func:`scores_by_radius`.
 
     Raises:
         ValueError: if no radius stays within the bound.
@@ -223,16 +214,10 @@ def choose_radius(
     radii = tuple(radii)
     seed = draw_seed(generator)
     undefended = score(NoDefence(vae)(clean_images, torch.Generator().manual_seed(seed)))
-    scores = scores_by_radius(
-        vae,
-        clean_images,
-        radii,
-        score=score,
-        ball=ball,
-        defence=defence,
-        generator=torch.Generator().manual_seed(seed),
+    again = torch.Generator().manual_seed(seed)
+    costs = undefended - scores_by_radius(
+        vae, clean_images, radii, score=score, generator=again, **options
     )
-    costs = undefended - scores
     means = costs.double().mean(1).tolist()
     fitting = [radius for radius, mean in zip(radii, means, strict=True) if mean <= max_clean_cost]
     if not fitting:

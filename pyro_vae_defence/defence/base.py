@@ -1,0 +1,119 @@
+"""What every defence does alike: it divides images into micro-batches, decodes, and joins."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.defence.result import Chains, DefenceResult
+from pyro_vae_defence.models import program
+from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.streams import draw_seed
+from pyro_vae_defence.types import VAE, Latents
+
+
+class Defence(Protocol):
+    """What a defence is to whoever uses it: images to a :class:`DefenceResult`."""
+
+    vae: VAE
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
+        """Defend images ``(N, C, H, W)`` in [0, 1]."""
+
+
+@dataclass(eq=False, repr=False)
+class BaseDefence(ABC):
+    """A defence of this package: a dataclass of its settings that says, in ``_run``, what it does
+    with one micro-batch.
+
+    Args:
+        vae: any Pyro VAE.
+        batch_size: most images at a time, >= 1.
+    """
+
+    vae: VAE
+    batch_size: int = field(default=4096, kw_only=True)
+
+    def __post_init__(self) -> None:
+        program.check_vae(self.vae)
+        check_integer("batch_size", self.batch_size)
+
+    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Latents:
+        """Latents of images ``(N, C, H, W)`` after the defence: site -> ``(N, *event)``."""
+        return self(x, generator).latents
+
+    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
+        """Defend images ``(N, C, H, W)`` in [0, 1].
+
+        Args:
+            x: images, attacked or not.
+            generator: source of the run's seed; torch's global seed when ``None``.
+        """
+        program.check_images(x)
+        return DefenceResult.join(list(self.stream([x], generator)))
+
+    def stream(
+        self, batches: Iterable[Any], generator: torch.Generator | None = None
+    ) -> Iterator[DefenceResult]:
+        """Defend any number of images in constant memory: one result per micro-batch, as they are
+        ready.
+
+        Images are numbered through: together the results are those of one call on all images.
+
+        Args:
+            batches: iterable of images ``(N, C, H, W)`` in [0, 1], or of tuples that start with
+                them, e.g. a ``DataLoader``; those above ``batch_size`` are divided.
+            generator: source of the run's seed; torch's global seed when ``None``.
+
+        Raises:
+            ValueError: while iterating, if a batch does not hold images in [0, 1].
+        """
+        # Drawn before anything that consumes randomness in proportion to the batch.
+        seed = draw_seed(generator)
+        first = 0
+        for batch in batches:
+            images = batch[0] if isinstance(batch, (tuple, list)) else batch
+            for x in program.check_images(images, "batches").split(self._images_at_once):
+                yield self._defend(x, seed, first)
+                first += x.shape[0]
+
+    @property
+    def _images_at_once(self) -> int:
+        return self.batch_size
+
+    def _filter(self, x: Tensor) -> Tensor:
+        """The images that the defence looks at in place of ``x``."""
+        return x
+
+    @abstractmethod
+    def _run(self, x: Tensor, seed: int, first_image: int) -> Chains:
+        """The chains of one micro-batch, whose first image has the number ``first_image``."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What :attr:`DefenceResult.settings` are to say."""
+
+    def _defend(self, x: Tensor, seed: int, first_image: int) -> DefenceResult:
+        started = time.perf_counter()
+        with program.evaluation_mode(self.vae):
+            x = self._filter(x)
+            site = program.observation_site(self.vae.model, x)
+            chains = self._run(x, seed, first_image)
+            latents = {name: value[0, -1] for name, value in chains.samples.items()}
+            with torch.no_grad():
+                reconstruction = program.decode(self.vae, latents, tuple(x.shape[1:]))
+        return DefenceResult(
+            latents=latents,
+            reconstruction=reconstruction,
+            x=x,
+            seconds=time.perf_counter() - started,
+            observation=site,
+            settings=self._settings(),
+            **chains._asdict(),
+        )

@@ -1,0 +1,166 @@
+r"""Kernels that are not of this library, such as :class:`pyro.infer.NUTS`: one chain at a time.
+
+A stock kernel takes a batch of images for a single state with one acceptance, so that each chain of
+each image gets a run of its own. What it samples is not left to Pyro's reading of the user's model.
+The kernel is made for an :class:`EnergyModel`, a Pyro program over the unconstrained latents u with
+the density
+
+.. math:: p(u) \propto \exp(-U(u; x)) ,
+
+where U is the potential that batched kernels move on: all kernels share one target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import MCMC
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyro_vae_defence.defence.chains import ChainStart, Lengths
+from pyro_vae_defence.defence.result import Chains
+from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.streams import Streams
+
+KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
+
+
+class EnergyModel:
+    """A Pyro program whose log-density is minus an energy, whatever arguments it is run with.
+
+    Every site is real and has density 1; the energy enters as a factor.
+
+    Args:
+        energy: energy of one image.
+
+    Attributes:
+        num_calls: how many energies were asked for.
+    """
+
+    def __init__(self, energy: ModelPotential) -> None:
+        self.energy = energy
+        self.num_calls = 0
+        self._zeros = {name: torch.zeros_like(v) for name, v in energy.prototype.items()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Sample the latents and weigh them."""
+        self.num_calls += 1
+        latents = {}
+        for name, zeros in self._zeros.items():
+            # Masked, a normal has density 1; kernels that look for a start can still draw from it.
+            normal = dist.Normal(zeros, torch.ones_like(zeros)).to_event(zeros.dim())
+            latents[name] = pyro.sample(name, normal.mask(False))
+        pyro.factor("minus the energy", -self.energy(latents).sum())
+
+
+def run_one_by_one(
+    make_kernel: Callable[[EnergyModel], MCMCKernel],
+    energy_of: Callable[[Tensor], ModelPotential],
+    x: Tensor,
+    seed: int,
+    first_image: int,
+    start: ChainStart,
+    lengths: Lengths,
+    progress: bool,
+) -> Chains:
+    """Run a fresh kernel for each chain of each image of ``x``.
+
+    Starts depend on ``seed`` and the images' numbers, from ``first_image``; the kernels' own noise
+    comes from torch's global seed.
+
+    Raises:
+        ValueError: if a chain would start at a non-finite energy.
+    """
+    runs = []
+    jobs = [(chain, row) for chain in range(lengths.num_chains) for row in range(x.shape[0])]
+    for chain, row in tqdm(jobs, unit="chain", disable=not progress, leave=False):
+        number = torch.tensor([first_image + row], device=x.device)
+        streams = Streams(seed, number, torch.full_like(number, chain))
+        runs.append(_run(make_kernel, energy_of, x[row : row + 1], streams, start, lengths))
+
+    def grid(values: list[Tensor]) -> Tensor:
+        """One tensor ``(chain, image, ...)``."""
+        return lat.unfold(torch.stack(values), lengths.num_chains)
+
+    def by_draw(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {n: grid([value[n] for value in values]).transpose(1, 2) for n in values[0]}
+
+    return Chains(
+        {n: grid([run.initial[n] for run in runs]) for n in runs[0].initial},
+        by_draw([run.samples for run in runs]),
+        by_draw([run.sample_stats for run in runs]),
+        grid([run.num_gradients for run in runs]).sum(0),
+    )
+
+
+def _run(
+    make_kernel: Callable[[EnergyModel], MCMCKernel],
+    energy_of: Callable[[Tensor], ModelPotential],
+    x: Tensor,
+    streams: Streams,
+    start: ChainStart,
+    lengths: Lengths,
+) -> Chains:
+    """One chain of one image, without the dimensions of chains and images."""
+    energy = energy_of(x)
+    position = start(x, energy, streams)
+    if not bool(energy(position).isfinite().all()):
+        # Pyro's own search for a step size would not come back from here.
+        raise ValueError(
+            f"the starting energy is not finite for image {int(streams.image)}, chain "
+            f"{int(streams.chain)}; check the image and what the guide returns for it"
+        )
+    model = EnergyModel(energy)
+    calls = [0]  # by the end of each transition
+    acceptance: list[float] = []
+    diverging: list[bool] = []
+    step_sizes: list[float] = []
+
+    def collect(kernel: Any, params: Any, stage: str, number: int) -> None:
+        calls.append(model.num_calls)
+        if stage.startswith("Warmup"):
+            return
+        report = kernel.diagnostics()
+        # Pyro's kernels keep running means, whose differences are the transitions' own values: of
+        # acceptance probabilities, which their logging() rounds, or else of what was accepted.
+        share = report.get("acceptance rate", np.nan)
+        total = (number + 1) * float(getattr(kernel, "_mean_accept_prob", share))
+        acceptance.append(min(1.0, max(0.0, total - sum(acceptance))))
+        diverging.append(number in report.get("divergences", ()))
+        step_sizes.append(float(getattr(kernel, "step_size", np.nan)))
+
+    mcmc = MCMC(
+        make_kernel(model),
+        lengths.num_samples,
+        lengths.warmup_steps,
+        initial_params={name: value.clone() for name, value in position.items()},
+        hook_fn=collect,
+        disable_progbar=True,
+    )
+    mcmc.run(x)
+    draws = {name: value[:, 0] for name, value in mcmc.get_samples().items()}
+    with torch.no_grad():
+        repeated = energy_of(x.expand(lengths.num_samples, -1, -1, -1))
+        samples = repeated.constrain(draws)
+        stats = {
+            "acceptance_rate": x.new_tensor(acceptance),
+            "diverging": torch.tensor(diverging, device=x.device),
+            "lp": -repeated(draws),
+            "step_size": x.new_tensor(step_sizes),
+            "n_steps": torch.tensor(calls, device=x.device).diff()[lengths.warmup_steps :],
+        }
+    kept = slice(-lengths.keep_draws, None)
+    return Chains(
+        lat.index(energy.constrain(position), 0),
+        lat.index(samples, kept),
+        lat.index(stats, kept),
+        torch.tensor(model.num_calls + start.num_gradients, device=x.device),
+    )
