@@ -51,7 +51,8 @@ def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = DOCS / page
     source = program(page, path.read_text())
-    exec(compile(source, str(path), "exec"), {"__name__": "__main__"})
+    code = compile(source, str(path), "exec", dont_inherit=True)
+    exec(code, {"__name__": "__main__"})
 
 
 def test_blocks_keep_their_lines_and_small_numbers_are_used():

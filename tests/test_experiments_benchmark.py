@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.benchmark import engines
 from pyro_vae_defence.experiments.benchmark.chains import encodings, run
+from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
 from pyro_vae_defence.experiments.benchmark.decoder import layer_flops
 from pyro_vae_defence.experiments.benchmark.memory import memory, peak_memory
 from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, energy, serve
-from pyro_vae_defence.experiments.benchmark.run import BenchmarkConfig, BenchmarkSamplers
+from pyro_vae_defence.experiments.benchmark.run import BenchmarkSamplers
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.benchmark.settling import running_means, settled
 from pyro_vae_defence.experiments.study import write_pages

@@ -24,6 +24,7 @@ from pyro_vae_defence.experiments.defences import KINDS, Setting, label, make_de
 from pyro_vae_defence.experiments.study import Measurement, write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.perturbation import UnknownRadius
+from pyro_vae_defence.ops.balls import Linf
 
 EVERY = [study for command in STUDIES for study in load_studies(command)]
 
@@ -154,7 +155,7 @@ class TestConfigurations:
             ("radii", (float("nan"),), "radii must lie"),
             ("how", "c", "how must be one of"),
             ("model", 3, "model must be of type str"),
-            ("chain.step_size", 0, "step_size must be positive and finite, got 0"),
+            ("chain.step_size", 0, "^chain.step_size must be positive and finite, got 0"),
             ("chain.step_size", float("inf"), "step_size must be positive and finite"),
             ("chain.warmup_steps", -1, "warmup_steps must be an integer of at least 0"),
             ("chain.steps", 1, r"unknown setting 'chain.steps'; choose from .*"),
@@ -201,7 +202,7 @@ class TestDefences:
             metric={"z": torch.ones(64)},
             radius=0.1,
             paper="mnist",
-            unknown_radius=lambda: UnknownRadius((0.0, 0.1), (0.0, 1.0)),
+            unknown_radius=lambda: UnknownRadius(Linf, (0.0, 0.1), (0.0, 1.0)),
         )
         x = torch.rand(2, 1, 28, 28)
         for name, kind in KINDS.items():

@@ -118,21 +118,22 @@ def override(config: Config, changes: Mapping[str, Any] | None) -> Config:
     Raises:
         ValueError: for an unknown field, or a value that does not fit.
     """
+    known = [name for name, _, _ in describe(config)]
     own: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
-    fields = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     for key, value in (changes or {}).items():
-        field, dot, rest = key.partition(".")
-        inside = dataclasses.is_dataclass(getattr(config, field, None))
-        if field not in fields or bool(dot) != inside:
-            known = ", ".join(name for name, _, _ in describe(config))
-            raise ValueError(f"unknown setting {key!r}; choose from {known}")
-        if dot:
+        if key not in known:
+            raise ValueError(f"unknown setting {key!r}; choose from {', '.join(known)}")
+        field, _, rest = key.partition(".")
+        if rest:
             nested.setdefault(field, {})[rest] = value
         else:
             own[key] = value
     for field, inner in nested.items():
-        own[field] = override(getattr(config, field), inner)
+        try:
+            own[field] = override(getattr(config, field), inner)
+        except ValueError as error:
+            raise ValueError(f"{field}.{error}") from error
     return dataclasses.replace(config, **own)  # type: ignore[type-var]
 
 

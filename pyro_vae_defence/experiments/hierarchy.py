@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.defence import DefenceResult, EncoderDefence
+from pyro_vae_defence.defence import DefenceResult, NoDefence
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.configuration import (
     AttackRadius,
@@ -220,7 +220,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 
     def undefended(self, x: Tensor, *purpose: object) -> DefenceResult:
         """One draw from the guide, decoded."""
-        guide = EncoderDefence(self.vae, 1, batch_size=self.config.batch_size)
+        guide = NoDefence(self.vae, batch_size=self.config.batch_size)
         return guide(x, self.generator(*purpose))
 
     def defended(self, name: str, k: int) -> dict[str, Any]:

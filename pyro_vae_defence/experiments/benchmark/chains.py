@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks, diagnostics, metrics
 from pyro_vae_defence.defence import NoDefence
+from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
 from pyro_vae_defence.experiments.benchmark.samplers import GOLD, SAMPLERS, Sampler
 from pyro_vae_defence.experiments.benchmark.settling import running_means, settled
 from pyro_vae_defence.experiments.study import VARIANT, interval
@@ -22,10 +23,6 @@ from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import Latents
-
-if TYPE_CHECKING:
-    from pyro_vae_defence.experiments.benchmark.run import BenchmarkConfig
-
 
 _POINTS = 60  # of a trajectory in the result file
 

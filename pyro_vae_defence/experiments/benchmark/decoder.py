@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +22,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
 from pyro_vae_defence.mcmc.integrators import energy_and_gradient
 from pyro_vae_defence.models import ConvVAE, program
-
-if TYPE_CHECKING:
-    from pyro_vae_defence.experiments.benchmark.run import BenchmarkConfig
-
 
 _CALLS = 3  # per turn and median
 _OPERATORS = 6  # listed in the breakdown

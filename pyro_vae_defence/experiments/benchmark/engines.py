@@ -14,7 +14,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyro.infer
@@ -23,14 +23,11 @@ from torch import Tensor, nn
 
 from pyro_vae_defence.defence import DefenceResult, MCMCDefence
 from pyro_vae_defence.experiments.benchmark.chains import encodings
+from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
 from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, Layer, serve
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.integrators import energy_and_gradient
 from pyro_vae_defence.models import ConvVAE, program
-
-if TYPE_CHECKING:
-    from pyro_vae_defence.experiments.benchmark.run import BenchmarkConfig
-
 
 _STEP_SIZE = 0.5  # whitened; the start of the adaptation
 _PLAIN_STEP_SIZE = 0.1  # stock Pyro takes no metric

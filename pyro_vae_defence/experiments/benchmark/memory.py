@@ -9,11 +9,9 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pyro_vae_defence.experiments.benchmark.run import BenchmarkConfig
-
+from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
 
 _MEBIBYTE = 2**20
 
