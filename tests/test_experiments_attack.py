@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from pyro_vae_defence.experiments.config import AttackConfig
-from pyro_vae_defence.experiments.registry import ATTACKS, MODELS
 
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.attack import attack
+from pyro_vae_defence.experiments.attack import Attack, AttackConfig, table
+from pyro_vae_defence.experiments.configuration import override
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3, TABLE_7
-from pyro_vae_defence.experiments.tables import NOT_MEASURED, table
+from pyro_vae_defence.experiments.tables import NOT_MEASURED
+from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import load_pretrained, save_pretrained
 
@@ -21,10 +21,15 @@ TINY = {
     "num_restarts": 2,
     "num_images": 20,
     "attack_steps": 8,
-    "num_samples": 2,
-    "warmup_steps": 1,
-    "num_steps": 1,
+    "chain.num_samples": 2,
+    "chain.warmup_steps": 1,
+    "chain.num_steps": 1,
 }
+
+
+def attack(output, models, **changes):
+    changes = {**TINY, **changes}
+    return Attack("mnist_se_0.1", output, models=models, overrides=changes, progress=False).run()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("results")
-    return output, attack("mnist_se_0.1", output, models=models, overrides=TINY)
+    return output, attack(output, models)
 
 
 def test_cells_hold_every_figure(run):
@@ -78,13 +83,13 @@ def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path):
     expected = cut["radii"]["0.1"].pop("hmc")
     cut["radii"]["0"]["none"]["marked"] = True
     path.write_text(json.dumps(cut))
-    again = attack("mnist_se_0.1", tmp_path, models=models, overrides=TINY)
+    again = attack(tmp_path, models)
     assert again["radii"]["0"]["none"]["marked"]
     found = json.loads(path.read_text())["radii"]["0.1"]["hmc"]
     expected.pop("seconds_per_image")
     assert {key: found[key] for key in expected} == expected
     with pytest.raises(ValueError, match="belongs to another run"):
-        attack("mnist_se_0.1", tmp_path, models=models, overrides={**TINY, "seed": 1})
+        attack(tmp_path, models, seed=1)
 
 
 def test_tables_come_from_the_files_alone(run, capsys):
@@ -104,7 +109,7 @@ def test_tables_come_from_the_files_alone(run, capsys):
 
 def test_printed_figures_stand_beside_the_model_and_defence_they_are_of(run, tmp_path):
     result = json.loads((run[0] / "mnist_se_0.1.json").read_text())
-    result["experiment"], result["config"]["model"] = "attack mnist_vae", "mnist_vae"
+    result["name"] = result["config"]["model"] = "mnist_vae"
     (tmp_path / "mnist_vae.json").write_text(json.dumps(result))
     mnist = table(2, tmp_path).split("### Table 2, Fashion-MNIST")[0]
     rows = {line.split(" | ")[0]: line for line in mnist.splitlines()}
@@ -118,7 +123,7 @@ def test_printed_figures_stand_beside_the_model_and_defence_they_are_of(run, tmp
 def test_results_that_do_not_belong_in_one_table_are_refused(run, tmp_path):
     result = json.loads((run[0] / "mnist_se_0.1.json").read_text())
     (tmp_path / "mnist_se_0.1.json").write_text(json.dumps(result))
-    result["experiment"], result["config"]["model"] = "attack mnist_vae", "mnist_vae"
+    result["name"] = result["config"]["model"] = "mnist_vae"
     result["config"]["attack_steps"] = 5
     (tmp_path / "mnist_vae.json").write_text(json.dumps(result))
     with pytest.raises(ValueError, match="do not belong in one table: they differ in attack_steps"):
@@ -132,10 +137,10 @@ def test_results_that_do_not_belong_in_one_table_are_refused(run, tmp_path):
 
 
 def test_paper_and_registry_agree_on_names():
-    assert set(TABLE_2) | set(TABLE_3) | set(TABLE_7) <= set(ATTACKS)
+    assert set(TABLE_2) | set(TABLE_3) | set(TABLE_7) <= set(Attack.names)
     # Latent groups, and variants whose chains need other settings.
     others = {"mnist_nvae", "fashion_mnist_inverted_vae", "color_mnist_textured_vae"}
-    assert set(MODELS) - set(ATTACKS) == others
+    assert set(MODELS) - set(Attack.names) == others
     for printed in (*TABLE_2.values(), *TABLE_3.values()):
         assert set(printed) <= {"none", "hmc"}
         for measures in printed.values():
@@ -147,20 +152,21 @@ def test_paper_and_registry_agree_on_names():
     [
         ({"defences": "none"}, "defences must be a tuple that is not empty, got 'none'"),
         ({"defences": ()}, "defences must be a tuple that is not empty"),
-        ({"defences": ("nuts",)}, "defences has no 'nuts'"),
+        ({"defences": ("nots",)}, "defences has no 'nots'"),
+        ({"defences": ("paper",)}, "'paper' is a setting per dataset"),
         ({"defences": ("aware",)}, "'aware' assumes a radius; name it, as in 'aware_0.2'"),
         ({"radii": 0.1}, "radii must be a tuple that is not empty, got 0.1"),
         ({"radii": (0.0, 0.1)}, r"radii must lie in \(0, 1\]"),
         ({"radii": ("a",)}, r"radii must lie in \(0, 1\]"),
         ({"reading": "foo"}, "reading must be one of"),
-        ({"step_size": 0.0}, "step_size must be positive"),
+        ({"chain.step_size": 0.0}, "chain.step_size must be positive"),
         ({"num_restarts": 0}, "num_restarts must be an integer of at least 1, got 0"),
-        ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1"),
+        ({"chain.warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1"),
     ],
 )
 def test_bad_settings_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        AttackConfig("mnist_vae", **changes)
+        override(AttackConfig("mnist_vae"), changes)
 
 
 def test_mistakes_are_one_line(models, tmp_path, capsys):

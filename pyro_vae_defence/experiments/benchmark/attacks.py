@@ -136,7 +136,6 @@ class BenchmarkAttacks(Measurement[AttackBenchmarkConfig]):
     metric = None
     names = {"attacks": AttackBenchmarkConfig()}
     output = "runs/benchmark"
-    parts = ("methods",)
 
     def load(self) -> None:
         """The model and references."""
