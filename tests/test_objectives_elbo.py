@@ -75,6 +75,7 @@ def loss_and_gradients(
 
 
 @pytest.mark.parametrize("make", [LinearVAE, TutorialVAE, ConvVAE, HierarchicalVAE, HeavyPrior])
+@pytest.mark.usefixtures("float64")
 def test_beta_one_is_pyros_elbo(make: Callable[[], nn.Module]) -> None:
     vae = make()
     x = images(vae)
@@ -84,6 +85,7 @@ def test_beta_one_is_pyros_elbo(make: Callable[[], nn.Module]) -> None:
     torch.testing.assert_close(grads, pyro_grads)
 
 
+@pytest.mark.usefixtures("float64")
 def test_beta_equals_programs_scaled_by_hand() -> None:
     vae = HandScaled()
     x = images(vae)
@@ -95,6 +97,7 @@ def test_beta_equals_programs_scaled_by_hand() -> None:
 
 
 @pytest.mark.parametrize("make", [LinearVAE, TutorialVAE, ConvVAE, HierarchicalVAE, HeavyPrior])
+@pytest.mark.usefixtures("float64")
 def test_implied_beta(make: Callable[[], nn.Module]) -> None:
     vae = make()
     x = images(vae)

@@ -41,6 +41,7 @@ def x():
     return torch.rand(6, 1, 28, 28)
 
 
+@pytest.mark.usefixtures("float64")
 def test_loss_is_the_published_sum(vae, x):
     objective = NVAEObjective(vae, 100, penalty=0.5)
     objective.step = 15  # half way up: beta = 1/2, but for the first constant steps
@@ -64,6 +65,7 @@ def test_loss_is_the_published_sum(vae, x):
     torch.testing.assert_close(terms["loss"], expected, rtol=1e-3, atol=0)
 
 
+@pytest.mark.usefixtures("float64")
 def test_behind_the_annealing_it_is_the_elbo_and_the_penalty(vae, x):
     objective = NVAEObjective(vae, 10)
     objective.step = 10

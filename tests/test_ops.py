@@ -40,14 +40,16 @@ def test_philox_known_answers(counter, key, expected):
     assert tuple(int(w) for w in philox(_words(counter), key)) == expected
 
 
-def test_streams_do_not_depend_on_the_batch():
+def test_streams_do_not_depend_on_the_batch(float64):
     streams = Streams.create(6, 2, seed=5)
     some = Streams(5, torch.tensor([4]), torch.tensor([1]))
     for draw in ("uniform", "normal"):
         whole = getattr(streams, draw)(3, 1, (7,))
         alone = getattr(some, draw)(3, 1, (7,))
-        # Row of chain 1, image 4 of 6 is 1 * 6 + 4.
-        assert torch.equal(whole[10], alone[0])
+        # Row of chain 1, image 4 of 6 is 1 * 6 + 4. Uniforms are the bits themselves; logarithms
+        # and cosines may be rounded differently in vectors of another length.
+        close = 0.0 if draw == "uniform" else 1e-12
+        torch.testing.assert_close(whole[10], alone[0], rtol=0, atol=close)
 
 
 def test_streams_differ_in_every_coordinate():
@@ -118,12 +120,12 @@ class TestBalls:
             direction = direction / unit.norm(direction)[:, None]
             assert ((gradient * direction).sum(1) <= best + 1e-9).all()
 
-    def test_random_start_is_inside_and_per_image(self, ball):
+    def test_random_start_is_inside_and_per_image(self, ball, float64):
         x = torch.rand(8, 1, 5, 5)
         start = ball.random_start(x, Streams.create(8, seed=1))
         assert (ball.norm(start) <= ball.radius).all()
         alone = ball.random_start(x[5:6], Streams.create(1, seed=1, first_image=5))
-        assert torch.equal(start[5:6], alone)
+        torch.testing.assert_close(start[5:6], alone, rtol=0, atol=1e-12)
 
     def test_inside_holds_exactly_after_rounding(self, ball):
         x = torch.rand(200, 1, 28, 28)
