@@ -26,7 +26,6 @@ from dataclasses import dataclass
 import torch
 
 from pyro_vae_defence.attacks.base import Attack, Problem, State, first_result, keep_best
-from pyro_vae_defence.attacks.pgd import last_iterate
 from pyro_vae_defence.ops.latents import rows
 
 MOMENTUM = 0.75
@@ -104,4 +103,4 @@ class APGD(Attack):
         return {**state, "perturbation": moved, "previous": perturbation}
 
     def _finish(self, problem: Problem, state: State) -> State:
-        return last_iterate(problem, state)
+        return keep_best(state, state["perturbation"], problem.value(state["perturbation"]))

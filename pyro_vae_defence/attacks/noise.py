@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.models.program import check_images
-from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 
 
@@ -33,8 +33,7 @@ def random_noise(x: Tensor, ball: Ball, generator: torch.Generator | None = None
         ValueError: if ``x`` holds no images in [0, 1], or ``ball`` is not a ball.
     """
     check_images(x)
-    if not isinstance(ball, Ball):
-        raise ValueError(f"ball must be a Ball such as Linf(0.1), got {ball!r}")
+    check_ball(ball)
     streams = Streams.create(x.shape[0], seed=draw_seed(generator), device=x.device)
     noise = streams.normal(0, 0, tuple(x.shape[1:]), x.dtype)
     perturbation = ball.project(ball.radius * ball.steepest_ascent(noise))

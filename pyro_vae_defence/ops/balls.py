@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -113,6 +113,13 @@ class Ball:
             outside = rows(self.norm(difference) > self.radius, x_adv)
             x_adv = torch.where(outside, x_ref + shrink * difference, x_adv)
         return x_adv
+
+
+def check_ball(ball: Any) -> Ball:
+    """``ball``, or a ``ValueError`` unless it is a :class:`Ball`."""
+    if not isinstance(ball, Ball):
+        raise ValueError(f"ball must be a Ball such as Linf(0.1), got {ball!r}")
+    return ball
 
 
 class Linf(Ball):
