@@ -29,17 +29,13 @@ Extractor = Callable[[Tensor], Tensor]
 
 
 def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
-    """Squared Fréchet distance of two sets of features.
+    """Squared Fréchet distance of two sets of features: a float64 scalar, not negative.
 
     Args:
-        features: shape ``(N, F)``, two rows or more.
-        other: shape ``(M, F)``, two rows or more.
-
-    Returns:
-        A float64 scalar, not negative.
+        features, other: shapes ``(N, F)`` and ``(M, F)``, two rows or more each.
 
     Raises:
-        ValueError: the shapes do not fit, or there are fewer than two rows.
+        ValueError: the shapes do not fit.
     """
     for name, value in (("features", features), ("other", other)):
         if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[1]:
@@ -61,14 +57,9 @@ def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tens
     """Squared Fréchet distance of two sets of images; report it as ``frechet[<extractor>]``.
 
     Args:
-        x: images ``(N, C, H, W)`` in [0, 1].
-        y: images ``(M, C, H, W)``.
-        extractor: images to features, e.g. a
-            :class:`~pyro_vae_defence.models.classifier.ConvClassifier`'s ``features``.
+        x, y: images ``(N, C, H, W)`` and ``(M, C, H, W)`` in [0, 1].
+        extractor: images to features, e.g. ``models.classifier.ConvClassifier(...).features``.
         rows: images at once.
-
-    Returns:
-        A float64 scalar.
     """
     sets = (torch.cat([extractor(batch) for batch in images.split(rows)]) for images in (x, y))
     return frechet_distance(*sets)
@@ -81,14 +72,10 @@ def fid(
     """Fréchet Inception distance through torchmetrics (Table 7); grey becomes three channels.
 
     Args:
-        x: images ``(N, C, H, W)`` in [0, 1] with one or three channels.
-        y: images ``(M, C, H, W)``.
+        x, y: images ``(N, C, H, W)`` and ``(M, C, H, W)`` in [0, 1] with one or three channels.
         weights_path: file of the Inception weights (``pt_inception-2015-12-05-6726825d.pth`` of
             torch-fidelity); downloaded when ``None``.
         rows: images at once.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: torchmetrics is not installed, there is no such file, or the images do not fit.
@@ -112,15 +99,14 @@ def fid(
 
 
 def _inception(weights_path: str | None) -> Any:
-    mend = "FID needs torchmetrics and torch-fidelity: pip install 'pyro-vae-defence[metrics]'"
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise ValueError(mend) from error
-    try:
+
         return FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=weights_path)
-    except ModuleNotFoundError as error:  # torchmetrics without torch-fidelity
-        raise ValueError(mend) from error
+    except ImportError as error:  # of torchmetrics, or by it of torch-fidelity
+        raise ValueError(
+            "FID needs torchmetrics and torch-fidelity: pip install 'pyro-vae-defence[metrics]'"
+        ) from error
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
