@@ -154,8 +154,7 @@ def implicit(
     r"""The chain's end, with the derivative of a mode of U(z; x).
 
     Args:
-        start, resume: see the module's text.
-        chain: the defence's chain, or a mode search.
+        start, chain, resume: see the module's text; the chain may be a mode search.
         energy: U(z; x), twice differentiable.
         num_iterations: conjugate gradient iterations, >= 1, each one Hessian-vector product. In D
             dimensions D of them solve the system but for rounding.
@@ -328,8 +327,7 @@ def equilibrium(
             that of :math:`f(\bar z)` for :math:`f(E[z])`.
 
     Raises:
-        ValueError: if ``num_chains`` is out of range, or persistent chains would see the same noise
-            again and again.
+        ValueError: as for :func:`expected`.
     """
     check_integer("num_chains", num_chains, 2)
     _check_noise(resume is not None, resample)
@@ -446,8 +444,7 @@ def _check_noise(persistent: bool, resample: bool) -> None:
 def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedGoal:
     r"""Squared distance :math:`\|z - z^r\|^2` of latents (eq. 64), summed over sites.
 
-    Args:
-        encode: reference images to :math:`z^r`, e.g. the defended encoder; called without gradient.
+    ``encode`` maps references to :math:`z^r`, as the defended encoder does, without gradient.
     """
 
     def prepare(x_ref: Tensor) -> Goal:

@@ -40,12 +40,9 @@ State = dict[str, Tensor]
 
 
 class FlatAttack(NamedTuple):
-    """Perturbed images of all restarts, each beside its reference.
+    """Perturbed images of all restarts ``(num_restarts * N, C, H, W)``, each with its reference.
 
-    Attributes:
-        images: ``(num_restarts * N, C, H, W)``.
-        references: of each of them, same shape.
-        index: which reference that is, int64 ``(num_restarts * N,)``; what intervals resample.
+    ``index`` says which reference that is, int64 ``(num_restarts * N,)``: what intervals resample.
     """
 
     images: Tensor
@@ -91,14 +88,9 @@ def reaches(threshold: float) -> PreparedCriterion:
 
 @dataclass
 class Problem:
-    """Rows under attack: the maximisation an optimiser works on, with a count of what it spends.
+    """Rows under attack, with their references ``(rows, C, H, W)`` and random streams.
 
-    Attributes:
-        objective: against the references of these rows.
-        ball: where perturbations live.
-        x_ref: references ``(rows, C, H, W)``.
-        streams: the rows' random streams.
-        num_gradients, num_queries: evaluations so far with and without a gradient, of every row.
+    ``num_gradients`` and ``num_queries`` count evaluations with and without a gradient, per row.
     """
 
     objective: Objective

@@ -36,8 +36,7 @@ class RMargin(NamedTuple):
     Attributes:
         survived: ``(N,)``, the largest radius tried at which the attack failed; 0 if there is none.
         broken: ``(N,)``, the smallest radius tried at which it succeeded; infinite if there is
-            none, and 0 where two reconstructions of the reference itself mostly differ by more than
-            r.
+            none, and 0 where two reconstructions of the reference mostly differ by more than r.
     """
 
     survived: Tensor

@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +42,9 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
                 f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and "
                 "the same F in both"
             )
-    mean, covariance = _moments(features)
-    other_mean, other_covariance = _moments(other)
-    root = _square_root(covariance)
+    (mean, covariance), (other_mean, other_covariance) = _moments(features), _moments(other)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     # The product is symmetric, so its root has the square roots of its eigenvalues for a trace.
     overlap = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp(min=0).sqrt().sum()
     distance = (mean - other_mean).square().sum() + (covariance + other_covariance).trace()
@@ -91,29 +90,22 @@ def fid(
                 f"{name} has shape {tuple(images.shape)}: pass (N, C, H, W) with two images or "
                 "more and one or three channels"
             )
-    inception = _inception(None if weights_path is None else str(weights_path)).to(x.device)
+    path = None if weights_path is None else str(weights_path)
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        inception = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=path)
+    except ImportError as error:  # of torchmetrics, or by it of torch-fidelity
+        raise ValueError(
+            "FID needs torchmetrics and torch-fidelity: pip install 'pyro-vae-defence[metrics]'"
+        ) from error
+    inception.to(x.device)
     for images, real in ((x, True), (y, False)):
         for batch in images.split(rows):
             inception.update(batch.expand(-1, 3, -1, -1).clamp(0, 1), real=real)
     return inception.compute()
 
 
-def _inception(weights_path: str | None) -> Any:
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        return FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=weights_path)
-    except ImportError as error:  # of torchmetrics, or by it of torch-fidelity
-        raise ValueError(
-            "FID needs torchmetrics and torch-fidelity: pip install 'pyro-vae-defence[metrics]'"
-        ) from error
-
-
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     double = features.detach().double()
     return double.mean(0), torch.atleast_2d(double.mT.cov())
-
-
-def _square_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT

@@ -60,11 +60,10 @@ class Evidence:
         """The images that are looked at."""
         return slice(0, self.suite.budget.check_images)
 
-    def again(self, attack: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
-        """The images under an attack, ``(n, C, H, W)``."""
-        return self.suite.attack(
-            attack.row, attack.num_draws, rows=self.rows, ball=ball, num_steps=num_steps
-        )[0]
+    def again(self, one: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
+        """The images under one of the attacks, ``(n, C, H, W)``."""
+        attack = self.suite.attack
+        return attack(one.row, one.num_draws, self.rows, ball, num_steps=num_steps)[0]
 
     @functools.cached_property
     def by_radius(self) -> list[tuple[float, Scores]]:
@@ -200,12 +199,10 @@ def monotone_in_radius(evidence: Evidence) -> Verdict:
     strongest, tried = evidence.strongest, evidence.by_radius
     if strongest is None:
         return _NO_ATTACK
-    shown = ", ".join(f"{radius:g}: {float(s.mean().mean()):.3f}" for radius, s in tried)
+    means = [scores.mean() for _, scores in tried]
+    shown = ", ".join(f"{radius:g}: {float(m.mean()):.3f}" for (radius, _), m in zip(tried, means))
     interval = evidence.suite.scorer.interval
-    rises = [
-        interval(after.mean() - before.mean())
-        for (_, before), (_, after) in itertools.pairwise(tried)
-    ]
+    rises = [interval(after - before) for before, after in itertools.pairwise(means)]
     return (
         all(rise["low"] <= 0 for rise in rises),
         f"'{strongest.row.name}', {evidence.suite.budget.check_steps} steps, figure by radius: "

@@ -29,8 +29,7 @@ ALL = slice(None)
 
 
 class Aim(NamedTuple):
-    """A goal, of how many draws or chains, and the transitions by which chains go on at the
-    attacker's next step; ``None`` where they start anew."""
+    """A goal, of how many draws or chains, and how these go on at the next step, unless anew."""
 
     goal: PreparedGoal
     num_draws: int
@@ -183,13 +182,8 @@ class Suite:
         self, aim: Aim, encode: DefendedEncoder, persistent: bool = False
     ) -> PreparedObjective:
         """Average over draws; ``persistent`` for encoders that can go on."""
-        return adaptive.expected(
-            encode,
-            aim.goal,
-            aim.num_draws,
-            persistent=persistent and aim.resume is not None,
-            **self.options(),
-        )
+        options = {"persistent": persistent and aim.resume is not None, **self.options()}
+        return adaptive.expected(encode, aim.goal, aim.num_draws, **options)
 
     def goal(self, rows: slice = ALL) -> PreparedGoal:
         """What attackers maximise: the classifier's margin, or one minus the similarity."""
@@ -204,11 +198,11 @@ class Suite:
 
             return adaptive.misclassification(classify, scorer.labels[rows])
         assert isinstance(scorer, Similarity)
-        reference = scorer.reference[rows]
+        compare, reference = scorer.compare, scorer.reference[rows]
         return adaptive.output_damage(
             box.decode,
-            lambda x_ref: reference.repeat(x_ref.shape[0] // reference.shape[0], 1, 1, 1),
-            lambda image, reference: 1.0 - scorer.compare(image, reference),
+            lambda x_ref: reference.repeat(len(x_ref) // len(reference), 1, 1, 1),
+            lambda image, reference: 1.0 - compare(image, reference),
         )
 
     def objective(self, row: Row, num_draws: int, rows: slice = ALL) -> PreparedObjective:
@@ -220,24 +214,12 @@ class Suite:
         return lambda x_ref: connected(prepared(x_ref))
 
     def attack(
-        self,
-        row: Row,
-        num_draws: int,
-        *,
-        rows: slice = ALL,
-        ball: Ball | None = None,
-        num_steps: int | None = None,
-        num_restarts: int = 1,
+        self, row: Row, num_draws: int, rows: slice = ALL, ball: Ball | None = None, **options: int
     ) -> Tensor:
-        """Attacked images of every restart, ``(num_restarts, N, C, H, W)``."""
-        steps = self.budget.black_box_steps if row.black_box else self.budget.num_steps
-        attack = self.engine(
-            self.objective(row, num_draws, rows),
-            ball or self.ball,
-            num_steps=num_steps or steps,
-            num_restarts=num_restarts,
-            batch_size=2**31,
-        )
+        """Attacked images of every restart, ``(num_restarts, n, C, H, W)``."""
+        num_steps = self.budget.black_box_steps if row.black_box else self.budget.num_steps
+        options = {"num_steps": num_steps, "num_restarts": 1, "batch_size": 2**31, **options}
+        attack = self.engine(self.objective(row, num_draws, rows), ball or self.ball, **options)
         return attack(self.x[rows], self.scorer.fresh()).x_adv
 
     def candidates(self, table: Iterable[Row], skipped: dict[str, str]) -> Iterator[Candidate]:

@@ -93,11 +93,9 @@ class WhiteBox:
 
     def forwards(self) -> DefendedEncoder:
         """The defence run forwards, with the derivative of its start."""
-        return (
-            adaptive.bpda(self.start, self.chain)
-            if self.has_chain
-            else adaptive.transfer(self.start)
-        )
+        if self.has_chain:
+            return adaptive.bpda(self.start, self.chain)
+        return adaptive.transfer(self.start)
 
     def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
         """Where the defence ends; differentiable if unrollable. Others start by themselves."""
@@ -108,11 +106,9 @@ class WhiteBox:
         return self._potential.at(x).unconstrain(result.latents)
 
     def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:
-        """Some transitions of an unrollable defence, to go on with where a chain has ended.
+        """``number`` >= 1 transitions of an unrollable defence, to go on with where a chain ended.
 
-        Args:
-            number: how many, >= 1.
-            step_size: kept throughout; :attr:`step_size` when ``None``.
+        The ``step_size`` is kept throughout; it is :attr:`step_size` when ``None``.
         """
 
         def make() -> Any:
@@ -127,7 +123,7 @@ class WhiteBox:
     def step_size(self) -> float:
         """The step size that an unrollable defence arrives at, median over images."""
         x, whole, kernel = self._x, self._whole, self._make_kernel()
-        streams = Streams.create(x.shape[0], generator=self._fresh(), device=x.device)
+        streams = Streams.create(len(x), generator=self._fresh(), device=x.device)
         with torch.no_grad():
             start = self.start(x, streams)
         unrolled.run(kernel, x, start, streams, whole.num_transitions, whole.warmup_steps)
