@@ -57,8 +57,8 @@ class AttackResult(NamedTuple):
         x_adv: ``(num_restarts, N, C, H, W)``, in [0, 1] and in the ball around ``x_ref``.
         objective: value the attacker reached, ``(num_restarts, N)``.
         x_ref: the references ``(N, C, H, W)``.
-        num_gradients: evaluations of the objective with its gradient, int64 ``(num_restarts, N)``.
-        num_queries: evaluations without one, int64 ``(num_restarts, N)``.
+        num_gradients, num_queries: evaluations of the objective with and without its gradient,
+            int64 ``(num_restarts, N)``.
         solved: whether ``stop`` was met, bool ``(num_restarts, N)``; all False without ``stop``.
     """
 
@@ -223,11 +223,9 @@ class Attack:
     # --- The template -----------------------------------------------------------------------------
 
     def __call__(self, x_ref: Tensor, generator: torch.Generator | None = None) -> AttackResult:
-        """Attack every image from ``num_restarts`` random starts.
+        """Attack reference images ``(N, C, H, W)`` in [0, 1] from ``num_restarts`` random starts.
 
-        Args:
-            x_ref: reference images ``(N, C, H, W)`` in [0, 1].
-            generator: source of the run's seed; torch's global seed when ``None``.
+        The run's seed comes from the ``generator``, or from torch's global seed.
         """
         check_images(x_ref, "x_ref")
         image = torch.arange(len(x_ref), device=x_ref.device)

@@ -22,9 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae_defence.attacks.adaptive import straight_through
-from pyro_vae_defence.attacks.objectives import symmetric_kl
-from pyro_vae_defence.attacks.objectives._rows import LatentsOf, check_latents, encode_rows
-from pyro_vae_defence.attacks.objectives.classifiers import Classifier
+from pyro_vae_defence.attacks.objectives import _rows, symmetric_kl
 from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode, posterior_mean
 from pyro_vae_defence.types import VAE, Encode, PreparedObjective
 
@@ -47,15 +45,15 @@ class LatentClassifier(nn.Module):
     def __init__(
         self,
         vae: VAE,
-        classifier: Classifier,
+        classifier: _rows.Classifier,
         *,
-        latents: LatentsOf = "mean",
+        latents: _rows.LatentsOf = "mean",
         defended: Encode | None = None,
         surrogate: Encode | None = None,
     ) -> None:
         super().__init__()
         check_vae(vae)
-        check_latents(latents)
+        _rows.check_latents(latents)
         for name, value in (("defended", defended), ("surrogate", surrogate)):
             if not (value is None or callable(value)):
                 raise ValueError(f"{name} must map images to latents, got {value!r}")
@@ -76,7 +74,7 @@ class LatentClassifier(nn.Module):
         """Scores of every image; the gradient is that of the surrogate when defended."""
         with evaluation_mode(self.vae, self.classifier):
             if self.defended is None:
-                return self.classifier(encode_rows(self.vae, x, self.latents))
+                return self.classifier(_rows.encode_rows(self.vae, x, self.latents))
             smooth = self.surrogate(x) if self.surrogate else posterior_mean(self.vae, x)
             with torch.no_grad():
                 exact = self.defended(x.detach())

@@ -57,8 +57,8 @@ def r_margin(
 
     Args:
         vae: any Pyro VAE.
-        attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``: the largest radius of interest is its
-            ball's. Any restart that succeeds counts.
+        attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``, whose ball has the largest radius of
+            interest. Any restart that succeeds counts.
         x_ref: reference images ``(N, C, H, W)`` in [0, 1].
         r: largest Euclidean distance between reconstructions that is tolerated, > 0.
         num_bisections: radii tried after the largest; each halves the bracket.

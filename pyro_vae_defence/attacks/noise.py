@@ -19,15 +19,12 @@ from pyro_vae_defence.ops.streams import Streams, draw_seed
 
 
 def random_noise(x: Tensor, ball: Ball, generator: torch.Generator | None = None) -> Tensor:
-    """A random extreme point of the ball around every image.
+    """A random extreme point of the ball around every image: images, in [0, 1] and in the ball.
 
     Args:
         x: images ``(N, C, H, W)`` in [0, 1].
         ball: size and norm of the perturbations, e.g. ``Linf(0.1)``.
         generator: source of the seed; torch's global seed when ``None``.
-
-    Returns:
-        Images of the shape of ``x``, in [0, 1] and in the ball around ``x``.
 
     Raises:
         ValueError: if ``x`` holds no images in [0, 1], or ``ball`` is not a ball.

@@ -1,16 +1,10 @@
 """The marginal likelihood of images under any Pyro VAE, one value per image, in nats.
 
 :mod:`pyro_vae_defence.metrics.likelihood` has the estimators; here the program supplies the
-densities,
-
-    log p(x, z) = -U(z; x)      and      log q(z | x),
-
-both sums of unscaled log-probabilities over the sites of model and guide. Latents of constrained
-support are moved on the unconstrained scale, whose log-determinant enters both and leaves log p(x)
-as it is.
-
-Every image has its own random stream, so that its estimate depends on the seed and on its place in
-the batch, never on how much is computed at once.
+densities log p(x, z) = -U(z; x) and log q(z | x), both sums of unscaled log-probabilities over the
+sites of model and guide. Latents of constrained support are moved on the unconstrained scale, whose
+log-determinant enters both and leaves log p(x) as it is. Every image has its own random stream:
+its estimate depends on the seed and its place in the batch, never on how much is computed at once.
 """
 
 from __future__ import annotations

@@ -87,10 +87,9 @@ def ais(
 ) -> Tensor:
     """Log-weights of annealed importance sampling, one chain per row, in nats, without gradient.
 
-    With a rising schedule and ``initial`` drawn from q, each result is log w with E[w] = p(x). With
-    a falling schedule, ``initial`` drawn from p(z | x) and a reversible ``transition``, each result
-    is -log w with E[1/w] = 1/p(x). Several chains per image are rows of ``initial``; reshape the
-    result to ``(M, N)`` and average with :func:`log_mean_exp`::
+    Each result is log w with a rising schedule and ``initial`` drawn from q, and -log w with a
+    falling schedule, ``initial`` drawn from p(z | x) and a reversible ``transition``. Several
+    chains per image are rows of ``initial``::
 
         lower = log_mean_exp(ais(potential, log_q, from_guide, transition, schedule).view(M, N))
         upper = -log_mean_exp(ais(potential, log_q, from_posterior, transition, falling).view(M, N))

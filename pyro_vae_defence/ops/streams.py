@@ -18,10 +18,12 @@ https://doi.org/10.1145/2063384.2063405 (constants and test vectors).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+Shape: TypeAlias = tuple[int, ...]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -86,11 +88,7 @@ class Streams(NamedTuple):
         return cls(seed, image.repeat(num_chains), chain)
 
     def uniform(
-        self,
-        step: int,
-        purpose: int = 0,
-        event_shape: tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
+        self, step: int, purpose: int = 0, event_shape: Shape = (), dtype: torch.dtype | None = None
     ) -> Tensor:
         """Uniforms on (0, 1], shape ``(N, *event_shape)``, a function of the arguments alone."""
         if not 0 <= purpose < _MAX_PURPOSE:
@@ -106,11 +104,7 @@ class Streams(NamedTuple):
         return values.reshape((-1, *event_shape))
 
     def normal(
-        self,
-        step: int,
-        purpose: int = 0,
-        event_shape: tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
+        self, step: int, purpose: int = 0, event_shape: Shape = (), dtype: torch.dtype | None = None
     ) -> Tensor:
         """Standard normals, shape ``(N, *event_shape)``, a function of the arguments alone."""
         size = math.prod(event_shape)

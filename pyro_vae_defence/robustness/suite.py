@@ -48,8 +48,7 @@ def _encoder(suite: Suite, aim: Aim) -> PreparedObjective:
 
 
 def _bpda(suite: Suite, aim: Aim) -> PreparedObjective:
-    encode = adaptive.bpda(suite.box.start, suite.box.chain, aim.resume)
-    return suite.expected(aim, encode, persistent=True)
+    return suite.expected(aim, adaptive.bpda(suite.box.start, suite.box.chain, aim.resume))
 
 
 def _equilibrium(suite: Suite, aim: Aim) -> PreparedObjective:
@@ -69,13 +68,13 @@ def _black_box(suite: Suite, aim: Aim) -> PreparedObjective:
 
 def _implicit(suite: Suite, aim: Aim) -> PreparedObjective:
     parts = (suite.box.start, suite.box.chain, suite.box.energy, suite.budget.num_iterations)
-    return suite.expected(aim, adaptive.implicit(*parts, resume=aim.resume), persistent=True)
+    return suite.expected(aim, adaptive.implicit(*parts, resume=aim.resume))
 
 
 def _truncated(suite: Suite, aim: Aim) -> PreparedObjective:
     last = suite.box.transitions(suite.budget.unrolled_transitions)
-    encode = adaptive.truncated(suite.box.start, suite.box.chain, last, aim.resume)
-    return suite.expected(aim, encode, persistent=True)
+    parts = (suite.box.start, suite.box.chain, last, aim.resume)
+    return suite.expected(aim, adaptive.truncated(*parts))
 
 
 def _unroll(suite: Suite, aim: Aim) -> PreparedObjective:
@@ -137,14 +136,8 @@ KNOWLEDGE = {row.name: row.knowledge for row in ATTACKS}
 
 
 class Candidate(NamedTuple):
-    """What one row found with one number of draws.
-
-    Attributes:
-        row, num_draws: the attack.
-        x_adv: the worst restart of each image, ``(N, C, H, W)``.
-        selection: mean figure that chose it, ``(N,)``.
-        evaluations, seconds: decoder evaluations per image and wall time.
-    """
+    """What one row found with one number of draws: the worst restart ``x_adv`` of each image, the
+    mean figure ``(N,)`` that chose it, decoder evaluations per image, and wall time."""
 
     row: Row
     num_draws: int
@@ -156,14 +149,8 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Suite:
-    """Attacks on a defence.
-
-    Attributes:
-        box: the defence as attackers see it.
-        scorer: what decides which attack is the worst.
-        x: references ``(N, C, H, W)``.
-        ball, budget, engine: see :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`.
-    """
+    """Attacks on a defence, as attackers see it (``box``), of which the ``scorer`` finds the worst;
+    the rest as for :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`."""
 
     box: WhiteBox
     scorer: Scorer
@@ -178,11 +165,9 @@ class Suite:
         of_mean = self.scorer.reading in ("mean", "reencoded")
         return {"of_mean": of_mean, "generator": self.scorer.fresh()}
 
-    def expected(
-        self, aim: Aim, encode: DefendedEncoder, persistent: bool = False
-    ) -> PreparedObjective:
-        """Average over draws; ``persistent`` for encoders that can go on."""
-        options = {"persistent": persistent and aim.resume is not None, **self.options()}
+    def expected(self, aim: Aim, encode: DefendedEncoder) -> PreparedObjective:
+        """Average over draws, which go on from step to step where they can."""
+        options = {"persistent": aim.resume is not None, **self.options()}
         return adaptive.expected(encode, aim.goal, aim.num_draws, **options)
 
     def goal(self, rows: slice = ALL) -> PreparedGoal:

@@ -1,7 +1,7 @@
 """What an attacker who knows a defence gets of it: its start, chain and energy; no score.
 
-The parts are what the gradients of :mod:`pyro_vae_defence.attacks.adaptive` are made from. Latents
-are unconstrained throughout.
+The gradients of :mod:`pyro_vae_defence.attacks.adaptive` are made from these parts. Latents are
+unconstrained throughout.
 """
 
 from __future__ import annotations
@@ -15,13 +15,8 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import DefendedEncoder
-from pyro_vae_defence.defence import (
-    Defence,
-    DefenceResult,
-    MCMCDefence,
-    NoDefence,
-    PosteriorModeDefence,
-)
+from pyro_vae_defence.defence import Defence, DefenceResult, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program

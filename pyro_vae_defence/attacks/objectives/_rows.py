@@ -20,6 +20,7 @@ from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
 
+Classifier = Callable[[Latents], Tensor]
 LatentsOf = Literal["sample", "mean"]
 T = TypeVar("T")
 

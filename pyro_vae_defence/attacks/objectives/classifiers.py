@@ -26,21 +26,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyro_vae_defence.attacks.objectives import _rows
-from pyro_vae_defence.attacks.objectives._rows import LatentsOf
+from pyro_vae_defence.attacks.objectives._rows import Classifier, LatentsOf
 from pyro_vae_defence.models.program import check_guide, check_vae, evaluation_mode
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import (
-    VAE,
-    Criterion,
-    Latents,
-    Objective,
-    PreparedCriterion,
-    PreparedObjective,
-)
-
-Classifier = Callable[[Latents], Tensor]
-"""Latents to scores ``(N, num_classes)``, e.g. a ``LinearClassifier``."""
+from pyro_vae_defence.types import VAE, Criterion, Objective, PreparedCriterion, PreparedObjective
 
 # (scores, labels, targets) -> values (N,).
 _Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
@@ -59,7 +49,7 @@ def cross_entropy(
 
     Args:
         vae: any Pyro VAE.
-        classifier: latents to scores.
+        classifier: latents to scores ``(N, num_classes)``, e.g. a ``LinearClassifier``.
         labels: int64 ``(N,)``, not used with targets; those predicted at references if ``None``.
         targets: int64 ``(N,)`` or ``(1,)``, the classes to be reached.
         latents: classify a ``"sample"`` of the guide (as in Table 1), or its ``"mean"``.
