@@ -89,8 +89,7 @@ class DefendedEncoder(Protocol):
     def __call__(self, x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         """Latents of images ``(M, C, H, W)``, from their rows' random streams.
 
-        Encoders that can go on do so from ``previous``, where these rows' chains ended at the
-        attacker's last step.
+        Encoders that can go on do so from ``previous``, where chains ended at the last step.
         """
 
 
@@ -215,8 +214,7 @@ def conjugate_gradients(
 ) -> Latents:
     """Solve one symmetric positive definite system per row, from zero.
 
-    ``matrix`` multiplies latents of N rows by the rows' matrices. A row that is solved, or meets
-    negative curvature, stays as it is.
+    ``matrix`` multiplies each row by its matrix. Rows stop when solved, or at negative curvature.
     """
     solution = {name: torch.zeros_like(value) for name, value in right.items()}
     residual, direction = dict(right), dict(right)
@@ -275,8 +273,7 @@ def expected(
         generator: of the seed, drawn when references are prepared; the global one when ``None``.
 
     Raises:
-        ValueError: if ``num_draws`` is out of range, or persistent chains would see the same noise
-            again and again.
+        ValueError: if ``num_draws`` is out of range, or ``persistent`` comes without ``resample``.
     """
     check_integer("num_draws", num_draws)
     _check_noise(persistent, resample)
@@ -368,9 +365,9 @@ def nes(
 ) -> PreparedObjective:
     """A black box: values of an objective, with a derivative estimated from values.
 
-    The references are prepared anew for every call, so that an objective with ``resample=False``
-    has the same noise for all queries of one estimate, and fresh noise for the next. Costs ``2
-    num_directions + 1`` queries a call.
+    The references are prepared anew for every call, so that the noise of an objective with
+    ``resample=False`` is one for the ``2 num_directions + 1`` queries of a call, and fresh for the
+    next.
 
     Args:
         objective: what to maximise; no gradient is asked of it.
@@ -492,8 +489,7 @@ def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> 
 
     Args:
         classify: latents of M rows to scores ``(M, classes)``, differentiable.
-        labels: classes of the references, int64 ``(N,)``. References may come repeated whole, as
-            restarts and draws are folded.
+        labels: classes of the references, int64 ``(N,)``. References may come repeated whole.
 
     Raises:
         ValueError: when references are prepared whose number is no multiple of the labels'.

@@ -12,8 +12,7 @@ from its best point if at most 75% of the steps since the last checkpoint have r
 or the best value is what it was there.
 
 (The original waives the second condition right after a halving. For L1 the original, in a later
-paper, adapts the sparsity of its steps; here the exact projection on the ball and the range of
-images decides on it.)
+paper, adapts the sparsity of its steps; here the exact projection decides on it.)
 
 Reference: Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690 (Algorithm 1)."""

@@ -9,8 +9,7 @@ for every reference image from several random starts. :class:`Attack` does what 
 it checks arguments, folds restarts into the batch, cuts the batch into micro-batches, counts
 evaluations, lets solved rows leave, keeps progress in a file, and sees that results are inside the
 ball. An optimiser adds three methods on *states*, dicts of tensors with one row per (restart,
-image) pair: a start, a step, and a finish. Rows do not see each other, and a row's noise comes from
-its own stream.
+image) pair: a start, a step, and a finish. Rows do not see each other, nor each other's noise.
 """
 
 from __future__ import annotations
@@ -126,8 +125,7 @@ class Problem:
         """The objective and its gradient; one gradient. Entries that are not finite become zero.
 
         The gradient is that at the clipped image. ``through_clip`` differentiates the clipping too:
-        then pixels that are clipped have gradient zero, also those that only rounding has put
-        outside of [0, 1].
+        clipped pixels have gradient zero, also those that only rounding has put outside.
         """
         self.num_gradients += 1
         with torch.enable_grad():
@@ -179,8 +177,7 @@ class Attack:
 
     Raises:
         ValueError: if an argument is out of range, images are not in [0, 1], or the checkpoint
-            belongs to other images or settings. (Objectives and criteria cannot be compared: name
-            files after them.)
+            belongs to other images or settings (objectives cannot be compared: name files by them).
     """
 
     objective: PreparedObjective
@@ -335,17 +332,14 @@ class _Progress:
         return saved["step"], saved["active"], saved["state"], saved["outcome"]
 
     def step(self, step: int, active: Tensor, state: State, outcome: State) -> None:
-        """Note the steps that the current micro-batch has done; write every so often."""
         if step % self.every == 0:
             self._write(step=step, active=active, state=state, outcome=outcome)
 
     def finish(self, part: State) -> None:
-        """Note a finished micro-batch."""
         self.finished.append(part)
         self._write()
 
     def remove(self) -> None:
-        """Delete the file of a complete attack."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 

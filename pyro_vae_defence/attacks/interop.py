@@ -1,8 +1,7 @@
 r"""Our models as plain ``torch.nn.Module`` classifiers, for libraries that know nothing of VAEs.
 
 Foolbox, torchattacks and the Adversarial Robustness Toolbox attack modules that map images in [0,
-1] to scores. :class:`LatentClassifier` and :class:`EncoderAttackHead` make a VAE one, whatever mode
-its modules are in.
+1] to scores. :class:`LatentClassifier` and :class:`EncoderAttackHead` make a VAE one, in any mode.
 
 A defence that samples has no useful gradient. With ``defended`` given, :class:`LatentClassifier`
 returns the scores of the defended latents :math:`z_T` and differentiates a surrogate instead: by

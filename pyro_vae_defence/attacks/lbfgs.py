@@ -16,8 +16,7 @@ evaluates one trial point per row: rows that accept it build the next direction,
 :math:`\tau`.
 
 Where the curvature along a step is not positive, as where an attack maximises a convex function,
-the row forgets its pairs and the direction becomes a long projected gradient step, towards a corner
-of :math:`C`.
+the row forgets its pairs and takes a long projected gradient step, towards a corner of :math:`C`.
 
 References: Schmidt, van den Berg, Friedlander, Murphy, "Optimizing costly functions with simple
 constraints: a limited-memory projected quasi-Newton algorithm", AISTATS 2009,

@@ -4,8 +4,7 @@ r"""Random perturbations as large as an attack's: how much of its effect is mere
 
 with d the direction of steepest ascent in the norm of the ball: for L_inf every pixel moves by the
 full radius, up or down at random, for L2 the direction is uniform on the sphere, for L1 one random
-pixel moves. Clipping to the range of images may make the perturbation smaller, as it does an
-attack's.
+pixel moves. Clipping to the range of images may make it smaller, as it does attacks'.
 """
 
 from __future__ import annotations

@@ -78,8 +78,7 @@ class PGD(Ascent):
     """Projected gradient ascent; one gradient per step.
 
     Args:
-        preset: ``"paper"`` for the published optimiser, which has a step size of its own, and whose
-            result is the last iterate.
+        preset: ``"paper"`` for the published optimiser: its own step size, and the last iterate.
     """
 
     preset: Literal["paper"] | None = None

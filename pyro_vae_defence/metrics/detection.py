@@ -73,8 +73,7 @@ def detection_interval(
         level, num_resamples, generator: as for ``metrics.bootstrap_interval``.
 
     Raises:
-        ValueError: if the lengths differ, there are fewer than two images, or scores or options are
-            out of range.
+        ValueError: if lengths differ, images are fewer than two, or an argument is out of range.
     """
     _check(negatives, positives)
     num_images = negatives.shape[0]

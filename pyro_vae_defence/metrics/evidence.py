@@ -36,8 +36,7 @@ def nll(
 ) -> Tensor:
     """-log p(x) of every image by importance sampling from the guide (Table 7 of the paper).
 
-    ``(N,)``, in nats, without gradient: an upper bound in expectation (IWAE's). The VAE is
-    evaluated in eval mode.
+    ``(N,)``, in nats, without gradient, in eval mode: an upper bound in expectation (IWAE's).
 
     Args:
         vae: any Pyro VAE.
@@ -108,8 +107,7 @@ def ais_log_weights(
         transition: moves ``num_chains * N`` rows of unconstrained latents, chains folded in.
         schedule: inverse temperatures; 100 of :func:`sigmoid_schedule` when ``None``.
         num_chains: M, independent chains per image.
-        initial: latents of ``num_chains * N`` rows on their support; draws from the guide when
-            ``None``.
+        initial: latents of ``num_chains * N`` rows on their support; by default the guide's draws.
         generator: source of the draws from the guide; torch's global seed when ``None``.
 
     Raises:
@@ -142,8 +140,7 @@ def ais_log_weights(
 def simulate(vae: VAE, x: Tensor) -> tuple[Latents, Tensor]:
     """Latents of ``N`` rows from the prior, and images from p(x | z).
 
-    The latents are an exact draw from p(z | x) of the simulated images, as bidirectional Monte
-    Carlo needs.
+    The latents are an exact draw from p(z | x), as bidirectional Monte Carlo needs.
 
     Args:
         vae: any Pyro VAE whose likelihood can be sampled.

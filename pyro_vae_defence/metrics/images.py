@@ -58,12 +58,10 @@ def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
     last row or column is dropped. Scale 5 of a 28x28 image is one pixel, where only luminance
     remains. The dynamic range is 1. Where a factor is 0, so are the result and its gradient.
 
-    ``"standard"`` is ``pytorch_msssim.ms_ssim`` (window 11, sigma 1.5, dynamic range 1), which is
-    defined for sides above 160 pixels only.
+    ``"standard"`` is ``pytorch_msssim.ms_ssim`` (window 11, sigma 1.5, dynamic range 1).
 
     Args:
-        x, y: images, shape ``(N, C, H, W)``, float32 or float64, range [0, 1], both on one device.
-            The order of the two does not matter.
+        x, y: images ``(N, C, H, W)`` in [0, 1], float32 or float64, on one device, in either order.
         variant: ``"paper"`` (sides of 16 pixels or more) or ``"standard"`` (more than 160).
 
     Raises:

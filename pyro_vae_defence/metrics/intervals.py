@@ -9,8 +9,7 @@ and a tail (1 - level)/2,
     z0 = Phi^{-1}(share of resampled t below the estimate, ties counted half),
     a = sum_g d_g^3 / (6 (sum_g d_g^2)^{3/2}),         d_g = average of t_(-h) over h, minus t_(-g),
 
-where t_(-g) leaves unit g out. For the median a = 0: leaving one unit out says nothing about its
-skewness.
+where t_(-g) leaves unit g out. For the median a = 0: leaving one out says nothing of its skewness.
 
 Efron, "Better bootstrap confidence intervals", 1987; https://doi.org/10.1080/01621459.1987.10478410
 """
@@ -67,14 +66,12 @@ def bootstrap_interval(
 
     Attacks restarted on one image are not independent: pass the image's index as ``groups``, and
     whole images are resampled. Values that are all equal (an accuracy of 0 or 1) give an interval
-    of no width, which understates the uncertainty: of n independent images about 3/n may still
-    differ.
+    of no width, which understates the uncertainty: of n images about 3/n may still differ.
 
     Args:
         values: one value per image, shape ``(N,)``, finite.
         groups: integers of shape ``(N,)``; values with the same one are resampled together.
-        level: nominal coverage, between 0 and 1. With about 50 units BCa falls a percent or two
-            short.
+        level: nominal coverage, between 0 and 1. With 50 units BCa is a percent or two short.
         num_resamples: bootstrap samples.
         statistic: ``"mean"`` or ``"median"``, of the values (a larger group weighs more).
         generator: randomness, on the CPU; the global one by default.

@@ -50,8 +50,7 @@ def importance_nll(
 ) -> Tensor:
     """-log p(x) per image by importance sampling (the paper's NLL), summed as a stream.
 
-    ``(N,)``, in nats, without gradient: an upper bound in expectation, whose gap shrinks as
-    ``num_samples`` grows.
+    ``(N,)``, in nats, without gradient: an upper bound in expectation, tighter for more samples.
 
     Args:
         sample_and_weight: for k, draws k latents per image from the proposal and returns
@@ -100,8 +99,7 @@ def ais(
         initial: latents of ``N`` rows.
         transition: called with the annealed potential -(1-b) log q - b log p once per inner
             temperature; it runs without gradient and opens ``torch.enable_grad()`` if it needs one.
-        schedule: inverse temperatures from 0 to 1, strictly rising, or from 1 to 0, strictly
-            falling.
+        schedule: inverse temperatures, strictly rising from 0 to 1 or falling from 1 to 0.
 
     Raises:
         ValueError: the schedule does not run from one end to the other.

@@ -34,8 +34,7 @@ def log_posterior_ratio(
 ) -> Tensor:
     """Difference log p(z_1 | x) - log p(z_2 | x) per image, ``(N,)`` in nats (paper, equation 11).
 
-    In the paper z_1 encodes the reference and z_2 the attacked image: the lower, the better the
-    defence.
+    In the paper z_1 encodes the reference, z_2 the attacked image: low is good for the defence.
 
     Args:
         potential: energy of the model conditioned on the *reference* images.

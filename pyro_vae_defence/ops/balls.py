@@ -8,8 +8,7 @@ intersection but not the nearest one, and projected gradient ascent then stops s
 
 References: Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient projections onto the l1-ball", ICML
 2008, https://doi.org/10.1145/1390156.1390191; Croce, Hein, "Mind the box: l1-APGD for sparse
-adversarial attacks on image classifiers", ICML 2021, https://arxiv.org/abs/2103.01208 (why the box
-matters).
+adversarial attacks on image classifiers", ICML 2021, https://arxiv.org/abs/2103.01208 (the box).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Symptoms of attacks that fail for want of a gradient, tested on the images at hand.
 
-A check is a function of the :class:`Evidence` and a line of :data:`CHECKS`. One that fails makes
-the report unreliable.
+A check is a function of the :class:`Evidence` and a line of :data:`CHECKS`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The attacks: what each knows, when it applies, what it maximises, with how many draws.
 
-An adaptive gradient is a function of :mod:`pyro_vae_defence.attacks.adaptive` and a row of
-:data:`ATTACKS`.
+An adaptive gradient is a function of ``attacks.adaptive`` and a row of :data:`ATTACKS`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """What an attacker who knows a defence gets of it: its start, chain and energy; no score.
 
-The gradients of :mod:`pyro_vae_defence.attacks.adaptive` are made from these parts. Latents are
-unconstrained throughout.
+The gradients of ``attacks.adaptive`` are made from these parts. All latents are unconstrained.
 """
 
 from __future__ import annotations
