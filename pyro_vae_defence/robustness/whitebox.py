@@ -59,10 +59,13 @@ class WhiteBox:
         self.vae, self.defence = vae, defence
         self.shape = tuple(x.shape[1:])
         self.evaluations = 0
-        self._x, self._fresh, self._model = x, fresh, counted
+        self._x, self._fresh = x, fresh
         self._potential = ModelPotential(counted, x)
         self.has_chain = not isinstance(defence, NoDefence)
-        kernel = defence.kernel(counted) if isinstance(defence, MCMCDefence) else None
+        self._make_kernel: Callable[[], Any] = lambda: None
+        if isinstance(defence, MCMCDefence):
+            self._make_kernel = functools.partial(defence.kernel, counted)
+        kernel = self._make_kernel()
         self.unrollable = isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
@@ -128,7 +131,3 @@ class WhiteBox:
         defence: Any = self.defence
         total = defence.warmup_steps + defence.num_samples
         return unrolled.UnrolledKernel(self._make_kernel, self.energy, total, defence.warmup_steps)
-
-    def _make_kernel(self) -> Any:
-        defence: Any = self.defence
-        return defence.kernel(self._model)

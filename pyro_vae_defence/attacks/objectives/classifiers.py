@@ -32,9 +32,6 @@ from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Criterion, Objective, PreparedCriterion, PreparedObjective
 
-# (scores, labels, targets) -> values (N,).
-_Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
-
 
 def cross_entropy(
     vae: VAE,
@@ -103,7 +100,7 @@ def misclassified(
 
 
 def _on_scores(
-    loss: _Loss,
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     least: int,
     vae: VAE,
     classifier: Classifier,
@@ -112,7 +109,7 @@ def _on_scores(
     latents: LatentsOf,
     num_draws: int,
 ) -> PreparedObjective:
-    """A loss of the scores of at least ``least`` classes, averaged over draws."""
+    """A loss of scores of at least ``least`` classes, labels and targets, averaged over draws."""
     check_vae(vae)
     check_integer("num_draws", num_draws)
     _rows.check_latents(latents)
