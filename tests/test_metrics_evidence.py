@@ -16,7 +16,7 @@ import torch
 from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
 
 from pyro_vae_defence import metrics
-from pyro_vae_defence.metrics.evidence import _Weights
+from pyro_vae_defence.metrics.evidence import _weights
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops.streams import Streams
 
@@ -49,7 +49,7 @@ def standard_errors(log_weights, log_mean):
 
 
 def test_nll_agrees_with_the_exact_evidence(wide, x):
-    log_weights = _Weights(wide, x, Streams.create(6, seed=1))(2000)
+    log_weights = _weights(wide, x, Streams.create(6, seed=1))(2000)
     exact = wide.evidence(x)
     assert (standard_errors(log_weights, exact) < 5).all()
     assert (standard_errors(log_weights, exact + 0.5) > 5).all()  # the power to see half a nat
@@ -121,7 +121,7 @@ def test_constrained_latents_keep_their_evidence(float64):
     rate = 3 + x.flatten() ** 2 / 2
     exact = 2 * math.log(3) - 0.5 * math.log(2 * math.pi) + math.lgamma(2.5) - 2.5 * rate.log()
     vae = Gamma()
-    log_weights = _Weights(vae, x, Streams.create(3, seed=0))(4000)
+    log_weights = _weights(vae, x, Streams.create(3, seed=0))(4000)
     assert (standard_errors(log_weights, exact) < 5).all()
     # The same log-weights on the unconstrained scale, from the guide's own energy.
     latents = {"z": torch.tensor([-0.3, 0.1, 0.4])}

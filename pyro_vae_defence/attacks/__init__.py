@@ -21,26 +21,8 @@ from pyro_vae_defence.attacks.objectives import (
 from pyro_vae_defence.attacks.pgd import PGD, MomentumPGD
 
 __all__ = [
-    "APGD",
-    "LBFGS",
-    "NES",
-    "PGD",
-    "Attack",
-    "AttackResult",
-    "MomentumPGD",
-    "RMargin",
-    "Square",
-    "cross_entropy",
-    "dlr",
-    "forward_kl",
-    "maximum_damage",
-    "mean_distance",
-    "misclassified",
-    "r_margin",
-    "random_noise",
-    "reaches",
-    "reverse_kl",
-    "squared_wasserstein",
-    "symmetric_kl",
+    "APGD", "LBFGS", "NES", "PGD", "Attack", "AttackResult", "MomentumPGD", "RMargin", "Square",
+    "cross_entropy", "dlr", "forward_kl", "maximum_damage", "mean_distance", "misclassified",
+    "r_margin", "random_noise", "reaches", "reverse_kl", "squared_wasserstein", "symmetric_kl",
     "targeted_output",
-]
+]  # fmt: skip

@@ -53,6 +53,7 @@ Engstrom, Athalye, Lin, "Black-box adversarial attacks with limited queries and 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
@@ -86,13 +87,9 @@ class DefendedEncoder(Protocol):
     """A defended encoder with a derivative of the attacker's choice."""
 
     def __call__(self, x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
-        """Latents of images ``(M, C, H, W)``.
+        """Latents of images ``(M, C, H, W)``, from their rows' random streams.
 
-        Args:
-            x: images.
-            streams: random streams of the rows.
-            previous: where the chains of the same rows ended at the attacker's last step, for
-                encoders that go on from there.
+        Encoders that can go on do so from ``previous``, where chains ended at the last step.
         """
 
 
@@ -125,8 +122,7 @@ def straight_through(values: LatentsLike, differentiable: LatentsLike) -> Latent
 
 
 def unroll(start: Start, chain: Chain) -> DefendedEncoder:
-    """The derivative through start and chain, such as an
-    :class:`~pyro_vae_defence.mcmc.unrolled.UnrolledKernel`."""
+    """The derivative through start and chain, such as a ``mcmc.unrolled.UnrolledKernel``."""
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         return chain(x, start(x, streams), streams)
@@ -141,7 +137,7 @@ def truncated(
 
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         middle = _run(first, resume, x, start(x, streams), streams, previous)
-        return last(x, middle, _other(streams))
+        return last(x, middle, streams._replace(seed=streams.seed ^ 1))
 
     return encode
 
@@ -157,8 +153,7 @@ def implicit(
     r"""The chain's end, with the derivative of a mode of U(z; x).
 
     Args:
-        start, resume: see the module's text.
-        chain: the defence's chain, or a mode search.
+        start, chain, resume: see the module's text; the chain may be a mode search.
         energy: U(z; x), twice differentiable.
         num_iterations: conjugate gradient iterations, >= 1, each one Hessian-vector product. In D
             dimensions D of them solve the system but for rounding.
@@ -173,33 +168,37 @@ def implicit(
     if not damping >= 0:
         raise ValueError(f"damping must not be negative, got {damping!r}")
 
+    def pull_back(names: tuple[str, ...], x: Tensor, end: Any, gradients: Any) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            latents = {n: v.detach().requires_grad_() for n, v in zip(names, end, strict=True)}
+            inputs = tuple(latents.values())
+            slope = torch.autograd.grad(energy(x, latents).sum(), inputs, create_graph=True)
+
+            def hessian(direction: Latents) -> Latents:
+                along = tuple(direction.values())
+                product = torch.autograd.grad(slope, inputs, along, retain_graph=True)
+                return lat.add(dict(zip(names, product, strict=True)), direction, damping)
+
+            right = dict(zip(names, gradients, strict=True))
+            solution = conjugate_gradients(hessian, right, num_iterations)
+            return torch.autograd.grad(slope, x, tuple(-v for v in solution.values()))[0]
+
     def encode(x: Tensor, streams: Streams, previous: Latents | None = None) -> Latents:
         with torch.no_grad():
             end = _run(chain, resume, x, start(x, streams), streams, previous)
-        names = tuple(end)
-        values = _ImplicitFunction.apply(
-            energy, num_iterations, damping, names, x, *(end[name] for name in names)
-        )
-        return dict(zip(names, values, strict=True))
+        values = _WithDerivative.apply(functools.partial(pull_back, tuple(end)), x, *end.values())
+        return dict(zip(end, values, strict=True))
 
     return encode
 
 
-class _ImplicitFunction(torch.autograd.Function):
-    """Latents as they are; their derivative in the image is that of a mode."""
+class _WithDerivative(torch.autograd.Function):
+    """Values as they are; gradients of them give the image's by ``pull_back(x, values, them)``."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        energy: ImageEnergy,
-        num_iterations: int,
-        damping: float,
-        names: tuple[str, ...],
-        x: Tensor,
-        *values: Tensor,
-    ) -> Any:
-        ctx.energy, ctx.num_iterations, ctx.damping = energy, num_iterations, damping
-        ctx.names = names
+    def forward(ctx: Any, pull_back: Callable[..., Tensor], x: Tensor, *values: Tensor) -> Any:
+        ctx.pull_back = pull_back
         ctx.save_for_backward(x, *values)
         return tuple(value.clone() for value in values)
 
@@ -207,23 +206,7 @@ class _ImplicitFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, *values = ctx.saved_tensors
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            inputs = tuple(value.detach().requires_grad_() for value in values)
-            total = ctx.energy(x, dict(zip(ctx.names, inputs, strict=True))).sum()
-            slope = torch.autograd.grad(total, inputs, create_graph=True)
-
-            def hessian(direction: Latents) -> Latents:
-                product = torch.autograd.grad(
-                    slope, inputs, tuple(direction.values()), retain_graph=True
-                )
-                product_of = dict(zip(ctx.names, product, strict=True))
-                return lat.add(product_of, direction, ctx.damping)
-
-            right = dict(zip(ctx.names, gradients, strict=True))
-            solution = conjugate_gradients(hessian, right, ctx.num_iterations)
-            (found,) = torch.autograd.grad(slope, x, tuple(-v for v in solution.values()))
-        return (None, None, None, None, found, *(None for _ in values))
+        return None, ctx.pull_back(x, values, gradients), *(None for _ in values)
 
 
 def conjugate_gradients(
@@ -231,10 +214,7 @@ def conjugate_gradients(
 ) -> Latents:
     """Solve one symmetric positive definite system per row, from zero.
 
-    Args:
-        matrix: multiplies latents of N rows by the rows' matrices.
-        right: right-hand sides.
-        num_iterations: of them; a row that is solved, or meets negative curvature, stays as it is.
+    ``matrix`` multiplies each row by its matrix. Rows stop when solved, or at negative curvature.
     """
     solution = {name: torch.zeros_like(value) for name, value in right.items()}
     residual, direction = dict(right), dict(right)
@@ -254,6 +234,7 @@ def conjugate_gradients(
     return solution
 
 
+@torch.no_grad()
 def _run(
     chain: Chain,
     resume: Chain | None,
@@ -262,15 +243,9 @@ def _run(
     streams: Streams,
     previous: Latents | None,
 ) -> Latents:
-    with torch.no_grad():
-        if resume is not None and previous is not None:
-            return lat.detach(resume(x.detach(), previous, streams))
-        return lat.detach(chain(x.detach(), lat.detach(begin), streams))
-
-
-def _other(streams: Streams) -> Streams:
-    """Streams of the same rows with other noise."""
-    return streams._replace(seed=streams.seed ^ 1)
+    if resume is not None and previous is not None:
+        return lat.detach(resume(x.detach(), previous, streams))
+    return lat.detach(chain(x.detach(), lat.detach(begin), streams))
 
 
 # --- Objectives -----------------------------------------------------------------------------------
@@ -298,20 +273,19 @@ def expected(
         generator: of the seed, drawn when references are prepared; the global one when ``None``.
 
     Raises:
-        ValueError: if ``num_draws`` is out of range, or persistent chains would see the same noise
-            again and again.
+        ValueError: if ``num_draws`` is out of range, or ``persistent`` comes without ``resample``.
     """
     check_integer("num_draws", num_draws)
     _check_noise(persistent, resample)
 
     def prepare(x_ref: Tensor) -> Objective:
-        goal_ref = goal(x_ref if of_mean else _repeat(x_ref, num_draws))
+        goal_ref = goal(x_ref if of_mean else x_ref.repeat(num_draws, 1, 1, 1))
         noise = _noise(num_draws, resample, generator)
         previous: Latents | None = None
 
         def objective(x: Tensor) -> Tensor:
             nonlocal previous
-            latents = encode(_repeat(x, num_draws), noise(x), previous)
+            latents = encode(x.repeat(num_draws, 1, 1, 1), noise(x), previous)
             if persistent:
                 previous = lat.detach(latents)
             if of_mean:
@@ -344,38 +318,36 @@ def equilibrium(
         start, chain, resume: see the module's text; the chain reaches stationarity.
         energy: U(z; x), differentiable in the image.
         goal, resample, generator: as for :func:`expected`.
-        num_chains: independent chains per image, >= 2.
+        num_chains: independent chains per image, >= 2 for a covariance.
         of_mean: maximise the goal at the mean latent, f(E[z]), with the derivative
             :math:`-\mathrm{Cov}(\langle \nabla f(\bar z), z \rangle, \nabla_x U)`, whose bias is
             that of :math:`f(\bar z)` for :math:`f(E[z])`.
 
     Raises:
-        ValueError: if ``num_chains`` is out of range, or persistent chains would see the same noise
-            again and again.
+        ValueError: as for :func:`expected`.
     """
-    if not (isinstance(num_chains, int) and num_chains >= 2):
-        raise ValueError(
-            f"num_chains must be an integer of at least 2 for a covariance, got {num_chains!r}"
-        )
+    check_integer("num_chains", num_chains, 2)
     _check_noise(resume is not None, resample)
 
     def prepare(x_ref: Tensor) -> Objective:
-        goal_ref = goal(x_ref if of_mean else _repeat(x_ref, num_chains))
+        goal_ref = goal(x_ref if of_mean else x_ref.repeat(num_chains, 1, 1, 1))
         noise = _noise(num_chains, resample, generator)
         previous: Latents | None = None
 
         def objective(x: Tensor) -> Tensor:
             nonlocal previous
-            images, streams = _repeat(x, num_chains), noise(x)
+            images, streams = x.repeat(num_chains, 1, 1, 1), noise(x)
             begin = {} if resume is not None and previous is not None else start(images, streams)
             latents = _run(chain, resume, images, begin, streams, previous)
             previous = latents
             if of_mean:
-                value, per_chain = _linearised(goal_ref, latents, num_chains)
+                value, slope = lat.value_and_gradient(goal_ref, _mean(latents, num_chains))
+                per_chain = lat.dot(lat.repeat(slope, num_chains), latents)
             else:
                 with torch.no_grad():
-                    per_chain = lat.unfold(goal_ref(latents), num_chains)
-                value = per_chain.mean(0)
+                    per_chain = goal_ref(latents)
+                value = lat.unfold(per_chain, num_chains).mean(0)
+            per_chain = lat.unfold(per_chain, num_chains)
             weight = (per_chain - per_chain.mean(0)) / (num_chains - 1)
             energies = lat.unfold(energy(images, latents), num_chains)
             return value + _derivative_only(-(weight * energies).sum(0))
@@ -393,9 +365,9 @@ def nes(
 ) -> PreparedObjective:
     """A black box: values of an objective, with a derivative estimated from values.
 
-    The references are prepared anew for every call, so that an objective with ``resample=False``
-    has the same noise for all queries of one estimate, and fresh noise for the next. Costs ``2
-    num_directions + 1`` queries a call.
+    The references are prepared anew for every call, so that the noise of an objective with
+    ``resample=False`` is one for the ``2 num_directions + 1`` queries of a call, and fresh for the
+    next.
 
     Args:
         objective: what to maximise; no gradient is asked of it.
@@ -434,23 +406,9 @@ def nes(
     return prepare
 
 
-def _linearised(goal: Goal, latents: Latents, num: int) -> tuple[Tensor, Tensor]:
-    """f at the mean of ``num`` draws, ``(N,)``, and its linear part at every draw, ``(num, N)``."""
-    with torch.enable_grad():
-        mean = {n: v.detach().requires_grad_() for n, v in _mean(latents, num).items()}
-        value = goal(mean)
-        slope = torch.autograd.grad(value.sum(), tuple(mean.values()))
-    slopes = lat.repeat(dict(zip(mean, slope, strict=True)), num)
-    return value.detach(), lat.unfold(lat.dot(slopes, latents), num)
-
-
 def _derivative_only(surrogate: Tensor) -> Tensor:
     """Zero in value, but for its derivative."""
     return surrogate - surrogate.detach()
-
-
-def _repeat(x: Tensor, num: int) -> Tensor:
-    return x.repeat(num, 1, 1, 1)
 
 
 def _mean(latents: LatentsLike, num: int) -> Latents:
@@ -465,7 +423,7 @@ def _noise(
     calls = itertools.count() if resample else itertools.repeat(0)
 
     def streams(x: Tensor) -> Streams:
-        # Even seeds: the odd ones are `_other`.
+        # Even seeds: the odd ones are those of truncated's last transitions.
         even = 2 * (seed + next(calls)) % 2**64
         return Streams.create(x.shape[0], num_draws, seed=even, device=x.device)
 
@@ -483,8 +441,7 @@ def _check_noise(persistent: bool, resample: bool) -> None:
 def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedGoal:
     r"""Squared distance :math:`\|z - z^r\|^2` of latents (eq. 64), summed over sites.
 
-    Args:
-        encode: reference images to :math:`z^r`, e.g. the defended encoder; called without gradient.
+    ``encode`` maps references to :math:`z^r`, as the defended encoder does, without gradient.
     """
 
     def prepare(x_ref: Tensor) -> Goal:
@@ -518,10 +475,9 @@ def output_damage(
             reference = reconstruct(x_ref)
 
         def goal(latents: Latents) -> Tensor:
-            image = decode(latents)
-            if distance is None:
-                return (image - reference).square().flatten(1).sum(1)
-            return distance(image, reference)
+            if distance is not None:
+                return distance(decode(latents), reference)
+            return (decode(latents) - reference).square().flatten(1).sum(1)
 
         return goal
 
@@ -533,8 +489,7 @@ def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> 
 
     Args:
         classify: latents of M rows to scores ``(M, classes)``, differentiable.
-        labels: classes of the references, int64 ``(N,)``. References may come repeated whole, as
-            restarts and draws are folded.
+        labels: classes of the references, int64 ``(N,)``. References may come repeated whole.
 
     Raises:
         ValueError: when references are prepared whose number is no multiple of the labels'.

@@ -12,8 +12,7 @@ from its best point if at most 75% of the steps since the last checkpoint have r
 or the best value is what it was there.
 
 (The original waives the second condition right after a halving. For L1 the original, in a later
-paper, adapts the sparsity of its steps; here the exact projection on the ball and the range of
-images decides on it.)
+paper, adapts the sparsity of its steps; here the exact projection decides on it.)
 
 Reference: Croce, Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020, https://arxiv.org/abs/2003.01690 (Algorithm 1)."""
@@ -26,7 +25,6 @@ from dataclasses import dataclass
 import torch
 
 from pyro_vae_defence.attacks.base import Attack, Problem, State, first_result, keep_best
-from pyro_vae_defence.attacks.pgd import last_iterate
 from pyro_vae_defence.ops.latents import rows
 
 MOMENTUM = 0.75
@@ -104,4 +102,4 @@ class APGD(Attack):
         return {**state, "perturbation": moved, "previous": perturbation}
 
     def _finish(self, problem: Problem, state: State) -> State:
-        return last_iterate(problem, state)
+        return keep_best(state, state["perturbation"], problem.value(state["perturbation"]))

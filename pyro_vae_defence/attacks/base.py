@@ -9,8 +9,7 @@ for every reference image from several random starts. :class:`Attack` does what 
 it checks arguments, folds restarts into the batch, cuts the batch into micro-batches, counts
 evaluations, lets solved rows leave, keeps progress in a file, and sees that results are inside the
 ball. An optimiser adds three methods on *states*, dicts of tensors with one row per (restart,
-image) pair: a start, a step, and a finish. Rows do not see each other, and a row's noise comes from
-its own stream.
+image) pair: a start, a step, and a finish. Rows do not see each other, nor each other's noise.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks.objectives._rows import prepare
 from pyro_vae_defence.models.program import check_images
-from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.files import atomic_save
 from pyro_vae_defence.ops.latents import rows, unfold
@@ -38,17 +37,11 @@ State = dict[str, Tensor]
 """What an optimiser knows, one row per (restart, image) pair. Two entries are the template's:
 ``result``, the perturbation it would return now, and ``result_value``, its objective."""
 
-# Purposes of the streams' draws that belong to attacks; see docs/architecture.md.
-SEARCH_PURPOSE = 3072
-
 
 class FlatAttack(NamedTuple):
-    """Perturbed images of all restarts, each beside its reference.
+    """Perturbed images of all restarts ``(num_restarts * N, C, H, W)``, each with its reference.
 
-    Attributes:
-        images: ``(num_restarts * N, C, H, W)``.
-        references: of each of them, same shape.
-        index: which reference that is, int64 ``(num_restarts * N,)``; what intervals resample.
+    ``index`` says which reference that is, int64 ``(num_restarts * N,)``: what intervals resample.
     """
 
     images: Tensor
@@ -63,8 +56,8 @@ class AttackResult(NamedTuple):
         x_adv: ``(num_restarts, N, C, H, W)``, in [0, 1] and in the ball around ``x_ref``.
         objective: value the attacker reached, ``(num_restarts, N)``.
         x_ref: the references ``(N, C, H, W)``.
-        num_gradients: evaluations of the objective with its gradient, int64 ``(num_restarts, N)``.
-        num_queries: evaluations without one, int64 ``(num_restarts, N)``.
+        num_gradients, num_queries: evaluations of the objective with and without its gradient,
+            int64 ``(num_restarts, N)``.
         solved: whether ``stop`` was met, bool ``(num_restarts, N)``; all False without ``stop``.
     """
 
@@ -89,23 +82,14 @@ class AttackResult(NamedTuple):
 
 def reaches(threshold: float) -> PreparedCriterion:
     """Criterion for ``stop``: the objective is at least ``threshold``."""
-
-    def prepare_threshold(x_ref: Tensor) -> Criterion:
-        return lambda x, value: value >= threshold
-
-    return prepare_threshold
+    return lambda x_ref: lambda x, value: value >= threshold
 
 
 @dataclass
 class Problem:
-    """Rows under attack: the maximisation an optimiser works on, with a count of what it spends.
+    """Rows under attack, with their references ``(rows, C, H, W)`` and random streams.
 
-    Attributes:
-        objective: against the references of these rows.
-        ball: where perturbations live.
-        x_ref: references ``(rows, C, H, W)``.
-        streams: the rows' random streams.
-        num_gradients, num_queries: evaluations so far with and without a gradient, of every row.
+    ``num_gradients`` and ``num_queries`` count evaluations with and without a gradient, per row.
     """
 
     objective: Objective
@@ -114,20 +98,15 @@ class Problem:
     streams: Streams
     num_gradients: int = 0
     num_queries: int = 0
-    low: Tensor = field(init=False)
-    high: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.low, self.high = -self.x_ref, 1.0 - self.x_ref
 
     def start(self) -> Tensor:
         """A random point of the ball, clipped so that the image is valid."""
         start = self.ball.random_start(self.x_ref, self.streams)
-        return torch.minimum(torch.maximum(start, self.low), self.high)
+        return torch.minimum(torch.maximum(start, -self.x_ref), 1.0 - self.x_ref)
 
     def project(self, perturbation: Tensor) -> Tensor:
         """Nearest perturbation inside the ball whose image is in [0, 1]."""
-        return self.ball.project_box(perturbation, self.low, self.high)
+        return self.ball.project_box(perturbation, -self.x_ref, 1.0 - self.x_ref)
 
     def climb(self, perturbation: Tensor, gradient: Tensor, length: Tensor | float) -> Tensor:
         """Project a step of a ``length``, perhaps one per row, along the ball's steepest ascent."""
@@ -146,8 +125,7 @@ class Problem:
         """The objective and its gradient; one gradient. Entries that are not finite become zero.
 
         The gradient is that at the clipped image. ``through_clip`` differentiates the clipping too:
-        then pixels that are clipped have gradient zero, also those that only rounding has put
-        outside of [0, 1].
+        clipped pixels have gradient zero, also those that only rounding has put outside.
         """
         self.num_gradients += 1
         with torch.enable_grad():
@@ -199,8 +177,7 @@ class Attack:
 
     Raises:
         ValueError: if an argument is out of range, images are not in [0, 1], or the checkpoint
-            belongs to other images or settings. (Objectives and criteria cannot be compared: name
-            files after them.)
+            belongs to other images or settings (objectives cannot be compared: name files by them).
     """
 
     objective: PreparedObjective
@@ -218,23 +195,13 @@ class Attack:
                 f"objective must be a prepared objective such as symmetric_kl(vae), "
                 f"got {self.objective!r}"
             )
-        if not isinstance(self.ball, Ball):
-            raise ValueError(f"ball must be a Ball such as Linf(0.1), got {self.ball!r}")
+        check_ball(self.ball)
         if not (self.stop is None or callable(self.stop)):
             raise ValueError(
                 f"stop must be a prepared criterion such as reaches(10.0), got {self.stop!r}"
             )
-        self._check_integers("num_steps", "num_restarts", "batch_size", "checkpoint_every")
-
-    def _check_integers(self, *names: str) -> None:
-        for name in names:
+        for name in ("num_steps", "num_restarts", "batch_size", "checkpoint_every"):
             check_integer(name, getattr(self, name))
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value!r}")
 
     # --- What an optimiser adds -------------------------------------------------------------------
 
@@ -253,28 +220,21 @@ class Attack:
     # --- The template -----------------------------------------------------------------------------
 
     def __call__(self, x_ref: Tensor, generator: torch.Generator | None = None) -> AttackResult:
-        """Attack every image from ``num_restarts`` random starts.
+        """Attack reference images ``(N, C, H, W)`` in [0, 1] from ``num_restarts`` random starts.
 
-        Args:
-            x_ref: reference images ``(N, C, H, W)`` in [0, 1].
-            generator: source of the run's seed; torch's global seed when ``None``.
+        The run's seed comes from the ``generator``, or from torch's global seed.
         """
         check_images(x_ref, "x_ref")
-        progress = _Progress(self, x_ref, draw_seed(generator))
-        device = x_ref.device
-        streams = Streams.create(len(x_ref), self.num_restarts, seed=progress.seed, device=device)
-        return self.attack_rows(x_ref, streams, progress)
+        image = torch.arange(len(x_ref), device=x_ref.device)
+        return self.attack_rows(x_ref, image, draw_seed(generator))
 
-    def attack_rows(
-        self, x_ref: Tensor, streams: Streams, progress: _Progress | None = None
-    ) -> AttackResult:
-        """Attack images with given streams, restarts folded in; ``checkpoint`` is not used."""
-        progress = progress or _Progress(dataclasses.replace(self, checkpoint=None), x_ref, 0)
+    def attack_rows(self, x_ref: Tensor, image: Tensor, seed: int) -> AttackResult:
+        """Attack images, each with the random streams that ``image`` ``(N,)`` numbers."""
+        progress = _Progress(self, x_ref, seed)
+        chain = torch.arange(self.num_restarts, device=x_ref.device).repeat_interleave(len(x_ref))
+        streams = Streams(progress.seed, image.repeat(self.num_restarts), chain)
         folded = x_ref.repeat(self.num_restarts, 1, 1, 1)
-        firsts = range(0, folded.shape[0], self.batch_size)
-        for index, first in enumerate(firsts):
-            if index < len(progress.finished):
-                continue
+        for first in range(len(progress.finished) * self.batch_size, len(folded), self.batch_size):
             part = slice(first, first + self.batch_size)
             progress.finish(self._attack(folded[part], _take(streams, part), progress))
         whole = {
@@ -286,35 +246,27 @@ class Attack:
 
     def _attack(self, x_ref: Tensor, streams: Streams, progress: _Progress) -> State:
         """Attack the rows of one micro-batch; returns the fields of the result, one row each."""
-        problem = self._problem(x_ref, streams)
         if progress.underway:
-            # Popped, so that the next micro-batch starts anew.
             first, active, state, outcome = progress.pop()
-            problem = self._problem(x_ref[active], _take(streams, active))
+            problem, criterion = self._prepare(x_ref[active], _take(streams, active))
         else:
-            first, active = 0, torch.arange(x_ref.shape[0], device=x_ref.device)
-            state = self._start(problem)
+            first, active = 0, torch.arange(len(x_ref), device=x_ref.device)
+            problem, criterion = self._prepare(x_ref, streams)
             zero = torch.zeros_like(active)
-            state |= {"num_gradients": zero, "num_queries": zero, "solved": zero.bool()}
-            state = _charge(state, problem)
-            names = ("result", "num_gradients", "num_queries", "solved")
-            outcome = {name: torch.zeros_like(state[name]) for name in names}
-        criterion = self._criterion(problem)
+            counts = {"num_gradients": zero, "num_queries": zero, "solved": zero.bool()}
+            state = _charge(self._start(problem) | counts, problem)
+            outcome = {name: torch.zeros_like(state[name]) for name in ("result", *counts)}
         for t in range(first, self.num_steps):
-            if len(active) == 0:
-                break
             state = _charge(self._step(problem, state, t), problem)
             if criterion is not None:
                 x = (problem.x_ref + state["result"]).clamp(0.0, 1.0)
-                solved = criterion(x, state["result_value"])
-                state["solved"] = solved
+                solved = state["solved"] = criterion(x, state["result_value"])
                 if bool(solved.any()):
                     outcome = _put(outcome, active[solved], _select(state, solved))
                     active, state = active[~solved], _select(state, ~solved)
                     if len(active) == 0:
                         break
-                    problem = self._problem(x_ref[active], _take(streams, active))
-                    criterion = self._criterion(problem)
+                    problem, criterion = self._prepare(x_ref[active], _take(streams, active))
             progress.step(t + 1, active, state, outcome)
         if len(active) > 0:
             state = _charge(self._finish(problem, state), problem)
@@ -326,11 +278,9 @@ class Attack:
         outcome["num_queries"] = outcome["num_queries"] + 1
         return {"x_adv": x_adv, "objective": value, **outcome}
 
-    def _problem(self, x_ref: Tensor, streams: Streams) -> Problem:
-        return Problem(prepare(self.objective, x_ref, streams), self.ball, x_ref, streams)
-
-    def _criterion(self, problem: Problem) -> Criterion | None:
-        return None if self.stop is None else prepare(self.stop, problem.x_ref, problem.streams)
+    def _prepare(self, x_ref: Tensor, streams: Streams) -> tuple[Problem, Criterion | None]:
+        problem = Problem(prepare(self.objective, x_ref, streams), self.ball, x_ref, streams)
+        return problem, None if self.stop is None else prepare(self.stop, x_ref, streams)
 
 
 def _charge(state: State, problem: Problem) -> State:
@@ -377,22 +327,19 @@ class _Progress:
             self.underway = saved["underway"]
 
     def pop(self) -> tuple[int, Tensor, State, State]:
-        """The micro-batch under way: next step, rows in it, their state, what others came to."""
+        """The micro-batch under way, once: next step, its rows, their state, others' outcome."""
         saved, self.underway = self.underway, {}
         return saved["step"], saved["active"], saved["state"], saved["outcome"]
 
     def step(self, step: int, active: Tensor, state: State, outcome: State) -> None:
-        """Note that ``step`` steps of the current micro-batch are done; write every so often."""
         if step % self.every == 0:
             self._write(step=step, active=active, state=state, outcome=outcome)
 
     def finish(self, part: State) -> None:
-        """Note a finished micro-batch."""
         self.finished.append(part)
         self._write()
 
     def remove(self) -> None:
-        """Delete the file of a complete attack."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 

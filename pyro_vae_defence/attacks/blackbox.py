@@ -27,22 +27,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.attacks.base import (
-    SEARCH_PURPOSE,
-    Attack,
-    Problem,
-    State,
-    first_result,
-    keep_best,
-)
+from pyro_vae_defence.attacks.base import Attack, Problem, State, first_result, keep_best
 from pyro_vae_defence.attacks.pgd import Ascent
 from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.latents import rows
-from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Objective
 
-# Iterations of 10,000 at which the share of changed pixels is halved (section 3 of the Square
-# attack).
+# Of the streams' draws; see docs/architecture.md.
+_PURPOSE = 3072
+
+# Iterations of 10,000 at which the share of changed pixels is halved (Square attack, section 3).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
@@ -75,8 +70,7 @@ class Square(Attack):
             raise ValueError(f"share must be in (0, 1], got {self.share!r}")
 
     def _start(self, problem: Problem) -> State:
-        start = _stripes(problem) if isinstance(self.ball, Linf) else _tiles(problem)
-        return first_result(start)
+        return first_result((_stripes if isinstance(self.ball, Linf) else _tiles)(problem))
 
     def _step(self, problem: Problem, state: State, t: int) -> State:
         candidate = state["result"]
@@ -102,8 +96,9 @@ class NES(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_integers("num_directions")
-        self._check_positive("scale")
+        check_integer("num_directions", self.num_directions)
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale!r}")
         if self.num_directions % 2:
             raise ValueError(f"num_directions must be even, got {self.num_directions!r}")
 
@@ -112,7 +107,7 @@ class NES(Ascent):
         shape, dtype = tuple(perturbation.shape[1:]), perturbation.dtype
         gradient = antithetic_gradient(
             lambda step: problem.value(perturbation + step),
-            lambda i: problem.streams.normal(t, SEARCH_PURPOSE + i, shape, dtype),
+            lambda i: problem.streams.normal(t, _PURPOSE + i, shape, dtype),
             self.num_directions // 2,
             self.scale,
         )
@@ -123,14 +118,8 @@ class NES(Ascent):
 def antithetic_gradient(
     value: Objective, direction: Callable[[int], Tensor], num_pairs: int, scale: float
 ) -> Tensor:
-    """The estimate of the module's text, from ``2 num_pairs`` values.
-
-    Args:
-        value: of a point displaced by its argument.
-        direction: the i-th standard normal direction of every row.
-        num_pairs: how many.
-        scale: length of a step per pixel.
-    """
+    """NES's estimate from ``value`` at ``2 num_pairs`` displacements, plus and minus ``scale``
+    times the i-th standard normal ``direction`` of every row."""
 
     def part(i: int) -> Tensor:
         step = scale * direction(i)
@@ -143,54 +132,46 @@ def antithetic_gradient(
 # --- Square's moves -------------------------------------------------------------------------------
 
 
-def _signs(
-    streams: Streams, t: int, purpose: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    uniform = streams.uniform(t, SEARCH_PURPOSE + purpose, shape, dtype)
+def _signs(problem: Problem, t: int, purpose: int, *shape: int) -> Tensor:
+    dtype = problem.x_ref.dtype
+    uniform = problem.streams.uniform(t, _PURPOSE + purpose, shape, dtype)
     return torch.where(uniform > 0.5, 1.0, -1.0).to(dtype)
-
-
-def _corner(streams: Streams, t: int, purpose: int, places: int) -> Tensor:
-    """A uniform integer below ``places`` for each row."""
-    uniform = streams.uniform(t, SEARCH_PURPOSE + purpose, (), torch.float64)
-    return ((1.0 - uniform) * places).long().clamp(max=places - 1)
 
 
 def _window(problem: Problem, side: int, t: int, purpose: int) -> tuple[Tensor, Tensor, Tensor]:
     """A random square: its mask ``(rows, 1, H, W)``, and pixels' places in it, clamped to it."""
+
+    def along(length: int, purpose: int) -> tuple[Tensor, Tensor]:
+        """Which of ``length`` places are in the square, and where in it they lie."""
+        uniform = problem.streams.uniform(t, _PURPOSE + purpose, (), torch.float64)
+        first = ((1.0 - uniform) * (length - side + 1)).long().clamp(max=length - side)
+        place = torch.arange(length, device=first.device) - first[:, None]
+        return (place >= 0) & (place < side), place.clamp(0, side - 1)
+
     height, width = problem.x_ref.shape[-2:]
-    top = _corner(problem.streams, t, purpose, height - side + 1)
-    left = _corner(problem.streams, t, purpose + 1, width - side + 1)
-    device = problem.x_ref.device
-    down = torch.arange(height, device=device) - top[:, None]
-    across = torch.arange(width, device=device) - left[:, None]
-    rows_in = (down >= 0) & (down < side)
-    columns_in = (across >= 0) & (across < side)
-    mask = (rows_in[:, :, None] & columns_in[:, None, :])[:, None]
-    return mask, down.clamp(0, side - 1), across.clamp(0, side - 1)
+    (rows_in, down), (columns_in, across) = along(height, purpose), along(width, purpose + 1)
+    return (rows_in[:, :, None] & columns_in[:, None, :])[:, None], down, across
 
 
 def _stripes(problem: Problem) -> Tensor:
     """The L_inf start: vertical stripes of +-r, one sign per channel and column."""
     channels, _, width = problem.x_ref.shape[1:]
-    signs = _signs(problem.streams, 0, 0, (channels, 1, width), problem.x_ref.dtype)
+    signs = _signs(problem, 0, 0, channels, 1, width)
     return problem.project((problem.ball.radius * signs).expand_as(problem.x_ref))
 
 
 def _linf_move(problem: Problem, perturbation: Tensor, side: int, t: int) -> Tensor:
     side = min(max(side, 1), *problem.x_ref.shape[-2:])
     mask, _, _ = _window(problem, side, t, 1)
-    channels = problem.x_ref.shape[1]
-    signs = _signs(problem.streams, t, 0, (channels, 1, 1), problem.x_ref.dtype)
+    signs = _signs(problem, t, 0, problem.x_ref.shape[1], 1, 1)
     return problem.project(torch.where(mask, problem.ball.radius * signs, perturbation))
 
 
 def _pyramid(height: int, width: int) -> Tensor:
     """Concentric rectangles whose values grow towards the centre (eq. 2 of the Square attack)."""
     half = height // 2
-    r = torch.arange(1, height + 1)[:, None]
-    s = torch.arange(1, width + 1)[None, :]
-    reach = half - torch.maximum((r - half - 1).abs(), (s - width // 2 - 1).abs())
+    down, across = torch.arange(height)[:, None] - half, torch.arange(width) - width // 2
+    reach = half - torch.maximum(down.abs(), across.abs())
     terms = 1.0 / (half + 1 - torch.arange(half + 1, dtype=torch.float64)) ** 2
     return torch.where(reach >= 0, terms.cumsum(0)[reach.clamp(min=0)], terms[0])
 
@@ -204,29 +185,26 @@ def _pattern(side: int, like: Tensor) -> Tensor:
 
 def _tiles(problem: Problem) -> Tensor:
     """The L2 start: patterns with random signs on a grid of about 5 x 5 tiles, on the sphere."""
-    height, width = problem.x_ref.shape[-2:]
-    channels = problem.x_ref.shape[1]
+    channels, height, width = problem.x_ref.shape[1:]
     side = max(min(height, width) // 5, 2)
     pattern = _pattern(side, problem.x_ref)
     repeats = (-(-height // side), -(-width // side))
-    signs = _signs(problem.streams, 0, 0, (channels, *repeats), problem.x_ref.dtype)
-    signs = signs.repeat_interleave(side, 2).repeat_interleave(side, 3)
-    tiled = signs * pattern.repeat(repeats)
+    signs = _signs(problem, 0, 0, channels, *repeats)
+    tiled = signs.repeat_interleave(side, 2).repeat_interleave(side, 3) * pattern.repeat(repeats)
     return _on_sphere(problem, tiled[..., :height, :width])
 
 
 def _l2_move(problem: Problem, perturbation: Tensor, side: int, t: int) -> Tensor:
-    streams, radius = problem.streams, problem.ball.radius
     channels, height, width = problem.x_ref.shape[1:]
     # An odd side of at least 3, as published, where the image has room for it.
     side = min(max(side, 3) | 1, height, width)
     mask, down, across = _window(problem, side, t, 1)
     other, _, _ = _window(problem, side, t, 3)
-    signs = _signs(streams, t, 0, (channels, 1, 1), perturbation.dtype)
+    signs = _signs(problem, t, 0, channels, 1, 1)
 
     pattern = _pattern(side, perturbation)
     # Transposed for every other row, at random.
-    flip = _signs(streams, t, 5, (1, 1), perturbation.dtype) > 0
+    flip = _signs(problem, t, 5, 1, 1) > 0
     straight = pattern[down[:, :, None], across[:, None, :]]
     turned = pattern[across[:, None, :], down[:, :, None]]
     pattern = torch.where(flip, straight, turned)[:, None]
@@ -236,7 +214,7 @@ def _l2_move(problem: Problem, perturbation: Tensor, side: int, t: int) -> Tenso
 
     inside = torch.where(mask, perturbation, 0.0)
     both = torch.where(mask | other, perturbation, 0.0)
-    unused = (radius**2 - norm(perturbation, (1, 2, 3)).square()).clamp(min=0.0)
+    unused = (problem.ball.radius**2 - norm(perturbation, (1, 2, 3)).square()).clamp(min=0.0)
     budget = (unused / channels + norm(both).square()).sqrt()
     added = torch.where(mask, signs * pattern, 0.0) + inside / norm(inside).clamp(min=1e-12)
     added = added / norm(added).clamp(min=1e-12) * budget

@@ -1,19 +1,12 @@
 r"""Our models as plain ``torch.nn.Module`` classifiers, for libraries that know nothing of VAEs.
 
 Foolbox, torchattacks and the Adversarial Robustness Toolbox attack modules that map images in [0,
-1] to scores. Two wrappers make a VAE one, whatever mode its modules are in:
+1] to scores. :class:`LatentClassifier` and :class:`EncoderAttackHead` make a VAE one, in any mode.
 
-- :class:`LatentClassifier`, images to the scores of a classifier of latents, undefended or
-  defended;
-- :class:`EncoderAttackHead`, two scores whose cross-entropy with label 0 rises with the symmetric
-  KL-divergence from the references.
-
-A defence that samples has no useful gradient. With ``encode`` given, :class:`LatentClassifier`
-returns the scores of the defended latents and differentiates a surrogate instead: by default the
-guide's mean, as if the defence were the identity on latents (BPDA). In formulas, with the defended
-latents :math:`z_T` and the guide's mean :math:`m(x)`, it classifies
-
-.. math:: z = m(x) + \mathrm{stop}(z_T - m(x)) .
+A defence that samples has no useful gradient. With ``defended`` given, :class:`LatentClassifier`
+returns the scores of the defended latents :math:`z_T` and differentiates a surrogate instead: by
+default the guide's mean :math:`m(x)`, as if the defence were the identity on latents (BPDA). It
+classifies :math:`z = m(x) + \mathrm{stop}(z_T - m(x))`.
 
 References: Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML
 2018, https://arxiv.org/abs/1802.00420 (BPDA); Rauber et al., "Foolbox Native", JOSS 2020,
@@ -28,9 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae_defence.attacks.adaptive import straight_through
-from pyro_vae_defence.attacks.objectives import symmetric_kl
-from pyro_vae_defence.attacks.objectives._rows import LatentsOf, check_latents, encode_rows
-from pyro_vae_defence.attacks.objectives.classifiers import Classifier
+from pyro_vae_defence.attacks.objectives import _rows, symmetric_kl
 from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode, posterior_mean
 from pyro_vae_defence.types import VAE, Encode, PreparedObjective
 
@@ -53,15 +44,15 @@ class LatentClassifier(nn.Module):
     def __init__(
         self,
         vae: VAE,
-        classifier: Classifier,
+        classifier: _rows.Classifier,
         *,
-        latents: LatentsOf = "mean",
+        latents: _rows.LatentsOf = "mean",
         defended: Encode | None = None,
         surrogate: Encode | None = None,
     ) -> None:
         super().__init__()
         check_vae(vae)
-        check_latents(latents)
+        _rows.check_latents(latents)
         for name, value in (("defended", defended), ("surrogate", surrogate)):
             if not (value is None or callable(value)):
                 raise ValueError(f"{name} must map images to latents, got {value!r}")
@@ -82,7 +73,7 @@ class LatentClassifier(nn.Module):
         """Scores of every image; the gradient is that of the surrogate when defended."""
         with evaluation_mode(self.vae, self.classifier):
             if self.defended is None:
-                return self.classifier(encode_rows(self.vae, x, self.latents))
+                return self.classifier(_rows.encode_rows(self.vae, x, self.latents))
             smooth = self.surrogate(x) if self.surrogate else posterior_mean(self.vae, x)
             with torch.no_grad():
                 exact = self.defended(x.detach())
@@ -98,10 +89,9 @@ class EncoderAttackHead(nn.Module):
     r"""Two scores per image, :math:`(0, \Delta(x))`, for untargeted attacks on label 0.
 
     Their cross-entropy with label 0, :math:`\log(1 + e^\Delta)`, and their margin :math:`\Delta`
-    increase in the objective, and their gradients are positive multiples of its own: a library that
-    makes class 0 unlikely maximises :math:`\Delta`. Use labels ``zeros(N)`` and the library's
-    random start (at the references the gradient is zero). Row i of a batch is compared with
-    reference i, so attack all references in one batch.
+    increase in the objective: a library that makes class 0 unlikely maximises :math:`\Delta`. Use
+    labels ``zeros(N)`` and the library's random start (at the references the gradient is zero). Row
+    i of a batch is compared with reference i, so attack all references in one batch.
 
     Args:
         vae: any Pyro VAE, on its final device.

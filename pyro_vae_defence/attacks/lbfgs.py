@@ -16,8 +16,7 @@ evaluates one trial point per row: rows that accept it build the next direction,
 :math:`\tau`.
 
 Where the curvature along a step is not positive, as where an attack maximises a convex function,
-the row forgets its pairs and the direction becomes a long projected gradient step, towards a corner
-of :math:`C`.
+the row forgets its pairs and takes a long projected gradient step, towards a corner of :math:`C`.
 
 References: Schmidt, van den Berg, Friedlander, Murphy, "Optimizing costly functions with simple
 constraints: a limited-memory projected quasi-Newton algorithm", AISTATS 2009,
@@ -27,6 +26,7 @@ gradient methods on convex sets", SIAM J. Optim. 2000, https://doi.org/10.1137/S
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +34,14 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks.base import Attack, Problem, State, first_result, keep_best
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.latents import rows
 
 # Nocedal and Wright: sufficient increase, and how far one trial may shorten the step.
 ARMIJO = 1e-4
 SHORTEST_CUT, LONGEST_CUT = 0.1, 0.5
 
-# Rejections in a row after which a row gives up its model of the curvature, and how much shorter
-# its steps become.
+# Rejections after which a row gives up its model of the curvature, and how its steps shrink then.
 PATIENCE = 6
 STIFFEN = 100.0
 
@@ -55,8 +55,7 @@ class LBFGS(Attack):
 
     Args:
         memory: pairs the curvature is modelled with, >= 1.
-        inner_steps: projected gradient steps on the model per direction, >= 1; they cost no
-            evaluation.
+        inner_steps: projected gradient steps on the model per direction, >= 1, not evaluated.
     """
 
     memory: int = 8
@@ -64,7 +63,8 @@ class LBFGS(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_integers("memory", "inner_steps")
+        check_integer("memory", self.memory)
+        check_integer("inner_steps", self.inner_steps)
 
     def _start(self, problem: Problem) -> State:
         start = problem.start()
@@ -103,46 +103,45 @@ class LBFGS(Attack):
 
         step = (trial - current).flatten(1)
         change = (before - gradient).flatten(1)  # of f = -objective
-        product = (step * change).sum(1)
+        product = _inner(step, change)
         # The first evaluation is of the start: there is no step yet.
         usable = accept & (product > 1e-10 * step.norm(dim=1) * change.norm(dim=1)) & (t > 0)
         forget = stuck | (accept & ~usable)
         steps = _push(state["steps"], step, usable, forget)
         changes = _push(state["changes"], change, usable, forget)
 
-        flat = kept.flatten(1).norm(dim=1)
-        scale = flat / (LONG * _diameter(problem))
-        curvature = torch.where(
-            usable, change.square().sum(1) / torch.where(usable, product, 1.0), state["curvature"]
-        )
+        diameter = 2.0 * self.ball.radius
+        if isinstance(self.ball, Linf):
+            diameter = diameter * kept[0].numel() ** 0.5
+        scale = kept.flatten(1).norm(dim=1) / (LONG * diameter)
+        bend = change.square().sum(1) / torch.where(usable, product, 1.0)
+        curvature = torch.where(usable, bend, state["curvature"])
         curvature = torch.where(accept & ~usable, torch.where(scale > 0, scale, 1.0), curvature)
         curvature = torch.where(stuck, STIFFEN * curvature, curvature)
 
-        model = _Model(steps, changes, curvature)
         fresh = accept | stuck
+        model = {"steps": steps, "changes": changes, "curvature": curvature}
         towards = self._direction(problem, result["result"], kept, model)
         return {
             **result,
+            **model,
             "gradient": kept,
             "direction": torch.where(rows(fresh, towards), towards, direction),
             "length": torch.where(fresh, 1.0, length * cut),
-            "steps": steps,
-            "changes": changes,
-            "curvature": curvature,
             "rejected": torch.where(stuck, 0.0, rejected),
         }
 
     def _direction(
-        self, problem: Problem, current: Tensor, gradient: Tensor, model: _Model
+        self, problem: Problem, current: Tensor, gradient: Tensor, model: State
     ) -> Tensor:
         """Minimise the model over the feasible set by spectral projected gradients."""
         direction = torch.zeros_like(current)
         slope = -gradient
-        rate = 1.0 / model.curvature
+        times, rate = _bfgs(**model), 1.0 / model["curvature"]
         for _ in range(self.inner_steps):
             target = problem.project(current + direction - rows(rate, slope) * slope)
             move = target - current - direction
-            bent = model.times(move)
+            bent = times(move)
             bend = _inner(move, bent)
             positive = bend > 0
             safe = torch.where(positive, bend, 1.0)
@@ -153,29 +152,23 @@ class LBFGS(Attack):
         return direction
 
 
-class _Model:
-    """The limited-memory BFGS matrix B, as products with images; missing pairs are zero."""
+def _bfgs(steps: Tensor, changes: Tensor, curvature: Tensor) -> Callable[[Tensor], Tensor]:
+    """Multiplies images by the limited-memory BFGS matrix B; missing pairs are zero."""
+    corrections: list[tuple[Tensor, Tensor]] = []
 
-    def __init__(self, steps: Tensor, changes: Tensor, curvature: Tensor) -> None:
-        self.curvature = curvature
-        self._down: list[Tensor] = []
-        self._up: list[Tensor] = []
-        for i in range(steps.shape[1]):
-            step, change = steps[:, i], changes[:, i]
-            bent = self._apply(step)
-            self._down.append(_over_root(bent, (step * bent).sum(1)))
-            self._up.append(_over_root(change, (step * change).sum(1)))
-
-    def times(self, images: Tensor) -> Tensor:
-        """B v for every row, same shape."""
-        return self._apply(images.flatten(1)).reshape(images.shape)
-
-    def _apply(self, vector: Tensor) -> Tensor:
-        total = self.curvature[:, None] * vector
-        for down, up in zip(self._down, self._up):
+    def times(images: Tensor) -> Tensor:
+        vector = images.flatten(1)
+        total = curvature[:, None] * vector
+        for down, up in corrections:
             total = total + up * (up * vector).sum(1, keepdim=True)
             total = total - down * (down * vector).sum(1, keepdim=True)
-        return total
+        return total.reshape(images.shape)
+
+    for step, change in zip(steps.unbind(1), changes.unbind(1)):
+        bent = times(step)
+        down, up = _over_root(bent, _inner(step, bent)), _over_root(change, _inner(step, change))
+        corrections.append((down, up))
+    return times
 
 
 def _over_root(vector: Tensor, square: Tensor) -> Tensor:
@@ -186,18 +179,10 @@ def _over_root(vector: Tensor, square: Tensor) -> Tensor:
 
 
 def _push(pairs: Tensor, newest: Tensor, use: Tensor, forget: Tensor) -> Tensor:
-    """Append a vector to the memory of the rows that use it; empty the memory of those that
-    forget."""
+    """Append a vector to the memory of rows that use it; empty that of rows that forget."""
     pushed = torch.cat([pairs[:, 1:], newest[:, None]], 1)
     pairs = torch.where(use[:, None, None], pushed, pairs)
     return torch.where(forget[:, None, None], 0.0, pairs)
-
-
-def _diameter(problem: Problem) -> float:
-    """Euclidean diameter of the ball."""
-    ball = problem.ball
-    widest = 2.0 * ball.radius
-    return widest * problem.x_ref[0].numel() ** 0.5 if isinstance(ball, Linf) else widest
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

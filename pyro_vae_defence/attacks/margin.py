@@ -36,8 +36,7 @@ class RMargin(NamedTuple):
     Attributes:
         survived: ``(N,)``, the largest radius tried at which the attack failed; 0 if there is none.
         broken: ``(N,)``, the smallest radius tried at which it succeeded; infinite if there is
-            none, and 0 where two reconstructions of the reference itself mostly differ by more than
-            r.
+            none, and 0 where two reconstructions of the reference mostly differ by more than r.
     """
 
     survived: Tensor
@@ -58,8 +57,8 @@ def r_margin(
 
     Args:
         vae: any Pyro VAE.
-        attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``: the largest radius of interest is its
-            ball's. Any restart that succeeds counts.
+        attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``, whose ball has the largest radius of
+            interest. Any restart that succeeds counts.
         x_ref: reference images ``(N, C, H, W)`` in [0, 1].
         r: largest Euclidean distance between reconstructions that is tolerated, > 0.
         num_bisections: radii tried after the largest; each halves the bracket.
@@ -77,43 +76,34 @@ def r_margin(
     check_integer("num_bisections", num_bisections, 0)
     num_images, largest = x_ref.shape[0], attack.ball.radius
     # The attack's noise is the same at every radius; that of the decisions is fresh.
-    attacker, first, second = (
-        Streams.create(num_images, 1, seed=draw_seed(generator), device=x_ref.device)
-        for _ in range(3)
-    )
+    attacker, *decider = (draw_seed(generator) for _ in range(3))
 
     def breaks(index: Tensor, radius: float) -> Tensor:
         """Whether an attack on the images ``index`` succeeds within ``radius``, bool."""
         repeated = dataclasses.replace(
             attack, ball=dataclasses.replace(attack.ball, radius=radius), checkpoint=None
         )
-        chain = torch.arange(attack.num_restarts, device=index.device)
-        streams = Streams(
-            attacker.seed, index.repeat(attack.num_restarts), chain.repeat_interleave(len(index))
-        )
-        x_adv = repeated.attack_rows(x_ref[index], streams).x_adv
+        x_adv = repeated.attack_rows(x_ref[index], index, attacker).x_adv
         return torch.stack([differs(x, index) for x in x_adv]).any(0)
 
     @torch.no_grad()
     def differs(x: Tensor, index: Tensor) -> Tensor:
         """Whether at least half of the reconstructions of ``x`` are more than r away."""
-        streams = [s._replace(image=index, chain=torch.zeros_like(index)) for s in (first, second)]
+        streams = (Streams(seed, index, torch.zeros_like(index)) for seed in decider)
         far = []
         with evaluation_mode(vae):
             for noise, noise_ref in zip(*(draws(s, num_draws) for s in streams)):
-                difference = reconstruct(vae, x, "sample", noise) - reconstruct(
-                    vae, x_ref[index], "sample", noise_ref
-                )
+                reference = reconstruct(vae, "sample", x_ref[index], noise_ref)
+                difference = reconstruct(vae, "sample", x, noise) - reference
                 far.append(difference.flatten(1).norm(dim=1) > r)
         return torch.stack(far).double().mean(0) >= 0.5
 
     every = torch.arange(num_images, device=x_ref.device)
-    survived = x_ref.new_zeros(num_images)
     at_rest = differs(x_ref, every)
     at_most = breaks(every, largest)
-    survived = torch.where(at_most | at_rest, survived, largest)
-    broken = torch.where(at_most, largest, torch.full_like(survived, torch.inf))
-    broken = torch.where(at_rest, 0.0, broken)
+    survived = x_ref.new_full((num_images,), largest).masked_fill(at_most | at_rest, 0.0)
+    broken = torch.full_like(survived, torch.inf)
+    broken = broken.masked_fill(at_most, largest).masked_fill(at_rest, 0.0)
     for _ in range(num_bisections):
         middle = 0.5 * (survived + broken)
         # Images with the same bracket are attacked together.

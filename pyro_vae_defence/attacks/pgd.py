@@ -1,7 +1,6 @@
 r"""Projected gradient ascent in a ball around each reference: plain, as published, with momentum.
 
-.. math::
-    \varepsilon_{t+1} = \Pi\bigl(\varepsilon_t + \eta_t d_t\bigr),
+.. math:: \varepsilon_{t+1} = \Pi\bigl(\varepsilon_t + \eta_t d_t\bigr),
 
 where :math:`\Pi` projects on the ball and the range of images and :math:`d_t` is the direction of
 steepest ascent in the ball's norm: the sign of the gradient for L_inf, the normalised gradient for
@@ -52,7 +51,8 @@ class Ascent(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("step_size")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size must be positive, got {self.step_size!r}")
 
     def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
         """Value and direction at ``state["perturbation"]``, and what changes in the state."""
@@ -66,13 +66,11 @@ class Ascent(Attack):
         perturbation = state["perturbation"]
         value, direction, changed = self._direction(problem, state, t)
         state = keep_best(state, perturbation, value) | changed
-        length = self.step_size
-        if length is None:
-            length = 2.5 * self.ball.radius / self.num_steps
+        length = self.step_size or 2.5 * self.ball.radius / self.num_steps
         return {**state, "perturbation": problem.climb(perturbation, direction, length)}
 
     def _finish(self, problem: Problem, state: State) -> State:
-        return last_iterate(problem, state)
+        return keep_best(state, state["perturbation"], problem.value(state["perturbation"]))
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,7 @@ class PGD(Ascent):
     """Projected gradient ascent; one gradient per step.
 
     Args:
-        preset: ``"paper"`` for the published optimiser, which has a step size of its own, and whose
-            result is the last iterate.
+        preset: ``"paper"`` for the published optimiser: its own step size, and the last iterate.
     """
 
     preset: Literal["paper"] | None = None
@@ -158,16 +155,7 @@ class MomentumPGD(Ascent):
 
     def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
         value, gradient = problem.value_and_gradient(state["perturbation"])
-        momentum = self.decay * state["momentum"] + normalised(gradient)
+        norm = gradient.flatten(1).abs().sum(1)
+        unit = gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
+        momentum = self.decay * state["momentum"] + unit
         return value, momentum, {"momentum": momentum}
-
-
-def normalised(gradient: Tensor) -> Tensor:
-    """The gradient over its L1 norm; zero stays zero."""
-    norm = gradient.flatten(1).abs().sum(1)
-    return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
-
-
-def last_iterate(problem: Problem, state: State) -> State:
-    """Compare the result with the last iterate, which no step has evaluated; one query."""
-    return keep_best(state, state["perturbation"], problem.value(state["perturbation"]))

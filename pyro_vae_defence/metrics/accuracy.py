@@ -13,14 +13,11 @@ from torch import Tensor
 
 
 def adversarial_accuracy(prediction_ref: Tensor, prediction_adv: Tensor) -> Tensor:
-    """1 where the attack left the predicted class unchanged, 0 where it changed it.
+    """1 where the attack left the predicted class unchanged, 0 where it changed it; float ``(N,)``.
 
     Args:
-        prediction_ref: classes predicted for the reference images, integers of shape ``(N,)``.
-        prediction_adv: classes predicted for the attacked images, the same shape.
-
-    Returns:
-        Zeros and ones of the default float dtype, shape ``(N,)``; the mean is the accuracy.
+        prediction_ref, prediction_adv: classes predicted for the reference images and for the
+            attacked ones, integers of shape ``(N,)``.
 
     Raises:
         ValueError: an argument is not a vector of classes, or the lengths differ.

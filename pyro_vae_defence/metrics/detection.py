@@ -26,14 +26,11 @@ from pyro_vae_defence.metrics.intervals import Interval, check_bootstrap, tails
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
-    """Probability that an attacked image scores above another one, ties counted half.
+    """Probability that an attacked image scores above another one, ties counted half: a float64.
 
     Args:
         negatives: scores of images that are not attacked, ``(N,)``.
         positives: scores of attacked images, ``(M,)``, high where an attack is suspected.
-
-    Returns:
-        A scalar in [0, 1], float64.
 
     Raises:
         ValueError: if an argument is not a vector of scores.
@@ -48,16 +45,7 @@ def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
 def fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tensor:
     """Share of other images that raise the alarm when at least ``tpr`` of the attacked ones do.
 
-    Args:
-        negatives: scores of images that are not attacked, ``(N,)``.
-        positives: scores of attacked images, ``(M,)``.
-        tpr: share of attacked images to catch, in (0, 1].
-
-    Returns:
-        A scalar in [0, 1], float64.
-
-    Raises:
-        ValueError: if an argument is not a vector of scores, or ``tpr`` is out of range.
+    Scores, result and errors are those of :func:`auroc`; a ``tpr`` outside (0, 1] is an error, too.
     """
     _check(negatives, positives)
     if not 0 < tpr <= 1:
@@ -78,20 +66,14 @@ def detection_interval(
 ) -> Interval:
     """Percentile bootstrap interval of :func:`auroc` or :func:`fpr_at_tpr` over images.
 
-    Entry i of both vectors belongs to image i, clean and attacked: images are resampled, both their
-    scores together.
-
     Args:
         statistic: function of negatives and positives.
-        negatives: scores of the images before the attack, ``(N,)``.
-        positives: scores of the same images after it, ``(N,)``.
-        level: nominal coverage, between 0 and 1.
-        num_resamples: bootstrap samples.
-        generator: randomness, on the CPU; the global one by default.
+        negatives, positives: scores of the same images before and after the attack, ``(N,)`` each.
+            Images are resampled, both their scores together.
+        level, num_resamples, generator: as for ``metrics.bootstrap_interval``.
 
     Raises:
-        ValueError: if the lengths differ, there are fewer than two images, or scores or options are
-            out of range.
+        ValueError: if lengths differ, images are fewer than two, or an argument is out of range.
     """
     _check(negatives, positives)
     num_images = negatives.shape[0]

@@ -1,19 +1,16 @@
 """The marginal likelihood of images under any Pyro VAE, one value per image, in nats.
 
 :mod:`pyro_vae_defence.metrics.likelihood` has the estimators; here the program supplies the
-densities,
-
-    log p(x, z) = -U(z; x)      and      log q(z | x),
-
-both sums of unscaled log-probabilities over the sites of model and guide. Latents of constrained
-support are moved on the unconstrained scale, whose log-determinant enters both and leaves log p(x)
-as it is.
-
-Every image has its own random stream, so that its estimate depends on the seed and on its place in
-the batch, never on how much is computed at once.
+densities log p(x, z) = -U(z; x) and log q(z | x), both sums of unscaled log-probabilities over the
+sites of model and guide. Latents of constrained support are moved on the unconstrained scale, whose
+log-determinant enters both and leaves log p(x) as it is. Every image has its own random stream:
+its estimate depends on the seed and its place in the batch, never on how much is computed at once.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,18 +36,14 @@ def nll(
 ) -> Tensor:
     """-log p(x) of every image by importance sampling from the guide (Table 7 of the paper).
 
-    An upper bound in expectation (IWAE's). The VAE is evaluated in eval mode.
+    ``(N,)``, in nats, without gradient, in eval mode: an upper bound in expectation (IWAE's).
 
     Args:
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
         num_samples: draws from the guide per image; 1000 in the paper.
-        rows: pairs of image and draw computed at once; bounds the memory, not the result (up to
-            rounding).
+        rows: pairs of image and draw computed at once: bounds the memory, not the result.
         generator: source of randomness; torch's global seed when ``None``.
-
-    Returns:
-        Shape ``(N,)``, in nats, without gradient.
 
     Raises:
         ValueError: ``vae`` or ``x`` is unsuitable, or a number is not positive.
@@ -63,40 +56,34 @@ def nll(
     with program.evaluation_mode(vae):
         for first in range(0, x.shape[0], rows):
             batch = x[first : first + rows]
-            weigh = _Weights(vae, batch, Streams.create(len(batch), seed=seed, first_image=first))
+            streams = Streams.create(len(batch), seed=seed, first_image=first, device=x.device)
             chunk = max(1, min(rows // len(batch), num_samples))
-            results.append(importance_nll(weigh, num_samples, chunk))
+            results.append(importance_nll(_weights(vae, batch, streams), num_samples, chunk))
     return torch.cat(results)
 
 
-class _Weights:
+def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
     """Log-weights ``(k, N)`` of the next k draws per image; draws are numbered as chains are."""
+    draw = program.GuideDraws(vae, x)
+    drawn = 0
 
-    def __init__(self, vae: VAE, x: Tensor, streams: Streams) -> None:
-        self.vae = vae
-        self.x = x
-        self.draw = program.GuideDraws(vae, x)
-        self.streams = streams
-        self.drawn = 0
-        self.potential: program.ModelPotential | None = None
+    # Reading a model's sites runs it once: only the last chunk may differ in size.
+    @functools.lru_cache(maxsize=1)
+    def potential(count: int) -> program.ModelPotential:
+        return program.potential(vae, x.repeat(count, 1, 1, 1))
 
-    def __call__(self, count: int) -> Tensor:
-        images = len(self.x)
-        # Reading a model's sites runs it once: only the last chunk may differ in size.
-        if self.potential is None or self.potential.num_images != count * images:
-            self.potential = program.potential(self.vae, self.x.repeat(count, 1, 1, 1))
-        chain = torch.arange(self.drawn, self.drawn + count).repeat_interleave(images)
-        streams = Streams(
-            self.streams.seed,
-            self.streams.image.repeat(count).to(self.x.device),
-            chain.to(self.x.device),
-        )
-        self.drawn += count
-        values, log_q = self.draw(count, streams)
-        latents = self.potential.unconstrain(values)
+    def weigh(count: int) -> Tensor:
+        nonlocal drawn
+        chain = torch.arange(drawn, drawn + count, device=x.device).repeat_interleave(len(x))
+        drawn += count
+        energy = potential(count)
+        values, log_q = draw(count, Streams(streams.seed, streams.image.repeat(count), chain))
+        latents = energy.unconstrain(values)
         # U holds minus the log-determinant of the transforms; q, read on the support, does not.
-        log_joint = self.potential.log_determinant(latents) - self.potential(latents)
-        return (log_joint - log_q).view(count, images)
+        log_joint = energy.log_determinant(latents) - energy(latents)
+        return (log_joint - log_q).view(count, len(x))
+
+    return weigh
 
 
 def ais_log_weights(
@@ -110,22 +97,18 @@ def ais_log_weights(
 ) -> Tensor:
     """Log-weights of annealed importance sampling between the guide and p(z | x).
 
-    With a rising schedule ``log_mean_exp(result)`` estimates log p(x) from below. With a falling
-    one, and ``initial`` drawn from the exact posterior, ``-log_mean_exp(result)`` does from above.
+    Shape ``(num_chains, N)``, in nats, without gradient. With a rising schedule their
+    ``log_mean_exp`` estimates log p(x) from below. With a falling one, and ``initial`` drawn from
+    the exact posterior, ``-log_mean_exp`` of them does from above.
 
     Args:
         vae: any Pyro VAE.
         x: images ``(N, C, H, W)``.
-        transition: moves ``num_chains * N`` rows of unconstrained latents, chains folded in; see
-            :data:`~pyro_vae_defence.metrics.likelihood.Transition`.
+        transition: moves ``num_chains * N`` rows of unconstrained latents, chains folded in.
         schedule: inverse temperatures; 100 of :func:`sigmoid_schedule` when ``None``.
         num_chains: M, independent chains per image.
-        initial: latents of ``num_chains * N`` rows on their support; draws from the guide when
-            ``None``.
+        initial: latents of ``num_chains * N`` rows on their support; by default the guide's draws.
         generator: source of the draws from the guide; torch's global seed when ``None``.
-
-    Returns:
-        Shape ``(num_chains, N)``, in nats, without gradient.
 
     Raises:
         ValueError: an argument does not fit, or a falling schedule comes without ``initial``.
@@ -136,8 +119,7 @@ def ais_log_weights(
     schedule = sigmoid_schedule(100) if schedule is None else schedule
     if initial is None and float(schedule[0]) != 0.0:
         raise ValueError(
-            "schedule falls, and initial is None: pass exact draws of p(z | x), which simulated "
-            "data have"
+            "schedule falls, and initial is None: pass exact draws of p(z | x), as simulate returns"
         )
     repeated = x.repeat(num_chains, 1, 1, 1)
     with program.evaluation_mode(vae):
@@ -156,17 +138,13 @@ def ais_log_weights(
 
 @torch.no_grad()
 def simulate(vae: VAE, x: Tensor) -> tuple[Latents, Tensor]:
-    """Latents from the prior and images from p(x | z): data with one exact posterior draw each.
+    """Latents of ``N`` rows from the prior, and images from p(x | z).
 
-    The latents are an exact draw from p(z | x) of the simulated images, as bidirectional Monte
-    Carlo needs.
+    The latents are an exact draw from p(z | x), as bidirectional Monte Carlo needs.
 
     Args:
         vae: any Pyro VAE whose likelihood can be sampled.
         x: images ``(N, C, H, W)``, of which only shape, dtype and device matter.
-
-    Returns:
-        Latents of ``N`` rows and images of the shape of ``x``.
     """
     with program.evaluation_mode(vae):
         latents = program.prior(vae, x)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,17 +28,13 @@ Extractor = Callable[[Tensor], Tensor]
 
 
 def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
-    """Squared Fréchet distance of two sets of features.
+    """Squared Fréchet distance of two sets of features: a float64 scalar, not negative.
 
     Args:
-        features: shape ``(N, F)``, two rows or more.
-        other: shape ``(M, F)``, two rows or more.
-
-    Returns:
-        A float64 scalar, not negative.
+        features, other: shapes ``(N, F)`` and ``(M, F)``, two rows or more each.
 
     Raises:
-        ValueError: the shapes do not fit, or there are fewer than two rows.
+        ValueError: the shapes do not fit.
     """
     for name, value in (("features", features), ("other", other)):
         if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[1]:
@@ -47,9 +42,9 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
                 f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and "
                 "the same F in both"
             )
-    mean, covariance = _moments(features)
-    other_mean, other_covariance = _moments(other)
-    root = _square_root(covariance)
+    (mean, covariance), (other_mean, other_covariance) = _moments(features), _moments(other)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
     # The product is symmetric, so its root has the square roots of its eigenvalues for a trace.
     overlap = torch.linalg.eigvalsh(root @ other_covariance @ root).clamp(min=0).sqrt().sum()
     distance = (mean - other_mean).square().sum() + (covariance + other_covariance).trace()
@@ -61,14 +56,9 @@ def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tens
     """Squared Fréchet distance of two sets of images; report it as ``frechet[<extractor>]``.
 
     Args:
-        x: images ``(N, C, H, W)`` in [0, 1].
-        y: images ``(M, C, H, W)``.
-        extractor: images to features, e.g. a
-            :class:`~pyro_vae_defence.models.classifier.ConvClassifier`'s ``features``.
+        x, y: images ``(N, C, H, W)`` and ``(M, C, H, W)`` in [0, 1].
+        extractor: images to features, e.g. ``models.classifier.ConvClassifier(...).features``.
         rows: images at once.
-
-    Returns:
-        A float64 scalar.
     """
     sets = (torch.cat([extractor(batch) for batch in images.split(rows)]) for images in (x, y))
     return frechet_distance(*sets)
@@ -81,14 +71,10 @@ def fid(
     """Fréchet Inception distance through torchmetrics (Table 7); grey becomes three channels.
 
     Args:
-        x: images ``(N, C, H, W)`` in [0, 1] with one or three channels.
-        y: images ``(M, C, H, W)``.
+        x, y: images ``(N, C, H, W)`` and ``(M, C, H, W)`` in [0, 1] with one or three channels.
         weights_path: file of the Inception weights (``pt_inception-2015-12-05-6726825d.pth`` of
             torch-fidelity); downloaded when ``None``.
         rows: images at once.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: torchmetrics is not installed, there is no such file, or the images do not fit.
@@ -104,30 +90,22 @@ def fid(
                 f"{name} has shape {tuple(images.shape)}: pass (N, C, H, W) with two images or "
                 "more and one or three channels"
             )
-    inception = _inception(None if weights_path is None else str(weights_path)).to(x.device)
+    path = None if weights_path is None else str(weights_path)
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        inception = FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=path)
+    except ImportError as error:  # of torchmetrics, or by it of torch-fidelity
+        raise ValueError(
+            "FID needs torchmetrics and torch-fidelity: pip install 'pyro-vae-defence[metrics]'"
+        ) from error
+    inception.to(x.device)
     for images, real in ((x, True), (y, False)):
         for batch in images.split(rows):
             inception.update(batch.expand(-1, 3, -1, -1).clamp(0, 1), real=real)
     return inception.compute()
 
 
-def _inception(weights_path: str | None) -> Any:
-    mend = "FID needs torchmetrics and torch-fidelity: pip install 'pyro-vae-defence[metrics]'"
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise ValueError(mend) from error
-    try:
-        return FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=weights_path)
-    except ModuleNotFoundError as error:  # torchmetrics without torch-fidelity
-        raise ValueError(mend) from error
-
-
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
     double = features.detach().double()
     return double.mean(0), torch.atleast_2d(double.mT.cov())
-
-
-def _square_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.mT

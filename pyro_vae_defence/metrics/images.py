@@ -38,7 +38,7 @@ def metric_name(metric: str, variant: str) -> str:
 
 
 def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
-    """Multi-scale structural similarity of each image pair; 1 for identical images.
+    """Multi-scale structural similarity of each image pair, ``(N,)`` in [0, 1]; 1 if identical.
 
     ``"paper"`` is the variant behind the MSSSIM columns of Kuzina, Welling, Tomczak (2022). With
     S_j = max(0, average of l s) and R_j = max(0, average of s) at scale j, averages over the
@@ -58,33 +58,27 @@ def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
     last row or column is dropped. Scale 5 of a 28x28 image is one pixel, where only luminance
     remains. The dynamic range is 1. Where a factor is 0, so are the result and its gradient.
 
-    ``"standard"`` is ``pytorch_msssim.ms_ssim`` (window 11, sigma 1.5, dynamic range 1), which is
-    defined for sides above 160 pixels only.
+    ``"standard"`` is ``pytorch_msssim.ms_ssim`` (window 11, sigma 1.5, dynamic range 1).
 
     Args:
-        x: images, shape ``(N, C, H, W)``, float32 or float64, range [0, 1].
-        y: images of the same shape, dtype and device. The order of the two does not matter.
+        x, y: images ``(N, C, H, W)`` in [0, 1], float32 or float64, on one device, in either order.
         variant: ``"paper"`` (sides of 16 pixels or more) or ``"standard"`` (more than 160).
-
-    Returns:
-        Shape ``(N,)``, range [0, 1]. The paper's tables print the mean over images.
 
     Raises:
         ValueError: shapes or dtypes differ or are unsuitable, the images are too small for the
             variant, or the variant is unknown. The range of the values is not checked.
     """
     _check_pair(x, y)
-    smaller_side = min(x.shape[-2:])
+    smaller_side, halvings = min(x.shape[-2:]), len(_WEIGHTS) - 1
     if variant == "paper":
-        smallest = 2 ** (len(_WEIGHTS) - 1)
-        if smaller_side < smallest:
+        if smaller_side < 2**halvings:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, but five scales need sides of at least {smallest} "
-                "pixels: use ssim, or resize the images"
+                f"x has shape {tuple(x.shape)}, but five scales need sides of at least "
+                f"{2**halvings} pixels: use ssim, or resize the images"
             )
         return _paper_ms_ssim(x, y)
     if variant == "standard":
-        too_small = (_STANDARD_WINDOW - 1) * 2 ** (len(_WEIGHTS) - 1)
+        too_small = (_STANDARD_WINDOW - 1) * 2**halvings
         if smaller_side <= too_small:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but variant='standard' needs sides above "
@@ -97,14 +91,8 @@ def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity at one scale, ``pytorch_msssim.ssim`` (window 11, sigma 1.5, range 1).
 
-    Args:
-        x, y: images as for :func:`ms_ssim`, with sides of 11 pixels or more.
-
-    Returns:
-        Shape ``(N,)``, range [-1, 1]; 1 for identical images.
-
-    Raises:
-        ValueError: shapes or dtypes differ or are unsuitable, or the images are too small.
+    Images and errors are those of :func:`ms_ssim`, with sides of 11 pixels or more; the result
+    ``(N,)`` lies in [-1, 1], and is 1 for identical images.
     """
     _check_pair(x, y)
     if min(x.shape[-2:]) < _STANDARD_WINDOW:
@@ -116,19 +104,10 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
-    """Squared difference of each image pair, averaged over pixels and channels.
+    """Squared difference of each image pair, averaged over pixels and channels, ``(N,)``.
 
-    The paper (Table 7) reports it on the 0..255 scale, hence ``scale``; ``scale=1`` keeps [0, 1].
-
-    Args:
-        x, y: images as for :func:`ms_ssim`, of any size.
-        scale: what a difference of 1 counts for; positive.
-
-    Returns:
-        Shape ``(N,)``, range [0, scale^2] for images in [0, 1].
-
-    Raises:
-        ValueError: shapes or dtypes differ or are unsuitable, or ``scale`` is not positive.
+    A difference of 1 counts for ``scale``, positive; the paper (Table 7) reports the 0..255 scale.
+    Images and errors are those of :func:`ms_ssim`, of any size.
     """
     _check_pair(x, y)
     if not scale > 0:
@@ -138,15 +117,11 @@ def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
 
 def _paper_ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     result = x.new_ones(x.shape[0])
-    for scale, weight in enumerate(_WEIGHTS):
-        if scale > 0:
-            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-        similarity, contrast = _similarity_and_contrast(x, y)
-        if scale < len(_WEIGHTS) - 1:
-            result = result * _relu_power(contrast, weight)
-        else:
-            result = result * _relu_power(similarity, weight) ** (len(_WEIGHTS) - 1)
-    return result
+    *weights, last = _WEIGHTS
+    for weight in weights:
+        result = result * _relu_power(_similarity_and_contrast(x, y)[1], weight)
+        x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+    return result * _relu_power(_similarity_and_contrast(x, y)[0], last) ** len(weights)
 
 
 def _similarity_and_contrast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,15 +9,13 @@ and a tail (1 - level)/2,
     z0 = Phi^{-1}(share of resampled t below the estimate, ties counted half),
     a = sum_g d_g^3 / (6 (sum_g d_g^2)^{3/2}),         d_g = average of t_(-h) over h, minus t_(-g),
 
-where t_(-g) leaves unit g out. For the median a = 0: leaving one unit out says nothing about its
-skewness.
+where t_(-g) leaves unit g out. For the median a = 0: leaving one out says nothing of its skewness.
 
 Efron, "Better bootstrap confidence intervals", 1987; https://doi.org/10.1080/01621459.1987.10478410
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -64,31 +62,34 @@ def bootstrap_interval(
     statistic: str = "mean",
     generator: torch.Generator | None = None,
 ) -> Interval:
-    """BCa bootstrap interval of a mean or median over images.
+    """BCa bootstrap interval of a mean or median over images, in float64 on the CPU.
 
     Attacks restarted on one image are not independent: pass the image's index as ``groups``, and
     whole images are resampled. Values that are all equal (an accuracy of 0 or 1) give an interval
-    of no width, which understates the uncertainty: of n independent images about 3/n may still
-    differ.
+    of no width, which understates the uncertainty: of n images about 3/n may still differ.
 
     Args:
         values: one value per image, shape ``(N,)``, finite.
         groups: integers of shape ``(N,)``; values with the same one are resampled together.
-        level: nominal coverage, between 0 and 1. With about 50 units BCa falls a percent or two
-            short.
+        level: nominal coverage, between 0 and 1. With 50 units BCa is a percent or two short.
         num_resamples: bootstrap samples.
         statistic: ``"mean"`` or ``"median"``, of the values (a larger group weighs more).
         generator: randomness, on the CPU; the global one by default.
-
-    Returns:
-        An :class:`Interval` of Python numbers, computed in float64 on the CPU.
 
     Raises:
         ValueError: empty, non-finite or non-vector values, fewer than two groups, groups of another
             shape or dtype, or a level, number of resamples or statistic out of range.
     """
-    groups = torch.arange(values.numel()) if groups is None else groups
-    _check_values(values, groups)
+    if values.ndim != 1 or values.shape[0] == 0:
+        raise ValueError(f"values has shape {tuple(values.shape)}: pass one value per image, (N,)")
+    if count := int((~torch.isfinite(values)).sum()):
+        raise ValueError(f"values has {count} non-finite entries: report and drop them first")
+    groups = torch.arange(len(values)) if groups is None else groups
+    if groups.shape != values.shape or groups.is_floating_point():
+        raise ValueError(
+            f"groups has shape {tuple(groups.shape)} and dtype {groups.dtype}: "
+            f"pass {len(values)} integers, one per value"
+        )
     check_bootstrap(level, num_resamples)
     if statistic not in ("mean", "median"):
         raise ValueError(f"statistic={statistic!r} is unknown: choose 'mean' or 'median'")
@@ -99,30 +100,19 @@ def bootstrap_interval(
         raise ValueError("values come from one image or group: an interval needs two or more")
 
     of_weighted = _weighted_mean if statistic == "mean" else _weighted_median
-    estimate = of_weighted(sample, torch.ones(1, sample.shape[0], dtype=torch.float64))
-    resampled = _resample(sample, unit, num_units, num_resamples, of_weighted, generator)
+    estimate = of_weighted(sample, torch.ones(1, len(sample), dtype=torch.float64))
+    parts = []
+    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+        # A resample is a count per unit.
+        shape = (min(_RESAMPLES_AT_ONCE, num_resamples - start), num_units)
+        drawn = torch.randint(num_units, shape, generator=generator)
+        ones = torch.ones(shape, dtype=torch.float64)
+        counts = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
+        parts.append(of_weighted(sample, counts[:, unit]))
+    resampled = torch.cat(parts)
     acceleration = _acceleration_of_mean(sample, unit, num_units) if statistic == "mean" else 0.0
     low, high = torch.quantile(resampled, _bca_levels(resampled, estimate, acceleration, level))
-    return Interval(float(estimate), float(low), float(high), level, sample.shape[0], num_units)
-
-
-def _resample(
-    values: Tensor,
-    unit: Tensor,
-    num_units: int,
-    num_resamples: int,
-    of_weighted: Callable[[Tensor, Tensor], Tensor],
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Statistic of each bootstrap sample, ``(num_resamples,)``: a resample is a count per unit."""
-    statistics = []
-    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
-        rows = min(_RESAMPLES_AT_ONCE, num_resamples - start)
-        drawn = torch.randint(num_units, (rows, num_units), generator=generator)
-        counts = torch.zeros(rows, num_units, dtype=values.dtype)
-        counts.scatter_add_(1, drawn, torch.ones_like(counts))
-        statistics.append(of_weighted(values, counts[:, unit]))
-    return torch.cat(statistics)
+    return Interval(float(estimate), float(low), float(high), level, len(sample), num_units)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -171,17 +161,3 @@ def check_bootstrap(level: float, num_resamples: int) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1: use 0.95 for 95 percent")
     check_integer("num_resamples", num_resamples)
-
-
-def _check_values(values: Tensor, groups: Tensor) -> None:
-    if values.ndim != 1 or values.shape[0] == 0:
-        raise ValueError(f"values has shape {tuple(values.shape)}: pass one value per image, (N,)")
-    if not bool(torch.isfinite(values).all()):
-        count = int((~torch.isfinite(values)).sum())
-        raise ValueError(f"values has {count} non-finite entries: report and drop them first")
-
-    if groups.shape != values.shape or groups.is_floating_point():
-        raise ValueError(
-            f"groups has shape {tuple(groups.shape)} and dtype {groups.dtype}: "
-            f"pass {len(values)} integers, one per value"
-        )

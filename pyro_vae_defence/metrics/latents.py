@@ -16,23 +16,18 @@ ACTIVITY_THRESHOLD = 0.01
 
 
 def active_units(means: Tensor, threshold: float = ACTIVITY_THRESHOLD) -> Tensor:
-    """Which latent dimensions are active; their number is ``active_units(means).sum()``.
+    """Which latent dimensions are active: bool, shape ``event``; its sum is their number.
 
     Args:
         means: means of q(z | x), shape ``(N, *event)``, one row per image, at least two.
         threshold: smallest (unbiased) variance over images that counts as active, not negative.
 
-    Returns:
-        Boolean, shape ``event``.
-
     Raises:
         ValueError: fewer than two rows, no latent dimension, or a negative threshold.
     """
     if means.ndim < 2 or means.shape[0] < 2:
-        raise ValueError(
-            f"means has shape {tuple(means.shape)}: pass (N, *event) with N of two "
-            "or more, one row per image"
-        )
+        shape = tuple(means.shape)
+        raise ValueError(f"means has shape {shape}: pass (N, *event), one row per image, N >= 2")
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold} is a variance: pass zero or more")
     return means.var(dim=0) > threshold

@@ -24,6 +24,7 @@ Grosse, Ghahramani, Adams, "Sandwiching the marginal likelihood using bidirectio
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ def importance_nll(
 ) -> Tensor:
     """-log p(x) per image by importance sampling (the paper's NLL), summed as a stream.
 
-    An upper bound of the NLL in expectation; the gap shrinks as ``num_samples`` grows.
+    ``(N,)``, in nats, without gradient: an upper bound in expectation, tighter for more samples.
 
     Args:
         sample_and_weight: for k, draws k latents per image from the proposal and returns
@@ -57,15 +58,12 @@ def importance_nll(
         num_samples: K, positive; 1000 in the paper.
         chunk: the largest k asked for at once, positive; bounds the memory.
 
-    Returns:
-        Shape ``(N,)``, in nats, without gradient.
-
     Raises:
         ValueError: a number is not positive, or the weights do not have ``k`` rows.
     """
     check_integer("num_samples", num_samples)
     check_integer("chunk", chunk)
-    total: Tensor | None = None
+    total = torch.tensor(-torch.inf)
     for start in range(0, num_samples, chunk):
         rows = min(chunk, num_samples - start)
         log_weights = sample_and_weight(rows)
@@ -74,9 +72,7 @@ def importance_nll(
                 f"sample_and_weight({rows}) has shape {tuple(log_weights.shape)}: "
                 f"return log-weights of shape ({rows}, N), one per sample and image"
             )
-        summed = log_weights.logsumexp(dim=0)
-        total = summed if total is None else torch.logaddexp(total, summed)
-    assert total is not None  # num_samples is positive
+        total = torch.logaddexp(total, log_weights.logsumexp(dim=0))
     return math.log(num_samples) - total
 
 
@@ -88,12 +84,11 @@ def ais(
     transition: Transition,
     schedule: Tensor | Sequence[float],
 ) -> Tensor:
-    """Log-weights of annealed importance sampling, one chain per row.
+    """Log-weights of annealed importance sampling, one chain per row, in nats, without gradient.
 
-    With a rising schedule and ``initial`` drawn from q, each result is log w with E[w] = p(x). With
-    a falling schedule, ``initial`` drawn from p(z | x) and a reversible ``transition``, each result
-    is -log w with E[1/w] = 1/p(x). Several chains per image are rows of ``initial``; reshape the
-    result to ``(M, N)`` and average with :func:`log_mean_exp`::
+    Each result is log w with a rising schedule and ``initial`` drawn from q, and -log w with a
+    falling schedule, ``initial`` drawn from p(z | x) and a reversible ``transition``. Several
+    chains per image are rows of ``initial``::
 
         lower = log_mean_exp(ais(potential, log_q, from_guide, transition, schedule).view(M, N))
         upper = -log_mean_exp(ais(potential, log_q, from_posterior, transition, falling).view(M, N))
@@ -104,11 +99,7 @@ def ais(
         initial: latents of ``N`` rows.
         transition: called with the annealed potential -(1-b) log q - b log p once per inner
             temperature; it runs without gradient and opens ``torch.enable_grad()`` if it needs one.
-        schedule: inverse temperatures from 0 to 1, strictly rising, or from 1 to 0, strictly
-            falling.
-
-    Returns:
-        Shape ``(N,)``, in nats, without gradient.
+        schedule: inverse temperatures, strictly rising from 0 to 1 or falling from 1 to 0.
 
     Raises:
         ValueError: the schedule does not run from one end to the other.
@@ -119,9 +110,12 @@ def ais(
     def log_ratio() -> Tensor:
         return -potential(latents) - log_q(latents)
 
+    def annealed(temperature: float, latents: Latents) -> Tensor:
+        return temperature * potential(latents) - (1 - temperature) * log_q(latents)
+
     log_weights = (temperatures[1] - temperatures[0]) * log_ratio()
     for step, (now, following) in enumerate(itertools.pairwise(temperatures[1:])):
-        latents = transition(latents, _annealed(potential, log_q, now), step)
+        latents = transition(latents, functools.partial(annealed, now), step)
         log_weights = log_weights + (following - now) * log_ratio()
     return log_weights
 
@@ -138,12 +132,11 @@ def sigmoid_schedule(num_steps: int, steepness: float = 4.0) -> Tensor:
     Burda, Salakhutdinov, Grosse, "On the quantitative analysis of decoder-based generative models",
     2017; https://arxiv.org/abs/1611.04273). ``.flip(0)`` falls.
 
+    Shape ``(num_steps + 1,)``, float64, from exactly 0 to exactly 1.
+
     Args:
         num_steps: K, positive.
         steepness: positive; near 0 the schedule is linear.
-
-    Returns:
-        Shape ``(num_steps + 1,)``, float64, from exactly 0 to exactly 1.
 
     Raises:
         ValueError: an argument is not positive.
@@ -152,15 +145,6 @@ def sigmoid_schedule(num_steps: int, steepness: float = 4.0) -> Tensor:
     check_positive("steepness", steepness)
     logistic = torch.linspace(-steepness, steepness, num_steps + 1, dtype=torch.float64).sigmoid()
     return (logistic - logistic[0]) / (logistic[-1] - logistic[0])
-
-
-def _annealed(
-    potential: Potential, log_q: Callable[[Latents], Tensor], temperature: float
-) -> Potential:
-    def annealed_potential(latents: Latents, /) -> Tensor:
-        return temperature * potential(latents) - (1 - temperature) * log_q(latents)
-
-    return annealed_potential
 
 
 def _check_schedule(schedule: Tensor | Sequence[float]) -> list[float]:

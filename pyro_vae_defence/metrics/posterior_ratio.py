@@ -32,24 +32,18 @@ from pyro_vae_defence.types import LatentsLike, Potential
 def log_posterior_ratio(
     potential: Potential, latents_1: LatentsLike, latents_2: LatentsLike
 ) -> Tensor:
-    """Difference log p(z_1 | x) - log p(z_2 | x) per image, in nats (paper, equation 11).
+    """Difference log p(z_1 | x) - log p(z_2 | x) per image, ``(N,)`` in nats (paper, equation 11).
 
-    In the paper z_1 encodes the reference and z_2 the attacked image: the lower, the better the
-    defence.
+    In the paper z_1 encodes the reference, z_2 the attacked image: low is good for the defence.
 
     Args:
         potential: energy of the model conditioned on the *reference* images.
-        latents_1: latents of ``N`` rows.
-        latents_2: latents of the same sites and shapes.
-
-    Returns:
-        Shape ``(N,)``.
+        latents_1, latents_2: latents of ``N`` rows, of the same sites and shapes.
 
     Raises:
         ValueError: sites or shapes differ between the two.
     """
-    shapes_1 = {site: tuple(value.shape) for site, value in latents_1.items()}
-    shapes_2 = {site: tuple(value.shape) for site, value in latents_2.items()}
+    shapes_1, shapes_2 = ({n: tuple(v.shape) for n, v in z.items()} for z in (latents_1, latents_2))
     if shapes_1 != shapes_2:
         raise ValueError(
             f"latents_2 has sites {shapes_2} but latents_1 has {shapes_1}: "
@@ -77,11 +71,7 @@ def ks_test(a: Tensor, b: Tensor) -> KSTest:
     Cost grows as n (n + m): a second or two for 10,000 values each.
 
     Args:
-        a: values, shape ``(n,)``.
-        b: values, shape ``(m,)``.
-
-    Returns:
-        The statistic and the p-value.
+        a, b: values, shapes ``(n,)`` and ``(m,)``.
 
     Raises:
         ValueError: a sample is empty, not a vector or contains NaN.
@@ -89,10 +79,9 @@ def ks_test(a: Tensor, b: Tensor) -> KSTest:
     first, second = _sorted_sample("a", a), _sorted_sample("b", b)
     n, m = first.size, second.size
     values = np.concatenate([first, second])
-    below_1 = np.searchsorted(first, values, side="right")
-    below_2 = np.searchsorted(second, values, side="right")
+    below = (np.searchsorted(sample, values, side="right") for sample in (first, second))
     # Distances in units of 1/(n m) are integers: no rounding decides whether a path touches.
-    distance = int(np.abs(below_1 * m - below_2 * n).max())
+    distance = int(np.abs(next(below) * m - next(below) * n).max())
     return KSTest(distance / (n * m), _probability_of_distance(distance, n, m))
 
 

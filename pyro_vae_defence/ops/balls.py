@@ -1,17 +1,14 @@
 r"""Balls :math:`\{\varepsilon : \|\varepsilon\|_p \le r\}` of perturbations, one per image.
 
-Each ball knows ``project`` (the nearest point of the ball; exactly inside, also in floating point),
-``steepest_ascent`` (the maximiser of :math:`\langle g, d\rangle` over :math:`\|d\|_p \le 1`) and
-``random_start``. Images have a range as well: ``project_box`` projects on the intersection of the
-ball with a box :math:`l \le \varepsilon \le u` that contains 0. Clipping a projection, or
-projecting a clipped point, finds a point of the intersection but not the nearest one, and projected
-gradient ascent then stops short of the maximum. Perturbations have shape ``(N, *event)``; norms are
-per row. ``Linf`` is the paper's choice (Table 8).
+Perturbations have shape ``(N, *event)``; norms are per row. Images have a range as well:
+``project_box`` projects on the intersection of the ball with a box :math:`l \le \varepsilon \le u`
+that contains 0. Clipping a projection, or projecting a clipped point, finds a point of the
+intersection but not the nearest one, and projected gradient ascent then stops short of the maximum.
+``Linf`` is the paper's choice (Table 8).
 
 References: Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient projections onto the l1-ball", ICML
 2008, https://doi.org/10.1145/1390156.1390191; Croce, Hein, "Mind the box: l1-APGD for sparse
-adversarial attacks on image classifiers", ICML 2021, https://arxiv.org/abs/2103.01208 (why the box
-matters).
+adversarial attacks on image classifiers", ICML 2021, https://arxiv.org/abs/2103.01208 (the box).
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +24,8 @@ from torch import Tensor
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.ops.streams import Streams
 
-# Halvings of a bracket; the bracket of a projection ends narrower than float32 resolves.
+# Halvings of a projection's bracket, which ends narrower than float32 resolves.
 _BISECTIONS = 32
-
 # More than enough: rounding adds a few units in the last place of the image to a perturbation.
 _ROUNDING_STEPS = 4
 
@@ -38,8 +34,7 @@ _ROUNDING_STEPS = 4
 class Ball:
     """A norm ball of perturbations; use one of :class:`Linf`, :class:`L2`, :class:`L1`.
 
-    Args:
-        radius: largest norm of a perturbation, in units of the image range [0, 1]; must be > 0.
+    ``radius`` > 0 is the largest norm of a perturbation, in units of the image range [0, 1].
     """
 
     radius: float
@@ -57,11 +52,11 @@ class Ball:
         raise NotImplementedError
 
     def project(self, perturbation: Tensor) -> Tensor:
-        """Nearest point of the ball (Euclidean distance), same shape."""
+        """Nearest point of the ball (Euclidean distance), exactly inside also when rounded."""
         raise NotImplementedError
 
     def steepest_ascent(self, gradient: Tensor) -> Tensor:
-        """Direction of unit norm with the largest inner product with ``gradient``, same shape."""
+        """Direction d, of norm <= 1, with the largest inner product with ``gradient``."""
         raise NotImplementedError
 
     def step_direction(self, gradient: Tensor) -> Tensor:
@@ -77,12 +72,7 @@ class Ball:
         raise NotImplementedError
 
     def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Nearest point of the ball's intersection with ``low <= perturbation <= high``.
-
-        Args:
-            perturbation: ``(N, *event)``.
-            low, high: bounds of every value, same shape, ``low <= 0 <= high``.
-        """
+        """Nearest point of the ball's cut with the box ``low <= perturbation <= high`` around 0."""
         raise NotImplementedError
 
     def _bisect(
@@ -113,6 +103,13 @@ class Ball:
             outside = rows(self.norm(difference) > self.radius, x_adv)
             x_adv = torch.where(outside, x_ref + shrink * difference, x_adv)
         return x_adv
+
+
+def check_ball(ball: Any) -> Ball:
+    """``ball``, or a ``ValueError`` unless it is a :class:`Ball`."""
+    if not isinstance(ball, Ball):
+        raise ValueError(f"ball must be a Ball such as Linf(0.1), got {ball!r}")
+    return ball
 
 
 class Linf(Ball):

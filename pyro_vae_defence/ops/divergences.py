@@ -11,8 +11,7 @@ For independent Gaussians :math:`q = N(m, s^2)` and :math:`q' = N(m', s'^2)`,
     W_2^2 = \sum_d (m_d - m'_d)^2 + (s_d - s'_d)^2 .
 
 Other families go through :func:`torch.distributions.kl_divergence`. Arguments are dicts from site
-name to distribution with batch shape ``(N,)``; several sites add up. Results are in nats, shape
-``(N,)``.
+name to distribution with batch shape ``(N,)``; several sites add up. Results have shape ``(N,)``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Arithmetic on latents kept as a dict of tensors, one entry per latent site.
 
 Every tensor has shape ``(N, *event)``: one row per image, or per (chain, image) pair once chains
-are folded into the batch. Row ``c * num_images + i`` of a folded tensor is chain ``c`` of image
-``i``.
+are folded into the batch. Row ``c * num_images + i`` is then chain ``c`` of image ``i``.
 """
 
 from __future__ import annotations

@@ -37,13 +37,13 @@ from torch import Tensor
 from pyro_vae_defence.ops.balls import L1, L2, Ball, Linf
 from pyro_vae_defence.ops.latents import rows
 
-__all__ = ["maximise_linear", "nearest"]
-
 # Measured with weights over 8 decades: 8 leave a relative 1e-5 of the optimum, 16 nothing that
 # float64 shows.
 _NEWTON_STEPS = 16
 # Halvings of an interval of numbers; 64 reach neighbours in float32 and nearly so in float64.
 _BISECTION_STEPS = 64
+
+_UNKNOWN = "ball must be an Linf, L2 or L1 ball, got {!r}"
 
 
 def maximise_linear(slope: Tensor, x: Tensor, ball: Ball) -> Tensor:
@@ -58,8 +58,7 @@ def maximise_linear(slope: Tensor, x: Tensor, ball: Ball) -> Tensor:
         ValueError: for a ball other than ``Linf``, ``L2`` and ``L1``.
     """
     slope = slope.expand_as(x)
-    room = torch.where(slope > 0, 1.0 - x, x)
-    room = torch.where(slope == 0, 0.0, room)
+    room = torch.where(slope == 0, 0.0, torch.where(slope > 0, 1.0 - x, x))
     weight = slope.abs()
     if isinstance(ball, Linf):
         magnitude = room.clamp(max=ball.radius)
@@ -68,7 +67,7 @@ def maximise_linear(slope: Tensor, x: Tensor, ball: Ball) -> Tensor:
     elif isinstance(ball, L1):
         magnitude = _greedy(weight, room, ball.radius)
     else:
-        raise _unknown(ball)
+        raise ValueError(_UNKNOWN.format(ball))
     return _move(x, slope.sign(), magnitude, ball)
 
 
@@ -78,11 +77,7 @@ def nearest(target: Tensor, precision: Tensor | float, x: Tensor, ball: Ball) ->
     Args:
         target: ``(N, *event)``, or broadcastable to it; any values.
         precision: positive weights, broadcastable to ``(N, *event)``, e.g. inverse variances.
-        x: images ``(N, *event)``, values in [0, 1].
-        ball: around each row of ``x``.
-
-    Raises:
-        ValueError: for a ball other than ``Linf``, ``L2`` and ``L1``.
+        x, ball: as for :func:`maximise_linear`, with the same error.
     """
     target = target.expand_as(x)
     precision = torch.as_tensor(precision, dtype=x.dtype, device=x.device).expand_as(x)
@@ -97,7 +92,7 @@ def nearest(target: Tensor, precision: Tensor | float, x: Tensor, ball: Ball) ->
     elif isinstance(ball, L1):
         magnitude = _soft_threshold(distance, precision, room, ball.radius)
     else:
-        raise _unknown(ball)
+        raise ValueError(_UNKNOWN.format(ball))
     return _move(x, (target - x).sign(), magnitude, ball)
 
 
@@ -157,7 +152,3 @@ def _move(x: Tensor, direction: Tensor, magnitude: Tensor, ball: Ball) -> Tensor
     rounding = torch.finfo(x.dtype).eps * ball.norm(torch.ones_like(x)) / ball.radius
     smaller = x + change * rows((1.0 - rounding).clamp(min=0.0), change)
     return torch.where(rows(ball.norm(moved - x) > ball.radius, x), smaller, moved)
-
-
-def _unknown(ball: Ball) -> ValueError:
-    return ValueError(f"ball must be an Linf, L2 or L1 ball, got {ball!r}")

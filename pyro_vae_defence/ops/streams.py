@@ -18,10 +18,12 @@ https://doi.org/10.1145/2063384.2063405 (constants and test vectors).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+Shape: TypeAlias = tuple[int, ...]
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -38,16 +40,14 @@ def philox(
     k0, k1 = key
     for _ in range(_ROUNDS):
         # int64 products wrap, which leaves all 64 bits right; the mask undoes the sign extension.
-        product0 = c0 * _MULTIPLIERS[0]
-        product1 = c2 * _MULTIPLIERS[1]
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _MASK) ^ c1 ^ k0,
             product1 & _MASK,
             ((product0 >> 32) & _MASK) ^ c3 ^ k1,
             product0 & _MASK,
         )
-        k0 = (k0 + _WEYL[0]) & _MASK
-        k1 = (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 
@@ -82,49 +82,29 @@ class Streams(NamedTuple):
         device: torch.device | str = "cpu",
     ) -> Streams:
         """Streams of images numbered from ``first_image``, with chains folded in."""
+        seed = draw_seed(generator) if seed is None else seed
         image = torch.arange(first_image, first_image + num_images, device=device)
-        chain = torch.arange(num_chains, device=device)
-        return cls(
-            draw_seed(generator) if seed is None else seed,
-            image.repeat(num_chains),
-            chain.repeat_interleave(num_images),
-        )
-
-    def _words(self, step: int, purpose: int, blocks: int) -> Tensor:
-        if not 0 <= purpose < _MAX_PURPOSE:
-            raise ValueError(f"purpose must lie in 0..{_MAX_PURPOSE - 1}, got {purpose}")
-        block = torch.arange(blocks, device=self.image.device)
-        words = philox(
-            (
-                block,
-                torch.full_like(block, step & _MASK),
-                (self.chain * _MAX_PURPOSE + purpose)[:, None],
-                self.image[:, None],
-            ),
-            (self.seed & _MASK, (self.seed >> 32) & _MASK),
-        )
-        # One broadcast gathers the four words of each block: (N, blocks, 4).
-        return torch.stack(torch.broadcast_tensors(*words), -1)
+        chain = torch.arange(num_chains, device=device).repeat_interleave(num_images)
+        return cls(seed, image.repeat(num_chains), chain)
 
     def uniform(
-        self,
-        step: int,
-        purpose: int = 0,
-        event_shape: tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
+        self, step: int, purpose: int = 0, event_shape: Shape = (), dtype: torch.dtype | None = None
     ) -> Tensor:
         """Uniforms on (0, 1], shape ``(N, *event_shape)``, a function of the arguments alone."""
+        if not 0 <= purpose < _MAX_PURPOSE:
+            raise ValueError(f"purpose must lie in 0..{_MAX_PURPOSE - 1}, got {purpose}")
         size = math.prod(event_shape)
-        words = self._words(step, purpose, -(-size // 4)).flatten(1)[:, :size]
+        block = torch.arange(-(-size // 4), device=self.image.device)
+        chain = (self.chain * _MAX_PURPOSE + purpose)[:, None]
+        counter = (block, torch.full_like(block, step & _MASK), chain, self.image[:, None])
+        four = philox(counter, (self.seed & _MASK, (self.seed >> 32) & _MASK))
+        # One broadcast gathers the four words of each block: (N, blocks, 4).
+        words = torch.stack(torch.broadcast_tensors(*four), -1).flatten(1)[:, :size]
         values = (words.to(dtype or torch.get_default_dtype()) + 0.5) * 2.0**-32
         return values.reshape((-1, *event_shape))
 
     def normal(
-        self,
-        step: int,
-        purpose: int = 0,
-        event_shape: tuple[int, ...] = (),
-        dtype: torch.dtype | None = None,
+        self, step: int, purpose: int = 0, event_shape: Shape = (), dtype: torch.dtype | None = None
     ) -> Tensor:
         """Standard normals, shape ``(N, *event_shape)``, a function of the arguments alone."""
         size = math.prod(event_shape)

@@ -8,13 +8,6 @@ from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 
 __all__ = [
-    "ATTACKS",
-    "CHECKS",
-    "KNOWLEDGE",
-    "AttackOutcome",
-    "Budget",
-    "Check",
-    "RobustnessReport",
-    "WhiteBox",
-    "evaluate_robustness",
-]
+    "ATTACKS", "CHECKS", "KNOWLEDGE", "AttackOutcome", "Budget", "Check", "RobustnessReport",
+    "WhiteBox", "evaluate_robustness",
+]  # fmt: skip

@@ -22,8 +22,7 @@ class Budget:
         stable: see ``num_draws``.
         num_chains: chains per image of the equilibrium gradient, >= 2.
         persistent_transitions: transitions per step of chains that go on from the attacker's last
-            step; ``None`` runs the whole defence at every step. Chains start with the whole defence
-            in either case.
+            step; ``None`` runs the whole defence, with which chains start anyway, at every step.
         unrolled_transitions: K of the truncated gradient, >= 1.
         num_iterations: conjugate gradient iterations of the implicit gradient, >= 1.
         num_directions: antithetic pairs per step of the black box, >= 1.

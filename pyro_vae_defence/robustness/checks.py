@@ -1,7 +1,6 @@
 """Symptoms of attacks that fail for want of a gradient, tested on the images at hand.
 
-A check is a function of the :class:`Evidence` and a line of :data:`CHECKS`. One that fails makes
-the report unreliable.
+A check is a function of the :class:`Evidence` and a line of :data:`CHECKS`.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks import adaptive
-from pyro_vae_defence.ops.balls import L1, L2, Ball, Linf
-from pyro_vae_defence.robustness.report import Check
+from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.robustness.scoring import Accuracy, Scores, Similarity
 from pyro_vae_defence.robustness.suite import Candidate, Suite, connected
 
@@ -28,13 +26,10 @@ Verdict = tuple[bool | None, str]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the suite found, and what several checks look at.
+    """What the ``suite`` found, and what several checks look at.
 
-    Attributes:
-        suite: to attack again.
-        found: what its attacks found.
-        scores: of these, on fresh seeds.
-        clean, noise, worst: scores without attack, under random noise, and of the worst attacks.
+    ``scores`` are those of what was found, on fresh seeds; ``clean``, ``noise`` and ``worst`` those
+    without an attack, under random noise, and of the worst attacks.
     """
 
     suite: Suite
@@ -60,28 +55,26 @@ class Evidence:
         """The images that are looked at."""
         return slice(0, self.suite.budget.check_images)
 
-    def again(self, attack: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
-        """The images under an attack, ``(n, C, H, W)``."""
-        return self.suite.attack(
-            attack.row, attack.num_draws, rows=self.rows, ball=ball, num_steps=num_steps
-        )[0]
+    def again(self, one: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
+        """The images under one of the attacks, ``(n, C, H, W)``."""
+        attack = self.suite.attack
+        return attack(one.row, one.num_draws, self.rows, ball, num_steps=num_steps)[0]
 
     @functools.cached_property
     def by_radius(self) -> list[tuple[float, Scores]]:
-        """Scores under the strongest attack in growing balls, the last of which allows any image;
-        none without such an attack."""
+        """Scores under the strongest attack, if any, in growing balls up to any image."""
         if self.strongest is None:
             return []
-        suite, budget, size = self.suite, self.suite.budget, self.suite.x[0].numel()
-        ball, found = suite.ball, []
-        covering = {"L2": L2(size**0.5), "L1": L1(float(size))}.get(ball.norm_name, Linf(1.0))
-        balls = [type(ball)(ball.radius / 2), ball, covering]
-        if not ball.radius < covering.radius:
-            balls = [type(ball)(covering.radius / 2), covering]
-        for ball in balls:
-            x_adv = self.again(self.strongest, budget.check_steps, ball)
-            scores = suite.scorer.score(x_adv, budget.scoring_draws, self.rows)
-            found.append((ball.radius, scores))
+        budget, ball, size = self.suite.budget, self.suite.ball, self.suite.x[0].numel()
+        covering = {"L2": size**0.5, "L1": float(size)}.get(ball.norm_name, 1.0)
+        radii = [ball.radius / 2, ball.radius, covering]
+        if not ball.radius < covering:
+            radii = [covering / 2, covering]
+        found = []
+        for radius in radii:
+            x_adv = self.again(self.strongest, budget.check_steps, type(ball)(radius))
+            scores = self.suite.scorer.score(x_adv, budget.scoring_draws, self.rows)
+            found.append((radius, scores))
         return found
 
     @functools.cached_property
@@ -200,12 +193,10 @@ def monotone_in_radius(evidence: Evidence) -> Verdict:
     strongest, tried = evidence.strongest, evidence.by_radius
     if strongest is None:
         return _NO_ATTACK
-    shown = ", ".join(f"{radius:g}: {float(s.mean().mean()):.3f}" for radius, s in tried)
+    means = [scores.mean() for _, scores in tried]
+    shown = ", ".join(f"{radius:g}: {float(m.mean()):.3f}" for (radius, _), m in zip(tried, means))
     interval = evidence.suite.scorer.interval
-    rises = [
-        interval(after.mean() - before.mean())
-        for (_, before), (_, after) in itertools.pairwise(tried)
-    ]
+    rises = [interval(after - before) for before, after in itertools.pairwise(means)]
     return (
         all(rise["low"] <= 0 for rise in rises),
         f"'{strongest.row.name}', {evidence.suite.budget.check_steps} steps, figure by radius: "
@@ -263,8 +254,3 @@ CHECKS: tuple[Callable[[Evidence], Verdict], ...] = (
     random_noise_is_weaker,
 )
 """In the order in which they run; a check is reported under its function's name."""
-
-
-def run_checks(evidence: Evidence) -> tuple[Check, ...]:
-    """Every check with what it saw."""
-    return tuple(Check(check.__name__, *check(evidence)) for check in CHECKS)

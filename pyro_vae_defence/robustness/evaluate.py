@@ -40,11 +40,10 @@ import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.program import check_images, check_vae
-from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
-from pyro_vae_defence.robustness.checks import Evidence, run_checks
+from pyro_vae_defence.robustness.checks import CHECKS, Evidence
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity, fresh_generators
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
@@ -90,22 +89,21 @@ def evaluate_robustness(
     Raises:
         ValueError: if an argument does not fit.
     """
-    check_vae(vae)
-    check_images(x)
+    program.check_vae(vae)
+    program.check_images(x)
     if not callable(defence):
         raise ValueError(f"defence must map images to a DefenceResult, got {defence!r}")
-    if x.shape[0] < 2:
-        raise ValueError(f"x holds {x.shape[0]} image: intervals need two or more")
-    ball = Linf(0.1) if ball is None else ball
-    if not isinstance(ball, Ball):
-        raise ValueError(f"ball must be a Ball such as Linf(0.1), got {ball!r}")
-    unknown = sorted(set(attacks or ()) - set(KNOWLEDGE))
-    if unknown or (attacks is not None and len(attacks) == 0):
+    if len(x) < 2:
+        raise ValueError(f"x holds {len(x)} image: intervals need two or more")
+    ball = check_ball(Linf(0.1) if ball is None else ball)
+    attacks = tuple(KNOWLEDGE) if attacks is None else attacks
+    unknown = sorted(set(attacks) - set(KNOWLEDGE))
+    if unknown or not attacks:
         raise ValueError(
             f"attacks must be names among {', '.join(KNOWLEDGE)}, got {unknown or attacks}"
         )
-    if labels is not None and tuple(labels.shape) != (x.shape[0],):
-        raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
+    if labels is not None and tuple(labels.shape) != (len(x),):
+        raise ValueError(f"labels must have shape ({len(x)},), got {tuple(labels.shape)}")
     seed = draw_seed(generator)
     fresh = fresh_generators(seed)
     with program.evaluation_mode(vae, classifier):
@@ -116,19 +114,15 @@ def evaluate_robustness(
             if not isinstance(classifier, DefendedClassifier):
                 classifier = DefendedClassifier(box, classifier, "last")
             scorer = Accuracy(vae, defence, x, labels, classifier, fresh)
-        return _report(
-            Suite(box, scorer, x, ball, budget or Budget(), engine), attacks, checks, seed
-        )
+        suite = Suite(box, scorer, x, ball, budget or Budget(), engine)
+        return _report(suite, attacks, checks, seed)
 
 
-def _report(
-    suite: Suite, wanted: Sequence[str] | None, with_checks: bool, seed: int
-) -> RobustnessReport:
+def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> RobustnessReport:
     """Run the suite; the order of these lines decides which seed is used for what."""
     box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
     started = time.perf_counter()
-    asked = [row for row in ATTACKS if wanted is None or row.name in wanted]
-    table = [row for row in asked if not row.reason(box)]
+    table = [row for row in ATTACKS if row.name in names and not row.reason(box)]
     skipped = {row.name: row.reason(box) or "not asked for" for row in ATTACKS if row not in table}
     clock = time.perf_counter()
     clean = scorer.score(x, budget.scoring_draws)
@@ -142,13 +136,12 @@ def _report(
     winner = torch.stack([clean_selection, *(each.selection for each in found)]).argmin(0)
     worst = clean.choose(scores, winner)
     x_adv = torch.stack([x, *(each.x_adv for each in found)])
-    names = ["none", *(each.row.name for each in found)]
+    strongest = ["none", *(each.row.name for each in found)]
     spent = box.evaluations / len(x)
-    checks: tuple[Check, ...] = ()
-    if with_checks:
-        checks = run_checks(Evidence(suite, found, scores, clean, noise, worst))
-    reasons = [f"check {c.name}: {c.detail}" for c in checks if c.passed is False]
-    if not with_checks:
+    evidence = Evidence(suite, found, scores, clean, noise, worst)
+    seen = tuple(Check(c.__name__, *c(evidence)) for c in CHECKS if checks)
+    reasons = [f"check {c.name}: {c.detail}" for c in seen if c.passed is False]
+    if not checks:
         reasons.append("no sanity check ran")
     if box.has_chain and all(each.row.transfers for each in found):
         reasons.append("only transfer attacks ran: no attacker knew the defence")
@@ -176,7 +169,7 @@ def _report(
             for each, score in zip(found, scores, strict=True)
         ),
         skipped=skipped,
-        checks=checks,
+        checks=seen,
         reasons=tuple(reasons),
         cost={
             "defence_gradients_per_image": float(clean_result.num_gradients.double().mean()),
@@ -191,7 +184,7 @@ def _report(
             "pyro_vae_defence": pyro_vae_defence.__version__,
             **{name: metadata.version(name) for name in ("torch", "pyro-ppl")},
         },
-        strongest=tuple(names[index] for index in winner.tolist()),
+        strongest=tuple(strongest[index] for index in winner.tolist()),
         per_image=worst.mean().detach().cpu(),
         x_adv=x_adv[winner, torch.arange(len(x), device=x.device)],
     )

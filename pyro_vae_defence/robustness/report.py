@@ -22,12 +22,10 @@ class AttackOutcome(NamedTuple):
     """One attack, scored on fresh seeds.
 
     Attributes:
-        name: of :data:`~pyro_vae_defence.robustness.suite.KNOWLEDGE`.
+        name, knowledge: as in :data:`~pyro_vae_defence.robustness.suite.KNOWLEDGE`.
         num_draws: draws (or chains) averaged per step.
         figure: mean figure and interval.
-        evaluations: decoder evaluations per image.
-        seconds: wall time.
-        knowledge: what the attacker knows.
+        evaluations, seconds: decoder evaluations per image, and wall time.
     """
 
     name: str

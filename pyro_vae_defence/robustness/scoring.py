@@ -1,8 +1,6 @@
-r"""Figures of images behind a defence, on fresh seeds; nothing here knows an attacker.
+"""Figures of images behind a defence, on fresh seeds; nothing here knows an attacker.
 
-A *figure* is one number per image and draw of the randomised defence, higher for more robust:
-whether the predicted class is the label (:class:`Accuracy`), or the similarity of the image's
-reconstruction to the reference's (:class:`Similarity`).
+What a figure is, and how draws are summarised, :mod:`pyro_vae_defence.robustness.evaluate` says.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,11 +20,11 @@ from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.types import VAE
 
-LEVEL = 0.95
-"""Of all intervals."""
+Fresh: TypeAlias = Callable[[], torch.Generator]
+Compare: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def fresh_generators(seed: int) -> Callable[[], torch.Generator]:
+def fresh_generators(seed: int) -> Fresh:
     """A function that returns a generator with a seed of its own at every call."""
     number = itertools.count(1)
     return lambda: torch.Generator().manual_seed((seed + next(number)) % 2**63)
@@ -63,7 +61,7 @@ class Scorer:
     reading: Reading = "last"
     undefended: Tensor
 
-    def __init__(self, defence: Defence, fresh: Callable[[], torch.Generator]) -> None:
+    def __init__(self, defence: Defence, fresh: Fresh) -> None:
         self.defence, self.fresh = defence, fresh
 
     def score(self, x: Tensor, num_draws: int, rows: slice = slice(None)) -> Scores:
@@ -76,10 +74,9 @@ class Scorer:
         raise NotImplementedError
 
     def interval(self, values: Tensor) -> dict[str, float]:
-        """Mean over images of values ``(N,)`` with its bootstrap interval."""
-        found = metrics.bootstrap_interval(values.detach(), level=LEVEL, generator=self.fresh())
-        edges = {"estimate": found.estimate, "low": found.low, "high": found.high}
-        return {**edges, "num_images": found.num_values}
+        """Mean over images of values ``(N,)`` with its 95% bootstrap interval."""
+        found = metrics.bootstrap_interval(values.detach(), generator=self.fresh())
+        return {**found.to_dict(), "num_images": found.num_values}
 
     def figures(self, scores: Scores) -> dict[str, dict[str, float]]:
         """The four summaries of a report."""
@@ -103,7 +100,7 @@ class Accuracy(Scorer):
         x: Tensor,
         labels: Tensor | None,
         classifier: DefendedClassifier,
-        fresh: Callable[[], torch.Generator],
+        fresh: Fresh,
     ) -> None:
         super().__init__(defence, fresh)
         with torch.no_grad():
@@ -121,18 +118,13 @@ class Accuracy(Scorer):
 
 
 class Similarity(Scorer):
-    """Similarity of reconstructions to the reference's, one undefended draw; by default the paper's
-    MSSSIM. Undefended it is the noise floor, that of a second draw."""
+    """Similarity of reconstructions to the reference's, one undefended draw; the paper's MSSSIM by
+    default. Undefended it is the noise floor, that of a second draw."""
 
     target = "reconstruction"
 
     def __init__(
-        self,
-        vae: VAE,
-        defence: Defence,
-        x: Tensor,
-        compare: Callable[[Tensor, Tensor], Tensor] | None,
-        fresh: Callable[[], torch.Generator],
+        self, vae: VAE, defence: Defence, x: Tensor, compare: Compare | None, fresh: Fresh
     ) -> None:
         super().__init__(defence, fresh)
         self.figure = "similarity" if compare else metrics.metric_name("ms_ssim", "paper")

@@ -1,7 +1,6 @@
 """The attacks: what each knows, when it applies, what it maximises, with how many draws.
 
-An adaptive gradient is a function of :mod:`pyro_vae_defence.attacks.adaptive` and a row of
-:data:`ATTACKS`.
+An adaptive gradient is a function of ``attacks.adaptive`` and a row of :data:`ATTACKS`.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ ALL = slice(None)
 
 
 class Aim(NamedTuple):
-    """A goal, of how many draws or chains, and the transitions by which chains go on at the
-    attacker's next step; ``None`` where they start anew."""
+    """A goal, of how many draws or chains, and how these go on at the next step, unless anew."""
 
     goal: PreparedGoal
     num_draws: int
@@ -49,8 +47,7 @@ def _encoder(suite: Suite, aim: Aim) -> PreparedObjective:
 
 
 def _bpda(suite: Suite, aim: Aim) -> PreparedObjective:
-    encode = adaptive.bpda(suite.box.start, suite.box.chain, aim.resume)
-    return suite.expected(aim, encode, persistent=True)
+    return suite.expected(aim, adaptive.bpda(suite.box.start, suite.box.chain, aim.resume))
 
 
 def _equilibrium(suite: Suite, aim: Aim) -> PreparedObjective:
@@ -70,13 +67,13 @@ def _black_box(suite: Suite, aim: Aim) -> PreparedObjective:
 
 def _implicit(suite: Suite, aim: Aim) -> PreparedObjective:
     parts = (suite.box.start, suite.box.chain, suite.box.energy, suite.budget.num_iterations)
-    return suite.expected(aim, adaptive.implicit(*parts, resume=aim.resume), persistent=True)
+    return suite.expected(aim, adaptive.implicit(*parts, resume=aim.resume))
 
 
 def _truncated(suite: Suite, aim: Aim) -> PreparedObjective:
     last = suite.box.transitions(suite.budget.unrolled_transitions)
-    encode = adaptive.truncated(suite.box.start, suite.box.chain, last, aim.resume)
-    return suite.expected(aim, encode, persistent=True)
+    parts = (suite.box.start, suite.box.chain, last, aim.resume)
+    return suite.expected(aim, adaptive.truncated(*parts))
 
 
 def _unroll(suite: Suite, aim: Aim) -> PreparedObjective:
@@ -138,14 +135,8 @@ KNOWLEDGE = {row.name: row.knowledge for row in ATTACKS}
 
 
 class Candidate(NamedTuple):
-    """What one row found with one number of draws.
-
-    Attributes:
-        row, num_draws: the attack.
-        x_adv: the worst restart of each image, ``(N, C, H, W)``.
-        selection: mean figure that chose it, ``(N,)``.
-        evaluations, seconds: decoder evaluations per image and wall time.
-    """
+    """What one row found with one number of draws: the worst restart ``x_adv`` of each image, the
+    mean figure ``(N,)`` that chose it, decoder evaluations per image, and wall time."""
 
     row: Row
     num_draws: int
@@ -157,14 +148,8 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Suite:
-    """Attacks on a defence.
-
-    Attributes:
-        box: the defence as attackers see it.
-        scorer: what decides which attack is the worst.
-        x: references ``(N, C, H, W)``.
-        ball, budget, engine: see :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`.
-    """
+    """Attacks on a defence, as attackers see it (``box``), of which the ``scorer`` finds the worst;
+    the rest as for :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`."""
 
     box: WhiteBox
     scorer: Scorer
@@ -179,17 +164,10 @@ class Suite:
         of_mean = self.scorer.reading in ("mean", "reencoded")
         return {"of_mean": of_mean, "generator": self.scorer.fresh()}
 
-    def expected(
-        self, aim: Aim, encode: DefendedEncoder, persistent: bool = False
-    ) -> PreparedObjective:
-        """Average over draws; ``persistent`` for encoders that can go on."""
-        return adaptive.expected(
-            encode,
-            aim.goal,
-            aim.num_draws,
-            persistent=persistent and aim.resume is not None,
-            **self.options(),
-        )
+    def expected(self, aim: Aim, encode: DefendedEncoder) -> PreparedObjective:
+        """Average over draws, which go on from step to step where they can."""
+        options = {"persistent": aim.resume is not None, **self.options()}
+        return adaptive.expected(encode, aim.goal, aim.num_draws, **options)
 
     def goal(self, rows: slice = ALL) -> PreparedGoal:
         """What attackers maximise: the classifier's margin, or one minus the similarity."""
@@ -204,11 +182,11 @@ class Suite:
 
             return adaptive.misclassification(classify, scorer.labels[rows])
         assert isinstance(scorer, Similarity)
-        reference = scorer.reference[rows]
+        compare, reference = scorer.compare, scorer.reference[rows]
         return adaptive.output_damage(
             box.decode,
-            lambda x_ref: reference.repeat(x_ref.shape[0] // reference.shape[0], 1, 1, 1),
-            lambda image, reference: 1.0 - scorer.compare(image, reference),
+            lambda x_ref: reference.repeat(len(x_ref) // len(reference), 1, 1, 1),
+            lambda image, reference: 1.0 - compare(image, reference),
         )
 
     def objective(self, row: Row, num_draws: int, rows: slice = ALL) -> PreparedObjective:
@@ -220,24 +198,12 @@ class Suite:
         return lambda x_ref: connected(prepared(x_ref))
 
     def attack(
-        self,
-        row: Row,
-        num_draws: int,
-        *,
-        rows: slice = ALL,
-        ball: Ball | None = None,
-        num_steps: int | None = None,
-        num_restarts: int = 1,
+        self, row: Row, num_draws: int, rows: slice = ALL, ball: Ball | None = None, **options: int
     ) -> Tensor:
-        """Attacked images of every restart, ``(num_restarts, N, C, H, W)``."""
-        steps = self.budget.black_box_steps if row.black_box else self.budget.num_steps
-        attack = self.engine(
-            self.objective(row, num_draws, rows),
-            ball or self.ball,
-            num_steps=num_steps or steps,
-            num_restarts=num_restarts,
-            batch_size=2**31,
-        )
+        """Attacked images of every restart, ``(num_restarts, n, C, H, W)``."""
+        num_steps = self.budget.black_box_steps if row.black_box else self.budget.num_steps
+        options = {"num_steps": num_steps, "num_restarts": 1, "batch_size": 2**31, **options}
+        attack = self.engine(self.objective(row, num_draws, rows), ball or self.ball, **options)
         return attack(self.x[rows], self.scorer.fresh()).x_adv
 
     def candidates(self, table: Iterable[Row], skipped: dict[str, str]) -> Iterator[Candidate]:

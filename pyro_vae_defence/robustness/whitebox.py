@@ -1,7 +1,6 @@
 """What an attacker who knows a defence gets of it: its start, chain and energy; no score.
 
-The parts are what the gradients of :mod:`pyro_vae_defence.attacks.adaptive` are made from. Latents
-are unconstrained throughout.
+The gradients of ``attacks.adaptive`` are made from these parts. All latents are unconstrained.
 """
 
 from __future__ import annotations
@@ -15,13 +14,8 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import DefendedEncoder
-from pyro_vae_defence.defence import (
-    Defence,
-    DefenceResult,
-    MCMCDefence,
-    NoDefence,
-    PosteriorModeDefence,
-)
+from pyro_vae_defence.defence import Defence, DefenceResult, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
@@ -65,10 +59,13 @@ class WhiteBox:
         self.vae, self.defence = vae, defence
         self.shape = tuple(x.shape[1:])
         self.evaluations = 0
-        self._x, self._fresh, self._model = x, fresh, counted
+        self._x, self._fresh = x, fresh
         self._potential = ModelPotential(counted, x)
         self.has_chain = not isinstance(defence, NoDefence)
-        kernel = defence.kernel(counted) if isinstance(defence, MCMCDefence) else None
+        self._make_kernel: Callable[[], Any] = lambda: None
+        if isinstance(defence, MCMCDefence):
+            self._make_kernel = functools.partial(defence.kernel, counted)
+        kernel = self._make_kernel()
         self.unrollable = isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
@@ -93,11 +90,9 @@ class WhiteBox:
 
     def forwards(self) -> DefendedEncoder:
         """The defence run forwards, with the derivative of its start."""
-        return (
-            adaptive.bpda(self.start, self.chain)
-            if self.has_chain
-            else adaptive.transfer(self.start)
-        )
+        if self.has_chain:
+            return adaptive.bpda(self.start, self.chain)
+        return adaptive.transfer(self.start)
 
     def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
         """Where the defence ends; differentiable if unrollable. Others start by themselves."""
@@ -108,11 +103,9 @@ class WhiteBox:
         return self._potential.at(x).unconstrain(result.latents)
 
     def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:
-        """Some transitions of an unrollable defence, to go on with where a chain has ended.
+        """``number`` >= 1 transitions of an unrollable defence, to go on with where a chain ended.
 
-        Args:
-            number: how many, >= 1.
-            step_size: kept throughout; :attr:`step_size` when ``None``.
+        The ``step_size`` is kept throughout; it is :attr:`step_size` when ``None``.
         """
 
         def make() -> Any:
@@ -127,7 +120,7 @@ class WhiteBox:
     def step_size(self) -> float:
         """The step size that an unrollable defence arrives at, median over images."""
         x, whole, kernel = self._x, self._whole, self._make_kernel()
-        streams = Streams.create(x.shape[0], generator=self._fresh(), device=x.device)
+        streams = Streams.create(len(x), generator=self._fresh(), device=x.device)
         with torch.no_grad():
             start = self.start(x, streams)
         unrolled.run(kernel, x, start, streams, whole.num_transitions, whole.warmup_steps)
@@ -138,7 +131,3 @@ class WhiteBox:
         defence: Any = self.defence
         total = defence.warmup_steps + defence.num_samples
         return unrolled.UnrolledKernel(self._make_kernel, self.energy, total, defence.warmup_steps)
-
-    def _make_kernel(self) -> Any:
-        defence: Any = self.defence
-        return defence.kernel(self._model)

@@ -11,14 +11,6 @@ from pyro_vae_defence.attacks.objectives.posteriors import (
 )
 
 __all__ = [
-    "cross_entropy",
-    "dlr",
-    "forward_kl",
-    "maximum_damage",
-    "mean_distance",
-    "misclassified",
-    "reverse_kl",
-    "squared_wasserstein",
-    "symmetric_kl",
-    "targeted_output",
-]
+    "cross_entropy", "dlr", "forward_kl", "maximum_damage", "mean_distance", "misclassified",
+    "reverse_kl", "squared_wasserstein", "symmetric_kl", "targeted_output",
+]  # fmt: skip

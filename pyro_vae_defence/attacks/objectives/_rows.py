@@ -15,19 +15,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.program import (
-    check_guide,
-    check_images,
-    check_vae,
-    decode,
-    encode,
-    evaluation_mode,
-    posterior_mean,
-)
+from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
 
+Classifier = Callable[[Latents], Tensor]
 LatentsOf = Literal["sample", "mean"]
 T = TypeVar("T")
 
@@ -41,9 +34,7 @@ def prepare(prepared: Callable[..., Any], x_ref: Tensor, streams: Streams) -> An
 
 def own_streams(x_ref: Tensor, streams: Streams | None) -> Streams:
     """The rows' streams; when ``None``, new ones with a seed from torch's global one."""
-    if streams is None:
-        return Streams.create(x_ref.shape[0], device=x_ref.device)
-    return streams
+    return streams or Streams.create(x_ref.shape[0], device=x_ref.device)
 
 
 def draws(streams: Streams, num_draws: int) -> list[Streams]:
@@ -52,13 +43,7 @@ def draws(streams: Streams, num_draws: int) -> list[Streams]:
 
 
 def of_rows(value: Tensor, streams: Streams, name: str) -> Tensor:
-    """The entry of ``value`` that belongs to each row's image.
-
-    Args:
-        value: one entry per reference image of the attack, or a single one for all.
-        streams: streams of the rows.
-        name: the argument's name in messages.
-    """
+    """Each row's entry of ``value``, which has one per image of the attack, or a single one."""
     if value.shape[0] == 1:
         return value.expand(streams.image.shape[0], *value.shape[1:])
     if value.device.type != "meta" and int(streams.image.max()) >= value.shape[0]:
@@ -71,17 +56,14 @@ def of_rows(value: Tensor, streams: Streams, name: str) -> Tensor:
 
 def encode_rows(vae: VAE, x: Tensor, of: LatentsOf, streams: Streams | None = None) -> Latents:
     """A draw from the guide with the rows' own noise, or its means."""
-    return encode(vae, x, streams=streams) if of == "sample" else posterior_mean(vae, x)
+    if of == "sample":
+        return program.encode(vae, x, streams=streams)
+    return program.posterior_mean(vae, x)
 
 
-def reconstruct(vae: VAE, x: Tensor, of: LatentsOf, streams: Streams) -> Tensor:
+def reconstruct(vae: VAE, of: LatentsOf, x: Tensor, streams: Streams) -> Tensor:
     """Mean image of the decoder at :func:`encode_rows`, ``(N, C, H, W)``."""
-    return decode(vae, encode_rows(vae, x, of, streams), tuple(x.shape[1:]))
-
-
-def average(values: list[Tensor]) -> Tensor:
-    """Mean over draws of values per image."""
-    return torch.stack(values).mean(0)
+    return program.decode(vae, encode_rows(vae, x, of, streams), tuple(x.shape[1:]))
 
 
 def between(
@@ -91,20 +73,12 @@ def between(
     x_target: Tensor | None,
     num_draws: int,
 ) -> PreparedObjective:
-    """Distance of what is read of an image from what is read of its reference, to be made large; or
-    minus that from what is read of its target.
-
-    Args:
-        vae: any Pyro VAE.
-        read: images and the noise of one draw to what is compared.
-        distance: of two readings, ``(N,)``.
-        x_target: target images ``(N, C, H, W)``, one per reference or a single one.
-        num_draws: noise draws averaged over, the same for both images.
-    """
-    check_vae(vae)
+    """Distance of what is read of an image from what is read of its reference, or minus that from
+    its target: averaged over draws, whose noise is the same for both images."""
+    program.check_vae(vae)
     check_integer("num_draws", num_draws)
     if x_target is not None:
-        check_images(x_target, "x_target")
+        program.check_images(x_target, "x_target")
     sign = 1.0 if x_target is None else -1.0
 
     def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
@@ -113,15 +87,16 @@ def between(
         other = x_ref if x_target is None else of_rows(x_target, streams, "x_target")
 
         def at(x: Tensor) -> list[T]:
-            with evaluation_mode(vae):
+            with program.evaluation_mode(vae):
                 return [read(x, noise) for noise in noises]
 
         with torch.no_grad():
-            check_guide(vae, x_ref, streams=streams)
+            program.check_guide(vae, x_ref, streams=streams)
             fixed = at(other)
 
         def objective(x: Tensor) -> Tensor:
-            return sign * average([distance(p, q) for p, q in zip(at(x), fixed, strict=True)])
+            distances = [distance(p, q) for p, q in zip(at(x), fixed, strict=True)]
+            return sign * torch.stack(distances).mean(0)
 
         return objective
 

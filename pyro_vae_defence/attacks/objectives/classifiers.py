@@ -25,33 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyro_vae_defence.attacks.objectives._rows import (
-    LatentsOf,
-    average,
-    check_latents,
-    draws,
-    encode_rows,
-    of_rows,
-    own_streams,
-)
+from pyro_vae_defence.attacks.objectives import _rows
+from pyro_vae_defence.attacks.objectives._rows import Classifier, LatentsOf
 from pyro_vae_defence.models.program import check_guide, check_vae, evaluation_mode
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import (
-    VAE,
-    Criterion,
-    Latents,
-    Objective,
-    PreparedCriterion,
-    PreparedObjective,
-)
-
-Classifier = Callable[[Latents], Tensor]
-"""Latents (site name -> ``(N, *event)``) to scores ``(N, num_classes)``, e.g. a
-``LinearClassifier``."""
-
-# (scores, labels, targets) -> values (N,).
-_Loss = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
+from pyro_vae_defence.types import VAE, Criterion, Objective, PreparedCriterion, PreparedObjective
 
 
 def cross_entropy(
@@ -67,7 +46,7 @@ def cross_entropy(
 
     Args:
         vae: any Pyro VAE.
-        classifier: latents to scores.
+        classifier: latents to scores ``(N, num_classes)``, e.g. a ``LinearClassifier``.
         labels: int64 ``(N,)``, not used with targets; those predicted at references if ``None``.
         targets: int64 ``(N,)`` or ``(1,)``, the classes to be reached.
         latents: classify a ``"sample"`` of the guide (as in Table 1), or its ``"mean"``.
@@ -105,8 +84,7 @@ def misclassified(
     targets: Tensor | None = None,
     latents: LatentsOf = "mean",
 ) -> PreparedCriterion:
-    """Criterion for ``stop``: the class is not the label's, or, with targets, is the target's;
-    arguments as for :func:`cross_entropy`."""
+    """As :func:`cross_entropy`, for ``stop``: the class is not the label, or it is the target."""
     differs = _on_scores(_differs, 2, vae, classifier, labels, targets, latents, 1)
 
     def prepare(x_ref: Tensor, streams: Streams | None = None) -> Criterion:
@@ -122,7 +100,7 @@ def misclassified(
 
 
 def _on_scores(
-    loss: _Loss,
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     least: int,
     vae: VAE,
     classifier: Classifier,
@@ -131,10 +109,10 @@ def _on_scores(
     latents: LatentsOf,
     num_draws: int,
 ) -> PreparedObjective:
-    """A loss of scores of at least ``least`` classes, averaged over draws."""
+    """A loss of scores of at least ``least`` classes, labels and targets, averaged over draws."""
     check_vae(vae)
     check_integer("num_draws", num_draws)
-    check_latents(latents)
+    _rows.check_latents(latents)
     if not callable(classifier):
         raise ValueError(f"classifier must map latents to scores, got {classifier!r}")
     for name, classes in (("labels", labels), ("targets", targets)):
@@ -144,24 +122,24 @@ def _on_scores(
             raise ValueError(f"{name} must be an int64 tensor (N,), got {classes!r}")
 
     def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
-        streams = own_streams(x_ref, streams)
-        noises = draws(streams, num_draws)
+        streams = _rows.own_streams(x_ref, streams)
+        noises = _rows.draws(streams, num_draws)
 
         def scores(x: Tensor) -> list[Tensor]:
             with evaluation_mode(vae, classifier):
-                return [classifier(encode_rows(vae, x, latents, noise)) for noise in noises]
+                return [classifier(_rows.encode_rows(vae, x, latents, noise)) for noise in noises]
 
         with torch.no_grad():
             check_guide(vae, x_ref, streams=streams)
-            first = average(scores(x_ref))
+            first = torch.stack(scores(x_ref)).mean(0)
         if first.dim() != 2 or first.shape[0] != x_ref.shape[0] or first.shape[1] < least:
             raise ValueError(
                 f"classifier must return scores (N, num_classes) of at least {least} classes for "
                 f"this objective, got shape {tuple(first.shape)} for {x_ref.shape[0]} images"
             )
-        label = first.argmax(1) if labels is None else of_rows(labels, streams, "labels")
-        target = None if targets is None else of_rows(targets, streams, "targets")
-        return lambda x: average([loss(score, label, target) for score in scores(x)])
+        label = first.argmax(1) if labels is None else _rows.of_rows(labels, streams, "labels")
+        target = None if targets is None else _rows.of_rows(targets, streams, "targets")
+        return lambda x: torch.stack([loss(s, label, target) for s in scores(x)]).mean(0)
 
     return prepare
 

@@ -15,6 +15,8 @@ of variational autoencoders", AISTATS 2021, https://arxiv.org/abs/2007.07365 (ma
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from pyro_vae_defence.attacks.objectives._rows import LatentsOf, between, check_latents, reconstruct
@@ -40,10 +42,8 @@ def targeted_output(
     """Minus the squared distance of the reconstruction from the target's (supervised).
 
     Args:
-        vae: any Pyro VAE.
         x_target: target images ``(N, C, H, W)``, one per reference or a single one.
-        latents: decode a ``"sample"`` of the guide, or its ``"mean"``.
-        num_draws: noise draws averaged over; one is enough for means.
+        vae, latents, num_draws: as for :func:`maximum_damage`.
     """
     return _between_outputs(vae, x_target, latents, num_draws)
 
@@ -52,10 +52,5 @@ def _between_outputs(
     vae: VAE, x_target: Tensor | None, latents: LatentsOf, num_draws: int
 ) -> PreparedObjective:
     check_latents(latents)
-    return between(
-        vae,
-        lambda x, noise: reconstruct(vae, x, latents, noise),
-        lambda a, b: (a - b).square().flatten(1).sum(1),
-        x_target,
-        num_draws,
-    )
+    read = functools.partial(reconstruct, vae, latents)
+    return between(vae, read, lambda a, b: (a - b).square().flatten(1).sum(1), x_target, num_draws)

@@ -46,6 +46,7 @@ from pyro_vae_defence.attacks.objectives._rows import between
 from pyro_vae_defence.models.program import posterior
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops.divergences import Posterior
+from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, PreparedObjective
 
 Sites = int | str | Sequence[str] | None
@@ -93,23 +94,17 @@ def _between_posteriors(
     sites: Sites,
     num_draws: int,
 ) -> PreparedObjective:
-    _check_sites(sites)
-    return between(
-        vae,
-        lambda x, noise: _choose(posterior(vae, x, streams=noise), sites),
-        divergence,
-        x_target,
-        num_draws,
-    )
-
-
-def _check_sites(sites: Sites) -> None:
     if isinstance(sites, int):
         fits = sites >= 1 and not isinstance(sites, bool)
     else:
         fits = sites is None or (bool(sites) and all(isinstance(name, str) for name in sites))
     if not fits:
         raise ValueError(f"sites must be names, or a number of at least 1, got {sites!r}")
+
+    def read(x: Tensor, noise: Streams) -> Posterior:
+        return _choose(posterior(vae, x, streams=noise), sites)
+
+    return between(vae, read, divergence, x_target, num_draws)
 
 
 def _choose(q: Posterior, sites: Sites) -> Posterior:
