@@ -10,11 +10,4 @@ from pyro_vae_defence.mcmc.samplers import (
     BatchedULA,
 )
 
-__all__ = [
-    "BatchedGHMC",
-    "BatchedHMC",
-    "BatchedMALA",
-    "BatchedMAMS",
-    "BatchedNUTS",
-    "BatchedULA",
-]
+__all__ = ["BatchedGHMC", "BatchedHMC", "BatchedMALA", "BatchedMAMS", "BatchedNUTS", "BatchedULA"]

@@ -156,10 +156,7 @@ def _turn(
 
 
 def isokinetic(
-    potential: Potential,
-    phase: Phase,
-    step_size: Tensor,
-    inverse_mass: LatentsLike | None = None,
+    potential: Potential, phase: Phase, step_size: Tensor, inverse_mass: LatentsLike | None = None
 ) -> tuple[Phase, Tensor]:
     """One step of microcanonical dynamics: one gradient.
 

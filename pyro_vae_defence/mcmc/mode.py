@@ -36,11 +36,7 @@ _SUFFICIENT_DECREASE = 1e-4  # Nocedal and Wright's value
 
 
 def search_mode(
-    potential: Potential,
-    start: LatentsLike,
-    *,
-    num_steps: int = 30,
-    learning_rate: float = 0.3,
+    potential: Potential, start: LatentsLike, *, num_steps: int = 30, learning_rate: float = 0.3
 ) -> tuple[Latents, Tensor]:
     """The best of ``num_steps`` Adam steps down the energy of every image.
 
@@ -88,11 +84,7 @@ def search_mode(
 
 
 def search_mode_lbfgs(
-    potential: Potential,
-    start: LatentsLike,
-    *,
-    num_steps: int = 30,
-    memory: int = 10,
+    potential: Potential, start: LatentsLike, *, num_steps: int = 30, memory: int = 10
 ) -> tuple[Latents, Tensor]:
     """L-BFGS down the energy of every image, with a line search of its own for each.
 

@@ -263,10 +263,7 @@ def chains(
 
 
 def _settling(
-    trace: Trace,
-    energy: np.ndarray,
-    similarity: np.ndarray,
-    config: BenchmarkConfig,
+    trace: Trace, energy: np.ndarray, similarity: np.ndarray, config: BenchmarkConfig
 ) -> dict[str, Any]:
     excess = trace.energy - np.tile(energy, config.num_chains)
     mean_excess = excess.mean(1)
