@@ -202,7 +202,7 @@ def test_the_first_leaf_of_a_subtree_is_taken_whatever_the_uniform(monkeypatch):
     state = hmc.init(gaussian, {"z": torch.ones(3, 3)})
     momentum = hmc.draw_momentum(streams, 0, state.position, None)
     monkeypatch.setattr(hmc.Streams, "uniform", extreme)
-    monkeypatch.setattr(nuts, "draw_momentum", lambda *_: momentum)
+    monkeypatch.setattr(hmc, "draw_momentum", lambda *_: momentum)
     after, info = nuts.step(gaussian, state, streams, torch.full((3,), 0.1), 1)
     assert info.accepted.all()
     first = leapfrog(gaussian, Phase(state.position, momentum, *state[1:3]), torch.full((3,), 0.1))

@@ -115,14 +115,14 @@ MUTANTS: dict[str, tuple] = {
         "accept",
         "accepted = log_uniform < -error",
         "accepted = torch.ones_like(error, dtype=torch.bool)",
-        (ghmc, mams),
+        (mams,),
     ),
     "gradient of the rejected point kept": (
         hmc,
         "accept",
         "lat.where(accepted, proposal.gradient, state.gradient)",
         "proposal.gradient",
-        (ghmc, mams),
+        (mams,),
     ),
     "every subtree accepted": (
         nuts,

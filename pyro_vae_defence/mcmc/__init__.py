@@ -1,5 +1,4 @@
-"""Hamiltonian and Langevin kernels that run one independent chain per image in one tensor
-program."""
+"""Hamiltonian and Langevin kernels that run one independent chain per image, all in a batch."""
 
 from pyro_vae_defence.mcmc.samplers import (
     BatchedGHMC,

@@ -1,5 +1,4 @@
-r"""A few steps towards the mode of each image's posterior: a start for chains, or a baseline of its
-own.
+r"""A few steps towards the mode of each image's posterior: a start for chains, or a baseline.
 
 Adam (Kingma and Ba 2015) on the energy U, whose update is elementwise, so that no image sees
 another:
@@ -150,13 +149,10 @@ def search_mode_lbfgs(
 
 
 def _inverse_hessian(pairs: Tensor, gradient: Tensor) -> Tensor:
-    """The two-loop recursion (Nocedal and Wright, algorithm 7.4), a row at a time; empty pairs do
-    nothing.
+    """The two-loop recursion (Nocedal and Wright, algorithm 7.4) on gradients ``(N, D)``.
 
-    Args:
-        pairs: ``(memory, 2, N, D)``: steps and changes of gradient, oldest first, zero where there
-            is none.
-        gradient: ``(N, D)``.
+    ``pairs`` ``(memory, 2, N, D)`` are steps and changes of gradient, oldest first, zero where
+    there is none.
     """
     curvature = pairs.prod(1).sum(-1)
     inverse = torch.where(curvature > 0, 1.0 / curvature, 0.0)[..., None]
