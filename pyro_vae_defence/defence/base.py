@@ -29,12 +29,14 @@ class Defence(Protocol):
 
 @dataclass(eq=False, repr=False)
 class BaseDefence(ABC):
-    """A defence of this package: a dataclass of its settings that says, in ``_run``, what it does
-    with one micro-batch.
+    """A defence of this package: its settings, and in ``_run`` what it does with a micro-batch.
 
     Args:
         vae: any Pyro VAE.
         batch_size: most images at a time, >= 1.
+
+    Raises:
+        ValueError: if an argument is out of range, or images are not in [0, 1].
     """
 
     vae: VAE
@@ -49,11 +51,9 @@ class BaseDefence(ABC):
         return self(x, generator).latents
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
-        """Defend images ``(N, C, H, W)`` in [0, 1].
+        """Defend images ``(N, C, H, W)`` in [0, 1], attacked or not.
 
-        Args:
-            x: images, attacked or not.
-            generator: source of the run's seed; torch's global seed when ``None``.
+        ``generator`` is the source of the run's seed; torch's global seed when ``None``.
         """
         program.check_images(x)
         return DefenceResult.join(list(self.stream([x], generator)))
@@ -61,18 +61,14 @@ class BaseDefence(ABC):
     def stream(
         self, batches: Iterable[Any], generator: torch.Generator | None = None
     ) -> Iterator[DefenceResult]:
-        """Defend any number of images in constant memory: one result per micro-batch, as they are
-        ready.
+        """Defend any number of images in constant memory: one result per micro-batch, in turn.
 
         Images are numbered through: together the results are those of one call on all images.
 
         Args:
             batches: iterable of images ``(N, C, H, W)`` in [0, 1], or of tuples that start with
                 them, e.g. a ``DataLoader``; those above ``batch_size`` are divided.
-            generator: source of the run's seed; torch's global seed when ``None``.
-
-        Raises:
-            ValueError: while iterating, if a batch does not hold images in [0, 1].
+            generator: as for a call.
         """
         # Drawn before anything that consumes randomness in proportion to the batch.
         seed = draw_seed(generator)

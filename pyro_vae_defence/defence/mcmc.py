@@ -55,7 +55,6 @@ class MCMCDefence(BaseDefence):
     """Run a Markov chain on p(x | z)p(z) from the encoding of x (section 3 of the paper).
 
     Args:
-        vae: any Pyro VAE.
         kernel: any callable from a Pyro model to an ``MCMCKernel``. With a kernel of this library,
             e.g. ``functools.partial(BatchedHMC, num_steps=4)``, all images and chains run as one
             batch; with any other, such as ``pyro.infer.NUTS``, one after the other, on the same
@@ -101,8 +100,7 @@ class MCMCDefence(BaseDefence):
         model: the Pyro program whose posterior is sampled.
 
     Raises:
-        ValueError: if an argument is out of range, images are not in [0, 1], or a chain would start
-            at a non-finite energy.
+        ValueError: as :class:`BaseDefence`, and if a chain would start at a non-finite energy.
     """
 
     kernel: KernelFactory = BatchedHMC
@@ -129,7 +127,7 @@ class MCMCDefence(BaseDefence):
             )
         if not (self.prepare is None or callable(self.prepare)):
             raise ValueError(
-                f"prepare must map a ModelPotential to another, such as Recorder(), got "
+                "prepare must map a ModelPotential to another, such as Recorder(), got "
                 f"{self.prepare!r}"
             )
         if self.initial not in INITIALS:
@@ -171,8 +169,7 @@ class MCMCDefence(BaseDefence):
 
         Args:
             vae: any Pyro VAE.
-            dataset: key of :data:`PAPER_SETTINGS`: ``"mnist"``, ``"fashion_mnist"``,
-                ``"color_mnist"``, ``"mnist_nvae"`` or ``"celeba_nvae"``.
+            dataset: key of :data:`PAPER_SETTINGS`.
             num_draws: how many of the last draws are kept, 1 to T; the T of them when ``None``. The
                 chain is the same, whose step size adapts to the end if at all; many latents may not
                 fit in memory T times.
