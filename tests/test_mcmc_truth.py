@@ -145,8 +145,8 @@ MUTANTS: dict[str, tuple] = {
     "incomplete subtrees kept": (
         nuts,
         "_grow",
-        "        asked & growing,\n",
-        "        asked & ~diverging,\n",
+        "asked & growing",
+        "asked & ~diverging",
     ),
     "momentum kept on rejection": (
         ghmc,

@@ -92,17 +92,8 @@ def search_mode_lbfgs(
     elsewhere it halves its step and tries again. Deterministic, and for each row the same whatever
     the batch; the energy never rises.
 
-    Args:
-        potential: energy per image.
-        start: unconstrained latents, site -> ``(N, *event)``.
-        num_steps: trials, >= 0.
-        memory: pairs of steps and changes of gradient kept, >= 1.
-
-    Returns:
-        As :func:`search_mode`: the point reached, and ``num_steps + 1`` gradients per row.
-
-    Raises:
-        ValueError: if an argument is out of range.
+    Arguments, result and errors are those of :func:`search_mode`; ``num_steps`` counts trials, and
+    ``memory`` >= 1 pairs of steps and changes of gradient are kept.
     """
     check_integer("num_steps", num_steps, 0)
     check_integer("memory", memory)

@@ -114,7 +114,7 @@ def _grow(
     turning = torch.zeros_like(growing)
     diverging = torch.zeros_like(growing)
     acceptance_sum = torch.zeros_like(step_size)
-    leaves_grown = torch.zeros_like(offset)
+    leaves = torch.zeros_like(offset)
     checkpoints: dict[int, tuple[Latents, Latents]] = {}
     signed_step = direction * step_size
     asked = growing
@@ -128,7 +128,7 @@ def _grow(
         error = hmc.energy_error(hamiltonian, start)
 
         acceptance_sum += torch.where(growing, (-error).clamp(max=0.0).exp(), 0.0)
-        leaves_grown += growing
+        leaves += growing
         total = torch.logaddexp(log_weight, -error)
         # The first finite leaf is always taken, even where a float32 uniform has rounded to 1; a
         # leaf of zero weight never is (inf - inf is NaN).
@@ -147,15 +147,9 @@ def _grow(
             turning |= growing & is_turning(first, phase.momentum, part, inverse_mass)
         growing = growing & ~diverging & ~turning
 
+    end = _End(phase, offset)
     return _Subtree(
-        _End(phase, offset),
-        candidate,
-        log_weight,
-        momentum_sum,
-        asked & growing,
-        diverging,
-        acceptance_sum,
-        leaves_grown,
+        end, candidate, log_weight, momentum_sum, asked & growing, diverging, acceptance_sum, leaves
     )
 
 
