@@ -197,6 +197,9 @@ class MCMCDefence(BaseDefence):
             raise ValueError(
                 f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
             )
+        streams = Streams.create(
+            x.shape[0], self.num_chains, seed=seed, first_image=first_image, device=x.device
+        )
         start = ChainStart(self.vae, self.initial, self.mode_steps)
         assert self.keep_draws is not None
         lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self.keep_draws)
@@ -207,26 +210,22 @@ class MCMCDefence(BaseDefence):
                     f"such as BatchedHMC; got {type(kernel).__name__}"
                 )
             energy_of = functools.partial(potential, self.vae, perturbation=self.perturbation)
-            return run_one_by_one(
-                self.kernel, energy_of, x, seed, first_image, start, lengths, self.progress
-            )
-        kernel.streams = Streams.create(
-            x.shape[0], self.num_chains, seed=seed, first_image=first_image, device=x.device
-        )
-        kernel.prepare = self.prepare
+            return run_one_by_one(self.kernel, energy_of, x, streams, start, lengths, self.progress)
+        kernel.streams, kernel.prepare = streams, self.prepare
         if self.max_gradients is not None:
             lengths = lengths.within(self.max_gradients, start.num_gradients + 1, kernel, seed)
         return run_batched(kernel, x, start, lengths, self.until_converged, self.progress)
 
     def _settings(self) -> dict[str, Any]:
-        partial = isinstance(self.kernel, functools.partial)
         kernel: Any = self.kernel
-        options = kernel.keywords if partial else {}
+        options: dict[str, Any] = {}
+        if isinstance(kernel, functools.partial):
+            kernel, options = kernel.func, kernel.keywords
         plain = {n: setting(v) for n, v in options.items() if isinstance(v, (int, float, str))}
         apart = {"vae", "model", "kernel", "batch_size", "progress"}
         return {
             "defence": "mcmc",
-            "kernel": setting(kernel.func if partial else kernel),
+            "kernel": setting(kernel),
             **{f"kernel_{name}": value for name, value in plain.items()},
             **{f.name: setting(getattr(self, f.name)) for f in fields(self) if f.name not in apart},
         }

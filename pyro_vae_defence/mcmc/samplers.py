@@ -25,8 +25,6 @@ from pyro_vae_defence.types import Potential
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11
 
-Preset = Literal["paper"]
-
 
 class _JitteredKernel(BatchedKernel):
     """A kernel whose trajectories have a length of their own at every transition."""
@@ -86,7 +84,7 @@ class BatchedHMC(_JitteredKernel):
         *,
         num_steps: int = 4,
         jitter: float = 1.0,
-        preset: Preset | None = None,
+        preset: Literal["paper"] | None = None,
         **options: Unpack[KernelOptions],
     ) -> None:
         if preset not in (None, "paper"):

@@ -28,8 +28,6 @@ from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.types import Latents, LatentsLike
 
-__all__ = ["RecordedPotential", "Recorder", "ReducedForce"]
-
 # Largest difference taken for rounding, in units of the type's resolution and of the largest value.
 _ROUNDING = 1000.0
 # Largest relative difference, over a batch, of gradients after compilation: where a rectifier's
@@ -37,8 +35,8 @@ _ROUNDING = 1000.0
 _KINKS = 1e-3
 
 Values = tuple[Tensor, ...]
+# Tensor arguments of the model, then latents, to energies and one gradient per latent site.
 Recording = Callable[..., Values]
-"""Tensor arguments of the model, then latents, to energies and one gradient per latent site."""
 
 
 class RecordedPotential(ModelPotential):
