@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.result import Chains, DefenceResult
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.checks import check_integer
-from pyro_vae_defence.ops.streams import draw_seed
+from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents
 
 
@@ -41,6 +41,7 @@ class BaseDefence(ABC):
 
     vae: VAE
     batch_size: int = field(default=4096, kw_only=True)
+    num_chains = 1  # per image
 
     def __post_init__(self) -> None:
         program.check_vae(self.vae)
@@ -75,21 +76,18 @@ class BaseDefence(ABC):
         first = 0
         for batch in batches:
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            for x in program.check_images(images, "batches").split(self._images_at_once):
+            at_once = max(1, self.batch_size // self.num_chains)
+            for x in program.check_images(images, "batches").split(at_once):
                 yield self._defend(x, seed, first)
                 first += x.shape[0]
-
-    @property
-    def _images_at_once(self) -> int:
-        return self.batch_size
 
     def _filter(self, x: Tensor) -> Tensor:
         """The images that the defence looks at in place of ``x``."""
         return x
 
     @abstractmethod
-    def _run(self, x: Tensor, seed: int, first_image: int) -> Chains:
-        """The chains of one micro-batch, whose first image has the number ``first_image``."""
+    def _run(self, x: Tensor, streams: Streams) -> Chains:
+        """The chains of one micro-batch, whose ``streams`` have a row for each of them."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
@@ -99,8 +97,11 @@ class BaseDefence(ABC):
         started = time.perf_counter()
         with program.evaluation_mode(self.vae):
             x = self._filter(x)
+            streams = Streams.create(
+                x.shape[0], self.num_chains, seed=seed, first_image=first_image, device=x.device
+            )
             site = program.observation_site(self.vae.model, x)
-            chains = self._run(x, seed, first_image)
+            chains = self._run(x, streams)
             latents = {name: value[0, -1] for name, value in chains.samples.items()}
             with torch.no_grad():
                 reconstruction = program.decode(self.vae, latents, tuple(x.shape[1:]))

@@ -187,19 +187,12 @@ class MCMCDefence(BaseDefence):
         kernel = functools.partial(BatchedHMC, step_size=step_size, **rule)
         return cls(vae, kernel, num_draws, count // 2 + count - num_draws, **options)
 
-    @property
-    def _images_at_once(self) -> int:
-        return max(1, self.batch_size // self.num_chains)
-
-    def _run(self, x: Tensor, seed: int, first_image: int) -> Chains:
+    def _run(self, x: Tensor, streams: Streams) -> Chains:
         kernel = self.kernel(self.model)
         if not isinstance(kernel, MCMCKernel):
             raise ValueError(
                 f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
             )
-        streams = Streams.create(
-            x.shape[0], self.num_chains, seed=seed, first_image=first_image, device=x.device
-        )
         start = ChainStart(self.vae, self.initial, self.mode_steps)
         assert self.keep_draws is not None
         lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self.keep_draws)
@@ -213,7 +206,8 @@ class MCMCDefence(BaseDefence):
             return run_one_by_one(self.kernel, energy_of, x, streams, start, lengths, self.progress)
         kernel.streams, kernel.prepare = streams, self.prepare
         if self.max_gradients is not None:
-            lengths = lengths.within(self.max_gradients, start.num_gradients + 1, kernel, seed)
+            spent = start.num_gradients + 1
+            lengths = lengths.within(self.max_gradients, spent, kernel, streams.seed)
         return run_batched(kernel, x, start, lengths, self.until_converged, self.progress)
 
     def _settings(self) -> dict[str, Any]:

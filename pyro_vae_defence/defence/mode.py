@@ -69,8 +69,7 @@ class PosteriorModeDefence(BaseDefence):
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
 
-    def _run(self, x: Tensor, seed: int, first_image: int) -> Chains:
-        streams = Streams.create(x.shape[0], seed=seed, first_image=first_image, device=x.device)
+    def _run(self, x: Tensor, streams: Streams) -> Chains:
         energy = potential(self.vae, x, self.perturbation)
         with torch.no_grad():
             initial = initial_latents(self.vae, x, self.initial, streams)

@@ -58,9 +58,6 @@ class Decision(NamedTuple):
     length: int
 
 
-# --- Recording ------------------------------------------------------------------------------------
-
-
 def record(
     kernel: BatchedKernel,
     x: Tensor,
@@ -130,9 +127,6 @@ def _transitions(
         position = kernel.sample(position)
         assert kernel.info is not None
         yield position, kernel.info
-
-
-# --- Replaying ------------------------------------------------------------------------------------
 
 
 def replay(

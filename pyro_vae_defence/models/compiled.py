@@ -190,9 +190,6 @@ def _difference(
     return None
 
 
-# --- Forces in reduced precision ------------------------------------------------------------------
-
-
 class ReducedForce(ModelPotential):
     """Forces from :func:`torch.autocast`, energies in full precision: see the module's text.
 
