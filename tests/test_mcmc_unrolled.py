@@ -1,5 +1,4 @@
-"""Unrolled chains: the run itself, and its derivative against finite differences with noise and
-decisions frozen."""
+"""Unrolled chains: the run itself, and its derivative against finite differences."""
 
 from __future__ import annotations
 
