@@ -75,8 +75,7 @@ class RecursiveNUTS:
     def build_tree(
         self, edge: Leaf, step: float, depth: int, start: float
     ) -> tuple[list[Leaf], bool, bool]:
-        """Leaves beyond ``edge`` in order of integration; whether all went well; whether one
-        diverged."""
+        """Leaves beyond ``edge`` in order; whether all went well; whether one diverged."""
         if depth == 0:
             leaf = self.leapfrog(edge, step)
             diverging = not leaf.hamiltonian - start <= self.threshold

@@ -1,5 +1,4 @@
-"""Recorded energies equal traced ones, or the model is traced and says why; forces in reduced
-precision."""
+"""Recorded energies equal traced ones, or it is said why not; forces in reduced precision."""
 
 from __future__ import annotations
 

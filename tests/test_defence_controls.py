@@ -1,5 +1,4 @@
-"""Controls: filters against brute force, the defences' interface, random noise of an attack's
-size."""
+"""Controls: filters against brute force, the defences' interface, noise of an attack's size."""
 
 from __future__ import annotations
 

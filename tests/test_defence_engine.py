@@ -1,5 +1,4 @@
-"""The defence as an engine: streams, budgets, stopping and compaction, starts, recorded energies,
-memory."""
+"""The defence as an engine: streams, budgets, stopping, starts, recorded energies, memory."""
 
 from __future__ import annotations
 
@@ -330,10 +329,7 @@ def test_reduced_forces(linear_vae):
         ({"max_gradients": 0}, "max_gradients must be an integer of at least 1, got 0"),
         ({"max_gradients": 1}, "max_gradients=1 leaves no transition"),
         ({"until_converged": 1.05}, "until_converged must be a ConvergenceRule or None, got 1.05"),
-        (
-            {"until_converged": ConvergenceRule()},
-            "num_chains must be at least 4, got 1",
-        ),
+        ({"until_converged": ConvergenceRule()}, "num_chains must be at least 4, got 1"),
         ({"prepare": True}, r"prepare must map a ModelPotential .* such as Recorder\(\), got True"),
         ({"prepare": lambda energy: 3}, "prepare must return a ModelPotential, it returned 3"),
         (

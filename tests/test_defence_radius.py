@@ -100,13 +100,7 @@ def test_scores_and_choice(vae):
     generator = torch.Generator().manual_seed(5)
     bound = float((scores[0] - scores[2]).mean()) + 1e-6
     choice = choose_radius(
-        vae,
-        x,
-        RADII,
-        max_clean_cost=bound,
-        score=closeness,
-        defence=MODE,
-        generator=generator,
+        vae, x, RADII, max_clean_cost=bound, score=closeness, defence=MODE, generator=generator
     )
     assert choice.clean_costs.shape == (4, 12)
     means = choice.clean_costs.double().mean(1)

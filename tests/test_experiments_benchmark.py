@@ -218,7 +218,7 @@ def test_memory_of_a_fresh_process():
         "mnist_vae", memory_images=(6,), memory_batch_size=3, memory_transitions=1
     )
     ballast = torch.ones(2**28)  # 1 GiB, which a child must not inherit
-    found = memory("mnist_vae", None, config, lambda text: None)["measured"]
+    found = memory(None, config, lambda text: None)["measured"]
     assert found[0]["images"] == 6
     assert 50 < found[0]["idle_mib"] <= found[0]["peak_mib"] < 1024
     assert peak_memory() > ballast.numel() * 4 / 2**20

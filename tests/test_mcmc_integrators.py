@@ -1,5 +1,4 @@
-"""Integrators: reversible, volume preserving, second order, one step size per image, any diagonal
-metric."""
+"""Integrators: reversible, volume preserving, second order, a step size per image, any metric."""
 
 from __future__ import annotations
 
@@ -225,8 +224,7 @@ def test_isokinetic_energy_error_is_second_order(inverse_mass):
 
 
 def test_isokinetic_kinetic_energy_is_the_change_of_volume():
-    """In two dimensions, with the direction as an angle, det d(z*, angle*) / d(z, angle) =
-    exp(-change of K)."""
+    """In 2 dimensions, u as an angle: det d(z*, angle*) / d(z, angle) = exp(-change of K)."""
 
     def energy(latents):
         z = latents["z"]

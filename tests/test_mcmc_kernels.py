@@ -85,8 +85,7 @@ def test_constrained_sites_of_every_common_support(make):
 
 @pytest.mark.parametrize("name", [name for name in FACTORIES if name != "burn-in"])
 def test_chains_start_at_initial_params(name):
-    """With a step size next to nothing a chain stays where it started, on the unconstrained
-    scale."""
+    """At a step size next to nothing a chain stays at its start, on the unconstrained scale."""
     make = FACTORIES[name]
     x = torch.rand(5, 1, 4, 4)
     start = {"top": torch.randn(5, 1, 2), "rate": torch.randn(5, 1), "low": torch.randn(5, 3)}
@@ -292,8 +291,7 @@ def test_generator_argument(make):
 
 @each_kernel
 def test_two_runs_of_one_kernel_are_independent(make):
-    """Nothing of a run enters the next, on other images and another number of them, but fresh
-    noise."""
+    """Nothing of a run enters the next, on other images and of another number."""
     vae = LinearGaussianVAE()
     kernel = make(vae.model, step_size=0.05)
     x, other = torch.rand(5, 1, 4, 4), 9.0 * torch.rand(3, 1, 4, 4)
@@ -519,8 +517,7 @@ class CountSyncs(TorchDispatchMode):
 
 @each_kernel
 def test_host_syncs_of_a_transition(make):
-    """NUTS asks once per leaf of the largest tree; the others ask for nothing, model or
-    potential."""
+    """NUTS asks once per leaf of the largest tree; the others never, model or potential."""
     vae, x = LinearGaussianVAE(), torch.rand(5, 1, 4, 4)
     kernel = make(vae.model)
     kernel.setup(3, x)

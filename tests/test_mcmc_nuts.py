@@ -93,8 +93,7 @@ def row(streams, i):
 )
 @pytest.mark.parametrize("name", TARGETS)
 def test_equals_the_recursive_reference(name, inverse_mass):
-    """Same trajectory, leaf count, depth, flags and selected state, row by row, over two
-    transitions."""
+    """Same trajectory, leaf count, depth, flags and state, row by row, over two transitions."""
     potential, density = TARGETS[name]
     step_size = torch.logspace(-2, 1.0, ROWS)  # from "max depth reached" to "diverges at once"
     streams = Streams.create(ROWS, seed=11)
@@ -191,8 +190,7 @@ def test_a_batch_of_finished_trees_costs_no_gradient():
 
 
 def test_the_first_leaf_of_a_subtree_is_taken_whatever_the_uniform(monkeypatch):
-    """In float32 a uniform may round to 1; the subtree's candidate must still be one of its
-    leaves."""
+    """In float32 a uniform may round to 1; the candidate must still be one of the leaves."""
 
     def extreme(self, step, purpose=0, event_shape=(), dtype=None):
         value = 1.0 if purpose >= nuts._LEAF else 0.75 if purpose == nuts._DIRECTION else 1e-9
@@ -202,7 +200,7 @@ def test_the_first_leaf_of_a_subtree_is_taken_whatever_the_uniform(monkeypatch):
     state = hmc.init(gaussian, {"z": torch.ones(3, 3)})
     momentum = hmc.draw_momentum(streams, 0, state.position, None)
     monkeypatch.setattr(hmc.Streams, "uniform", extreme)
-    monkeypatch.setattr(nuts, "draw_momentum", lambda *_: momentum)
+    monkeypatch.setattr(hmc, "draw_momentum", lambda *_: momentum)
     after, info = nuts.step(gaussian, state, streams, torch.full((3,), 0.1), 1)
     assert info.accepted.all()
     first = leapfrog(gaussian, Phase(state.position, momentum, *state[1:3]), torch.full((3,), 0.1))

@@ -1,5 +1,4 @@
-"""Every kernel draws from the target: known moments, simulation-based calibration, and mutants that
-must die.
+"""Every kernel draws from the target: known moments, calibration, and mutants that must die.
 
 Chains start away from the target, adapt during warm-up, and are frozen while the draws are taken.
 """
@@ -18,15 +17,7 @@ from programs import LinearGaussianVAE
 from pyro.infer import MCMC
 from scipy import stats
 
-from pyro_vae_defence.mcmc import (
-    BatchedMALA,
-    BatchedULA,
-    ghmc,
-    hmc,
-    integrators,
-    mams,
-    nuts,
-)
+from pyro_vae_defence.mcmc import BatchedMALA, BatchedULA, ghmc, hmc, integrators, mams, nuts
 from pyro_vae_defence.ops.streams import Streams
 
 LESS_TELLING = ("gaussian-2", "gaussian-64")
@@ -85,8 +76,7 @@ def test_moments_in_single_precision(kernel):
 
 
 def mutate(monkeypatch, module, function: str, old: str, new: str, users=()) -> None:
-    """Replace ``function`` of ``module`` by itself with ``old`` changed to ``new`` in its
-    source."""
+    """Replace ``function`` of ``module`` by itself with ``old`` changed to ``new``."""
     source = inspect.getsource(getattr(module, function))
     assert source.count(old) == 1, f"the mutant no longer fits: {old!r}"
     mutated: dict = {}
@@ -115,14 +105,14 @@ MUTANTS: dict[str, tuple] = {
         "accept",
         "accepted = log_uniform < -error",
         "accepted = torch.ones_like(error, dtype=torch.bool)",
-        (ghmc, mams),
+        (mams,),
     ),
     "gradient of the rejected point kept": (
         hmc,
         "accept",
         "lat.where(accepted, proposal.gradient, state.gradient)",
         "proposal.gradient",
-        (ghmc, mams),
+        (mams,),
     ),
     "every subtree accepted": (
         nuts,
@@ -142,24 +132,14 @@ MUTANTS: dict[str, tuple] = {
         "growing = growing & ~diverging & ~turning",
         "growing = growing & ~diverging",
     ),
-    "incomplete subtrees kept": (
-        nuts,
-        "_grow",
-        "        asked & growing,\n",
-        "        asked & ~diverging,\n",
-    ),
+    "incomplete subtrees kept": (nuts, "_grow", "asked & growing", "asked & ~diverging"),
     "momentum kept on rejection": (
         ghmc,
         "step",
         "{name: -value for name, value in momentum.items()}",
         "momentum",
     ),
-    "momentum refreshed too much": (
-        ghmc,
-        "refresh",
-        "math.sqrt(1 - persistence**2)",
-        "1.0",
-    ),
+    "momentum refreshed too much": (ghmc, "refresh", "math.sqrt(1 - persistence**2)", "1.0"),
     "kinetic energy left out": (mams, "step", "end = phase.energy + kinetic", "end = phase.energy"),
     "volume on a sphere of one dimension more": (
         integrators,
@@ -258,8 +238,7 @@ def check_posterior(kernel_name: str, model, data, standardise) -> None:
 
 
 def gamma_poisson(counts):
-    """rate ~ Gamma(2, 1.5), counts ~ Poisson(rate): the posterior is Gamma(2 + sum, 1.5 +
-    number)."""
+    """rate ~ Gamma(2, 1.5), counts ~ Poisson(rate): posterior Gamma(2 + sum, 1.5 + number)."""
     with pyro.plate("data", counts.shape[0]):
         ones = counts.new_ones(counts.shape[0])
         rate = pyro.sample("rate", dist.Gamma(2.0 * ones, 1.5 * ones))
@@ -305,8 +284,7 @@ SMALLEST_P_VALUE = 1e-4
 
 
 def assert_uniform_ranks(truth: torch.Tensor, draws: torch.Tensor) -> None:
-    """Ranks of the truth ``(rows, K)`` among 15 draws ``(15, rows, K)`` of its posterior are
-    uniform.
+    """Ranks of the truth ``(rows, K)`` among 15 posterior draws ``(15, rows, K)`` are uniform.
 
     Chi-square over the 16 ranks for each of the K coordinates: a calibrated sampler fails with
     probability below K * 1e-4.
@@ -399,8 +377,7 @@ def test_unadjusted_langevin_has_the_bias_it_states(step_size):
 
 
 def test_unadjusted_langevin_says_what_a_test_would_have_accepted():
-    """It moves all the same; the rate is that of MALA at the same step size, of which it falls
-    short of 1."""
+    """It moves all the same; the rate is MALA's at the same step size, which is below 1."""
 
     def gaussian(latents):
         return 0.5 * latents["z"].square().sum(-1)

@@ -1,12 +1,7 @@
 """Defences: what runs between the encoder and whatever uses its latents."""
 
 from pyro_vae_defence.defence.base import BaseDefence, Defence
-from pyro_vae_defence.defence.classifier import (
-    READINGS,
-    DefendedClassifier,
-    Reading,
-    read_latents,
-)
+from pyro_vae_defence.defence.classifier import READINGS, DefendedClassifier, Reading, read_latents
 from pyro_vae_defence.defence.controls import (
     EncoderDefence,
     NoDefence,

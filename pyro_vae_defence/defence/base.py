@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.result import Chains, DefenceResult
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.checks import check_integer
-from pyro_vae_defence.ops.streams import draw_seed
+from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents
 
 
@@ -29,16 +29,19 @@ class Defence(Protocol):
 
 @dataclass(eq=False, repr=False)
 class BaseDefence(ABC):
-    """A defence of this package: a dataclass of its settings that says, in ``_run``, what it does
-    with one micro-batch.
+    """A defence of this package: its settings, and in ``_run`` what it does with a micro-batch.
 
     Args:
         vae: any Pyro VAE.
         batch_size: most images at a time, >= 1.
+
+    Raises:
+        ValueError: if an argument is out of range, or images are not in [0, 1].
     """
 
     vae: VAE
     batch_size: int = field(default=4096, kw_only=True)
+    num_chains = 1  # per image
 
     def __post_init__(self) -> None:
         program.check_vae(self.vae)
@@ -49,11 +52,9 @@ class BaseDefence(ABC):
         return self(x, generator).latents
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
-        """Defend images ``(N, C, H, W)`` in [0, 1].
+        """Defend images ``(N, C, H, W)`` in [0, 1], attacked or not.
 
-        Args:
-            x: images, attacked or not.
-            generator: source of the run's seed; torch's global seed when ``None``.
+        ``generator`` is the source of the run's seed; torch's global seed when ``None``.
         """
         program.check_images(x)
         return DefenceResult.join(list(self.stream([x], generator)))
@@ -61,39 +62,32 @@ class BaseDefence(ABC):
     def stream(
         self, batches: Iterable[Any], generator: torch.Generator | None = None
     ) -> Iterator[DefenceResult]:
-        """Defend any number of images in constant memory: one result per micro-batch, as they are
-        ready.
+        """Defend any number of images in constant memory: one result per micro-batch, in turn.
 
         Images are numbered through: together the results are those of one call on all images.
 
         Args:
             batches: iterable of images ``(N, C, H, W)`` in [0, 1], or of tuples that start with
                 them, e.g. a ``DataLoader``; those above ``batch_size`` are divided.
-            generator: source of the run's seed; torch's global seed when ``None``.
-
-        Raises:
-            ValueError: while iterating, if a batch does not hold images in [0, 1].
+            generator: as for a call.
         """
         # Drawn before anything that consumes randomness in proportion to the batch.
         seed = draw_seed(generator)
         first = 0
         for batch in batches:
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            for x in program.check_images(images, "batches").split(self._images_at_once):
+            at_once = max(1, self.batch_size // self.num_chains)
+            for x in program.check_images(images, "batches").split(at_once):
                 yield self._defend(x, seed, first)
                 first += x.shape[0]
-
-    @property
-    def _images_at_once(self) -> int:
-        return self.batch_size
 
     def _filter(self, x: Tensor) -> Tensor:
         """The images that the defence looks at in place of ``x``."""
         return x
 
     @abstractmethod
-    def _run(self, x: Tensor, seed: int, first_image: int) -> Chains:
-        """The chains of one micro-batch, whose first image has the number ``first_image``."""
+    def _run(self, x: Tensor, streams: Streams) -> Chains:
+        """The chains of one micro-batch, whose ``streams`` have a row for each of them."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
@@ -103,8 +97,11 @@ class BaseDefence(ABC):
         started = time.perf_counter()
         with program.evaluation_mode(self.vae):
             x = self._filter(x)
+            streams = Streams.create(
+                x.shape[0], self.num_chains, seed=seed, first_image=first_image, device=x.device
+            )
             site = program.observation_site(self.vae.model, x)
-            chains = self._run(x, seed, first_image)
+            chains = self._run(x, streams)
             latents = {name: value[0, -1] for name, value in chains.samples.items()}
             with torch.no_grad():
                 reconstruction = program.decode(self.vae, latents, tuple(x.shape[1:]))

@@ -16,14 +16,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae_defence.defence.convergence import (
-    MIN_CHAINS,
-    MIN_DRAWS,
-    Convergence,
-    ConvergenceRule,
-    assess,
-)
+from pyro_vae_defence.defence import convergence
+from pyro_vae_defence.defence.convergence import Convergence, ConvergenceRule
 from pyro_vae_defence.defence.result import Chains
+from pyro_vae_defence.mcmc.hmc import HMCInfo
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.mcmc.mode import search_mode
 from pyro_vae_defence.models.program import ModelPotential, initial_latents
@@ -67,8 +63,9 @@ class Lengths(NamedTuple):
     keep_draws: int
 
     def within(self, max_gradients: int, spent: int, kernel: BatchedKernel, seed: int) -> Lengths:
-        """Cut to a budget per image, of which each chain has ``spent`` some before its first
-        transition; warm-up keeps its share of the transitions that fit.
+        """Cut to a budget per image, of which each chain has ``spent`` some before it begins.
+
+        Warm-up keeps its share of the transitions that fit.
 
         Raises:
             ValueError: if no transition fits.
@@ -116,12 +113,13 @@ def run_batched(
     numbers = range(1, warmup_steps + num_samples + 1)
     for number in tqdm(numbers, unit="transition", disable=not progress, leave=False):
         position = kernel.sample(position)
-        assert kernel.info is not None
-        gradients = gradients + kernel.info.num_steps
+        info = kernel.info
+        assert info is not None
+        gradients = gradients + info.num_steps
         made = number - warmup_steps
         if made < 1:
             continue
-        history.append(_last_draw(kernel))
+        history.append(_Draw(position, _statistics(info, kernel.state.energy)))
         last = made == num_samples
         if not last and (rule is None or made % rule.check_every):
             continue
@@ -149,12 +147,9 @@ def run_batched(
             chain = torch.arange(num_chains, device=x.device)[:, None]
             folded_rows = (chain * present.shape[0] + rows).flatten()
             kernel.keep(folded_rows)
-            assert kernel.state is not None
             position = kernel.state.position
             gradients = gradients[folded_rows]
-            history = deque(
-                _Draw(*(lat.index(part, folded_rows) for part in draw)) for draw in history
-            )
+            history = deque(_Draw(*(lat.index(p, folded_rows) for p in draw)) for draw in history)
             present, running = present[rows], running[rows]
     kernel.cleanup()
     order = torch.cat([images for images, _ in finished]).argsort()
@@ -168,20 +163,17 @@ class _Draw(NamedTuple):
     stats: dict[str, Tensor]
 
 
-def _last_draw(kernel: BatchedKernel) -> _Draw:
-    info, state = kernel.info, kernel.state
-    assert info is not None
-    assert state is not None
-    stats = {
+def _statistics(info: HMCInfo, energy: Tensor) -> dict[str, Tensor]:
+    """Those of a transition to potential energies ``energy``, by ArviZ's names."""
+    return {
         "acceptance_rate": info.acceptance_rate,
         "diverging": info.diverging,
         "energy": info.energy,
-        "lp": -state.energy,
+        "lp": -energy,
         "step_size": info.step_size,
         "n_steps": info.num_steps,
         "tree_depth": info.tree_depth,
     }
-    return _Draw(dict(state.position), stats)
 
 
 def _stack(history: Sequence[_Draw], num_chains: int) -> _Draw:
@@ -191,19 +183,19 @@ def _stack(history: Sequence[_Draw], num_chains: int) -> _Draw:
         values = {name: torch.stack([draw[name] for draw in draws], 1) for name in draws[0]}
         return {name: lat.unfold(v, num_chains).transpose(1, 2) for name, v in values.items()}
 
-    return _Draw(stack([draw.position for draw in history]), stack([d.stats for d in history]))
+    return _Draw(*map(stack, zip(*history)))
 
 
 def _look(
     history: Sequence[_Draw], lengths: Lengths, rule: ConvergenceRule | None
 ) -> Convergence | None:
     """What the draws at hand say; ``None`` where they, or chains, are too few."""
-    if lengths.num_chains < MIN_CHAINS or len(history) < 2 * MIN_DRAWS:
+    if lengths.num_chains < convergence.MIN_CHAINS or len(history) < 2 * convergence.MIN_DRAWS:
         return None
     draws = _stack(history, lengths.num_chains)
     # Without a rule, history holds the last draws only.
     first = lengths.warmup_steps + (lengths.num_samples - len(history) if rule is None else 0)
-    return assess(-draws.stats["lp"], draws.position, rule or ConvergenceRule(), first)
+    return convergence.assess(-draws.stats["lp"], draws.position, rule or ConvergenceRule(), first)
 
 
 def _stuck(history: Sequence[_Draw], recent: int, num_chains: int) -> Tensor:

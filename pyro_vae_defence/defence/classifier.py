@@ -115,16 +115,16 @@ class DefendedClassifier:
     def paper(
         cls, vae: VAE, classifier: Callable[[Tensor], Tensor], *args: Any, **options: Any
     ) -> DefendedClassifier:
-        """The published protocol: one draw of the published chain, and a classifier that was
-        trained on the guide's means; further arguments go to :meth:`MCMCDefence.paper`."""
+        """The published protocol: one draw, and a classifier trained on the guide's means.
+
+        Further arguments go to :meth:`MCMCDefence.paper`.
+        """
         return cls(MCMCDefence.paper(vae, *args, **options), classifier, "last")
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Log-probabilities of classes, ``(N, classes)`` in nats, of images ``(N, C, H, W)``.
 
-        Args:
-            x: images in [0, 1], attacked or not.
-            generator: source of the defence's seed; torch's global seed when ``None``.
+        Arguments as those of the defence.
         """
         return self.log_probabilities(self.defence(x, generator))
 

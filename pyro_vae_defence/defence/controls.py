@@ -34,7 +34,6 @@ class EncoderDefence(BaseDefence):
     """Draws from the guide at filtered images: no chain, no gradient.
 
     Args:
-        vae: any Pyro VAE.
         num_samples: draws per image, >= 1; the last one is decoded.
         preprocess: filter of images, e.g. ``functools.partial(clip_dark_pixels, delta=0.1)``; none
             by default.
@@ -76,18 +75,15 @@ class EncoderDefence(BaseDefence):
         return check_images(filtered, "preprocess(x)")
 
     @torch.no_grad()
-    def _run(self, x: Tensor, seed: int, first_image: int) -> Chains:
-        image = torch.arange(first_image, first_image + x.shape[0], device=x.device)
-        draws = [
-            encode(self.vae, x, streams=Streams(seed, image, torch.full_like(image, number)))
-            for number in range(self.num_samples)
-        ]
+    def _run(self, x: Tensor, streams: Streams) -> Chains:
+        # A draw is a chain of its own, of one state.
+        chains = [torch.full_like(streams.chain, number) for number in range(self.num_samples)]
+        draws = [encode(self.vae, x, streams=streams._replace(chain=chain)) for chain in chains]
         energy = potential(self.vae, x)
         energy.check(energy.unconstrain(draws[0]))  # guide and model have the same latents
         samples = {name: torch.stack([draw[name] for draw in draws])[None] for name in draws[0]}
-        return Chains(
-            {n: v[:, 0] for n, v in samples.items()}, samples, {}, torch.zeros_like(image)
-        )
+        initial = {name: value[:, 0] for name, value in samples.items()}
+        return Chains(initial, samples, {}, torch.zeros_like(streams.image))
 
     def _settings(self) -> dict[str, Any]:
         preprocess = "none" if self.preprocess is None else setting(self.preprocess)
@@ -96,12 +92,7 @@ class EncoderDefence(BaseDefence):
 
 @dataclass(eq=False, repr=False)
 class NoDefence(EncoderDefence):
-    """The undefended VAE: one draw from the guide, decoded.
-
-    Args:
-        vae: any Pyro VAE.
-        batch_size: most images at a time, as for :class:`EncoderDefence`.
-    """
+    """The undefended VAE: one draw from the guide, decoded."""
 
     num_samples: int = field(default=1, init=False)
     preprocess: Perturb | None = field(default=None, init=False)

@@ -81,8 +81,5 @@ def _fold(latents: LatentsLike) -> Latents:
 
 def _length(latents: LatentsLike, variance: LatentsLike) -> Tensor:
     """Root mean square over latent dimensions, in standard deviations: ``(chain, N)``."""
-    whitened = {
-        name: (value / variance[name].to(value).sqrt()).flatten(2)
-        for name, value in latents.items()
-    }
-    return torch.cat(list(whitened.values()), 2).square().mean(2).sqrt()
+    whitened = [(v / variance[n].to(v).sqrt()).flatten(2) for n, v in latents.items()]
+    return torch.cat(whitened, 2).square().mean(2).sqrt()

@@ -65,26 +65,24 @@ def run_one_by_one(
     make_kernel: Callable[[EnergyModel], MCMCKernel],
     energy_of: Callable[[Tensor], ModelPotential],
     x: Tensor,
-    seed: int,
-    first_image: int,
+    streams: Streams,
     start: ChainStart,
     lengths: Lengths,
     progress: bool,
 ) -> Chains:
-    """Run a fresh kernel for each chain of each image of ``x``.
+    """Run a fresh kernel for each chain of each image of ``x``, a row of ``streams`` each.
 
-    Starts depend on ``seed`` and the images' numbers, from ``first_image``; the kernels' own noise
-    comes from torch's global seed.
+    These decide on starts alone; the kernels' own noise comes from torch's global seed.
 
     Raises:
         ValueError: if a chain would start at a non-finite energy.
     """
+    folded = x.repeat(lengths.num_chains, 1, 1, 1)
     runs = []
-    jobs = [(chain, row) for chain in range(lengths.num_chains) for row in range(x.shape[0])]
-    for chain, row in tqdm(jobs, unit="chain", disable=not progress, leave=False):
-        number = torch.tensor([first_image + row], device=x.device)
-        streams = Streams(seed, number, torch.full_like(number, chain))
-        runs.append(_run(make_kernel, energy_of, x[row : row + 1], streams, start, lengths))
+    for row in tqdm(range(len(folded)), unit="chain", disable=not progress, leave=False):
+        one = slice(row, row + 1)
+        alone = Streams(streams.seed, streams.image[one], streams.chain[one])
+        runs.append(_run(make_kernel, energy_of, folded[one], alone, start, lengths))
 
     def grid(values: list[Tensor]) -> Tensor:
         """One tensor ``(chain, image, ...)``."""

@@ -55,7 +55,6 @@ class MCMCDefence(BaseDefence):
     """Run a Markov chain on p(x | z)p(z) from the encoding of x (section 3 of the paper).
 
     Args:
-        vae: any Pyro VAE.
         kernel: any callable from a Pyro model to an ``MCMCKernel``. With a kernel of this library,
             e.g. ``functools.partial(BatchedHMC, num_steps=4)``, all images and chains run as one
             batch; with any other, such as ``pyro.infer.NUTS``, one after the other, on the same
@@ -101,8 +100,7 @@ class MCMCDefence(BaseDefence):
         model: the Pyro program whose posterior is sampled.
 
     Raises:
-        ValueError: if an argument is out of range, images are not in [0, 1], or a chain would start
-            at a non-finite energy.
+        ValueError: as :class:`BaseDefence`, and if a chain would start at a non-finite energy.
     """
 
     kernel: KernelFactory = BatchedHMC
@@ -129,7 +127,7 @@ class MCMCDefence(BaseDefence):
             )
         if not (self.prepare is None or callable(self.prepare)):
             raise ValueError(
-                f"prepare must map a ModelPotential to another, such as Recorder(), got "
+                "prepare must map a ModelPotential to another, such as Recorder(), got "
                 f"{self.prepare!r}"
             )
         if self.initial not in INITIALS:
@@ -171,8 +169,7 @@ class MCMCDefence(BaseDefence):
 
         Args:
             vae: any Pyro VAE.
-            dataset: key of :data:`PAPER_SETTINGS`: ``"mnist"``, ``"fashion_mnist"``,
-                ``"color_mnist"``, ``"mnist_nvae"`` or ``"celeba_nvae"``.
+            dataset: key of :data:`PAPER_SETTINGS`.
             num_draws: how many of the last draws are kept, 1 to T; the T of them when ``None``. The
                 chain is the same, whose step size adapts to the end if at all; many latents may not
                 fit in memory T times.
@@ -190,11 +187,7 @@ class MCMCDefence(BaseDefence):
         kernel = functools.partial(BatchedHMC, step_size=step_size, **rule)
         return cls(vae, kernel, num_draws, count // 2 + count - num_draws, **options)
 
-    @property
-    def _images_at_once(self) -> int:
-        return max(1, self.batch_size // self.num_chains)
-
-    def _run(self, x: Tensor, seed: int, first_image: int) -> Chains:
+    def _run(self, x: Tensor, streams: Streams) -> Chains:
         kernel = self.kernel(self.model)
         if not isinstance(kernel, MCMCKernel):
             raise ValueError(
@@ -210,26 +203,23 @@ class MCMCDefence(BaseDefence):
                     f"such as BatchedHMC; got {type(kernel).__name__}"
                 )
             energy_of = functools.partial(potential, self.vae, perturbation=self.perturbation)
-            return run_one_by_one(
-                self.kernel, energy_of, x, seed, first_image, start, lengths, self.progress
-            )
-        kernel.streams = Streams.create(
-            x.shape[0], self.num_chains, seed=seed, first_image=first_image, device=x.device
-        )
-        kernel.prepare = self.prepare
+            return run_one_by_one(self.kernel, energy_of, x, streams, start, lengths, self.progress)
+        kernel.streams, kernel.prepare = streams, self.prepare
         if self.max_gradients is not None:
-            lengths = lengths.within(self.max_gradients, start.num_gradients + 1, kernel, seed)
+            spent = start.num_gradients + 1
+            lengths = lengths.within(self.max_gradients, spent, kernel, streams.seed)
         return run_batched(kernel, x, start, lengths, self.until_converged, self.progress)
 
     def _settings(self) -> dict[str, Any]:
-        partial = isinstance(self.kernel, functools.partial)
         kernel: Any = self.kernel
-        options = kernel.keywords if partial else {}
+        options: dict[str, Any] = {}
+        if isinstance(kernel, functools.partial):
+            kernel, options = kernel.func, kernel.keywords
         plain = {n: setting(v) for n, v in options.items() if isinstance(v, (int, float, str))}
         apart = {"vae", "model", "kernel", "batch_size", "progress"}
         return {
             "defence": "mcmc",
-            "kernel": setting(kernel.func if partial else kernel),
+            "kernel": setting(kernel),
             **{f"kernel_{name}": value for name, value in plain.items()},
             **{f.name: setting(getattr(self, f.name)) for f in fields(self) if f.name not in apart},
         }

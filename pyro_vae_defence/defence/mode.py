@@ -8,8 +8,7 @@ r"""The posterior mode as a defence: optimisation in place of sampling (appendix
 or their perturbation-aware variants. It is cheaper than a chain and gives one point; a mode need
 not look like the posterior's bulk, whose distance from it grows with the number of latents.
 
-Reference: Kuzina, Welling, Tomczak, "Alleviating Adversarial Attacks on Variational Autoencoders
-with MCMC", NeurIPS 2022, https://arxiv.org/abs/2203.09940.
+Reference: Kuzina, Welling, Tomczak, NeurIPS 2022, https://arxiv.org/abs/2203.09940.
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ class PosteriorModeDefence(BaseDefence):
     the same.
 
     Args:
-        vae: any Pyro VAE.
         optimiser: ``"adam"`` or ``"lbfgs"``; either treats every image by itself.
         num_steps: gradient evaluations after the first, >= 0.
         learning_rate: of Adam, > 0, falling linearly to zero; L-BFGS has a line search instead.
@@ -48,13 +46,9 @@ class PosteriorModeDefence(BaseDefence):
             mean, which makes the defence deterministic; or ``"prior"``.
         perturbation: perturbations the defender assumes, as for
             :class:`~pyro_vae_defence.defence.MCMCDefence`.
-        batch_size: most images at a time; results do not depend on it.
 
     A result holds one "draw" of one chain per image; its only statistic is ``lp``, minus the energy
-    in nats.
-
-    Raises:
-        ValueError: if an argument is out of range, or images are not in [0, 1].
+    in nats. Results do not depend on ``batch_size``.
     """
 
     optimiser: Literal["adam", "lbfgs"] = "adam"
@@ -75,8 +69,7 @@ class PosteriorModeDefence(BaseDefence):
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
 
-    def _run(self, x: Tensor, seed: int, first_image: int) -> Chains:
-        streams = Streams.create(x.shape[0], seed=seed, first_image=first_image, device=x.device)
+    def _run(self, x: Tensor, streams: Streams) -> Chains:
         energy = potential(self.vae, x, self.perturbation)
         with torch.no_grad():
             initial = initial_latents(self.vae, x, self.initial, streams)

@@ -204,9 +204,7 @@ def choose_radius(
         clean_images: ``(N, C, H, W)`` in [0, 1], not of the test set.
         radii: candidates >= 0.
         max_clean_cost: largest mean loss of score that is accepted.
-        score: one value per image, higher is better.
-        generator: source of the seed; torch's global seed when ``None``.
-        **options: ``ball`` and ``defence``, as for :func:`scores_by_radius`.
+        score, generator, **options: as for :func:`scores_by_radius`.
 
     Raises:
         ValueError: if no radius stays within the bound.
@@ -214,10 +212,8 @@ def choose_radius(
     radii = tuple(radii)
     seed = draw_seed(generator)
     undefended = score(NoDefence(vae)(clean_images, torch.Generator().manual_seed(seed)))
-    again = torch.Generator().manual_seed(seed)
-    costs = undefended - scores_by_radius(
-        vae, clean_images, radii, score=score, generator=again, **options
-    )
+    options.update(score=score, generator=torch.Generator().manual_seed(seed))
+    costs = undefended - scores_by_radius(vae, clean_images, radii, **options)
     means = costs.double().mean(1).tolist()
     fitting = [radius for radius, mean in zip(radii, means, strict=True) if mean <= max_clean_cost]
     if not fitting:

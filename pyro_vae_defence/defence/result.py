@@ -112,8 +112,7 @@ def _along_images(
 
 
 def setting(value: Any) -> int | float | str:
-    """An argument as it stands in :attr:`DefenceResult.settings`: a number or text, as netCDF asks
-    for; a function by its name and what is bound to it."""
+    """An argument in :attr:`DefenceResult.settings`, where netCDF asks for a number or text."""
     if isinstance(value, functools.partial):
         bound = [f"{name}={part}" for name, part in value.keywords.items()]
         return f"{setting(value.func)}({', '.join([*map(str, value.args), *bound])})"

@@ -1,5 +1,4 @@
-"""Hamiltonian and Langevin kernels that run one independent chain per image in one tensor
-program."""
+"""Hamiltonian and Langevin kernels that run one independent chain per image, all in a batch."""
 
 from pyro_vae_defence.mcmc.samplers import (
     BatchedGHMC,
@@ -10,11 +9,4 @@ from pyro_vae_defence.mcmc.samplers import (
     BatchedULA,
 )
 
-__all__ = [
-    "BatchedGHMC",
-    "BatchedHMC",
-    "BatchedMALA",
-    "BatchedMAMS",
-    "BatchedNUTS",
-    "BatchedULA",
-]
+__all__ = ["BatchedGHMC", "BatchedHMC", "BatchedMALA", "BatchedMAMS", "BatchedNUTS", "BatchedULA"]

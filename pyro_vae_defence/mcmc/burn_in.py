@@ -1,5 +1,4 @@
-r"""Burn-in: from a bad start to where the target's mass lies, by microcanonical dynamics without a
-Metropolis test.
+r"""Burn-in: microcanonical dynamics without a test, from a bad start to the target's mass.
 
 An attacked encoding lies far above the energies its posterior is made of. HMC comes down slowly:
 what a trajectory loses in potential energy it gains in speed, so that its steps must be small, and
@@ -30,14 +29,9 @@ import math
 
 import torch
 
+from pyro_vae_defence.mcmc import integrators
 from pyro_vae_defence.mcmc.hmc import MOMENTUM, SECOND_MOMENTUM, HMCState, draw_momentum
-from pyro_vae_defence.mcmc.integrators import (
-    Phase,
-    check_dimension,
-    dimension,
-    isokinetic,
-    normalise,
-)
+from pyro_vae_defence.mcmc.integrators import Phase, dimension, normalise
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import LatentsLike, Potential
@@ -48,8 +42,7 @@ STEP_SIZE = 0.35
 FRICTION = 1.0
 """Rate gamma of forgetting a direction, per unit of time."""
 
-# Steps of a burn-in count down from the top of the 32 bits of a stream's step, clear of
-# transitions.
+# Steps of a burn-in count down from the top of a stream's 32 bits, clear of transitions.
 _LAST_STEP = 2**32 - 1
 
 
@@ -69,7 +62,7 @@ def burn_in(
     """
     if num_steps == 0:
         return state
-    check_dimension(state.position, "burn_in > 0")
+    integrators.check_dimension(state.position, "burn_in > 0")
     kept = math.exp(-FRICTION * STEP_SIZE)
     fresh = math.sqrt((1 - kept**2) / dimension(state.position))
     step_sizes = torch.full_like(state.energy, STEP_SIZE)
@@ -79,9 +72,8 @@ def burn_in(
     for number in range(num_steps):
         noise = draw_momentum(streams, _LAST_STEP - number, state.position, None, MOMENTUM)
         turned = {name: kept * u + fresh * noise[name] for name, u in phase.momentum.items()}
-        phase, _ = isokinetic(
-            potential, phase._replace(momentum=normalise(turned)), step_sizes, inverse_mass
-        )
+        phase = phase._replace(momentum=normalise(turned))
+        phase, _ = integrators.isokinetic(potential, phase, step_sizes, inverse_mass)
     # Comparisons with NaN are false; minus infinity is no place to be.
     limit = state.energy + dimension(state.position)
     settled = (phase.energy < limit) & phase.energy.isfinite()

@@ -21,30 +21,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pyro_vae_defence.mcmc.hmc import (
-    SECOND_MOMENTUM,
-    HMCInfo,
-    HMCState,
-    accept,
-    draw_momentum,
-    trajectory,
-)
+from pyro_vae_defence.mcmc import hmc
+from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 
 class GHMCState(NamedTuple):
-    """What the next transition needs: an :class:`~pyro_vae_defence.mcmc.hmc.HMCState` and its
-    momentum.
-
-    Attributes:
-        position: unconstrained latents, site -> ``(N, *event)``.
-        energy: potential energy, ``(N,)``, in nats.
-        gradient: gradient of the energy at ``position``.
-        step: number of transitions made, which selects the noise of the next.
-        momentum: same shapes as ``position``.
-    """
+    """An :class:`~pyro_vae_defence.mcmc.hmc.HMCState` and the momentum, shaped as its position."""
 
     position: Latents
     energy: Tensor
@@ -55,7 +40,8 @@ class GHMCState(NamedTuple):
 
 def init(state: HMCState, streams: Streams, inverse_mass: LatentsLike | None = None) -> GHMCState:
     """``state`` with a momentum drawn from N(0, M)."""
-    momentum = draw_momentum(streams, state.step, state.position, inverse_mass, SECOND_MOMENTUM)
+    purpose = hmc.SECOND_MOMENTUM
+    momentum = hmc.draw_momentum(streams, state.step, state.position, inverse_mass, purpose)
     return GHMCState(*state, momentum)
 
 
@@ -79,10 +65,10 @@ def step(
     ``persistence`` in [0, 1) is the share of the momentum that is kept; the other arguments are
     those of :func:`~pyro_vae_defence.mcmc.hmc.step`.
     """
-    noise = draw_momentum(streams, state.step, state.position, inverse_mass)
+    noise = hmc.draw_momentum(streams, state.step, state.position, inverse_mass)
     momentum = refresh(state.momentum, noise, persistence)
     before = HMCState(*state[:4])
-    phase, start, end = trajectory(potential, before, momentum, step_size, num_steps, inverse_mass)
-    moved, info = accept(before, phase, start, end, streams, step_size, num_steps)
+    path = hmc.trajectory(potential, before, momentum, step_size, num_steps, inverse_mass)
+    moved, info = hmc.accept(before, *path, streams, step_size, num_steps)
     turned = {name: -value for name, value in momentum.items()}
-    return GHMCState(*moved, lat.where(info.accepted, phase.momentum, turned)), info
+    return GHMCState(*moved, lat.where(info.accepted, path[0].momentum, turned)), info

@@ -96,8 +96,7 @@ def draw_momentum(
     inverse_mass: LatentsLike | None,
     purpose: int = MOMENTUM,
 ) -> Latents:
-    """Momentum from N(0, M) for each site, from each image's own stream; sites count on from
-    ``purpose``."""
+    """Momentum from N(0, M), from each image's own stream; sites count on from ``purpose``."""
     momentum = {
         name: streams.normal(step, purpose + number, tuple(value.shape[1:]), value.dtype)
         for number, (name, value) in enumerate(like.items())
@@ -125,18 +124,11 @@ def accept(
     num_steps: int,
     adjusted: bool = True,
 ) -> tuple[HMCState, HMCInfo]:
-    """The Metropolis test: each chain moves to ``proposal`` with probability min(1, exp(start -
-    end)).
+    """The Metropolis test: chains move to ``proposal`` with probability min(1, exp(start - end)).
 
-    Args:
-        state: current state.
-        proposal: end of the trajectory.
-        start, end: Hamiltonian before and after, ``(N,)``; what a kernel counts as its energy error
-            is their difference.
-        streams: random streams of the chains.
-        step_size, num_steps: of the trajectory, for the record.
-        adjusted: ``False`` leaves the test out: every chain moves but those whose energy would not
-            be finite.
+    ``start`` and ``end`` are the Hamiltonian before and after, ``(N,)``; a kernel's energy error is
+    their difference. ``step_size`` and ``num_steps`` are for the record. ``adjusted=False`` leaves
+    the test out: every chain moves but those whose energy would not be finite.
     """
     error = energy_error(end, start)
     if adjusted:
@@ -181,8 +173,7 @@ def trajectory(
     num_steps: int,
     inverse_mass: LatentsLike | None,
 ) -> tuple[Phase, Tensor, Tensor]:
-    """``num_steps`` leapfrog steps from ``state``: where they end, and the Hamiltonian before and
-    after, ``(N,)``."""
+    """``num_steps`` leapfrog steps: where they end, the Hamiltonian before and after, ``(N,)``."""
     phase = Phase(state.position, momentum, state.energy, state.gradient)
     start = state.energy + kinetic_energy(momentum, inverse_mass)
     for number in range(num_steps):

@@ -156,21 +156,11 @@ def _turn(
 
 
 def isokinetic(
-    potential: Potential,
-    phase: Phase,
-    step_size: Tensor,
-    inverse_mass: LatentsLike | None = None,
+    potential: Potential, phase: Phase, step_size: Tensor, inverse_mass: LatentsLike | None = None
 ) -> tuple[Phase, Tensor]:
-    """One step of microcanonical dynamics: one gradient.
+    """One step of microcanonical dynamics, one gradient, and its change of kinetic energy (nats).
 
-    Args:
-        potential: energy per image.
-        phase: current point; its momentum is the direction u, of length 1 in whitened coordinates.
-        step_size: one per image ``(N,)``.
-        inverse_mass: diagonal of M^-1, site -> tensor broadcastable to ``(N, *event)``.
-
-    Returns:
-        The new point, and the change of kinetic energy ``(N,)``, in nats.
+    Arguments as :func:`leapfrog`; the momentum is the direction u, of length 1 when whitened.
     """
     half = 0.5 * step_size
     direction, first = _turn(phase.momentum, phase.gradient, half, inverse_mass)

@@ -20,13 +20,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_vae_defence.mcmc import hmc
-from pyro_vae_defence.mcmc.adaptation import (
-    DualAveraging,
-    FixedStepSize,
-    StepSizeRule,
-    StepSizeState,
-)
+from pyro_vae_defence.mcmc import adaptation, hmc
 from pyro_vae_defence.mcmc.burn_in import burn_in as run_burn_in
 from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
 from pyro_vae_defence.models.program import ModelPotential
@@ -52,7 +46,7 @@ class _Run(NamedTuple):
     streams: Streams
     state: Any
     info: HMCInfo | None
-    rule_state: StepSizeState
+    rule_state: adaptation.StepSizeState
     acceptance_sum: Tensor
     divergences: Tensor
 
@@ -112,12 +106,11 @@ class BatchedKernel(MCMCKernel):
         if inverse_mass_matrix is not None:
             _check_inverse_mass(inverse_mass_matrix)
         # Built in any case, so that a target out of range never passes in silence.
-        averaging = DualAveraging(
-            self.default_target if target_accept_prob is None else target_accept_prob
-        )
+        target = self.default_target if target_accept_prob is None else target_accept_prob
+        rule: adaptation.StepSizeRule = adaptation.DualAveraging(target)
         self.model = model
         self.step_size = step_size
-        self.rule: StepSizeRule = averaging if adapt_step_size else FixedStepSize()
+        self.rule = rule if adapt_step_size else adaptation.FixedStepSize()
         self.inverse_mass_matrix = inverse_mass_matrix
         self.burn_in = burn_in
         self.generator = generator
@@ -144,18 +137,15 @@ class BatchedKernel(MCMCKernel):
         return state
 
     def _most_gradients(self, seed: int, step: int) -> int:
-        """Most gradients per chain of transition ``step`` of a run with ``seed``."""
+        """As :meth:`gradients_of`, without burn-in."""
         return 1
 
     # --- Pyro's contract ---
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Read the model's sites at its arguments and forget any earlier run.
+        """Read the model's sites at its arguments, those of ``MCMC.run``; forget earlier runs.
 
-        Args:
-            warmup_steps: transitions during which the step size adapts.
-            *args: the model's arguments, as given to ``MCMC.run``.
-            **kwargs: its keyword arguments.
+        During ``warmup_steps`` transitions the step size adapts.
         """
         self._warmup_steps = warmup_steps
         self._run = None
@@ -212,17 +202,17 @@ class BatchedKernel(MCMCKernel):
             # The gradients of the burn-in count with the first transition.
             info = info._replace(num_steps=info.num_steps + self.burn_in)
         warming = state.step <= self._warmup_steps
-        rule_state = run.rule_state
+        run = run._replace(state=state, info=info)
         if warming or self.rule.adapts_while_sampling:
-            rule_state = self.rule.update(rule_state, info.acceptance_rate)
+            adapted = self.rule.update(run.rule_state, info.acceptance_rate)
             if state.step == self._warmup_steps and not self.rule.adapts_while_sampling:
-                rule_state = rule_state._replace(log_step_size=rule_state.log_average)
-        self._run = run._replace(state=state, info=info, rule_state=rule_state)
+                adapted = adapted._replace(log_step_size=adapted.log_average)
+            run = run._replace(rule_state=adapted)
         if not warming:
-            self._run = self._run._replace(
-                acceptance_sum=run.acceptance_sum + info.acceptance_rate,
-                divergences=run.divergences + info.diverging,
-            )
+            acceptance_sum = run.acceptance_sum + info.acceptance_rate
+            divergences = run.divergences + info.diverging
+            run = run._replace(acceptance_sum=acceptance_sum, divergences=divergences)
+        self._run = run
         return dict(state.position)
 
     def logging(self) -> dict[str, str]:
@@ -260,8 +250,7 @@ class BatchedKernel(MCMCKernel):
         return self.rule.couples_images
 
     def gradients_of(self, seed: int, step: int) -> int:
-        """Most gradients per chain that transition ``step`` (from 0) of a run with ``seed`` can
-        take."""
+        """Most gradients per chain of transition ``step`` (from 0) of a run with ``seed``."""
         return self._most_gradients(seed, step) + (self.burn_in if step == 0 else 0)
 
     def keep(self, rows: Tensor) -> None:
@@ -302,10 +291,9 @@ class BatchedKernel(MCMCKernel):
         streams = self.streams if run is None else run.streams
         if streams is None:
             streams = Streams.create(rows, generator=self.generator, device=energy.device)
-        if streams.image.shape[0] != rows:
-            raise ValueError(
-                f"streams has {streams.image.shape[0]} rows but the latents have {rows}"
-            )
+        given = streams.image.shape[0]
+        if given != rows:
+            raise ValueError(f"streams has {given} rows but the latents have {rows}")
         if run is not None:
             return run._replace(state=self._extend(state._replace(step=run.state.step), streams))
         self.inverse_mass = _inverse_mass(self.inverse_mass_matrix, state.position)
@@ -347,9 +335,7 @@ def _check_energy(energy: Tensor, rows: int) -> None:
 
 
 def _check_inverse_mass(matrix: LatentsLike) -> None:
-    if not (
-        isinstance(matrix, Mapping) and all(isinstance(value, Tensor) for value in matrix.values())
-    ):
+    if not (isinstance(matrix, Mapping) and all(isinstance(v, Tensor) for v in matrix.values())):
         raise ValueError(
             "inverse_mass_matrix must be a dict from site to tensor, e.g. "
             f"mean_posterior_variance(vae, loader), got {type(matrix).__name__}"

@@ -1,5 +1,4 @@
-r"""A few steps towards the mode of each image's posterior: a start for chains, or a baseline of its
-own.
+r"""A few steps towards the mode of each image's posterior: a start for chains, or a baseline.
 
 Adam (Kingma and Ba 2015) on the energy U, whose update is elementwise, so that no image sees
 another:
@@ -36,11 +35,7 @@ _SUFFICIENT_DECREASE = 1e-4  # Nocedal and Wright's value
 
 
 def search_mode(
-    potential: Potential,
-    start: LatentsLike,
-    *,
-    num_steps: int = 30,
-    learning_rate: float = 0.3,
+    potential: Potential, start: LatentsLike, *, num_steps: int = 30, learning_rate: float = 0.3
 ) -> tuple[Latents, Tensor]:
     """The best of ``num_steps`` Adam steps down the energy of every image.
 
@@ -88,11 +83,7 @@ def search_mode(
 
 
 def search_mode_lbfgs(
-    potential: Potential,
-    start: LatentsLike,
-    *,
-    num_steps: int = 30,
-    memory: int = 10,
+    potential: Potential, start: LatentsLike, *, num_steps: int = 30, memory: int = 10
 ) -> tuple[Latents, Tensor]:
     """L-BFGS down the energy of every image, with a line search of its own for each.
 
@@ -101,17 +92,8 @@ def search_mode_lbfgs(
     elsewhere it halves its step and tries again. Deterministic, and for each row the same whatever
     the batch; the energy never rises.
 
-    Args:
-        potential: energy per image.
-        start: unconstrained latents, site -> ``(N, *event)``.
-        num_steps: trials, >= 0.
-        memory: pairs of steps and changes of gradient kept, >= 1.
-
-    Returns:
-        As :func:`search_mode`: the point reached, and ``num_steps + 1`` gradients per row.
-
-    Raises:
-        ValueError: if an argument is out of range.
+    Arguments, result and errors are those of :func:`search_mode`; ``num_steps`` counts trials, and
+    ``memory`` >= 1 pairs of steps and changes of gradient are kept.
     """
     check_integer("num_steps", num_steps, 0)
     check_integer("memory", memory)
@@ -158,13 +140,10 @@ def search_mode_lbfgs(
 
 
 def _inverse_hessian(pairs: Tensor, gradient: Tensor) -> Tensor:
-    """The two-loop recursion (Nocedal and Wright, algorithm 7.4), a row at a time; empty pairs do
-    nothing.
+    """The two-loop recursion (Nocedal and Wright, algorithm 7.4) on gradients ``(N, D)``.
 
-    Args:
-        pairs: ``(memory, 2, N, D)``: steps and changes of gradient, oldest first, zero where there
-            is none.
-        gradient: ``(N, D)``.
+    ``pairs`` ``(memory, 2, N, D)`` are steps and changes of gradient, oldest first, zero where
+    there is none.
     """
     curvature = pairs.prod(1).sum(-1)
     inverse = torch.where(curvature > 0, 1.0 / curvature, 0.0)[..., None]

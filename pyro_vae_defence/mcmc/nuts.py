@@ -30,13 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.mcmc.hmc import (
-    DIVERGENCE_THRESHOLD,
-    HMCInfo,
-    HMCState,
-    draw_momentum,
-    energy_error,
-)
+from pyro_vae_defence.mcmc import hmc
+from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
 from pyro_vae_defence.mcmc.integrators import Phase, kinetic_energy, leapfrog, velocity
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
@@ -82,9 +77,7 @@ def is_turning(
     """The generalised U-turn criterion per image, bool ``(N,)``."""
     ends = lat.add(momentum_left, momentum_right)
     middle = velocity(lat.add(momentum_sum, ends, -0.5), inverse_mass)
-    left = lat.dot(momentum_left, middle) <= 0
-    right = lat.dot(momentum_right, middle) <= 0
-    return left | right
+    return (lat.dot(momentum_left, middle) <= 0) | (lat.dot(momentum_right, middle) <= 0)
 
 
 def _where(mask: Tensor, a: Any, b: Any) -> Any:
@@ -97,8 +90,7 @@ def _where(mask: Tensor, a: Any, b: Any) -> Any:
 
 
 def _subtrees_closed_by(leaf: int) -> range:
-    """Checkpoint indices of the subtrees whose last leaf is the odd number ``leaf``, inner
-    first."""
+    """Checkpoints of the subtrees whose last leaf is ``leaf``, inner first; none if it is even."""
     last = (leaf >> 1).bit_count()
     trailing_ones = (leaf ^ (leaf + 1)).bit_length() - 1
     return range(last, last - trailing_ones, -1)
@@ -107,40 +99,36 @@ def _subtrees_closed_by(leaf: int) -> range:
 def _grow(
     potential: Potential,
     edge: _End,
-    hamiltonian_start: Tensor,
+    start: Tensor,
     direction: Tensor,
-    depth: int,
-    growing: Tensor,
-    streams: Streams,
-    step: int,
     step_size: Tensor,
+    log_uniform: Tensor,
+    growing: Tensor,
     inverse_mass: LatentsLike | None,
 ) -> _Subtree:
-    """Add ``2 ** depth`` leaves beyond ``edge`` to the trees marked by ``growing``."""
-    num_leaves = 2**depth
-    log_uniform = streams.uniform(step, _LEAF + depth, (num_leaves,), step_size.dtype).log()
+    """Add leaves beyond ``edge`` to the trees marked by ``growing``, one per ``log_uniform``."""
     phase, offset = edge
-    candidate = _Candidate(phase.position, phase.energy, phase.gradient, hamiltonian_start, offset)
+    candidate = _Candidate(phase.position, phase.energy, phase.gradient, start, offset)
     log_weight = torch.full_like(step_size, -torch.inf)
     momentum_sum = {name: torch.zeros_like(value) for name, value in phase.momentum.items()}
     turning = torch.zeros_like(growing)
     diverging = torch.zeros_like(growing)
     acceptance_sum = torch.zeros_like(step_size)
-    leaves_grown = torch.zeros_like(offset)
-    checkpoints: list[tuple[Latents, Latents]] = [({}, {})] * max(depth, 1)
+    leaves = torch.zeros_like(offset)
+    checkpoints: dict[int, tuple[Latents, Latents]] = {}
     signed_step = direction * step_size
     asked = growing
 
-    for leaf in range(num_leaves):
+    for leaf in range(log_uniform.shape[1]):
         if leaf > 0 and not bool(growing.any()):
             break
         phase = _where(growing, leapfrog(potential, phase, signed_step, inverse_mass), phase)
         offset = offset + direction
         hamiltonian = phase.energy + kinetic_energy(phase.momentum, inverse_mass)
-        error = energy_error(hamiltonian, hamiltonian_start)
+        error = hmc.energy_error(hamiltonian, start)
 
         acceptance_sum += torch.where(growing, (-error).clamp(max=0.0).exp(), 0.0)
-        leaves_grown += growing
+        leaves += growing
         total = torch.logaddexp(log_weight, -error)
         # The first finite leaf is always taken, even where a float32 uniform has rounded to 1; a
         # leaf of zero weight never is (inf - inf is NaN).
@@ -150,26 +138,18 @@ def _grow(
         log_weight = torch.where(growing, total, log_weight)
         momentum_sum = lat.where(growing, lat.add(momentum_sum, phase.momentum), momentum_sum)
 
-        diverging |= growing & (error > DIVERGENCE_THRESHOLD)
+        diverging |= growing & (error > hmc.DIVERGENCE_THRESHOLD)
         if leaf % 2 == 0:
-            if depth > 0:
-                checkpoints[(leaf >> 1).bit_count()] = (phase.momentum, momentum_sum)
-        else:
-            for number in _subtrees_closed_by(leaf):
-                first, sum_before = checkpoints[number]
-                part = lat.add(lat.add(momentum_sum, sum_before, -1.0), first)
-                turning |= growing & is_turning(first, phase.momentum, part, inverse_mass)
+            checkpoints[(leaf >> 1).bit_count()] = (phase.momentum, momentum_sum)
+        for number in _subtrees_closed_by(leaf):
+            first, sum_before = checkpoints[number]
+            part = lat.add(lat.add(momentum_sum, sum_before, -1.0), first)
+            turning |= growing & is_turning(first, phase.momentum, part, inverse_mass)
         growing = growing & ~diverging & ~turning
 
+    end = _End(phase, offset)
     return _Subtree(
-        _End(phase, offset),
-        candidate,
-        log_weight,
-        momentum_sum,
-        asked & growing,
-        diverging,
-        acceptance_sum,
-        leaves_grown,
+        end, candidate, log_weight, momentum_sum, asked & growing, diverging, acceptance_sum, leaves
     )
 
 
@@ -186,11 +166,11 @@ def step(
     ``max_tree_depth`` is the largest number of doublings; the other arguments are those of
     :func:`~pyro_vae_defence.mcmc.hmc.step`. In the info, ``offset`` tells which leaf was chosen.
     """
-    momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
-    hamiltonian_start = state.energy + kinetic_energy(momentum, inverse_mass)
+    momentum = hmc.draw_momentum(streams, state.step, state.position, inverse_mass)
+    start = state.energy + kinetic_energy(momentum, inverse_mass)
     offset = torch.zeros_like(step_size, dtype=torch.long)
     left = right = _End(Phase(state.position, momentum, state.energy, state.gradient), offset)
-    candidate = _Candidate(state.position, state.energy, state.gradient, hamiltonian_start, offset)
+    candidate = _Candidate(state.position, state.energy, state.gradient, start, offset)
     log_weight = torch.zeros_like(step_size)
     momentum_sum = momentum
     active = torch.ones_like(step_size, dtype=torch.bool)
@@ -206,18 +186,9 @@ def step(
         if depth > 0 and not bool(active.any()):
             break
         ahead = forward[:, depth]
-        subtree = _grow(
-            potential,
-            _where(ahead, right, left),
-            hamiltonian_start,
-            torch.where(ahead, 1, -1),
-            depth,
-            active,
-            streams,
-            state.step,
-            step_size,
-            inverse_mass,
-        )
+        edge, direction = _where(ahead, right, left), torch.where(ahead, 1, -1)
+        choices = streams.uniform(state.step, _LEAF + depth, (2**depth,), step_size.dtype).log()
+        subtree = _grow(potential, edge, start, direction, step_size, choices, active, inverse_mass)
         depths += active
         diverging |= subtree.diverging
         acceptance_sum += subtree.acceptance_sum
@@ -226,12 +197,10 @@ def step(
 
         taken = complete & (log_uniform[:, depth] < subtree.log_weight - log_weight)
         candidate = _where(taken, subtree.candidate, candidate)
-        log_weight = torch.where(
-            complete, torch.logaddexp(log_weight, subtree.log_weight), log_weight
-        )
-        momentum_sum = lat.where(
-            complete, lat.add(momentum_sum, subtree.momentum_sum), momentum_sum
-        )
+        total = torch.logaddexp(log_weight, subtree.log_weight)
+        log_weight = torch.where(complete, total, log_weight)
+        whole = lat.add(momentum_sum, subtree.momentum_sum)
+        momentum_sum = lat.where(complete, whole, momentum_sum)
         right = _where(complete & ahead, subtree.end, right)
         left = _where(complete & ~ahead, subtree.end, left)
         turning = is_turning(left.phase.momentum, right.phase.momentum, momentum_sum, inverse_mass)

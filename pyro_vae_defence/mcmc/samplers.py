@@ -25,8 +25,6 @@ from pyro_vae_defence.types import Potential
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11
 
-Preset = Literal["paper"]
-
 
 class _JitteredKernel(BatchedKernel):
     """A kernel whose trajectories have a length of their own at every transition."""
@@ -69,9 +67,6 @@ class BatchedHMC(_JitteredKernel):
         preset: ``"paper"`` for the published setting: 20 fixed leapfrog steps and one step size for
             the batch that follows eq. 67 to the end.
 
-    Raises:
-        ValueError: if an argument is out of range.
-
     Example:
         >>> import pyro.infer
         >>> from pyro_vae_defence.models import ConvVAE
@@ -89,7 +84,7 @@ class BatchedHMC(_JitteredKernel):
         *,
         num_steps: int = 4,
         jitter: float = 1.0,
-        preset: Preset | None = None,
+        preset: Literal["paper"] | None = None,
         **options: Unpack[KernelOptions],
     ) -> None:
         if preset not in (None, "paper"):
@@ -114,9 +109,6 @@ class BatchedNUTS(BatchedKernel):
 
     Args:
         max_tree_depth: largest number of doublings, 1 to 20.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
 
     def __init__(
@@ -141,8 +133,7 @@ class BatchedNUTS(BatchedKernel):
 
 
 class BatchedMALA(BatchedKernel):
-    """The Metropolis-adjusted Langevin algorithm: HMC with one leapfrog step, one gradient per
-    transition.
+    """The Metropolis-adjusted Langevin algorithm: HMC with one leapfrog step per transition.
 
     The arguments are those of :class:`~pyro_vae_defence.mcmc.kernels.BatchedKernel`; the noise of a
     step has standard deviation ``step_size``.
@@ -166,9 +157,6 @@ class BatchedGHMC(BatchedKernel):
         num_steps: leapfrog steps per transition, >= 1, always as many.
         persistence: share of the momentum a transition keeps, in [0, 1); 0 is HMC. A chain goes on
             in one direction for about ``num_steps * step_size / (1 - persistence)``.
-
-    Raises:
-        ValueError: if an argument is out of range.
     """
 
     default_target = 0.9
@@ -198,20 +186,12 @@ class BatchedGHMC(BatchedKernel):
         return self.num_steps
 
     def _step(self, state: GHMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
-        return ghmc.step(
-            self.potential,
-            state,
-            streams,
-            step_size,
-            self.num_steps,
-            self.persistence,
-            self.inverse_mass,
-        )
+        length, kept = self.num_steps, self.persistence
+        return ghmc.step(self.potential, state, streams, step_size, length, kept, self.inverse_mass)
 
 
 class BatchedMAMS(_JitteredKernel):
-    """The Metropolis-adjusted microcanonical sampler: HMC's relative whose particles keep their
-    speed.
+    """The Metropolis-adjusted microcanonical sampler: particles turn, but keep their speed.
 
     ``num_steps`` (4) and ``jitter`` (1.0) are those of :class:`BatchedHMC`, ``step_size`` is on the
     scale of HMC's. The other arguments are those of

@@ -23,7 +23,9 @@ when its gradient is asked for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -56,9 +58,6 @@ class Decision(NamedTuple):
     length: int
 
 
-# --- Recording ------------------------------------------------------------------------------------
-
-
 def record(
     kernel: BatchedKernel,
     x: Tensor,
@@ -67,7 +66,7 @@ def record(
     num_transitions: int,
     warmup_steps: int = 0,
 ) -> tuple[Latents, list[Decision]]:
-    """Run a kernel and note its decisions.
+    """Run a kernel: where its chains end, without graph, and one decision per transition.
 
     Args:
         kernel: a kernel of this library, made from a Pyro model and not running elsewhere.
@@ -77,22 +76,16 @@ def record(
         num_transitions: transitions in all, >= 1.
         warmup_steps: how many of them adapt.
 
-    Returns:
-        Where the chains end, unconstrained and without graph, and one decision per transition.
-
     Raises:
         ValueError: for a kernel whose decisions are not known, a number out of range, or a chain
             that would start at a non-finite energy.
     """
     if not isinstance(kernel, (BatchedHMC, BatchedNUTS)):
-        raise ValueError(
-            "kernel must be a BatchedHMC or BatchedNUTS to be unrolled, got "
-            f"{type(kernel).__name__}"
-        )
+        got = type(kernel).__name__
+        raise ValueError(f"kernel must be a BatchedHMC or BatchedNUTS to be unrolled, got {got}")
     if kernel.burn_in > 0:
-        raise ValueError(
-            f"kernel has burn_in={kernel.burn_in}, which is not unrolled; use burn_in=0"
-        )
+        got = f"burn_in={kernel.burn_in}"
+        raise ValueError(f"kernel has {got}, which is not unrolled; use burn_in=0")
     end, decisions = lat.detach(start), []
     steps = _transitions(kernel, x, start, streams, num_transitions, warmup_steps)
     for step, (position, info) in enumerate(steps):
@@ -136,9 +129,6 @@ def _transitions(
         yield position, kernel.info
 
 
-# --- Replaying ------------------------------------------------------------------------------------
-
-
 def replay(
     energy: ImageEnergy,
     x: Tensor,
@@ -149,53 +139,35 @@ def replay(
 ) -> Latents:
     """Follow recorded decisions again: where the chains end, differentiable in ``x`` and ``start``.
 
-    Args:
-        energy: U(z; x) on the unconstrained scale, twice differentiable.
-        x: images ``(N, C, H, W)``.
-        start: unconstrained latents of ``N`` rows.
-        streams: those of the recorded run.
-        decisions: of :func:`record`, or its last ones.
-        inverse_mass: that of the recorded kernel.
+    ``energy`` is U(z; x) on the unconstrained scale, twice differentiable, and ``decisions`` are
+    those of :func:`record` or its last ones; the rest is as it was there.
     """
     names = tuple(start)
+
+    def follow(decision: Decision, x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        position = dict(zip(names, values, strict=True))
+        potential = _Tracked(energy, x)
+        momentum = draw_momentum(streams, decision.step, position, inverse_mass)
+        # Nobody reads the energies.
+        unread = torch.zeros_like(decision.step_size)
+        phase = Phase(position, momentum, unread, potential.force(position))
+        for number in range(decision.length):
+            moving = number < decision.offset.abs()
+            step_size = torch.where(moving, decision.offset.sign() * decision.step_size, 0.0)
+            phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=False)
+        return tuple(phase.position[name] for name in names)
+
     values = tuple(start.values())
     for decision in decisions:
-
-        def transition(x: Tensor, *values: Tensor, decision: Decision = decision) -> Any:
-            position = dict(zip(names, values, strict=True))
-            moved = _follow(energy, x, position, streams, decision, inverse_mass)
-            return tuple(moved[name] for name in names)
-
-        values = _Recomputed.apply(transition, x, *values)
+        values = _Recomputed.apply(functools.partial(follow, decision), x, *values)
     return dict(zip(names, values, strict=True))
 
 
-def _follow(
-    energy: ImageEnergy,
-    x: Tensor,
-    position: Latents,
-    streams: Streams,
-    decision: Decision,
-    inverse_mass: LatentsLike | None,
-) -> Latents:
-    potential = _Tracked(energy, x)
-    momentum = draw_momentum(streams, decision.step, position, inverse_mass)
-    # Nobody reads the energies.
-    unread = torch.zeros_like(decision.step_size)
-    phase = Phase(position, momentum, unread, potential.force(position))
-    for number in range(decision.length):
-        moving = number < decision.offset.abs()
-        step_size = torch.where(moving, decision.offset.sign() * decision.step_size, 0.0)
-        phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=False)
-    return phase.position
-
-
-class _Tracked:
+class _Tracked(NamedTuple):
     """U(.; x) whose force has a graph where gradients are recorded, and none elsewhere."""
 
-    def __init__(self, energy: ImageEnergy, x: Tensor) -> None:
-        self.energy = energy
-        self.x = x
+    energy: ImageEnergy
+    x: Tensor
 
     def __call__(self, latents: Latents, /) -> Tensor:
         return self.energy(self.x, latents)
@@ -233,6 +205,7 @@ class _Recomputed(torch.autograd.Function):
         return (None, *found)
 
 
+@dataclass(eq=False, repr=False)
 class UnrolledKernel:
     """A kernel's run as a function that is differentiable in the image and in the start.
 
@@ -246,17 +219,10 @@ class UnrolledKernel:
         warmup_steps: how many of them adapt.
     """
 
-    def __init__(
-        self,
-        make_kernel: Callable[[], BatchedKernel],
-        energy: ImageEnergy,
-        num_transitions: int,
-        warmup_steps: int = 0,
-    ) -> None:
-        self.make_kernel = make_kernel
-        self.energy = energy
-        self.num_transitions = num_transitions
-        self.warmup_steps = warmup_steps
+    make_kernel: Callable[[], BatchedKernel]
+    energy: ImageEnergy
+    num_transitions: int
+    warmup_steps: int = 0
 
     def __call__(self, x: Tensor, start: LatentsLike, streams: Streams) -> Latents:
         """Where chains end from unconstrained latents of ``N`` rows, for ``N`` images."""

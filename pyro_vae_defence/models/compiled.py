@@ -28,8 +28,6 @@ from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.types import Latents, LatentsLike
 
-__all__ = ["RecordedPotential", "Recorder", "ReducedForce"]
-
 # Largest difference taken for rounding, in units of the type's resolution and of the largest value.
 _ROUNDING = 1000.0
 # Largest relative difference, over a batch, of gradients after compilation: where a rectifier's
@@ -37,16 +35,14 @@ _ROUNDING = 1000.0
 _KINKS = 1e-3
 
 Values = tuple[Tensor, ...]
+# Tensor arguments of the model, then latents, to energies and one gradient per latent site.
 Recording = Callable[..., Values]
-"""Tensor arguments of the model, then latents, to energies and one gradient per latent site."""
 
 
 class RecordedPotential(ModelPotential):
-    """A :class:`~pyro_vae_defence.models.program.ModelPotential` whose gradients come from a
-    recording.
+    """An energy of a model whose gradients come from a recording; :class:`Recorder` makes it.
 
-    Made by :class:`Recorder`. The recording is made, or checked, at the first gradient, that is at
-    the start of a chain.
+    The recording is made, or checked, at the first gradient, that is at the start of a chain.
 
     Attributes:
         captured: whether gradients are replayed; ``None`` before the first.
@@ -151,7 +147,7 @@ def _capture(potential: ModelPotential, start: LatentsLike) -> fx.GraphModule:
     names = [site.name for site in potential.sites]
     num_tensors = len(potential.tensors)
 
-    def energy_and_gradients(*values: Tensor) -> tuple[Tensor, ...]:
+    def energy_and_gradients(*values: Tensor) -> Values:
         placed = potential.with_tensors(values[:num_tensors])
         latents = dict(zip(names, values[num_tensors:], strict=True))
         energy, gradients = lat.value_and_gradient(placed, latents)
@@ -189,23 +185,16 @@ def _difference(
             if number > 0:
                 small |= (got - value).norm() <= kinks * value.norm()
             if not (same and bool(small)):
-                return (
-                    f"recorded and traced {'gradients' if number else 'energies'} differ "
-                    "by more than rounding"
-                )
+                what = "gradients" if number else "energies"
+                return f"recorded and traced {what} differ by more than rounding"
     return None
 
 
-# --- Forces in reduced precision ------------------------------------------------------------------
-
-
 class ReducedForce(ModelPotential):
-    """Forces from :func:`torch.autocast`, energies in full precision: exact Hamiltonian dynamics
-    all the same.
+    """Forces from :func:`torch.autocast`, energies in full precision: see the module's text.
 
-    The force is a deterministic function of the latents. Whoever asks for energies gets full ones,
-    at the price of a forward pass; :func:`pyro_vae_defence.mcmc.hmc.step` asks at the end of a
-    trajectory only.
+    Whoever asks for energies gets full ones, at the price of a forward pass;
+    :func:`pyro_vae_defence.mcmc.hmc.step` asks at the end of a trajectory only.
 
     Args:
         potential: the model's energy.

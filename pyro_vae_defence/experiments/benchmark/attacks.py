@@ -1,5 +1,4 @@
-"""Our encoder attacks beside those of public attack libraries: same model, images and budget of
-gradients.
+"""Our encoder attacks beside those of public libraries: same model, images and gradients.
 
 Every method maximises the symmetric KL-divergence from the same references in the same L_inf ball,
 once, from its own random start. The libraries see an
@@ -39,7 +38,7 @@ from pyro_vae_defence.types import Objective, PreparedObjective
 
 @dataclass(frozen=True)
 class AttackBenchmarkConfig(Configuration):
-    """The benchmark of attacks.
+    """What the benchmark runs.
 
     Args:
         model: name of a trained model.
@@ -127,8 +126,7 @@ THEIRS: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
 
 
 class BenchmarkAttacks(Measurement[AttackBenchmarkConfig]):
-    """Optimisers of this library and of others at equal budgets; those that are not installed are
-    left out."""
+    """Optimisers of this library and of others, where installed, at equal budgets."""
 
     kind = "benchmark_attacks"
     command = "benchmark"
@@ -153,23 +151,29 @@ class BenchmarkAttacks(Measurement[AttackBenchmarkConfig]):
     def methods(self) -> dict[str, Any]:
         """Every method once."""
         config = self.config
-        rows = {
-            name: self.measured(name, _our_attack(optimiser, self.x_ref, config), commit())
-            for name, optimiser in OURS.items()
-        }
+        rows = {}
+        for name, optimiser in OURS.items():
+
+            def ours(prepared: PreparedObjective, optimiser: Any = optimiser) -> Tensor:
+                attack = optimiser(prepared, Linf(config.radius), num_steps=config.num_gradients)
+                return attack(self.x_ref, torch.Generator().manual_seed(config.seed)).best()
+
+            rows[name] = self.measured(name, ours, commit())
         for name, (module, package, attack) in THEIRS.items():
             if importlib.util.find_spec(module) is None:
                 continue
+
+            def theirs(prepared: PreparedObjective, attack: Any = attack) -> Tensor:
+                return attack(EncoderAttackHead(self.vae, self.x_ref, prepared), self.x_ref, config)
+
             # The libraries draw from the global generators.
             with torch.random.fork_rng():
                 torch.manual_seed(config.seed)
                 np.random.seed(config.seed)  # noqa: NPY002
-                run = _their_attack(attack, self.vae, self.x_ref, config)
-                rows[name] = self.measured(name, run, metadata.version(package))
+                rows[name] = self.measured(name, theirs, metadata.version(package))
         for name, entry in rows.items():
             if name != _REFERENCE:
-                advantage = self.values[_REFERENCE] - self.values[name]
-                entry["advantage_of_ours"] = interval(advantage)
+                entry["advantage_of_ours"] = interval(self.values[_REFERENCE] - self.values[name])
         return rows
 
     def measured(
@@ -240,23 +244,6 @@ class _Counted:
             return value
 
         return objective
-
-
-def _our_attack(
-    optimiser: type[attacks.Attack], x_ref: Tensor, config: AttackBenchmarkConfig
-) -> Callable[[PreparedObjective], Tensor]:
-    def attack(prepared: PreparedObjective) -> Tensor:
-        generator = torch.Generator().manual_seed(config.seed)
-        settings = optimiser(prepared, Linf(config.radius), num_steps=config.num_gradients)
-        return settings(x_ref, generator).best()
-
-    return attack
-
-
-def _their_attack(
-    attack: Callable[..., Tensor], vae: Any, x_ref: Tensor, config: AttackBenchmarkConfig
-) -> Callable[[PreparedObjective], Tensor]:
-    return lambda prepared: attack(EncoderAttackHead(vae, x_ref, prepared), x_ref, config)
 
 
 def _cell(entry: dict[str, float] | None) -> str:

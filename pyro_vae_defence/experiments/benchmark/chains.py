@@ -1,8 +1,8 @@
-"""Sections ``chains``: gold run, gradients until each kernel is stationary, effective sample size
-afterwards."""
+"""Sections ``chains``: gold run, gradients until a kernel is stationary, effective sample size."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,18 +25,6 @@ from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import Latents
 
 _POINTS = 60  # of a trajectory in the result file
-
-
-class Problem(NamedTuple):
-    """Attacked images, and the reconstructions a defence should get back.
-
-    Attributes:
-        x_adv: ``(N, C, H, W)``.
-        decoded: reconstruction of each reference from one draw of the guide, same shape.
-    """
-
-    x_adv: Tensor
-    decoded: Tensor
 
 
 class Trace(NamedTuple):
@@ -66,20 +54,11 @@ class Trace(NamedTuple):
     last: Latents
 
 
-def attack(vae: ConvVAE, x_ref: Tensor, radius: float, generator: torch.Generator) -> Problem:
-    """The paper's attack on the encoder, one restart."""
-    pgd = attacks.PGD(attacks.symmetric_kl(vae), Linf(radius), preset="paper")
-    x_adv = pgd(x_ref, generator).x_adv[0]
-    return Problem(x_adv, NoDefence(vae)(x_ref, generator).reconstruction)
-
-
 def encodings(vae: ConvVAE, x: Tensor, num_chains: int, seed: int) -> tuple[Latents, Streams]:
-    """Where a defence starts, draws from q(z | x), one row per chain and image; and the rows'
-    streams."""
+    """Where a defence starts, draws from q(z | x), a row per chain and image; and their streams."""
     streams = Streams.create(len(x), num_chains, seed=seed, device=x.device)
-    folded = x.repeat(num_chains, 1, 1, 1)
     with torch.no_grad():
-        return program.encode(vae, folded, streams=streams), streams
+        return program.encode(vae, x.repeat(num_chains, 1, 1, 1), streams=streams), streams
 
 
 def run(
@@ -94,55 +73,50 @@ def run(
     similarity_every: int = 1,
     after_warmup: bool = False,
 ) -> Trace:
-    """Run one kernel on rows ``x`` from ``start`` until the batch has spent ``num_gradients`` per
-    row.
+    """Run one kernel on rows ``x`` from ``start`` until each has spent ``num_gradients``.
 
-    Args:
-        vae: the VAE.
-        sampler: the kernel's entry.
-        x: attacked image of each row.
-        start: latents of each row.
-        streams: random streams of the rows.
-        num_gradients: budget per row.
-        warmup_gradients: of these, spent on adaptation; in transitions of the sampler's usual
-            length.
-        decoded: reference's reconstruction of each row, for the similarity; left out when ``None``.
-        similarity_every: least number of gradients between two similarities.
-        after_warmup: whether the budget begins with the end of the warm-up.
+    ``warmup_gradients`` of these are spent on adaptation, in transitions of the sampler's usual
+    length; with ``after_warmup`` the budget begins with the end of the warm-up. The similarity is
+    that to ``decoded``, the reference's reconstruction of each row, at states that lie at least
+    ``similarity_every`` gradients apart; it is left out when that is ``None``.
     """
-    potential = program.potential(vae, x)
     warmup = max(1, warmup_gradients // sampler.gradients)
     kernel = _set_up(vae, sampler, x, streams, warmup)
     scale = {name: value.rsqrt() for name, value in (vae.mean_posterior_variance or {}).items()}
+    gradients: list[int] = []
+    energies: list[Tensor] = []
+    positions: list[Tensor] = []
+    at: list[int] = []
+    similarities: list[Tensor] = []
+
+    @torch.no_grad()
+    def look(state: Latents, energy: Tensor, spent: int) -> None:
+        gradients.append(spent)
+        energies.append(energy)
+        whitened = lat.multiply(state, scale)
+        positions.append(torch.cat([value.flatten(1) for value in whitened.values()], 1))
+        if decoded is not None and (not at or spent - gradients[at[-1]] >= similarity_every):
+            at.append(len(gradients) - 1)
+            found = program.decode(vae, state, tuple(decoded.shape[1:]))
+            similarities.append(metrics.ms_ssim(decoded, found, variant=VARIANT))
+
     with torch.no_grad():
-        energies, at = [potential(start)], [0]
-    positions = [_flat(lat.multiply(start, scale))]
-    similarities = [] if decoded is None else [_similarity(vae, start, decoded)]
-    gradients = [1]
-    state: Latents = dict(start)
-
-    def spent() -> int:
-        if not after_warmup:
-            return gradients[-1]
-        return gradients[-1] - gradients[warmup] if len(gradients) > warmup else -1
-
-    while spent() < num_gradients:
+        look(start, program.potential(vae, x)(start), 1)
+    state = dict(start)
+    end = math.inf if after_warmup else num_gradients
+    while gradients[-1] < end:
         state = kernel.sample(state)
-        assert kernel.state is not None
         assert kernel.info is not None
         # A batch moves in step: smaller trees of NUTS wait for the largest.
-        gradients.append(gradients[-1] + int(kernel.info.num_steps.max()))
-        energies.append(kernel.state.energy)
-        positions.append(_flat(lat.multiply(state, scale)))
-        if decoded is not None and gradients[-1] - gradients[at[-1]] >= similarity_every:
-            at.append(len(gradients) - 1)
-            similarities.append(_similarity(vae, state, decoded))
+        look(state, kernel.state.energy, gradients[-1] + int(kernel.info.num_steps.max()))
+        if after_warmup and len(gradients) == warmup + 1:
+            end = gradients[-1] + num_gradients
     found = kernel.diagnostics()
     return Trace(
         np.array(gradients),
         torch.stack(energies).double().numpy(),
         torch.stack(positions).numpy(),
-        np.array(at),
+        np.array(at, dtype=int),
         torch.stack(similarities).double().numpy() if similarities else np.empty((0, len(x))),
         float(found["acceptance rate"].mean()),
         int(found["divergences per image"].sum()),
@@ -151,67 +125,51 @@ def run(
     )
 
 
+class Gold(NamedTuple):
+    """The gold run: mean energy and similarity per image ``(N,)``, last latents, its summary."""
+
+    energy: np.ndarray
+    similarity: np.ndarray
+    last: Latents
+    summary: dict[str, Any]
+
+
 def gold_run(
-    vae: ConvVAE, problem: Problem, config: BenchmarkConfig, seed: int
-) -> tuple[dict[str, Any], Trace]:
-    """Long run of whitened HMC; even chains start from the attacked encoding, odd ones from the
-    prior.
+    vae: ConvVAE, x_adv: Tensor, x: Tensor, decoded: Tensor, config: BenchmarkConfig, seed: int
+) -> Gold:
+    """Long run of whitened HMC; even chains start from the encoding, odd ones from the prior.
 
     So spread out, the chains agree (R-hat near 1) only if they have forgotten their starts.
-
-    Returns:
-        What the result file keeps, and the run after its warm-up.
     """
-    x = problem.x_adv.repeat(config.num_chains, 1, 1, 1)
-    start, streams = encodings(vae, problem.x_adv, config.num_chains, seed)
+    start, streams = encodings(vae, x_adv, config.num_chains, seed)
     with torch.no_grad():
         overdispersed = program.prior(vae, x, streams=streams)
     start = lat.where(streams.chain % 2 == 0, start, overdispersed)
-    decoded = problem.decoded.repeat(config.num_chains, 1, 1, 1)
-    trace = run(
-        vae,
-        SAMPLERS[GOLD],
-        x,
-        start,
-        streams,
-        config.gold_gradients,
-        config.gold_warmup,
-        decoded,
-        config.similarity_every,
-        after_warmup=True,
-    )
-    warm = trace.warm
-    keep = trace.similarity_at >= warm
-    trace = trace._replace(
-        gradients=trace.gradients[warm:],
-        energy=trace.energy[warm:],
-        position=trace.position[warm:],
-        similarity_at=trace.similarity_at[keep] - warm,
-        similarity=trace.similarity[keep],
-        warm=0,
-    )
-    tree = _tree(trace, config.num_chains)
+    budget, every = (config.gold_gradients, config.gold_warmup), config.similarity_every
+    trace = run(vae, SAMPLERS[GOLD], x, start, streams, *budget, decoded, every, after_warmup=True)
+    warm, tree = trace.warm, _tree(trace, config.num_chains)
     # A chain that never moved has no variance; its R-hat is infinite, as it should be.
     with np.errstate(divide="ignore", invalid="ignore"):
         rhat, ess = diagnostics.rhat(tree), diagnostics.ess(tree)
-    energy = _per_image(trace.energy.mean(0), config.num_chains)
-    spread = _per_image(trace.energy.var(0), config.num_chains)
-    # Images are independent: the variance of the mean over images is the mean variance over their
-    # number.
+    energy = _per_image(trace.energy[warm:].mean(0), config.num_chains)
+    spread = _per_image(trace.energy[warm:].var(0), config.num_chains)
+    similarity = trace.similarity[trace.similarity_at >= warm].mean(0)
+    similarity = _per_image(similarity, config.num_chains)
+    # Images are independent: the variance of the mean over them is their mean variance by number.
     error = float(np.sqrt((spread / ess["energy"]).mean() / len(energy)))
-    similarity = _per_image(trace.similarity.mean(0), config.num_chains)
-    return {
+    summary = {
         "energy": float(energy.mean()),
         "energy_monte_carlo_error": error,
         "similarity": _interval(similarity),
         "rhat_energy": _quantiles(rhat["energy"]),
         "rhat_latents": _quantiles(rhat["latents"]),
-        "gradients_per_chain": int(trace.gradients[-1] - trace.gradients[0]),
-        "transitions_per_chain": len(trace.gradients),
+        "gradients_per_chain": int(trace.gradients[-1] - trace.gradients[warm]),
+        "transitions_per_chain": len(trace.gradients) - warm,
         "chains": config.num_chains,
         "acceptance_rate": trace.acceptance,
         "divergences": trace.divergences,
-    }, trace
+    }
+    return Gold(energy, similarity, trace.last, summary)
 
 
 def chains(
@@ -224,102 +182,79 @@ def chains(
 ) -> dict[str, Any]:
     """Everything about one radius: gold run, settling and effective sample size of every kernel."""
     generator = torch.Generator().manual_seed(config.seed)
-    problem = attack(vae, x_ref, radius, generator)
-    seeds = [draw_seed(generator) for _ in range(3)]
+    # The paper's attack on the encoder, one restart; what comes back should be `decoded`.
+    pgd = attacks.PGD(attacks.symmetric_kl(vae), Linf(radius), preset="paper")
+    x_adv = pgd(x_ref, generator).x_adv[0]
+    decoded = NoDefence(vae)(x_ref, generator).reconstruction.repeat(config.num_chains, 1, 1, 1)
+    x = x_adv.repeat(config.num_chains, 1, 1, 1)
+    gold_seed, start_seed, ess_seed = (draw_seed(generator) for _ in range(3))
     note(f"radius {radius:g}: gold run")
-    gold, reference = gold_run(vae, problem, config, seeds[0])
-    result: dict[str, Any] = {"radius": radius, "gold": gold, "samplers": {}}
-    energy = _per_image(reference.energy.mean(0), config.num_chains)
-    similarity = _per_image(reference.similarity.mean(0), config.num_chains)
-    x = problem.x_adv.repeat(config.num_chains, 1, 1, 1)
-    decoded = problem.decoded.repeat(config.num_chains, 1, 1, 1)
-    start, streams = encodings(vae, problem.x_adv, config.num_chains, seeds[1])
+    gold = gold_run(vae, x_adv, x, decoded, config, gold_seed)
+    start, streams = encodings(vae, x_adv, config.num_chains, start_seed)
     some = streams.image < config.ess_images
+    again, fresh = lat.index(gold.last, some), Streams(ess_seed, *(s[some] for s in streams[1:]))
+    samplers: dict[str, Any] = {}
     for name in names:
-        note(f"radius {radius:g}: {SAMPLERS[name].label}")
-        trace = run(
-            vae,
-            SAMPLERS[name],
-            x,
-            start,
-            streams,
-            config.max_gradients * SAMPLERS[name].patience,
-            config.warmup_gradients * SAMPLERS[name].patience,
-            decoded,
-            config.similarity_every,
-        )
-        entry = _settling(trace, energy, similarity, config)
+        sampler = SAMPLERS[name]
+        note(f"radius {radius:g}: {sampler.label}")
+        budget = config.max_gradients * sampler.patience
+        warmup = config.warmup_gradients * sampler.patience
+        every = config.similarity_every
+        trace = run(vae, sampler, x, start, streams, budget, warmup, decoded, every)
+        samplers[name] = _settling(trace, gold, config)
         if config.ess_gradients > 0:
-            entry["ess"] = _effective(
-                vae,
-                SAMPLERS[name],
-                x[some],
-                lat.index(reference.last, some),
-                Streams(seeds[2], streams.image[some], streams.chain[some]),
-                config,
-            )
-        result["samplers"][name] = entry
-    return result
+            samplers[name]["ess"] = _effective(vae, sampler, x[some], again, fresh, config)
+    return {"radius": radius, "gold": gold.summary, "samplers": samplers}
 
 
-def _settling(
-    trace: Trace,
-    energy: np.ndarray,
-    similarity: np.ndarray,
-    config: BenchmarkConfig,
-) -> dict[str, Any]:
-    excess = trace.energy - np.tile(energy, config.num_chains)
+def _settling(trace: Trace, gold: Gold, config: BenchmarkConfig) -> dict[str, Any]:
+    num_chains, window, tolerance = config.num_chains, config.window, config.tolerance
+    gradients, at = trace.gradients, trace.gradients[trace.similarity_at]
+    excess = trace.energy - np.tile(gold.energy, num_chains)
     mean_excess = excess.mean(1)
-    gain = trace.similarity - trace.similarity[0]
-    start = _per_image(trace.similarity[0], config.num_chains)
-    gold_gain = _interval(similarity - start)
-    at = trace.gradients[trace.similarity_at]
-    window = config.window
-    last = running_means(trace.gradients, excess, window)[-1]
-    last_similarity = running_means(at, trace.similarity, window)[-1]
+    gain = (trace.similarity - trace.similarity[0]).mean(1)
+    start = _per_image(trace.similarity[0], num_chains)
+    gold_gain = _interval(gold.similarity - start)
+    last = running_means(gradients, excess, window)[-1]
+    last_similarity = _per_image(running_means(at, trace.similarity, window)[-1], num_chains)
     thinned = np.unique(np.geomspace(1, len(excess), min(_POINTS, len(excess))).astype(int)) - 1
+    points = zip(gradients[thinned], mean_excess[thinned])
     return {
-        "gradients_energy": settled(
-            trace.gradients, mean_excess, -config.tolerance, config.tolerance, window
-        ),
-        "gradients_similarity": settled(
-            at, gain.mean(1), gold_gain["low"], gold_gain["high"], window
-        ),
+        "gradients_energy": settled(gradients, mean_excess, -tolerance, tolerance, window),
+        "gradients_similarity": settled(at, gain, gold_gain["low"], gold_gain["high"], window),
         "similarity_start": float(start.mean()),
         "gold_gain_of_similarity": gold_gain,
-        "budget": int(trace.gradients[-1]),
-        "excess_energy_last": _interval(_per_image(last, config.num_chains)),
-        "similarity_last_minus_gold": _interval(
-            _per_image(last_similarity, config.num_chains) - similarity
-        ),
+        "budget": int(gradients[-1]),
+        "excess_energy_last": _interval(_per_image(last, num_chains)),
+        "similarity_last_minus_gold": _interval(last_similarity - gold.similarity),
         "acceptance_rate": trace.acceptance,
         "divergences": trace.divergences,
-        "transitions": len(trace.gradients) - 1,
-        "trajectory": [
-            [int(g), round(float(v), 3)]
-            for g, v in zip(trace.gradients[thinned], mean_excess[thinned])
-        ],
+        "transitions": len(gradients) - 1,
+        "trajectory": [[int(g), round(float(v), 3)] for g, v in points],
     }
 
 
 def _effective(
-    vae: ConvVAE, sampler: Sampler, x: Tensor, start: Latents, streams: Streams, config: Any
+    vae: ConvVAE,
+    sampler: Sampler,
+    x: Tensor,
+    start: Latents,
+    streams: Streams,
+    config: BenchmarkConfig,
 ) -> dict[str, Any]:
-    """ESS per gradient, over all chains of an image, of a run that starts where the gold run
-    ended."""
+    """ESS per gradient, over all chains of an image, of a run from where the gold run ended."""
     # A kernel of long transitions needs more gradients for a meaningful autocorrelation.
     budget = config.ess_gradients * max(1, sampler.gradients // 4)
     warmup = config.warmup_gradients * sampler.patience
     trace = run(vae, sampler, x, start, streams, budget, warmup, after_warmup=True)
-    kept = trace._replace(energy=trace.energy[trace.warm :], position=trace.position[trace.warm :])
-    ess = diagnostics.ess(_tree(kept, config.num_chains))
+    ess = diagnostics.ess(_tree(trace, config.num_chains))
     spent = int(trace.gradients[-1] - trace.gradients[trace.warm]) * config.num_chains
     return {
         "energy_per_gradient": float(np.median(ess["energy"])) / spent,
         "latents_per_gradient": float(np.median(ess["latents"])) / spent,
         "worst_latent_per_gradient": float(np.median(ess["latents"].min(1))) / spent,
         "gradients_per_image": spent,
-        "draws_per_chain": len(kept.energy),
+        "draws_per_chain": len(trace.gradients) - trace.warm,
     }
 
 
@@ -332,8 +267,7 @@ def seconds_per_gradient(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(config.repeats + 1):
         for name in names:
-            sampler = SAMPLERS[name]
-            kernel = _set_up(vae, sampler, x, streams, 1000)
+            kernel = _set_up(vae, SAMPLERS[name], x, streams, 1000)
             state = kernel.sample(start)  # outside the clock: it also evaluates the start
             spent, began = 0, time.perf_counter()
             while spent < config.timed_gradients:
@@ -349,22 +283,10 @@ def seconds_per_gradient(
 def _set_up(
     vae: ConvVAE, sampler: Sampler, x: Tensor, streams: Streams, warmup: int
 ) -> BatchedKernel:
-    kernel = sampler.make(vae)(vae.model)
-    if not isinstance(kernel, BatchedKernel):
-        raise ValueError(f"{sampler.label} must make a batched kernel, got {kernel!r}")
+    kernel = sampler.make(vae)
     kernel.streams = streams
     kernel.setup(warmup, x)
     return kernel
-
-
-def _similarity(vae: ConvVAE, latents: Latents, decoded: Tensor) -> Tensor:
-    with torch.no_grad():
-        found = program.decode(vae, latents, tuple(decoded.shape[1:]))
-    return metrics.ms_ssim(decoded, found, variant=VARIANT)
-
-
-def _flat(latents: Latents) -> Tensor:
-    return torch.cat([value.flatten(1) for value in latents.values()], 1)
 
 
 def _per_image(values: np.ndarray, num_chains: int) -> np.ndarray:
@@ -373,15 +295,15 @@ def _per_image(values: np.ndarray, num_chains: int) -> np.ndarray:
 
 
 def _tree(trace: Trace, num_chains: int) -> Any:
-    def unfold(values: np.ndarray) -> np.ndarray:
-        draws, rows = values.shape[:2]
-        return values.reshape(draws, num_chains, rows // num_chains, *values.shape[2:]).swapaxes(
-            0, 1
-        )
+    """Energies and latents after warm-up as ArviZ reads them."""
 
-    return diagnostics.to_datatree(
-        {"energy": unfold(trace.energy), "latents": unfold(trace.position)}
-    )
+    def unfold(values: np.ndarray) -> np.ndarray:
+        draws, rows, *rest = values[trace.warm :].shape
+        folded = values[trace.warm :].reshape(draws, num_chains, rows // num_chains, *rest)
+        return folded.swapaxes(0, 1)
+
+    found = {"energy": unfold(trace.energy), "latents": unfold(trace.position)}
+    return diagnostics.to_datatree(found)
 
 
 def _interval(values: np.ndarray) -> dict[str, float]:

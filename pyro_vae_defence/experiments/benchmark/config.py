@@ -16,8 +16,7 @@ from pyro_vae_defence.experiments.configuration import (
 
 @dataclass(frozen=True)
 class BenchmarkConfig(Configuration):
-    """What the benchmark of the sampler engine runs; see ``docs/benchmark.md`` for what it
-    measures.
+    """What the benchmark runs; ``docs/benchmark.md`` says what it measures.
 
     Args:
         model: name of a trained model with Bernoulli likelihood.

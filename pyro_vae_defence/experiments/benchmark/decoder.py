@@ -1,5 +1,4 @@
-"""Section ``decoder``: seconds per gradient of the energy against the machine's own matrix-multiply
-rate.
+"""Section ``decoder``: a gradient of the energy against the machine's matrix-multiply rate.
 
 Torch itself counts the operations of one gradient while it runs
 (:class:`torch.utils.flop_counter.FlopCounterMode`: convolutions and matrix products, two per
@@ -12,6 +11,7 @@ does slows both.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,12 +31,9 @@ _OPERATORS = 6  # listed in the breakdown
 
 
 def decoder(vae: ConvVAE, x: Tensor, config: BenchmarkConfig) -> dict[str, Any]:
-    """Share of the matrix-multiply rate that one gradient reaches, per number of rows.
+    """Share of the matrix-multiply rate that one gradient reaches, for each of ``config.rows``.
 
-    Args:
-        vae: trained VAE.
-        x: images to take rows from, repeated as needed.
-        config: ``rows``, ``matmul_size``, ``repeats`` and ``seed``.
+    Rows are taken from images ``x``, repeated as needed.
     """
     generator = torch.Generator().manual_seed(config.seed)
     size = config.matmul_size
@@ -46,7 +43,10 @@ def decoder(vae: ConvVAE, x: Tensor, config: BenchmarkConfig) -> dict[str, Any]:
     calls: dict[int, Callable[[], Any]] = {}
     flops = {}
     for rows in config.rows:
-        calls[rows] = _gradient(vae, x, rows, generator)
+        repeated = x.repeat(-(-rows // len(x)), 1, 1, 1)[:rows]
+        z = {"z": torch.randn(rows, vae.latent_dim, generator=generator)}
+        potential = program.potential(vae, repeated)
+        calls[rows] = functools.partial(energy_and_gradient, potential, z)
         with FlopCounterMode(display=False) as counter:
             calls[rows]()
         flops[rows] = counter.get_total_flops()
@@ -60,8 +60,7 @@ def decoder(vae: ConvVAE, x: Tensor, config: BenchmarkConfig) -> dict[str, Any]:
             rates.append(rate)
             seconds[rows].append(_seconds(calls[rows]))
             shares[rows].append(flops[rows] / seconds[rows][-1] / rate)
-    largest = max(config.rows)
-    written = layer_flops(vae)
+    largest, written = max(config.rows), layer_flops(vae)
     return {
         "matmul_size": size,
         "matmul_flops_per_second": float(np.median(rates)),
@@ -93,13 +92,6 @@ def layer_flops(vae: ConvVAE) -> int:
             extent = layer.dilation[0] * (layer.kernel_size[0] - 1) + 1
             side = (side - 1) * layer.stride[0] - 2 * int(layer.padding[0]) + extent
     return total
-
-
-def _gradient(vae: ConvVAE, x: Tensor, rows: int, generator: torch.Generator) -> Callable[[], Any]:
-    repeated = x.repeat(-(-rows // len(x)), 1, 1, 1)[:rows]
-    potential = program.potential(vae, repeated)
-    z = {"z": torch.randn(rows, vae.latent_dim, generator=generator)}
-    return lambda: energy_and_gradient(potential, z)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

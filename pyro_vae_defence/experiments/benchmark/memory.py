@@ -1,5 +1,4 @@
-"""Section ``memory``: peak resident memory of a defence against the number of images, each in a
-fresh process."""
+"""Section ``memory``: peak resident memory by the number of images, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -17,25 +16,18 @@ _MEBIBYTE = 2**20
 
 
 def memory(
-    model: str,
-    models: str | os.PathLike[str] | None,
-    config: BenchmarkConfig,
-    note: Callable[[str], None],
+    models: str | os.PathLike[str] | None, config: BenchmarkConfig, note: Callable[[str], None]
 ) -> dict[str, Any]:
     """Peak memory in MiB of HMC on so many images, in micro-batches of ``memory_batch_size``.
 
-    Args:
-        model: name of the trained model.
-        models: directory of its weights.
-        config: ``memory_*`` and ``seed``.
-        note: told what comes next.
+    The weights are those of ``config.model`` in the directory ``models``.
     """
     context = multiprocessing.get_context("spawn")
     measured = []
     for images in config.memory_images:
         note(f"memory of {images} images")
         here, there = context.Pipe(duplex=False)
-        worker = context.Process(target=_defend, args=(there, model, models, images, config))
+        worker = context.Process(target=_defend, args=(there, models, images, config))
         worker.start()
         there.close()
         try:
@@ -51,26 +43,18 @@ def memory(
     return {"batch_size": config.memory_batch_size, "measured": measured}
 
 
-def _defend(
-    connection: Any, model: str, models: Any, num_images: int, config: BenchmarkConfig
-) -> None:
+def _defend(connection: Any, models: Any, num_images: int, config: BenchmarkConfig) -> None:
     import torch
 
     from pyro_vae_defence.defence import MCMCDefence
     from pyro_vae_defence.mcmc import BatchedHMC
     from pyro_vae_defence.models.pretrained import load_pretrained
 
-    vae = load_pretrained(model, models)
-    kernel = functools.partial(
-        BatchedHMC,
-        step_size=0.1,
-        num_steps=1,
-        jitter=0.0,
-        inverse_mass_matrix=vae.mean_posterior_variance,
-    )
-    defence = MCMCDefence(
-        vae, kernel, config.memory_transitions, 0, batch_size=config.memory_batch_size
-    )
+    vae = load_pretrained(config.model, models)
+    metric = vae.mean_posterior_variance
+    kernel = functools.partial(BatchedHMC, num_steps=1, jitter=0.0, inverse_mass_matrix=metric)
+    transitions, batch_size = config.memory_transitions, config.memory_batch_size
+    defence = MCMCDefence(vae, kernel, transitions, 0, batch_size=batch_size)
     generator = torch.Generator().manual_seed(config.seed)
     defence(torch.rand(2, *vae.image_shape, generator=generator), generator)
     idle = peak_memory()

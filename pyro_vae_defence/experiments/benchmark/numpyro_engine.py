@@ -1,5 +1,4 @@
-"""NumPyro's HMC and NUTS, vectorised over images, on the decoder of a
-:class:`~pyro_vae_defence.models.ConvVAE` in JAX.
+"""NumPyro's HMC and NUTS, vectorised over images, on a convolutional decoder in JAX.
 
 This runs in a process of its own (:func:`serve`), so that JAX's threads can be bounded to the
 number torch uses and nothing of it stays in the benchmark's process. It knows neither torch nor
@@ -22,8 +21,7 @@ import numpy as np
 
 
 class Layer(NamedTuple):
-    """A transposed convolution: weight ``(height, width, in, out)``, already turned around, and its
-    geometry."""
+    """A transposed convolution; its weight ``(height, width, in, out)`` is turned around."""
 
     weight: np.ndarray
     bias: np.ndarray
@@ -55,11 +53,11 @@ def serve(
     x: np.ndarray,
     start: np.ndarray,
 ) -> None:
-    """Answer requests on ``connection`` until it is ``None``.
+    """Answer requests until one is ``None``.
 
     The first message sent is ``{"versions": ...}``. The request ``"energy"`` is answered by
-    energies and gradients at ``start``; a :class:`Job` by its wall time and what compiling it took
-    the first time.
+    energies and gradients at ``start``; a :class:`Job` by its wall time, what compiling it took
+    the first time, and what was found.
 
     Args:
         connection: end of a pipe.
@@ -75,7 +73,7 @@ def serve(
     import jax
     import numpyro
 
-    programs: dict[Job, tuple[Callable[[], Any], float]] = {}
+    programs: dict[Job, tuple[Callable[[], dict[str, Any]], float]] = {}
     energy_and_gradient = jax.jit(
         jax.vmap(jax.value_and_grad(lambda z, image: energy(layers, z, image)))
     )
@@ -88,22 +86,13 @@ def serve(
             programs[request] = _compile(request, layers, inverse_mass, x, start)
         call, compile_seconds = programs[request]
         began = time.perf_counter()
-        gradients, batch_gradients, acceptance, finite = call()
-        connection.send(
-            {
-                "seconds": time.perf_counter() - began,
-                "compile_seconds": compile_seconds,
-                "gradients": gradients,
-                "batch_gradients": batch_gradients,
-                "acceptance_rate": acceptance,
-                "finite": finite,
-            }
-        )
+        found = call()
+        seconds = {"seconds": time.perf_counter() - began, "compile_seconds": compile_seconds}
+        connection.send({**seconds, **found})
 
 
 def energy(layers: list[Layer], z: Any, image: Any) -> Any:
-    """-log p(x, z) of one image in nats: ``z`` of shape ``(D,)``, ``image`` of shape ``(H, W,
-    C)``."""
+    """-log p(x, z) of one image ``(H, W, C)`` in nats, ``z`` of shape ``(D,)``."""
     import jax
     import jax.numpy as jnp
 
@@ -131,7 +120,7 @@ def energy(layers: list[Layer], z: Any, image: Any) -> Any:
 
 def _compile(
     job: Job, layers: list[Layer], inverse_mass: np.ndarray, x: np.ndarray, start: np.ndarray
-) -> tuple[Callable[[], Any], float]:
+) -> tuple[Callable[[], dict[str, Any]], float]:
     import jax
     from numpyro.infer.hmc import hmc
 
@@ -164,16 +153,15 @@ def _compile(
     compiled = jax.jit(jax.vmap(one_image)).lower(keys, x, start).compile()
     compile_seconds = time.perf_counter() - began
 
-    def call() -> tuple[float, float, float, bool]:
+    def call() -> dict[str, Any]:
         draws, num_steps, acceptance = jax.block_until_ready(compiled(keys, x, start))
         steps = np.asarray(num_steps)  # (N, transitions)
-        return (
-            1 + float(steps.sum(1).mean()),
-            # Images move in step under vmap: a transition lasts as long as the largest of its
-            # trees.
-            1 + float(steps.max(0).sum()),
-            float(np.asarray(acceptance)[:, job.warmup :].mean()),
-            bool(np.isfinite(np.asarray(draws)).all()),
-        )
+        return {
+            "gradients": 1 + float(steps.sum(1).mean()),
+            # Under vmap images move in step: a transition lasts as long as its largest tree.
+            "batch_gradients": 1 + float(steps.max(0).sum()),
+            "acceptance_rate": float(np.asarray(acceptance)[:, job.warmup :].mean()),
+            "finite": bool(np.isfinite(np.asarray(draws)).all()),
+        }
 
     return call, compile_seconds

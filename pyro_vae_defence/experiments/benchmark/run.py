@@ -1,5 +1,4 @@
-"""Benchmark of the sampler engine: what an image costs, against what the machine and other
-libraries can do.
+"""The sampler engine: what an image costs, against what the machine and other libraries can do.
 
 One result file, section by section, each measured by a file of its own; ``docs/benchmark.md`` says
 what is measured and how.
@@ -54,14 +53,11 @@ class BenchmarkSamplers(Measurement[BenchmarkConfig]):
             "decoder": lambda: decoder(vae, references, config),
             "seconds_per_gradient": lambda: seconds_per_gradient(vae, references, names, config),
             "engines": lambda: engines(vae, self.many, config, note),
-            "memory": lambda: memory(config.model, self.models, config, note),
-            **{
-                f"chains {radius:g}": functools.partial(
-                    chains, vae, references, radius, names, config, note
-                )
-                for radius in config.radii
-            },
+            "memory": lambda: memory(self.models, config, note),
         }
+        for radius in config.radii:
+            parts = functools.partial(chains, vae, references, radius, names, config, note)
+            sections[f"chains {radius:g}"] = parts
         for name, measure in sections.items():
             yield ("sections", name), functools.partial(self.measured, measure)
 

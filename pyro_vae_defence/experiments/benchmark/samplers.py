@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from pyro_vae_defence.defence import KernelFactory
+from pyro_vae_defence import mcmc
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
-from pyro_vae_defence.mcmc import (
-    BatchedGHMC,
-    BatchedHMC,
-    BatchedMALA,
-    BatchedMAMS,
-    BatchedNUTS,
-    BatchedULA,
-)
+from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models import ConvVAE
 
 
@@ -24,60 +15,53 @@ class Sampler(NamedTuple):
 
     Attributes:
         label: what tables call it.
-        make: from a trained VAE to what makes a kernel from a Pyro model.
-        gradients: gradients of a usual transition, which turns a warm-up in gradients into
-            transitions.
+        kernel: its class.
+        options: what the kernel is made with.
+        gradients: of a usual transition, which turns a warm-up in gradients into transitions.
+        whitened: whether its metric is the training set's mean posterior variance, where 1 is a
+            natural unit of length.
         exact: whether its draws come from the target.
-        patience: its budget and warm-up, as multiples of ``max_gradients`` and
-            ``warmup_gradients``.
+        patience: budget and warm-up, as multiples of ``max_gradients`` and ``warmup_gradients``.
     """
 
     label: str
-    make: Callable[[ConvVAE], KernelFactory]
+    kernel: type[BatchedKernel]
+    options: dict[str, Any]
     gradients: int
+    whitened: bool = True
     exact: bool = True
     patience: int = 1
 
+    def make(self, vae: ConvVAE) -> BatchedKernel:
+        """A fresh kernel on a trained VAE's model."""
+        metric = vae.mean_posterior_variance if self.whitened else None
+        return self.kernel(vae.model, inverse_mass_matrix=metric, **self.options)
 
-def _plain(kernel: Any, **options: Any) -> Callable[[ConvVAE], KernelFactory]:
-    return lambda vae: functools.partial(kernel, **options)
 
-
-def _whitened(kernel: Any, **options: Any) -> Callable[[ConvVAE], KernelFactory]:
-    """In the metric of the training set's mean posterior variance, where 1 is a natural unit of
-    length."""
-    return lambda vae: functools.partial(
-        kernel, inverse_mass_matrix=vae.mean_posterior_variance, **options
-    )
-
+_STEPS = {"step_size": 0.5, "num_steps": 4}
+_BURN_IN = {"step_size": 0.2, "num_steps": 4, "burn_in": 30}
+_PLAIN = {"step_size": 0.1, "num_steps": 4}
+_PAPER = {"step_size": PAPER_SETTINGS["mnist"].step_size, "preset": "paper"}
+_STEP = {"step_size": 0.5}
+_TREE = {"step_size": 0.5, "max_tree_depth": 6}
 
 SAMPLERS: dict[str, Sampler] = {
-    "hmc": Sampler("HMC, whitened", _whitened(BatchedHMC, step_size=0.5, num_steps=4), 4),
+    "hmc": Sampler("HMC, whitened", mcmc.BatchedHMC, _STEPS, 4),
     "hmc_burn_in": Sampler(
-        "HMC as recommended: whitened, burn-in of 30",
-        _whitened(BatchedHMC, step_size=0.2, num_steps=4, burn_in=30),
-        4,
+        "HMC as recommended: whitened, burn-in of 30", mcmc.BatchedHMC, _BURN_IN, 4
     ),
-    "nuts": Sampler(
-        "NUTS, whitened", _whitened(BatchedNUTS, step_size=0.5, max_tree_depth=6), 24, patience=3
-    ),
-    "mala": Sampler("MALA, whitened", _whitened(BatchedMALA, step_size=0.5), 1),
-    "ghmc": Sampler("generalised HMC, whitened", _whitened(BatchedGHMC, step_size=0.5), 1),
-    "mams": Sampler("MAMS, whitened", _whitened(BatchedMAMS, step_size=0.5, num_steps=4), 4),
+    "nuts": Sampler("NUTS, whitened", mcmc.BatchedNUTS, _TREE, 24, patience=3),
+    "mala": Sampler("MALA, whitened", mcmc.BatchedMALA, _STEP, 1),
+    "ghmc": Sampler("generalised HMC, whitened", mcmc.BatchedGHMC, _STEP, 1),
+    "mams": Sampler("MAMS, whitened", mcmc.BatchedMAMS, _STEPS, 4),
     "ula": Sampler(
-        "unadjusted Langevin, whitened (biased)",
-        _whitened(BatchedULA, step_size=0.5),
-        1,
-        exact=False,
+        "unadjusted Langevin, whitened (biased)", mcmc.BatchedULA, _STEP, 1, exact=False
     ),
     "hmc_plain": Sampler(
-        "HMC, not whitened", _plain(BatchedHMC, step_size=0.1, num_steps=4), 4, patience=4
+        "HMC, not whitened", mcmc.BatchedHMC, _PLAIN, 4, whitened=False, patience=4
     ),
     "paper": Sampler(
-        "HMC, the paper's setting",
-        _plain(BatchedHMC, step_size=PAPER_SETTINGS["mnist"].step_size, preset="paper"),
-        20,
-        patience=10,
+        "HMC, the paper's setting", mcmc.BatchedHMC, _PAPER, 20, whitened=False, patience=10
     ),
 }
 """Name -> sampler."""

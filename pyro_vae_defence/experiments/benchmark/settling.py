@@ -15,27 +15,19 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["running_means", "settled"]
-
 
 def running_means(gradients: np.ndarray, values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the values in the ``window`` gradients from each state on, complete windows only.
+    """Mean of ``values`` ``(K, ...)`` in the ``window`` > 0 gradients from each state on.
 
-    Args:
-        gradients: increasing counts of gradients, ``(K,)``.
-        values: one value per state, ``(K,)``, or a row of them, ``(K, ...)``.
-        window: length W in gradients, > 0.
-
-    Returns:
-        ``(K', ...)`` with K' <= K windows, the first starting at the first state.
+    ``gradients`` are increasing counts, ``(K,)``. Windows are complete ones only, from the first
+    state on: ``(K', ...)`` with K' <= K.
     """
     if not window > 0:
         raise ValueError(f"window must be positive, got {window}")
     complete = int(np.searchsorted(gradients, gradients[-1] - window, side="right"))
     ends = np.searchsorted(gradients, gradients[:complete] + window, side="left")
-    return np.array(
-        [values[k:end].mean(0) for k, end in enumerate(ends)], dtype=np.float64
-    ).reshape((complete, *values.shape[1:]))
+    means = [values[k:end].mean(0) for k, end in enumerate(ends)]
+    return np.array(means, dtype=np.float64).reshape((complete, *values.shape[1:]))
 
 
 def settled(
@@ -43,11 +35,7 @@ def settled(
 ) -> int | None:
     """Gradients after which the running mean stays in [low, high]; ``None`` if it does not.
 
-    Args:
-        gradients: increasing counts of gradients, ``(K,)``.
-        values: average over images after so many gradients, ``(K,)``.
-        low, high: the target interval.
-        window: length of the running mean, in gradients.
+    ``values`` are averages over images, ``(K,)``; the rest is as for :func:`running_means`.
     """
     means = running_means(gradients, values, window)
     # NaN is outside.

@@ -19,10 +19,7 @@ _ENGINES = {
 
 
 def benchmark_tables(result: dict[str, Any]) -> str:
-    """All tables of a result file of :func:`~pyro_vae_defence.experiments.benchmark.run.benchmark`.
-
-    Sections that are missing are left out.
-    """
+    """All tables of a result file; sections that are missing are left out."""
     config = result["config"]
     sections = {name: entry["results"] for name, entry in result["sections"].items()}
     seconds = sections.get("seconds_per_gradient", {})
@@ -45,47 +42,50 @@ def benchmark_tables(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _table(rows: list[dict[str, str]]) -> list[str]:
+    """A table of rows, each from a column's heading to its cell."""
+    return table(list(rows[0]), [row.values() for row in rows]) if rows else []
+
+
 def _chains(
     section: dict[str, Any], seconds: dict[str, float], config: dict[str, Any]
 ) -> list[str]:
-    gold = section["gold"]
+    gold, radius = section["gold"], f"radius {section['radius']:g}"
     rhat = gold["rhat_energy"], gold["rhat_latents"]
     rows, rates = [], []
     for name, entry in section["samplers"].items():
-        energy, similarity = entry["gradients_energy"], entry["gradients_similarity"]
-        known = None not in (energy, similarity) and name in seconds
+        label, unit = SAMPLERS[name].label, seconds.get(name)
+        settled = [entry["gradients_energy"], entry["gradients_similarity"]]
+        shown = [f"not within {entry['budget']:,}" if n is None else f"{n:,}" for n in settled]
+        known = unit is not None and None not in settled
         rows.append(
-            [
-                SAMPLERS[name].label,
-                _count(energy, entry["budget"]),
-                _count(similarity, entry["budget"]),
-                f"{max(energy, similarity) * seconds[name]:.3g}" if known else "",
-                interval(entry["excess_energy_last"], 1),
-                f"{entry['acceptance_rate']:.2f}",
-                f"{entry['divergences']}",
-            ]
+            {
+                "kernel": label,
+                "gradients to energy": shown[0],
+                "gradients to MSSSIM": shown[1],
+                "seconds per image": f"{max(settled) * unit:.3g}" if known else "",
+                "energy above gold at the end (nats)": interval(entry["excess_energy_last"], 1),
+                "acceptance": f"{entry['acceptance_rate']:.2f}",
+                "divergences": f"{entry['divergences']}",
+            }
         )
         if "ess" in entry:
-            ess = [entry["ess"][f"{what}_per_gradient"] for what in ("energy", "latents")]
-            per_gradient = [*ess, entry["ess"]["worst_latent_per_gradient"]]
-            rates.append(
-                [
-                    SAMPLERS[name].label,
-                    *(f"{1000 * rate:.3g}" for rate in per_gradient),
-                    *(f"{rate / seconds[name]:.3g}" if name in seconds else "" for rate in ess),
-                ]
+            energy, latents, slowest = (
+                entry["ess"][f"{what}_per_gradient"]
+                for what in ("energy", "latents", "worst_latent")
             )
-    columns = [
-        "kernel",
-        "gradients to energy",
-        "gradients to MSSSIM",
-        "seconds per image",
-        "energy above gold at the end (nats)",
-        "acceptance",
-        "divergences",
-    ]
+            rates.append(
+                {
+                    "kernel": label,
+                    "energy, per 1,000 gradients": f"{1000 * energy:.3g}",
+                    "latents, per 1,000 gradients": f"{1000 * latents:.3g}",
+                    "slowest latent": f"{1000 * slowest:.3g}",
+                    "energy, per second": f"{energy / unit:.3g}" if unit else "",
+                    "latents, per second": f"{latents / unit:.3g}" if unit else "",
+                }
+            )
     lines = [
-        f"### Until stationary, radius {section['radius']:g}",
+        f"### Until stationary, {radius}",
         "",
         f"{config['num_images']} attacked images, {config['num_chains']} chains each. Gold run: "
         f"{gold['transitions_per_chain']:,} transitions ({gold['gradients_per_chain']:,} "
@@ -95,20 +95,11 @@ def _chains(
         f"median over images and {rhat[0]['max']:.3f} at most, of the latents "
         f"{rhat[1]['median']:.3f} and {rhat[1]['q99']:.3f} (99%).",
         "",
-        *table(columns, rows),
+        *_table(rows),
         *_against_paper(section["samplers"], seconds),
     ]
     if len(rates) == len(rows):
-        columns = [
-            "kernel",
-            "energy, per 1,000 gradients",
-            "latents, per 1,000 gradients",
-            "slowest latent",
-            "energy, per second",
-            "latents, per second",
-        ]
-        title = f"#### Effective sample size afterwards, radius {section['radius']:g}"
-        lines += [title, "", *table(columns, rates)]
+        lines += [f"#### Effective sample size afterwards, {radius}", "", *_table(rates)]
     return lines
 
 
@@ -147,26 +138,17 @@ def _against_paper(samplers: dict[str, Any], seconds: dict[str, float]) -> list[
 
 def _decoder(section: dict[str, Any]) -> list[str]:
     rows = [
-        [
-            f"{entry['rows']}",
-            f"{entry['flops_per_row'] / 1e6:.1f}",
-            f"{entry['seconds_per_row'] * 1e6:.0f}",
-            f"{100 * entry['share_of_matmul_rate']:.0f}%",
-            f"{100 * entry['share_as_written']:.0f}%",
-        ]
+        {
+            "rows": f"{entry['rows']}",
+            "MFLOP per row": f"{entry['flops_per_row'] / 1e6:.1f}",
+            "µs per row": f"{entry['seconds_per_row'] * 1e6:.0f}",
+            "share of the matmul rate": f"{100 * entry['share_of_matmul_rate']:.0f}%",
+            "the same, layers as written": f"{100 * entry['share_as_written']:.0f}%",
+        }
         for entry in section["rows"]
     ]
-    columns = [
-        "rows",
-        "MFLOP per row",
-        "µs per row",
-        "share of the matmul rate",
-        "the same, layers as written",
-    ]
     size, operators = section["matmul_size"], section["operators"]
-    shares = ", ".join(
-        f"`{name}` {100 * share:.0f}%" for name, share in operators["shares"].items()
-    )
+    shares = [f"`{name}` {100 * share:.0f}%" for name, share in operators["shares"].items()]
     return [
         "### One gradient against the matrix-multiply rate",
         "",
@@ -174,8 +156,8 @@ def _decoder(section: dict[str, Any]) -> list[str]:
         f"{section['matmul_flops_per_second'] / 1e9:.0f} GFLOP/s. One gradient through the layers "
         f"as they are written takes {section['flops_per_row_as_written'] / 1e6:.1f} MFLOP per row.",
         "",
-        *table(columns, rows),
-        f"CPU time at {operators['rows']} rows: {shares}.",
+        *_table(rows),
+        f"CPU time at {operators['rows']} rows: {', '.join(shares)}.",
         "",
     ]
 
@@ -188,37 +170,25 @@ def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
         seconds, gradients = entry["seconds_per_image"], entry["gradients"]
         relative = seconds / ours["seconds_per_image"]
         rows.append(
-            [
-                _ENGINES[name],
-                f"{gradients:.0f}",
-                f"{entry['acceptance_rate']:.2f}",
-                f"{seconds:.3g}",
-                f"{1e6 * seconds / gradients:.0f}",
-                f"{relative:.2f}",
-                f"{relative * ours['gradients'] / gradients:.2f}",
-            ]
+            {
+                "": _ENGINES[name],
+                "gradients per image": f"{gradients:.0f}",
+                "acceptance": f"{entry['acceptance_rate']:.2f}",
+                "seconds per image": f"{seconds:.3g}",
+                "µs per gradient": f"{1e6 * seconds / gradients:.0f}",
+                "times this library's, per image": f"{relative:.2f}",
+                "per gradient": f"{relative * ours['gradients'] / gradients:.2f}",
+            }
         )
-    columns = [
-        "",
-        "gradients per image",
-        "acceptance",
-        "seconds per image",
-        "µs per gradient",
-        "times this library's, per image",
-        "per gradient",
-    ]
     numpyro = section["numpyro"]
     if isinstance(numpyro, str):
         note = f"{numpyro}: not measured."
     else:
-        compiled = " and ".join(
-            f"{entry['compile_seconds']:.1f}"
-            for entry in found.values()
-            if "compile_seconds" in entry
-        )
+        waits = [e["compile_seconds"] for e in found.values() if "compile_seconds" in e]
         note = (
-            f"NumPyro {numpyro['numpyro']} on JAX {numpyro['jax']}; compiling took {compiled} "
-            "seconds and is not counted. Relative differences of the decoders: energies "
+            f"NumPyro {numpyro['numpyro']} on JAX {numpyro['jax']}; compiling took "
+            f"{' and '.join(f'{wait:.1f}' for wait in waits)} seconds and is not counted. "
+            "Relative differences of the decoders: energies "
             f"{numpyro['energy_difference']:.1g}, gradients {numpyro['gradient_difference']:.1g}."
         )
     return [
@@ -228,7 +198,7 @@ def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
         f"{config['engine_steps']} leapfrog steps, NUTS with trees of at most "
         f"{config['engine_tree_depth']} doublings.",
         "",
-        *table(columns, rows),
+        *_table(rows),
         note,
         "",
     ]
@@ -236,7 +206,11 @@ def _engines(section: dict[str, Any], config: dict[str, Any]) -> list[str]:
 
 def _memory(section: dict[str, Any]) -> list[str]:
     rows = [
-        [f"{entry['images']:,}", f"{entry['idle_mib']:.0f}", f"{entry['peak_mib']:.0f}"]
+        {
+            "images": f"{entry['images']:,}",
+            "before (MiB)": f"{entry['idle_mib']:.0f}",
+            "peak (MiB)": f"{entry['peak_mib']:.0f}",
+        }
         for entry in section["measured"]
     ]
     return [
@@ -244,9 +218,5 @@ def _memory(section: dict[str, Any]) -> list[str]:
         "",
         f"Peak resident memory of HMC in micro-batches of {section['batch_size']:,} chains.",
         "",
-        *table(["images", "before (MiB)", "peak (MiB)"], rows),
+        *_table(rows),
     ]
-
-
-def _count(gradients: int | None, budget: int) -> str:
-    return f"not within {budget:,}" if gradients is None else f"{gradients:,}"
