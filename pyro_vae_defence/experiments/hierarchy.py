@@ -9,11 +9,11 @@ the images of a part).
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ from pyro_vae_defence.experiments.defences import (
     label,
     make_defence,
 )
-from pyro_vae_defence.experiments.defend import SCORE_COLUMNS, score, score_cells
+from pyro_vae_defence.experiments.defend import SCORE_COLUMNS, score, score_cells, score_section
 from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
 from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement, interval, similarity
 from pyro_vae_defence.models import program
@@ -185,12 +185,11 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         """The noise floor; then per number of groups the attack, and a cell per defence."""
         yield ("noise_floor",), self.noise_floor
         for k in self.config.groups:
-            yield ("groups", str(k), "symmetric_kl"), functools.partial(self.reached, k)
+            yield ("groups", str(k), "symmetric_kl"), partial(self.reached, k)
             for name in self.config.defences:
-                cell = functools.partial(self.defended, name, k)
-                yield ("groups", str(k), "defences", name), cell
+                yield ("groups", str(k), "defences", name), partial(self.defended, name, k)
 
-    @functools.cached_property
+    @cached_property
     def before(self) -> DefenceResult:
         """rec(x^r) decodes one draw of the guide."""
         return self.undefended(self.references, "before")
@@ -200,7 +199,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         again = self.undefended(self.references, "again")
         return similarity(self.before.reconstruction, again.reconstruction, self.image)
 
-    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    @cache  # noqa: B019 (a study lives as long as its process)
     def attacked(self, k: int) -> attacks.AttackResult:
         """The attack on the top ``k`` groups."""
         config = self.config
@@ -218,11 +217,6 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         """The symmetric KL over the top ``k`` groups that the attack reaches, in nats."""
         return interval(self.attacked(k).objective.flatten(), self.image)
 
-    def undefended(self, x: Tensor, *purpose: object) -> DefenceResult:
-        """One draw from the guide, decoded."""
-        guide = NoDefence(self.vae, batch_size=self.config.batch_size)
-        return guide(x, self.generator(*purpose))
-
     def defended(self, name: str, k: int) -> dict[str, Any]:
         """One defence against the attack on the top ``k`` groups."""
         x_adv = self.attacked(k).flat().images
@@ -236,6 +230,11 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         at_reference, at_attacked = self.energy(self.references), self.energy(x_adv)
         return score(self.before, outcome, at_reference, at_attacked, self.image)
 
+    def undefended(self, x: Tensor, *purpose: object) -> DefenceResult:
+        """One draw of the guide, decoded."""
+        guide = NoDefence(self.vae, batch_size=self.config.batch_size)
+        return guide(x, self.generator(*purpose))
+
     def setting(self, name: str) -> Setting:
         """What a defence runs on: the paper's on latents, others on noise if that is asked for."""
         config = self.config
@@ -247,7 +246,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
             self.programs, config.chain, self.inverse_mass, config.radius, options=options
         )
 
-    @functools.cached_property
+    @cached_property
     def inverse_mass(self) -> Latents:
         """Mean posterior variance of what chains move, over training images: nothing an attacker
         can change."""
@@ -265,22 +264,17 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
     def energy(self, x: Tensor) -> Potential:
         """U(z; x) = -log p(x | z) - sum_k log p(z_k | z_{>k}), in nats."""
 
-        def at(latents: Latents) -> Tensor:
-            parts = [
-                program.potential(self.vae, x[part])(lat.index(latents, part))
-                for part in self._parts(x)
-            ]
-            return torch.cat(parts)
+        def energy(part: Tensor, latents: Latents) -> Tensor:
+            return program.potential(self.vae, x[part])(lat.index(latents, part))
 
-        return at
+        parts = self._parts(x)
+        return lambda latents: torch.cat([energy(part, latents) for part in parts])
 
     @torch.no_grad()
     def to_latents(self, noise: Latents) -> Latents:
         """The latents that stand for noise."""
-        parts = [
-            self.programs.to_latents(lat.index(noise, part))
-            for part in self._parts(self.references)
-        ]
+        rows = self._parts(self.references)
+        parts = [self.programs.to_latents(lat.index(noise, part)) for part in rows]
         return {site: torch.cat([part[site] for part in parts]) for site in self.vae.sites}
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -289,27 +283,14 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A row per number of attacked groups and defence."""
-        config = result["config"]
         rows = [
             [k, tables.interval(entry["symmetric_kl"], 1), *score_cells(name, found)]
             for k, entry in result["groups"].items()
             for name, found in entry.get("defences", {}).items()
         ]
         columns = ["attacked groups", "symmetric KL (nats)", "", *SCORE_COLUMNS]
-        return "\n".join(
-            [
-                f"### {result['name']}",
-                "",
-                f"{config['num_references']} reference images x {config['num_restarts']} restarts, "
-                f"radius {config['radius']:g}, model `{config['model']}`, seed {config['seed']}. "
-                f"95% intervals over reference images. Noise floor of {METRIC}: "
-                f"{tables.interval(result['noise_floor'])}.",
-                "",
-                *tables.table(columns, rows),
-                f"{tables.source(result)}.",
-                "",
-            ]
-        )
+        floor = f" Noise floor of {METRIC}: {tables.interval(result['noise_floor'])}."
+        return score_section(result, floor, columns, rows)
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:

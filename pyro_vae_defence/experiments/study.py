@@ -304,6 +304,16 @@ def similarity(x: Tensor, y: Tensor, image: Tensor | None = None) -> dict[str, f
     return interval(metrics.ms_ssim(x.cpu(), y.cpu(), variant=VARIANT), image)
 
 
+def accuracy(found: Tensor, right: Tensor, reference: Tensor) -> dict[str, dict[str, float]]:
+    """How often predicted classes are the right ones, and how often those of the reference; the
+    first of both where there are fewer predictions."""
+    some = slice(len(found))
+    return {
+        "correct": interval(metrics.correct(found, right[some])),
+        "unchanged": interval(metrics.adversarial_accuracy(reference[some], found)),
+    }
+
+
 def cost(outcome: Any) -> dict[str, Any]:
     """What a defence's result has cost, and what it was made with."""
     return {
