@@ -107,10 +107,7 @@ class Attack(Measurement[AttackConfig]):
     def load(self) -> None:
         """The model, its classifiers by label, and images."""
         config = self.config
-        if config.model != self.name:
-            raise ValueError(
-                f"model={config.model!r}: results are named after the model; run attack on it"
-            )
+        self.check_name()
         self.vae, card = self.load_conv_vae(config.model)
         # Name of the label -> its column and what predicts it.
         self.tasks: dict[str, tuple[int, LinearClassifier]] = {

@@ -17,8 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_vae_defence import data, metrics
+from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import EncoderDefence
 from pyro_vae_defence.experiments.configuration import (
     ChainConfig,
@@ -91,8 +93,8 @@ def _classifiers() -> dict[str, ClassifierConfig]:
     classifiers = {}
     for model, config in MODELS.items():
         coloured = config.dataset in _COLOURED
-        # ColorMNIST has every image in seven colours; to read variants of a model and draws, as
-        # many images as MNIST's will do.
+        # ColorMNIST has every image in seven colours; as many as MNIST's will do for variants and
+        # draws.
         as_mnist = 55_000 if coloured else None
         for column, part in enumerate(_PARTS.values() if coloured else ("",)):
             plain = ClassifierConfig(config.dataset, model, column=column)
@@ -104,12 +106,10 @@ def _classifiers() -> dict[str, ClassifierConfig]:
             # A tenth of the training images, at some hundred gradients each.
             classifiers[f"{name}_posterior"] = replace(plain, inputs="posterior", num_images=5_500)
     for dataset in DATASETS:
-        classifiers[f"{dataset}_features"] = ClassifierConfig(
-            dataset,
-            optimiser="adam",
-            learning_rate=1e-3,
-            max_epochs=1 if dataset == "color_mnist" else 5,
-        )
+        features = ClassifierConfig(dataset, optimiser="adam", learning_rate=1e-3, max_epochs=5)
+        if dataset == "color_mnist":
+            features = replace(features, max_epochs=1)
+        classifiers[f"{dataset}_features"] = features
     return classifiers
 
 
@@ -159,10 +159,9 @@ class TrainClassifier(Study[ClassifierConfig]):
         if config.model is not None:
             vae, card = self.load_vae(config.model)
             training["weights"] = card.sha256
-        train, validation, test = (
-            _inputs(self.images(config.dataset, split), vae, config)
-            for split in ("train", "validation", "test")
-        )
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        sets = [self.images(config.dataset, split) for split in splits]
+        train, validation, test = (_inputs(each, vae, config) for each in sets)
         torch.manual_seed(config.seed)
         make: Any = ConvClassifier if vae is None else LinearClassifier
         classifier = make(train[0][0].shape[0], int(train.labels.max()) + 1)
@@ -172,6 +171,7 @@ class TrainClassifier(Study[ClassifierConfig]):
         )
         # Draws of one image are not independent: images are resampled.
         accuracy = interval(correct, torch.arange(len(test)) % test.num_images)
+        accuracy["num_images"] = test.num_images
         return save_pretrained(
             classifier,
             self.name,
@@ -179,10 +179,7 @@ class TrainClassifier(Study[ClassifierConfig]):
             training={**training, "epochs": len(history)},
             command=self.command_line(),
             provenance={**source, "seconds": round(time.perf_counter() - started, 1)},
-            metrics={
-                "validation_cross_entropy": min(history),
-                "test_accuracy": {**accuracy, "num_images": test.num_images},
-            },
+            metrics={"validation_cross_entropy": min(history), "test_accuracy": accuracy},
         )
 
     @classmethod
@@ -206,9 +203,7 @@ def fit_classifier(
     """
     make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[config.optimiser]
     optimiser = make(classifier.parameters(), lr=config.learning_rate)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, factor=0.5, patience=config.patience
-    )
+    scheduler = ReduceLROnPlateau(optimiser, factor=0.5, patience=config.patience)
     loader = data.batches(train, config.batch_size, shuffle=True)
     history: list[float] = []
     best: dict[str, Tensor] = {}
@@ -237,14 +232,14 @@ def _cross_entropy(classifier: nn.Module, loader: Iterable[Any]) -> float:
     return float(torch.cat(losses).mean())
 
 
+@dataclass
 class _Labelled:
-    """Inputs, read when asked for, and one label each; row ``d * num_images + i`` is draw d of
-    image i."""
+    """Inputs, read when asked for, and their labels; row ``d * num_images + i`` is draw d of image
+    i."""
 
-    def __init__(self, read: Callable[[Any], Tensor], labels: Tensor, num_images: int) -> None:
-        self.read = read
-        self.labels = labels
-        self.num_images = num_images
+    read: Callable[[Any], Tensor]
+    labels: Tensor
+    num_images: int
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -29,12 +29,12 @@ Every attack leaves a *cell* of means over images with 95% intervals:
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -58,10 +58,10 @@ from pyro_vae_defence.experiments.configuration import (
     must_be,
 )
 from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.drawing import interval_curve, picture
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval, similarity
+from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, picture
+from pyro_vae_defence.experiments.study import Cell, Key, Measurement, interval, similarity
+from pyro_vae_defence.experiments.tables import at, intervals, section, table
 from pyro_vae_defence.experiments.tables import interval as shown
-from pyro_vae_defence.experiments.tables import source, table
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
@@ -74,14 +74,9 @@ KINDS = ("unsupervised", "supervised")
 
 Gradient = Literal["bpda", "truncated", "equilibrium"]
 AttackObjective = Literal[
-    "symmetric_kl",
-    "forward_kl",
-    "reverse_kl",
-    "mean_distance",
-    "squared_wasserstein",
-    "output",
+    "symmetric_kl", "forward_kl", "reverse_kl", "mean_distance", "squared_wasserstein", "output",
     "cross_entropy",
-]
+]  # fmt: skip
 
 
 def _names_from(known: tuple[str, ...]) -> Mark:
@@ -197,34 +192,27 @@ class Figures(Measurement[FiguresConfig]):
 
     def cells(self) -> Iterator[Cell]:
         """No attack, a cell per radius and attacker, and per radius, kind and objective."""
-        yield ("clean", "reference"), self.clean
+        yield ("clean", "reference"), lambda: self._cell("clean", self.x_ref, examples=True)
         for radius in self.config.radii:
             for attacker in ATTACKERS:
-                compute = functools.partial(self.knowledge, attacker, radius)
-                yield ("knowledge", f"{radius:g}", attacker), compute
+                key: Key = ("knowledge", f"{radius:g}", attacker)
+                yield key, partial(self.knowledge, attacker, radius)
         for radius in self.config.objective_radii:
             for kind in KINDS:
                 for name in self.config.objectives:
-                    compute = functools.partial(self.objective, kind, name, radius)
-                    yield ("objectives", f"{radius:g}", kind, name), compute
-
-    def clean(self) -> dict[str, Any]:
-        """No attack: the floors of noise, and what the defence costs."""
-        return self._cell("clean", self.x_ref, examples=True)
+                    key = ("objectives", f"{radius:g}", kind, name)
+                    yield key, partial(self.objective, kind, name, radius)
 
     def knowledge(self, attacker: str, radius: float) -> dict[str, Any]:
         """One attacker of Figures 5, 10, 11 and 12 at one radius."""
         gradients = self.config.gradients if attacker == "with_mcmc" else ("exact",)
-        purposes = [f"{attacker} {gradient} {radius:g}" for gradient in gradients]
-        objectives = [
-            self.latent_distance(gradient, self.generator(purpose, "objective"))
-            for gradient, purpose in zip(gradients, purposes, strict=True)
-        ]
+        objectives = {}
+        for gradient in gradients:
+            purpose = f"{attacker} {gradient} {radius:g}"
+            generator = self.generator(purpose, "objective")
+            objectives[purpose] = self.latent_distance(gradient, generator)
         started = time.perf_counter()
-        found = [
-            self.attack(objective, radius, purpose)
-            for objective, purpose in zip(objectives, purposes, strict=True)
-        ]
+        found = [self.attack(each, radius, purpose) for purpose, each in objectives.items()]
         seconds = (time.perf_counter() - started) / len(self.x_ref)
         winner = torch.cat([each.objective for each in found]).argmax(0)
         x_adv = torch.cat([each.x_adv for each in found])[winner, torch.arange(len(winner))]
@@ -314,7 +302,7 @@ class Figures(Measurement[FiguresConfig]):
         gradient."""
         number, box = self.config.attack_chains, self._box
         if gradient == "exact":
-            score = adaptive.latent_distance(functools.partial(program.posterior_mean, self.vae))
+            score = adaptive.latent_distance(partial(program.posterior_mean, self.vae))
             encode = adaptive.transfer(box.start)
             return adaptive.expected(encode, score, number, generator=generator)
         mean = {name: value.mean((0, 1)) for name, value in self._defended.samples.items()}
@@ -340,13 +328,13 @@ class Figures(Measurement[FiguresConfig]):
         chain = replace(self.config.chain, num_chains=num_chains)
         return make_defence("hmc", Setting(self.vae, chain))
 
-    @functools.cached_property
+    @cached_property
     def _defended(self) -> DefenceResult:
         """The references behind the defence, in as many chains as the attacker has."""
         defence = self.hmc(self.config.attack_chains)
         return defence(self.x_ref, self.generator("references defended"))
 
-    @functools.cached_property
+    @cached_property
     def _box(self) -> WhiteBox:
         return WhiteBox(self.vae, self.hmc(), self.x_ref)
 
@@ -355,24 +343,19 @@ class Figures(Measurement[FiguresConfig]):
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """Budgets, figures, a table of attackers and one per radius and kind of objectives."""
-        config = result["config"]
-        chain = config["chain"]
-        lines = [
-            f"## {result['name']}",
-            "",
+        config, chain = result["config"], result["config"]["chain"]
+        note = (
             f"{config['num_images']} images, model `{config['model']}`, seed {config['seed']}; "
             f"L_inf balls. Every attack: {config['attack_steps']} steps of {config['engine']} from "
             "one random start. Defence: one HMC chain per image on the paper's target, "
             f"{chain['warmup_steps']} + {chain['num_samples']} transitions of {chain['num_steps']} "
             "leapfrog steps on average, whitened; its last draw is decoded, classes are read by "
             f"`{config['reading']}`. {result['metric']} of reconstructions is to one undefended "
-            "draw at the reference. 95% intervals over images. Heuristic, not certified.",
-            "",
-        ]
-        for figure in figures:
-            lines += [f"![{Path(figure).stem}]({figure})", ""]
+            "draw at the reference. 95% intervals over images. Heuristic, not certified."
+        )
+        lines = [line for figure in figures for line in (f"![{Path(figure).stem}]({figure})", "")]
         lines += [*_knowledge_table(result), *_objectives_tables(result)]
-        return "\n".join([*lines, f"{source(result)}.", ""])
+        return section(f"## {result['name']}", note, lines, result)
 
     @classmethod
     def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
@@ -386,10 +369,7 @@ class Figures(Measurement[FiguresConfig]):
 
 # --- Tables ---------------------------------------------------------------------------------------
 
-_ATTACKERS = {
-    "without_mcmc": "does not know the defence",
-    "with_mcmc": "knows the defence",
-}
+_ATTACKERS = {"without_mcmc": "does not know the defence", "with_mcmc": "knows the defence"}
 _DEFENCES = {"undefended": "no defence", "defended": "HMC"}
 _SHOWN = {"images": "image", "undefended": "no defence", "defended": "HMC"}
 
@@ -403,8 +383,7 @@ _PANELS = {
 
 
 class _Measure(NamedTuple):
-    """A quantity of cells: its key, what it is called, where a successful attack moves it, how it
-    is printed."""
+    """A quantity of cells: key, title, where a successful attack moves it, digits printed."""
 
     key: str
     title: str
@@ -413,10 +392,7 @@ class _Measure(NamedTuple):
 
     def of(self, cell: dict[str, Any]) -> dict[str, dict[str, float]]:
         """Name of the reconstruction or ``""`` -> entry, as the cell has it."""
-        name, _, part = self.key.partition("/")
-        found = cell.get(name, {})
-        if part:
-            return {"": found[part]} if found else {}
+        found = at(cell, self.key) or {}
         if "estimate" in found:
             return {"": found}
         return {key: entry for key, entry in found.items() if key != "images"}
@@ -435,17 +411,10 @@ _MEASURES = (
 def _knowledge_table(result: dict[str, Any]) -> list[str]:
     config, metric = result["config"], result["metric"]
     columns = [
-        "radius",
-        "attacker",
-        f"{metric}: images",
-        "reconstructions, no defence",
-        "reconstructions, HMC",
-        "class unchanged, no defence",
-        "class unchanged, HMC",
-        "symmetric KL (nats)",
-        "seconds per image of the attack",
-        "best gradient, images",
-    ]
+        "radius", "attacker", f"{metric}: images", "reconstructions, no defence",
+        "reconstructions, HMC", "class unchanged, no defence", "class unchanged, HMC",
+        "symmetric KL (nats)", "seconds per image of the attack", "best gradient, images",
+    ]  # fmt: skip
     rows = [["0", "none", *_values(result["clean"]["reference"]), "", ""]]
     for radius, cells in result["knowledge"].items():
         for attacker, cell in cells.items():
@@ -467,11 +436,8 @@ def _knowledge_table(result: dict[str, Any]) -> list[str]:
 
 def _values(cell: dict[str, Any]) -> list[str]:
     """Similarities, classes and divergence as :func:`_knowledge_table` orders them."""
-    return [
-        *(shown(cell["ms_ssim"][name]) for name in _SHOWN),
-        *(shown(cell["unchanged"][name]) for name in _DEFENCES),
-        shown(cell["symmetric_kl"], 1),
-    ]
+    places = [f"ms_ssim/{name}" for name in _SHOWN] + [f"unchanged/{name}" for name in _DEFENCES]
+    return [*intervals(cell, *places), *intervals(cell, "symmetric_kl", digits=1)]
 
 
 def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
@@ -488,11 +454,13 @@ def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
                 for name in measure.of(some)
             ]
             rows = [
-                [_label(name)]
-                + [
-                    shown(entry, measure.digits)
-                    for measure in _MEASURES
-                    for entry in measure.of(cell).values()
+                [
+                    _label(name),
+                    *(
+                        shown(found, each.digits)
+                        for each in _MEASURES
+                        for found in each.of(cell).values()
+                    ),
                 ]
                 for name, cell in cells.items()
             ]
@@ -522,17 +490,14 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
             interval_curve(axes, list(found), entries, label)
         floor = result["clean"]["reference"]["ms_ssim"]["undefended"]["estimate"]
         axes.axhline(floor, color="black", lw=0.8, ls=":", label="two draws at the reference")
-        axes.set_title(
-            f"attacker {_ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})", fontsize=9
-        )
+        title = f"attacker {_ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})"
+        axes.set_title(title, fontsize=9)
         axes.set_ylim(0, 1.02)
     for axes in figure.axes[2:]:
         axes.set_xlabel("radius of the attack")
     for axes in figure.axes[::2]:
         axes.set_ylabel(result["metric"])
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
-    return figure
+    return legend_below(figure, figure.axes[0])
 
 
 def examples_figure(result: dict[str, Any]) -> Figure:
@@ -542,14 +507,12 @@ def examples_figure(result: dict[str, Any]) -> Figure:
     width, height = 0.6 * number + 0.1, 0.6 * len(_SHOWN) + 0.35
     columns = {"reference": dict.fromkeys(_ATTACKERS, result["clean"]["reference"])}
     columns |= {f"radius {radius}": cells for radius, cells in result["knowledge"].items()}
-    figure = Figure(
-        figsize=(len(columns) * width + 1, len(_ATTACKERS) * height), layout="constrained"
-    )
+    size = (len(columns) * width + 1, len(_ATTACKERS) * height)
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(_ATTACKERS), len(columns), squeeze=False)
     for panels, (attacker, title) in zip(grid, _ATTACKERS.items(), strict=True):
         for axes, (column, cells) in zip(panels, columns.items(), strict=True):
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             axes.set_title(column, fontsize=7)
             if attacker in cells:
                 pixels = imread(io.BytesIO(base64.b64decode(cells[attacker]["examples"])))
@@ -580,31 +543,23 @@ def objectives_figure(result: dict[str, Any]) -> Figure:
                     torch.tensor([entry[key] for entry in points.values()])
                     for key in ("low", "estimate", "high")
                 )
-                axes.errorbar(
-                    estimate,
-                    [place + shift for place in points],
-                    xerr=torch.stack([estimate - low, high - estimate]).clamp(min=0),
-                    fmt=markers[radius],
-                    color={"undefended": "C0", "defended": "C1"}.get(name, "black"),
-                    ms=4,
-                    lw=1,
-                    label=", ".join(filter(None, (_DEFENCES.get(name), f"radius {radius}"))),
-                )
+                error = torch.stack([estimate - low, high - estimate]).clamp(min=0)
+                color = {"undefended": "C0", "defended": "C1"}.get(name, "black")
+                text = ", ".join(filter(None, (_DEFENCES.get(name), f"radius {radius}")))
+                style = {"fmt": markers[radius], "color": color, "ms": 4, "lw": 1, "label": text}
+                places = [place + shift for place in points]
+                axes.errorbar(estimate, places, xerr=error, **style)
             axes.set_title(f"{measure.title} {measure.direction}", fontsize=8)
         panels[0].set_yticks(range(len(objectives)), [_label(name) for name in objectives])
         panels[0].set_ylabel(kind)
         panels[0].set_ylim(len(objectives) - 0.5, -0.5)
-    # The first panel with both defences.
-    handles = grid[0, 1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
-    return figure
+    return legend_below(figure, grid[0, 1], 4)  # the first panel with both defences
 
 
 def _series(
     result: dict[str, Any], kind: str, measure: _Measure
 ) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-    """Radius and defence -> number of the objective -> entry; what an interrupted run lacks is left
-    out."""
+    """Radius and defence -> number of the objective -> entry, as far as a run has come."""
     found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for radius, kinds in result["objectives"].items():
         for place, objective in enumerate(result["config"]["objectives"]):

@@ -12,10 +12,13 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.drawing import interval_curve
-from pyro_vae_defence.experiments.tables import interval
+from pyro_vae_defence.experiments.tables import interval, intervals
 
 EXAMPLES = ("reference", "attacked", "defended")
 """Rows of a report's picture of examples, from the top."""
+
+ROBUST = ("robust/mean", "robust/averaged", "robust/worst_of_n")
+"""Where a report has its figures under attack."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
@@ -103,27 +106,19 @@ def _result(result: dict[str, Any]) -> Iterator[str]:
         f"{config['num_images']} images, model <code>{escape(config['model'])}</code>, seed "
         f"{config['seed']}.</p>"
     )
-    rows = []
-    for key, report in result["reports"].items():
-        verdict = '<span class="bad">no</span>' if report["unreliable"] else "yes"
-        robust = report["robust"]
-        rows.append(
-            [
-                escape(key),
-                escape(report["figure"]),
-                interval(report["undefended_clean"]),
-                interval(report["clean"]["mean"]),
-                interval(report["random_noise"]),
-                interval(robust["mean"]),
-                interval(robust["averaged"]),
-                interval(robust["worst_of_n"]),
-                verdict,
-            ]
-        )
     head = (
         "target/defence", "figure", "undefended, clean", "clean", "random noise", "robust, mean",
         "robust, averaged", "robust, worst draw", "reliable",
     )  # fmt: skip
+    rows = [
+        [
+            escape(key),
+            escape(report["figure"]),
+            *intervals(report, "undefended_clean", "clean/mean", "random_noise", *ROBUST),
+            '<span class="bad">no</span>' if report["unreliable"] else "yes",
+        ]
+        for key, report in result["reports"].items()
+    ]
     yield _table(head, rows)
     for key, report in result["reports"].items():
         yield from _report(key, report)
@@ -135,24 +130,22 @@ def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
     if report["unreliable"]:
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in report["reasons"])
         yield f'<p class="bad">Unreliable:</p><ul class="bad">{reasons}</ul>'
-    threat = ", ".join(f"{name} {value}" for name, value in report["threat_model"].items())
-    defence = ", ".join(f"{name} {value}" for name, value in report["defence"].items())
-    budget = ", ".join(f"{name} {value}" for name, value in report["budget"].items())
-    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    cost = ", ".join(f"{name.replace('_', ' ')} {v:,.4g}" for name, v in report["cost"].items())
-    facts = (
-        ("Threat model", threat),
-        ("Defence", defence),
-        ("Budget", budget),
-        ("Cost", cost),
-        ("Seed", str(report["seed"])),
-        ("Versions", versions),
+    cost = {name.replace("_", " "): f"{value:,.4g}" for name, value in report["cost"].items()}
+    facts = {
+        "Threat model": report["threat_model"],
+        "Defence": report["defence"],
+        "Budget": report["budget"],
+        "Cost": cost,
+        "Seed": {"": report["seed"]},
+        "Versions": report["versions"],
+    }
+    rows = (
+        f"<tr><th>{what}</th><td>"
+        + escape(", ".join(f"{name} {value}".strip() for name, value in values.items()))
+        + "</td></tr>"
+        for what, values in facts.items()
     )
-    yield (
-        "<table>"
-        + "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in facts)
-        + "</table>"
-    )
+    yield f"<table>{''.join(rows)}</table>"
     strongest = report["strongest"]
     yield _table(
         ("attack", "what the attacker knows", "draws per step", report["figure"], "worst for",
@@ -194,9 +187,9 @@ def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["<table><tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
-    lines += [
-        "<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>"
-        for cells in rows
-    ]
-    return "\n".join(lines) + "</table>"
+    def cells(kind: str, texts: Iterable[str]) -> str:
+        tag = kind.split()[0]
+        return "<tr>" + "".join(f"<{kind}>{text}</{tag}>" for text in texts) + "</tr>"
+
+    lines = [cells("th", map(escape, head)), *(cells('td class="number"', row) for row in rows)]
+    return "<table>" + "\n".join(lines) + "</table>"

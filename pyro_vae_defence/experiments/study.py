@@ -150,6 +150,13 @@ class Study(ABC, Generic[C]):
         self.weights[name] = card.sha256
         return vae, card
 
+    def check_name(self) -> None:
+        """Raise a ``ValueError`` if the run is of another model than the one it is named after."""
+        model = self.config.model  # type: ignore[attr-defined]
+        if model != self.name:
+            why = f"results are named after the model; run {self.command} on it"
+            raise ValueError(f"model={model!r}: {why}")
+
     def load_conv_vae(self, name: str) -> tuple[ConvVAE, WeightCard]:
         """A trained VAE without latent groups and its card."""
         vae, card = self.load_vae(name)

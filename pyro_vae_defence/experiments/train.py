@@ -53,8 +53,8 @@ class TrainConfig(Configuration):
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
         objective: which objective of :mod:`pyro_vae_defence.objectives`.
-        start_from: name of a trained model whose weights the training starts from, random ones if
-            ``None``. AVAE-SS, which post-processes a trained model, needs it.
+        start_from: trained model whose weights the training starts from, random ones if ``None``.
+            AVAE-SS, which post-processes a trained model, needs it.
         beta: weight of the KL (``beta``) or total correlation (``beta_tcvae``) term.
         estimator: minibatch estimator of the total correlation.
         radius: L_inf radius of SE's perturbations.
@@ -96,9 +96,8 @@ class TrainConfig(Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objective == "avae_ss" and self.start_from is None:
-            raise ValueError(
-                "objective 'avae_ss' trains the encoder of a trained model: set start_from=NAME"
-            )
+            what = "trains the encoder of a trained model: set start_from=NAME"
+            raise ValueError(f"objective 'avae_ss' {what}")
 
 
 # --- Models by name -------------------------------------------------------------------------------
@@ -116,19 +115,11 @@ _SE_GAMMA = 10.0
 
 # Six latent groups: two of 8x4x4 and four of 8x8x8.
 _SMALL_NVAE = {
-    "dataset": "mnist",
-    "arch_instance": "res_bnswish",
-    "num_latent_scales": 2,
-    "num_groups_per_scale": 4,
-    "ada_groups": True,
-    "num_latent_per_group": 8,
-    "num_channels_enc": 8,
-    "num_channels_dec": 8,
-    "num_preprocess_cells": 1,
-    "num_postprocess_cells": 1,
-    "use_se": True,
-    "res_dist": True,
-}
+    "dataset": "mnist", "arch_instance": "res_bnswish", "num_latent_scales": 2,
+    "num_groups_per_scale": 4, "ada_groups": True, "num_latent_per_group": 8,
+    "num_channels_enc": 8, "num_channels_dec": 8, "num_preprocess_cells": 1,
+    "num_postprocess_cells": 1, "use_se": True, "res_dist": True,
+}  # fmt: skip
 
 
 def _models() -> dict[str, TrainConfig]:
@@ -149,23 +140,18 @@ def _models() -> dict[str, TrainConfig]:
                 models[f"{dataset}_{family}_{beta:g}"] = replace(config, beta=beta)
     for dataset in ("mnist", "color_mnist"):
         variant = replace(models[f"{dataset}_vae_long"], epochs=3)
-        smooth = replace(
-            variant, objective="se", gamma=_SE_GAMMA, epochs=1, images_per_epoch=_SE_IMAGES
-        )
+        few = replace(variant, epochs=1, images_per_epoch=_SE_IMAGES)
+        smooth = replace(few, objective="se", gamma=_SE_GAMMA)
         for radius in (0.1, 0.2):
             models[f"{dataset}_se_{radius:g}"] = replace(smooth, radius=radius)
         models[f"{dataset}_avae"] = replace(variant, objective="avae")
         models[f"{dataset}_se_avae"] = replace(smooth, objective="se_avae")
         models[f"{dataset}_avae_ss"] = replace(variant, objective="avae_ss")
     # Backgrounds that no clip of dark pixels can restore.
-    models["fashion_mnist_inverted_vae"] = TrainConfig("fashion_mnist_inverted")
-    models["color_mnist_textured_vae"] = TrainConfig(
-        "color_mnist_textured", images_per_epoch=55_000
-    )
-    models["mnist_nvae"] = TrainConfig(
-        "mnist", "nvae", architecture=_SMALL_NVAE, learning_rate=4e-3
-    )
-    return models
+    for dataset, images in (("fashion_mnist_inverted", None), ("color_mnist_textured", 55_000)):
+        models[f"{dataset}_vae"] = TrainConfig(dataset, images_per_epoch=images)
+    small = TrainConfig("mnist", "nvae", architecture=_SMALL_NVAE, learning_rate=4e-3)
+    return {**models, "mnist_nvae": small}
 
 
 MODELS: dict[str, TrainConfig] = _models()
@@ -309,15 +295,13 @@ def make_objective(config: TrainConfig, vae: TrainedVAE, data_size: int, num_ste
             raise ValueError(
                 "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
             )
-        return objectives.NVAEObjective(
-            vae, num_steps, kl_anneal=config.kl_anneal, penalty=config.penalty
-        )
+        kl_anneal, penalty = config.kl_anneal, config.penalty
+        return objectives.NVAEObjective(vae, num_steps, kl_anneal=kl_anneal, penalty=penalty)
 
+    beta, estimator = config.beta, config.estimator
     makers = {
-        "beta": lambda: objectives.BetaELBO(config.beta),
-        "beta_tcvae": lambda: objectives.BetaTCVAE(
-            config.beta, data_size, estimator=config.estimator
-        ),
+        "beta": lambda: objectives.BetaELBO(beta),
+        "beta_tcvae": lambda: objectives.BetaTCVAE(beta, data_size, estimator=estimator),
         "se": lambda: objectives.SE(perturb, config.gamma),
         "avae": lambda: objectives.AVAE(config.rho),
         "se_avae": lambda: objectives.SEAVAE(perturb, config.gamma, config.rho),
