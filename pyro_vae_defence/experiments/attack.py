@@ -27,16 +27,9 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import DefendedClassifier, Reading
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.classify import CLASSIFIERS, classifiers_of
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-    not_empty,
-)
 from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3
 from pyro_vae_defence.experiments.study import (
@@ -53,12 +46,12 @@ from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.ops.balls import Linf
 
 _Name = Annotated[str, known_defence(attack_radius=False)]
-_Names = Annotated[tuple[_Name, ...], not_empty]
-_Radii = Annotated[tuple[AttackRadius, ...], not_empty]
+_Names = Annotated[tuple[_Name, ...], conf.not_empty]
+_Radii = Annotated[tuple[conf.AttackRadius, ...], conf.not_empty]
 
 
 @dataclass(frozen=True)
-class AttackConfig(Configuration):
+class AttackConfig(conf.Configuration):
     """Attacks on the encoder and on the classifiers of a trained model.
 
     The objectives are the paper's, the optimiser is APGD. A defence is the same whatever the
@@ -82,13 +75,13 @@ class AttackConfig(Configuration):
     model: str
     radii: _Radii = (0.1, 0.2)
     defences: _Names = ("none", "encoder_samples", "dark_clip_0.2", "hmc", "aware_0.2")
-    num_references: Count = 50
-    num_restarts: Count = 2
-    num_images: Count = 100
-    attack_steps: Count = 50
+    num_references: conf.Count = 50
+    num_restarts: conf.Count = 2
+    num_images: conf.Count = 100
+    attack_steps: conf.Count = 50
     reading: Reading = "reencoded"
-    chain: ChainConfig = ChainConfig(step_size=0.2, burn_in=30)
-    seed: Natural = 0
+    chain: conf.ChainConfig = conf.ChainConfig(step_size=0.2, burn_in=30)
+    seed: conf.Natural = 0
 
 
 class Attack(Measurement[AttackConfig]):

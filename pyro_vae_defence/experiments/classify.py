@@ -22,14 +22,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_vae_defence import data, metrics
 from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import EncoderDefence
-from pyro_vae_defence.experiments.configuration import (
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-    Positive,
-    Radius,
-)
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.study import Study, interval
 from pyro_vae_defence.experiments.train import DATASETS, MODELS
@@ -42,7 +35,7 @@ LatentInputs = Literal["mean", "guide", "posterior"]
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(Configuration):
+class ClassifierConfig(conf.Configuration):
     """How a classifier is trained; the defaults are the paper's downstream task, but for the batch
     size, which it does not state.
 
@@ -69,17 +62,17 @@ class ClassifierConfig(Configuration):
     dataset: str
     model: str | None = None
     inputs: LatentInputs = "mean"
-    num_draws: Count = 4
-    num_images: Count | None = None
-    radius: Radius = 0.0
-    column: Natural = 0
+    num_draws: conf.Count = 4
+    num_images: conf.Count | None = None
+    radius: conf.Radius = 0.0
+    column: conf.Natural = 0
     optimiser: Literal["sgd", "adam"] = "sgd"
-    learning_rate: Positive = 1.0
-    patience: Count = 3
-    early_stop: Count = 20
-    max_epochs: Count = 200
-    batch_size: Count = 128
-    seed: Natural = 0
+    learning_rate: conf.Positive = 1.0
+    patience: conf.Count = 3
+    early_stop: conf.Count = 20
+    max_epochs: conf.Count = 200
+    batch_size: conf.Count = 128
+    seed: conf.Natural = 0
 
 
 # --- Classifiers by name --------------------------------------------------------------------------
@@ -279,7 +272,7 @@ def _draw(vae: TrainedVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.
     thinning, defence = 1, EncoderDefence(vae, config.num_draws)
     if config.inputs == "posterior":
         thinning = _THINNING
-        chain = ChainConfig(thinning * config.num_draws, _WARMUP_STEPS)
+        chain = conf.ChainConfig(thinning * config.num_draws, _WARMUP_STEPS)
         defence = make_defence("aware", Setting(vae, chain, radius=config.radius))
 
     def draws(x: Tensor, generator: torch.Generator) -> Tensor:

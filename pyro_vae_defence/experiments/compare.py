@@ -33,14 +33,8 @@ from pyro_vae_defence.defence import (
     calibrate_radius,
     detection_scores,
 )
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.classify import CLASSIFIERS, LatentInputs, classifiers_of
-from pyro_vae_defence.experiments.configuration import (
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-    Radius,
-)
 from pyro_vae_defence.experiments.defences import (
     KINDS,
     Setting,
@@ -85,7 +79,7 @@ _Name = Annotated[str, known_defence(unknown_radius=True)]
 
 
 @dataclass(frozen=True)
-class CompareConfig(Configuration):
+class CompareConfig(conf.Configuration):
     """Every defence and control against the encoder attack of the paper, over its radius.
 
     What assumes a radius assumes the attack's own, or that of its name, as in ``aware_0.1``.
@@ -122,17 +116,17 @@ class CompareConfig(Configuration):
     )
     inputs: tuple[LatentInputs, ...] = ("mean",)
     reading: str = "reencoded/mean"
-    radii: tuple[Radius, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-    full_radii: tuple[Radius, ...] = (0.1, 0.2)
-    num_references: Count = 50
-    num_restarts: Count = 10
-    num_images: Count = 1000
-    num_noise: Count = 200
-    curve_restarts: Count = 1
-    curve_images: Count = 100
-    cost_radius: Radius = 0.2
-    chain: ChainConfig = ChainConfig()
-    seed: Natural = 0
+    radii: tuple[conf.Radius, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    full_radii: tuple[conf.Radius, ...] = (0.1, 0.2)
+    num_references: conf.Count = 50
+    num_restarts: conf.Count = 10
+    num_images: conf.Count = 1000
+    num_noise: conf.Count = 200
+    curve_restarts: conf.Count = 1
+    curve_images: conf.Count = 100
+    cost_radius: conf.Radius = 0.2
+    chain: conf.ChainConfig = conf.ChainConfig()
+    seed: conf.Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,7 +157,7 @@ class Compare(Measurement[CompareConfig]):
     names = {name: CompareConfig(f"{name}_vae") for name in (*DATASETS, "fashion_mnist_inverted")}
     # Attacked encodings start so far up there that a short chain without a burn-in ends on its way.
     names["color_mnist_textured"] = CompareConfig(
-        "color_mnist_textured_vae", chain=ChainConfig(step_size=0.2, burn_in=30)
+        "color_mnist_textured_vae", chain=conf.ChainConfig(step_size=0.2, burn_in=30)
     )
     output = "runs/compare"
     parts = ("clean", "noise_floor", "radii", "costs")

@@ -18,14 +18,8 @@ from torch import Tensor
 from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks.base import FlatAttack
 from pyro_vae_defence.defence import DefenceResult, NoDefence
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-)
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Setting,
@@ -48,7 +42,7 @@ from pyro_vae_defence.types import Potential
 
 
 @dataclass(frozen=True)
-class DefendConfig(Configuration):
+class DefendConfig(conf.Configuration):
     """A model, an encoder attack, and defences against it.
 
     Args:
@@ -63,13 +57,13 @@ class DefendConfig(Configuration):
     """
 
     model: str
-    radius: AttackRadius
-    num_references: Count = 50
-    num_restarts: Count = 10
+    radius: conf.AttackRadius
+    num_references: conf.Count = 50
+    num_restarts: conf.Count = 10
     defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "paper")
-    chain: ChainConfig = ChainConfig(num_samples=20, warmup_steps=30)
+    chain: conf.ChainConfig = conf.ChainConfig(num_samples=20, warmup_steps=30)
     paper: PaperName = "mnist"
-    seed: Natural = 0
+    seed: conf.Natural = 0
 
 
 class Defend(Measurement[DefendConfig]):

@@ -46,17 +46,7 @@ from torch import Tensor
 from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, Reading
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Engine,
-    Mark,
-    Natural,
-    at_least,
-    must_be,
-)
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, picture
 from pyro_vae_defence.experiments.study import Cell, Key, Measurement, interval, similarity
@@ -79,16 +69,16 @@ AttackObjective = Literal[
 ]  # fmt: skip
 
 
-def _names_from(known: tuple[str, ...]) -> Mark:
-    return must_be(
+def _names_from(known: tuple[str, ...]) -> conf.Mark:
+    return conf.must_be(
         f"a tuple of names from {known}",
         lambda value: isinstance(value, tuple) and value and all(each in known for each in value),
     )
 
 
 _Radii = Annotated[
-    tuple[AttackRadius, ...],
-    must_be(
+    tuple[conf.AttackRadius, ...],
+    conf.must_be(
         "a tuple of radii in (0, 1], the range of images",
         lambda value: (
             isinstance(value, tuple)
@@ -99,7 +89,7 @@ _Radii = Annotated[
 
 
 @dataclass(frozen=True)
-class FiguresConfig(Configuration):
+class FiguresConfig(conf.Configuration):
     """Figures 5, 10, 11, 12 and 16 of the paper: attackers that know the defence or not, and what
     attacks maximise.
 
@@ -136,20 +126,20 @@ class FiguresConfig(Configuration):
         "bpda",
         "equilibrium",
     )
-    attack_chains: Annotated[int, at_least(2)] = 8
-    persistent_transitions: Count = 1
-    unrolled_transitions: Count = 1
+    attack_chains: Annotated[int, conf.at_least(2)] = 8
+    persistent_transitions: conf.Count = 1
+    unrolled_transitions: conf.Count = 1
     objectives: Annotated[tuple[AttackObjective, ...], _names_from(get_args(AttackObjective))] = (
         get_args(AttackObjective)
     )
     objective_radii: _Radii = (0.1, 0.2)
-    engine: Engine = "MomentumPGD"
-    attack_steps: Count = 50
-    num_images: Annotated[int, at_least(2)] = 20
+    engine: conf.Engine = "MomentumPGD"
+    attack_steps: conf.Count = 50
+    num_images: Annotated[int, conf.at_least(2)] = 20
     num_examples: int = 2
     reading: Reading = "reencoded"
-    chain: ChainConfig = ChainConfig(num_samples=5, warmup_steps=20)
-    seed: Natural = 0
+    chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
+    seed: conf.Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

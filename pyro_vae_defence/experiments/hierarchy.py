@@ -23,15 +23,8 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import DefenceResult, NoDefence
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-    not_empty,
-)
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Setting,
@@ -50,7 +43,7 @@ from pyro_vae_defence.types import Latents, Potential
 
 
 @dataclass(frozen=True)
-class HierarchyConfig(Configuration):
+class HierarchyConfig(conf.Configuration):
     """Attacks on the top latent groups of an NVAE, and defences on all groups at once.
 
     Args:
@@ -79,20 +72,20 @@ class HierarchyConfig(Configuration):
     model: str
     dataset: str
     paper: PaperName
-    radius: AttackRadius
-    groups: Annotated[tuple[Count, ...], not_empty]
-    num_references: Count = 50
-    num_restarts: Count = 10
-    attack_steps: Count = 50
-    column: Natural = 0
+    radius: conf.AttackRadius
+    groups: Annotated[tuple[conf.Count, ...], conf.not_empty]
+    num_references: conf.Count = 50
+    num_restarts: conf.Count = 10
+    attack_steps: conf.Count = 50
+    column: conf.Natural = 0
     defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "aware")
     noncentred: bool = True
-    chain: ChainConfig = ChainConfig(warmup_steps=40, step_size=0.2)
-    metric_images: Count = 1000
-    batch_size: Count = 500
+    chain: conf.ChainConfig = conf.ChainConfig(warmup_steps=40, step_size=0.2)
+    metric_images: conf.Count = 1000
+    batch_size: conf.Count = 500
     checkpointing: bool = False
     device: str = "cpu"
-    seed: Natural = 0
+    seed: conf.Natural = 0
 
 
 class DefendHierarchy(Measurement[HierarchyConfig]):

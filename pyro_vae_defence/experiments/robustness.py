@@ -20,15 +20,7 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Engine,
-    Natural,
-    one_of,
-)
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.drawing import picture
@@ -43,7 +35,7 @@ Target = Literal["reconstruction", "classification"]
 
 
 @dataclass(frozen=True)
-class RobustnessConfig(Configuration):
+class RobustnessConfig(conf.Configuration):
     """The whole suite of adaptive attacks against a model without and with defences.
 
     The defaults make one dataset and radius a matter of tens of minutes on one thread.
@@ -65,17 +57,17 @@ class RobustnessConfig(Configuration):
     """
 
     model: str
-    radius: AttackRadius
+    radius: conf.AttackRadius
     defences: tuple[Annotated[str, known_defence()], ...] = ("none", "hmc", "aware")
     targets: tuple[Target, ...] = ("reconstruction", "classification")
-    attacks: tuple[Annotated[str, one_of(KNOWLEDGE)], ...] = (
+    attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
         "transfer", "encoder", "bpda", "equilibrium", "black_box", "implicit", "truncated",
     )  # fmt: skip
-    engine: Engine = "APGD"
+    engine: conf.Engine = "APGD"
     reading: Reading = "reencoded"
-    num_images: Count = 32
-    num_examples: Count = 8
-    chain: ChainConfig = ChainConfig(num_samples=5, warmup_steps=20)
+    num_images: conf.Count = 32
+    num_examples: conf.Count = 8
+    chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     budget: Budget = Budget(
         num_restarts=1,
         num_draws=(1,),
@@ -89,7 +81,7 @@ class RobustnessConfig(Configuration):
         selection_draws=2,
         scoring_draws=5,
     )
-    seed: Natural = 0
+    seed: conf.Natural = 0
 
 
 class Robustness(Measurement[RobustnessConfig]):

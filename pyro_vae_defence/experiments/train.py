@@ -23,14 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from pyro_vae_defence import objectives
 from pyro_vae_defence.attacks import PGD
 from pyro_vae_defence.attacks.objectives import squared_wasserstein
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    Configuration,
-    Count,
-    Natural,
-    Positive,
-    Share,
-)
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.study import Study
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
@@ -47,7 +40,7 @@ HALF_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class TrainConfig(Configuration):
+class TrainConfig(conf.Configuration):
     """How a named model is trained.
 
     Args:
@@ -77,21 +70,21 @@ class TrainConfig(Configuration):
     dataset: str
     objective: Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"] = "beta"
     start_from: str | None = None
-    beta: Positive = 1.0
+    beta: conf.Positive = 1.0
     estimator: Literal["mws", "mss", "published"] = "mws"
-    radius: AttackRadius = 0.1
-    gamma: Positive = 1.0
-    rho: Share = 0.975
+    radius: conf.AttackRadius = 0.1
+    gamma: conf.Positive = 1.0
+    rho: conf.Share = 0.975
     architecture: dict[str, Any] | None = None
-    kl_anneal: Share = 0.3
+    kl_anneal: conf.Share = 0.3
     penalty: float = 1e-2
-    epochs: Count = 12
-    learning_rate: Positive = 2e-3
+    epochs: conf.Count = 12
+    learning_rate: conf.Positive = 2e-3
     schedule: Literal["plateau", "one_cycle", "constant"] = "one_cycle"
-    batch_size: Count = 128
-    images_per_epoch: Count | None = None
+    batch_size: conf.Count = 128
+    images_per_epoch: conf.Count | None = None
     half: bool = False
-    seed: Natural = 0
+    seed: conf.Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
