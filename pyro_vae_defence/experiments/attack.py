@@ -28,19 +28,11 @@ from torch import Tensor
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import DefendedClassifier, Reading
 from pyro_vae_defence.experiments import configuration as conf
-from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.classify import CLASSIFIERS, classifiers_of
 from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3
-from pyro_vae_defence.experiments.study import (
-    METRIC,
-    Cell,
-    Measurement,
-    accuracy,
-    cost,
-    read,
-    similarity,
-)
+from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.ops.balls import Linf
@@ -124,7 +116,7 @@ class Attack(Measurement[AttackConfig]):
     def noise_floor(self) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference, one draw each."""
         again = self.reconstruct(self.vae, self.repeated, "again")
-        return similarity(self.before, again, self.image)
+        return study.similarity(self.before, again, self.image)
 
     @cached_property
     def before(self) -> Tensor:
@@ -167,11 +159,11 @@ class Attack(Measurement[AttackConfig]):
                 behind = DefendedClassifier(defence, classifier, self.config.reading)
                 predicted = behind.predict(inputs[task], self.generator("classify"))
             right = self.labels[:, column]
-            accuracies[task] = accuracy(predicted, right, self.predicted[task])
+            accuracies[task] = study.accuracy(predicted, right, self.predicted[task])
         return {
-            "ms_ssim": similarity(self.before, outcome.reconstruction, self.image),
+            "ms_ssim": study.similarity(self.before, outcome.reconstruction, self.image),
             "accuracy": accuracies,
-            **cost(outcome),
+            **study.cost(outcome),
         }
 
     @classmethod
@@ -194,7 +186,7 @@ def table(number: int, results: str | os.PathLike[str]) -> str:
         ValueError: for a directory without results, a damaged file, or results that do not belong
             together.
     """
-    found = read(results, "attack")
+    found = study.read(results, "attack")
     for name, result in found.items():
         if result.get("study") != Attack.kind or result["name"] != name:
             raise ValueError(f"{Path(results) / name}.json is no result of attack; move it away")

@@ -114,8 +114,7 @@ Fréchet distances."""
 
 
 def classifiers_of(model: str) -> dict[str, str]:
-    """Names of the paper's classifiers of a model, by what they predict: ``class``, and on
-    ColorMNIST ``color``."""
+    """Names of a model's classifiers by what they predict: ``class``, on ColorMNIST ``color``."""
     names = {task: f"{model}{part}_classifier" for task, part in _PARTS.items()}
     return {task: name for task, name in names.items() if name in CLASSIFIERS}
 
@@ -227,8 +226,7 @@ def _cross_entropy(classifier: nn.Module, loader: Iterable[Any]) -> float:
 
 @dataclass
 class _Labelled:
-    """Inputs, read when asked for, and their labels; row ``d * num_images + i`` is draw d of image
-    i."""
+    """Inputs, read when asked for, and labels; row ``d * num_images + i`` is draw d of image i."""
 
     read: Callable[[Any], Tensor]
     labels: Tensor

@@ -30,10 +30,12 @@ from pyro_vae_defence.defence import (
     DefenceResult,
     DefendedClassifier,
     MCMCDefence,
+    Reading,
     calibrate_radius,
     detection_scores,
 )
 from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.classify import CLASSIFIERS, LatentInputs, classifiers_of
 from pyro_vae_defence.experiments.defences import (
     KINDS,
@@ -44,17 +46,7 @@ from pyro_vae_defence.experiments.defences import (
     make_defence,
 )
 from pyro_vae_defence.experiments.drawing import interval_curve, legend_below
-from pyro_vae_defence.experiments.study import (
-    Cell,
-    Key,
-    Measurement,
-    accuracy,
-    cost,
-    interval,
-    similarity,
-)
-from pyro_vae_defence.experiments.tables import at, intervals, section, table
-from pyro_vae_defence.experiments.tables import interval as shown
+from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.experiments.train import DATASETS
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import UnknownRadius
@@ -68,7 +60,7 @@ CALIBRATION_IMAGES = 100
 
 # Classifiers of means read means, or are shown what draws do to them; classifiers of draws read
 # draws.
-_READINGS: dict[str, tuple[Any, ...]] = {
+_READINGS: dict[str, tuple[Reading, ...]] = {
     "mean": ("last", "draws", "mean", "reencoded"),
     "guide": ("last", "draws"),
     "posterior": ("last", "draws"),
@@ -180,8 +172,7 @@ class Compare(Measurement[CompareConfig]):
         self._clean: dict[tuple[Any, ...], DefenceResult] = {}
 
     def cells(self) -> Iterator[Cell]:
-        """Undefended accuracies, noise floors, a cell per radius and defence, and those of
-        costs."""
+        """Undefended accuracies, noise floors, a cell per radius and defence, those of costs."""
         config = self.config
         # Where cells stand, the attack's radius, defences, all images or those of the curve.
         parts: list[tuple[Key, float, tuple[str, ...], bool]] = [
@@ -200,18 +191,20 @@ class Compare(Measurement[CompareConfig]):
     def undefended_accuracy(self, task: str) -> dict[str, float]:
         """Accuracy of the undefended model on clean images."""
         column, _ = self.tasks[task]
-        return interval(metrics.correct(self._undefended(task, self.x), self.labels[:, column]))
+        return study.interval(
+            metrics.correct(self._undefended(task, self.x), self.labels[:, column])
+        )
 
     def noise_floor(self, full: bool) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference, one draw each."""
         references, image, before = self._repeated(full)
-        return similarity(before, self.reconstruct(self.vae, references, "again"), image)
+        return study.similarity(before, self.reconstruct(self.vae, references, "again"), image)
 
     def defended(self, place: Key, name: str, radius: float, full: bool) -> dict[str, Any]:
         """Everything about one defence at one radius; a copy of the cell at ``place`` that is of
         the same defence by another name, as ``aware`` is ``aware_0.1`` at 0.1."""
         resolved = _resolved(name, radius)
-        for other, cell in at(self.result, "/".join(place)).items():
+        for other, cell in tables.at(self.result, "/".join(place)).items():
             if _resolved(other, radius) == resolved:
                 return cell
         inputs = self.inputs(radius, full)
@@ -230,13 +223,13 @@ class Compare(Measurement[CompareConfig]):
                 known[key] = defence(x, self.generator("classify", kind))
             runs[kind] = known[key]
         entry = {
-            "ms_ssim": similarity(inputs.before, outcome.reconstruction, inputs.image),
-            "ms_ssim_of_mean": similarity(inputs.before, decoded, inputs.image),
+            "ms_ssim": study.similarity(inputs.before, outcome.reconstruction, inputs.image),
+            "ms_ssim_of_mean": study.similarity(inputs.before, decoded, inputs.image),
             "accuracy": {
                 task: self._accuracies(task, None if name == "none" else defence, runs, inputs)
                 for task in self.tasks
             },
-            **cost(outcome),
+            **study.cost(outcome),
             "num_attacks": len(inputs.x_adv),
             "num_classified": len(inputs.labels),
         }
@@ -265,8 +258,7 @@ class Compare(Measurement[CompareConfig]):
 
     @cache  # noqa: B019
     def _repeated(self, full: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """References restart after restart, which one each is, and their undefended
-        reconstructions."""
+        """References restart after restart, which one each is, and undefended reconstructions."""
         config = self.config
         restarts = config.num_restarts if full else min(config.curve_restarts, config.num_restarts)
         image = torch.arange(len(self.references)).repeat(restarts)
@@ -284,47 +276,42 @@ class Compare(Measurement[CompareConfig]):
     def _accuracies(
         self, task: str, defence: Defence | None, runs: dict[str, DefenceResult], inputs: _Inputs
     ) -> dict[str, Any]:
-        """Reading/classifier -> kind of image -> share of images with the right class, and with the
-        reference's."""
+        """Reading/classifier -> kind of image -> how often the class is right, how often kept."""
         column, classifiers = self.tasks[task]
         undefended = {kind: self._undefended(task, x) for kind, x in inputs.classified.items()}
         reference, right = undefended["clean"], inputs.labels[:, column]
         predictions = {UNDEFENDED_READING: undefended}
         if defence is not None:
-            predictions = {
-                f"{reading}/{trained_on}": {
-                    kind: DefendedClassifier(defence, classifier, reading)
-                    .log_probabilities(run)
-                    .argmax(-1)
-                    for kind, run in runs.items()
-                }
-                for trained_on, classifier in classifiers.items()
-                for reading in _READINGS[trained_on]
-            }
+            predictions = {}
+            for trained_on, classifier in classifiers.items():
+                for reading in _READINGS[trained_on]:
+                    read = DefendedClassifier(defence, classifier, reading).log_probabilities
+                    found = {kind: read(run).argmax(-1) for kind, run in runs.items()}
+                    predictions[f"{reading}/{trained_on}"] = found
         return {
-            reading: {kind: accuracy(found, right, reference) for kind, found in of_kind.items()}
+            reading: {
+                kind: study.accuracy(found, right, reference) for kind, found in of_kind.items()
+            }
             for reading, of_kind in predictions.items()
         }
 
     def _detection(self, defence: MCMCDefence, runs: dict[str, DefenceResult]) -> dict[str, Any]:
         """Score -> other images -> AUROC, and false positive rate at 95% of attacks caught."""
-        scores = {
-            kind: detection_scores(defence, run, self.vae.mean_posterior_variance)
-            for kind, run in runs.items()
-        }
+        variance = self.vae.mean_posterior_variance
+        scores = {kind: detection_scores(defence, run, variance) for kind, run in runs.items()}
 
-        def against(kind: str, score: str) -> dict[str, Any]:
-            negative = scores[kind][score]
-            positive = scores["attacked"][score][: len(negative)]
-            return {
-                metric.__name__: metrics.detection_interval(
-                    metric, negative, positive, generator=torch.Generator().manual_seed(0)
-                ).to_dict()
-                for metric in (metrics.auroc, metrics.fpr_at_tpr)
-            }
+        def compare(metric: Any, score: str, kind: str) -> dict[str, float]:
+            other = scores[kind][score]
+            attacked = scores["attacked"][score][: len(other)]
+            seeded = torch.Generator().manual_seed(0)
+            return metrics.detection_interval(metric, other, attacked, generator=seeded).to_dict()
 
+        measures = {"auroc": metrics.auroc, "fpr_at_tpr": metrics.fpr_at_tpr}
         return {
-            score: {f"against_{kind}": against(kind, score) for kind in ("clean", "noise")}
+            score: {
+                f"against_{kind}": {what: compare(of, score, kind) for what, of in measures.items()}
+                for kind in ("clean", "noise")
+            }
             for score in scores["attacked"]
         }
 
@@ -337,11 +324,13 @@ class Compare(Measurement[CompareConfig]):
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A table per fully measured radius, ways of classifying, detection, figures."""
         config, name = result["config"], result["name"]
-        clean = ", ".join(f"{task} {shown(value)}" for task, value in result["clean"].items())
+        clean = ", ".join(
+            f"{task} {tables.interval(value)}" for task, value in result["clean"].items()
+        )
         floor = next(iter(result["noise_floor"].values()), None)
         note = (
             f"Model `{config['model']}`; undefended accuracy on clean images: {clean}; noise floor "
-            f"of {result['metric']}: {shown(floor)}; seed {config['seed']}."
+            f"of {result['metric']}: {tables.interval(floor)}; seed {config['seed']}."
         )
         lines: list[str] = []
         for radius in config["full_radii"]:
@@ -351,7 +340,7 @@ class Compare(Measurement[CompareConfig]):
                 lines += _detection_table(radius, cells)
         for figure in figures:
             lines += [f"![{name}: {Path(figure).stem}]({figure})", ""]
-        return section(f"## {name}", note, lines, result)
+        return tables.section(f"## {name}", note, lines, result)
 
     @classmethod
     def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
@@ -395,9 +384,9 @@ def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) ->
     columns += ["gradients / image", "seconds / image", "verdict"]
     rows = []
     for name, cell in cells.items():
-        values = [label(name), *intervals(cell, "ms_ssim", "ms_ssim_of_mean")]
+        values = [label(name), *tables.intervals(cell, "ms_ssim", "ms_ssim_of_mean")]
         for task in tasks:
-            values += intervals(_reading(result, cell, task), *measures)
+            values += tables.intervals(_reading(result, cell, task), *measures)
         values += [f"{cell['gradients_per_image']:.0f}", f"{cell['seconds_per_image']:.2g}"]
         rows.append([*values, verdict(result, cells, name)])
     return [
@@ -409,7 +398,7 @@ def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) ->
         f"best control, on {result['metric']} of the mean of draws and on correct {tasks[0]} under "
         "attack.",
         "",
-        *table(columns, rows),
+        *tables.table(columns, rows),
     ]
 
 
@@ -452,7 +441,7 @@ def _readings_tables(radius: float, cells: dict[str, Any]) -> Iterator[str]:
         yield f"Ways to classify ({what}): correct under attack / on clean images."
         yield ""
         rows = [[label(name), *map(both, of[task].values())] for name, of in found.items()]
-        yield from table(["", *ways], rows)
+        yield from tables.table(["", *ways], rows)
 
 
 def _detection_table(radius: float, cells: dict[str, Any]) -> list[str]:
@@ -461,7 +450,11 @@ def _detection_table(radius: float, cells: dict[str, Any]) -> list[str]:
         [
             label(name),
             score.replace("_", " "),
-            *(cell for other in found.values() for cell in intervals(other, "auroc", "fpr_at_tpr")),
+            *(
+                cell
+                for other in found.values()
+                for cell in tables.intervals(other, "auroc", "fpr_at_tpr")
+            ),
         ]
         for name, entry in cells.items()
         for score, found in entry.get("detection", {}).items()
@@ -475,13 +468,12 @@ def _detection_table(radius: float, cells: dict[str, Any]) -> list[str]:
         f"Telling attacked images from others (radius {radius:g}); *start energy* needs no chain "
         "and is the control.",
         "",
-        *table(columns, rows),
+        *tables.table(columns, rows),
     ]
 
 
 def radius_figure(result: dict[str, Any]) -> Figure:
-    """Accuracy under attack and similarity against the attack's radius, a line per defence;
-    controls are dashed."""
+    """Accuracy under attack and similarity over the radius, a line per defence, controls dashed."""
     lines = {
         name: [(float(r), cells[name]) for r, cells in result["radii"].items() if name in cells]
         for name in result["config"]["defences"]
@@ -490,8 +482,7 @@ def radius_figure(result: dict[str, Any]) -> Figure:
 
 
 def cost_figure(result: dict[str, Any]) -> Figure:
-    """Accuracy and similarity at one radius against gradients per image; what needs none stands at
-    0 as a line."""
+    """Accuracy and similarity at one radius against gradients; what needs none is a level line."""
     radius = f"{result['config']['cost_radius']:g}"
     lines: dict[str, list[tuple[float, Any]]] = {}
     for name, cell in result["costs"].items():

@@ -19,7 +19,7 @@ from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks.base import FlatAttack
 from pyro_vae_defence.defence import DefenceResult, NoDefence
 from pyro_vae_defence.experiments import configuration as conf
-from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Setting,
@@ -27,15 +27,7 @@ from pyro_vae_defence.experiments.defences import (
     label,
     make_defence,
 )
-from pyro_vae_defence.experiments.study import (
-    METRIC,
-    Cell,
-    Measurement,
-    chain_statistics,
-    cost,
-    interval,
-    similarity,
-)
+from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.types import Potential
@@ -94,7 +86,7 @@ class Defend(Measurement[DefendConfig]):
             preset="paper",
         )
         found = attack(self.x_ref, self.generator("attack"))
-        self.result["symmetric_kl"] = interval(found.objective.flatten(), found.flat().index)
+        self.result["symmetric_kl"] = study.interval(found.objective.flatten(), found.flat().index)
         return found.flat()
 
     @cached_property
@@ -111,7 +103,7 @@ class Defend(Measurement[DefendConfig]):
     def noise_floor(self) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference."""
         again = self.reconstruct(self.vae, self.attacked.references, "again")
-        return similarity(self.before.reconstruction, again, self.attacked.index)
+        return study.similarity(self.before.reconstruction, again, self.attacked.index)
 
     def defended(self, name: str) -> dict[str, Any]:
         """One defence against all attacks."""
@@ -157,11 +149,11 @@ def score(
     """
     ratio = metrics.log_posterior_ratio(at_reference, before.latents, outcome.latents)
     return {
-        "ms_ssim": similarity(before.reconstruction, outcome.reconstruction, image),
-        "log_posterior_ratio_median": interval(ratio, image, "median"),
-        "energy": interval(at_attacked(outcome.latents), image),
-        **cost(outcome),
-        **chain_statistics(outcome.sample_stats),
+        "ms_ssim": study.similarity(before.reconstruction, outcome.reconstruction, image),
+        "log_posterior_ratio_median": study.interval(ratio, image, "median"),
+        "energy": study.interval(at_attacked(outcome.latents), image),
+        **study.cost(outcome),
+        **study.chain_statistics(outcome.sample_stats),
     }
 
 

@@ -37,8 +37,7 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
-    """Write a figure atomically; equal figures make equal files, since neither date nor version is
-    in them."""
+    """Write a figure atomically; without date and version, equal figures make equal files."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())

@@ -47,11 +47,10 @@ from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, Reading
 from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, picture
-from pyro_vae_defence.experiments.study import Cell, Key, Measurement, interval, similarity
-from pyro_vae_defence.experiments.tables import at, intervals, section, table
-from pyro_vae_defence.experiments.tables import interval as shown
+from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
@@ -249,22 +248,23 @@ class Figures(Measurement[FiguresConfig]):
         def divergence(reference: Tensor) -> dict[str, float]:
             with torch.no_grad():
                 q, q_ref = (program.posterior(self.vae, images) for images in (x, reference))
-                return interval(divergences.symmetric_kl(q, q_ref))
+                return study.interval(divergences.symmetric_kl(q, q_ref))
 
         cell: dict[str, Any] = {
             "ms_ssim": {
-                "images": similarity(self.x_ref, x),
-                **{name: similarity(before, decoded) for name, decoded in after.items()},
+                "images": study.similarity(self.x_ref, x),
+                **{name: study.similarity(before, decoded) for name, decoded in after.items()},
             },
             "unchanged": {
-                name: interval(metrics.adversarial_accuracy(reference, found))
+                name: study.interval(metrics.adversarial_accuracy(reference, found))
                 for name, found in predicted.items()
             },
             "symmetric_kl": divergence(self.x_ref),
         }
         if supervised:
             cell["target_ms_ssim"] = {
-                name: similarity(before.roll(1, 0), decoded) for name, decoded in after.items()
+                name: study.similarity(before.roll(1, 0), decoded)
+                for name, decoded in after.items()
             }
             cell["target_symmetric_kl"] = divergence(self.target)
         if examples:
@@ -345,7 +345,7 @@ class Figures(Measurement[FiguresConfig]):
         )
         lines = [line for figure in figures for line in (f"![{Path(figure).stem}]({figure})", "")]
         lines += [*_knowledge_table(result), *_objectives_tables(result)]
-        return section(f"## {result['name']}", note, lines, result)
+        return tables.section(f"## {result['name']}", note, lines, result)
 
     @classmethod
     def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
@@ -382,7 +382,7 @@ class _Measure(NamedTuple):
 
     def of(self, cell: dict[str, Any]) -> dict[str, dict[str, float]]:
         """Name of the reconstruction or ``""`` -> entry, as the cell has it."""
-        found = at(cell, self.key) or {}
+        found = tables.at(cell, self.key) or {}
         if "estimate" in found:
             return {"": found}
         return {key: entry for key, entry in found.items() if key != "images"}
@@ -420,14 +420,14 @@ def _knowledge_table(result: dict[str, Any]) -> list[str]:
         f"the gradients {', '.join(config['gradients'])}, of whose results the one with the "
         "largest objective on fresh chains is kept, image by image.",
         "",
-        *table(columns, rows),
+        *tables.table(columns, rows),
     ]
 
 
 def _values(cell: dict[str, Any]) -> list[str]:
     """Similarities, classes and divergence as :func:`_knowledge_table` orders them."""
     places = [f"ms_ssim/{name}" for name in _SHOWN] + [f"unchanged/{name}" for name in _DEFENCES]
-    return [*intervals(cell, *places), *intervals(cell, "symmetric_kl", digits=1)]
+    return [*tables.intervals(cell, *places), *tables.intervals(cell, "symmetric_kl", digits=1)]
 
 
 def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
@@ -447,14 +447,14 @@ def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
                 [
                     _label(name),
                     *(
-                        shown(found, each.digits)
+                        tables.interval(found, each.digits)
                         for each in _MEASURES
                         for found in each.of(cell).values()
                     ),
                 ]
                 for name, cell in cells.items()
             ]
-            yield from table(["objective", *columns], rows)
+            yield from tables.table(["objective", *columns], rows)
 
 
 def _label(objective: str) -> str:
@@ -465,8 +465,7 @@ def _label(objective: str) -> str:
 
 
 def knowledge_figure(result: dict[str, Any]) -> Figure:
-    """Similarity of images (blue) and reconstructions (orange) over the radius (Figures 5, 10 and
-    11)."""
+    """Similarity of images (blue), reconstructions (orange) over the radius (Figures 5, 10, 11)."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
     for axes, ((attacker, defence), place) in zip(panels, _PANELS.items(), strict=True):
@@ -491,8 +490,7 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
 
 
 def examples_figure(result: dict[str, Any]) -> Figure:
-    """Attacked images over the radius and their reconstructions, a row of panels per attacker
-    (Figure 12)."""
+    """Attacked images and their reconstructions over the radius, a row per attacker (Figure 12)."""
     number = result["config"]["num_examples"]
     width, height = 0.6 * number + 0.1, 0.6 * len(_SHOWN) + 0.35
     columns = {"reference": dict.fromkeys(_ATTACKERS, result["clean"]["reference"])}
@@ -515,8 +513,7 @@ def examples_figure(result: dict[str, Any]) -> Figure:
 
 
 def objectives_figure(result: dict[str, Any]) -> Figure:
-    """What each objective does to each metric (Figure 16): a panel per metric, a row of them per
-    kind of attack."""
+    """What each objective does (Figure 16): a panel per metric, a row per kind of attack."""
     objectives = result["config"]["objectives"]
     markers = dict(zip(result["objectives"], itertools.cycle("os^vD")))
     figure = Figure(figsize=(3 * len(_MEASURES), 7), layout="constrained")

@@ -24,7 +24,7 @@ from torch import Tensor
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import DefenceResult, NoDefence
 from pyro_vae_defence.experiments import configuration as conf
-from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Setting,
@@ -34,7 +34,7 @@ from pyro_vae_defence.experiments.defences import (
 )
 from pyro_vae_defence.experiments.defend import SCORE_COLUMNS, score, score_cells, score_section
 from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
-from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement, interval, similarity
+from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.nvae import NVAE, load_official
 from pyro_vae_defence.ops import latents as lat
@@ -88,6 +88,20 @@ class HierarchyConfig(conf.Configuration):
     seed: conf.Natural = 0
 
 
+def _hierarchies() -> dict[str, HierarchyConfig]:
+    small = HierarchyConfig("mnist_nvae", "mnist", "mnist_nvae", 0.1, groups=(1, 2, 4, 6))
+    large = HierarchyConfig(
+        "celeba_nvae", "celeba64", "celeba_nvae", 0.05, groups=(1, 5, 10, 20), num_references=20,
+        defences=("none", "paper", "hmc", "aware"), batch_size=20, checkpointing=True,
+        column=20,  # "Male"
+    )  # fmt: skip
+    return {
+        f"{config.model}_radius_{radius:g}": replace(config, radius=radius)
+        for config, radii in ((small, (0.1, 0.2)), (large, (0.05, 0.1)))
+        for radius in radii
+    }
+
+
 class DefendHierarchy(Measurement[HierarchyConfig]):
     """``<model>_radius_<radius>`` of Figure 4 and Table 8; the weights of ``celeba_nvae`` are the
     official ones and have to be given as a file.
@@ -99,29 +113,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 
     kind = "hierarchy"
     command = "defend"
-    names = {
-        **{
-            f"mnist_nvae_radius_{radius:g}": HierarchyConfig(
-                "mnist_nvae", "mnist", "mnist_nvae", radius, groups=(1, 2, 4, 6)
-            )
-            for radius in (0.1, 0.2)
-        },
-        **{
-            f"celeba_nvae_radius_{radius:g}": HierarchyConfig(
-                "celeba_nvae",
-                "celeba64",
-                "celeba_nvae",
-                radius,
-                groups=(1, 5, 10, 20),
-                num_references=20,
-                column=20,  # "Male"
-                defences=("none", "paper", "hmc", "aware"),
-                batch_size=20,
-                checkpointing=True,
-            )
-            for radius in (0.05, 0.1)
-        },
-    }
+    names = _hierarchies()
     output = "runs/results"
     parts = ("groups",)
     options = {"checkpoint": "official NVAE checkpoint (checkpoint.pt) to defend, e.g. CelebA's"}
@@ -190,7 +182,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
     def noise_floor(self) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference."""
         again = self.undefended(self.references, "again")
-        return similarity(self.before.reconstruction, again.reconstruction, self.image)
+        return study.similarity(self.before.reconstruction, again.reconstruction, self.image)
 
     @cache  # noqa: B019 (a study lives as long as its process)
     def attacked(self, k: int) -> attacks.AttackResult:
@@ -208,7 +200,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 
     def reached(self, k: int) -> dict[str, float]:
         """The symmetric KL over the top ``k`` groups that the attack reaches, in nats."""
-        return interval(self.attacked(k).objective.flatten(), self.image)
+        return study.interval(self.attacked(k).objective.flatten(), self.image)
 
     def defended(self, name: str, k: int) -> dict[str, Any]:
         """One defence against the attack on the top ``k`` groups."""
@@ -241,8 +233,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 
     @cached_property
     def inverse_mass(self) -> Latents:
-        """Mean posterior variance of what chains move, over training images: nothing an attacker
-        can change."""
+        """Mean posterior variance of what chains move, over training images no attacker changes."""
         config = self.config
         found: Latents | None = self.programs.mean_posterior_variance
         if found is None:
@@ -299,8 +290,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 
 
 def groups_figure(results: list[dict[str, Any]]) -> Figure:
-    """Similarity of reconstructions against the number of attacked groups (Figure 4), one panel per
-    result."""
+    """Similarity against the number of attacked groups (Figure 4), one panel per result."""
     results = sorted(results, key=lambda result: result["config"]["radius"])
     figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]

@@ -21,12 +21,12 @@ from torch import Tensor
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
 from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
 from pyro_vae_defence.experiments.study import Cell, Measurement
-from pyro_vae_defence.experiments.tables import interval, intervals, section, table
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.robustness import KNOWLEDGE, Budget, evaluate_robustness
@@ -150,7 +150,7 @@ class Robustness(Measurement[RobustnessConfig]):
             [
                 label(key.split("/")[1]),
                 report["figure"],
-                *intervals(report, "clean/mean", "random_noise", *ROBUST),
+                *tables.intervals(report, "clean/mean", "random_noise", *ROBUST),
                 f"{report['cost']['attack_evaluations_per_image']:,.0f}",
                 "no" if report["unreliable"] else "yes",
             ]
@@ -163,17 +163,17 @@ class Robustness(Measurement[RobustnessConfig]):
             f"{config['seed']}. Higher is more robust; per-image worst case over attacks on "
             "fresh seeds, 95% intervals over images. Heuristic, not certified."
         )
-        lines = table(columns, rows)
+        lines = tables.table(columns, rows)
         for key, report in result["reports"].items():
             lines += [f"{key}, figure under each attack:", ""]
             # What each attack left, those that were skipped, and why not to believe the report.
             lines += [
-                f"- {each['name']} ({each['num_draws']} draws): {interval(each['figure'])}"
+                f"- {each['name']} ({each['num_draws']} draws): {tables.interval(each['figure'])}"
                 for each in report["attacks"]
             ]
             lines += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
             lines += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
-        return section(f"### robustness {result['name']}", note, lines, result)
+        return tables.section(f"### robustness {result['name']}", note, lines, result)
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:

@@ -189,8 +189,7 @@ class Study(ABC, Generic[C]):
 
 
 class Measurement(Study[C]):
-    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each of
-    them."""
+    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each."""
 
     kind: ClassVar[str]
     """Name of the study in result files, unique."""
@@ -298,11 +297,10 @@ class Measurement(Study[C]):
 def interval(
     values: Tensor, image: Tensor | None = None, statistic: str = "mean"
 ) -> dict[str, float]:
-    """Estimate and bootstrap interval over images; with ``image``, restarts of one stay
+    """Estimate and bootstrap interval over images; with ``image``, restarts of one are resampled
     together."""
-    found = metrics.bootstrap_interval(
-        values.cpu(), image, statistic=statistic, generator=torch.Generator().manual_seed(0)
-    )
+    seeded = torch.Generator().manual_seed(0)
+    found = metrics.bootstrap_interval(values.cpu(), image, statistic=statistic, generator=seeded)
     return found.to_dict()
 
 
@@ -312,8 +310,7 @@ def similarity(x: Tensor, y: Tensor, image: Tensor | None = None) -> dict[str, f
 
 
 def accuracy(found: Tensor, right: Tensor, reference: Tensor) -> dict[str, dict[str, float]]:
-    """How often predicted classes are the right ones, and how often those of the reference; the
-    first of both where there are fewer predictions."""
+    """How often classes found are right, and how often the reference's; these may be longer."""
     some = slice(len(found))
     return {
         "correct": interval(metrics.correct(found, right[some])),

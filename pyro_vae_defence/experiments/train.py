@@ -180,8 +180,7 @@ def model_label(name: str) -> str:
 
 
 class Train(Study[TrainConfig]):
-    """Weights ``NAME.safetensors`` and their card ``NAME.json`` in ``output``; the checkpoint and
-    the history of the training in ``output/NAME``."""
+    """Weights ``NAME.safetensors`` and card ``NAME.json``; checkpoint and history in ``NAME/``."""
 
     command = "train"
     noun = "model"
