@@ -126,10 +126,8 @@ class Attack(Measurement[AttackConfig]):
     @cached_property
     def predicted(self) -> dict[str, Tensor]:
         """What every classifier says of the images without attack and defence."""
-        return {
-            task: classifier.classify(self.vae, self.images_)
-            for task, (_, classifier) in self.tasks.items()
-        }
+        x, tasks = self.images_, self.tasks.items()
+        return {task: classifier.classify(self.vae, x) for task, (_, classifier) in tasks}
 
     @cache  # noqa: B019 (a study lives as long as its process)
     def attacked(self, radius: float) -> dict[str, Tensor]:

@@ -75,7 +75,8 @@ class Configuration:
     """Base of configurations: a field that is not what its annotation says is a ``ValueError``."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
+            _check(name, getattr(self, name), hint)
 
 
 @dataclass(frozen=True)
@@ -178,16 +179,6 @@ def _arguments(text: str) -> dict[str, str]:
         for name in names:
             found[name] = f"{found.get(name, '')} {words}".strip()
     return {name: re.split(r"[.;](?: |$)", words)[0] for name, words in found.items()}
-
-
-def check_fields(config: Any) -> None:
-    """Compare every field of a dataclass with its annotation.
-
-    Raises:
-        ValueError: naming the first field that does not fit, its value and what would.
-    """
-    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
-        _check(name, getattr(config, name), hint)
 
 
 @functools.cache

@@ -250,11 +250,11 @@ class Figures(Measurement[FiguresConfig]):
                 q, q_ref = (program.posterior(self.vae, images) for images in (x, reference))
                 return study.interval(divergences.symmetric_kl(q, q_ref))
 
+        def similar(before: Tensor) -> dict[str, Any]:
+            return {name: study.similarity(before, decoded) for name, decoded in after.items()}
+
         cell: dict[str, Any] = {
-            "ms_ssim": {
-                "images": study.similarity(self.x_ref, x),
-                **{name: study.similarity(before, decoded) for name, decoded in after.items()},
-            },
+            "ms_ssim": {"images": study.similarity(self.x_ref, x), **similar(before)},
             "unchanged": {
                 name: study.interval(metrics.adversarial_accuracy(reference, found))
                 for name, found in predicted.items()
@@ -262,10 +262,7 @@ class Figures(Measurement[FiguresConfig]):
             "symmetric_kl": divergence(self.x_ref),
         }
         if supervised:
-            cell["target_ms_ssim"] = {
-                name: study.similarity(before.roll(1, 0), decoded)
-                for name, decoded in after.items()
-            }
+            cell["target_ms_ssim"] = similar(before.roll(1, 0))
             cell["target_symmetric_kl"] = divergence(self.target)
         if examples:
             rows = [images[: self.config.num_examples] for images in (x, *after.values())]
@@ -288,8 +285,7 @@ class Figures(Measurement[FiguresConfig]):
         return attacks.targeted_output(self.vae, target)
 
     def latent_distance(self, gradient: str, generator: torch.Generator) -> PreparedObjective:
-        """Equation 64: with ``"exact"`` of the guide alone, else of the defended guide by this
-        gradient."""
+        """Equation 64: ``"exact"`` of the guide alone, else of the defended one by a gradient."""
         number, box = self.config.attack_chains, self._box
         if gradient == "exact":
             score = adaptive.latent_distance(partial(program.posterior_mean, self.vae))
@@ -443,17 +439,11 @@ def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
                 for measure in _MEASURES
                 for name in measure.of(some)
             ]
-            rows = [
-                [
-                    _label(name),
-                    *(
-                        tables.interval(found, each.digits)
-                        for each in _MEASURES
-                        for found in each.of(cell).values()
-                    ),
-                ]
-                for name, cell in cells.items()
-            ]
+            rows = [[_label(name)] for name in cells]
+            for row, cell in zip(rows, cells.values(), strict=True):
+                for measure in _MEASURES:
+                    found = measure.of(cell).values()
+                    row += [tables.interval(entry, measure.digits) for entry in found]
             yield from tables.table(["objective", *columns], rows)
 
 

@@ -142,13 +142,10 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
             content = Path(self.checkpoint).read_bytes()
             self.weights[config.model] = hashlib.sha256(content).hexdigest()
         if not isinstance(vae, NVAE):
-            raise ValueError(
-                f"model {config.model!r} has no latent groups: it is a {type(vae).__name__}"
-            )
-        if max(config.groups) > vae.config.num_groups:
-            raise ValueError(
-                f"groups={config.groups} must be at most the model's {vae.config.num_groups} groups"
-            )
+            what = f"it is a {type(vae).__name__}"
+            raise ValueError(f"model {config.model!r} has no latent groups: {what}")
+        if max(config.groups) > (most := vae.config.num_groups):
+            raise ValueError(f"groups={config.groups} must be at most the model's {most} groups")
         shape = self.images(config.dataset).image_shape
         if shape != vae.image_shape:
             raise ValueError(
@@ -158,9 +155,8 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         vae.checkpointing = config.checkpointing
         self.vae = vae.requires_grad_(False).to(config.device)
         self.programs: Any = self.vae.noncentred() if config.noncentred else self.vae
-        chosen, _ = self.choose(
-            config.dataset, config.num_references, "references", column=config.column
-        )
+        number, column = config.num_references, config.column
+        chosen, _ = self.choose(config.dataset, number, "references", column=column)
         self.x_ref = chosen.to(config.device)
         # Once per restart, and which reference each row is of.
         self.references = self.x_ref.repeat(config.num_restarts, 1, 1, 1)
@@ -227,9 +223,8 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         if name == "paper":
             options["num_draws"] = 1  # all draws of all groups may not fit in memory
             return Setting(self.vae, config.chain, paper=config.paper, options=options)
-        return Setting(
-            self.programs, config.chain, self.inverse_mass, config.radius, options=options
-        )
+        metric = self.inverse_mass
+        return Setting(self.programs, config.chain, metric, config.radius, options=options)
 
     @cached_property
     def inverse_mass(self) -> Latents:

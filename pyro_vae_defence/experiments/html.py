@@ -100,9 +100,9 @@ def _svg(figure: Figure) -> str:
 def _result(result: dict[str, Any]) -> Iterator[str]:
     config, provenance = result["config"], result["provenance"]
     yield f"<section><h2>robustness {escape(result['name'])}</h2>"
+    commit = provenance["commit"][:12]
     yield (
-        f"<p><code>{escape(result['command'])}</code>, commit "
-        f"<code>{escape(provenance['commit'][:12])}</code>. "
+        f"<p><code>{escape(result['command'])}</code>, commit <code>{escape(commit)}</code>. "
         f"{config['num_images']} images, model <code>{escape(config['model'])}</code>, seed "
         f"{config['seed']}.</p>"
     )
@@ -139,13 +139,11 @@ def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
         "Seed": {"": report["seed"]},
         "Versions": report["versions"],
     }
-    rows = (
-        f"<tr><th>{what}</th><td>"
-        + escape(", ".join(f"{name} {value}".strip() for name, value in values.items()))
-        + "</td></tr>"
-        for what, values in facts.items()
-    )
-    yield f"<table>{''.join(rows)}</table>"
+    table = ""
+    for what, values in facts.items():
+        text = ", ".join(f"{name} {value}".strip() for name, value in values.items())
+        table += f"<tr><th>{what}</th><td>{escape(text)}</td></tr>"
+    yield f"<table>{table}</table>"
     strongest = report["strongest"]
     yield _table(
         ("attack", "what the attacker knows", "draws per step", report["figure"], "worst for",
@@ -166,17 +164,11 @@ def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
     for name, why in report["skipped"].items():
         yield f'<p class="note">Skipped {escape(name)}: {escape(why)}.</p>'
     marks = {True: ("good", "passed"), False: ("bad", "failed"), None: ("note", "does not apply")}
-    yield _table(
-        ("check", "", "what it saw"),
-        (
-            [
-                escape(check["name"]),
-                '<span class="{}">{}</span>'.format(*marks[check["passed"]]),
-                escape(check["detail"]),
-            ]
-            for check in report["checks"]
-        ),
-    )
+    rows = []
+    for check in report["checks"]:
+        mark = '<span class="{}">{}</span>'.format(*marks[check["passed"]])
+        rows.append([escape(check["name"]), mark, escape(check["detail"])])
+    yield _table(("check", "", "what it saw"), rows)
     if "examples" in report:
         yield (
             "<p>The first images under their worst attack; rows from the top: "
