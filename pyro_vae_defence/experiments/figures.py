@@ -58,7 +58,7 @@ from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness import WhiteBox
 from pyro_vae_defence.types import PreparedObjective
 
-ATTACKERS = ("without_mcmc", "with_mcmc")
+ATTACKERS = {"without_mcmc": "does not know the defence", "with_mcmc": "knows the defence"}
 KINDS = ("unsupervised", "supervised")
 
 Gradient = Literal["bpda", "truncated", "equilibrium"]
@@ -75,16 +75,13 @@ def _names_from(known: tuple[str, ...]) -> conf.Mark:
     )
 
 
-_Radii = Annotated[
-    tuple[conf.AttackRadius, ...],
-    conf.must_be(
-        "a tuple of radii in (0, 1], the range of images",
-        lambda value: (
-            isinstance(value, tuple)
-            and all(isinstance(radius, (int, float)) and 0 < radius <= 1 for radius in value)
-        ),
-    ),
-]
+def _are_radii(value: Any) -> bool:
+    numbers = isinstance(value, tuple) and all(isinstance(each, (int, float)) for each in value)
+    return numbers and all(0 < each <= 1 for each in value)
+
+
+_radii = conf.must_be("a tuple of radii in (0, 1], the range of images", _are_radii)
+_Radii = Annotated[tuple[conf.AttackRadius, ...], _radii]
 
 
 @dataclass(frozen=True)
@@ -182,15 +179,13 @@ class Figures(Measurement[FiguresConfig]):
     def cells(self) -> Iterator[Cell]:
         """No attack, a cell per radius and attacker, and per radius, kind and objective."""
         yield ("clean", "reference"), lambda: self._cell("clean", self.x_ref, examples=True)
-        for radius in self.config.radii:
-            for attacker in ATTACKERS:
-                key: Key = ("knowledge", f"{radius:g}", attacker)
-                yield key, partial(self.knowledge, attacker, radius)
-        for radius in self.config.objective_radii:
-            for kind in KINDS:
-                for name in self.config.objectives:
-                    key = ("objectives", f"{radius:g}", kind, name)
-                    yield key, partial(self.objective, kind, name, radius)
+        config, product = self.config, itertools.product
+        for radius, attacker in product(config.radii, ATTACKERS):
+            key: Key = ("knowledge", f"{radius:g}", attacker)
+            yield key, partial(self.knowledge, attacker, radius)
+        for radius, kind, name in product(config.objective_radii, KINDS, config.objectives):
+            key = ("objectives", f"{radius:g}", kind, name)
+            yield key, partial(self.objective, kind, name, radius)
 
     def knowledge(self, attacker: str, radius: float) -> dict[str, Any]:
         """One attacker of Figures 5, 10, 11 and 12 at one radius."""
@@ -355,9 +350,8 @@ class Figures(Measurement[FiguresConfig]):
 
 # --- Tables ---------------------------------------------------------------------------------------
 
-_ATTACKERS = {"without_mcmc": "does not know the defence", "with_mcmc": "knows the defence"}
 _DEFENCES = {"undefended": "no defence", "defended": "HMC"}
-_SHOWN = {"images": "image", "undefended": "no defence", "defended": "HMC"}
+_SHOWN = {"images": "image", **_DEFENCES}
 
 # (attacker, reconstructions) -> where the paper shows it.
 _PANELS = {
@@ -406,7 +400,7 @@ def _knowledge_table(result: dict[str, Any]) -> list[str]:
         for attacker, cell in cells.items():
             seconds = f"{cell['attack_seconds_per_image']:.2g}"
             strongest = ", ".join(f"{name} {count}" for name, count in cell["strongest"].items())
-            rows.append([radius, _ATTACKERS[attacker], *_values(cell), seconds, strongest])
+            rows.append([radius, ATTACKERS[attacker], *_values(cell), seconds, strongest])
     return [
         "### Attackers with and without knowledge of the defence (Figures 5, 10, 11)",
         "",
@@ -469,7 +463,7 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
             interval_curve(axes, list(found), entries, label)
         floor = result["clean"]["reference"]["ms_ssim"]["undefended"]["estimate"]
         axes.axhline(floor, color="black", lw=0.8, ls=":", label="two draws at the reference")
-        title = f"attacker {_ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})"
+        title = f"attacker {ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})"
         axes.set_title(title, fontsize=9)
         axes.set_ylim(0, 1.02)
     for axes in figure.axes[2:]:
@@ -483,12 +477,12 @@ def examples_figure(result: dict[str, Any]) -> Figure:
     """Attacked images and their reconstructions over the radius, a row per attacker (Figure 12)."""
     number = result["config"]["num_examples"]
     width, height = 0.6 * number + 0.1, 0.6 * len(_SHOWN) + 0.35
-    columns = {"reference": dict.fromkeys(_ATTACKERS, result["clean"]["reference"])}
+    columns = {"reference": dict.fromkeys(ATTACKERS, result["clean"]["reference"])}
     columns |= {f"radius {radius}": cells for radius, cells in result["knowledge"].items()}
-    size = (len(columns) * width + 1, len(_ATTACKERS) * height)
+    size = (len(columns) * width + 1, len(ATTACKERS) * height)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(_ATTACKERS), len(columns), squeeze=False)
-    for panels, (attacker, title) in zip(grid, _ATTACKERS.items(), strict=True):
+    grid = figure.subplots(len(ATTACKERS), len(columns), squeeze=False)
+    for panels, (attacker, title) in zip(grid, ATTACKERS.items(), strict=True):
         for axes, (column, cells) in zip(panels, columns.items(), strict=True):
             axes.set(xticks=[], yticks=[])
             axes.set_title(column, fontsize=7)

@@ -274,14 +274,13 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
         """Figure 4 of every model, ``MODEL_groups.png``."""
-        by_model: dict[str, list[dict[str, Any]]] = {}
+        by_model: dict[Path, list[dict[str, Any]]] = {}
         for result in results.values():
-            by_model.setdefault(result["config"]["model"], []).append(result)
-        written = []
-        for model, found in by_model.items():
-            written.append(directory / f"{model}_groups.png")
-            save_figure(groups_figure(found), written[-1], dpi=120)
-        return written
+            path = directory / f"{result['config']['model']}_groups.png"
+            by_model.setdefault(path, []).append(result)
+        for path, found in by_model.items():
+            save_figure(groups_figure(found), path, dpi=120)
+        return list(by_model)
 
 
 def groups_figure(results: list[dict[str, Any]]) -> Figure:
