@@ -65,7 +65,7 @@ def run(models, tmp_path_factory):
 def test_cells_hold_every_measure(run):
     _, result = run
     assert list(result["knowledge"]) == ["0.1", "1"]
-    assert all(tuple(cells) == ATTACKERS for cells in result["knowledge"].values())
+    assert all(list(cells) == list(ATTACKERS) for cells in result["knowledge"].values())
     assert list(result["objectives"]["0.2"]) == ["unsupervised", "supervised"]
     for cells in result["objectives"]["0.2"].values():
         assert tuple(cells) == FiguresConfig("m").objectives

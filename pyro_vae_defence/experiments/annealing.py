@@ -9,6 +9,7 @@ that they are tuned on a pilot walk and then frozen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ TARGET_ACCEPTANCE = 0.8
 _GAIN = 0.3
 
 
+@dataclass(eq=False)
 class HMCTransition:
     """One HMC transition per temperature, a :data:`pyro_vae_defence.metrics.Transition`.
 
@@ -42,36 +44,29 @@ class HMCTransition:
         step_sizes: the step sizes used, likewise.
     """
 
-    def __init__(
-        self,
-        streams: Streams,
-        step_size: Tensor,
-        num_steps: int = 4,
-        inverse_mass: LatentsLike | None = None,
-        tune: bool = False,
-    ) -> None:
-        if not num_steps >= 1:
-            raise ValueError(f"num_steps={num_steps} must be at least 1")
-        self.streams = streams
-        self.num_steps = num_steps
-        self.inverse_mass = inverse_mass
-        self.tune = tune
-        self.acceptance_rates: list[Tensor] = []
-        self.step_sizes: list[Tensor] = []
-        self._step_size = step_size
+    streams: Streams
+    step_size: Tensor
+    num_steps: int = 4
+    inverse_mass: LatentsLike | None = None
+    tune: bool = False
+    acceptance_rates: list[Tensor] = field(default_factory=list, init=False)
+    step_sizes: list[Tensor] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.num_steps >= 1:
+            raise ValueError(f"num_steps={self.num_steps} must be at least 1")
 
     def __call__(self, latents: Latents, potential: Potential, step: int) -> Latents:
         """Move every row once, leaving exp(-potential) invariant."""
-        size = self._step_size if self._step_size.dim() == 1 else self._step_size[step]
-        energy, gradient = energy_and_gradient(potential, latents)
-        state = hmc.HMCState(latents, energy, gradient, step)
+        size = self.step_size if self.step_size.dim() == 1 else self.step_size[step]
+        state = hmc.HMCState(latents, *energy_and_gradient(potential, latents), step)
         state, info = hmc.step(
             potential, state, self.streams, size, self.num_steps, self.inverse_mass
         )
         self.acceptance_rates.append(info.acceptance_rate)
         self.step_sizes.append(size)
         if self.tune:
-            self._step_size = size * (_GAIN * (info.acceptance_rate - TARGET_ACCEPTANCE)).exp()
+            self.step_size = size * (_GAIN * (info.acceptance_rate - TARGET_ACCEPTANCE)).exp()
         return state.position
 
 
@@ -125,10 +120,8 @@ def ais(
     """
     schedule = metrics.sigmoid_schedule(100) if schedule is None else torch.as_tensor(schedule)
     if len(schedule) < 3:
-        raise ValueError(
-            f"schedule has {len(schedule)} temperatures: pass three or more, or use metrics.nll, "
-            "which needs no walk"
-        )
+        why = "pass three or more, or use metrics.nll, which needs no walk"
+        raise ValueError(f"schedule has {len(schedule)} temperatures: {why}")
     rising = bool(schedule[0] < schedule[-1])
     variance = guide_variance(vae, x.repeat(num_chains, 1, 1, 1))
 

@@ -15,52 +15,35 @@ right or wrong. Attacks do not know the defence; where there is none they have t
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import attacks, metrics
-from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
+from pyro_vae_defence import attacks
+from pyro_vae_defence.defence import DefendedClassifier, Reading
+from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.classify import CLASSIFIERS, classifiers_of
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-    not_empty,
-)
 from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
 from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3
-from pyro_vae_defence.experiments.study import (
-    METRIC,
-    Cell,
-    Measurement,
-    cost,
-    interval,
-    read,
-    similarity,
-)
-from pyro_vae_defence.experiments.tables import NOT_MEASURED, source
-from pyro_vae_defence.experiments.tables import interval as shown
-from pyro_vae_defence.experiments.tables import table as table_lines
+from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.ops.balls import Linf
 
 _Name = Annotated[str, known_defence(attack_radius=False)]
-_Names = Annotated[tuple[_Name, ...], not_empty]
-_Radii = Annotated[tuple[AttackRadius, ...], not_empty]
+_Names = Annotated[tuple[_Name, ...], conf.not_empty]
+_Radii = Annotated[tuple[conf.AttackRadius, ...], conf.not_empty]
 
 
 @dataclass(frozen=True)
-class AttackConfig(Configuration):
+class AttackConfig(conf.Configuration):
     """Attacks on the encoder and on the classifiers of a trained model.
 
     The objectives are the paper's, the optimiser is APGD. A defence is the same whatever the
@@ -84,13 +67,13 @@ class AttackConfig(Configuration):
     model: str
     radii: _Radii = (0.1, 0.2)
     defences: _Names = ("none", "encoder_samples", "dark_clip_0.2", "hmc", "aware_0.2")
-    num_references: Count = 50
-    num_restarts: Count = 2
-    num_images: Count = 100
-    attack_steps: Count = 50
+    num_references: conf.Count = 50
+    num_restarts: conf.Count = 2
+    num_images: conf.Count = 100
+    attack_steps: conf.Count = 50
     reading: Reading = "reencoded"
-    chain: ChainConfig = ChainConfig(step_size=0.2, burn_in=30)
-    seed: Natural = 0
+    chain: conf.ChainConfig = conf.ChainConfig(step_size=0.2, burn_in=30)
+    seed: conf.Natural = 0
 
 
 class Attack(Measurement[AttackConfig]):
@@ -109,10 +92,7 @@ class Attack(Measurement[AttackConfig]):
     def load(self) -> None:
         """The model, its classifiers by label, and images."""
         config = self.config
-        if config.model != self.name:
-            raise ValueError(
-                f"model={config.model!r}: results are named after the model; run attack on it"
-            )
+        self.check_name()
         self.vae, card = self.load_conv_vae(config.model)
         # Name of the label -> its column and what predicts it.
         self.tasks: dict[str, tuple[int, LinearClassifier]] = {
@@ -131,68 +111,57 @@ class Attack(Measurement[AttackConfig]):
         yield ("noise_floor",), self.noise_floor
         for radius in (0.0, *self.config.radii):
             for name in self.config.defences:
-                cell = functools.partial(self.defended, name, radius)
-                yield ("radii", f"{radius:g}", name), cell
+                yield ("radii", f"{radius:g}", name), partial(self.defended, name, radius)
 
     def noise_floor(self) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference, one draw each."""
-        return similarity(
-            self.before, self.reconstruct(self.vae, self.repeated, "again"), self.image
-        )
+        again = self.reconstruct(self.vae, self.repeated, "again")
+        return study.similarity(self.before, again, self.image)
 
-    @functools.cached_property
+    @cached_property
     def before(self) -> Tensor:
-        """Undefended reconstructions of the references, which those under attack are compared
-        with."""
+        """Undefended reconstructions, which those of attacked references are compared with."""
         return self.reconstruct(self.vae, self.repeated, "before")
 
-    @functools.cached_property
+    @cached_property
     def predicted(self) -> dict[str, Tensor]:
         """What every classifier says of the images without attack and defence."""
-        return {
-            task: classifier.classify(self.vae, self.images_)
-            for task, (_, classifier) in self.tasks.items()
-        }
+        x, tasks = self.images_, self.tasks.items()
+        return {task: classifier.classify(self.vae, x) for task, (_, classifier) in tasks}
 
-    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    @cache  # noqa: B019 (a study lives as long as its process)
     def attacked(self, radius: float) -> dict[str, Tensor]:
         """References attacked through the encoder, and images attacked through each classifier."""
         if radius == 0:
             return {"encoder": self.repeated, **dict.fromkeys(self.tasks, self.images_)}
-        attack = functools.partial(attacks.APGD, num_steps=self.config.attack_steps)
-        on_encoder = attack(
-            attacks.symmetric_kl(self.vae), Linf(radius), num_restarts=self.config.num_restarts
-        )
+        attack = partial(attacks.APGD, ball=Linf(radius), num_steps=self.config.attack_steps)
+        divergence = attacks.symmetric_kl(self.vae)
+        on_encoder = attack(divergence, num_restarts=self.config.num_restarts)
         found = on_encoder(self.references, self.generator("attack encoder"))
         images = {"encoder": found.flat().images}
         for task, (_, classifier) in self.tasks.items():
-            on_classifier = attack(attacks.cross_entropy(self.vae, classifier), Linf(radius))
-            found = on_classifier(self.images_, self.generator("attack", task))
-            images[task] = found.x_adv[0]
+            on_classifier = attack(attacks.cross_entropy(self.vae, classifier))
+            images[task] = on_classifier(self.images_, self.generator("attack", task)).x_adv[0]
         return images
 
     def defended(self, name: str, radius: float) -> dict[str, Any]:
         """Everything about one defence at one radius."""
         inputs = self.attacked(radius)
-        defence: Defence = make_defence(name, Setting(self.vae, self.config.chain))
+        defence = make_defence(name, Setting(self.vae, self.config.chain))
         outcome = defence(inputs["encoder"], self.generator("similarity"))
-        accuracy = {}
+        accuracies = {}
         for task, (column, classifier) in self.tasks.items():
             if name == "none":
                 predicted = classifier.classify(self.vae, inputs[task])
             else:
                 behind = DefendedClassifier(defence, classifier, self.config.reading)
                 predicted = behind.predict(inputs[task], self.generator("classify"))
-            accuracy[task] = {
-                "unchanged": interval(
-                    metrics.adversarial_accuracy(self.predicted[task], predicted)
-                ),
-                "correct": interval(metrics.correct(predicted, self.labels[:, column])),
-            }
+            right = self.labels[:, column]
+            accuracies[task] = study.accuracy(predicted, right, self.predicted[task])
         return {
-            "ms_ssim": similarity(self.before, outcome.reconstruction, self.image),
-            "accuracy": accuracy,
-            **cost(outcome),
+            "ms_ssim": study.similarity(self.before, outcome.reconstruction, self.image),
+            "accuracy": accuracies,
+            **study.cost(outcome),
         }
 
     @classmethod
@@ -215,22 +184,18 @@ def table(number: int, results: str | os.PathLike[str]) -> str:
         ValueError: for a directory without results, a damaged file, or results that do not belong
             together.
     """
-    found = read(results, "attack")
+    found = study.read(results, "attack")
     for name, result in found.items():
         if result.get("study") != Attack.kind or result["name"] != name:
             raise ValueError(f"{Path(results) / name}.json is no result of attack; move it away")
     printed = {2: TABLE_2, 3: TABLE_3}[number]
-    datasets = dict.fromkeys(MODELS[name].dataset for name in printed)
+    by_dataset: dict[str, dict[str, Any]] = {MODELS[name].dataset: {} for name in printed}
+    for name, config in MODELS.items():
+        if config.dataset in by_dataset and (name in found or name in printed):
+            by_dataset[config.dataset][name] = found.get(name)
     return "\n".join(
-        _table(
-            f"### Table {number}, {DATASETS[dataset]}",
-            {
-                name: found.get(name)
-                for name in MODELS
-                if MODELS[name].dataset == dataset and (name in found or name in printed)
-            },
-        )
-        for dataset in datasets
+        _table(f"### Table {number}, {DATASETS[dataset]}", models)
+        for dataset, models in by_dataset.items()
     )
 
 
@@ -249,7 +214,7 @@ def _table(title: str, by_model: Mapping[str, dict[str, Any] | None]) -> str:
         _check_alike(found)
         radii = [f"{radius:g}" for radius in config["radii"]]
         tasks = list(next(iter(found[0]["radii"]["0"].values()))["accuracy"])
-        notes = [_note(config), "", *(f"- {source(each)}" for each in found), ""]
+        notes = [_note(config), "", *(f"- {tables.source(each)}" for each in found), ""]
     columns = ["", *(f"{METRIC}, {radius}" for radius in radii)]
     for task in tasks:
         name = "" if len(tasks) == 1 else f" ({task})"
@@ -261,7 +226,7 @@ def _table(title: str, by_model: Mapping[str, dict[str, Any] | None]) -> str:
         for model, result in by_model.items()
         for defence in (_PRINTED.get(model, {}) if result is None else result["config"]["defences"])
     ]
-    return "\n".join([title, "", *table_lines(columns, rows), *notes])
+    return "\n".join([title, "", *tables.table(columns, rows), *notes])
 
 
 def _check_alike(results: list[dict[str, Any]]) -> None:
@@ -289,36 +254,28 @@ def _note(config: dict[str, Any]) -> str:
         "over images; where all images agree the interval has no width, and of n images about 3/n "
         "may still differ. In brackets the paper's figures, of its own models, attacks and chains: "
         "MSSSIM, and its adversarial accuracy, which on clean images can only be *correct* and "
-        "under "
-        "attack is *unchanged*."
+        "under attack is *unchanged*."
     )
 
 
 def _row(
-    model: str,
-    defence: str,
-    result: dict[str, Any] | None,
-    radii: list[str],
-    tasks: list[str],
+    model: str, defence: str, result: dict[str, Any] | None, radii: list[str], tasks: list[str]
 ) -> list[str]:
     """A model with a defence: similarities, then per label the accuracies."""
     printed = _PRINTED.get(model, {}).get(defence, {})
 
-    def cell(radius: str, *keys: str, of: str = "") -> str:
-        entry: Any = {} if result is None else result["radii"].get(radius, {}).get(defence)
-        for key in keys:
-            entry = entry.get(key) if entry else None
-        of_paper = printed.get(of, {}).get(radius)
-        return (shown(entry, 2) if entry else NOT_MEASURED) + (
-            "" if of_paper is None else f" ({of_paper:.2f})"
-        )
+    def cell(radius: str, place: str, of: str = "") -> str:
+        entry = tables.at(result, f"radii/{radius}/{defence}/{place}")
+        of_paper = tables.at(printed, f"{of}/{radius}")
+        text = tables.interval(entry, 2) if entry else tables.NOT_MEASURED
+        return text if of_paper is None else f"{text} ({of_paper:.2f})"
 
     name = model_label(model)
     cells = [name if defence == "none" else f"{name}; {label(defence)}"]
-    cells += [cell(radius, "ms_ssim", of="ms_ssim") for radius in radii]
+    cells += [cell(radius, "ms_ssim", "ms_ssim") for radius in radii]
     for task in tasks:
-        cells.append(cell("0", "accuracy", task, "correct", of=task))
+        cells.append(cell("0", f"accuracy/{task}/correct", task))
         for radius in radii:
-            cells.append(cell(radius, "accuracy", task, "unchanged", of=task))
-            cells.append(cell(radius, "accuracy", task, "correct"))
+            cells.append(cell(radius, f"accuracy/{task}/unchanged", task))
+            cells.append(cell(radius, f"accuracy/{task}/correct"))
     return cells

@@ -57,10 +57,7 @@ def trained_models(directory: str | os.PathLike[str] | None = None) -> str:
 def _vae(card: WeightCard) -> list[str]:
     training, test = card.training, card.metrics.get("test", {})
     # The metrics' names carry their settings: "nll[iwae 1000]".
-    nll, mse = (
-        next((value for name, value in test.items() if name.startswith(f"{what}[")), None)
-        for what in ("nll", "mse")
-    )
+    measures = {name.partition("[")[0]: entry for name, entry in reversed(test.items())}
     units = test.get("active_units", {}).values()
     objective, start = training.get("objective", ""), training.get("start_from")
     nelbo = card.metrics.get("validation_nelbo")
@@ -70,15 +67,14 @@ def _vae(card: WeightCard) -> list[str]:
         "" if start is None else f"`{start}`",
         *_effort(card),
         "" if nelbo is None else f"{nelbo:.2f}",
-        NOT_MEASURED if nll is None else interval(nll, 2),
-        NOT_MEASURED if mse is None else interval(mse, 1),
+        interval(measures.get("nll"), 2) or NOT_MEASURED,
+        interval(measures.get("mse"), 1) or NOT_MEASURED,
         f"{sum(u['active'] for u in units)} of {sum(u['all'] for u in units)}" if units else "",
     ]
 
 
 def _classifier(card: WeightCard) -> list[str]:
-    training, accuracy = card.training, card.metrics.get("test_accuracy")
-    model = training.get("model")
+    training, model = card.training, card.training.get("model")
     # Cards of before there was a choice do not name it.
     reads = _INPUTS[training.get("inputs", "mean")]
     return [
@@ -86,7 +82,7 @@ def _classifier(card: WeightCard) -> list[str]:
         "images" if model is None else f"{reads} of `{model}`",
         ("class", "colour")[training.get("column", 0)],
         *_effort(card),
-        NOT_MEASURED if accuracy is None else interval(accuracy),
+        interval(card.metrics.get("test_accuracy")) or NOT_MEASURED,
     ]
 
 

@@ -17,17 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pyro_vae_defence import data, metrics
+from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import EncoderDefence
-from pyro_vae_defence.experiments.configuration import (
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-    Positive,
-    Radius,
-)
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.study import Study, interval
 from pyro_vae_defence.experiments.train import DATASETS, MODELS
@@ -40,7 +35,7 @@ LatentInputs = Literal["mean", "guide", "posterior"]
 
 
 @dataclass(frozen=True)
-class ClassifierConfig(Configuration):
+class ClassifierConfig(conf.Configuration):
     """How a classifier is trained; the defaults are the paper's downstream task, but for the batch
     size, which it does not state.
 
@@ -67,17 +62,17 @@ class ClassifierConfig(Configuration):
     dataset: str
     model: str | None = None
     inputs: LatentInputs = "mean"
-    num_draws: Count = 4
-    num_images: Count | None = None
-    radius: Radius = 0.0
-    column: Natural = 0
+    num_draws: conf.Count = 4
+    num_images: conf.Count | None = None
+    radius: conf.Radius = 0.0
+    column: conf.Natural = 0
     optimiser: Literal["sgd", "adam"] = "sgd"
-    learning_rate: Positive = 1.0
-    patience: Count = 3
-    early_stop: Count = 20
-    max_epochs: Count = 200
-    batch_size: Count = 128
-    seed: Natural = 0
+    learning_rate: conf.Positive = 1.0
+    patience: conf.Count = 3
+    early_stop: conf.Count = 20
+    max_epochs: conf.Count = 200
+    batch_size: conf.Count = 128
+    seed: conf.Natural = 0
 
 
 # --- Classifiers by name --------------------------------------------------------------------------
@@ -91,8 +86,8 @@ def _classifiers() -> dict[str, ClassifierConfig]:
     classifiers = {}
     for model, config in MODELS.items():
         coloured = config.dataset in _COLOURED
-        # ColorMNIST has every image in seven colours; to read variants of a model and draws, as
-        # many images as MNIST's will do.
+        # ColorMNIST has every image in seven colours; as many as MNIST's will do for variants and
+        # draws.
         as_mnist = 55_000 if coloured else None
         for column, part in enumerate(_PARTS.values() if coloured else ("",)):
             plain = ClassifierConfig(config.dataset, model, column=column)
@@ -104,12 +99,10 @@ def _classifiers() -> dict[str, ClassifierConfig]:
             # A tenth of the training images, at some hundred gradients each.
             classifiers[f"{name}_posterior"] = replace(plain, inputs="posterior", num_images=5_500)
     for dataset in DATASETS:
-        classifiers[f"{dataset}_features"] = ClassifierConfig(
-            dataset,
-            optimiser="adam",
-            learning_rate=1e-3,
-            max_epochs=1 if dataset == "color_mnist" else 5,
-        )
+        features = ClassifierConfig(dataset, optimiser="adam", learning_rate=1e-3, max_epochs=5)
+        if dataset == "color_mnist":
+            features = replace(features, max_epochs=1)
+        classifiers[f"{dataset}_features"] = features
     return classifiers
 
 
@@ -121,8 +114,7 @@ Fréchet distances."""
 
 
 def classifiers_of(model: str) -> dict[str, str]:
-    """Names of the paper's classifiers of a model, by what they predict: ``class``, and on
-    ColorMNIST ``color``."""
+    """Names of a model's classifiers by what they predict: ``class``, on ColorMNIST ``color``."""
     names = {task: f"{model}{part}_classifier" for task, part in _PARTS.items()}
     return {task: name for task, name in names.items() if name in CLASSIFIERS}
 
@@ -159,10 +151,9 @@ class TrainClassifier(Study[ClassifierConfig]):
         if config.model is not None:
             vae, card = self.load_vae(config.model)
             training["weights"] = card.sha256
-        train, validation, test = (
-            _inputs(self.images(config.dataset, split), vae, config)
-            for split in ("train", "validation", "test")
-        )
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        sets = [self.images(config.dataset, split) for split in splits]
+        train, validation, test = (_inputs(each, vae, config) for each in sets)
         torch.manual_seed(config.seed)
         make: Any = ConvClassifier if vae is None else LinearClassifier
         classifier = make(train[0][0].shape[0], int(train.labels.max()) + 1)
@@ -172,6 +163,7 @@ class TrainClassifier(Study[ClassifierConfig]):
         )
         # Draws of one image are not independent: images are resampled.
         accuracy = interval(correct, torch.arange(len(test)) % test.num_images)
+        accuracy["num_images"] = test.num_images
         return save_pretrained(
             classifier,
             self.name,
@@ -179,10 +171,7 @@ class TrainClassifier(Study[ClassifierConfig]):
             training={**training, "epochs": len(history)},
             command=self.command_line(),
             provenance={**source, "seconds": round(time.perf_counter() - started, 1)},
-            metrics={
-                "validation_cross_entropy": min(history),
-                "test_accuracy": {**accuracy, "num_images": test.num_images},
-            },
+            metrics={"validation_cross_entropy": min(history), "test_accuracy": accuracy},
         )
 
     @classmethod
@@ -206,9 +195,7 @@ def fit_classifier(
     """
     make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[config.optimiser]
     optimiser = make(classifier.parameters(), lr=config.learning_rate)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimiser, factor=0.5, patience=config.patience
-    )
+    scheduler = ReduceLROnPlateau(optimiser, factor=0.5, patience=config.patience)
     loader = data.batches(train, config.batch_size, shuffle=True)
     history: list[float] = []
     best: dict[str, Tensor] = {}
@@ -237,14 +224,13 @@ def _cross_entropy(classifier: nn.Module, loader: Iterable[Any]) -> float:
     return float(torch.cat(losses).mean())
 
 
+@dataclass
 class _Labelled:
-    """Inputs, read when asked for, and one label each; row ``d * num_images + i`` is draw d of
-    image i."""
+    """Inputs, read when asked for, and labels; row ``d * num_images + i`` is draw d of image i."""
 
-    def __init__(self, read: Callable[[Any], Tensor], labels: Tensor, num_images: int) -> None:
-        self.read = read
-        self.labels = labels
-        self.num_images = num_images
+    read: Callable[[Any], Tensor]
+    labels: Tensor
+    num_images: int
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -284,7 +270,7 @@ def _draw(vae: TrainedVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.
     thinning, defence = 1, EncoderDefence(vae, config.num_draws)
     if config.inputs == "posterior":
         thinning = _THINNING
-        chain = ChainConfig(thinning * config.num_draws, _WARMUP_STEPS)
+        chain = conf.ChainConfig(thinning * config.num_draws, _WARMUP_STEPS)
         defence = make_defence("aware", Setting(vae, chain, radius=config.radius))
 
     def draws(x: Tensor, generator: torch.Generator) -> Tensor:

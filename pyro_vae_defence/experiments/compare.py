@@ -14,10 +14,9 @@ For each radius and defence a cell holds, with 95% intervals over images:
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -31,17 +30,13 @@ from pyro_vae_defence.defence import (
     DefenceResult,
     DefendedClassifier,
     MCMCDefence,
+    Reading,
     calibrate_radius,
     detection_scores,
 )
+from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.classify import CLASSIFIERS, LatentInputs, classifiers_of
-from pyro_vae_defence.experiments.configuration import (
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-    Radius,
-)
 from pyro_vae_defence.experiments.defences import (
     KINDS,
     Setting,
@@ -50,17 +45,8 @@ from pyro_vae_defence.experiments.defences import (
     label,
     make_defence,
 )
-from pyro_vae_defence.experiments.drawing import interval_curve
-from pyro_vae_defence.experiments.study import (
-    Cell,
-    Key,
-    Measurement,
-    cost,
-    interval,
-    similarity,
-)
-from pyro_vae_defence.experiments.tables import interval as shown
-from pyro_vae_defence.experiments.tables import source, table
+from pyro_vae_defence.experiments.drawing import interval_curve, legend_below
+from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.experiments.train import DATASETS
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import UnknownRadius
@@ -74,7 +60,7 @@ CALIBRATION_IMAGES = 100
 
 # Classifiers of means read means, or are shown what draws do to them; classifiers of draws read
 # draws.
-_READINGS: dict[str, tuple[Any, ...]] = {
+_READINGS: dict[str, tuple[Reading, ...]] = {
     "mean": ("last", "draws", "mean", "reencoded"),
     "guide": ("last", "draws"),
     "posterior": ("last", "draws"),
@@ -85,7 +71,7 @@ _Name = Annotated[str, known_defence(unknown_radius=True)]
 
 
 @dataclass(frozen=True)
-class CompareConfig(Configuration):
+class CompareConfig(conf.Configuration):
     """Every defence and control against the encoder attack of the paper, over its radius.
 
     What assumes a radius assumes the attack's own, or that of its name, as in ``aware_0.1``.
@@ -114,44 +100,31 @@ class CompareConfig(Configuration):
 
     model: str
     defences: tuple[_Name, ...] = (
-        "none",
-        "hmc",
-        "aware",
-        "aware_0.1",
-        "aware_0.2",
-        "aware_unknown",
-        "aware_mode",
-        "mode",
-        "encoder_samples",
-        "dark_clip",
-        "dark_clip_0.2",
-        "extreme_clip",
-        "median",
-        "gaussian",
-    )
+        "none", "hmc", "aware", "aware_0.1", "aware_0.2", "aware_unknown", "aware_mode", "mode",
+        "encoder_samples", "dark_clip", "dark_clip_0.2", "extreme_clip", "median", "gaussian",
+    )  # fmt: skip
     costs: tuple[_Name, ...] = tuple(
         f"{kind}@{transitions}" for kind in ("hmc", "aware_0.2") for transitions in (4, 10, 20, 40)
     )
     inputs: tuple[LatentInputs, ...] = ("mean",)
     reading: str = "reencoded/mean"
-    radii: tuple[Radius, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-    full_radii: tuple[Radius, ...] = (0.1, 0.2)
-    num_references: Count = 50
-    num_restarts: Count = 10
-    num_images: Count = 1000
-    num_noise: Count = 200
-    curve_restarts: Count = 1
-    curve_images: Count = 100
-    cost_radius: Radius = 0.2
-    chain: ChainConfig = ChainConfig()
-    seed: Natural = 0
+    radii: tuple[conf.Radius, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    full_radii: tuple[conf.Radius, ...] = (0.1, 0.2)
+    num_references: conf.Count = 50
+    num_restarts: conf.Count = 10
+    num_images: conf.Count = 1000
+    num_noise: conf.Count = 200
+    curve_restarts: conf.Count = 1
+    curve_images: conf.Count = 100
+    cost_radius: conf.Radius = 0.2
+    chain: conf.ChainConfig = conf.ChainConfig()
+    seed: conf.Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if "mean" not in self.inputs:
-            raise ValueError(
-                f"inputs must hold 'mean', whose classifier is the yardstick, got {self.inputs}"
-            )
+            why = "inputs must hold 'mean', whose classifier is the yardstick, got"
+            raise ValueError(f"{why} {self.inputs}")
         known = [f"{how}/{inputs}" for inputs in self.inputs for how in _READINGS[inputs]]
         if self.reading not in known:
             raise ValueError(f"reading must be one of {', '.join(known)}, got {self.reading!r}")
@@ -173,17 +146,11 @@ class Compare(Measurement[CompareConfig]):
 
     kind = command = "compare"
     noun = "comparison"
-    names = {
-        **{
-            dataset: CompareConfig(f"{dataset}_vae")
-            for dataset in (*DATASETS, "fashion_mnist_inverted")
-        },
-        # Attacked encodings start so far up there that a short chain without a burn-in ends on its
-        # way.
-        "color_mnist_textured": CompareConfig(
-            "color_mnist_textured_vae", chain=ChainConfig(step_size=0.2, burn_in=30)
-        ),
-    }
+    names = {name: CompareConfig(f"{name}_vae") for name in (*DATASETS, "fashion_mnist_inverted")}
+    # Attacked encodings start so far up there that a short chain without a burn-in ends on its way.
+    names["color_mnist_textured"] = CompareConfig(
+        "color_mnist_textured_vae", chain=conf.ChainConfig(step_size=0.2, burn_in=30)
+    )
     output = "runs/compare"
     parts = ("clean", "noise_floor", "radii", "costs")
 
@@ -205,8 +172,7 @@ class Compare(Measurement[CompareConfig]):
         self._clean: dict[tuple[Any, ...], DefenceResult] = {}
 
     def cells(self) -> Iterator[Cell]:
-        """Undefended accuracies, noise floors, a cell per radius and defence, and those of
-        costs."""
+        """Undefended accuracies, noise floors, a cell per radius and defence, those of costs."""
         config = self.config
         # Where cells stand, the attack's radius, defences, all images or those of the curve.
         parts: list[tuple[Key, float, tuple[str, ...], bool]] = [
@@ -215,36 +181,34 @@ class Compare(Measurement[CompareConfig]):
         ]
         parts.append((("costs",), config.cost_radius, config.costs, False))
         for task in self.tasks:
-            yield ("clean", task), functools.partial(self.undefended_accuracy, task)
+            yield ("clean", task), partial(self.undefended_accuracy, task)
         for full in dict.fromkeys(full for _, _, names, full in parts if names):
-            size = "full" if full else "curve"
-            yield ("noise_floor", size), functools.partial(self.noise_floor, full)
+            yield ("noise_floor", "full" if full else "curve"), partial(self.noise_floor, full)
         for place, radius, names, full in parts:
             for name in names:
-                compute = functools.partial(self.defended, place, name, radius, full)
-                yield (*place, name), compute
+                yield (*place, name), partial(self.defended, place, name, radius, full)
 
     def undefended_accuracy(self, task: str) -> dict[str, float]:
         """Accuracy of the undefended model on clean images."""
         column, _ = self.tasks[task]
-        return interval(metrics.correct(self._undefended(task, self.x), self.labels[:, column]))
+        return study.interval(
+            metrics.correct(self._undefended(task, self.x), self.labels[:, column])
+        )
 
     def noise_floor(self, full: bool) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference, one draw each."""
         references, image, before = self._repeated(full)
-        return similarity(before, self.reconstruct(self.vae, references, "again"), image)
+        return study.similarity(before, self.reconstruct(self.vae, references, "again"), image)
 
     def defended(self, place: Key, name: str, radius: float, full: bool) -> dict[str, Any]:
         """Everything about one defence at one radius; a copy of the cell at ``place`` that is of
         the same defence by another name, as ``aware`` is ``aware_0.1`` at 0.1."""
         resolved = _resolved(name, radius)
-        for other, cell in functools.reduce(operator.getitem, place, self.result).items():
+        for other, cell in tables.at(self.result, "/".join(place)).items():
             if _resolved(other, radius) == resolved:
                 return cell
         inputs = self.inputs(radius, full)
-        setting = Setting(
-            self.vae, self.config.chain, radius=radius, unknown_radius=self.unknown_radius
-        )
+        setting = Setting(self.vae, self.config.chain, None, radius, self.unknown_radius)
         defence = make_defence(name, setting)
         outcome = defence(inputs.x_adv, self.generator("similarity"))
         with torch.no_grad():
@@ -259,13 +223,13 @@ class Compare(Measurement[CompareConfig]):
                 known[key] = defence(x, self.generator("classify", kind))
             runs[kind] = known[key]
         entry = {
-            "ms_ssim": similarity(inputs.before, outcome.reconstruction, inputs.image),
-            "ms_ssim_of_mean": similarity(inputs.before, decoded, inputs.image),
+            "ms_ssim": study.similarity(inputs.before, outcome.reconstruction, inputs.image),
+            "ms_ssim_of_mean": study.similarity(inputs.before, decoded, inputs.image),
             "accuracy": {
-                task: self._accuracy(task, None if name == "none" else defence, runs, inputs)
+                task: self._accuracies(task, None if name == "none" else defence, runs, inputs)
                 for task in self.tasks
             },
-            **cost(outcome),
+            **study.cost(outcome),
             "num_attacks": len(inputs.x_adv),
             "num_classified": len(inputs.labels),
         }
@@ -275,7 +239,7 @@ class Compare(Measurement[CompareConfig]):
 
     # --- Inputs ---
 
-    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    @cache  # noqa: B019 (a study lives as long as its process)
     def inputs(self, radius: float, full: bool) -> _Inputs:
         """Attacked references and images at a radius; the curve's are the first of all."""
         num_images = self.config.num_images if full else self.config.curve_images
@@ -283,9 +247,8 @@ class Compare(Measurement[CompareConfig]):
         x_adv, image, before = self._repeated(full)
         classified = {"clean": x}
         if radius > 0:
-            attack = functools.partial(
-                attacks.PGD, attacks.symmetric_kl(self.vae), Linf(radius), preset="paper"
-            )
+            divergence = attacks.symmetric_kl(self.vae)
+            attack = partial(attacks.PGD, divergence, Linf(radius), preset="paper")
             on_references = attack(num_restarts=len(image) // len(self.references))
             x_adv = on_references(self.references, self.generator("attack")).flat().images
             classified["attacked"] = attack()(x, self.generator("attack images")).x_adv[0]
@@ -293,17 +256,16 @@ class Compare(Measurement[CompareConfig]):
             classified["noise"] = attacks.random_noise(some, Linf(radius), self.generator("noise"))
         return _Inputs(x_adv, image, before, classified, self.labels[:num_images])
 
-    @functools.cache  # noqa: B019
+    @cache  # noqa: B019
     def _repeated(self, full: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """References restart after restart, which one each is, and their undefended
-        reconstructions."""
+        """References restart after restart, which one each is, and undefended reconstructions."""
         config = self.config
         restarts = config.num_restarts if full else min(config.curve_restarts, config.num_restarts)
         image = torch.arange(len(self.references)).repeat(restarts)
         references = self.references[image]
         return references, image, self.reconstruct(self.vae, references, "before")
 
-    @functools.cache  # noqa: B019
+    @cache  # noqa: B019
     def unknown_radius(self) -> UnknownRadius:
         """A radius left open, with penalties from clean validation images."""
         x, _ = self.choose(self.dataset, CALIBRATION_IMAGES, "calibration", "validation")
@@ -311,60 +273,45 @@ class Compare(Measurement[CompareConfig]):
 
     # --- Parts of a cell ---
 
-    def _accuracy(
+    def _accuracies(
         self, task: str, defence: Defence | None, runs: dict[str, DefenceResult], inputs: _Inputs
     ) -> dict[str, Any]:
-        """Reading/classifier -> kind of image -> share of images with the right class, and with the
-        reference's."""
+        """Reading/classifier -> kind of image -> how often the class is right, how often kept."""
         column, classifiers = self.tasks[task]
         undefended = {kind: self._undefended(task, x) for kind, x in inputs.classified.items()}
         reference, right = undefended["clean"], inputs.labels[:, column]
-        if defence is None:
-            predictions = {UNDEFENDED_READING: undefended}
-        else:
-            predictions = {
-                f"{reading}/{trained_on}": {
-                    kind: DefendedClassifier(defence, classifier, reading)
-                    .log_probabilities(run)
-                    .argmax(-1)
-                    for kind, run in runs.items()
-                }
-                for trained_on, classifier in classifiers.items()
-                for reading in _READINGS[trained_on]
-            }
-
-        def shares(found: Tensor) -> dict[str, Any]:
-            some = slice(len(found))
-            return {
-                "correct": interval(metrics.correct(found, right[some])),
-                "unchanged": interval(metrics.adversarial_accuracy(reference[some], found)),
-            }
-
+        predictions = {UNDEFENDED_READING: undefended}
+        if defence is not None:
+            predictions = {}
+            for trained_on, classifier in classifiers.items():
+                for reading in _READINGS[trained_on]:
+                    read = DefendedClassifier(defence, classifier, reading).log_probabilities
+                    found = {kind: read(run).argmax(-1) for kind, run in runs.items()}
+                    predictions[f"{reading}/{trained_on}"] = found
         return {
-            reading: {kind: shares(found) for kind, found in of_kind.items()}
+            reading: {
+                kind: study.accuracy(found, right, reference) for kind, found in of_kind.items()
+            }
             for reading, of_kind in predictions.items()
         }
 
     def _detection(self, defence: MCMCDefence, runs: dict[str, DefenceResult]) -> dict[str, Any]:
-        """Score -> other images -> AUROC and false positive rate at 95% of attacked images
-        caught."""
-        scores = {
-            kind: detection_scores(defence, run, self.vae.mean_posterior_variance)
-            for kind, run in runs.items()
-        }
+        """Score -> other images -> AUROC, and false positive rate at 95% of attacks caught."""
+        variance = self.vae.mean_posterior_variance
+        scores = {kind: detection_scores(defence, run, variance) for kind, run in runs.items()}
 
-        def against(kind: str, score: str) -> dict[str, Any]:
-            negative = scores[kind][score]
-            positive = scores["attacked"][score][: len(negative)]
-            return {
-                metric.__name__: metrics.detection_interval(
-                    metric, negative, positive, generator=torch.Generator().manual_seed(0)
-                ).to_dict()
-                for metric in (metrics.auroc, metrics.fpr_at_tpr)
-            }
+        def compare(metric: Any, score: str, kind: str) -> dict[str, float]:
+            other = scores[kind][score]
+            attacked = scores["attacked"][score][: len(other)]
+            seeded = torch.Generator().manual_seed(0)
+            return metrics.detection_interval(metric, other, attacked, generator=seeded).to_dict()
 
+        measures = {"auroc": metrics.auroc, "fpr_at_tpr": metrics.fpr_at_tpr}
         return {
-            score: {f"against_{kind}": against(kind, score) for kind in ("clean", "noise")}
+            score: {
+                f"against_{kind}": {what: compare(of, score, kind) for what, of in measures.items()}
+                for kind in ("clean", "noise")
+            }
             for score in scores["attacked"]
         }
 
@@ -377,15 +324,15 @@ class Compare(Measurement[CompareConfig]):
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A table per fully measured radius, ways of classifying, detection, figures."""
         config, name = result["config"], result["name"]
-        clean = ", ".join(f"{task} {shown(value)}" for task, value in result["clean"].items())
+        clean = ", ".join(
+            f"{task} {tables.interval(value)}" for task, value in result["clean"].items()
+        )
         floor = next(iter(result["noise_floor"].values()), None)
-        lines = [
-            f"## {name}",
-            "",
+        note = (
             f"Model `{config['model']}`; undefended accuracy on clean images: {clean}; noise floor "
-            f"of {result['metric']}: {shown(floor)}; seed {config['seed']}.",
-            "",
-        ]
+            f"of {result['metric']}: {tables.interval(floor)}; seed {config['seed']}."
+        )
+        lines: list[str] = []
         for radius in config["full_radii"]:
             if cells := result["radii"].get(f"{radius:g}"):
                 lines += _main_table(result, radius, cells)
@@ -393,7 +340,7 @@ class Compare(Measurement[CompareConfig]):
                 lines += _detection_table(radius, cells)
         for figure in figures:
             lines += [f"![{name}: {Path(figure).stem}]({figure})", ""]
-        return "\n".join([*lines, f"{source(result)}.", ""])
+        return tables.section(f"## {name}", note, lines, result)
 
     @classmethod
     def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
@@ -415,35 +362,31 @@ def _reading(result: dict[str, Any], cell: dict[str, Any], task: str) -> dict[st
     return found.get(result["config"]["reading"]) or found[UNDEFENDED_READING]
 
 
-def _under_attack(result: dict[str, Any], cell: dict[str, Any], task: str) -> dict[str, float]:
-    found = _reading(result, cell, task)
+def _accuracy(result: dict[str, Any], cell: dict[str, Any]) -> dict[str, float]:
+    """Accuracy of the first label under attack, or on clean images where nothing is attacked."""
+    found = _reading(result, cell, next(iter(result["clean"])))
     return found.get("attacked", found["clean"])["correct"]
 
 
 def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) -> list[str]:
     tasks = list(result["clean"])
     some = next(iter(cells.values()))
+    measures = {
+        "attacked/correct": "correct, attacked",
+        "attacked/unchanged": "unchanged",
+        "clean/correct": "correct, clean",
+        "noise/correct": "correct, noise",
+    }
     columns = ["", f"{result['metric']}, one draw", "mean of draws"]
     for task in tasks:
         of = "" if len(tasks) == 1 else f" ({task})"
-        columns += [
-            f"correct, attacked{of}",
-            f"unchanged{of}",
-            f"correct, clean{of}",
-            f"correct, noise{of}",
-        ]
+        columns += [f"{measure}{of}" for measure in measures.values()]
     columns += ["gradients / image", "seconds / image", "verdict"]
     rows = []
     for name, cell in cells.items():
-        values = [label(name), shown(cell["ms_ssim"]), shown(cell["ms_ssim_of_mean"])]
+        values = [label(name), *tables.intervals(cell, "ms_ssim", "ms_ssim_of_mean")]
         for task in tasks:
-            found = _reading(result, cell, task)
-            values += [
-                shown(found.get("attacked", {}).get("correct")),
-                shown(found.get("attacked", {}).get("unchanged")),
-                shown(found["clean"]["correct"]),
-                shown(found.get("noise", {}).get("correct")),
-            ]
+            values += tables.intervals(_reading(result, cell, task), *measures)
         values += [f"{cell['gradients_per_image']:.0f}", f"{cell['seconds_per_image']:.2g}"]
         rows.append([*values, verdict(result, cells, name)])
     return [
@@ -455,7 +398,7 @@ def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) ->
         f"best control, on {result['metric']} of the mean of draws and on correct {tasks[0]} under "
         "attack.",
         "",
-        *table(columns, rows),
+        *tables.table(columns, rows),
     ]
 
 
@@ -465,22 +408,20 @@ def verdict(result: dict[str, Any], cells: dict[str, Any], name: str) -> str:
 
     *Better* and *worse* are said only where the 95% intervals do not overlap.
     """
-    task = next(iter(result["clean"]))
-    controls = [other for other in cells if defence_spec(other).role == "control"]
-    of_attack = "attacked" in _reading(result, cells[name], task)
+    controls = [cell for cell in cells if defence_spec(cell).role == "control"]
+    of_attack = "attacked" in _reading(result, cells[name], next(iter(result["clean"])))
     if defence_spec(name).role != "defence" or not controls or not of_attack:
         return ""
     words = []
-    for what, value in (
-        ("similarity", lambda cell: cell["ms_ssim_of_mean"]),
-        ("accuracy", lambda cell: _under_attack(result, cell, task)),
+    for what, values in (
+        ("similarity", {cell: cells[cell]["ms_ssim_of_mean"] for cell in cells}),
+        ("accuracy", {cell: _accuracy(result, cells[cell]) for cell in cells}),
     ):
-        best = max(controls, key=lambda other: value(cells[other])["estimate"])
-        own, other = value(cells[name]), value(cells[best])
+        best = max(controls, key=lambda control: values[control]["estimate"])
         than = label(best).removeprefix("control: ")
-        if own["low"] > other["high"]:
+        if values[name]["low"] > values[best]["high"]:
             words.append(f"{what}: better than {than}")
-        elif own["high"] < other["low"]:
+        elif values[name]["high"] < values[best]["low"]:
             words.append(f"{what}: **worse** than {than}")
         else:
             words.append(f"{what}: not told apart from {than}")
@@ -489,29 +430,18 @@ def verdict(result: dict[str, Any], cells: dict[str, Any], name: str) -> str:
 
 def _readings_tables(radius: float, cells: dict[str, Any]) -> Iterator[str]:
     """Correct classes under attack and without, for every way to classify."""
-    defended = {name: cell for name, cell in cells.items() if defence_spec(name).role != "none"}
-    if not defended:
-        return
-    first = next(iter(defended.values()))["accuracy"]
-    for task, ways in first.items():
+
+    def both(found: dict[str, Any]) -> str:
+        kinds = [kind for kind in ("attacked", "clean") if kind in found]
+        return " / ".join(f"{found[kind]['correct']['estimate']:.3f}" for kind in kinds)
+
+    found = {n: cell["accuracy"] for n, cell in cells.items() if defence_spec(n).role != "none"}
+    for task, ways in next(iter(found.values()), {}).items():
         what = f"{task}, radius {radius:g}"
         yield f"Ways to classify ({what}): correct under attack / on clean images."
         yield ""
-        rows = [
-            [
-                label(name),
-                *(
-                    " / ".join(
-                        f"{of[kind]['correct']['estimate']:.3f}"
-                        for kind in ("attacked", "clean")
-                        if kind in of
-                    )
-                    for of in cell["accuracy"][task].values()
-                ),
-            ]
-            for name, cell in defended.items()
-        ]
-        yield from table(["", *ways], rows)
+        rows = [[label(name), *map(both, of[task].values())] for name, of in found.items()]
+        yield from tables.table(["", *ways], rows)
 
 
 def _detection_table(radius: float, cells: dict[str, Any]) -> list[str]:
@@ -520,10 +450,14 @@ def _detection_table(radius: float, cells: dict[str, Any]) -> list[str]:
         [
             label(name),
             score.replace("_", " "),
-            *(shown(found[kind][metric]) for kind in found for metric in ("auroc", "fpr_at_tpr")),
+            *(
+                cell
+                for other in found.values()
+                for cell in tables.intervals(other, "auroc", "fpr_at_tpr")
+            ),
         ]
-        for name, cell in cells.items()
-        for score, found in cell.get("detection", {}).items()
+        for name, entry in cells.items()
+        for score, found in entry.get("detection", {}).items()
     ]
     if not rows:
         return []
@@ -534,67 +468,56 @@ def _detection_table(radius: float, cells: dict[str, Any]) -> list[str]:
         f"Telling attacked images from others (radius {radius:g}); *start energy* needs no chain "
         "and is the control.",
         "",
-        *table(columns, rows),
+        *tables.table(columns, rows),
     ]
 
 
 def radius_figure(result: dict[str, Any]) -> Figure:
-    """Accuracy under attack and similarity against the attack's radius, a line per defence;
-    controls are dashed."""
-    task = next(iter(result["clean"]))
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name in result["config"]["defences"]:
-        found = {float(r): cells[name] for r, cells in result["radii"].items() if name in cells}
-        if not found:
-            continue
-        accuracy = [_under_attack(result, cell, task) for cell in found.values()]
-        similarities = [cell["ms_ssim_of_mean"] for cell in found.values()]
-        for axes, values in ((left, accuracy), (right, similarities)):
-            interval_curve(axes, list(found), values, label(name))
-            if defence_spec(name).role == "control":
-                axes.lines[-1].set_linestyle("--")
-    left.set_ylabel(f"correct {task}")
-    right.set_ylabel(f"{result['metric']}, mean of draws")
-    for axes in (left, right):
-        axes.set_xlabel("radius of the attack")
-    return _finished(figure)
+    """Accuracy under attack and similarity over the radius, a line per defence, controls dashed."""
+    lines = {
+        name: [(float(r), cells[name]) for r, cells in result["radii"].items() if name in cells]
+        for name in result["config"]["defences"]
+    }
+    return _panels(result, lines, "radius of the attack", 5, ", mean of draws")
 
 
 def cost_figure(result: dict[str, Any]) -> Figure:
-    """Accuracy and similarity at one radius against gradients per image; what needs none stands at
-    0 as a line."""
-    radius, task = result["config"]["cost_radius"], next(iter(result["clean"]))
+    """Accuracy and similarity at one radius against gradients; what needs none is a level line."""
+    radius = f"{result['config']['cost_radius']:g}"
+    lines: dict[str, list[tuple[float, Any]]] = {}
+    for name, cell in result["costs"].items():
+        lines.setdefault(name.partition("@")[0], []).append((cell["gradients_per_image"], cell))
     free = {
         name: cell
-        for name, cell in result["radii"].get(f"{radius:g}", {}).items()
+        for name, cell in result["radii"].get(radius, {}).items()
         if defence_spec(name).kind in ("none", "dark_clip", "median")
     }
-    families: dict[str, list[dict[str, Any]]] = {}
-    for name, cell in result["costs"].items():
-        families.setdefault(name.partition("@")[0], []).append(cell)
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    return _panels(result, lines, f"gradients per image, radius {radius}", 4.5, free=free)
+
+
+def _panels(
+    result: dict[str, Any],
+    lines: dict[str, list[tuple[float, Any]]],
+    xlabel: str,
+    height: float,
+    of: str = "",
+    free: dict[str, Any] | None = None,
+) -> Figure:
+    """A panel for accuracy and one for similarity: ``lines`` through cells, ``free`` across."""
+    figure = Figure(figsize=(11, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, quality, value in (
-        (left, f"correct {task}", lambda cell: _under_attack(result, cell, task)),
-        (right, result["metric"], lambda cell: cell["ms_ssim_of_mean"]),
+        (left, f"correct {next(iter(result['clean']))}", lambda cell: _accuracy(result, cell)),
+        (right, f"{result['metric']}{of}", lambda cell: cell["ms_ssim_of_mean"]),
     ):
-        for name, cells in families.items():
-            gradients = [cell["gradients_per_image"] for cell in cells]
-            interval_curve(axes, gradients, [value(cell) for cell in cells], label(name))
-        for number, (name, cell) in enumerate(free.items()):
-            axes.axhline(
-                value(cell)["estimate"], ls="--", lw=1, color=f"C{4 + number}", label=label(name)
-            )
-        axes.set_xlabel(f"gradients per image, radius {radius:g}")
-        axes.set_ylabel(quality)
-    return _finished(figure)
-
-
-def _finished(figure: Figure) -> Figure:
-    """Both axes from 0 to 1, one legend below."""
-    for axes in figure.axes:
-        axes.set_ylim(0, 1.02)
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
-    return figure
+        for name, points in lines.items():
+            if points:
+                x, cells = zip(*points, strict=True)
+                interval_curve(axes, x, list(map(value, cells)), label(name))
+                if defence_spec(name).role == "control":
+                    axes.lines[-1].set_linestyle("--")
+        for color, (name, cell) in enumerate(free.items() if free else (), start=4):
+            level = value(cell)["estimate"]
+            axes.axhline(level, ls="--", lw=1, color=f"C{color}", label=label(name))
+        axes.set(xlabel=xlabel, ylabel=quality, ylim=(0, 1.02))
+    return legend_below(figure, left)

@@ -1,5 +1,4 @@
-"""Configurations of studies: frozen dataclasses whose fields are documented, typed and checked
-once.
+"""Configurations of studies: frozen dataclasses of fields that are documented, typed and checked.
 
 A field's annotation says what it may be: ``Count``, ``Radius``, ``Literal["a", "b"]``, a tuple of
 such, another configuration. It is checked when the configuration is made, before anything is
@@ -56,17 +55,15 @@ def must_be(what: str, holds: Callable[[Any], Any]) -> Mark:
 def one_of(known: Iterable[str]) -> Mark:
     """One of some names."""
     names = tuple(known)
-    return must_be(f"one of {', '.join(names)}", lambda value: value in names)
+    return must_be(f"one of {', '.join(names)}", names.__contains__)
 
 
 not_empty = must_be("a tuple that is not empty", lambda value: isinstance(value, tuple) and value)
 
 Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
-Positive = Annotated[
-    float,
-    must_be("positive and finite", lambda value: _is_number(value) and 0 < value < math.inf),
-]
+_positive = must_be("positive and finite", lambda value: _is_number(value) and 0 < value < math.inf)
+Positive = Annotated[float, _positive]
 Radius = Annotated[float, within(0, 1)]
 """Of a ball of images; 0 is no attack."""
 AttackRadius = Annotated[float, within(0, 1, without_low=True)]
@@ -75,11 +72,11 @@ Share = Annotated[float, within(0, 1, of_images=False)]
 
 @dataclass(frozen=True)
 class Configuration:
-    """Base of configurations: every field is what its annotation says, or a ``ValueError`` says
-    so."""
+    """Base of configurations: a field that is not what its annotation says is a ``ValueError``."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
+            _check(name, getattr(self, name), hint)
 
 
 @dataclass(frozen=True)
@@ -103,10 +100,8 @@ class ChainConfig(Configuration):
     burn_in: Natural = 0
 
 
-Engine = Annotated[
-    Literal["APGD", "PGD", "MomentumPGD"],
-    must_be("APGD, PGD or MomentumPGD", lambda value: value in ("APGD", "PGD", "MomentumPGD")),
-]
+_engine = must_be("APGD, PGD or MomentumPGD", ("APGD", "PGD", "MomentumPGD").__contains__)
+Engine = Annotated[Literal["APGD", "PGD", "MomentumPGD"], _engine]
 """Optimisers of :mod:`pyro_vae_defence.attacks`."""
 
 Config = TypeVar("Config")
@@ -162,13 +157,11 @@ def describe(config: Any) -> Iterator[tuple[str, str, str]]:
     documented = _arguments(text)
     for field in dataclasses.fields(config):
         default = getattr(config, field.name, field.default)
-        if default is dataclasses.MISSING:
-            default = ""
         if dataclasses.is_dataclass(default):
             for name, inner, line in describe(default):
                 yield f"{field.name}.{name}", inner, line
         else:
-            shown = repr(default) if default != "" else ""
+            shown = "" if default in ("", dataclasses.MISSING) else repr(default)
             yield field.name, shown, documented.get(field.name, "")
 
 
@@ -186,16 +179,6 @@ def _arguments(text: str) -> dict[str, str]:
         for name in names:
             found[name] = f"{found.get(name, '')} {words}".strip()
     return {name: re.split(r"[.;](?: |$)", words)[0] for name, words in found.items()}
-
-
-def check_fields(config: Any) -> None:
-    """Compare every field of a dataclass with its annotation.
-
-    Raises:
-        ValueError: naming the first field that does not fit, its value and what would.
-    """
-    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
-        _check(name, getattr(config, name), hint)
 
 
 @functools.cache

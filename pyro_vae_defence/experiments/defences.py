@@ -7,10 +7,10 @@ names none assumes the attack's own. A new defence or control is one entry of :d
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pyro_vae_defence.defence import (
@@ -65,19 +65,13 @@ def whitened(kernel: Any, setting: Setting, **more: Any) -> Callable[..., Any]:
     metric = setting.metric
     if metric is None:
         metric = setting.vae.mean_posterior_variance  # type: ignore[attr-defined]
-    chain = setting.chain
-    return functools.partial(
-        kernel,
-        step_size=chain.step_size,
-        inverse_mass_matrix=metric,
-        burn_in=chain.burn_in,
-        **more,
-    )
+    chain = {"step_size": setting.chain.step_size, "burn_in": setting.chain.burn_in}
+    return partial(kernel, inverse_mass_matrix=metric, **chain, **more)
 
 
 def _chains(
     setting: Setting,
-    perturbation: Perturbation | None,
+    assumed: Perturbation | None,
     transitions: int | None,
     kernel: Any = BatchedHMC,
 ) -> MCMCDefence:
@@ -86,19 +80,13 @@ def _chains(
     lengths = (chain.num_samples, chain.warmup_steps, chain.num_chains)
     if transitions is not None:
         lengths = (transitions - transitions // 2, transitions // 2, 1)
-    return MCMCDefence(
-        setting.vae,
-        whitened(kernel, setting, **own),
-        *lengths,
-        perturbation=perturbation,
-        **(setting.options or {}),
-    )
+    moves, options = whitened(kernel, setting, **own), setting.options or {}
+    return MCMCDefence(setting.vae, moves, *lengths, perturbation=assumed, **options)
 
 
-def _mode(setting: Setting, perturbation: Perturbation | None, _: int | None) -> Defence:
-    return PosteriorModeDefence(
-        setting.vae, "lbfgs", MODE_STEPS, initial="mean", perturbation=perturbation
-    )
+def _mode(setting: Setting, assumed: Perturbation | None, _: int | None) -> Defence:
+    how: dict[str, Any] = {"initial": "mean", "perturbation": assumed}
+    return PosteriorModeDefence(setting.vae, "lbfgs", MODE_STEPS, **how)
 
 
 def _paper(setting: Setting, *_: Any) -> Defence:
@@ -111,9 +99,9 @@ def _filtered(preprocess: Any, setting: Setting, *_: Any) -> Defence:
     return EncoderDefence(setting.vae, preprocess=preprocess)
 
 
-def _clipped(clip: Any, setting: Setting, perturbation: Any, _: int | None) -> Defence:
-    delta = 0.0 if perturbation is None else perturbation.radius
-    return EncoderDefence(setting.vae, preprocess=functools.partial(clip, delta=delta))
+def _clipped(clip: Any, setting: Setting, assumed: Any, _: int | None) -> Defence:
+    delta = 0.0 if assumed is None else assumed.radius
+    return EncoderDefence(setting.vae, preprocess=partial(clip, delta=delta))
 
 
 class Kind(NamedTuple):
@@ -134,38 +122,26 @@ class Kind(NamedTuple):
     chain: bool = False
 
 
+def _control(label: str, make: Any, radius: bool = False) -> Kind:
+    return Kind(f"control: {label}", make, "control", radius)
+
+
 KINDS: dict[str, Kind] = {
     "none": Kind("no defence", lambda setting, *_: NoDefence(setting.vae), "none"),
     "paper": Kind("HMC, the paper's setting", _paper),
     "hmc": Kind("HMC, the paper's target", _chains, chain=True),
-    "nuts": Kind(
-        "NUTS, the paper's target", functools.partial(_chains, kernel=BatchedNUTS), chain=True
-    ),
+    "nuts": Kind("NUTS, the paper's target", partial(_chains, kernel=BatchedNUTS), chain=True),
     "aware": Kind("HMC, perturbation-aware", _chains, radius=True, chain=True),
     "aware_unknown": Kind("HMC, perturbation-aware, radius unknown", _chains, chain=True),
     "aware_mode": Kind("mode, perturbation-aware", _mode, radius=True),
-    "mode": Kind("control: mode of the paper's target", _mode, "control"),
-    "encoder_samples": Kind(
-        "control: mean of encoder samples", functools.partial(_filtered, None), "control"
+    "mode": _control("mode of the paper's target", _mode),
+    "encoder_samples": _control("mean of encoder samples", partial(_filtered, None)),
+    "dark_clip": _control("dark-pixel clipping", partial(_clipped, clip_dark_pixels), True),
+    "extreme_clip": _control(
+        "dark- and bright-pixel clipping", partial(_clipped, clip_extreme_pixels), True
     ),
-    "dark_clip": Kind(
-        "control: dark-pixel clipping",
-        functools.partial(_clipped, clip_dark_pixels),
-        "control",
-        radius=True,
-    ),
-    "extreme_clip": Kind(
-        "control: dark- and bright-pixel clipping",
-        functools.partial(_clipped, clip_extreme_pixels),
-        "control",
-        radius=True,
-    ),
-    "median": Kind(
-        "control: median filter", functools.partial(_filtered, median_filter), "control"
-    ),
-    "gaussian": Kind(
-        "control: Gaussian filter", functools.partial(_filtered, gaussian_filter), "control"
-    ),
+    "median": _control("median filter", partial(_filtered, median_filter)),
+    "gaussian": _control("Gaussian filter", partial(_filtered, gaussian_filter)),
 }
 """Defences and controls by name."""
 
@@ -220,9 +196,8 @@ def known_defence(
     def check(name: str, value: Any) -> None:
         kind, radius, _ = defence_spec(value)
         if kind == "paper" and not published:
-            raise ValueError(
-                f"{name}: 'paper' is a setting per dataset, which the study defend knows"
-            )
+            why = "'paper' is a setting per dataset, which the study defend knows"
+            raise ValueError(f"{name}: {why}")
         if (kind == "aware_unknown" and not unknown_radius) or (
             KINDS[kind].radius and radius is None and not attack_radius
         ):

@@ -7,9 +7,9 @@ of the attacked image where the defence ends, and what it cost.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Annotated, Any
 
 import torch
@@ -17,14 +17,9 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks.base import FlatAttack
-from pyro_vae_defence.defence import DefenceResult
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-)
+from pyro_vae_defence.defence import DefenceResult, NoDefence
+from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Setting,
@@ -32,24 +27,14 @@ from pyro_vae_defence.experiments.defences import (
     label,
     make_defence,
 )
-from pyro_vae_defence.experiments.study import (
-    METRIC,
-    Cell,
-    Measurement,
-    chain_statistics,
-    cost,
-    interval,
-    similarity,
-)
-from pyro_vae_defence.experiments.tables import chain_cells, source, table
-from pyro_vae_defence.experiments.tables import interval as cell
+from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.types import Potential
 
 
 @dataclass(frozen=True)
-class DefendConfig(Configuration):
+class DefendConfig(conf.Configuration):
     """A model, an encoder attack, and defences against it.
 
     Args:
@@ -64,13 +49,13 @@ class DefendConfig(Configuration):
     """
 
     model: str
-    radius: AttackRadius
-    num_references: Count = 50
-    num_restarts: Count = 10
+    radius: conf.AttackRadius
+    num_references: conf.Count = 50
+    num_restarts: conf.Count = 10
     defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "paper")
-    chain: ChainConfig = ChainConfig(num_samples=20, warmup_steps=30)
+    chain: conf.ChainConfig = conf.ChainConfig(num_samples=20, warmup_steps=30)
     paper: PaperName = "mnist"
-    seed: Natural = 0
+    seed: conf.Natural = 0
 
 
 class Defend(Measurement[DefendConfig]):
@@ -91,7 +76,7 @@ class Defend(Measurement[DefendConfig]):
         dataset = card.training["dataset"]
         self.x_ref, _ = self.choose(dataset, self.config.num_references, "references")
 
-    @functools.cached_property
+    @cached_property
     def attacked(self) -> FlatAttack:
         """Every restart beside its reference, and what the attack reached into the result."""
         attack = attacks.PGD(
@@ -101,25 +86,24 @@ class Defend(Measurement[DefendConfig]):
             preset="paper",
         )
         found = attack(self.x_ref, self.generator("attack"))
-        self.result["symmetric_kl"] = interval(found.objective.flatten(), found.flat().index)
+        self.result["symmetric_kl"] = study.interval(found.objective.flatten(), found.flat().index)
         return found.flat()
 
-    @functools.cached_property
-    def before(self) -> Any:
+    @cached_property
+    def before(self) -> DefenceResult:
         """rec(x^r) decodes one draw of the guide."""
-        none = make_defence("none", Setting(self.vae, self.config.chain))
-        return none(self.attacked.references, self.generator("before"))
+        return NoDefence(self.vae)(self.attacked.references, self.generator("before"))
 
     def cells(self) -> Iterator[Cell]:
         """The noise floor, then a cell per defence."""
         yield ("noise_floor",), self.noise_floor
         for name in self.config.defences:
-            yield ("defences", name), functools.partial(self.defended, name)
+            yield ("defences", name), partial(self.defended, name)
 
     def noise_floor(self) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference."""
         again = self.reconstruct(self.vae, self.attacked.references, "again")
-        return similarity(self.before.reconstruction, again, self.attacked.index)
+        return study.similarity(self.before.reconstruction, again, self.attacked.index)
 
     def defended(self, name: str) -> dict[str, Any]:
         """One defence against all attacks."""
@@ -133,28 +117,14 @@ class Defend(Measurement[DefendConfig]):
         images, references, image = self.attacked
         outcome = make_defence(name, setting)(images, self.generator("defence", name))
         at_reference = program.potential(self.vae, references)
-        at_attacked = program.potential(self.vae, outcome.x)
-        return score(self.before, outcome, at_reference, at_attacked, image)
+        return score(self.before, outcome, at_reference, program.potential(self.vae, images), image)
 
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A row per defence, and the noise floor."""
-        config = result["config"]
         rows = [score_cells(name, entry) for name, entry in result["defences"].items()]
-        rows.append(["noise floor", cell(result["noise_floor"]), *[""] * 5])
-        return "\n".join(
-            [
-                f"### {result['name']}",
-                "",
-                f"{config['num_references']} reference images x {config['num_restarts']} restarts, "
-                f"radius {config['radius']:g}, model `{config['model']}`, seed {config['seed']}. "
-                "95% intervals over reference images.",
-                "",
-                *table(["", *SCORE_COLUMNS], rows),
-                f"{source(result)}.",
-                "",
-            ]
-        )
+        rows.append(["noise floor", tables.interval(result["noise_floor"]), *[""] * 5])
+        return score_section(result, "", ["", *SCORE_COLUMNS], rows)
 
 
 # --- Scores, also of hierarchical models ----------------------------------------------------------
@@ -179,11 +149,11 @@ def score(
     """
     ratio = metrics.log_posterior_ratio(at_reference, before.latents, outcome.latents)
     return {
-        "ms_ssim": similarity(before.reconstruction, outcome.reconstruction, image),
-        "log_posterior_ratio_median": interval(ratio, image, "median"),
-        "energy": interval(at_attacked(outcome.latents), image),
-        **cost(outcome),
-        **chain_statistics(outcome.sample_stats),
+        "ms_ssim": study.similarity(before.reconstruction, outcome.reconstruction, image),
+        "log_posterior_ratio_median": study.interval(ratio, image, "median"),
+        "energy": study.interval(at_attacked(outcome.latents), image),
+        **study.cost(outcome),
+        **study.chain_statistics(outcome.sample_stats),
     }
 
 
@@ -199,10 +169,25 @@ SCORE_COLUMNS = (
 
 def score_cells(name: str, entry: dict[str, Any]) -> list[str]:
     """A defence, and the cells below :data:`SCORE_COLUMNS`."""
+    acceptance = entry.get("acceptance_rate")
     return [
         label(name),
-        cell(entry["ms_ssim"]),
-        cell(entry["log_posterior_ratio_median"], 1),
-        cell(entry["energy"], 1),
-        *chain_cells(entry),
+        tables.interval(entry["ms_ssim"]),
+        *tables.intervals(entry, "log_posterior_ratio_median", "energy", digits=1),
+        "" if acceptance is None else f"{acceptance:.2f}",
+        f"{entry['gradients_per_image']:.0f}",
+        f"{entry['seconds_per_image']:.3g}",
     ]
+
+
+def score_section(
+    result: dict[str, Any], more: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> str:
+    """The section of a result with scores; ``more`` ends its note."""
+    config = result["config"]
+    note = (
+        f"{config['num_references']} reference images x {config['num_restarts']} restarts, radius "
+        f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals "
+        f"over reference images.{more}"
+    )
+    return tables.section(f"### {result['name']}", note, tables.table(columns, rows), result)

@@ -29,9 +29,15 @@ def interval_curve(
     return plots.curve(axes, x, estimate, low, high, label)
 
 
+def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> Figure:
+    """The figure with one legend for all panels, of what is labelled in ``axes``."""
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
 def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
-    """Write a figure atomically; equal figures make equal files, since neither date nor version is
-    in them."""
+    """Write a figure atomically; without date and version, equal figures make equal files."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())

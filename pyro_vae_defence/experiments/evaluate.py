@@ -9,11 +9,11 @@ measured also goes into the model's card, under ``test``.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,17 +97,13 @@ class Evaluate(Measurement[EvaluateConfig]):
         """Measure what is not measured yet, and write it into the card; the result."""
         result = super().run()
         measured = {**self.card.metrics, "test": result["metrics"]}
-        card = dataclasses.replace(self.card, metrics=measured)
-        save_card(card, self.models)
+        save_card(dataclasses.replace(self.card, metrics=measured), self.models)
         return result
 
     def load(self) -> None:
         """The model, and test images ``(N, C, H, W)`` of its dataset."""
         config = self.config
-        if config.model != self.name:
-            raise ValueError(
-                f"model={config.model!r}: results are named after the model; run evaluate on it"
-            )
+        self.check_name()
         self.vae, self.card = self.load_vae(config.model)
         dataset = self.result["dataset"] = self.card.training["dataset"]
         if config.num_images is None:
@@ -130,7 +126,7 @@ class Evaluate(Measurement[EvaluateConfig]):
         if config.features is not None:
             cells[metrics.metric_name("frechet", config.features)] = self.distance
         for name, compute in cells.items():
-            yield ("metrics", name), functools.partial(self._timed, compute)
+            yield ("metrics", name), partial(self._timed, compute)
 
     def _timed(self, compute: Callable[[], Any]) -> Any:
         started = time.perf_counter()
@@ -139,7 +135,7 @@ class Evaluate(Measurement[EvaluateConfig]):
         self.result["seconds"] = round(seconds, 1)
         return found
 
-    @functools.cached_property
+    @cached_property
     def nll(self) -> Tensor:
         """-log p(x) by importance sampling, ``(N,)``, in nats."""
         num_samples, rows = self.config.num_samples, self.config.rows
@@ -148,13 +144,10 @@ class Evaluate(Measurement[EvaluateConfig]):
     def annealed(self) -> dict[str, Any]:
         """NLL by annealed importance sampling, beside the other one of the same images."""
         config = self.config
-        some = slice(0, config.ais_images)
+        some, schedule = slice(config.ais_images), metrics.sigmoid_schedule(config.ais_steps)
+        generator = self.generator("ais")
         walk = annealing.ais(
-            self.vae,
-            self.x[some],
-            metrics.sigmoid_schedule(config.ais_steps),
-            config.ais_chains,
-            generator=self.generator("ais"),
+            self.vae, self.x[some], schedule, config.ais_chains, generator=generator
         )
         both = {
             nll_name(config.num_samples): _over_images(self.nll[some]),
@@ -176,11 +169,11 @@ class Evaluate(Measurement[EvaluateConfig]):
     def active_units(self) -> dict[str, dict[str, int]]:
         """How many units of every site are active, and how many there are."""
         parts = [program.posterior_mean(self.vae, x) for x, _ in self._parts()]
-        units = {}
-        for site in parts[0]:
-            active = metrics.active_units(torch.cat([means[site] for means in parts]))
-            units[site] = {"active": int(active.sum()), "all": active.numel()}
-        return units
+        units = {
+            site: metrics.active_units(torch.cat([means[site] for means in parts]))
+            for site in parts[0]
+        }
+        return {site: {"active": int(u.sum()), "all": u.numel()} for site, u in units.items()}
 
     @torch.no_grad()
     def distance(self) -> dict[str, float]:
@@ -205,27 +198,16 @@ class Evaluate(Measurement[EvaluateConfig]):
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A row per metric that is there."""
-        rows = [
-            [
-                name,
-                tables.interval(entry, 2) if "low" in entry else f"{entry['estimate']:.2f}",
-                f"{entry['num_images']:,}",
-            ]
-            for name, entry in result["metrics"].items()
-            if "estimate" in entry
-        ]
+        rows = []
+        for name, entry in result["metrics"].items():
+            if "estimate" in entry:
+                value = tables.interval(entry, 2) if "low" in entry else f"{entry['estimate']:.2f}"
+                rows.append([name, value, f"{entry['num_images']:,}"])
         if units := result["metrics"].get("active_units", {}).values():
             active, every = (sum(site[key] for site in units) for key in ("active", "all"))
             rows.append(["active units", f"{active} of {every}", ""])
-        return "\n".join(
-            [
-                f"### evaluate {result['name']}",
-                "",
-                *tables.table(["metric", "value", "images"], rows),
-                f"{tables.source(result)}.",
-                "",
-            ]
-        )
+        table = tables.table(["metric", "value", "images"], rows)
+        return tables.section(f"### evaluate {result['name']}", "", table, result)
 
 
 def _over_images(values: Tensor) -> dict[str, float]:
@@ -236,8 +218,8 @@ def _over_images(values: Tensor) -> dict[str, float]:
 
 
 def table(number: int, results: str | os.PathLike[str]) -> str:
-    """Table 7 of the paper in Markdown, printed and measured numbers side by side; a measurement on
-    the full test set goes before one on a part of it.
+    """Table 7 of the paper in Markdown, printed and measured numbers side by side; the full test
+    set goes before a part of it.
 
     Args:
         number: 7.
@@ -251,18 +233,18 @@ def table(number: int, results: str | os.PathLike[str]) -> str:
 
 def _table(dataset: str, results: Path) -> str:
     rows, sources = [], []
-    for name in MODELS:
-        if MODELS[name].dataset != dataset:
-            continue
-        result = _read(name, results)
+    for name in (name for name, config in MODELS.items() if config.dataset == dataset):
+        files = (results / f"{name}_full.json", results / f"{name}.json")
+        path = next((path for path in files if path.exists()), None)
         # Models that the paper's table does not have are shown once they are measured.
-        if result is None and name not in TABLE_7:
+        if path is None and name not in TABLE_7:
             continue
         # Its one plain model stands beside both of ours.
         printed = TABLE_7.get(name.removesuffix("_long"))
         of_paper = ["–", "–"] if printed is None else [f"{printed[k]:g}" for k in ("nll", "mse")]
         nll, mse, count = tables.NOT_MEASURED, tables.NOT_MEASURED, ""
-        if result is not None:
+        if path is not None:
+            result = load(path, f"evaluate {name}")
             config, measured = result["config"], result["metrics"]
             entry = measured[nll_name(config["num_samples"])]
             nll, count = tables.interval(entry, 2), f"{entry['num_images']:,}"
@@ -273,20 +255,6 @@ def _table(dataset: str, results: Path) -> str:
             )
         rows.append([model_label(name), of_paper[0], nll, of_paper[1], mse, count])
     columns = ["", "NLL, paper", "NLL, ours", "MSE, paper", "MSE, ours", "test images"]
-    return "\n".join(
-        [
-            f"### Table 7, {DATASETS[dataset]}",
-            "",
-            *tables.table(columns, rows),
-            "NLL in nats; MSE per pixel on the scale 0..255. 95% intervals over images.",
-            "",
-            *([*sources, ""] if sources else []),
-        ]
-    )
-
-
-def _read(name: str, results: Path) -> dict[str, Any] | None:
-    for path in (results / f"{name}_full.json", results / f"{name}.json"):
-        if path.exists():
-            return load(path, f"evaluate {name}")
-    return None
+    note = "NLL in nats; MSE per pixel on the scale 0..255. 95% intervals over images."
+    lines = [f"### Table 7, {DATASETS[dataset]}", "", *tables.table(columns, rows), note, ""]
+    return "\n".join([*lines, *sources, ""] if sources else lines)

@@ -29,12 +29,12 @@ Every attack leaves a *cell* of means over images with 95% intervals:
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -46,22 +46,11 @@ from torch import Tensor
 from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, Reading
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Engine,
-    Mark,
-    Natural,
-    at_least,
-    must_be,
-)
+from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.drawing import interval_curve, picture
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval, similarity
-from pyro_vae_defence.experiments.tables import interval as shown
-from pyro_vae_defence.experiments.tables import source, table
+from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, picture
+from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
@@ -69,42 +58,34 @@ from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness import WhiteBox
 from pyro_vae_defence.types import PreparedObjective
 
-ATTACKERS = ("without_mcmc", "with_mcmc")
+ATTACKERS = {"without_mcmc": "does not know the defence", "with_mcmc": "knows the defence"}
 KINDS = ("unsupervised", "supervised")
 
 Gradient = Literal["bpda", "truncated", "equilibrium"]
 AttackObjective = Literal[
-    "symmetric_kl",
-    "forward_kl",
-    "reverse_kl",
-    "mean_distance",
-    "squared_wasserstein",
-    "output",
+    "symmetric_kl", "forward_kl", "reverse_kl", "mean_distance", "squared_wasserstein", "output",
     "cross_entropy",
-]
+]  # fmt: skip
 
 
-def _names_from(known: tuple[str, ...]) -> Mark:
-    return must_be(
+def _names_from(known: tuple[str, ...]) -> conf.Mark:
+    return conf.must_be(
         f"a tuple of names from {known}",
         lambda value: isinstance(value, tuple) and value and all(each in known for each in value),
     )
 
 
-_Radii = Annotated[
-    tuple[AttackRadius, ...],
-    must_be(
-        "a tuple of radii in (0, 1], the range of images",
-        lambda value: (
-            isinstance(value, tuple)
-            and all(isinstance(radius, (int, float)) and 0 < radius <= 1 for radius in value)
-        ),
-    ),
-]
+def _are_radii(value: Any) -> bool:
+    numbers = isinstance(value, tuple) and all(isinstance(each, (int, float)) for each in value)
+    return numbers and all(0 < each <= 1 for each in value)
+
+
+_radii = conf.must_be("a tuple of radii in (0, 1], the range of images", _are_radii)
+_Radii = Annotated[tuple[conf.AttackRadius, ...], _radii]
 
 
 @dataclass(frozen=True)
-class FiguresConfig(Configuration):
+class FiguresConfig(conf.Configuration):
     """Figures 5, 10, 11, 12 and 16 of the paper: attackers that know the defence or not, and what
     attacks maximise.
 
@@ -141,20 +122,20 @@ class FiguresConfig(Configuration):
         "bpda",
         "equilibrium",
     )
-    attack_chains: Annotated[int, at_least(2)] = 8
-    persistent_transitions: Count = 1
-    unrolled_transitions: Count = 1
+    attack_chains: Annotated[int, conf.at_least(2)] = 8
+    persistent_transitions: conf.Count = 1
+    unrolled_transitions: conf.Count = 1
     objectives: Annotated[tuple[AttackObjective, ...], _names_from(get_args(AttackObjective))] = (
         get_args(AttackObjective)
     )
     objective_radii: _Radii = (0.1, 0.2)
-    engine: Engine = "MomentumPGD"
-    attack_steps: Count = 50
-    num_images: Annotated[int, at_least(2)] = 20
+    engine: conf.Engine = "MomentumPGD"
+    attack_steps: conf.Count = 50
+    num_images: Annotated[int, conf.at_least(2)] = 20
     num_examples: int = 2
     reading: Reading = "reencoded"
-    chain: ChainConfig = ChainConfig(num_samples=5, warmup_steps=20)
-    seed: Natural = 0
+    chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
+    seed: conf.Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,34 +178,25 @@ class Figures(Measurement[FiguresConfig]):
 
     def cells(self) -> Iterator[Cell]:
         """No attack, a cell per radius and attacker, and per radius, kind and objective."""
-        yield ("clean", "reference"), self.clean
-        for radius in self.config.radii:
-            for attacker in ATTACKERS:
-                compute = functools.partial(self.knowledge, attacker, radius)
-                yield ("knowledge", f"{radius:g}", attacker), compute
-        for radius in self.config.objective_radii:
-            for kind in KINDS:
-                for name in self.config.objectives:
-                    compute = functools.partial(self.objective, kind, name, radius)
-                    yield ("objectives", f"{radius:g}", kind, name), compute
-
-    def clean(self) -> dict[str, Any]:
-        """No attack: the floors of noise, and what the defence costs."""
-        return self._cell("clean", self.x_ref, examples=True)
+        yield ("clean", "reference"), lambda: self._cell("clean", self.x_ref, examples=True)
+        config, product = self.config, itertools.product
+        for radius, attacker in product(config.radii, ATTACKERS):
+            key: Key = ("knowledge", f"{radius:g}", attacker)
+            yield key, partial(self.knowledge, attacker, radius)
+        for radius, kind, name in product(config.objective_radii, KINDS, config.objectives):
+            key = ("objectives", f"{radius:g}", kind, name)
+            yield key, partial(self.objective, kind, name, radius)
 
     def knowledge(self, attacker: str, radius: float) -> dict[str, Any]:
         """One attacker of Figures 5, 10, 11 and 12 at one radius."""
         gradients = self.config.gradients if attacker == "with_mcmc" else ("exact",)
-        purposes = [f"{attacker} {gradient} {radius:g}" for gradient in gradients]
-        objectives = [
-            self.latent_distance(gradient, self.generator(purpose, "objective"))
-            for gradient, purpose in zip(gradients, purposes, strict=True)
-        ]
+        objectives = {}
+        for gradient in gradients:
+            purpose = f"{attacker} {gradient} {radius:g}"
+            generator = self.generator(purpose, "objective")
+            objectives[purpose] = self.latent_distance(gradient, generator)
         started = time.perf_counter()
-        found = [
-            self.attack(objective, radius, purpose)
-            for objective, purpose in zip(objectives, purposes, strict=True)
-        ]
+        found = [self.attack(each, radius, purpose) for purpose, each in objectives.items()]
         seconds = (time.perf_counter() - started) / len(self.x_ref)
         winner = torch.cat([each.objective for each in found]).argmax(0)
         x_adv = torch.cat([each.x_adv for each in found])[winner, torch.arange(len(winner))]
@@ -271,23 +243,21 @@ class Figures(Measurement[FiguresConfig]):
         def divergence(reference: Tensor) -> dict[str, float]:
             with torch.no_grad():
                 q, q_ref = (program.posterior(self.vae, images) for images in (x, reference))
-                return interval(divergences.symmetric_kl(q, q_ref))
+                return study.interval(divergences.symmetric_kl(q, q_ref))
+
+        def similar(before: Tensor) -> dict[str, Any]:
+            return {name: study.similarity(before, decoded) for name, decoded in after.items()}
 
         cell: dict[str, Any] = {
-            "ms_ssim": {
-                "images": similarity(self.x_ref, x),
-                **{name: similarity(before, decoded) for name, decoded in after.items()},
-            },
+            "ms_ssim": {"images": study.similarity(self.x_ref, x), **similar(before)},
             "unchanged": {
-                name: interval(metrics.adversarial_accuracy(reference, found))
+                name: study.interval(metrics.adversarial_accuracy(reference, found))
                 for name, found in predicted.items()
             },
             "symmetric_kl": divergence(self.x_ref),
         }
         if supervised:
-            cell["target_ms_ssim"] = {
-                name: similarity(before.roll(1, 0), decoded) for name, decoded in after.items()
-            }
+            cell["target_ms_ssim"] = similar(before.roll(1, 0))
             cell["target_symmetric_kl"] = divergence(self.target)
         if examples:
             rows = [images[: self.config.num_examples] for images in (x, *after.values())]
@@ -310,11 +280,10 @@ class Figures(Measurement[FiguresConfig]):
         return attacks.targeted_output(self.vae, target)
 
     def latent_distance(self, gradient: str, generator: torch.Generator) -> PreparedObjective:
-        """Equation 64: with ``"exact"`` of the guide alone, else of the defended guide by this
-        gradient."""
+        """Equation 64: ``"exact"`` of the guide alone, else of the defended one by a gradient."""
         number, box = self.config.attack_chains, self._box
         if gradient == "exact":
-            score = adaptive.latent_distance(functools.partial(program.posterior_mean, self.vae))
+            score = adaptive.latent_distance(partial(program.posterior_mean, self.vae))
             encode = adaptive.transfer(box.start)
             return adaptive.expected(encode, score, number, generator=generator)
         mean = {name: value.mean((0, 1)) for name, value in self._defended.samples.items()}
@@ -340,13 +309,13 @@ class Figures(Measurement[FiguresConfig]):
         chain = replace(self.config.chain, num_chains=num_chains)
         return make_defence("hmc", Setting(self.vae, chain))
 
-    @functools.cached_property
+    @cached_property
     def _defended(self) -> DefenceResult:
         """The references behind the defence, in as many chains as the attacker has."""
         defence = self.hmc(self.config.attack_chains)
         return defence(self.x_ref, self.generator("references defended"))
 
-    @functools.cached_property
+    @cached_property
     def _box(self) -> WhiteBox:
         return WhiteBox(self.vae, self.hmc(), self.x_ref)
 
@@ -355,24 +324,19 @@ class Figures(Measurement[FiguresConfig]):
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """Budgets, figures, a table of attackers and one per radius and kind of objectives."""
-        config = result["config"]
-        chain = config["chain"]
-        lines = [
-            f"## {result['name']}",
-            "",
+        config, chain = result["config"], result["config"]["chain"]
+        note = (
             f"{config['num_images']} images, model `{config['model']}`, seed {config['seed']}; "
             f"L_inf balls. Every attack: {config['attack_steps']} steps of {config['engine']} from "
             "one random start. Defence: one HMC chain per image on the paper's target, "
             f"{chain['warmup_steps']} + {chain['num_samples']} transitions of {chain['num_steps']} "
             "leapfrog steps on average, whitened; its last draw is decoded, classes are read by "
             f"`{config['reading']}`. {result['metric']} of reconstructions is to one undefended "
-            "draw at the reference. 95% intervals over images. Heuristic, not certified.",
-            "",
-        ]
-        for figure in figures:
-            lines += [f"![{Path(figure).stem}]({figure})", ""]
+            "draw at the reference. 95% intervals over images. Heuristic, not certified."
+        )
+        lines = [line for figure in figures for line in (f"![{Path(figure).stem}]({figure})", "")]
         lines += [*_knowledge_table(result), *_objectives_tables(result)]
-        return "\n".join([*lines, f"{source(result)}.", ""])
+        return tables.section(f"## {result['name']}", note, lines, result)
 
     @classmethod
     def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
@@ -386,12 +350,8 @@ class Figures(Measurement[FiguresConfig]):
 
 # --- Tables ---------------------------------------------------------------------------------------
 
-_ATTACKERS = {
-    "without_mcmc": "does not know the defence",
-    "with_mcmc": "knows the defence",
-}
 _DEFENCES = {"undefended": "no defence", "defended": "HMC"}
-_SHOWN = {"images": "image", "undefended": "no defence", "defended": "HMC"}
+_SHOWN = {"images": "image", **_DEFENCES}
 
 # (attacker, reconstructions) -> where the paper shows it.
 _PANELS = {
@@ -403,8 +363,7 @@ _PANELS = {
 
 
 class _Measure(NamedTuple):
-    """A quantity of cells: its key, what it is called, where a successful attack moves it, how it
-    is printed."""
+    """A quantity of cells: key, title, where a successful attack moves it, digits printed."""
 
     key: str
     title: str
@@ -413,10 +372,7 @@ class _Measure(NamedTuple):
 
     def of(self, cell: dict[str, Any]) -> dict[str, dict[str, float]]:
         """Name of the reconstruction or ``""`` -> entry, as the cell has it."""
-        name, _, part = self.key.partition("/")
-        found = cell.get(name, {})
-        if part:
-            return {"": found[part]} if found else {}
+        found = tables.at(cell, self.key) or {}
         if "estimate" in found:
             return {"": found}
         return {key: entry for key, entry in found.items() if key != "images"}
@@ -435,23 +391,16 @@ _MEASURES = (
 def _knowledge_table(result: dict[str, Any]) -> list[str]:
     config, metric = result["config"], result["metric"]
     columns = [
-        "radius",
-        "attacker",
-        f"{metric}: images",
-        "reconstructions, no defence",
-        "reconstructions, HMC",
-        "class unchanged, no defence",
-        "class unchanged, HMC",
-        "symmetric KL (nats)",
-        "seconds per image of the attack",
-        "best gradient, images",
-    ]
+        "radius", "attacker", f"{metric}: images", "reconstructions, no defence",
+        "reconstructions, HMC", "class unchanged, no defence", "class unchanged, HMC",
+        "symmetric KL (nats)", "seconds per image of the attack", "best gradient, images",
+    ]  # fmt: skip
     rows = [["0", "none", *_values(result["clean"]["reference"]), "", ""]]
     for radius, cells in result["knowledge"].items():
         for attacker, cell in cells.items():
             seconds = f"{cell['attack_seconds_per_image']:.2g}"
             strongest = ", ".join(f"{name} {count}" for name, count in cell["strongest"].items())
-            rows.append([radius, _ATTACKERS[attacker], *_values(cell), seconds, strongest])
+            rows.append([radius, ATTACKERS[attacker], *_values(cell), seconds, strongest])
     return [
         "### Attackers with and without knowledge of the defence (Figures 5, 10, 11)",
         "",
@@ -461,17 +410,14 @@ def _knowledge_table(result: dict[str, Any]) -> list[str]:
         f"the gradients {', '.join(config['gradients'])}, of whose results the one with the "
         "largest objective on fresh chains is kept, image by image.",
         "",
-        *table(columns, rows),
+        *tables.table(columns, rows),
     ]
 
 
 def _values(cell: dict[str, Any]) -> list[str]:
     """Similarities, classes and divergence as :func:`_knowledge_table` orders them."""
-    return [
-        *(shown(cell["ms_ssim"][name]) for name in _SHOWN),
-        *(shown(cell["unchanged"][name]) for name in _DEFENCES),
-        shown(cell["symmetric_kl"], 1),
-    ]
+    places = [f"ms_ssim/{name}" for name in _SHOWN] + [f"unchanged/{name}" for name in _DEFENCES]
+    return [*tables.intervals(cell, *places), *tables.intervals(cell, "symmetric_kl", digits=1)]
 
 
 def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
@@ -487,16 +433,12 @@ def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
                 for measure in _MEASURES
                 for name in measure.of(some)
             ]
-            rows = [
-                [_label(name)]
-                + [
-                    shown(entry, measure.digits)
-                    for measure in _MEASURES
-                    for entry in measure.of(cell).values()
-                ]
-                for name, cell in cells.items()
-            ]
-            yield from table(["objective", *columns], rows)
+            rows = [[_label(name)] for name in cells]
+            for row, cell in zip(rows, cells.values(), strict=True):
+                for measure in _MEASURES:
+                    found = measure.of(cell).values()
+                    row += [tables.interval(entry, measure.digits) for entry in found]
+            yield from tables.table(["objective", *columns], rows)
 
 
 def _label(objective: str) -> str:
@@ -507,8 +449,7 @@ def _label(objective: str) -> str:
 
 
 def knowledge_figure(result: dict[str, Any]) -> Figure:
-    """Similarity of images (blue) and reconstructions (orange) over the radius (Figures 5, 10 and
-    11)."""
+    """Similarity of images (blue), reconstructions (orange) over the radius (Figures 5, 10, 11)."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
     for axes, ((attacker, defence), place) in zip(panels, _PANELS.items(), strict=True):
@@ -522,34 +463,28 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
             interval_curve(axes, list(found), entries, label)
         floor = result["clean"]["reference"]["ms_ssim"]["undefended"]["estimate"]
         axes.axhline(floor, color="black", lw=0.8, ls=":", label="two draws at the reference")
-        axes.set_title(
-            f"attacker {_ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})", fontsize=9
-        )
+        title = f"attacker {ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})"
+        axes.set_title(title, fontsize=9)
         axes.set_ylim(0, 1.02)
     for axes in figure.axes[2:]:
         axes.set_xlabel("radius of the attack")
     for axes in figure.axes[::2]:
         axes.set_ylabel(result["metric"])
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8)
-    return figure
+    return legend_below(figure, figure.axes[0])
 
 
 def examples_figure(result: dict[str, Any]) -> Figure:
-    """Attacked images over the radius and their reconstructions, a row of panels per attacker
-    (Figure 12)."""
+    """Attacked images and their reconstructions over the radius, a row per attacker (Figure 12)."""
     number = result["config"]["num_examples"]
     width, height = 0.6 * number + 0.1, 0.6 * len(_SHOWN) + 0.35
-    columns = {"reference": dict.fromkeys(_ATTACKERS, result["clean"]["reference"])}
+    columns = {"reference": dict.fromkeys(ATTACKERS, result["clean"]["reference"])}
     columns |= {f"radius {radius}": cells for radius, cells in result["knowledge"].items()}
-    figure = Figure(
-        figsize=(len(columns) * width + 1, len(_ATTACKERS) * height), layout="constrained"
-    )
-    grid = figure.subplots(len(_ATTACKERS), len(columns), squeeze=False)
-    for panels, (attacker, title) in zip(grid, _ATTACKERS.items(), strict=True):
+    size = (len(columns) * width + 1, len(ATTACKERS) * height)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(ATTACKERS), len(columns), squeeze=False)
+    for panels, (attacker, title) in zip(grid, ATTACKERS.items(), strict=True):
         for axes, (column, cells) in zip(panels, columns.items(), strict=True):
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set(xticks=[], yticks=[])
             axes.set_title(column, fontsize=7)
             if attacker in cells:
                 pixels = imread(io.BytesIO(base64.b64decode(cells[attacker]["examples"])))
@@ -562,8 +497,7 @@ def examples_figure(result: dict[str, Any]) -> Figure:
 
 
 def objectives_figure(result: dict[str, Any]) -> Figure:
-    """What each objective does to each metric (Figure 16): a panel per metric, a row of them per
-    kind of attack."""
+    """What each objective does (Figure 16): a panel per metric, a row per kind of attack."""
     objectives = result["config"]["objectives"]
     markers = dict(zip(result["objectives"], itertools.cycle("os^vD")))
     figure = Figure(figsize=(3 * len(_MEASURES), 7), layout="constrained")
@@ -580,31 +514,23 @@ def objectives_figure(result: dict[str, Any]) -> Figure:
                     torch.tensor([entry[key] for entry in points.values()])
                     for key in ("low", "estimate", "high")
                 )
-                axes.errorbar(
-                    estimate,
-                    [place + shift for place in points],
-                    xerr=torch.stack([estimate - low, high - estimate]).clamp(min=0),
-                    fmt=markers[radius],
-                    color={"undefended": "C0", "defended": "C1"}.get(name, "black"),
-                    ms=4,
-                    lw=1,
-                    label=", ".join(filter(None, (_DEFENCES.get(name), f"radius {radius}"))),
-                )
+                error = torch.stack([estimate - low, high - estimate]).clamp(min=0)
+                color = {"undefended": "C0", "defended": "C1"}.get(name, "black")
+                text = ", ".join(filter(None, (_DEFENCES.get(name), f"radius {radius}")))
+                style = {"fmt": markers[radius], "color": color, "ms": 4, "lw": 1, "label": text}
+                places = [place + shift for place in points]
+                axes.errorbar(estimate, places, xerr=error, **style)
             axes.set_title(f"{measure.title} {measure.direction}", fontsize=8)
         panels[0].set_yticks(range(len(objectives)), [_label(name) for name in objectives])
         panels[0].set_ylabel(kind)
         panels[0].set_ylim(len(objectives) - 0.5, -0.5)
-    # The first panel with both defences.
-    handles = grid[0, 1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
-    return figure
+    return legend_below(figure, grid[0, 1], 4)  # the first panel with both defences
 
 
 def _series(
     result: dict[str, Any], kind: str, measure: _Measure
 ) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-    """Radius and defence -> number of the objective -> entry; what an interrupted run lacks is left
-    out."""
+    """Radius and defence -> number of the objective -> entry, as far as a run has come."""
     found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for radius, kinds in result["objectives"].items():
         for place, objective in enumerate(result["config"]["objectives"]):

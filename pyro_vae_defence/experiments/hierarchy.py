@@ -9,11 +9,11 @@ the images of a part).
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,15 +23,8 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import DefenceResult, NoDefence
-from pyro_vae_defence.experiments import tables
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Natural,
-    not_empty,
-)
+from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Setting,
@@ -39,9 +32,9 @@ from pyro_vae_defence.experiments.defences import (
     label,
     make_defence,
 )
-from pyro_vae_defence.experiments.defend import SCORE_COLUMNS, score, score_cells
+from pyro_vae_defence.experiments.defend import SCORE_COLUMNS, score, score_cells, score_section
 from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
-from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement, interval, similarity
+from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.nvae import NVAE, load_official
 from pyro_vae_defence.ops import latents as lat
@@ -50,7 +43,7 @@ from pyro_vae_defence.types import Latents, Potential
 
 
 @dataclass(frozen=True)
-class HierarchyConfig(Configuration):
+class HierarchyConfig(conf.Configuration):
     """Attacks on the top latent groups of an NVAE, and defences on all groups at once.
 
     Args:
@@ -79,20 +72,34 @@ class HierarchyConfig(Configuration):
     model: str
     dataset: str
     paper: PaperName
-    radius: AttackRadius
-    groups: Annotated[tuple[Count, ...], not_empty]
-    num_references: Count = 50
-    num_restarts: Count = 10
-    attack_steps: Count = 50
-    column: Natural = 0
+    radius: conf.AttackRadius
+    groups: Annotated[tuple[conf.Count, ...], conf.not_empty]
+    num_references: conf.Count = 50
+    num_restarts: conf.Count = 10
+    attack_steps: conf.Count = 50
+    column: conf.Natural = 0
     defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "aware")
     noncentred: bool = True
-    chain: ChainConfig = ChainConfig(warmup_steps=40, step_size=0.2)
-    metric_images: Count = 1000
-    batch_size: Count = 500
+    chain: conf.ChainConfig = conf.ChainConfig(warmup_steps=40, step_size=0.2)
+    metric_images: conf.Count = 1000
+    batch_size: conf.Count = 500
     checkpointing: bool = False
     device: str = "cpu"
-    seed: Natural = 0
+    seed: conf.Natural = 0
+
+
+def _hierarchies() -> dict[str, HierarchyConfig]:
+    small = HierarchyConfig("mnist_nvae", "mnist", "mnist_nvae", 0.1, groups=(1, 2, 4, 6))
+    large = HierarchyConfig(
+        "celeba_nvae", "celeba64", "celeba_nvae", 0.05, groups=(1, 5, 10, 20), num_references=20,
+        defences=("none", "paper", "hmc", "aware"), batch_size=20, checkpointing=True,
+        column=20,  # "Male"
+    )  # fmt: skip
+    return {
+        f"{config.model}_radius_{radius:g}": replace(config, radius=radius)
+        for config, radii in ((small, (0.1, 0.2)), (large, (0.05, 0.1)))
+        for radius in radii
+    }
 
 
 class DefendHierarchy(Measurement[HierarchyConfig]):
@@ -106,29 +113,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 
     kind = "hierarchy"
     command = "defend"
-    names = {
-        **{
-            f"mnist_nvae_radius_{radius:g}": HierarchyConfig(
-                "mnist_nvae", "mnist", "mnist_nvae", radius, groups=(1, 2, 4, 6)
-            )
-            for radius in (0.1, 0.2)
-        },
-        **{
-            f"celeba_nvae_radius_{radius:g}": HierarchyConfig(
-                "celeba_nvae",
-                "celeba64",
-                "celeba_nvae",
-                radius,
-                groups=(1, 5, 10, 20),
-                num_references=20,
-                column=20,  # "Male"
-                defences=("none", "paper", "hmc", "aware"),
-                batch_size=20,
-                checkpointing=True,
-            )
-            for radius in (0.05, 0.1)
-        },
-    }
+    names = _hierarchies()
     output = "runs/results"
     parts = ("groups",)
     options = {"checkpoint": "official NVAE checkpoint (checkpoint.pt) to defend, e.g. CelebA's"}
@@ -157,13 +142,10 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
             content = Path(self.checkpoint).read_bytes()
             self.weights[config.model] = hashlib.sha256(content).hexdigest()
         if not isinstance(vae, NVAE):
-            raise ValueError(
-                f"model {config.model!r} has no latent groups: it is a {type(vae).__name__}"
-            )
-        if max(config.groups) > vae.config.num_groups:
-            raise ValueError(
-                f"groups={config.groups} must be at most the model's {vae.config.num_groups} groups"
-            )
+            what = f"it is a {type(vae).__name__}"
+            raise ValueError(f"model {config.model!r} has no latent groups: {what}")
+        if max(config.groups) > (most := vae.config.num_groups):
+            raise ValueError(f"groups={config.groups} must be at most the model's {most} groups")
         shape = self.images(config.dataset).image_shape
         if shape != vae.image_shape:
             raise ValueError(
@@ -173,9 +155,8 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         vae.checkpointing = config.checkpointing
         self.vae = vae.requires_grad_(False).to(config.device)
         self.programs: Any = self.vae.noncentred() if config.noncentred else self.vae
-        chosen, _ = self.choose(
-            config.dataset, config.num_references, "references", column=config.column
-        )
+        number, column = config.num_references, config.column
+        chosen, _ = self.choose(config.dataset, number, "references", column=column)
         self.x_ref = chosen.to(config.device)
         # Once per restart, and which reference each row is of.
         self.references = self.x_ref.repeat(config.num_restarts, 1, 1, 1)
@@ -185,12 +166,11 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         """The noise floor; then per number of groups the attack, and a cell per defence."""
         yield ("noise_floor",), self.noise_floor
         for k in self.config.groups:
-            yield ("groups", str(k), "symmetric_kl"), functools.partial(self.reached, k)
+            yield ("groups", str(k), "symmetric_kl"), partial(self.reached, k)
             for name in self.config.defences:
-                cell = functools.partial(self.defended, name, k)
-                yield ("groups", str(k), "defences", name), cell
+                yield ("groups", str(k), "defences", name), partial(self.defended, name, k)
 
-    @functools.cached_property
+    @cached_property
     def before(self) -> DefenceResult:
         """rec(x^r) decodes one draw of the guide."""
         return self.undefended(self.references, "before")
@@ -198,9 +178,9 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
     def noise_floor(self) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference."""
         again = self.undefended(self.references, "again")
-        return similarity(self.before.reconstruction, again.reconstruction, self.image)
+        return study.similarity(self.before.reconstruction, again.reconstruction, self.image)
 
-    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    @cache  # noqa: B019 (a study lives as long as its process)
     def attacked(self, k: int) -> attacks.AttackResult:
         """The attack on the top ``k`` groups."""
         config = self.config
@@ -216,12 +196,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 
     def reached(self, k: int) -> dict[str, float]:
         """The symmetric KL over the top ``k`` groups that the attack reaches, in nats."""
-        return interval(self.attacked(k).objective.flatten(), self.image)
-
-    def undefended(self, x: Tensor, *purpose: object) -> DefenceResult:
-        """One draw from the guide, decoded."""
-        guide = NoDefence(self.vae, batch_size=self.config.batch_size)
-        return guide(x, self.generator(*purpose))
+        return study.interval(self.attacked(k).objective.flatten(), self.image)
 
     def defended(self, name: str, k: int) -> dict[str, Any]:
         """One defence against the attack on the top ``k`` groups."""
@@ -236,6 +211,11 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         at_reference, at_attacked = self.energy(self.references), self.energy(x_adv)
         return score(self.before, outcome, at_reference, at_attacked, self.image)
 
+    def undefended(self, x: Tensor, *purpose: object) -> DefenceResult:
+        """One draw of the guide, decoded."""
+        guide = NoDefence(self.vae, batch_size=self.config.batch_size)
+        return guide(x, self.generator(*purpose))
+
     def setting(self, name: str) -> Setting:
         """What a defence runs on: the paper's on latents, others on noise if that is asked for."""
         config = self.config
@@ -243,14 +223,12 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         if name == "paper":
             options["num_draws"] = 1  # all draws of all groups may not fit in memory
             return Setting(self.vae, config.chain, paper=config.paper, options=options)
-        return Setting(
-            self.programs, config.chain, self.inverse_mass, config.radius, options=options
-        )
+        metric = self.inverse_mass
+        return Setting(self.programs, config.chain, metric, config.radius, options=options)
 
-    @functools.cached_property
+    @cached_property
     def inverse_mass(self) -> Latents:
-        """Mean posterior variance of what chains move, over training images: nothing an attacker
-        can change."""
+        """Mean posterior variance of what chains move, over training images no attacker changes."""
         config = self.config
         found: Latents | None = self.programs.mean_posterior_variance
         if found is None:
@@ -265,22 +243,17 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
     def energy(self, x: Tensor) -> Potential:
         """U(z; x) = -log p(x | z) - sum_k log p(z_k | z_{>k}), in nats."""
 
-        def at(latents: Latents) -> Tensor:
-            parts = [
-                program.potential(self.vae, x[part])(lat.index(latents, part))
-                for part in self._parts(x)
-            ]
-            return torch.cat(parts)
+        def energy(part: Tensor, latents: Latents) -> Tensor:
+            return program.potential(self.vae, x[part])(lat.index(latents, part))
 
-        return at
+        parts = self._parts(x)
+        return lambda latents: torch.cat([energy(part, latents) for part in parts])
 
     @torch.no_grad()
     def to_latents(self, noise: Latents) -> Latents:
         """The latents that stand for noise."""
-        parts = [
-            self.programs.to_latents(lat.index(noise, part))
-            for part in self._parts(self.references)
-        ]
+        rows = self._parts(self.references)
+        parts = [self.programs.to_latents(lat.index(noise, part)) for part in rows]
         return {site: torch.cat([part[site] for part in parts]) for site in self.vae.sites}
 
     def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -289,44 +262,29 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A row per number of attacked groups and defence."""
-        config = result["config"]
         rows = [
             [k, tables.interval(entry["symmetric_kl"], 1), *score_cells(name, found)]
             for k, entry in result["groups"].items()
             for name, found in entry.get("defences", {}).items()
         ]
         columns = ["attacked groups", "symmetric KL (nats)", "", *SCORE_COLUMNS]
-        return "\n".join(
-            [
-                f"### {result['name']}",
-                "",
-                f"{config['num_references']} reference images x {config['num_restarts']} restarts, "
-                f"radius {config['radius']:g}, model `{config['model']}`, seed {config['seed']}. "
-                f"95% intervals over reference images. Noise floor of {METRIC}: "
-                f"{tables.interval(result['noise_floor'])}.",
-                "",
-                *tables.table(columns, rows),
-                f"{tables.source(result)}.",
-                "",
-            ]
-        )
+        floor = f" Noise floor of {METRIC}: {tables.interval(result['noise_floor'])}."
+        return score_section(result, floor, columns, rows)
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
         """Figure 4 of every model, ``MODEL_groups.png``."""
-        by_model: dict[str, list[dict[str, Any]]] = {}
+        by_model: dict[Path, list[dict[str, Any]]] = {}
         for result in results.values():
-            by_model.setdefault(result["config"]["model"], []).append(result)
-        written = []
-        for model, found in by_model.items():
-            written.append(directory / f"{model}_groups.png")
-            save_figure(groups_figure(found), written[-1], dpi=120)
-        return written
+            path = directory / f"{result['config']['model']}_groups.png"
+            by_model.setdefault(path, []).append(result)
+        for path, found in by_model.items():
+            save_figure(groups_figure(found), path, dpi=120)
+        return list(by_model)
 
 
 def groups_figure(results: list[dict[str, Any]]) -> Figure:
-    """Similarity of reconstructions against the number of attacked groups (Figure 4), one panel per
-    result."""
+    """Similarity against the number of attacked groups (Figure 4), one panel per result."""
     results = sorted(results, key=lambda result: result["config"]["radius"])
     figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]

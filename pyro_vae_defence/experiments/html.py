@@ -12,10 +12,13 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.drawing import interval_curve
-from pyro_vae_defence.experiments.tables import interval
+from pyro_vae_defence.experiments.tables import interval, intervals
 
 EXAMPLES = ("reference", "attacked", "defended")
 """Rows of a report's picture of examples, from the top."""
+
+ROBUST = ("robust/mean", "robust/averaged", "robust/worst_of_n")
+"""Where a report has its figures under attack."""
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
@@ -97,33 +100,25 @@ def _svg(figure: Figure) -> str:
 def _result(result: dict[str, Any]) -> Iterator[str]:
     config, provenance = result["config"], result["provenance"]
     yield f"<section><h2>robustness {escape(result['name'])}</h2>"
+    commit = provenance["commit"][:12]
     yield (
-        f"<p><code>{escape(result['command'])}</code>, commit "
-        f"<code>{escape(provenance['commit'][:12])}</code>. "
+        f"<p><code>{escape(result['command'])}</code>, commit <code>{escape(commit)}</code>. "
         f"{config['num_images']} images, model <code>{escape(config['model'])}</code>, seed "
         f"{config['seed']}.</p>"
     )
-    rows = []
-    for key, report in result["reports"].items():
-        verdict = '<span class="bad">no</span>' if report["unreliable"] else "yes"
-        robust = report["robust"]
-        rows.append(
-            [
-                escape(key),
-                escape(report["figure"]),
-                interval(report["undefended_clean"]),
-                interval(report["clean"]["mean"]),
-                interval(report["random_noise"]),
-                interval(robust["mean"]),
-                interval(robust["averaged"]),
-                interval(robust["worst_of_n"]),
-                verdict,
-            ]
-        )
     head = (
         "target/defence", "figure", "undefended, clean", "clean", "random noise", "robust, mean",
         "robust, averaged", "robust, worst draw", "reliable",
     )  # fmt: skip
+    rows = [
+        [
+            escape(key),
+            escape(report["figure"]),
+            *intervals(report, "undefended_clean", "clean/mean", "random_noise", *ROBUST),
+            '<span class="bad">no</span>' if report["unreliable"] else "yes",
+        ]
+        for key, report in result["reports"].items()
+    ]
     yield _table(head, rows)
     for key, report in result["reports"].items():
         yield from _report(key, report)
@@ -135,24 +130,20 @@ def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
     if report["unreliable"]:
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in report["reasons"])
         yield f'<p class="bad">Unreliable:</p><ul class="bad">{reasons}</ul>'
-    threat = ", ".join(f"{name} {value}" for name, value in report["threat_model"].items())
-    defence = ", ".join(f"{name} {value}" for name, value in report["defence"].items())
-    budget = ", ".join(f"{name} {value}" for name, value in report["budget"].items())
-    versions = ", ".join(f"{name} {value}" for name, value in report["versions"].items())
-    cost = ", ".join(f"{name.replace('_', ' ')} {v:,.4g}" for name, v in report["cost"].items())
-    facts = (
-        ("Threat model", threat),
-        ("Defence", defence),
-        ("Budget", budget),
-        ("Cost", cost),
-        ("Seed", str(report["seed"])),
-        ("Versions", versions),
-    )
-    yield (
-        "<table>"
-        + "".join(f"<tr><th>{name}</th><td>{escape(value)}</td></tr>" for name, value in facts)
-        + "</table>"
-    )
+    cost = {name.replace("_", " "): f"{value:,.4g}" for name, value in report["cost"].items()}
+    facts = {
+        "Threat model": report["threat_model"],
+        "Defence": report["defence"],
+        "Budget": report["budget"],
+        "Cost": cost,
+        "Seed": {"": report["seed"]},
+        "Versions": report["versions"],
+    }
+    table = ""
+    for what, values in facts.items():
+        text = ", ".join(f"{name} {value}".strip() for name, value in values.items())
+        table += f"<tr><th>{what}</th><td>{escape(text)}</td></tr>"
+    yield f"<table>{table}</table>"
     strongest = report["strongest"]
     yield _table(
         ("attack", "what the attacker knows", "draws per step", report["figure"], "worst for",
@@ -173,17 +164,11 @@ def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
     for name, why in report["skipped"].items():
         yield f'<p class="note">Skipped {escape(name)}: {escape(why)}.</p>'
     marks = {True: ("good", "passed"), False: ("bad", "failed"), None: ("note", "does not apply")}
-    yield _table(
-        ("check", "", "what it saw"),
-        (
-            [
-                escape(check["name"]),
-                '<span class="{}">{}</span>'.format(*marks[check["passed"]]),
-                escape(check["detail"]),
-            ]
-            for check in report["checks"]
-        ),
-    )
+    rows = []
+    for check in report["checks"]:
+        mark = '<span class="{}">{}</span>'.format(*marks[check["passed"]])
+        rows.append([escape(check["name"]), mark, escape(check["detail"])])
+    yield _table(("check", "", "what it saw"), rows)
     if "examples" in report:
         yield (
             "<p>The first images under their worst attack; rows from the top: "
@@ -194,9 +179,9 @@ def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
 
 
 def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["<table><tr>" + "".join(f"<th>{escape(name)}</th>" for name in head) + "</tr>"]
-    lines += [
-        "<tr>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>"
-        for cells in rows
-    ]
-    return "\n".join(lines) + "</table>"
+    def cells(kind: str, texts: Iterable[str]) -> str:
+        tag = kind.split()[0]
+        return "<tr>" + "".join(f"<{kind}>{text}</{tag}>" for text in texts) + "</tr>"
+
+    lines = [cells("th", map(escape, head)), *(cells('td class="number"', row) for row in rows)]
+    return "<table>" + "\n".join(lines) + "</table>"

@@ -9,9 +9,9 @@ believe it.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,21 +20,13 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    ChainConfig,
-    Configuration,
-    Count,
-    Engine,
-    Natural,
-    one_of,
-)
+from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.drawing import picture
-from pyro_vae_defence.experiments.html import robustness_page
+from pyro_vae_defence.experiments.html import ROBUST, robustness_page
 from pyro_vae_defence.experiments.study import Cell, Measurement
-from pyro_vae_defence.experiments.tables import interval, source, table
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.robustness import KNOWLEDGE, Budget, evaluate_robustness
@@ -43,7 +35,7 @@ Target = Literal["reconstruction", "classification"]
 
 
 @dataclass(frozen=True)
-class RobustnessConfig(Configuration):
+class RobustnessConfig(conf.Configuration):
     """The whole suite of adaptive attacks against a model without and with defences.
 
     The defaults make one dataset and radius a matter of tens of minutes on one thread.
@@ -65,23 +57,17 @@ class RobustnessConfig(Configuration):
     """
 
     model: str
-    radius: AttackRadius
+    radius: conf.AttackRadius
     defences: tuple[Annotated[str, known_defence()], ...] = ("none", "hmc", "aware")
     targets: tuple[Target, ...] = ("reconstruction", "classification")
-    attacks: tuple[Annotated[str, one_of(KNOWLEDGE)], ...] = (
-        "transfer",
-        "encoder",
-        "bpda",
-        "equilibrium",
-        "black_box",
-        "implicit",
-        "truncated",
-    )
-    engine: Engine = "APGD"
+    attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
+        "transfer", "encoder", "bpda", "equilibrium", "black_box", "implicit", "truncated",
+    )  # fmt: skip
+    engine: conf.Engine = "APGD"
     reading: Reading = "reencoded"
-    num_images: Count = 32
-    num_examples: Count = 8
-    chain: ChainConfig = ChainConfig(num_samples=5, warmup_steps=20)
+    num_images: conf.Count = 32
+    num_examples: conf.Count = 8
+    chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     budget: Budget = Budget(
         num_restarts=1,
         num_draws=(1,),
@@ -95,7 +81,7 @@ class RobustnessConfig(Configuration):
         selection_draws=2,
         scoring_draws=5,
     )
-    seed: Natural = 0
+    seed: conf.Natural = 0
 
 
 class Robustness(Measurement[RobustnessConfig]):
@@ -122,14 +108,12 @@ class Robustness(Measurement[RobustnessConfig]):
         """A report per target and defence."""
         for target in self.config.targets:
             for name in self.config.defences:
-                key = f"{target}/{name}"
-                yield ("reports", key), functools.partial(self.report, key, target, name)
+                yield ("reports", f"{target}/{name}"), partial(self.report, target, name)
 
-    def report(self, key: str, target: Target, name: str) -> dict[str, Any]:
+    def report(self, target: Target, name: str) -> dict[str, Any]:
         """One defence under the whole suite, and the first images under their worst attack."""
         config = self.config
-        setting = Setting(self.vae, config.chain, radius=config.radius)
-        defence = make_defence(name, setting)
+        defence = make_defence(name, Setting(self.vae, config.chain, radius=config.radius))
         classify = None
         if target == "classification":
             classify = DefendedClassifier(defence, self.classifier, config.reading)
@@ -143,13 +127,12 @@ class Robustness(Measurement[RobustnessConfig]):
             budget=config.budget,
             attacks=config.attacks,
             engine=getattr(attacks, config.engine),
-            generator=self.generator(key),
+            generator=self.generator(f"{target}/{name}"),
         )
         return {**report.to_dict(), "examples": self.examples(defence, report.x_adv)}
 
     def examples(self, defence: Defence, x_adv: Tensor) -> str:
-        """The first images, not chosen: reference, worst attack and what the defence makes of
-        it."""
+        """The first images, not chosen: reference, worst attack, what the defence makes of it."""
         x, x_adv = (images[: self.config.num_examples] for images in (self.x, x_adv))
         outcome = defence(x_adv, torch.Generator().manual_seed(0))
         return picture((x, x_adv, outcome.reconstruction))
@@ -159,49 +142,38 @@ class Robustness(Measurement[RobustnessConfig]):
         """The worst cases, and what each attack left."""
         config, budget = result["config"], result["config"]["budget"]
         columns = [
-            "",
-            "figure",
-            "clean",
-            "random noise",
-            "robust, mean",
-            "robust, averaged",
-            f"worst of {budget['scoring_draws']} draws",
-            "decoder evaluations per image",
+            "", "figure", "clean", "random noise", "robust, mean", "robust, averaged",
+            f"worst of {budget['scoring_draws']} draws", "decoder evaluations per image",
             "reliable",
-        ]
+        ]  # fmt: skip
         rows = [
             [
                 label(key.split("/")[1]),
                 report["figure"],
-                interval(report["clean"]["mean"]),
-                interval(report["random_noise"]),
-                *(interval(report["robust"][how]) for how in ("mean", "averaged", "worst_of_n")),
+                *tables.intervals(report, "clean/mean", "random_noise", *ROBUST),
                 f"{report['cost']['attack_evaluations_per_image']:,.0f}",
                 "no" if report["unreliable"] else "yes",
             ]
             for key, report in result["reports"].items()
         ]
-        return "\n".join(
-            [
-                f"### robustness {result['name']}",
-                "",
-                f"{config['num_images']} images, L_inf radius {config['radius']:g}, model "
-                f"`{config['model']}`, classes read `{config['reading']}`, {budget['num_steps']} "
-                f"steps of {config['engine']}, {budget['num_restarts']} restart(s), seed "
-                f"{config['seed']}. Higher is more robust; per-image worst case over attacks on "
-                "fresh seeds, 95% intervals over images. Heuristic, not certified.",
-                "",
-                *table(columns, rows)[:-1],
-                *(
-                    line
-                    for key, report in result["reports"].items()
-                    for line in _attacks(key, report)
-                ),
-                "",
-                f"{source(result)}.",
-                "",
-            ]
+        note = (
+            f"{config['num_images']} images, L_inf radius {config['radius']:g}, model "
+            f"`{config['model']}`, classes read `{config['reading']}`, {budget['num_steps']} "
+            f"steps of {config['engine']}, {budget['num_restarts']} restart(s), seed "
+            f"{config['seed']}. Higher is more robust; per-image worst case over attacks on "
+            "fresh seeds, 95% intervals over images. Heuristic, not certified."
         )
+        lines = tables.table(columns, rows)
+        for key, report in result["reports"].items():
+            lines += [f"{key}, figure under each attack:", ""]
+            # What each attack left, those that were skipped, and why not to believe the report.
+            lines += [
+                f"- {each['name']} ({each['num_draws']} draws): {tables.interval(each['figure'])}"
+                for each in report["attacks"]
+            ]
+            lines += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
+            lines += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
+        return tables.section(f"### robustness {result['name']}", note, lines, result)
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
@@ -209,18 +181,3 @@ class Robustness(Measurement[RobustnessConfig]):
         path = directory / "report.html"
         write_atomically(path, robustness_page(list(results.values())).encode())
         return [path]
-
-
-def _attacks(key: str, report: dict[str, Any]) -> Sequence[str]:
-    """What each attack of a report left, those that were skipped, and why not to believe it."""
-    return [
-        "",
-        f"{key}, figure under each attack:",
-        "",
-        *(
-            f"- {attack['name']} ({attack['num_draws']} draws): {interval(attack['figure'])}"
-            for attack in report["attacks"]
-        ),
-        *(f"- skipped {name}: {why}" for name, why in report["skipped"].items()),
-        *(f"- unreliable: {reason}" for reason in report["reasons"]),
-    ]

@@ -150,6 +150,13 @@ class Study(ABC, Generic[C]):
         self.weights[name] = card.sha256
         return vae, card
 
+    def check_name(self) -> None:
+        """Raise a ``ValueError`` if the run is of another model than the one it is named after."""
+        model = self.config.model  # type: ignore[attr-defined]
+        if model != self.name:
+            why = f"results are named after the model; run {self.command} on it"
+            raise ValueError(f"model={model!r}: {why}")
+
     def load_conv_vae(self, name: str) -> tuple[ConvVAE, WeightCard]:
         """A trained VAE without latent groups and its card."""
         vae, card = self.load_vae(name)
@@ -182,8 +189,7 @@ class Study(ABC, Generic[C]):
 
 
 class Measurement(Study[C]):
-    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each of
-    them."""
+    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each."""
 
     kind: ClassVar[str]
     """Name of the study in result files, unique."""
@@ -291,17 +297,25 @@ class Measurement(Study[C]):
 def interval(
     values: Tensor, image: Tensor | None = None, statistic: str = "mean"
 ) -> dict[str, float]:
-    """Estimate and bootstrap interval over images; with ``image``, restarts of one stay
+    """Estimate and bootstrap interval over images; with ``image``, restarts of one are resampled
     together."""
-    found = metrics.bootstrap_interval(
-        values.cpu(), image, statistic=statistic, generator=torch.Generator().manual_seed(0)
-    )
+    seeded = torch.Generator().manual_seed(0)
+    found = metrics.bootstrap_interval(values.cpu(), image, statistic=statistic, generator=seeded)
     return found.to_dict()
 
 
 def similarity(x: Tensor, y: Tensor, image: Tensor | None = None) -> dict[str, float]:
     """:data:`METRIC` of reconstructions in pairs, with its interval over images."""
     return interval(metrics.ms_ssim(x.cpu(), y.cpu(), variant=VARIANT), image)
+
+
+def accuracy(found: Tensor, right: Tensor, reference: Tensor) -> dict[str, dict[str, float]]:
+    """How often classes found are right, and how often the reference's; these may be longer."""
+    some = slice(len(found))
+    return {
+        "correct": interval(metrics.correct(found, right[some])),
+        "unchanged": interval(metrics.adversarial_accuracy(reference[some], found)),
+    }
 
 
 def cost(outcome: Any) -> dict[str, Any]:

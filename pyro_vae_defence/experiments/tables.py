@@ -15,6 +15,18 @@ def interval(entry: dict[str, float] | None, digits: int = 3) -> str:
     return f"{entry['estimate']:.{digits}f} [{entry['low']:.{digits}f}, {entry['high']:.{digits}f}]"
 
 
+def at(entry: Any, place: str) -> Any:
+    """What stands at a place of a result, such as ``"clean/mean"``; ``None`` for nothing."""
+    for part in place.split("/"):
+        entry = entry.get(part) if entry else None
+    return entry
+
+
+def intervals(entry: Any, *places: str, digits: int = 3) -> list[str]:
+    """The intervals that stand at some places of a result."""
+    return [interval(at(entry, place), digits) for place in places]
+
+
 def row(cells: Iterable[str]) -> str:
     """One row of a table."""
     return f"| {' | '.join(cells)} |"
@@ -35,11 +47,7 @@ def source(result: dict[str, Any]) -> str:
     )
 
 
-def chain_cells(entry: dict[str, Any]) -> list[str]:
-    """Acceptance, gradients and seconds per image of a defence."""
-    acceptance = entry.get("acceptance_rate")
-    return [
-        "" if acceptance is None else f"{acceptance:.2f}",
-        f"{entry['gradients_per_image']:.0f}",
-        f"{entry['seconds_per_image']:.3g}",
-    ]
+def section(title: str, note: str, lines: Iterable[str], result: dict[str, Any]) -> str:
+    """A result in Markdown: its heading, a note if any, lines of tables, and its source."""
+    notes = [note, ""] if note else []
+    return "\n".join([title, "", *notes, *lines, f"{source(result)}.", ""])

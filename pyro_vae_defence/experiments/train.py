@@ -23,14 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from pyro_vae_defence import objectives
 from pyro_vae_defence.attacks import PGD
 from pyro_vae_defence.attacks.objectives import squared_wasserstein
-from pyro_vae_defence.experiments.configuration import (
-    AttackRadius,
-    Configuration,
-    Count,
-    Natural,
-    Positive,
-    Share,
-)
+from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.study import Study
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
@@ -47,14 +40,14 @@ HALF_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
-class TrainConfig(Configuration):
+class TrainConfig(conf.Configuration):
     """How a named model is trained.
 
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
         objective: which objective of :mod:`pyro_vae_defence.objectives`.
-        start_from: name of a trained model whose weights the training starts from, random ones if
-            ``None``. AVAE-SS, which post-processes a trained model, needs it.
+        start_from: trained model whose weights the training starts from, random ones if ``None``.
+            AVAE-SS, which post-processes a trained model, needs it.
         beta: weight of the KL (``beta``) or total correlation (``beta_tcvae``) term.
         estimator: minibatch estimator of the total correlation.
         radius: L_inf radius of SE's perturbations.
@@ -77,28 +70,27 @@ class TrainConfig(Configuration):
     dataset: str
     objective: Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"] = "beta"
     start_from: str | None = None
-    beta: Positive = 1.0
+    beta: conf.Positive = 1.0
     estimator: Literal["mws", "mss", "published"] = "mws"
-    radius: AttackRadius = 0.1
-    gamma: Positive = 1.0
-    rho: Share = 0.975
+    radius: conf.AttackRadius = 0.1
+    gamma: conf.Positive = 1.0
+    rho: conf.Share = 0.975
     architecture: dict[str, Any] | None = None
-    kl_anneal: Share = 0.3
+    kl_anneal: conf.Share = 0.3
     penalty: float = 1e-2
-    epochs: Count = 12
-    learning_rate: Positive = 2e-3
+    epochs: conf.Count = 12
+    learning_rate: conf.Positive = 2e-3
     schedule: Literal["plateau", "one_cycle", "constant"] = "one_cycle"
-    batch_size: Count = 128
-    images_per_epoch: Count | None = None
+    batch_size: conf.Count = 128
+    images_per_epoch: conf.Count | None = None
     half: bool = False
-    seed: Natural = 0
+    seed: conf.Natural = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objective == "avae_ss" and self.start_from is None:
-            raise ValueError(
-                "objective 'avae_ss' trains the encoder of a trained model: set start_from=NAME"
-            )
+            what = "trains the encoder of a trained model: set start_from=NAME"
+            raise ValueError(f"objective 'avae_ss' {what}")
 
 
 # --- Models by name -------------------------------------------------------------------------------
@@ -116,19 +108,11 @@ _SE_GAMMA = 10.0
 
 # Six latent groups: two of 8x4x4 and four of 8x8x8.
 _SMALL_NVAE = {
-    "dataset": "mnist",
-    "arch_instance": "res_bnswish",
-    "num_latent_scales": 2,
-    "num_groups_per_scale": 4,
-    "ada_groups": True,
-    "num_latent_per_group": 8,
-    "num_channels_enc": 8,
-    "num_channels_dec": 8,
-    "num_preprocess_cells": 1,
-    "num_postprocess_cells": 1,
-    "use_se": True,
-    "res_dist": True,
-}
+    "dataset": "mnist", "arch_instance": "res_bnswish", "num_latent_scales": 2,
+    "num_groups_per_scale": 4, "ada_groups": True, "num_latent_per_group": 8,
+    "num_channels_enc": 8, "num_channels_dec": 8, "num_preprocess_cells": 1,
+    "num_postprocess_cells": 1, "use_se": True, "res_dist": True,
+}  # fmt: skip
 
 
 def _models() -> dict[str, TrainConfig]:
@@ -149,23 +133,18 @@ def _models() -> dict[str, TrainConfig]:
                 models[f"{dataset}_{family}_{beta:g}"] = replace(config, beta=beta)
     for dataset in ("mnist", "color_mnist"):
         variant = replace(models[f"{dataset}_vae_long"], epochs=3)
-        smooth = replace(
-            variant, objective="se", gamma=_SE_GAMMA, epochs=1, images_per_epoch=_SE_IMAGES
-        )
+        few = replace(variant, epochs=1, images_per_epoch=_SE_IMAGES)
+        smooth = replace(few, objective="se", gamma=_SE_GAMMA)
         for radius in (0.1, 0.2):
             models[f"{dataset}_se_{radius:g}"] = replace(smooth, radius=radius)
         models[f"{dataset}_avae"] = replace(variant, objective="avae")
         models[f"{dataset}_se_avae"] = replace(smooth, objective="se_avae")
         models[f"{dataset}_avae_ss"] = replace(variant, objective="avae_ss")
     # Backgrounds that no clip of dark pixels can restore.
-    models["fashion_mnist_inverted_vae"] = TrainConfig("fashion_mnist_inverted")
-    models["color_mnist_textured_vae"] = TrainConfig(
-        "color_mnist_textured", images_per_epoch=55_000
-    )
-    models["mnist_nvae"] = TrainConfig(
-        "mnist", "nvae", architecture=_SMALL_NVAE, learning_rate=4e-3
-    )
-    return models
+    for dataset, images in (("fashion_mnist_inverted", None), ("color_mnist_textured", 55_000)):
+        models[f"{dataset}_vae"] = TrainConfig(dataset, images_per_epoch=images)
+    small = TrainConfig("mnist", "nvae", architecture=_SMALL_NVAE, learning_rate=4e-3)
+    return {**models, "mnist_nvae": small}
 
 
 MODELS: dict[str, TrainConfig] = _models()
@@ -201,8 +180,7 @@ def model_label(name: str) -> str:
 
 
 class Train(Study[TrainConfig]):
-    """Weights ``NAME.safetensors`` and their card ``NAME.json`` in ``output``; the checkpoint and
-    the history of the training in ``output/NAME``."""
+    """Weights ``NAME.safetensors`` and card ``NAME.json``; checkpoint and history in ``NAME/``."""
 
     command = "train"
     noun = "model"
@@ -309,15 +287,13 @@ def make_objective(config: TrainConfig, vae: TrainedVAE, data_size: int, num_ste
             raise ValueError(
                 "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
             )
-        return objectives.NVAEObjective(
-            vae, num_steps, kl_anneal=config.kl_anneal, penalty=config.penalty
-        )
+        kl_anneal, penalty = config.kl_anneal, config.penalty
+        return objectives.NVAEObjective(vae, num_steps, kl_anneal=kl_anneal, penalty=penalty)
 
+    beta, estimator = config.beta, config.estimator
     makers = {
-        "beta": lambda: objectives.BetaELBO(config.beta),
-        "beta_tcvae": lambda: objectives.BetaTCVAE(
-            config.beta, data_size, estimator=config.estimator
-        ),
+        "beta": lambda: objectives.BetaELBO(beta),
+        "beta_tcvae": lambda: objectives.BetaTCVAE(beta, data_size, estimator=estimator),
         "se": lambda: objectives.SE(perturb, config.gamma),
         "avae": lambda: objectives.AVAE(config.rho),
         "se_avae": lambda: objectives.SEAVAE(perturb, config.gamma, config.rho),
