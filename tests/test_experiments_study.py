@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -27,6 +28,7 @@ from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.ops.balls import Linf
 
 EVERY = [study for command in STUDIES for study in load_studies(command)]
+MEASUREMENTS = {study.kind: study for study in EVERY if issubclass(study, Measurement)}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class ToyConfig(Configuration):
         how: the way.
         model: a name, if any.
         chain: of the chains.
+        either: a number or a word.
         seed: of everything.
     """
 
@@ -48,6 +51,7 @@ class ToyConfig(Configuration):
     how: Literal["a", "b"] = "a"
     model: str | None = None
     chain: ChainConfig = ChainConfig(step_size=0.3)
+    either: int | str = 3
     seed: int = 0
 
 
@@ -98,6 +102,20 @@ class TestCells:
         toy(tmp_path).run()
         assert (tmp_path / "plain.json").stat().st_mtime_ns == written
 
+    def test_a_result_names_all_the_commits_it_is_of(self, tmp_path, monkeypatch):
+        first = toy(tmp_path).run()
+        path = tmp_path / "plain.json"
+        cut = json.loads(path.read_text())
+        del cut["nested"]["three"]
+        cut["provenance"] = {"commit": "before"}
+        path.write_text(json.dumps(cut))
+        result = toy(tmp_path).run()
+        assert result["earlier"] == [{"commit": "before"}]
+        assert result["provenance"] == first["provenance"]
+        # Nothing new is computed: nothing else is claimed.
+        path.write_text(json.dumps(first | {"provenance": {"commit": "before"}}))
+        assert toy(tmp_path).run()["provenance"] == {"commit": "before"}
+
     def test_a_result_says_what_it_is_of(self, tmp_path):
         result = toy(tmp_path, **{"chain.step_size": 0.5}).run()
         assert (result["study"], result["name"]) == ("toy", "plain")
@@ -138,8 +156,26 @@ class TestCells:
         (tmp_path / "card.json").write_text('{"name": "x"}')
         with pytest.raises(ValueError, match=r"card\.json is no result of a study"):
             write_pages({"toy": Toy}, tmp_path)
+        assert write_pages({"toy": Toy}, tmp_path, skip_foreign=True) == [tables]
         with pytest.raises(ValueError, match="no result files"):
             write_pages({"toy": Toy}, tmp_path / "none")
+
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+
+@pytest.mark.parametrize("kind", sorted(MEASUREMENTS))
+def test_what_an_interrupted_run_has_left_can_be_printed(kind):
+    """The published file without its cells, and with one part of them alone."""
+    study = MEASUREMENTS[kind]
+    paths = PUBLISHED.glob("*/*.json")
+    result = next(found for p in paths if (found := json.loads(p.read_text())).get("study") == kind)
+    header = {"study", "name", "config", "weights", "metric", "command", "provenance", "dataset"}
+    empty = {k: v for k, v in result.items() if k in header} | dict.fromkeys(study.parts, {})
+    for part in (None, *(result.keys() - header)):
+        partial = empty | ({} if part is None else {part: result[part]})
+        assert result["command"] in study.section(partial, []) or kind == "attack"
+        study.figures(partial)
 
 
 class TestConfigurations:
@@ -153,6 +189,7 @@ class TestConfigurations:
             ("radii", (0.1, 1.5), r"radii must lie in \[0, 1\].* got 1.5"),
             ("radii", ("a",), r"radii must lie in \[0, 1\].* got 'a'"),
             ("radii", (float("nan"),), "radii must lie"),
+            ("either", 1.5, "either must be of type str, got 1.5"),
             ("how", "c", "how must be one of"),
             ("model", 3, "model must be of type str"),
             ("chain.step_size", 0, "^chain.step_size must be positive and finite, got 0"),
@@ -211,6 +248,19 @@ class TestDefences:
             if name != "paper":
                 assert defence(x, torch.Generator().manual_seed(0)).reconstruction.shape == x.shape
 
+    @pytest.mark.parametrize("name", KINDS)
+    def test_every_kind_takes_the_size_of_micro_batches(self, name):
+        setting = Setting(
+            ConvVAE(),
+            ChainConfig(),
+            metric={"z": torch.ones(64)},
+            radius=0.1,
+            paper="mnist",
+            unknown_radius=lambda: UnknownRadius(Linf, (0.0, 0.1), (0.0, 1.0)),
+            batch_size=7,
+        )
+        assert make_defence(name, setting).batch_size == 7
+
     def test_a_setting_reaches_the_kernel(self):
         setting = Setting(
             ConvVAE(), ChainConfig(step_size=0.123, burn_in=7), metric={"z": torch.ones(64)}
@@ -238,6 +288,20 @@ class TestCommandLine:
             for key, _, what in describe(next(iter(study.names.values()))):
                 assert key in text
                 assert what in text
+
+    def test_all_names_are_checked_before_the_first_is_run(self, monkeypatch, capsys):
+        monkeypatch.setattr(Measurement, "run", lambda self: pytest.fail("something was computed"))
+        assert main(["compare", "mnist", "mnsit"]) == 2
+        assert "no comparison named 'mnsit'" in capsys.readouterr().err
+
+    def test_an_option_without_effect_is_refused(self, capsys):
+        assert main(["defend", "mnist_radius_0.1", "--checkpoint", "x.pt"]) == 2
+        assert "--checkpoint has no effect on 'mnist_radius_0.1'" in capsys.readouterr().err
+
+    def test_a_study_without_tables_needs_a_name(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["train"])
+        assert stop.value.code == 2
 
     def test_help_names_every_command(self, capsys):
         with pytest.raises(SystemExit):

@@ -34,6 +34,8 @@ STUDIES = {
 }
 """Command -> studies that share it, each ``module:class``; imported when asked for."""
 
+WEIGHTS = "directory of weights; by default those of the package and of a checkout"
+
 BESIDE = {
     "report": "write the tables, figures and pages of a directory of result files",
     "table": "print a table of the paper beside our results",
@@ -100,22 +102,34 @@ def _study(command: str, words: Sequence[str]) -> None:
     studies = load_studies(command)
     options = _parser(command, studies).parse_args(words)
     settings = dict(map(parse_setting, options.set))
-    places = {"root": options.data_root, "models": options.models}
-    from pyro_vae_defence.experiments.study import Measurement, write_pages
+    from pyro_vae_defence.experiments.study import write_pages
 
+    given = {o: v for study in studies for o in study.options if (v := getattr(options, o))}
+    runs = []  # all are made, and so their settings checked, before the first is run
     for name in options.names:
         study = next((each for each in studies if each.has(name)), None)
         if study is None:
             known = ", ".join(name for each in studies for name in each.names)
             raise ValueError(f"no {studies[0].noun} named {name!r}; choose one of {known}")
-        own = {option: getattr(options, option) for option in study.options}
-        run = study(
-            name, options.output, overrides=settings, progress=not options.quiet, **places, **own
+        if strange := [option for option in given if option not in study.options]:
+            raise ValueError(f"--{strange[0]} has no effect on {name!r}; leave it out")
+        places = {"root": options.data_root, "models": options.models, **given}
+        quiet = options.quiet
+        runs.append(study(name, options.output, overrides=settings, progress=not quiet, **places))
+    for run in runs:
+        print(run.summary(run.run()))
+    if _measured(studies):
+        written = write_pages(
+            measurements(), options.output, options.images, f"{command} NAME", bool(runs)
         )
-        print(study.summary(run.run()))
-    if any(issubclass(study, Measurement) for study in studies):
-        written = write_pages(measurements(), options.output, options.images, f"{command} NAME")
         print("\n".join(f"wrote {path}" for path in written))
+
+
+def _measured(studies: Sequence[type[Study[Any]]]) -> bool:
+    """Whether a command has result files, and so tables and figures."""
+    from pyro_vae_defence.experiments.study import Measurement
+
+    return any(issubclass(study, Measurement) for study in studies)
 
 
 def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.ArgumentParser:
@@ -133,10 +147,13 @@ def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.Argum
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help="without one, tables and figures alone")
+    if _measured(studies):
+        add("names", nargs="*", metavar="NAME", help="without one, tables and figures alone")
+        add("--images", help="directory for figures; OUTPUT/images by default")
+    else:
+        add("names", nargs="+", metavar="NAME", help="one of the names above")
     add("--output", default=studies[0].output, help="directory for results, %(default)s by default")
-    add("--images", help="directory for figures; OUTPUT/images by default")
-    add("--models", help="directory of weights; the packaged ones by default")
+    add("--models", help=WEIGHTS)
     add("--data-root", help="directory of the datasets")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     add("--quiet", action="store_true", help="no progress bars")
@@ -160,7 +177,7 @@ def _beside(command: str, words: Sequence[str]) -> str:
         written = write_pages(measurements(), options.results, options.images)
         return "\n".join(f"wrote {path}" for path in written)
     if command == "models":
-        parser.add_argument("directory", nargs="?", help="of weights; the packaged ones by default")
+        parser.add_argument("directory", nargs="?", help=WEIGHTS)
         from pyro_vae_defence.experiments.cards import trained_models
 
         return trained_models(parser.parse_args(words).directory)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,7 +129,7 @@ class Attack(Measurement[AttackConfig]):
         x, tasks = self.images_, self.tasks.items()
         return {task: classifier.classify(self.vae, x) for task, (_, classifier) in tasks}
 
-    @cache  # noqa: B019 (a study lives as long as its process)
+    @study.remembered
     def attacked(self, radius: float) -> dict[str, Tensor]:
         """References attacked through the encoder, and images attacked through each classifier."""
         if radius == 0:
@@ -213,7 +213,8 @@ def _table(title: str, by_model: Mapping[str, dict[str, Any] | None]) -> str:
         config = found[0]["config"]
         _check_alike(found)
         radii = [f"{radius:g}" for radius in config["radii"]]
-        tasks = list(next(iter(found[0]["radii"]["0"].values()))["accuracy"])
+        cells = [cell for each in found for cell in each["radii"].get("0", {}).values()]
+        tasks = list(cells[0]["accuracy"]) if cells else tasks
         notes = [_note(config), "", *(f"- {tables.source(each)}" for each in found), ""]
     columns = ["", *(f"{METRIC}, {radius}" for radius in radii)]
     for task in tasks:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -239,7 +239,7 @@ class Compare(Measurement[CompareConfig]):
 
     # --- Inputs ---
 
-    @cache  # noqa: B019 (a study lives as long as its process)
+    @study.remembered
     def inputs(self, radius: float, full: bool) -> _Inputs:
         """Attacked references and images at a radius; the curve's are the first of all."""
         num_images = self.config.num_images if full else self.config.curve_images
@@ -256,7 +256,7 @@ class Compare(Measurement[CompareConfig]):
             classified["noise"] = attacks.random_noise(some, Linf(radius), self.generator("noise"))
         return _Inputs(x_adv, image, before, classified, self.labels[:num_images])
 
-    @cache  # noqa: B019
+    @study.remembered
     def _repeated(self, full: bool) -> tuple[Tensor, Tensor, Tensor]:
         """References restart after restart, which one each is, and undefended reconstructions."""
         config = self.config
@@ -265,7 +265,7 @@ class Compare(Measurement[CompareConfig]):
         references = self.references[image]
         return references, image, self.reconstruct(self.vae, references, "before")
 
-    @cache  # noqa: B019
+    @study.remembered
     def unknown_radius(self) -> UnknownRadius:
         """A radius left open, with penalties from clean validation images."""
         x, _ = self.choose(self.dataset, CALIBRATION_IMAGES, "calibration", "validation")

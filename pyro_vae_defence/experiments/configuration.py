@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -195,9 +195,7 @@ def _check(name: str, value: Any, hint: Any) -> None:
         _check(name, value, inner[0])
     elif origin in (typing.Union, types.UnionType):
         if value is not None or type(None) not in inner:
-            for each in inner:
-                if each is not type(None):
-                    _check(name, value, each)
+            _check_any(name, value, [each for each in inner if each is not type(None)])
     elif origin is Literal:
         if value not in inner:
             raise ValueError(f"{name} must be one of {inner}, got {value!r}")
@@ -213,6 +211,15 @@ def _check(name: str, value: Any, hint: Any) -> None:
         kind = origin or hint
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise ValueError(f"{name} must be of type {kind.__name__}, got {value!r}")
+
+
+def _check_any(name: str, value: Any, hints: Sequence[Any]) -> None:
+    for number, hint in enumerate(hints, 1):
+        try:
+            return _check(name, value, hint)
+        except ValueError:
+            if number == len(hints):
+                raise
 
 
 def _is_number(value: Any) -> bool:

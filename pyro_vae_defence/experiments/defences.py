@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -48,6 +48,7 @@ class Setting:
         unknown_radius: what ``aware_unknown`` assumes, asked for when needed.
         paper: whose published setting ``paper`` is, a key of
             :data:`~pyro_vae_defence.defence.mcmc.PAPER_SETTINGS`.
+        batch_size: most rows at a time, of any defence; its own default when ``None``.
         options: further arguments of :class:`~pyro_vae_defence.defence.MCMCDefence`.
     """
 
@@ -57,7 +58,13 @@ class Setting:
     radius: float | None = None
     unknown_radius: Callable[[], UnknownRadius] | None = None
     paper: str | None = None
-    options: dict[str, Any] | None = None
+    batch_size: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """The argument that every defence takes."""
+        return {} if self.batch_size is None else {"batch_size": self.batch_size}
 
 
 def whitened(kernel: Any, setting: Setting, **more: Any) -> Callable[..., Any]:
@@ -80,28 +87,28 @@ def _chains(
     lengths = (chain.num_samples, chain.warmup_steps, chain.num_chains)
     if transitions is not None:
         lengths = (transitions - transitions // 2, transitions // 2, 1)
-    moves, options = whitened(kernel, setting, **own), setting.options or {}
+    moves, options = whitened(kernel, setting, **own), setting.rows | setting.options
     return MCMCDefence(setting.vae, moves, *lengths, perturbation=assumed, **options)
 
 
 def _mode(setting: Setting, assumed: Perturbation | None, _: int | None) -> Defence:
-    how: dict[str, Any] = {"initial": "mean", "perturbation": assumed}
+    how: dict[str, Any] = {"initial": "mean", "perturbation": assumed, **setting.rows}
     return PosteriorModeDefence(setting.vae, "lbfgs", MODE_STEPS, **how)
 
 
 def _paper(setting: Setting, *_: Any) -> Defence:
     if setting.paper is None:
         raise ValueError("'paper' is a setting per dataset; name it in Setting(paper=...)")
-    return MCMCDefence.paper(setting.vae, setting.paper, **(setting.options or {}))
+    return MCMCDefence.paper(setting.vae, setting.paper, **setting.rows, **setting.options)
 
 
 def _filtered(preprocess: Any, setting: Setting, *_: Any) -> Defence:
-    return EncoderDefence(setting.vae, preprocess=preprocess)
+    return EncoderDefence(setting.vae, preprocess=preprocess, **setting.rows)
 
 
 def _clipped(clip: Any, setting: Setting, assumed: Any, _: int | None) -> Defence:
     delta = 0.0 if assumed is None else assumed.radius
-    return EncoderDefence(setting.vae, preprocess=partial(clip, delta=delta))
+    return EncoderDefence(setting.vae, preprocess=partial(clip, delta=delta), **setting.rows)
 
 
 class Kind(NamedTuple):
@@ -127,7 +134,7 @@ def _control(label: str, make: Any, radius: bool = False) -> Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "none": Kind("no defence", lambda setting, *_: NoDefence(setting.vae), "none"),
+    "none": Kind("no defence", lambda set_up, *_: NoDefence(set_up.vae, **set_up.rows), "none"),
     "paper": Kind("HMC, the paper's setting", _paper),
     "hmc": Kind("HMC, the paper's target", _chains, chain=True),
     "nuts": Kind("NUTS, the paper's target", partial(_chains, kernel=BatchedNUTS), chain=True),

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import attacks, metrics
-from pyro_vae_defence.attacks.base import FlatAttack
+from pyro_vae_defence.attacks.base import AttackResult, FlatAttack
 from pyro_vae_defence.defence import DefenceResult, NoDefence
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
@@ -44,7 +45,7 @@ class DefendConfig(conf.Configuration):
         num_restarts: attacks per reference; all of them count, not the worst.
         defences: names of :mod:`~pyro_vae_defence.experiments.defences`.
         chain: of the defences, but for ``paper``.
-        paper: whose published setting the defence ``paper`` is.
+        paper: whose published setting the defence ``paper`` is; the dataset's when ``None``.
         seed: seed of references, attack and defences.
     """
 
@@ -54,7 +55,7 @@ class DefendConfig(conf.Configuration):
     num_restarts: conf.Count = 10
     defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "paper")
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=20, warmup_steps=30)
-    paper: PaperName = "mnist"
+    paper: PaperName | None = None
     seed: conf.Natural = 0
 
 
@@ -63,7 +64,7 @@ class Defend(Measurement[DefendConfig]):
 
     kind = command = "defend"
     names = {
-        f"{dataset}_radius_{radius:g}": DefendConfig(f"{dataset}_vae", radius, paper=dataset)
+        f"{dataset}_radius_{radius:g}": DefendConfig(f"{dataset}_vae", radius)
         for dataset in ("mnist", "fashion_mnist", "color_mnist")
         for radius in (0.1, 0.2)
     }
@@ -74,20 +75,27 @@ class Defend(Measurement[DefendConfig]):
         """The model, and references ``(N, C, H, W)`` of its dataset."""
         self.vae, card = self.load_vae(self.config.model)
         dataset = card.training["dataset"]
+        self.paper = self.config.paper or dataset
+        if "paper" in self.config.defences and self.paper not in PAPER_SETTINGS:
+            known = ", ".join(PAPER_SETTINGS)
+            raise ValueError(f"no published setting for {dataset!r}: set paper to one of {known}")
         self.x_ref, _ = self.choose(dataset, self.config.num_references, "references")
 
     @cached_property
-    def attacked(self) -> FlatAttack:
-        """Every restart beside its reference, and what the attack reached into the result."""
+    def attack(self) -> AttackResult:
+        """The paper's, from every start."""
         attack = attacks.PGD(
             attacks.symmetric_kl(self.vae),
             Linf(self.config.radius),
             num_restarts=self.config.num_restarts,
             preset="paper",
         )
-        found = attack(self.x_ref, self.generator("attack"))
-        self.result["symmetric_kl"] = study.interval(found.objective.flatten(), found.flat().index)
-        return found.flat()
+        return attack(self.x_ref, self.generator("attack"))
+
+    @cached_property
+    def attacked(self) -> FlatAttack:
+        """Every restart beside its reference."""
+        return self.attack.flat()
 
     @cached_property
     def before(self) -> DefenceResult:
@@ -95,10 +103,15 @@ class Defend(Measurement[DefendConfig]):
         return NoDefence(self.vae)(self.attacked.references, self.generator("before"))
 
     def cells(self) -> Iterator[Cell]:
-        """The noise floor, then a cell per defence."""
+        """What the attack reached, the noise floor, then a cell per defence."""
+        yield ("symmetric_kl",), self.reached
         yield ("noise_floor",), self.noise_floor
         for name in self.config.defences:
             yield ("defences", name), partial(self.defended, name)
+
+    def reached(self) -> dict[str, float]:
+        """The symmetric KL that the attack reaches, in nats."""
+        return study.interval(self.attack.objective.flatten(), self.attacked.index)
 
     def noise_floor(self) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference."""
@@ -111,7 +124,7 @@ class Defend(Measurement[DefendConfig]):
             self.vae,
             self.config.chain,
             radius=self.config.radius,
-            paper=self.config.paper,
+            paper=self.paper,
             options={"progress": self.progress},
         )
         images, references, image = self.attacked
@@ -123,7 +136,7 @@ class Defend(Measurement[DefendConfig]):
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """A row per defence, and the noise floor."""
         rows = [score_cells(name, entry) for name, entry in result["defences"].items()]
-        rows.append(["noise floor", tables.interval(result["noise_floor"]), *[""] * 5])
+        rows.append(["noise floor", tables.interval(result.get("noise_floor")), *[""] * 5])
         return score_section(result, "", ["", *SCORE_COLUMNS], rows)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.defence import DefenceResult, NoDefence
+from pyro_vae_defence.defence import DefenceResult
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
@@ -180,7 +180,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         again = self.undefended(self.references, "again")
         return study.similarity(self.before.reconstruction, again.reconstruction, self.image)
 
-    @cache  # noqa: B019 (a study lives as long as its process)
+    @study.remembered
     def attacked(self, k: int) -> attacks.AttackResult:
         """The attack on the top ``k`` groups."""
         config = self.config
@@ -201,11 +201,8 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
     def defended(self, name: str, k: int) -> dict[str, Any]:
         """One defence against the attack on the top ``k`` groups."""
         x_adv = self.attacked(k).flat().images
-        if name == "none":
-            outcome = self.undefended(x_adv, "defence", name, k)
-        else:
-            defence = make_defence(name, self.setting(name))
-            outcome = defence(x_adv, self.generator("defence", name, k))
+        defence = make_defence(name, self.setting(name))
+        outcome = defence(x_adv, self.generator("defence", name, k))
         if set(outcome.latents) != set(self.vae.sites):  # it has moved noise
             outcome = replace(outcome, latents=self.to_latents(outcome.latents))
         at_reference, at_attacked = self.energy(self.references), self.energy(x_adv)
@@ -213,18 +210,19 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 
     def undefended(self, x: Tensor, *purpose: object) -> DefenceResult:
         """One draw of the guide, decoded."""
-        guide = NoDefence(self.vae, batch_size=self.config.batch_size)
+        guide = make_defence("none", self.setting("none"))
         return guide(x, self.generator(*purpose))
 
     def setting(self, name: str) -> Setting:
         """What a defence runs on: the paper's on latents, others on noise if that is asked for."""
         config = self.config
-        options: dict[str, Any] = {"batch_size": config.batch_size, "progress": self.progress}
-        if name == "paper":
-            options["num_draws"] = 1  # all draws of all groups may not fit in memory
-            return Setting(self.vae, config.chain, paper=config.paper, options=options)
-        metric = self.inverse_mass
-        return Setting(self.programs, config.chain, metric, config.radius, options=options)
+        options: dict[str, Any] = {"progress": self.progress}
+        common: dict[str, Any] = {"batch_size": config.batch_size, "options": options}
+        if name in ("none", "paper"):
+            if name == "paper":
+                options["num_draws"] = 1  # all draws of all groups may not fit in memory
+            return Setting(self.vae, config.chain, paper=config.paper, **common)
+        return Setting(self.programs, config.chain, self.inverse_mass, config.radius, **common)
 
     @cached_property
     def inverse_mass(self) -> Latents:

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 C = TypeVar("C")
+R = TypeVar("R")
 
 VARIANT = "paper"
 METRIC = metrics.metric_name("ms_ssim", VARIANT)
@@ -53,6 +54,20 @@ Cell = tuple[Key, Callable[[], Any]]
 """Where a cell stands in the result, part by part, and what computes it."""
 
 _Path = str | os.PathLike[str]
+
+
+def remembered(method: Callable[..., R]) -> Callable[..., R]:
+    """A method that is computed once per study and arguments, and forgotten with the study."""
+
+    @functools.wraps(method)
+    def call(self: Any, *arguments: Any) -> R:
+        memory = self.__dict__.setdefault("_remembered", {})
+        key = (method.__name__, *arguments)
+        if key not in memory:
+            memory[key] = method(self, *arguments)
+        return memory[key]
+
+    return call
 
 
 class Study(ABC, Generic[C]):
@@ -170,7 +185,7 @@ class Study(ABC, Generic[C]):
         self.weights[name] = card.sha256
         return classifier
 
-    @functools.cache  # noqa: B019 (a study lives as long as its process)
+    @remembered
     def images(self, dataset: str, split: Split = "test") -> data.Images:
         """A dataset, read once."""
         return data.load(dataset, split, self.root)
@@ -265,6 +280,10 @@ class Measurement(Study[C]):
             cells = cells.setdefault(part, {})
         if key[-1] not in cells:
             cells[key[-1]] = compute()
+            own = self.provenance
+            if self.result["provenance"] != own:  # an earlier run's, whose cells are here too
+                self.result.setdefault("earlier", []).append(self.result["provenance"])
+                self.result["provenance"] = own
             save(self.path, self.result)
         return cells[key[-1]]
 
@@ -277,8 +296,13 @@ class Measurement(Study[C]):
             "weights": self.weights,
             **({} if self.metric is None else {"metric": self.metric}),
             "command": self.command_line(),
-            "provenance": provenance(),
+            "provenance": self.provenance,
         }
+
+    @functools.cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Of the cells that this run computes; a result lists those of earlier ones as well."""
+        return provenance()
 
     def _resume(self) -> None:
         """Take over what an earlier run has left in the result file, if there is one."""
@@ -291,7 +315,8 @@ class Measurement(Study[C]):
                     f"{self.path} belongs to another run (its {key} differs); "
                     "move it away, or choose another output directory"
                 )
-        self.result |= {key: part for key, part in earlier.items() if key not in self.header()}
+        kept = self.header().keys() - {"provenance"}
+        self.result |= {key: part for key, part in earlier.items() if key not in kept}
 
 
 def interval(
@@ -380,6 +405,7 @@ def write_pages(
     directory: _Path,
     images: _Path | None = None,
     run: str = "an experiment",
+    skip_foreign: bool = False,
 ) -> list[Path]:
     """Write ``tables.md`` beside the result files of a directory, their figures, and further pages.
 
@@ -389,6 +415,7 @@ def write_pages(
         images: directory of the figures, ``KIND_FILE_WHAT.png``; ``images`` below the results by
             default.
         run: what would make result files.
+        skip_foreign: leave out files of no study, instead of refusing them.
 
     Returns:
         What was written, the tables first.
@@ -397,6 +424,8 @@ def write_pages(
         ValueError: if the directory holds no result file, a damaged one, or one of no study.
     """
     results = read(directory, run)
+    if skip_foreign:
+        results = {name: found for name, found in results.items() if found.get("study") in studies}
     directory = Path(directory)
     images = directory / "images" if images is None else Path(images)
     sections, drawn = [], []

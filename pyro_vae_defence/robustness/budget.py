@@ -59,7 +59,9 @@ class Budget:
             if field.name not in ("num_draws", "stable") and value is not None:
                 check_integer(field.name, value, _LEAST.get(field.name, 1))
         draws = self.num_draws
-        if not (draws and all(isinstance(n, int) and n >= 1 for n in draws)):
+        if not (
+            isinstance(draws, tuple) and draws and all(isinstance(n, int) and n >= 1 for n in draws)
+        ):
             raise ValueError(f"num_draws must hold integers of at least 1, got {draws!r}")
-        if not self.stable >= 0:
-            raise ValueError(f"stable must not be negative, got {self.stable!r}")
+        if not (isinstance(self.stable, (int, float)) and self.stable >= 0):
+            raise ValueError(f"stable must be a number and not negative, got {self.stable!r}")
