@@ -164,18 +164,30 @@ class TestCells:
 PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
-@pytest.mark.parametrize("kind", sorted(MEASUREMENTS))
-def test_what_an_interrupted_run_has_left_can_be_printed(kind):
-    """The published file without its cells, and with one part of them alone."""
+# What stands in a file of each study after its first cell; the benchmark of attacks has one cell.
+FIRST = {
+    "attack": "noise_floor",
+    "benchmark_samplers": None,
+    "compare": "clean",
+    "defend": "symmetric_kl",
+    "evaluate": None,
+    "figures": "clean",
+    "hierarchy": "noise_floor",
+    "robustness": None,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(MEASUREMENTS.keys() - {"benchmark_attacks"}))
+def test_what_an_interrupted_run_has_left_can_be_printed(kind, tmp_path):
     study = MEASUREMENTS[kind]
     paths = PUBLISHED.glob("*/*.json")
     result = next(found for p in paths if (found := json.loads(p.read_text())).get("study") == kind)
     header = {"study", "name", "config", "weights", "metric", "command", "provenance", "dataset"}
-    empty = {k: v for k, v in result.items() if k in header} | dict.fromkeys(study.parts, {})
-    for part in (None, *(result.keys() - header)):
-        partial = empty | ({} if part is None else {part: result[part]})
-        assert result["command"] in study.section(partial, []) or kind == "attack"
-        study.figures(partial)
+    partial = {k: v for k, v in result.items() if k in {*header, FIRST[kind]}}
+    partial = {part: {} for part in study.parts} | partial
+    (tmp_path / "result.json").write_text(json.dumps(partial))
+    tables, *_ = write_pages({kind: study}, tmp_path)
+    assert result["command"] in tables.read_text()
 
 
 class TestConfigurations:
