@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -44,6 +45,11 @@ def assert_same(got, expected, site="z"):
 
 
 # --- Streams and memory ---------------------------------------------------------------------------
+
+
+def test_a_copy_with_other_lengths_keeps_all_its_draws(linear_vae):
+    defence = dataclasses.replace(MCMCDefence(linear_vae, HMC, 2, 1), num_samples=5)
+    assert defence(torch.rand(2, 1, 4, 4)).samples["z"].shape[:2] == (1, 5)
 
 
 def test_a_stream_is_one_call_in_parts(linear_vae):

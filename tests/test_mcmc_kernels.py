@@ -364,6 +364,8 @@ def test_images_of_a_batch_do_not_share_noise():
     ("make", "options", "message"),
     [
         (BatchedHMC, {"step_size": 0.0}, "step_size must be a positive finite number, got 0.0"),
+        (BatchedHMC, {"preset": "paper", "num_steps": 5}, "preset 'paper' has its own num_steps"),
+        (BatchedHMC, {"preset": "paper", "adapt_step_size": False}, "preset 'paper' has its own"),
         (BatchedHMC, {"step_size": -1.0}, "step_size must be a positive"),
         (BatchedHMC, {"step_size": math.nan}, "step_size must be a positive"),
         (BatchedNUTS, {"step_size": math.inf}, "step_size must be a positive finite"),

@@ -138,7 +138,7 @@ class MCMCDefence(BaseDefence):
         check_integer("mode_steps", self.mode_steps, 0)
         if self.max_gradients is not None:
             check_integer("max_gradients", self.max_gradients, 1)
-        fewest, rule = self.num_samples, self.until_converged
+        rule = self.until_converged
         if rule is not None:
             if not isinstance(rule, ConvergenceRule):
                 raise ValueError(f"until_converged must be a ConvergenceRule or None, got {rule!r}")
@@ -147,15 +147,13 @@ class MCMCDefence(BaseDefence):
                     f"until_converged compares chains: num_chains must be at least {MIN_CHAINS}, "
                     f"got {self.num_chains}"
                 )
-            fewest = min(fewest, rule.check_every)
-        if self.keep_draws is None:
-            self.keep_draws = fewest
-        check_integer("keep_draws", self.keep_draws, 1)
-        if self.keep_draws > fewest:
-            raise ValueError(
-                f"keep_draws must be at most {fewest}, the fewest draws an image can have, "
-                f"got {self.keep_draws}"
-            )
+        if self.keep_draws is not None:
+            check_integer("keep_draws", self.keep_draws, 1)
+            if self.keep_draws > self._fewest_draws:
+                raise ValueError(
+                    f"keep_draws must be at most {self._fewest_draws}, the fewest draws an image "
+                    f"can have, got {self.keep_draws}"
+                )
         self.model = target(self.vae, self.perturbation)
 
     @classmethod
@@ -187,6 +185,16 @@ class MCMCDefence(BaseDefence):
         kernel = functools.partial(BatchedHMC, step_size=step_size, **rule)
         return cls(vae, kernel, num_draws, count // 2 + count - num_draws, **options)
 
+    @property
+    def _fewest_draws(self) -> int:
+        """Draws that every image has at least."""
+        rule = self.until_converged
+        return self.num_samples if rule is None else min(self.num_samples, rule.check_every)
+
+    @property
+    def _kept_draws(self) -> int:
+        return self._fewest_draws if self.keep_draws is None else self.keep_draws
+
     def _run(self, x: Tensor, streams: Streams) -> Chains:
         kernel = self.kernel(self.model)
         if not isinstance(kernel, MCMCKernel):
@@ -194,8 +202,7 @@ class MCMCDefence(BaseDefence):
                 f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
             )
         start = ChainStart(self.vae, self.initial, self.mode_steps)
-        assert self.keep_draws is not None
-        lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self.keep_draws)
+        lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self._kept_draws)
         if not isinstance(kernel, BatchedKernel):
             if (self.max_gradients, self.until_converged, self.prepare) != (None, None, None):
                 raise ValueError(
@@ -222,4 +229,5 @@ class MCMCDefence(BaseDefence):
             "kernel": setting(kernel),
             **{f"kernel_{name}": value for name, value in plain.items()},
             **{f.name: setting(getattr(self, f.name)) for f in fields(self) if f.name not in apart},
+            "keep_draws": self._kept_draws,
         }

@@ -90,6 +90,10 @@ class BatchedHMC(_JitteredKernel):
         if preset not in (None, "paper"):
             raise ValueError(f"preset must be 'paper' or None, got {preset!r}")
         if preset == "paper":
+            if (num_steps, jitter) != (4, 1.0) or not options.get("adapt_step_size", True):
+                raise ValueError(
+                    "preset 'paper' has its own num_steps, jitter and adaptation; leave them out"
+                )
             num_steps, jitter = 20, 0.0
         super().__init__(model, potential_fn, num_steps=num_steps, jitter=jitter, **options)
         if preset == "paper":
