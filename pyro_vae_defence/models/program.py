@@ -505,7 +505,6 @@ def guide_potential(
 def mean_posterior_variance(
     vae: VAE,
     batches: Iterable[Any],
-    max_images: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Latents:
     """Average over images of the guide's variance, a metric that no attacker can move.
@@ -514,7 +513,6 @@ def mean_posterior_variance(
         vae: any Pyro VAE whose guide's distributions know their variance.
         batches: image batches ``(N, C, H, W)``, or tuples that start with one, e.g. a loader of the
             training set.
-        max_images: stop after so many images.
         generator: source of the seed of a hierarchy's upper groups, on draws of which the variance
             of the lower ones is conditional; torch's global seed when ``None``.
 
@@ -532,8 +530,6 @@ def mean_posterior_variance(
                 total = distribution.variance.sum(0)
                 totals[name] = totals[name] + total if name in totals else total
             count += x.shape[0]
-            if max_images is not None and count >= max_images:
-                break
     if count == 0:
         raise ValueError("batches is empty; pass a loader of the training set")
     return {name: total / count for name, total in totals.items()}

@@ -223,7 +223,8 @@ def add_terms(terms: Terms, extra: Terms) -> Terms:
 
 def site_kl(guide_site: Site, model_trace: Trace) -> Tensor:
     """KL of one latent site, in the site's batch shape; analytic, or else log q - log p."""
-    q, p = guide_site["fn"], model_trace.nodes[guide_site["name"]]["fn"]
+    model_site: Site = model_trace.nodes[guide_site["name"]]
+    q, p = guide_site["fn"], model_site["fn"]
     try:
         return kl_divergence(q, p)
     except NotImplementedError:
