@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from pyro_vae_defence.models.nvae import NVAE
+from pyro_vae_defence.models.nvae.gaussian import gaussian
 from pyro_vae_defence.models.nvae.likelihoods import image_likelihood
 from pyro_vae_defence.models.nvae.network import TopDownState
-from pyro_vae_defence.models.nvae.samplers import gaussian
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ class OnePass:
     @property
     def log_p(self) -> Tensor:
         return per_group([group.log_p_map for group in self.groups])
+
+
+def official_state_dict(vae: NVAE) -> dict[str, Tensor]:
+    """State dict with the official keys in their order: what is not normalised appears twice."""
+    official: dict[str, Tensor] = {}
+    for key, value in vae.state_dict().items():
+        official[key] = value
+        name, _, kind = key.rpartition(".")
+        if kind == "weight" and type(vae.get_submodule(name)) is nn.Conv2d:
+            official[f"{name}.weight_normalized"] = value
+    return official
 
 
 def per_group(maps: list[Tensor]) -> Tensor:

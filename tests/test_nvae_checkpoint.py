@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from nvae_reference import one_pass
+from nvae_reference import official_state_dict, one_pass
 from torch import Tensor
 
 from pyro_vae_defence.models.nvae import (
@@ -21,7 +21,6 @@ from pyro_vae_defence.models.nvae import (
     load_safetensors,
     save_safetensors,
 )
-from pyro_vae_defence.models.nvae.checkpoint import official_state_dict
 
 CONFIG = NVAEConfig(
     num_groups_per_scale=2,

@@ -251,16 +251,20 @@ def test_gradient_of_the_inverse() -> None:
     torch.testing.assert_close(slope[0], (values[0] - values[1]) / 2e-6, rtol=1e-6, atol=1e-8)
 
 
+def transforms(pair: FlowPair) -> list[ShiftTransform]:
+    return [ShiftTransform(shift) for shift in pair.children()]
+
+
 def test_flow_posterior_density() -> None:
     """Against the change of variables with the Jacobian by automatic differentiation."""
     pair = FlowPair(2).double()
     loc, log_scale = torch.randn(2, 3, 2, 3, 3, dtype=torch.float64)
     base = dist.Normal(loc, log_scale.exp()).to_event(3)
-    q = FlowPosterior(base, pair.transforms(), validate_args=False)
+    q = FlowPosterior(base, transforms(pair), validate_args=False)
     z = q.sample()
     x = z
     log_det = torch.zeros(3, dtype=torch.float64)
-    for transform in reversed(pair.transforms()):
+    for transform in reversed(transforms(pair)):
         inverse = invert_shift(transform.shift, x)
         for image in range(3):
             jacobian = torch.autograd.functional.jacobian(
@@ -278,7 +282,7 @@ def test_flow_gradients_are_those_of_the_sample() -> None:
     pair = FlowPair(2).double()
     loc = torch.zeros(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     q = FlowPosterior(
-        dist.Normal(loc, torch.ones_like(loc)).to_event(3), pair.transforms(), validate_args=False
+        dist.Normal(loc, torch.ones_like(loc)).to_event(3), transforms(pair), validate_args=False
     )
     z = q.rsample()
     (gradient,) = torch.autograd.grad(z.sum(), loc, retain_graph=True)
@@ -290,8 +294,8 @@ def test_flow_gradients_are_those_of_the_sample() -> None:
 
 def test_equal_flows() -> None:
     pair, other = FlowPair(2), FlowPair(2)
-    assert pair.transforms() == pair.transforms()
-    assert pair.transforms() != other.transforms()
+    assert transforms(pair) == transforms(pair)
+    assert transforms(pair) != transforms(other)
     assert hash(ShiftTransform(pair.cell1)) == hash(ShiftTransform(pair.cell1))
 
 
@@ -438,15 +442,14 @@ def test_kl_balance() -> None:
     # Two groups at the top share 1, four below share 4.
     assert alpha.tolist() == [1.0, 1.0, 2.0, 2.0, 2.0, 2.0]
     kl = torch.rand(3, 6).requires_grad_()
-    balanced = balance_kl(kl, alpha, 0.5)
+    balanced, coefficients = balance_kl(kl, alpha, 0.5)
     size = kl.detach().mean(0) + 0.01
-    torch.testing.assert_close(
-        balanced.coefficients, size / alpha / (size / alpha).mean(), rtol=1e-5, atol=0
-    )
-    torch.testing.assert_close(balanced.per_image, 0.5 * (kl * balanced.coefficients).sum(1))
-    assert not balanced.coefficients.requires_grad
-    plain = balance_kl(kl, alpha, 1.0)
-    torch.testing.assert_close(plain.per_image, kl.sum(1))
+    expected = size / alpha / (size / alpha).mean()
+    torch.testing.assert_close(coefficients, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(balanced, 0.5 * (kl * coefficients).sum(1))
+    assert not coefficients.requires_grad
+    plain, _ = balance_kl(kl, alpha, 1.0)
+    torch.testing.assert_close(plain, kl.sum(1))
     with pytest.raises(ValueError, match="beta=0"):
         balance_kl(kl, alpha, 0.0)
 
@@ -456,8 +459,6 @@ def test_kl_coefficient() -> None:
     assert kl_coefficient(300, 1000, constant_portion=0.0) == pytest.approx(1.0)
     assert kl_coefficient(150, 1000, constant_portion=0.0) == pytest.approx(0.5)
     assert kl_coefficient(1000, 1000) == 1.0
-    with pytest.raises(ValueError, match="num_steps=0"):
-        kl_coefficient(0, 0)
 
 
 def test_reconstruction_uses_the_middle_of_the_image_only() -> None:
@@ -475,7 +476,7 @@ def test_latents_are_independent_of_global_state() -> None:
     """The same noise gives the same latents, whatever the global seed."""
     vae = NVAE(NVAEConfig(num_groups_per_scale=1, num_channels_enc=4, num_channels_dec=4)).eval()
     noise: list[Tensor] = [torch.randn(1, *shape) for shape in vae.config.latent_shapes]
-    first = vae.sample_latents(1, noise=noise)
+    first = vae.walk_by_noise(noise).latents
     torch.manual_seed(1)
-    second = vae.sample_latents(1, noise=noise)
-    assert torch.equal(first["z_00"], second["z_00"])
+    second = vae.walk_by_noise(noise).latents
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

@@ -412,7 +412,7 @@ def test_samples(vae: NVAE) -> None:
 def test_temperature_scales_the_top_group(vae: NVAE) -> None:
     noise = [torch.randn(2, *shape, dtype=torch.float64) for shape in vae.config.latent_shapes]
     with torch.no_grad():
-        top = vae.sample_latents(2, 0.5, noise=noise)["z_00"]
+        top = vae.walk_by_noise(noise, 0.5).latents[0]
     torch.testing.assert_close(top, 0.5 * 1.01 * noise[0])
 
 
@@ -454,7 +454,7 @@ def test_wrong_images_are_refused() -> None:
 
 def test_wrong_latents_are_refused() -> None:
     vae = build(GREY)
-    latents = vae.sample_latents(2)
+    latents = vae.guide(images(vae, 2))
     with pytest.raises(ValueError, match="latents have the sites"):
         vae.decode({k: z for k, z in latents.items() if k != "z_01"})
     with pytest.raises(ValueError, match="latents have the sites"):
@@ -469,8 +469,6 @@ def test_wrong_sampling_arguments_are_refused() -> None:
         vae.sample(0)
     with pytest.raises(ValueError, match="temperature=0"):
         vae.sample(1, 0)
-    with pytest.raises(ValueError, match="noise has shapes"):
-        vae.sample_latents(1, noise=[torch.zeros(1)])
 
 
 # --- Placement ------------------------------------------------------------------------------------

@@ -162,10 +162,13 @@ def test_average_is_validated_and_left_in_the_end(images, tmp_path):
     assert torch.equal(plain.loc.weight, state["weights"]["loc.weight"])
 
 
-def test_average_and_clipping_are_resumed(images, tmp_path):
+@pytest.mark.parametrize("kind", [TutorialVAE, ConvVAE])
+def test_average_and_clipping_are_resumed(images, tmp_path, kind):
+    """A ConvVAE has other names in Pyro's store whenever it is made."""
+
     def run(name, *epochs):
         for number in epochs:
-            vae = new()
+            vae = new(kind)
             fit(
                 vae, TraceMeanField_ELBO(), [images], checkpoint=tmp_path / name,
                 config=config(epochs=number, ema_decay=0.9, clip_norm=100.0),
@@ -175,10 +178,9 @@ def test_average_and_clipping_are_resumed(images, tmp_path):
     whole, resumed, again = run("whole", 5), run("parts", 2, 5), run("parts", 5)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    new()
     with pytest.raises(ValueError, match=r"other settings .*'ema_decay': \(0.9, None\)"):
         fit(
-            TutorialVAE(), TraceMeanField_ELBO(), [images], config(epochs=5, clip_norm=100.0),
+            new(kind), TraceMeanField_ELBO(), [images], config(epochs=5, clip_norm=100.0),
             checkpoint=tmp_path / "whole",
         )  # fmt: skip
 

@@ -32,14 +32,9 @@ _ALIGNED = (178, 218)
 def load_celeba(root: Path, split: str, download: bool = False) -> ImageFiles:
     """One split of CelebA; labels are the attributes, 0 or 1, ``(N, 40)``.
 
-    Args:
-        root: directory that holds ``celeba``.
-        split: ``"train"``, ``"validation"`` or ``"test"``.
-        download: fetch missing files through torchvision (1.4 GB; needs the package gdown).
-
-    Raises:
-        FileNotFoundError: if files are missing.
-        ValueError: if a list is truncated or damaged.
+    ``root`` holds ``celeba``; ``download`` fetches missing files through torchvision (1.4 GB; needs
+    the package gdown). Raises ``FileNotFoundError`` if files are missing, and ``ValueError`` if a
+    list is truncated or damaged.
     """
     folder = root / "celeba"
     pictures = folder / "img_align_celeba"

@@ -13,43 +13,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.data.datasets import ImageDataset, Index
+from pyro_vae_defence.data.datasets import Images, Index
 from pyro_vae_defence.data.mnist import MNIST
 
 COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (1, 0, 0),
-    "green": (0, 1, 0),
-    "blue": (0, 0, 1),
-    "yellow": (1, 1, 0),
-    "magenta": (1, 0, 1),
-    "cyan": (0, 1, 1),
-    "white": (1, 1, 1),
-}
+    "red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0),
+    "magenta": (1, 0, 1), "cyan": (0, 1, 1), "white": (1, 1, 1),
+}  # fmt: skip
 """The corners of the RGB cube other than black, in the order of the colour labels."""
 
 
-class ColoredImages(ImageDataset):
+class ColoredImages(Images):
     """Grey images in each of seven colours: item ``7 * i + c`` is image ``i`` in colour ``c``.
 
     A view: images are coloured when they are asked for. Labels have two columns, the class of the
     image and its colour (see :data:`COLORS`).
     """
 
-    def __init__(self, grey: ImageDataset, name: str) -> None:
-        images = grey._images.expand(-1, 3, -1, -1)
-        super().__init__(images, grey.labels, name, grey.split, grey.class_names)
-        self.color_names = tuple(COLORS)
-        self._table = torch.tensor(list(COLORS.values()), dtype=torch.uint8)
+    color_names = tuple(COLORS)
+
+    def __init__(self, grey: Images, name: str) -> None:
         count = len(COLORS)
         columns = grey.labels.repeat_interleave(count), torch.arange(count).repeat(len(grey))
-        self.labels = torch.stack(columns, 1)
+        super().__init__(torch.stack(columns, 1), name, grey.split, grey.class_names)
+        self._grey = grey
+        self.image_shape = 3, *grey.image_shape[1:]
 
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1], three channels."""
         items = self._items(index)
-        colors = self._table[items % len(self._table)].float()
-        grey = self._images[items // len(self._table)][..., :1, :, :]
-        return grey.float().div_(255) * colors[..., :, None, None]
+        colors = torch.tensor(list(COLORS.values()), dtype=torch.float32)[items % len(COLORS)]
+        return self._grey.images(items // len(COLORS)) * colors[..., None, None]
 
 
 def load_color_mnist(root: Path, split: str, download: bool) -> ColoredImages:

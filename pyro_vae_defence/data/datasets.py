@@ -25,10 +25,8 @@ ROOT_VARIABLE = "PYRO_VAE_DEFENCE_DATA"
 
 def default_root() -> Path:
     """Where full datasets are looked for: ``$PYRO_VAE_DEFENCE_DATA``, or the user's cache."""
-    if os.environ.get(ROOT_VARIABLE):
-        return Path(os.environ[ROOT_VARIABLE])
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "pyro_vae_defence"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get(ROOT_VARIABLE) or cache / "pyro_vae_defence")
 
 
 class Images(Dataset[tuple[Tensor, Tensor]], ABC):
@@ -47,10 +45,8 @@ class Images(Dataset[tuple[Tensor, Tensor]], ABC):
     image_shape: tuple[int, int, int]
 
     def __init__(self, labels: Tensor, name: str, split: str, class_names: Sequence[str]) -> None:
-        self.labels = labels
-        self.name = name
-        self.split = split
-        self.class_names = tuple(class_names)
+        self.labels, self.class_names = labels, tuple(class_names)
+        self.name, self.split = name, split
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,28 +63,18 @@ class Images(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def _items(self, index: Index | None) -> Tensor:
         """The numbers of the images at ``index``, int64; a scalar for one image."""
-        items = torch.arange(len(self))
-        return items if index is None else items[index]
+        return torch.arange(len(self))[slice(None) if index is None else index]
 
 
 class ImageDataset(Images):
-    """Images and labels in memory.
-
-    Args:
-        images: uint8 ``(N, C, H, W)``.
-        labels: int64 ``(N,)``.
-        name, split: names of the dataset and of its split.
-        class_names: one name per class.
-    """
+    """Images in memory, uint8 ``(N, C, H, W)``; other arguments are attributes of the base."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, name: str, split: str, class_names: Sequence[str]
     ) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(
-                f"images must be uint8 of shape (N, C, H, W), got {images.dtype} "
-                f"{tuple(images.shape)}"
-            )
+            found = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images must be uint8 of shape (N, C, H, W), got {found}")
         if labels.shape[:1] != images.shape[:1]:
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
         super().__init__(labels, name, split, class_names)
@@ -98,5 +84,4 @@ class ImageDataset(Images):
 
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
-        chosen = self._images if index is None else self._images[index]
-        return chosen.float().div_(255)
+        return self._images[slice(None) if index is None else index].float().div_(255)

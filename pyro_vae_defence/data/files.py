@@ -28,9 +28,7 @@ class ImageFiles(Images):
 
     Args:
         paths: one file per image.
-        labels: int64, ``(N,)`` or ``(N, columns)``.
-        name, split: names of the dataset and of its split.
-        class_names: one name per class, or per column of binary labels.
+        labels, name, split, class_names: see :class:`~pyro_vae_defence.data.datasets.Images`.
         image_shape: ``(C, H, W)`` with 1 or 3 channels.
         prepare: cuts and scales a decoded image to ``H`` by ``W``.
     """
@@ -54,8 +52,7 @@ class ImageFiles(Images):
             )
         super().__init__(labels, name, split, class_names)
         self.paths = tuple(os.fspath(path) for path in paths)
-        self.image_shape = image_shape
-        self._prepare = prepare
+        self.image_shape, self._prepare = image_shape, prepare
 
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``, as large as that may be).
@@ -75,9 +72,8 @@ class ImageFiles(Images):
             with Image.open(path) as file:
                 image = self._prepare(file.convert(_MODES[channels]))
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
-            raise ValueError(
-                f"cannot read image {path} ({error}); restore or remove the file"
-            ) from error
+            message = f"cannot read image {path} ({error}); restore or remove the file"
+            raise ValueError(message) from error
         return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
 
 
@@ -119,11 +115,10 @@ def load_folder(
             f"path={str(folder)!r} holds no image; names must end in {', '.join(sorted(SUFFIXES))}"
         )
     name = Path(path).resolve().name
-    classes = [name]
-    labels = torch.zeros(len(files), dtype=torch.long)
-    if all(len(file.parts) > 1 for file in files):
-        classes = sorted({file.parts[0] for file in files})
-        labels = torch.tensor([classes.index(file.parts[0]) for file in files])
+    nested = all(len(file.parts) > 1 for file in files)
+    class_of = [file.parts[0] if nested else name for file in files]
+    classes = sorted(set(class_of))
+    labels = torch.tensor([classes.index(label) for label in class_of])
 
     def cover(image: Image.Image) -> Image.Image:
         scale = max(height / image.height, width / image.width)

@@ -45,8 +45,7 @@ class TransformedImages(Images):
         name: the dataset's new name; the old one when ``None``.
 
     Raises:
-        ValueError: if the transform does not return one floating-point image ``(C, H, W)`` per
-            image.
+        ValueError: if the transform does not return one floating-point image per image.
     """
 
     def __init__(self, dataset: Images, transform: ImageTransform, name: str | None = None) -> None:

@@ -34,12 +34,7 @@ def flatten_latents(latents: LatentsLike) -> Tensor:
 
 
 class LinearClassifier(nn.Module):
-    """Class scores from the latents of any VAE.
-
-    Args:
-        num_latents: D, of all sites together.
-        num_classes: number of classes.
-    """
+    """Class scores from the latents of any VAE, ``num_latents`` of all sites together."""
 
     def __init__(self, num_latents: int, num_classes: int) -> None:
         super().__init__()
@@ -52,10 +47,7 @@ class LinearClassifier(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this classifier."""
-        return {
-            "num_latents": self.linear.in_features,
-            "num_classes": self.linear.out_features,
-        }
+        return {"num_latents": self.linear.in_features, "num_classes": self.linear.out_features}
 
     def forward(self, latents: Tensor | LatentsLike) -> Tensor:
         """Latents ``(N, D)``, or site -> ``(N, *event)``, to scores ``(N, num_classes)``."""
@@ -68,13 +60,7 @@ class LinearClassifier(nn.Module):
 
 
 class ConvClassifier(nn.Module):
-    """Class scores from images of 16x16 pixels or more; ``features`` is its penultimate layer.
-
-    Args:
-        in_channels: channels of the images.
-        num_classes: number of classes.
-        num_features: width of the penultimate layer.
-    """
+    """Class scores from images of 16x16 pixels or more; the penultimate layer are ``features``."""
 
     def __init__(self, in_channels: int, num_classes: int, num_features: int = 64) -> None:
         super().__init__()
@@ -83,11 +69,9 @@ class ConvClassifier(nn.Module):
                 "need in_channels >= 1, num_classes >= 2 and num_features >= 1, got "
                 f"{in_channels}, {num_classes} and {num_features}"
             )
-        self.config = {
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "num_features": num_features,
-        }
+        self.config = dict(
+            in_channels=in_channels, num_classes=num_classes, num_features=num_features
+        )
         self.trunk = nn.Sequential(
             nn.Conv2d(in_channels, 16, 3, stride=2, padding=1),
             nn.ReLU(),
@@ -118,12 +102,8 @@ def load_classifier(
 ) -> tuple[Any, WeightCard]:
     """A trained classifier in eval mode, and its card.
 
-    Args:
-        name: the classifier's name.
-        directory: where the files are; ``None`` as in :mod:`pyro_vae_defence.models.pretrained`.
-
-    Raises:
-        ValueError: for an unknown name, another kind of model, or weights that do not match it.
+    Arguments as for :func:`~pyro_vae_defence.models.pretrained.load_pretrained`. Raises
+    ``ValueError`` for an unknown name, another kind of model, or weights that do not match it.
     """
     card, tensors = load_weights(name, directory)
     if card.architecture not in _CLASSIFIERS:

@@ -103,9 +103,6 @@ class ConvVAE(ScopedModule):
             nn.ReLU(inplace=True),
             nn.ConvTranspose2d(32, in_channels, 4, stride=2, padding=1),
         )
-        self._initialise()
-
-    def _initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.xavier_normal_(module.weight)
@@ -120,12 +117,8 @@ class ConvVAE(ScopedModule):
     @property
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this architecture."""
-        return {
-            "in_channels": self.in_channels,
-            "latent_dim": self.latent_dim,
-            "likelihood": self.likelihood,
-            "log_variance": self.log_variance,
-        }
+        names = ("in_channels", "latent_dim", "likelihood", "log_variance")
+        return {name: getattr(self, name) for name in names}
 
     def posterior(self, x: Tensor) -> dist.TorchDistribution:
         """q(z | x): images ``(N, C, 28, 28)`` to a Gaussian with batch ``(N,)``, event ``(D,)``."""
@@ -142,8 +135,7 @@ class ConvVAE(ScopedModule):
             output = layer(output)
         output = _last_layer(output, last)
         if self.likelihood == "bernoulli":
-            # Intensities between 0 and 1 are no outcomes of a coin; their log-likelihood is defined
-            # all the same, hence no validation of values.
+            # Intensities are no outcomes of a coin; their log-likelihood is defined all the same.
             return dist.Bernoulli(logits=output, validate_args=False).to_event(3)
         scale = math.exp(0.5 * self.log_variance)
         return dist.Normal(output, torch.full_like(output, scale)).to_event(3)

@@ -125,15 +125,16 @@ def _(likelihood: Normal, x: Tensor, ball: Ball) -> Tensor:
 @most_likely_image.register
 def _(likelihood: Laplace, x: Tensor, ball: Ball) -> Tensor:
     if not isinstance(ball, Linf):
-        raise ValueError(
-            f"perturbation must be an Linf ball for a Laplace likelihood, got {ball!r}"
-        )
+        message = f"perturbation must be an Linf ball for a Laplace likelihood, got {ball!r}"
+        raise ValueError(message)
     # Any unimodal density of independent pixels: as close to the mode as one can get.
     return reach.nearest(likelihood.loc, 1.0, x, ball)
 
 
-def _moving(closest: Tensor, likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
-    """The most likely image, with its derivatives where ``x`` has one; values stay as they are."""
+def _moving_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
+    """The most likely image, with its derivatives where ``x`` has one."""
+    with torch.no_grad():
+        closest = most_likely_image(likelihood, x, ball)
     if not (x.requires_grad and torch.is_grad_enabled()):
         return closest
     rounding = 8 * torch.finfo(x.dtype).eps
@@ -178,8 +179,8 @@ class UnknownRadius:
     def __post_init__(self) -> None:
         if not (isinstance(self.ball, type) and issubclass(self.ball, Ball)):
             raise ValueError(f"ball must be a kind of ball such as Linf, got {self.ball!r}")
-        object.__setattr__(self, "radii", tuple(float(radius) for radius in self.radii))
-        object.__setattr__(self, "penalties", tuple(float(value) for value in self.penalties))
+        object.__setattr__(self, "radii", tuple(map(float, self.radii)))
+        object.__setattr__(self, "penalties", tuple(map(float, self.penalties)))
         increasing = all(a < b for a, b in zip(self.radii, self.radii[1:], strict=False))
         if not (self.radii and increasing and self.radii[0] >= 0 and self.radii[-1] < math.inf):
             raise ValueError(f"radii must be finite, >= 0 and increasing, got {self.radii}")
@@ -200,17 +201,12 @@ class UnknownRadius:
     def log_joint(self, likelihood: Any, x: Tensor) -> Tensor:
         """log p(x* | z) - c_k of every image and radius, ``(N, radii)``, in nats.
 
-        Its softmax over radii is the posterior probability of each radius given z.
-
-        Args:
-            likelihood: p(x | z), one row per image.
-            x: observed images, of the shape the likelihood observes.
+        Its softmax over radii is the posterior probability of each radius given z. Arguments as in
+        :func:`most_likely_image`.
         """
         columns = []
         for ball, penalty in zip(self.balls, self.penalties, strict=True):
-            with torch.no_grad():
-                closest = x if ball is None else most_likely_image(likelihood, x, ball)
-            closest = closest if ball is None else _moving(closest, likelihood, x, ball)
+            closest = x if ball is None else _moving_image(likelihood, x, ball)
             columns.append(likelihood.log_prob(closest) - penalty)
         return torch.stack(columns, -1)
 
@@ -253,9 +249,7 @@ class _MostLikely(Messenger):
         if isinstance(self.perturbation, Ball):
             if not isinstance(self.perturbation, Linf):
                 _check_rows(msg)
-            with torch.no_grad():
-                closest = most_likely_image(msg["fn"], msg["value"], self.perturbation)
-            msg["value"] = _moving(closest, msg["fn"], msg["value"], self.perturbation)
+            msg["value"] = _moving_image(msg["fn"], msg["value"], self.perturbation)
         else:
             _check_rows(msg)
             msg["fn"] = _UnknownRadiusLikelihood(msg["fn"], self.perturbation)

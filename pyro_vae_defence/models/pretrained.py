@@ -77,11 +77,7 @@ def available(directory: str | os.PathLike[str] | None = None) -> list[str]:
 
 
 def find(name: str, directory: str | os.PathLike[str] | None = None) -> Path:
-    """Where the files of a model are: ``directory``, or the first place that has its card.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
+    """The place that has a model's card, the first one if several; ``ValueError`` if none has."""
     for place in _places(directory):
         if (place / f"{name}.json").is_file():
             return place
@@ -95,11 +91,7 @@ def find(name: str, directory: str | os.PathLike[str] | None = None) -> Path:
 
 
 def load_card(name: str, directory: str | os.PathLike[str] | None = None) -> WeightCard:
-    """Read the card of a model.
-
-    Raises:
-        ValueError: if there is no such model, or the card is damaged.
-    """
+    """Read the card of a model; ``ValueError`` if there is no such model, or a damaged card."""
     path = find(name, directory) / f"{name}.json"
     try:
         return WeightCard(**json.loads(path.read_text()))
@@ -112,8 +104,7 @@ def load_weights(
 ) -> tuple[WeightCard, dict[str, Tensor]]:
     """The card and the tensors of a model, once their sha256 was found to match.
 
-    Raises:
-        ValueError: for an unknown name, or weights that are tampered with or truncated.
+    Raises ``ValueError`` for an unknown name, or weights that are tampered with or truncated.
     """
     card = load_card(name, directory)
     path = find(name, directory) / f"{name}.safetensors"
@@ -160,16 +151,14 @@ def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) 
 def rebuild(architecture: Callable[..., Any], card: WeightCard, tensors: dict[str, Tensor]) -> Any:
     """A module of ``architecture`` with the card's configuration and these weights, in eval mode.
 
-    Raises:
-        ValueError: if the weights do not fit.
+    Raises ``ValueError`` if the weights do not fit.
     """
     module = architecture(**card.architecture_config)
     try:
         module.load_state_dict({key: value.float() for key, value in tensors.items()})
     except RuntimeError as error:
-        raise ValueError(
-            f"weights of {card.name!r} do not fit {card.architecture}: {error}"
-        ) from error
+        message = f"weights of {card.name!r} do not fit {card.architecture}: {error}"
+        raise ValueError(message) from error
     return module.eval()
 
 
@@ -198,7 +187,6 @@ def save_pretrained(
         dtype: precision of the stored weights.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for key, value in vae.state_dict().items():
         # Counters, as batch norm has one, stay whole numbers.
@@ -208,15 +196,10 @@ def save_pretrained(
         for site, value in (by_site or {}).items():
             tensors[f"{statistic}.{site}"] = value.detach().cpu().float().contiguous()
     content = save_tensors(tensors)
+    sha256 = hashlib.sha256(content).hexdigest()
+    config = vae.config if isinstance(vae.config, dict) else vae.config.to_dict()
     card = WeightCard(
-        name,
-        type(vae).__name__,
-        vae.config if isinstance(vae.config, dict) else vae.config.to_dict(),
-        hashlib.sha256(content).hexdigest(),
-        training,
-        command,
-        provenance,
-        metrics or {},
+        name, type(vae).__name__, config, sha256, training, command, provenance, metrics or {}
     )
     write_atomically(directory / f"{name}.safetensors", content)
     save_card(card, directory)

@@ -23,25 +23,16 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.distributions as td
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import (
-    Distribution,
-    Independent,
-    Normal,
-    Transform,
-    TransformedDistribution,
-    biject_to,
-    constraints,
-)
 
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
@@ -58,30 +49,6 @@ from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroPro
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-__all__ = [
-    "DATA_PLATE",
-    "GuideDraws",
-    "ModelPotential",
-    "check_guide",
-    "check_images",
-    "check_vae",
-    "decode",
-    "encode",
-    "evaluation_mode",
-    "guide_potential",
-    "initial_latents",
-    "mean_posterior_variance",
-    "observation",
-    "observation_site",
-    "posterior",
-    "posterior_mean",
-    "potential",
-    "prior",
-    "sample_with_log_prob",
-    "target",
-]
-
 
 # --- Validation at the public boundary ------------------------------------------------------------
 
@@ -177,14 +144,9 @@ def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
 
 
 def observation_site(model: PyroProgram, *args: Any, **kwargs: Any) -> str:
-    """Name of the one observed site of ``model(*args, **kwargs)``.
-
-    Raises:
-        ValueError: if the model observes nothing, or more than one site.
-    """
+    """Name of the one observed site of a model; ``ValueError`` if there is none, or several."""
     with torch.no_grad():
-        trace = _get_trace(model, *args, **kwargs)
-    return image_site(trace)["name"]
+        return image_site(_get_trace(model, *args, **kwargs))["name"]
 
 
 # --- The guide ------------------------------------------------------------------------------------
@@ -200,31 +162,25 @@ class _StreamMessenger(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         base = msg["fn"]
-        transforms: list[Transform] = []
-        while isinstance(base, (Independent, TransformedDistribution)):
-            if isinstance(base, TransformedDistribution):
+        transforms: list[td.Transform] = []
+        while isinstance(base, (td.Independent, td.TransformedDistribution)):
+            if isinstance(base, td.TransformedDistribution):
                 transforms = [*base.transforms, *transforms]
             base = base.base_dist
-        if msg["is_observed"] or msg["value"] is not None or not isinstance(base, Normal):
+        if msg["is_observed"] or msg["value"] is not None or not isinstance(base, td.Normal):
             return
         shape = base.batch_shape
         if not shape or shape[0] != self.streams.image.shape[0]:
             return
         noise = self.streams.normal(0, self.purpose, tuple(shape[1:]), base.loc.dtype)
         self.purpose += 1
-        value = base.loc + base.scale * noise
-        for transform in transforms:
-            value = transform(value)
-        msg["value"] = value
+        msg["value"] = td.transforms.ComposeTransform(transforms)(base.loc + base.scale * noise)
 
 
-def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[str, Distribution]:
-    """The guide's distribution of every latent site at ``x``.
+def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[str, td.Distribution]:
+    """The guide's distribution of every latent site at ``x``, batch shape ``(N,)`` or with plates.
 
     For a hierarchical guide the lower sites' distributions are conditional on sampled upper sites.
-
-    Returns:
-        Site name -> distribution with batch shape ``(N,)`` (or with plates of its own).
     """
     return {site["name"]: site["fn"] for site in latent_sites(_draw(vae.guide, x, streams))}
 
@@ -278,16 +234,12 @@ class GuideDraws:
         sites = sample_sites(_draw(vae.guide, x, Streams.create(len(x), seed=0, device=x.device)))
         if len(sites) != 1:
             return
-        name, site = next(iter(sites.items()))
+        (site,) = sites.values()
         fn = site["fn"]
-        if (
-            isinstance(fn, Independent)
-            and isinstance(fn.base_dist, Normal)
-            and fn.batch_shape == (len(x),)
-            and site["mask"] is None
-            and not site["is_observed"]
-        ):
-            self.site, self.events = name, fn.reinterpreted_batch_ndims
+        gaussian = isinstance(fn, td.Independent) and isinstance(fn.base_dist, td.Normal)
+        plain = site["mask"] is None and not site["is_observed"]
+        if gaussian and plain and fn.batch_shape == (len(x),):
+            self.site, self.events = site["name"], fn.reinterpreted_batch_ndims
             self.loc, self.scale = fn.base_dist.loc, fn.base_dist.scale
 
     def __call__(self, count: int, streams: Streams) -> tuple[Latents, Tensor]:
@@ -329,24 +281,18 @@ def prior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
 def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Latents:
     """Where a chain or a search starts: site name -> ``(N, *event)``, on the constrained scale.
 
-    ``initial`` is ``"guide"``, a draw from q(z | x), ``"mean"``, the guide's mean, or ``"prior"``,
-    a draw from p(z).
+    ``initial`` is ``"guide"`` or ``"prior"``, a draw from it, or ``"mean"``, the guide's mean.
     """
     if initial == "mean":
         return posterior_mean(vae, x)
     return (prior if initial == "prior" else encode)(vae, x, streams=streams)
 
 
-def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Distribution:
+def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> td.Distribution:
     """The likelihood p(x | z) of ``M`` rows of latents, as the model's distribution object.
 
-    Args:
-        vae: any Pyro VAE.
-        latents: site name -> ``(M, *event)``, on the constrained scale.
-        image_shape: ``(C, H, W)`` of the images the model observes.
-
-    Raises:
-        ValueError: for a latent that the model does not sample.
+    ``latents`` are on the constrained scale, site name -> ``(M, *event)``, and ``image_shape`` is
+    ``(C, H, W)``. Raises ``ValueError`` for a latent that the model does not sample.
     """
     first = next(iter(latents.values()))
     template = first.new_zeros((first.shape[0], *image_shape))
@@ -359,31 +305,16 @@ def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) ->
 
 def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tensor:
     """Mean of p(x | z): latents with ``M`` rows to images ``(M, C, H, W)`` (the paper's g(z))."""
-    mean = observation(vae, latents, image_shape).mean
-    return mean.reshape((-1, *image_shape))
+    return observation(vae, latents, image_shape).mean.reshape((-1, *image_shape))
 
 
-@dataclass(frozen=True)
-class LatentSite:
-    """A latent site of a model: its shape on the unconstrained scale, and its transform.
-
-    Attributes:
-        name: the site's name.
-        shape: shape of one image's unconstrained value.
-        transform: from the unconstrained scale to the support; ``None`` for the identity.
-    """
+class LatentSite(NamedTuple):
+    """A latent site: its name, the shape of one image's value on the unconstrained scale, and the
+    transform from there to the support, ``None`` for the identity."""
 
     name: str
     shape: tuple[int, ...]
-    transform: Transform | None
-
-
-def _to_support(support: constraints.Constraint) -> Transform | None:
-    """Transform from the unconstrained scale to ``support``; ``None`` where they are the same."""
-    innermost = support
-    while isinstance(innermost, constraints.independent):
-        innermost = innermost.base_constraint
-    return None if innermost is constraints.real else biject_to(support)
+    transform: td.Transform | None
 
 
 class ModelPotential:
@@ -406,9 +337,7 @@ class ModelPotential:
     """
 
     def __init__(self, model: PyroProgram, *args: Any, **kwargs: Any) -> None:
-        self._model = model
-        self._args = args
-        self._kwargs = kwargs
+        self._model, self._args, self._kwargs = model, args, kwargs
         batch = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
         if batch is None or batch.dim() == 0:
             raise ValueError("the model needs a tensor argument whose first dimension is the batch")
@@ -433,16 +362,17 @@ class ModelPotential:
                 f"latent site {name!r} has a plate left of the data plate; "
                 "make the data plate the leftmost one"
             )
-        transform = _to_support(fn.support)
+        innermost = fn.support
+        while isinstance(innermost, td.constraints.independent):
+            innermost = innermost.base_constraint
+        transform = None if innermost is td.constraints.real else td.biject_to(fn.support)
         unconstrained = value if transform is None else transform.inv(value)
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
 
     def at(self, x: Tensor) -> ModelPotential:
         """The energy of the same model at other images, any number; sites are not read again."""
         other = copy.copy(self)
-        other._args = (x,)
-        other._kwargs = {}
-        other.num_images = x.shape[0]
+        other._args, other._kwargs, other.num_images = (x,), {}, x.shape[0]
         return other
 
     @property
@@ -485,7 +415,7 @@ class ModelPotential:
         return other
 
     @property
-    def transforms(self) -> dict[str, Transform]:
+    def transforms(self) -> dict[str, td.Transform]:
         """Transforms of the constrained sites, from the unconstrained scale to the support."""
         return {site.name: site.transform for site in self.sites if site.transform is not None}
 
@@ -512,10 +442,9 @@ class ModelPotential:
                 f"latents must have the model's sites {sorted(expected)}, got {sorted(latents)}"
             )
         for name, shape in expected.items():
-            if tuple(latents[name].shape) != shape:
+            if (found := tuple(latents[name].shape)) != shape:
                 raise ValueError(
-                    f"latents[{name!r}] must have shape {shape} (one row per image), "
-                    f"got {tuple(latents[name].shape)}"
+                    f"latents[{name!r}] must have shape {shape} (one row per image), got {found}"
                 )
         return dict(latents)
 
@@ -527,13 +456,10 @@ class ModelPotential:
 
     def log_determinant(self, latents: LatentsLike) -> Tensor:
         """Minus the log-determinant of the constraining transforms (zero without any)."""
-        first = next(iter(latents.values()))
-        total = first.new_zeros(self.num_images)
-        for site in self.sites:
-            if site.transform is not None:
-                value = latents[site.name]
-                log_det = site.transform.log_abs_det_jacobian(value, site.transform(value))
-                total = total - log_det.reshape(self.num_images, -1).sum(-1)
+        total = next(iter(latents.values())).new_zeros(self.num_images)
+        for name, transform in self.transforms.items():
+            log_det = transform.log_abs_det_jacobian(latents[name], transform(latents[name]))
+            total = total - log_det.reshape(self.num_images, -1).sum(-1)
         return total
 
 
@@ -556,21 +482,17 @@ def guide_potential(
 ) -> Potential:
     """Energy -log q(z | x) of the guide per image, normalised, on the scale of :func:`potential`.
 
-    The guide's counterpart of U(z; x): on the same unconstrained latents, with the same
-    log-determinants, so that ``guide_potential(vae, x)(z) - potential(vae, x)(z)`` is the
-    log-weight log p(x, z) - log q(z | x). ``model_potential`` is the latter, if it is at hand.
-
-    Raises:
-        ValueError: when called, if the guide's latent sites are not those of the model.
+    It has the same unconstrained latents and log-determinants, so that ``guide_potential(vae,
+    x)(z) - potential(vae, x)(z)`` is the log-weight log p(x, z) - log q(z | x); the latter may be
+    given as ``model_potential``. When called, it raises ``ValueError`` if the latent sites of the
+    guide are not those of the model.
     """
     energy = potential(vae, x) if model_potential is None else model_potential
     names = {site.name for site in energy.sites}
 
     def energy_of_guide(latents: LatentsLike) -> Tensor:
-        conditioned = poutine.condition(vae.guide, data=energy.constrain(latents))
-        trace = _get_trace(conditioned, x)
-        sites = sample_sites(trace)
-        if sites.keys() != names:
+        trace = _get_trace(poutine.condition(vae.guide, data=energy.constrain(latents)), x)
+        if (sites := sample_sites(trace)).keys() != names:
             raise ValueError(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "
                 "a density of the guide needs the same sites in both"
@@ -583,16 +505,14 @@ def guide_potential(
 def mean_posterior_variance(
     vae: VAE,
     batches: Iterable[Any],
-    max_images: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Latents:
     """Average over images of the guide's variance, a metric that no attacker can move.
 
     Args:
         vae: any Pyro VAE whose guide's distributions know their variance.
-        batches: iterable of image batches ``(N, C, H, W)``, or of tuples that start with one, e.g.
-            a loader of the training set.
-        max_images: stop after so many images.
+        batches: image batches ``(N, C, H, W)``, or tuples that start with one, e.g. a loader of the
+            training set.
         generator: source of the seed of a hierarchy's upper groups, on draws of which the variance
             of the lower ones is conditional; torch's global seed when ``None``.
 
@@ -610,8 +530,6 @@ def mean_posterior_variance(
                 total = distribution.variance.sum(0)
                 totals[name] = totals[name] + total if name in totals else total
             count += x.shape[0]
-            if max_images is not None and count >= max_images:
-                break
     if count == 0:
         raise ValueError("batches is empty; pass a loader of the training set")
     return {name: total / count for name, total in totals.items()}

@@ -45,11 +45,7 @@ def latent_sites(trace: Trace) -> list[Site]:
 
 
 def image_site(model_trace: Trace, conditioned: Container[str] = ()) -> Site:
-    """The one site at which the model observes the image, other than those ``conditioned``.
-
-    Raises:
-        ValueError: if the model observes nothing, or more than one site.
-    """
+    """The one observed site other than those ``conditioned``; ``ValueError`` if not just one."""
     observed = [
         site
         for name, site in sample_sites(model_trace).items()
@@ -95,13 +91,10 @@ def check_mean_field(*traces: Trace) -> None:
 
 
 def data_frame(site: Site, num_images: int | None = None) -> Any:
-    """The frame of the data plate a site stands in.
+    """The frame of the data plate a site stands in; ``ValueError`` if there is none.
 
     It is the plate ``"data"``; where the number of images is given, another plate of that size will
     do, and the size is checked.
-
-    Raises:
-        ValueError: if there is no such plate, or it has another size.
     """
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     named = [frame for frame in frames if frame.name == DATA_PLATE]
@@ -122,8 +115,7 @@ def data_frame(site: Site, num_images: int | None = None) -> Any:
 def per_image(value: Tensor, site: Site, num_images: int | None = None) -> Tensor:
     """Sum of one value per batch element (a log-probability, a KL) within each image, ``(N,)``.
 
-    Raises:
-        ValueError: as :func:`data_frame`, or if the value has no row per image.
+    Raises ``ValueError`` as :func:`data_frame`, or if the value has no row per image.
     """
     frame = data_frame(site, num_images)
     if value.dim() < -frame.dim or value.shape[frame.dim] not in (1, frame.size):
@@ -154,8 +146,7 @@ def latent_values(sites: list[Site]) -> Tensor:
 def gaussians(sites: list[Site]) -> tuple[Tensor, Tensor]:
     """Means and standard deviations of Gaussian sites, each ``(N, D)``, as :func:`latent_values`.
 
-    Raises:
-        ValueError: for a site that is not Gaussian with diagonal covariance.
+    Raises ``ValueError`` for a site that is not Gaussian with diagonal covariance.
     """
     locs, scales = [], []
     for site in sites:
@@ -173,11 +164,7 @@ def gaussians(sites: list[Site]) -> tuple[Tensor, Tensor]:
 
 
 def decoder_mean(model_trace: Trace, x: Tensor) -> Tensor:
-    """Mean of the image's distribution, in the shape of the images ``x``.
-
-    Raises:
-        ValueError: for a distribution without a mean.
-    """
+    """Mean of the image's distribution, in the shape of ``x``; ``ValueError`` if it has none."""
     site = image_site(model_trace)
     try:
         mean = site["fn"].mean

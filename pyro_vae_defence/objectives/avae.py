@@ -42,13 +42,7 @@ from pyro_vae_defence.models.sites import (
     latent_sites,
     per_image,
 )
-from pyro_vae_defence.objectives.elbo import (
-    EncodeSites,
-    ImageELBO,
-    MeanFieldELBO,
-    Terms,
-    add_terms,
-)
+from pyro_vae_defence.objectives.elbo import EncodeSites, ImageELBO, MeanFieldELBO, Terms, add_terms
 from pyro_vae_defence.objectives.smooth_encoder import SE
 from pyro_vae_defence.types import Perturb, PyroProgram
 
@@ -131,9 +125,8 @@ class AVAESS(ImageELBO):
             leaf = site["value"].detach().requires_grad_()
             cut_trace.nodes[site["name"]] = {**site, "value": leaf}
             leaves.append(leaf)
-        model_trace = poutine.trace(poutine.replay(model, trace=cut_trace)).get_trace(
-            x, *args, **kwargs
-        )
+        replayed = poutine.replay(model, trace=cut_trace)
+        model_trace = poutine.trace(replayed).get_trace(x, *args, **kwargs)
         check_mean_field(model_trace, guide_trace)
 
         image = image_site(model_trace)

@@ -178,8 +178,7 @@ class MeanFieldELBO(ImageELBO):
             return latent_sites(poutine.trace(guide).get_trace(x, *args, **kwargs))
 
         terms = elbo_terms(model_trace, guide_trace)
-        extra = self.extra_terms(model_trace, latent_sites(guide_trace), encode, x)
-        return add_terms(terms, extra)
+        return add_terms(terms, self.extra_terms(model_trace, latent_sites(guide_trace), encode, x))
 
     @abstractmethod
     def extra_terms(
@@ -225,11 +224,11 @@ def add_terms(terms: Terms, extra: Terms) -> Terms:
 def site_kl(guide_site: Site, model_trace: Trace) -> Tensor:
     """KL of one latent site, in the site's batch shape; analytic, or else log q - log p."""
     model_site: Site = model_trace.nodes[guide_site["name"]]
+    q, p = guide_site["fn"], model_site["fn"]
     try:
-        return kl_divergence(guide_site["fn"], model_site["fn"])
+        return kl_divergence(q, p)
     except NotImplementedError:
-        value = guide_site["value"]
-        return guide_site["fn"].log_prob(value) - model_site["fn"].log_prob(value)
+        return q.log_prob(guide_site["value"]) - p.log_prob(guide_site["value"])
 
 
 def linear_schedule(num_steps: int, end: float = 1.0, start: float = 0.0) -> Schedule:
@@ -250,10 +249,7 @@ def linear_schedule(num_steps: int, end: float = 1.0, start: float = 0.0) -> Sch
         raise ValueError(f"start={start!r} must be a finite number of at least 0")
     check_positive("end", end)
 
-    def weight(step: int) -> float:
-        return start + (end - start) * min(1.0, (step + 1) / num_steps)
-
-    return weight
+    return lambda step: start + (end - start) * min(1.0, (step + 1) / num_steps)
 
 
 def check_weight(name: str, weight: float | Schedule) -> float | Schedule:

@@ -19,7 +19,7 @@ https://arxiv.org/abs/2007.03898
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,15 +88,11 @@ class NVAEObjective(ImageELBO):
         sites = latent_sites(guide_trace)
         kl = torch.stack([per_image(site_kl(site, model_trace), site) for site in sites], dim=1)
         beta = kl_coefficient(self.step, self.num_steps, anneal_portion=self.kl_anneal)
-        balanced = balance_kl(kl, kl_balance_weights(self.vae.config).to(kl), beta)
+        weighed, _ = balance_kl(kl, kl_balance_weights(self.vae.config), beta)
         penalty = self.penalty * (self.spectral() + batch_norm_penalty(self.vae))
         penalty = penalty.expand_as(reconstruction)
-        return {
-            "reconstruction": reconstruction,
-            "kl": kl.sum(dim=1),
-            "penalty": penalty,
-            "loss": -reconstruction + balanced.per_image + penalty,
-        }
+        terms = {"reconstruction": reconstruction, "kl": kl.sum(dim=1), "penalty": penalty}
+        return terms | {"loss": -reconstruction + weighed + penalty}
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the singular vectors, which move on at every call."""
@@ -137,11 +133,10 @@ class SpectralPenalty(nn.Module):
         if min(num_iterations, warmup_iterations) < 1:
             raise ValueError(f"{num_iterations=} and {warmup_iterations=} must be at least 1")
         self.num_iterations = num_iterations
-        by_shape: dict[tuple[int, int], list[nn.Conv2d]] = {}
+        by_shape: dict[torch.Size, list[nn.Conv2d]] = {}
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
-                rows = module.weight.shape[0]
-                by_shape.setdefault((rows, module.weight.numel() // rows), []).append(module)
+                by_shape.setdefault(module.weight.flatten(1).shape, []).append(module)
         # In a tuple, so that the network's parameters are not registered here once more.
         self._convs = tuple(tuple(convs) for convs in by_shape.values())
         with torch.no_grad():
@@ -178,31 +173,17 @@ class SpectralPenalty(nn.Module):
 # --- Weights of the KL terms ----------------------------------------------------------------------
 
 
-class BalancedKL(NamedTuple):
-    """KL terms as the training loss weighs them.
-
-    Attributes:
-        per_image: ``beta * sum_g c_g KL_ng``, shape ``(N,)``, nats.
-        coefficients: the ``c_g``, shape ``(G,)``, mean 1, without gradient.
-    """
-
-    per_image: Tensor
-    coefficients: Tensor
-
-
 def kl_balance_weights(config: NVAEConfig) -> Tensor:
     """KL a group should carry, relative to the least one: ``(G,)``, from the top down.
 
     Per scale it grows as the number of latent variables, and the groups of a scale share it.
     """
-    groups = list(reversed(config.groups_per_scale))
-    alpha = torch.tensor(
-        [4.0**scale / count for scale, count in enumerate(groups) for _ in range(count)]
-    )
+    groups = enumerate(reversed(config.groups_per_scale))
+    alpha = torch.tensor([4.0**scale / count for scale, count in groups for _ in range(count)])
     return alpha / alpha.min()
 
 
-def balance_kl(kl: Tensor, alpha: Tensor, beta: float) -> BalancedKL:
+def balance_kl(kl: Tensor, alpha: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Weigh the KL terms so that no group is switched off while ``beta`` is annealed.
 
     Args:
@@ -210,35 +191,25 @@ def balance_kl(kl: Tensor, alpha: Tensor, beta: float) -> BalancedKL:
         alpha: from :func:`kl_balance_weights`, ``(G,)``.
         beta: KL coefficient in (0, 1]; at 1 the terms are not balanced any more.
 
+    Returns:
+        ``beta * sum_g c_g KL_ng``, ``(N,)``, and the ``c_g``, ``(G,)``, mean 1, without gradient.
+
     Raises:
         ValueError: ``beta`` out of range.
     """
     if not 0 < beta <= 1:
         raise ValueError(f"beta={beta} must lie in (0, 1]")
     if beta == 1:
-        return BalancedKL(kl.sum(dim=1), torch.ones_like(kl[0]))
+        return kl.sum(dim=1), torch.ones_like(kl[0])
     size = kl.detach().abs().mean(dim=0) + 0.01
     coefficients = size / alpha.to(size) * size.sum()
     coefficients = coefficients / coefficients.mean()
-    return BalancedKL(beta * (coefficients * kl).sum(dim=1), coefficients)
+    return beta * (coefficients * kl).sum(dim=1), coefficients
 
 
 def kl_coefficient(
-    step: int,
-    num_steps: int,
-    *,
-    anneal_portion: float = 0.3,
-    constant_portion: float = 1e-4,
-    constant: float = 1e-4,
+    step: int, num_steps: int, *, anneal_portion: float = 0.3, constant_portion: float = 1e-4
 ) -> float:
-    """``beta`` at step ``step`` of ``num_steps``: constant, then linear up to 1, then 1.
-
-    Raises:
-        ValueError: ``num_steps`` or ``anneal_portion`` is not positive.
-    """
-    if num_steps < 1 or anneal_portion <= 0:
-        raise ValueError(
-            f"num_steps={num_steps} and anneal_portion={anneal_portion} must be positive"
-        )
+    """``beta`` at step ``step`` of ``num_steps``: 1e-4, then linear up to 1, then 1."""
     ramp = (step - constant_portion * num_steps) / (anneal_portion * num_steps)
-    return max(min(ramp, 1.0), constant)
+    return max(min(ramp, 1.0), 1e-4)

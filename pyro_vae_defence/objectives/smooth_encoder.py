@@ -69,7 +69,14 @@ class SE(MeanFieldELBO):
         self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
     ) -> Terms:
         """The neighbour's KL and the coupling."""
-        neighbour = encode(perturbed(self.perturb, x))
+        with torch.enable_grad(), poutine.block():
+            x_adv = self.perturb(x).detach()
+        if x_adv.shape != x.shape:
+            raise ValueError(
+                f"perturb returned shape {tuple(x_adv.shape)} for images of shape "
+                f"{tuple(x.shape)}; it must keep the shape"
+            )
+        neighbour = encode(x_adv)
         kl_adv = [per_image(site_kl(site, model_trace), site) for site in neighbour]
         coupling = omega(*gaussians(sites), *gaussians(neighbour), self.gamma)
         return {"kl_adv": torch.stack(kl_adv).sum(0), "omega": coupling}
@@ -87,15 +94,3 @@ def omega(loc: Tensor, scale: Tensor, loc_adv: Tensor, scale_adv: Tensor, gamma:
     # p - (u - 1) and log((u + 1) / 2), with u - 1 = p^2 / (u + 1) and u - p = 1 / (u + p)
     remainder = p * (1 + 1 / (u + p)) / (u + 1) + torch.log1p(p**2 / (2 * (u + 1)))
     return 0.5 * (gamma * wasserstein + remainder).sum(1)
-
-
-def perturbed(perturb: Perturb, x: Tensor) -> Tensor:
-    """Neighbours of ``x`` as constants; ``ValueError`` if their shape differs."""
-    with torch.enable_grad(), poutine.block():
-        x_adv = perturb(x).detach()
-    if x_adv.shape != x.shape:
-        raise ValueError(
-            f"perturb returned shape {tuple(x_adv.shape)} for images of shape {tuple(x.shape)}; "
-            "it must keep the shape"
-        )
-    return x_adv

@@ -42,20 +42,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.sites import (
-    check_mean_field,
-    gaussians,
-    latent_sites,
-    latent_values,
-)
-from pyro_vae_defence.objectives.elbo import (
-    ImageELBO,
-    Schedule,
-    Terms,
-    check_weight,
-    elbo_terms,
-    weight_at,
-)
+from pyro_vae_defence.models.sites import check_mean_field, gaussians, latent_sites, latent_values
+from pyro_vae_defence.objectives import elbo
+from pyro_vae_defence.objectives.elbo import ImageELBO, Schedule, Terms
 from pyro_vae_defence.types import PyroProgram
 
 Estimator = Literal["mws", "mss", "published"]
@@ -83,19 +72,18 @@ class BetaTCVAE(ImageELBO):
         _check_estimator(estimator)
         if data_size < 1:
             raise ValueError(f"data_size={data_size!r} must be the number of training images")
-        self.beta = check_weight("beta", beta)
-        self.data_size = data_size
+        self.beta, self.data_size = elbo.check_weight("beta", beta), data_size
         self.estimator: Estimator = estimator
 
     def particle_terms(
         self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Add ``(beta - 1) total_correlation`` to the negative ELBO."""
-        beta = weight_at("beta", self.beta, self.step)
+        beta = elbo.weight_at("beta", self.beta, self.step)
         model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
         check_mean_field(model_trace, guide_trace)
         sites = latent_sites(guide_trace)
-        terms = elbo_terms(model_trace, guide_trace)
+        terms = elbo.elbo_terms(model_trace, guide_trace)
         z, (loc, scale) = latent_values(sites), gaussians(sites)
         tc = total_correlation(z, loc, scale, self.data_size, self.estimator)
         return terms | {"total_correlation": tc, "loss": terms["loss"] + (beta - 1) * tc}
@@ -134,10 +122,10 @@ def total_correlation(
 
 
 def _stratified_log_weights(batch_size: int, data_size: int) -> Tensor:
-    """Logarithms of the weights of minibatch stratified sampling, ``(M, M)``, float64.
+    """Logarithms of the weights of ``mss``, ``(M, M)``, float64; each row of weights sums to one.
 
     The image itself is in the batch with certainty and stands for itself alone; the others stand
-    for the rest of the data. Each row sums to one. The successor in the batch is the "one other".
+    for the rest of the data. The successor in the batch is the "one other".
     """
     if batch_size < 2:
         raise ValueError("estimator='mss' needs batches of at least 2 images; use 'mws' or drop it")

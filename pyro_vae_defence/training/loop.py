@@ -31,12 +31,7 @@ from pyro.infer import ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_vae_defence.models.program import (
-    check_images,
-    check_vae,
-    evaluation_mode,
-    mean_posterior_variance,
-)
+from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.files import atomic_save, remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
@@ -97,7 +92,7 @@ def fit(
             ``tensorboard`` is not installed.
         NonFiniteLossError: as soon as a loss is not finite; the last checkpoint stays.
     """
-    check_vae(vae)
+    program.check_vae(vae)
     if not isinstance(objective, ELBO):
         raise ValueError(
             f"objective must be a Pyro ELBO such as pyro.infer.Trace_ELBO(), got {objective!r}"
@@ -131,8 +126,8 @@ def fit(
             entry = run.train_epoch(path)
             if path is not None:
                 run.save(path)
-            shown = {k: f"{v:.2f}" for k, v in entry.items() if k.endswith(("loss", "nelbo"))}
-            bar.set_postfix(shown)
+            losses = {k: f"{v:.2f}" for k, v in entry.items() if k.endswith(("loss", "nelbo"))}
+            bar.set_postfix(losses)
             bar.update()
             log(entry)
             if on_epoch is not None and parallel.is_first():
@@ -141,30 +136,23 @@ def fit(
     return FitResult(list(run.history), run.steps, variance)
 
 
-def evaluate(
-    vae: VAE, objective: Any, loader: Iterable[Any], *, max_images: int | None = None
-) -> float:
+def evaluate(vae: VAE, objective: Any, loader: Iterable[Any]) -> float:
     """Mean loss of ``objective`` per image, in nats; no parameter changes.
 
     Batches are moved to the VAE's device, as :func:`fit` does.
     """
-    total, count = _loss_and_count(vae, objective, loader, max_images)
+    total, count = _loss_and_count(vae, objective, loader)
     if count == 0:
         raise ValueError("the loader is empty; pass at least one batch")
     return total / count
 
 
-def _loss_and_count(
-    vae: VAE, objective: Any, loader: Iterable[Any], max_images: int | None = None
-) -> tuple[float, int]:
-    """Summed loss, and the number of images it is of."""
+def _loss_and_count(vae: VAE, objective: Any, loader: Iterable[Any]) -> tuple[float, int]:
     total, count = 0.0, 0
-    with torch.no_grad(), evaluation_mode(vae):
+    with torch.no_grad(), program.evaluation_mode(vae):
         for x in _images(vae, loader):
             total += float(objective.loss(vae.model, vae.guide, x))
             count += x.shape[0]
-            if max_images is not None and count >= max_images:
-                break
     return total, count
 
 
@@ -221,22 +209,16 @@ class _Run:
         config: FitConfig,
         validation: Iterable[Any] | None,
     ) -> None:
-        self.vae = vae
+        self.vae, self.objective, self.config = vae, objective, config
+        self.loader, self.validation = loader, validation
         self.model, self.guide = vae.model, vae.guide
         if config.precision == "bfloat16":
             self.model, self.guide = in_bfloat16(vae.model), in_bfloat16(vae.guide)
-        self.objective = objective
-        self.loader = loader
-        self.config = config
-        self.validation = validation
-        self.epoch = 0
-        self.steps = 0
+        # Where the run stands; see _POSITION.
+        self.epoch, self.steps, self.batch, self.loss_sum, self.seen = 0, 0, 0, 0.0, 0
         self.history: list[dict[str, float]] = []
-        self.batch = 0
-        self.loss_sum = 0.0
-        self.seen = 0
         self.parameters: dict[str, Tensor] = {}
-        self.optimiser: torch.optim.Optimizer | None = None
+        self.optimiser: Any = None
         self.scheduler: Any = None
         self.average: WeightAverage | None = None
         self._resume_rng: dict[str, Any] | None = None
@@ -260,7 +242,7 @@ class _Run:
         _set_epoch(self.loader, self.epoch)
         for x in self._remaining_batches():
             if self.steps == 0:
-                check_images(x, "loader's first batch")
+                program.check_images(x, "loader's first batch")
                 length = len(self.loader) if isinstance(self.loader, Sized) else None
                 parallel.check_shares(length, x)
             self._step(x)
@@ -271,15 +253,14 @@ class _Run:
         if self.seen == 0:
             raise ValueError("loader is empty; pass at least one batch")
         entry = {"epoch": float(self.epoch + 1), "train_loss": self.loss_sum / self.seen}
-        assert self.optimiser is not None
         entry["learning_rate"] = float(self.optimiser.param_groups[0]["lr"])
         if isinstance(self.vae, nn.Module):
             # The first process's running statistics are the ones that are saved.
             parallel.broadcast(self.vae.buffers())
         if self.validation is not None:
-            with self.validated_weights():
-                entry["validation_loss"] = self._validate(self.objective)
-                entry["validation_nelbo"] = self._validate(TraceMeanField_ELBO())
+            with self._validated_weights():
+                entry["validation_loss"] = self._validate(self.objective, self.validation)
+                entry["validation_nelbo"] = self._validate(TraceMeanField_ELBO(), self.validation)
         if self.config.schedule == "plateau":
             self.scheduler.step(entry["validation_loss"])
         entry["seconds"] = time.perf_counter() - started
@@ -297,7 +278,7 @@ class _Run:
         name = "mean_posterior_variance"
         if not (self.config.posterior_variance and hasattr(self.vae, name)):
             return None
-        variance = mean_posterior_variance(self.vae, _images(self.vae, self.loader))
+        variance = program.mean_posterior_variance(self.vae, _images(self.vae, self.loader))
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
         return variance
@@ -306,11 +287,11 @@ class _Run:
         """Call the user's function in a way that training does not depend on it."""
         # A run resumed from the checkpoint of this epoch will not call it again.
         rng = checkpoints.get_rng(self.loader)
-        with self.validated_weights():
+        with self._validated_weights():
             on_epoch(entry)
         checkpoints.set_rng(rng, self.loader)
 
-    def validated_weights(self) -> contextlib.AbstractContextManager[None]:
+    def _validated_weights(self) -> contextlib.AbstractContextManager[None]:
         """For a while, put the average of the weights in their place, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.swapped()
 
@@ -339,7 +320,6 @@ class _Run:
         self._check_finite(loss, "loss")
         if self.optimiser is None:
             self._make_optimiser(capture.trace)
-        assert self.optimiser is not None
         trained = self._trained().values()
         parallel.sum_gradients(trained)
         if self.config.clip_norm is not None:
@@ -362,9 +342,8 @@ class _Run:
                 "non-finite images or a degenerate likelihood"
             )
 
-    def _validate(self, objective: Any) -> float:
-        assert self.validation is not None
-        loss, count = parallel.total(*_loss_and_count(self.vae, objective, self.validation))
+    def _validate(self, objective: Any, batches: Iterable[Any]) -> float:
+        loss, count = parallel.total(*_loss_and_count(self.vae, objective, batches))
         if count == 0:
             raise ValueError("validation is empty; pass at least one batch")
         return loss / count
@@ -424,21 +403,18 @@ class _Run:
         rng = parallel.gather({"now": checkpoints.get_rng(self.loader), "epoch": self._epoch_rng})
         if not parallel.is_first():
             return
-        assert self.optimiser is not None
-        atomic_save(
-            {
-                "format": checkpoints.FORMAT,
-                "config": dataclasses.asdict(self.config),
-                **{name: getattr(self, name) for name in _POSITION},
-                "weights": self._weights(),
-                "average": None if self.average is None else self.average.values,
-                "optimiser": self.optimiser.state_dict(),
-                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-                "objective": self._objective_state(),
-                "rng": rng,
-            },
-            path,
-        )
+        contents = {
+            "format": checkpoints.FORMAT,
+            "config": dataclasses.asdict(self.config),
+            **{name: getattr(self, name) for name in _POSITION},
+            "weights": self._weights(),
+            "average": None if self.average is None else self.average.values,
+            "optimiser": self.optimiser.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "objective": self._objective_state(),
+            "rng": rng,
+        }
+        atomic_save(contents, path)
 
     def load(self, path: Path) -> None:
         state = checkpoints.read(path)
@@ -446,9 +422,10 @@ class _Run:
         self._see_parameters()
         self._load_weights(state["weights"], path)
         if self.average is not None:
-            for name, value in self.average.values.items():
-                value.copy_(state["average"][name])
-        assert self.optimiser is not None
+            # By order, as the optimiser's: names in Pyro's store differ between instances.
+            saved = state["average"].values()
+            for value, theirs in zip(self.average.values.values(), saved, strict=True):
+                value.copy_(theirs)
         self.optimiser.load_state_dict(state["optimiser"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
@@ -464,11 +441,8 @@ class _Run:
 
     def _check_settings(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = state["config"], dataclasses.asdict(self.config)
-        differing = {
-            name: (theirs.get(name), ours.get(name))
-            for name in (theirs | ours).keys() - _FREE_SETTINGS
-            if theirs.get(name) != ours.get(name)
-        }
+        pairs = {n: (theirs.get(n), ours.get(n)) for n in (theirs | ours).keys() - _FREE_SETTINGS}
+        differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
         # More epochs than before is a continuation; anything else would be another run.
         if self.config.schedule != "one_cycle" and differing.keys() == {"epochs"}:
             differing = {}
@@ -487,15 +461,13 @@ class _Run:
         with poutine.trace(param_only=True) as capture:
             self.objective.loss_and_grads(self.model, self.guide, x)
         self._make_optimiser(capture.trace)
-        assert self.optimiser is not None
         self.optimiser.zero_grad()
         checkpoints.set_rng(rng, self.loader)
         self._set_objective_state(objective)
 
     def _objective_state(self) -> dict[str, Any] | None:
         """What an objective keeps from step to step; an annealed one counts them."""
-        stateful = hasattr(self.objective, "state_dict")
-        return self.objective.state_dict() if stateful else None
+        return self.objective.state_dict() if hasattr(self.objective, "state_dict") else None
 
     def _set_objective_state(self, state: dict[str, Any] | None) -> None:
         if state is not None:
@@ -512,15 +484,11 @@ class _Run:
             try:
                 self.vae.load_state_dict(weights)
             except RuntimeError as error:
-                raise ValueError(
-                    f"checkpoint {path} belongs to another architecture: {error}"
-                ) from error
+                message = f"checkpoint {path} belongs to another architecture: {error}"
+                raise ValueError(message) from error
             return
-        if weights.keys() != self.parameters.keys():
-            raise ValueError(
-                f"checkpoint {path} holds other parameters: "
-                f"{sorted(weights.keys() ^ self.parameters.keys())}"
-            )
+        if others := sorted(weights.keys() ^ self.parameters.keys()):
+            raise ValueError(f"checkpoint {path} holds other parameters: {others}")
         with torch.no_grad():
             for name, value in weights.items():
                 self.parameters[name].copy_(value)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import enum
 import re
+from collections import OrderedDict
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyro_vae_defence.models.nvae.layers import (
     BatchNormSwish,
@@ -20,8 +20,6 @@ from pyro_vae_defence.models.nvae.layers import (
     SqueezeExcite,
     batch_norm,
     nested,
-    plain_conv,
-    upsampling_skip,
 )
 
 RESIDUAL_SCALE = 0.1
@@ -41,48 +39,37 @@ class Resize(enum.Enum):
         return channels // 2 if self is Resize.UP else channels
 
 
-class ResidualConv(nn.Module):
-    """[batch norm ->] activation -> [nearest upsampling ->] 3x3 convolution."""
-
-    def __init__(
-        self, kind: str, in_channels: int, out_channels: int, resize: Resize, dilation: int = 1
-    ) -> None:
-        super().__init__()
-        if kind == "bnswish":
-            self.bn_act = BatchNormSwish(in_channels)
-        elif kind == "bnelu":
-            self.bn = batch_norm(in_channels)
-        stride = 2 if resize is Resize.DOWN else 1
-        self.conv_0 = Conv2d(in_channels, out_channels, 3, stride=stride, dilation=dilation)
-        self.kind = kind
-        self.upsample = resize is Resize.UP
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform ``x``."""
-        if self.kind == "bnswish":
-            x = self.bn_act(x)
-        else:
-            x = F.elu(self.bn(x) if self.kind == "bnelu" else x)
-        if self.upsample:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return self.conv_0(x)
+def build_op(name: str, in_channels: int, out_channels: int, resize: Resize) -> nn.Sequential:
+    """The operation called ``name`` in the table of architectures."""
+    if residual := re.fullmatch(r"res_(elu|bnelu|bnswish)(5?)", name):
+        return _residual(residual[1], in_channels, out_channels, resize, bool(residual[2]))
+    if inverted := re.fullmatch(r"mconv_e(\d+)k(\d+)g(\d+)", name):
+        return _inverted_residual(in_channels, out_channels, resize, *map(int, inverted.groups()))
+    raise ValueError(f"operation {name!r} is unknown")
 
 
-def _conv_batch_norm_swish(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
+def _residual(
+    activation: str, in_channels: int, out_channels: int, resize: Resize, wide: bool
 ) -> nn.Sequential:
-    conv = plain_conv(in_channels, out_channels, kernel_size, stride, groups)
-    return nested("conv", nn.Sequential(conv, BatchNormSwish(out_channels)))
+    """[batch norm ->] activation -> [nearest upsampling ->] 3x3 convolution."""
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if activation == "bnswish":
+        layers["bn_act"] = BatchNormSwish(in_channels)
+    else:
+        if activation == "bnelu":
+            layers["bn"] = batch_norm(in_channels)
+        layers["act"] = nn.ELU()
+    if resize is Resize.UP:
+        layers["upsample"] = nn.Upsample(scale_factor=2)
+    stride = 2 if resize is Resize.DOWN else 1
+    # A wide one sees 5x5 through dilation; the kernel remains 3x3.
+    dilation = 2 if wide else 1
+    layers["conv_0"] = Conv2d(in_channels, out_channels, 3, stride=stride, dilation=dilation)
+    return nn.Sequential(layers)
 
 
-def inverted_residual(
-    in_channels: int,
-    out_channels: int,
-    resize: Resize,
-    *,
-    expansion: int,
-    kernel_size: int,
-    groups: int,
+def _inverted_residual(
+    in_channels: int, out_channels: int, resize: Resize, expansion: int, kernel: int, groups: int
 ) -> nn.Sequential:
     """[nearest upsampling ->] batch norm -> 1x1 -> depthwise or grouped -> 1x1 -> batch norm.
 
@@ -97,37 +84,16 @@ def inverted_residual(
         )
     upsample = [nn.Upsample(scale_factor=2)] if resize is Resize.UP else []
     stride = 2 if resize is Resize.DOWN else 1
+    expand = nn.Conv2d(in_channels, hidden, 1, bias=False)
+    spatial = nn.Conv2d(hidden, hidden, kernel, stride, kernel // 2, groups=groups, bias=False)
     layers = nn.Sequential(
         *upsample,
         batch_norm(in_channels),
-        _conv_batch_norm_swish(in_channels, hidden, 1),
-        _conv_batch_norm_swish(hidden, hidden, kernel_size, stride, groups),
-        plain_conv(hidden, out_channels, 1),
+        *(nested("conv", nn.Sequential(c, BatchNormSwish(hidden))) for c in (expand, spatial)),
+        nn.Conv2d(hidden, out_channels, 1, bias=False),
         batch_norm(out_channels),
     )
     return nested("conv", layers)
-
-
-_RESIDUAL = {
-    "res_elu": ("elu", 1),
-    "res_bnelu": ("bnelu", 1),
-    "res_bnswish": ("bnswish", 1),
-    "res_bnswish5": ("bnswish", 2),  # sees 5x5 through dilation; the kernel remains 3x3
-}
-_INVERTED = re.compile(r"mconv_e(\d+)k(\d+)g(\d+)")
-
-
-def build_op(name: str, in_channels: int, out_channels: int, resize: Resize) -> nn.Module:
-    """The operation called ``name`` in the table of architectures."""
-    if name in _RESIDUAL:
-        kind, dilation = _RESIDUAL[name]
-        return ResidualConv(kind, in_channels, out_channels, resize, dilation)
-    match = _INVERTED.fullmatch(name)
-    if match is None:
-        raise ValueError(f"operation {name!r} is unknown")
-    expansion, kernel_size, groups = map(int, match.groups())
-    sizes = dict(expansion=expansion, kernel_size=kernel_size, groups=groups)
-    return inverted_residual(in_channels, out_channels, resize, **sizes)
 
 
 class Cell(nn.Module):
@@ -138,23 +104,20 @@ class Cell(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = resize.channels(channels)
-        self.skip: nn.Module
-        if resize is Resize.NONE:
-            self.skip = nn.Identity()
-        elif resize is Resize.DOWN:
+        self.skip: nn.Module = nn.Identity()
+        if resize is Resize.DOWN:
             self.skip = FactorisedReduce(channels, out_channels)
-        else:
-            self.skip = upsampling_skip(channels, out_channels)
+        elif resize is Resize.UP:
+            upsample = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+            self.skip = nn.Sequential(upsample, Conv2d(channels, out_channels, 1, bias=False))
         first, *others = ops
-        self._ops = nn.ModuleList(
-            [build_op(first, channels, out_channels, resize)]
-            + [build_op(name, out_channels, out_channels, Resize.NONE) for name in others]
+        self._ops = nn.Sequential(
+            build_op(first, channels, out_channels, resize),
+            *(build_op(name, out_channels, out_channels, Resize.NONE) for name in others),
         )
         self.se = SqueezeExcite(out_channels) if use_se else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform features ``(N, C, H, W)``."""
-        branch = x
-        for op in self._ops:
-            branch = op(branch)
+        branch = self._ops(x)
         return self.skip(x) + RESIDUAL_SCALE * self.se(branch)

@@ -24,12 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae_defence.models.nvae.config import NVAEConfig
-from pyro_vae_defence.models.nvae.layers import Conv2d
 from pyro_vae_defence.models.nvae.nvae import NVAE
 from pyro_vae_defence.ops.files import write_atomically
 
 SAFETENSORS_FORMAT = "pyro_vae_defence.nvae.v1"
-_ALIAS = "weight_normalized"
 
 
 def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] = ()) -> NVAE:
@@ -56,11 +54,9 @@ def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] 
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not an official checkpoint; it lacks {error}") from error
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if not isinstance(args, Mapping) or not isinstance(state_dict, Mapping):
-        raise ValueError(
-            f"{path}: not an official checkpoint; args and state_dict must be mappings"
-        )
     try:
+        if not isinstance(args, Mapping) or not isinstance(state_dict, Mapping):
+            raise ValueError("not an official checkpoint; args and state_dict must be mappings")
         network = NVAE(NVAEConfig.from_official_args(args, ignore_args=ignore_args))
         _load(network, _without_aliases(network, state_dict))
     except ValueError as error:
@@ -68,27 +64,11 @@ def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] 
     return network.eval()
 
 
-def official_state_dict(network: NVAE) -> dict[str, Tensor]:
-    """State dict with the official keys in their order, duplicates included; nothing is copied."""
-    aliases = _aliases(network)
-    official: dict[str, Tensor] = {}
-    for key, value in network.state_dict().items():
-        official[key] = value
-        if key in aliases:
-            official[aliases[key]] = value
-    return official
-
-
 def save_safetensors(vae: NVAE, path: str | os.PathLike[str]) -> None:
-    """Write the weights, and the configuration as JSON in the metadata.
-
-    An existing file is replaced at once or not at all.
-    """
+    """Write the weights, and the configuration as JSON in the metadata, whole or not at all."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}
-    metadata = {
-        "format": SAFETENSORS_FORMAT,
-        "config": json.dumps(vae.config.to_dict(), sort_keys=True),
-    }
+    config = json.dumps(vae.config.to_dict(), sort_keys=True)
+    metadata = {"format": SAFETENSORS_FORMAT, "config": config}
     write_atomically(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -104,10 +84,8 @@ def load_safetensors(path: str | os.PathLike[str]) -> NVAE:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state_dict = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if metadata.get("format") != SAFETENSORS_FORMAT:
-            raise ValueError(
-                f"format is {metadata.get('format')!r}, expected {SAFETENSORS_FORMAT!r}"
-            )
+        if (found := metadata.get("format")) != SAFETENSORS_FORMAT:
+            raise ValueError(f"format is {found!r}, expected {SAFETENSORS_FORMAT!r}")
         network = NVAE(NVAEConfig.from_dict(json.loads(metadata["config"])))
         _load(network, state_dict)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -121,22 +99,11 @@ def _unpickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Optimiser state makes up two thirds of a file; mapped, it is never read.
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as a checkpoint of plain tensors: {error}"
-        ) from error
-
-
-def _aliases(network: nn.Module) -> dict[str, str]:
-    """Key of every weight without normalisation -> its duplicate's key."""
-    return {
-        f"{name}.weight": f"{name}.{_ALIAS}"
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d) and not isinstance(module, Conv2d)
-    }
+        message = f"{path}: cannot be read as a checkpoint of plain tensors: {error}"
+        raise ValueError(message) from error
 
 
 def _without_aliases(network: NVAE, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -144,9 +111,9 @@ def _without_aliases(network: NVAE, state_dict: Mapping[str, Tensor]) -> dict[st
     state_dict = dict(state_dict)
     if others := sorted(str(k) for k, v in state_dict.items() if not isinstance(v, Tensor)):
         raise ValueError(f"state_dict holds other things than tensors: {_few(others)}")
-    for key, alias in _aliases(network).items():
-        duplicate = state_dict.pop(alias, None)
-        original = state_dict.get(key)
+    for name in [name for name, part in network.named_modules() if type(part) is nn.Conv2d]:
+        key, alias = f"{name}.weight", f"{name}.weight_normalized"
+        duplicate, original = state_dict.pop(alias, None), state_dict.get(key)
         if duplicate is None or original is None:
             continue  # an old file, or a missing key that is reported with all the others
         if not torch.equal(duplicate, original):
@@ -158,20 +125,17 @@ def _load(network: NVAE, state_dict: Mapping[str, Tensor]) -> None:
     expected = network.state_dict()
     # Only a count of batches, which nothing reads.
     optional = {key for key in expected if key.endswith("num_batches_tracked")}
-    problems = []
-    if missing := sorted(set(expected) - optional - set(state_dict)):
-        problems.append(f"keys are missing: {_few(missing)}")
-    if unexpected := sorted(set(state_dict) - set(expected)):
-        problems.append(f"keys are unexpected: {_few(unexpected)}")
-    wrong = [
-        f"{key} {tuple(value.shape)} instead of {tuple(expected[key].shape)}"
-        for key, value in state_dict.items()
-        if key in expected and value.shape != expected[key].shape
-    ]
-    if wrong:
-        problems.append(f"shapes are wrong: {_few(wrong)}")
-    if problems:
-        raise ValueError("the weights do not fit the configuration; " + "; ".join(problems))
+    problems = {
+        "keys are missing": sorted(set(expected) - optional - set(state_dict)),
+        "keys are unexpected": sorted(set(state_dict) - set(expected)),
+        "shapes are wrong": [
+            f"{key} {tuple(value.shape)} instead of {tuple(expected[key].shape)}"
+            for key, value in state_dict.items()
+            if key in expected and value.shape != expected[key].shape
+        ],
+    }
+    if found := [f"{what}: {_few(items)}" for what, items in problems.items() if items]:
+        raise ValueError("the weights do not fit the configuration; " + "; ".join(found))
     network.load_state_dict(expected | dict(state_dict))
 
 

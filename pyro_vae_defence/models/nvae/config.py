@@ -22,94 +22,47 @@ class Architecture(NamedTuple):
     post_process: tuple[str, ...]
 
 
-def _everywhere(*ops: str) -> Architecture:
-    return Architecture(ops, ops, ops, ops)
-
-
-_BNSWISH = ("res_bnswish", "res_bnswish")
-_MCONV3 = ("mconv_e3k5g0",)
-_MCONV6 = ("mconv_e6k5g0",)
+_ELU, _BNELU = ("res_elu", "res_elu"), ("res_bnelu", "res_bnelu")
+_RES33, _RES35 = ("res_bnswish", "res_bnswish"), ("res_bnswish", "res_bnswish5")
+_RES53, _RES55 = ("res_bnswish5", "res_bnswish"), ("res_bnswish5", "res_bnswish5")
+_MCONV3, _MCONV6, _MCONV11 = ("mconv_e3k5g0",), ("mconv_e6k5g0",), ("mconv_e6k11g0",)
+_GROUPED = ("mconv_e3k5g8",)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "res_elu": _everywhere("res_elu", "res_elu"),
-    "res_bnelu": _everywhere("res_bnelu", "res_bnelu"),
-    "res_bnswish": _everywhere(*_BNSWISH),
+    "res_elu": Architecture(_ELU, _ELU, _ELU, _ELU),
+    "res_bnelu": Architecture(_BNELU, _BNELU, _BNELU, _BNELU),
+    "res_bnswish": Architecture(_RES33, _RES33, _RES33, _RES33),
     "mbconv_sep": Architecture(_MCONV6, _MCONV6, _MCONV3, _MCONV3),
-    "mbconv_sep11": Architecture(("mconv_e6k11g0",), ("mconv_e6k11g0",), _MCONV3, _MCONV3),
-    "res_mbconv": Architecture(_BNSWISH, _MCONV6, _BNSWISH, _MCONV3),
-    "res53_mbconv": Architecture(
-        ("res_bnswish5", "res_bnswish"), _MCONV6, ("res_bnswish5", "res_bnswish"), _MCONV3
-    ),
-    "res35_mbconv": Architecture(
-        ("res_bnswish", "res_bnswish5"), _MCONV6, ("res_bnswish", "res_bnswish5"), _MCONV3
-    ),
-    "res55_mbconv": Architecture(
-        ("res_bnswish5", "res_bnswish5"), _MCONV6, ("res_bnswish5", "res_bnswish5"), _MCONV3
-    ),
+    "mbconv_sep11": Architecture(_MCONV11, _MCONV11, _MCONV3, _MCONV3),
+    "res_mbconv": Architecture(_RES33, _MCONV6, _RES33, _MCONV3),
+    "res53_mbconv": Architecture(_RES53, _MCONV6, _RES53, _MCONV3),
+    "res35_mbconv": Architecture(_RES35, _MCONV6, _RES35, _MCONV3),
+    "res55_mbconv": Architecture(_RES55, _MCONV6, _RES55, _MCONV3),
     # The official code lists this one but lacks its 9x9 operations: no official checkpoint has it.
-    "res_mbconv9": Architecture(_BNSWISH, ("mconv_e6k9g0",), _BNSWISH, ("mconv_e3k9g0",)),
-    "mbconv_res": Architecture(_MCONV6, _BNSWISH, _MCONV3, _BNSWISH),
-    "mbconv_den": Architecture(_MCONV6, _MCONV6, ("mconv_e3k5g8",), ("mconv_e3k5g8",)),
+    "res_mbconv9": Architecture(_RES33, ("mconv_e6k9g0",), _RES33, ("mconv_e3k9g0",)),
+    "mbconv_res": Architecture(_MCONV6, _RES33, _MCONV3, _RES33),
+    "mbconv_den": Architecture(_MCONV6, _MCONV6, _GROUPED, _GROUPED),
 }
 """``arch_instance`` -> operations of its cells."""
 
 INPUT_SIZES: dict[str, int] = {
-    "mnist": 32,
-    "omniglot": 32,
-    "cifar10": 32,
-    "imagenet_32": 32,
-    "imagenet_64": 64,
-    "celeba_64": 64,
-    "celeba_256": 256,
-    "lsun_church_64": 64,
-    "lsun_church_128": 128,
-    "lsun_bedroom_128": 128,
-    "lsun_bedroom_256": 256,
-    "ffhq": 256,
-}
+    "mnist": 32, "omniglot": 32, "cifar10": 32, "imagenet_32": 32, "imagenet_64": 64,
+    "celeba_64": 64, "celeba_256": 256, "lsun_church_64": 64, "lsun_church_128": 128,
+    "lsun_bedroom_128": 128, "lsun_bedroom_256": 256, "ffhq": 256,
+}  # fmt: skip
 """``dataset`` -> height and width of what the network reads."""
 
-_GREY = frozenset({"mnist", "omniglot"})
-_MAY_BE_ZERO = frozenset({"num_nf"})
-
 # Options that old files lack, with the values those files were trained with.
-_OLD_FILE_DEFAULTS: dict[str, Any] = {
-    "ada_groups": False,
-    "min_groups_per_scale": 1,
-    "num_mixture_dec": 10,
-}
+_OLD_FILE_DEFAULTS = {"ada_groups": False, "min_groups_per_scale": 1, "num_mixture_dec": 10}
 
 # Stored beside the configuration and without influence on the network.
-_TRAINING_ARGS = frozenset(
-    {
-        "root",
-        "save",
-        "data",
-        "batch_size",
-        "learning_rate",
-        "learning_rate_min",
-        "weight_decay",
-        "weight_decay_norm",
-        "weight_decay_norm_init",
-        "weight_decay_norm_anneal",
-        "epochs",
-        "warmup_epochs",
-        "fast_adamax",
-        "kl_anneal_portion",
-        "kl_const_portion",
-        "kl_const_coeff",
-        "cont_training",
-        "num_proc_node",
-        "node_rank",
-        "local_rank",
-        "global_rank",
-        "num_process_per_node",
-        "master_address",
-        "seed",
-        "distributed",
-        "num_total_iter",
-    }
-)
+_TRAINING_ARGS = {
+    "root", "save", "data", "batch_size", "learning_rate", "learning_rate_min", "weight_decay",
+    "weight_decay_norm", "weight_decay_norm_init", "weight_decay_norm_anneal", "epochs",
+    "warmup_epochs", "fast_adamax", "kl_anneal_portion", "kl_const_portion", "kl_const_coeff",
+    "cont_training", "num_proc_node", "node_rank", "local_rank", "global_rank",
+    "num_process_per_node", "master_address", "seed", "distributed", "num_total_iter",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -149,14 +102,12 @@ class NVAEConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not type(field.default):
-                expected = type(field.default).__name__
-                raise ValueError(f"{field.name}={value!r} is not of type {expected}")
-            if isinstance(value, int) and not isinstance(value, bool):
-                least = 0 if field.name in _MAY_BE_ZERO else 1
-                if value < least:
-                    raise ValueError(f"{field.name}={value} must be at least {least}")
+            value, expected = getattr(self, field.name), type(field.default)
+            if type(value) is not expected:
+                raise ValueError(f"{field.name}={value!r} is not of type {expected.__name__}")
+            least = 0 if field.name == "num_nf" else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{field.name}={value} must be at least {least}")
         for name, known in (("dataset", INPUT_SIZES), ("arch_instance", ARCHITECTURES)):
             if (value := getattr(self, name)) not in known:
                 choices = ", ".join(sorted(known))
@@ -174,16 +125,12 @@ class NVAEConfig:
                 f"{self.num_latent_scales} divide the image by {self.downsampling}, but images of "
                 f"{self.dataset!r} have side {self.input_size}; take fewer blocks or scales"
             )
-        if self.num_channels_enc < 2 or self.num_channels_dec < 2:
-            raise ValueError(
-                f"num_channels_enc={self.num_channels_enc} and num_channels_dec="
-                f"{self.num_channels_dec} must be at least 2: down cells divide twice as many by 4"
-            )
-        if self.is_flat and self.num_channels_enc != self.num_channels_dec:
-            raise ValueError(
-                f"num_channels_enc={self.num_channels_enc} and num_channels_dec="
-                f"{self.num_channels_dec} must be equal in a model of one group"
-            )
+        encoder, decoder = self.num_channels_enc, self.num_channels_dec
+        widths = f"num_channels_enc={encoder} and num_channels_dec={decoder}"
+        if min(encoder, decoder) < 2:
+            raise ValueError(f"{widths} must be at least 2: down cells divide twice as many by 4")
+        if self.is_flat and encoder != decoder:
+            raise ValueError(f"{widths} must be equal in a model of one group")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NVAEConfig:
@@ -192,11 +139,9 @@ class NVAEConfig:
         Raises:
             ValueError: unknown keys (named), or values the class refuses.
         """
-        unknown = sorted(set(values) - _field_names())
-        if unknown:
-            raise ValueError(
-                f"unknown NVAE configuration keys {unknown}; known: {sorted(_field_names())}"
-            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown NVAE configuration keys {unknown}; known: {sorted(known)}")
         return cls(**values)
 
     @classmethod
@@ -213,18 +158,16 @@ class NVAEConfig:
             ignore_args: further names to drop, for files of a modified training program.
 
         Raises:
-            ValueError: an argument is missing, or one is neither known nor listed in
-                ``ignore_args``.
+            ValueError: an argument is missing, or neither known nor listed in ``ignore_args``.
         """
-        unknown = sorted(set(args) - _field_names() - _TRAINING_ARGS - set(ignore_args))
-        if unknown:
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(args) - known - _TRAINING_ARGS - set(ignore_args)):
             raise ValueError(
                 f"args holds {unknown}, which the official program does not have; if they do not "
                 f"change the network, name them in ignore_args"
             )
-        values = _OLD_FILE_DEFAULTS | {k: v for k, v in args.items() if k in _field_names()}
-        missing = sorted(_field_names() - set(values))
-        if missing:
+        values = _OLD_FILE_DEFAULTS | {k: v for k, v in args.items() if k in known}
+        if missing := sorted(known - set(values)):
             raise ValueError(f"args lacks {missing}; the network cannot be rebuilt without them")
         return cls(**values)
 
@@ -245,7 +188,7 @@ class NVAEConfig:
     @property
     def is_grey(self) -> bool:
         """Whether images have one channel and a Bernoulli likelihood."""
-        return self.dataset in _GREY
+        return self.dataset in ("mnist", "omniglot")
 
     @property
     def input_size(self) -> int:
@@ -294,54 +237,37 @@ class NVAEConfig:
         )
 
 
-def _field_names() -> set[str]:
-    return {field.name for field in dataclasses.fields(NVAEConfig)}
-
-
-def _published(dataset: str, **values: Any) -> NVAEConfig:
-    common = dict(num_cell_per_cond_enc=2, num_cell_per_cond_dec=2, use_se=True, res_dist=True)
-    if dataset != "mnist":
-        common |= dict(
-            num_preprocess_blocks=1,
-            num_postprocess_blocks=1,
-            num_preprocess_cells=2,
-            num_postprocess_cells=2,
-        )
-    return NVAEConfig(dataset=dataset, **(common | values))
-
-
-def _published_256(dataset: str) -> NVAEConfig:
-    return _published(
-        dataset,
-        num_latent_scales=5,
-        num_groups_per_scale=16,
-        ada_groups=True,
-        min_groups_per_scale=4,
-        num_channels_enc=30,
-        num_channels_dec=30,
-        num_nf=2,
-        num_x_bits=5,
+def _published(
+    dataset: str, scales: int, groups: int, channels: int, flows: int, least: int = 1, bits: int = 8
+) -> NVAEConfig:
+    blocks, cells = (2, 3) if dataset == "mnist" else (1, 2)
+    return NVAEConfig(
+        dataset=dataset,
+        num_latent_scales=scales,
+        num_groups_per_scale=groups,
+        ada_groups=scales > 1,
+        min_groups_per_scale=least,
+        num_channels_enc=channels,
+        num_channels_dec=channels,
+        num_preprocess_blocks=blocks,
+        num_preprocess_cells=cells,
+        num_postprocess_blocks=blocks,
+        num_postprocess_cells=cells,
+        num_cell_per_cond_enc=2,
+        num_cell_per_cond_dec=2,
+        num_nf=flows,
+        num_x_bits=bits,
+        use_se=True,
+        res_dist=True,
     )
 
 
 PUBLISHED: dict[str, NVAEConfig] = {
-    "mnist": _published("mnist", num_latent_scales=2, num_groups_per_scale=10, ada_groups=True),
-    "cifar10": _published(
-        "cifar10", num_groups_per_scale=30, num_channels_enc=128, num_channels_dec=128, num_nf=1
-    ),
-    "celeba_64": _published(
-        "celeba_64",
-        num_latent_scales=3,
-        num_groups_per_scale=20,
-        ada_groups=True,
-        num_channels_enc=64,
-        num_channels_dec=64,
-        num_nf=1,
-    ),
-    "imagenet_32": _published(
-        "imagenet_32", num_groups_per_scale=28, num_channels_enc=192, num_channels_dec=192, num_nf=1
-    ),
-    "celeba_256": _published_256("celeba_256"),
-    "ffhq": _published_256("ffhq"),
+    "mnist": _published("mnist", 2, 10, 32, flows=0),
+    "cifar10": _published("cifar10", 1, 30, 128, flows=1),
+    "celeba_64": _published("celeba_64", 3, 20, 64, flows=1),
+    "imagenet_32": _published("imagenet_32", 1, 28, 192, flows=1),
+    "celeba_256": _published("celeba_256", 5, 16, 30, flows=2, least=4, bits=5),
+    "ffhq": _published("ffhq", 5, 16, 30, flows=2, least=4, bits=5),
 }
 """The settings of the published models, by ``dataset``."""

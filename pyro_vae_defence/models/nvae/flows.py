@@ -14,10 +14,9 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.distributions.transforms import AffineTransform, Transform
+from torch.distributions.transforms import AffineTransform, ComposeTransform, Transform
 
-from pyro_vae_defence.models.nvae.config import NVAEConfig
-from pyro_vae_defence.models.nvae.layers import Conv2d, nested
+from pyro_vae_defence.models.nvae.layers import Conv2d, filter_norm, nested
 
 HIDDEN_FACTOR = 6
 SHIFT_INIT = 0.1
@@ -32,17 +31,15 @@ def autoregressive_mask(
     an output channel reads the input channels of earlier blocks, and of its own unless
     ``zero_diag``. ``mirror`` flips space, not channels. A depthwise kernel reads its own channel.
     """
-    mask = torch.zeros(out_channels, in_channels, kernel_size, kernel_size)
-    centre = kernel_size // 2
+    centre = kernel_size**2 // 2
+    mask = torch.zeros(out_channels, in_channels, kernel_size**2)
     mask[:, :, :centre] = 1
-    mask[:, :, centre, :centre] = 1
     # Outputs and inputs fall into the same number of consecutive blocks, the latent's channels.
     num_blocks = min(out_channels, in_channels)
-    block_out = torch.arange(out_channels) // (out_channels // num_blocks)
+    block_out = torch.arange(out_channels)[:, None] // (out_channels // num_blocks)
     block_in = torch.arange(in_channels) // (in_channels // num_blocks)
-    earlier = block_in < block_out[:, None] if zero_diag else block_in <= block_out[:, None]
-    mask[:, :, centre, centre] = earlier.to(mask.dtype)
-    return mask.flip(2, 3) if mirror else mask
+    mask[:, :, centre] = (block_in < block_out + (not zero_diag)).to(mask.dtype)
+    return (mask.flip(2) if mirror else mask).unflatten(2, (kernel_size, kernel_size))
 
 
 class MaskedConv2d(Conv2d):
@@ -51,29 +48,19 @@ class MaskedConv2d(Conv2d):
     mask: Tensor
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        mirror: bool,
-        zero_diag: bool = False,
-        groups: int = 1,
-        bias: bool = False,
-        init_scale: float = 1.0,
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, groups=groups, bias=bias)
-        mask = autoregressive_mask(
-            out_channels, in_channels // groups, kernel_size, zero_diag=zero_diag, mirror=mirror
-        )
+        self, in_channels: int, out_channels: int, kernel_size: int, *, mirror: bool,
+        zero_diag: bool = False, init_scale: float = 1.0, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(in_channels, out_channels, kernel_size, **options)
+        shape = self.weight.shape[:3]
+        mask = autoregressive_mask(*shape, zero_diag=zero_diag, mirror=mirror)
         self.register_buffer("mask", mask.to(self.weight), persistent=False)
         with torch.no_grad():
-            norm = self._norm(self.weight * self.mask)
-            self.log_weight_norm.copy_((init_scale * (norm + 1e-2)).log())
+            self.log_weight_norm.copy_((init_scale * (filter_norm(self.direction()) + 1e-2)).log())
 
-    def effective_weight(self) -> Tensor:
-        """The weight the convolution uses, ``(C_out, C_in / groups, k, k)``."""
-        return self._normalised(self.weight * self.mask)
+    def direction(self) -> Tensor:
+        """The masked weight."""
+        return self.weight * self.mask
 
 
 class AutoregressiveShift(nn.Module):
@@ -83,13 +70,13 @@ class AutoregressiveShift(nn.Module):
         super().__init__()
         hidden = HIDDEN_FACTOR * channels
         context = nn.Sequential(
-            MaskedConv2d(channels, hidden, 3, mirror=mirror, zero_diag=True),
+            MaskedConv2d(channels, hidden, 3, mirror=mirror, zero_diag=True, bias=False),
             nn.ELU(),
-            MaskedConv2d(hidden, hidden, 5, mirror=mirror, groups=hidden),
+            MaskedConv2d(hidden, hidden, 5, mirror=mirror, groups=hidden, bias=False),
             nn.ELU(),
             nn.ELU(),  # the ELU of an ELU: the published models are trained that way
         )
-        shift = MaskedConv2d(hidden, channels, 1, mirror=mirror, bias=True, init_scale=SHIFT_INIT)
+        shift = MaskedConv2d(hidden, channels, 1, mirror=mirror, init_scale=SHIFT_INIT)
         self.conv = nested("convz", context)
         self.mu = nested("conv_0", shift)
 
@@ -99,22 +86,12 @@ class AutoregressiveShift(nn.Module):
 
 
 class FlowPair(nn.Module):
-    """Two flows, the second one mirrored."""
+    """Two flows, the second one mirrored; a :class:`ShiftTransform` applies each of them."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.cell1 = AutoregressiveShift(channels, mirror=False)
         self.cell2 = AutoregressiveShift(channels, mirror=True)
-
-    def transforms(self) -> list[Transform]:
-        """Both flows as transforms, to be applied in this order."""
-        return [ShiftTransform(self.cell1), ShiftTransform(self.cell2)]
-
-
-def build_flows(config: NVAEConfig) -> nn.ModuleList:
-    """``num_nf`` pairs per group, from the top down, in one flat list."""
-    count = config.num_groups * config.num_nf
-    return nn.ModuleList(FlowPair(config.num_latent_per_group) for _ in range(count))
 
 
 class ShiftTransform(Transform):
@@ -128,11 +105,10 @@ class ShiftTransform(Transform):
     behind the same flow is, as it must be, the divergence of their Gaussians.
     """
 
-    domain = constraints.independent(constraints.real, 3)
-    codomain = constraints.independent(constraints.real, 3)
+    domain = codomain = constraints.independent(constraints.real, 3)
     bijective = True
 
-    def __init__(self, shift: AutoregressiveShift, cache_size: int = 1) -> None:
+    def __init__(self, shift: nn.Module, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         self.shift = shift
 
@@ -167,10 +143,7 @@ class FlowPosterior(dist.TransformedDistribution):
     @property
     def mode(self) -> Tensor:
         """The Gaussian's mean sent through the flows; exact, since they do not stretch volume."""
-        value: Tensor = self.base_dist.mean
-        for transform in self.transforms:
-            value = transform(value)
-        return value
+        return ComposeTransform(self.transforms)(self.base_dist.mean)
 
     @property
     def mean(self) -> Tensor:
@@ -180,24 +153,22 @@ class FlowPosterior(dist.TransformedDistribution):
     @property
     def variance(self) -> Tensor:
         """The Gaussian's variance, rescaled by affine transforms alone."""
-        variance: Tensor = self.base_dist.variance
+        variance = self.base_dist.variance
         for transform in self.transforms:
             if isinstance(transform, AffineTransform):
                 variance = variance * transform.scale**2
         return variance
 
 
-def invert_shift(shift: AutoregressiveShift, y: Tensor) -> Tensor:
+def invert_shift(shift: nn.Module, y: Tensor) -> Tensor:
     """The ``z`` with ``z - m(z) = y``, shapes ``(..., L, h, w)``."""
     max_steps = y.shape[-3:].numel() + 1
 
     def iterate(step: Any, start: Tensor) -> Tensor:
         value = start
         for _ in range(max_steps):
-            new = step(value)
-            change = (new - value).abs().amax()
-            value = new
-            if change <= 4 * torch.finfo(y.dtype).eps * value.abs().amax():
+            last, value = value, step(value)
+            if (value - last).abs().amax() <= 4 * torch.finfo(y.dtype).eps * value.abs().amax():
                 break
         return value
 

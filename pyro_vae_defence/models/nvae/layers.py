@@ -10,6 +10,7 @@ Attribute names are those of the official state dict; they are part of the file 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,43 +20,30 @@ WEIGHT_NORM_EPS = 1e-5
 BATCH_NORM_MOMENTUM = 0.05
 
 
+def filter_norm(weight: Tensor) -> Tensor:
+    """Length of every filter, ``(C_out, 1, 1, 1)``."""
+    return weight.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
 class Conv2d(nn.Conv2d):
-    """Convolution with normalised weights, stride given, "same" padding; bias is optional."""
+    """Convolution with normalised weights and "same" padding; ``options`` are torch's."""
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        bias: bool = True,
+        self, in_channels: int, out_channels: int, kernel_size: int, **options: Any
     ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=dilation * (kernel_size - 1) // 2,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-        )
+        padding = options.get("dilation", 1) * (kernel_size - 1) // 2
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding, **options)
         # Starting at the length torch's own initialisation gave.
-        self.log_weight_norm = nn.Parameter(torch.log(self._norm(self.weight) + 1e-2))
+        self.log_weight_norm = nn.Parameter((filter_norm(self.weight.detach()) + 1e-2).log())
 
-    @staticmethod
-    def _norm(weight: Tensor) -> Tensor:
-        return weight.detach().square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+    def direction(self) -> Tensor:
+        """The weight that is normalised."""
+        return self.weight
 
     def effective_weight(self) -> Tensor:
         """The weight the convolution uses, ``(C_out, C_in / groups, k, k)``."""
-        return self._normalised(self.weight)
-
-    def _normalised(self, weight: Tensor) -> Tensor:
-        norm = weight.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+        weight = self.direction()
+        norm = filter_norm(weight)
         return self.log_weight_norm.exp() * weight / (norm + WEIGHT_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,16 +54,6 @@ class Conv2d(nn.Conv2d):
 def effective_weight(conv: nn.Conv2d) -> Tensor:
     """The weight a convolution of the network uses, whether it is normalised or not."""
     return conv.effective_weight() if isinstance(conv, Conv2d) else conv.weight
-
-
-def plain_conv(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
-) -> nn.Conv2d:
-    """Convolution without weight normalisation or bias; batch norm follows it."""
-    padding = (kernel_size - 1) // 2
-    return nn.Conv2d(
-        in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
-    )
 
 
 def nested(name: str, layer: nn.Module) -> nn.Sequential:
@@ -111,8 +89,7 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate ``x``."""
-        gate: Tensor = self.se(x.mean(dim=(2, 3)))
-        return gate[:, :, None, None] * x
+        return self.se(x.mean(dim=(2, 3)))[:, :, None, None] * x
 
 
 class FactorisedReduce(nn.Module):
@@ -128,22 +105,11 @@ class FactorisedReduce(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         quarter = out_channels // 4
-        self.conv_1, self.conv_2, self.conv_3 = (
-            Conv2d(in_channels, quarter, 1, stride=2) for _ in range(3)
-        )
-        self.conv_4 = Conv2d(in_channels, out_channels - 3 * quarter, 1, stride=2)
+        for number, width in enumerate((*3 * [quarter], out_channels - 3 * quarter), 1):
+            self.add_module(f"conv_{number}", Conv2d(in_channels, width, 1, stride=2))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` -> ``(N, out_channels, H / 2, W / 2)``."""
         x = F.silu(x)
-        convs = (self.conv_1, self.conv_2, self.conv_3, self.conv_4)
-        parts = [conv(x[:, :, dy:, dx:]) for conv, (dy, dx) in zip(convs, self._SHIFTS)]
+        parts = [conv(x[:, :, dy:, dx:]) for conv, (dy, dx) in zip(self.children(), self._SHIFTS)]
         return torch.cat(parts, dim=1)
-
-
-def upsampling_skip(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Skip connection that doubles the resolution."""
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-        Conv2d(in_channels, out_channels, 1, bias=False),
-    )

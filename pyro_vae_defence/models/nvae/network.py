@@ -28,22 +28,12 @@ from torch import Tensor, nn
 from torch.distributions.transforms import Transform
 from torch.utils.checkpoint import checkpoint
 
+from pyro_vae_defence.models.nvae import towers
 from pyro_vae_defence.models.nvae.config import NVAEConfig
-from pyro_vae_defence.models.nvae.flows import FlowPair, build_flows
+from pyro_vae_defence.models.nvae.flows import FlowPair, ShiftTransform
+from pyro_vae_defence.models.nvae.gaussian import from_noise, gaussian
 from pyro_vae_defence.models.nvae.layers import Conv2d
 from pyro_vae_defence.models.nvae.likelihoods import crop, image_likelihood, pad
-from pyro_vae_defence.models.nvae.samplers import (
-    build_posterior_samplers,
-    build_prior_samplers,
-    from_noise,
-    gaussian,
-)
-from pyro_vae_defence.models.nvae.towers import (
-    DecoderTower,
-    EncoderTower,
-    build_post_process,
-    build_pre_process,
-)
 from pyro_vae_defence.models.scope import ScopedModule
 from pyro_vae_defence.types import Latents, LatentsLike
 
@@ -61,12 +51,7 @@ class TopDownState(NamedTuple):
 
 
 class TopDownPath(NamedTuple):
-    """A walk down all groups.
-
-    Attributes:
-        latents: the latent of every group, from the top down.
-        states: the state in front of every group.
-    """
+    """A walk down all groups: the latent of each, from the top down, and the state in front."""
 
     latents: list[Tensor]
     states: list[TopDownState]
@@ -96,9 +81,9 @@ class NVAENetwork(ScopedModule):
         checkpointing: whether backward passes recompute activations; may be set at any time.
 
     Attributes:
+        image_shape: shape ``(C, H, W)`` of the images.
         sites: names of the latent groups, from the top down.
-        mean_posterior_variance: the training set's mean variance of the guide per site, where it is
-            known.
+        mean_posterior_variance: the training set's mean variance of the guide per site, if known.
         mean_noise_variance: the same for the sites of the non-centred form.
     """
 
@@ -109,74 +94,58 @@ class NVAENetwork(ScopedModule):
         super().__init__()
         self.config = config
         self.checkpointing = checkpointing
+        self.image_shape = config.image_shape
         self.sites = tuple(f"z_{group:02d}" for group in range(config.num_groups))
-        top_enc = config.num_channels_enc * config.downsampling
-        top_dec = config.num_channels_dec * config.downsampling
-        top_shape = config.latent_shapes[0][1:]
-        # Names and order are those of the official state dict.
-        self.prior_ftr0 = nn.Parameter(torch.rand(top_dec, *top_shape))
-        self.stem = Conv2d(config.image_shape[0], config.num_channels_enc, 3)
-        self.pre_process = build_pre_process(config)
-        self.enc_tower = EncoderTower(config)
-        self.enc0 = nn.Sequential(nn.ELU(), Conv2d(top_enc, top_enc, 1), nn.ELU())
-        self.enc_sampler = build_posterior_samplers(config)
-        self.dec_sampler = build_prior_samplers(config)
-        self.nf_cells = build_flows(config)
-        self.dec_tower = DecoderTower(config)
-        if config.is_flat:
-            self.stem_decoder = Conv2d(config.num_latent_per_group, top_enc, 1)
-        self.post_process = build_post_process(config)
-        self.image_conditional = nn.Sequential(
-            nn.ELU(), Conv2d(config.num_channels_dec, config.output_channels, 3)
+        encoder, decoder = config.num_channels_enc, config.num_channels_dec
+        latents, side, _ = config.latent_shapes[0]
+        # Channels grow as the resolution falls: by these factors in front of the groups.
+        top, *lower = factors = [config.input_size // shape[-1] for shape in config.latent_shapes]
+        # Names and order are those of the official state dict. Entries per group go top down.
+        self.prior_ftr0 = nn.Parameter(torch.rand(decoder * top, side, side))
+        self.stem = Conv2d(config.image_shape[0], encoder, 3)
+        self.pre_process = towers.build_pre_process(config)
+        self.enc_tower = towers.EncoderTower(config)
+        self.enc0 = nn.Sequential(nn.ELU(), Conv2d(encoder * top, encoder * top, 1), nn.ELU())
+        # Raw parameters of the posteriors, and of the priors of all groups but the top one.
+        self.enc_sampler = nn.ModuleList(Conv2d(encoder * f, 2 * latents, 3) for f in factors)
+        self.dec_sampler = nn.ModuleList(
+            nn.Sequential(nn.ELU(), Conv2d(decoder * f, 2 * latents, 1)) for f in lower
         )
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Shape ``(C, H, W)`` of the images."""
-        return self.config.image_shape
+        num_flows = config.num_groups * config.num_nf
+        self.nf_cells = nn.ModuleList(FlowPair(latents) for _ in range(num_flows))
+        self.dec_tower = towers.DecoderTower(config)
+        if config.is_flat:
+            self.stem_decoder = Conv2d(latents, encoder * top, 1)
+        self.post_process = towers.build_post_process(config)
+        self.image_conditional = nn.Sequential(nn.ELU(), Conv2d(decoder, config.output_channels, 3))
 
     # --- Whole passes -----------------------------------------------------------------------------
 
-    def logits(self, latents: LatentsLike) -> Tensor:
-        """Output of the network for latents by site name: ``(N, C_out, S, S)``.
-
-        Raises:
-            ValueError: a site is missing, unknown, or has the wrong shape.
-        """
-        values = self.in_order(latents, self.sites)
-        return self.output(self.walk(values[0].shape[0], lambda group, _: values[group]))
-
     def observation(self, latents: LatentsLike) -> TorchDistribution:
-        """p(x | z) for latents by site name, batch shape ``(N,)``; errors as in :meth:`logits`."""
-        return image_likelihood(self.config, self.logits(latents))
+        """p(x | z) for latents by site name, batch shape ``(N,)``; errors as :meth:`in_order`."""
+        return self.likelihood(self.walk_through(latents))
 
     def decode(self, latents: LatentsLike) -> Tensor:
         """Mean of p(x | z) for latents by site name: images ``(N, C, H, W)``."""
         return self.observation(latents).mean
 
-    def sample_latents(
-        self, num: int, temperature: float = 1.0, *, noise: Sequence[Tensor] | None = None
-    ) -> Latents:
-        """Latents of ``num`` images from the prior, by site name.
-
-        Args:
-            num: number of images.
-            temperature: factor of all standard deviations, positive; below 1 images become typical.
-            noise: standard normal draws ``(num, L, h, w)`` per group, from the top down; drawn from
-                the global seed when ``None``.
-
-        Raises:
-            ValueError: ``num`` or ``temperature`` is not positive, or ``noise`` has wrong shapes.
-        """
-        return dict(zip(self.sites, self._ancestral(num, temperature, noise).latents))
-
     def sample(self, num: int, temperature: float = 1.0) -> Tensor:
         """``num`` images ``(num, C, H, W)`` in [0, 1], as the official program shows them.
 
         Grey images are the Bernoulli's probabilities, colour images are draws from the likelihood.
-        Arguments and errors as in :meth:`sample_latents`.
+        ``temperature`` is a positive factor of all standard deviations of the prior; below 1 images
+        become typical. Noise comes from the global seed.
+
+        Raises:
+            ValueError: ``num`` or ``temperature`` is not positive.
         """
-        observation = self.likelihood(self._ancestral(num, temperature, None))
+        if num < 1:
+            raise ValueError(f"num={num} must be at least 1")
+        if not temperature > 0:
+            raise ValueError(f"temperature={temperature} must be positive")
+        shapes = self.config.latent_shapes
+        noise = [self.prior_ftr0.new_empty(num, *shape).normal_() for shape in shapes]
+        observation = self.likelihood(self.walk_by_noise(noise, temperature))
         images = observation.mean if self.config.is_grey else observation.sample()
         return images.clamp(0, 1)
 
@@ -186,9 +155,9 @@ class NVAENetwork(ScopedModule):
         """What the likelihood sees of images ``x``; ``ValueError`` for a wrong shape."""
         channels, height, width = self.image_shape
         size = self.config.input_size
-        if tuple(x.shape[1:]) == (channels, height, width):
+        if x.shape[1:] == self.image_shape:
             return x
-        if tuple(x.shape[1:]) == (channels, size, size):
+        if x.shape[1:] == (channels, size, size):
             return crop(self.config, x)
         raise ValueError(
             f"x has shape {tuple(x.shape)}; images of dataset {self.config.dataset!r} have shape "
@@ -230,20 +199,14 @@ class NVAENetwork(ScopedModule):
         raw = self.enc_sampler[group](features)
         # A residual posterior's raw parameters are relative to the prior's, which are 0 at the top.
         posterior = gaussian(raw + state.prior if self.config.res_dist else raw)
-        flow: list[Transform] = []
-        for index in range(group * self.config.num_nf, (group + 1) * self.config.num_nf):
-            pair = self.nf_cells[index]
-            assert isinstance(pair, FlowPair)
-            flow += pair.transforms()
-        return posterior, flow
+        first = group * self.config.num_nf
+        pairs = self.nf_cells[first : first + self.config.num_nf]
+        return posterior, [ShiftTransform(flow) for pair in pairs for flow in pair.children()]
 
     def walk(self, num: int, choose: Choose, known: TopDownPath | None = None) -> TopDownPath:
-        """Walk down the groups for ``num`` images.
+        """Walk down the groups for ``num`` images, by the latents that ``choose`` gives.
 
-        Args:
-            num: number of images.
-            choose: gives the latent of each group.
-            known: an earlier path; its features are taken over while the latents are its own.
+        The features of an earlier path, ``known``, are taken over while the latents are its own.
         """
         path = TopDownPath([], [])
         for group in range(self.config.num_groups):
@@ -253,6 +216,11 @@ class NVAENetwork(ScopedModule):
             path.states.append(state)
             path.latents.append(choose(group, state))
         return path
+
+    def walk_through(self, latents: LatentsLike) -> TopDownPath:
+        """Walk down the groups through latents by site name; errors as :meth:`in_order`."""
+        values = self.in_order(latents, self.sites)
+        return self.walk(values[0].shape[0], lambda group, _: values[group])
 
     def walk_by_noise(self, noise: Sequence[Tensor], temperature: float = 1.0) -> TopDownPath:
         """Walk to the latents that standard normal draws per group stand for under the prior."""
@@ -264,10 +232,8 @@ class NVAENetwork(ScopedModule):
 
     def output(self, path: TopDownPath) -> Tensor:
         """Output of the network behind a complete path, ``(N, C_out, S, S)``."""
-        return self._segment(
-            lambda features: self.image_conditional(self.post_process(features)),
-            self._take_in(path),
-        )
+        last = self._take_in(path)
+        return self._segment(lambda s: self.image_conditional(self.post_process(s)), last)
 
     def likelihood(self, path: TopDownPath) -> TorchDistribution:
         """Distribution of the image behind a complete path, batch shape ``(N,)``."""
@@ -304,21 +270,3 @@ class NVAENetwork(ScopedModule):
             return self.stem_decoder(z)
         group, above = len(path.latents) - 1, path.states[-1].features
         return self._segment(self.dec_tower.advance, group, above, z)
-
-    def _ancestral(
-        self, num: int, temperature: float, noise: Sequence[Tensor] | None
-    ) -> TopDownPath:
-        if num < 1:
-            raise ValueError(f"num={num} must be at least 1")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be positive")
-        return self.walk_by_noise(self._noise(num, noise), temperature)
-
-    def _noise(self, num: int, noise: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        shapes = [(num, *shape) for shape in self.config.latent_shapes]
-        if noise is None:
-            return [self.prior_ftr0.new_empty(shape).normal_() for shape in shapes]
-        given = [tuple(draw.shape) for draw in noise]
-        if given != shapes:
-            raise ValueError(f"noise has shapes {given}; the groups have {shapes}")
-        return noise

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributions.transforms import AffineTransform
 
 from pyro_vae_defence.models.nvae.flows import FlowPosterior
+from pyro_vae_defence.models.nvae.gaussian import from_noise, gaussian
 from pyro_vae_defence.models.nvae.network import NVAENetwork, TopDownPath, TopDownState
-from pyro_vae_defence.models.nvae.samplers import from_noise, gaussian
 from pyro_vae_defence.types import Latents, LatentsLike
 
 
@@ -65,11 +65,7 @@ class NonCentredNVAE:
         return observation
 
     def guide(self, x: Tensor) -> Latents:
-        """Inference program q(noise | x), as :meth:`NVAE.guide`.
-
-        Returns:
-            Site name -> noise ``(N, L, h, w)``.
-        """
+        """Inference program q(noise | x), as :meth:`NVAE.guide`; site name -> ``(N, L, h, w)``."""
         encoded = self.vae.bottom_up(x)
         self.vae.register()
         sampled: Latents = {}
@@ -79,9 +75,8 @@ class NonCentredNVAE:
             posterior, flow = self.vae.posterior(group, state, encoded)
             q: TorchDistribution
             if flow:
-                to_noise = AffineTransform(
-                    -prior.loc / prior.scale, 1 / prior.scale, event_dim=3, cache_size=1
-                )
+                shift, stretch = -prior.loc / prior.scale, 1 / prior.scale
+                to_noise = AffineTransform(shift, stretch, event_dim=3, cache_size=1)
                 q = FlowPosterior(posterior.to_event(3), [*flow, to_noise], validate_args=False)
             else:
                 loc = (posterior.loc - prior.loc) / prior.scale
@@ -103,13 +98,10 @@ class NonCentredNVAE:
 
     def to_noise(self, latents: LatentsLike) -> Latents:
         """Latents of ``vae`` -> noise; inverse of :meth:`to_latents`, with the same errors."""
-        values = self.vae.in_order(latents, self.vae.sites)
-        path = self.vae.walk(values[0].shape[0], lambda group, _: values[group])
+        path = self.vae.walk_through(latents)
         priors = [gaussian(state.prior) for state in path.states]
-        return {
-            site: (z - prior.loc) / prior.scale
-            for site, z, prior in zip(self.sites, values, priors)
-        }
+        noise = [(z - prior.loc) / prior.scale for z, prior in zip(path.latents, priors)]
+        return dict(zip(self.sites, noise))
 
     def observation(self, noise: LatentsLike) -> TorchDistribution:
         """p(x | noise), batch shape ``(N,)``; errors as in :meth:`to_latents`."""

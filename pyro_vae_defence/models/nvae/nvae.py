@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pyro_vae_defence.models.nvae.config import NVAEConfig
 from pyro_vae_defence.models.nvae.flows import FlowPosterior
+from pyro_vae_defence.models.nvae.gaussian import gaussian
 from pyro_vae_defence.models.nvae.network import NVAENetwork, TopDownPath, TopDownState
 from pyro_vae_defence.models.nvae.noncentred import NonCentredNVAE
-from pyro_vae_defence.models.nvae.samplers import gaussian
 from pyro_vae_defence.types import Latents
 
 
@@ -67,15 +67,15 @@ class NVAE(NVAENetwork):
     def model(self, x: Tensor) -> TorchDistribution:
         """Generative program p(x, z): the latent sites, then ``x`` observed at ``obs``.
 
-        Returns:
-            The distribution of the image given the latents, batch shape ``(N,)``.
-
-        Raises:
-            ValueError: ``x`` has the wrong shape.
+        Returns p(x | z), batch shape ``(N,)``; ``ValueError`` for images of the wrong shape.
         """
         image = self.observed(x)
         self.register()
-        known, self._shared = self._known_path(), None
+        known = None
+        if self._shared is not None:
+            stamp, path = self._shared
+            known = path if stamp == self._stamp(path.latents) else None
+        self._shared = None
 
         def choose(group: int, state: TopDownState) -> Tensor:
             return pyro.sample(self.sites[group], gaussian(state.prior).to_event(3))
@@ -86,15 +86,10 @@ class NVAE(NVAENetwork):
         return observation
 
     def guide(self, x: Tensor) -> Latents:
-        """Inference program q(z | x).
+        """Inference program q(z | x): site name -> latent ``(N, L, h, w)``.
 
-        The distribution of a site is a Gaussian or, with flows, a :class:`flows.FlowPosterior`.
-
-        Returns:
-            Site name -> latent ``(N, L, h, w)``.
-
-        Raises:
-            ValueError: ``x`` has the wrong shape.
+        The distribution of a site is a Gaussian or, with flows, a :class:`flows.FlowPosterior`;
+        ``ValueError`` for images of the wrong shape.
         """
         self._shared = None  # frees the last path before the next one is built
         encoded = self.bottom_up(x)
@@ -116,12 +111,6 @@ class NVAE(NVAENetwork):
     def noncentred(self) -> NonCentredNVAE:
         """The same model over the noise of its latents."""
         return NonCentredNVAE(self)
-
-    def _known_path(self) -> TopDownPath | None:
-        if self._shared is None:
-            return None
-        stamp, path = self._shared
-        return path if stamp == self._stamp(path.latents) else None
 
     def _stamp(self, latents: list[Tensor]) -> object:
         """Two equal stamps: features computed at the first are right at the second."""

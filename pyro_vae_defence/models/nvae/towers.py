@@ -6,20 +6,12 @@ Each stack is one flat list, cells and combiners mixed, as the official state di
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
 
 from torch import Tensor, cat, nn
 
 from pyro_vae_defence.models.nvae.cells import Cell, Resize
 from pyro_vae_defence.models.nvae.config import NVAEConfig
 from pyro_vae_defence.models.nvae.layers import Conv2d
-
-Run: TypeAlias = Callable[..., Tensor]
-"""Applies its first argument to the others."""
-
-
-def _plainly(part: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return part(*inputs)
 
 
 class EncoderCombiner(nn.Module):
@@ -92,12 +84,10 @@ class EncoderTower(nn.ModuleList):
                 self.append(Cell(ops, channels, Resize.DOWN, use_se=use_se))
                 multiplier *= 2
 
-    def forward(self, features: Tensor, run: Run = _plainly) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, features: Tensor, run: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Features of the image -> those at the top, and at the combiners from the top down.
 
-        Args:
-            features: ``(N, C, H, W)``.
-            run: how to run a cell; activation checkpointing hooks in here.
+        ``run(cell, features)`` runs a cell; activation checkpointing hooks in here.
         """
         at_combiners = []
         for item in self:
