@@ -56,13 +56,13 @@ def test_rows_that_go_astray_stay():
 
 def test_its_gradients_are_counted_and_its_noise_is_its_own(monkeypatch):
     used = []
-    words = Streams._words
+    uniform = Streams.uniform  # which normals are made of, too
 
-    def recorded(self, step, purpose, blocks):
+    def recorded(self, step, purpose=0, *arguments):
         used.append((step, purpose))
-        return words(self, step, purpose, blocks)
+        return uniform(self, step, purpose, *arguments)
 
-    monkeypatch.setattr(Streams, "_words", recorded)
+    monkeypatch.setattr(Streams, "uniform", recorded)
     infos = []
     kernel = BatchedGHMC(potential_fn=gaussian, burn_in=7)
     MCMC(

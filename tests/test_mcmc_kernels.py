@@ -311,13 +311,13 @@ def test_two_runs_of_one_kernel_are_independent(make):
 def test_no_two_uses_share_noise(make, monkeypatch):
     """With many sites too, every purpose of a transition is its own, and none is the guide's."""
     used = []
-    words = Streams._words
+    uniform = Streams.uniform  # which normals are made of, too
 
-    def recorded(self, step, purpose, blocks):
+    def recorded(self, step, purpose=0, *arguments):
         used.append((step, purpose))
-        return words(self, step, purpose, blocks)
+        return uniform(self, step, purpose, *arguments)
 
-    monkeypatch.setattr(Streams, "_words", recorded)
+    monkeypatch.setattr(Streams, "uniform", recorded)
     kernel = make(potential_fn=lambda latents: sum(v.square().sum(-1) for v in latents.values()))
     start = {f"z{number}": torch.randn(1, 1) for number in range(96)}
     kernel.setup(0)

@@ -64,4 +64,4 @@ class Budget:
         ):
             raise ValueError(f"num_draws must hold integers of at least 1, got {draws!r}")
         if not (isinstance(self.stable, (int, float)) and self.stable >= 0):
-            raise ValueError(f"stable must be a number and not negative, got {self.stable!r}")
+            raise ValueError(f"stable must not be negative, got {self.stable!r}")
