@@ -186,8 +186,8 @@ def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
 
     A single pixel through a 3x3 kernel of dilation 2 reaches the 9 even positions of 5x5, so the
     first layer is a matrix product. The other 16 positions hold relu(bias) for every image: their
-    share of the second layer is computed once, and the 9 positions' share is a transposed
-    convolution of stride 2.
+    share of the second layer is computed once; that of the 9 is a transposed convolution of stride
+    2.
     """
     assert isinstance(first, nn.ConvTranspose2d)
     assert first.bias is not None

@@ -69,8 +69,8 @@ def fit(
     data-parallel (:mod:`pyro_vae_defence.training.parallel`): call ``fit`` in every process, with a
     loader of that process's share, e.g. by a ``DistributedSampler``. Gradients and losses are
     summed over the processes; ``validation`` may be shared out or the same in each. All start from
-    the first process's weights, each draws its own noise, and the first one alone writes files and
-    calls ``on_epoch``.
+    the first process's weights and draw their own noise; the first one alone writes files and calls
+    back.
 
     Args:
         vae: any Pyro VAE. An ``nn.Module`` is trained in train mode and left in eval mode.
@@ -79,8 +79,8 @@ def fit(
         loader: batches of images ``(B, C, H, W)`` in [0, 1], or tuples that start with one. They
             are moved to the device of the VAE's first parameter where ``vae`` is an ``nn.Module``.
         config: see :class:`FitConfig`.
-        validation: batches to validate on after each epoch, as ``loader`` has them. The plateau
-            rule needs it.
+        validation: batches to validate on after each epoch, as ``loader``'s; the plateau rule needs
+            it.
         checkpoint: file written after every epoch, atomically; parent directories are made. Its
             ``"weights"`` are those being trained; an average of them is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
