@@ -306,8 +306,10 @@ def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tens
 
 
 class LatentSite(NamedTuple):
-    """A latent site: its name, the shape of one image's value on the unconstrained scale, and the
-    transform from there to the support, ``None`` for the identity."""
+    """A latent site: name, shape of an image's unconstrained value, and transform to the support.
+
+    The transform is ``None`` where the two scales are the same.
+    """
 
     name: str
     shape: tuple[int, ...]

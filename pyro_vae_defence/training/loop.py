@@ -371,11 +371,9 @@ class _Run:
         elif config.schedule == "one_cycle":
             if not isinstance(self.loader, Sized):
                 raise ValueError("schedule='one_cycle' needs a loader with a length")
+            steps = config.epochs * len(self.loader)
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimiser,
-                max_lr=config.learning_rate,
-                total_steps=config.epochs * len(self.loader),
-                cycle_momentum=False,
+                self.optimiser, config.learning_rate, total_steps=steps, cycle_momentum=False
             )
 
     def _check_all_registered(self) -> None:
@@ -383,12 +381,8 @@ class _Run:
         if not isinstance(self.vae, nn.Module):
             return
         known = {id(parameter) for parameter in self.parameters.values()}
-        missing = [
-            name
-            for name, parameter in self.vae.named_parameters()
-            if parameter.grad is not None and id(parameter) not in known
-        ]
-        if missing:
+        used = {name: p for name, p in self.vae.named_parameters() if p.grad is not None}
+        if missing := [name for name, parameter in used.items() if id(parameter) not in known]:
             raise ValueError(
                 f"parameters {missing} would not be trained: they have a gradient, but model and "
                 "guide do not register these very tensors. Call pyro.module(...) on their modules; "
