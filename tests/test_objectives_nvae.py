@@ -114,5 +114,5 @@ def test_bad_arguments(vae):
         NVAEObjective(vae, 0)
     with pytest.raises(ValueError, match="kl_anneal=0"):
         NVAEObjective(vae, 10, kl_anneal=0)
-    with pytest.raises(ValueError, match="penalty=-1"):
+    with pytest.raises(ValueError, match="penalty must be a positive finite number, got -1"):
         NVAEObjective(vae, 10, penalty=-1)

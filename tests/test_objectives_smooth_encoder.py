@@ -204,7 +204,7 @@ def test_perturb_may_differentiate_in_evaluation_and_is_hidden_from_pyro() -> No
 def test_arguments_are_checked(objective: type) -> None:
     vae = LinearVAE()
     for gamma in (0.0, -1.0, math.inf):
-        with pytest.raises(ValueError, match=r"gamma.*must be positive"):
+        with pytest.raises(ValueError, match="gamma must be a positive finite number"):
             objective(lambda x: x, gamma)
     with pytest.raises(ValueError, match="perturb returned shape"):
         objective(lambda x: x[:, :, :1], 1.0).loss(vae.model, vae.guide, images())

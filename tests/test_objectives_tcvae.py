@@ -214,5 +214,5 @@ def test_arguments_are_checked() -> None:
         total_correlation(z, loc, scale, 3)
     with pytest.raises(ValueError, match="at least 2 images"):
         total_correlation(z[:1], loc[:1], scale[:1], 10, "mss")
-    with pytest.raises(ValueError, match=r"beta=0\.0"):
+    with pytest.raises(ValueError, match="beta must be a positive finite number, got 0.0"):
         BetaTCVAE(0.0, 10)
