@@ -2,8 +2,8 @@
 
 ``python -m pyro_vae_defence.data._build_subsets ROOT`` takes, for every class, 600 images of the
 training split, 50 of the validation split and 100 of the test split, at even distances through the
-class (the first half of MNIST's test set is the easier one), and remembers where each stood
-(``<split>_indices``).
+class (the first half of MNIST's test set is the easier one). ``<split>_indices`` is where they
+stood.
 """
 
 from __future__ import annotations

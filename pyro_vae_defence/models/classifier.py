@@ -1,7 +1,6 @@
 r"""Classifiers: the paper's linear one on latents, and a small convolutional one for its features.
 
-The downstream task of the paper is a linear classifier on the means of the guide, :math:`m = E_q[z
-\mid x]`,
+The downstream task of the paper is linear in the guide's means, :math:`m = E_q[z \mid x]`,
 
 .. math:: p(y \mid x) = \mathrm{softmax}(W m + b),
 

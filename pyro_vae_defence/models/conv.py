@@ -181,21 +181,16 @@ class ConvVAE(ScopedModule):
 # slowly. These two functions compute the same, up to rounding, in about half the time on a CPU.
 
 
-def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+def _first_two_layers(z: Tensor, first: Any, second: Any) -> Tensor:
     """``second(relu(first(z)))`` of latents ``(N, D)``: ``(N, 96, 7, 7)``.
 
     A single pixel through a 3x3 kernel of dilation 2 reaches the 9 even positions of 5x5, so the
     first layer is a matrix product. The other 16 positions hold relu(bias) for every image: their
-    share of the second layer is computed once, and the 9 positions' share is a transposed
-    convolution of stride 2.
+    share of the second layer is computed once; that of the 9 is a transposed convolution.
     """
-    assert isinstance(first, nn.ConvTranspose2d)
-    assert first.bias is not None
-    assert isinstance(second, nn.ConvTranspose2d)
-    channels = first.out_channels
     weight = first.weight.permute(0, 2, 3, 1).reshape(first.in_channels, -1)
     hidden = torch.addmm(first.bias.repeat(9), z, weight).relu()
-    moving = hidden.reshape(-1, 3, 3, channels).permute(0, 3, 1, 2)
+    moving = hidden.reshape(-1, 3, 3, first.out_channels).permute(0, 3, 1, 2)
     even = torch.zeros(5, 5, dtype=torch.bool, device=z.device)
     even[::2, ::2] = True
     constant = first.bias.relu()[:, None, None].expand(-1, 5, 5).masked_fill(even, 0.0)
@@ -203,10 +198,8 @@ def _first_two_layers(z: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
     return F.conv_transpose2d(moving, second.weight, stride=2) + share
 
 
-def _last_layer(x: Tensor, layer: nn.Module) -> Tensor:
+def _last_layer(x: Tensor, layer: Any) -> Tensor:
     """``layer(x)`` for 4x4 kernels of stride 2: a matrix product, then overlapping sums."""
-    assert isinstance(layer, nn.ConvTranspose2d)
-    assert layer.bias is not None
     count, channels, height, width = x.shape
     taps = x.permute(0, 2, 3, 1).reshape(-1, channels) @ layer.weight.reshape(channels, -1)
     columns = taps.reshape(count, height * width, -1).transpose(1, 2)

@@ -9,9 +9,8 @@ the perturbation is assumed to lie in a ball of radius :math:`\delta`, the energ
 
 For every attack inside the ball, :math:`e = x^a - x^r` is feasible, hence
 :math:`U_\delta(z; x^a) \le U_0(z; x^r)` for all z: no such attack can lower the unnormalised
-density of a latent that explained the reference; it can only add other explanations. :math:`\delta`
-is the defender's choice, not knowledge of the attack, and :math:`\delta = 0` is the paper's
-defence.
+density of a latent that explained the reference; it can only add others. :math:`\delta` is the
+defender's choice, not knowledge of the attack, and :math:`\delta = 0` is the paper's defence.
 
 The minimiser :math:`x^* = x - e` is found per likelihood by :func:`most_likely_image`:
 
@@ -42,8 +41,7 @@ takes its share of the ball, and second derivatives of the projection.
 
 **An unknown radius.** :math:`U_\delta` falls as :math:`\delta` grows, for every image, so a prior
 over :math:`\delta` alone would always choose the largest: :math:`\exp(-U_\delta)` is a profile, not
-a density of x, and its total mass grows with the ball. :class:`UnknownRadius` marginalises over a
-grid with a penalty per radius,
+a density of x, and its total mass grows with the ball. :class:`UnknownRadius` takes a grid with
 
 .. math:: U(z; x) = -\log \sum_k \exp\bigl(-U_{\delta_k}(z; x) - c_k\bigr).
 
@@ -51,8 +49,8 @@ The exact normaliser :math:`\log \int \max_e p(x - e \mid z) dx` would be the pe
 calibrated likelihood. Image likelihoods are not calibrated (a Bernoulli pixel with logit -8 expects
 intensities about .125, which no black background shows), so penalties are to be measured on clean
 images instead, as what the radius gains there: :func:`pyro_vae_defence.defence.calibrate_radius`.
-Since each term is a lower bound on the sum, :math:`U(z; x^a) \le U_0(z; x^r) + c_k` for every
-attack within :math:`\delta_k`.
+Each term bounds the sum, so :math:`U(z; x^a) \le U_0(z; x^r) + c_k` for attacks within
+:math:`\delta_k`.
 """
 
 from __future__ import annotations

@@ -39,11 +39,10 @@ CHECKOUT_MODELS = Path(__file__).parents[2] / "docs" / "results" / "models"
 _STATISTICS = ("mean_posterior_variance", "mean_noise_variance")
 
 
-def _nvae(**config: Any) -> NVAE:
-    return NVAE(NVAEConfig.from_dict(config))
-
-
-_VAES: dict[str, Callable[..., TrainedVAE]] = {"ConvVAE": ConvVAE, "NVAE": _nvae}
+_VAES: dict[str, Callable[..., TrainedVAE]] = {
+    "ConvVAE": ConvVAE,
+    "NVAE": lambda **config: NVAE(NVAEConfig.from_dict(config)),
+}
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,7 @@ def save_pretrained(
     """Write weights and card atomically, the card last.
 
     Args:
-        vae: the trained module; its ``config`` holds the constructor's arguments, or knows them by
-            ``to_dict``.
+        vae: the trained module, with constructor arguments in ``config``, or in its ``to_dict()``.
         name: file stem.
         directory: made when missing.
         training, command, provenance, metrics: see :class:`WeightCard`.

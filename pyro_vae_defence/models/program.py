@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -46,9 +46,6 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # --- Validation at the public boundary ------------------------------------------------------------
 
@@ -309,8 +306,10 @@ def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tens
 
 
 class LatentSite(NamedTuple):
-    """A latent site: its name, the shape of one image's value on the unconstrained scale, and the
-    transform from there to the support, ``None`` for the identity."""
+    """A latent site: name, shape of an image's unconstrained value, and transform to the support.
+
+    The transform is ``None`` where the two scales are the same.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -324,9 +323,7 @@ class ModelPotential:
 
     Args:
         model: Pyro model with one data plate around all its sites.
-        *args: the model's arguments. The first tensor among them is the batch; its first dimension
-            is the number of images.
-        **kwargs: its keyword arguments.
+        *args, **kwargs: its arguments; the first tensor's first dimension is the number of images.
 
     Attributes:
         num_images: number of rows.
@@ -393,14 +390,14 @@ class ModelPotential:
         # A bound method is a new object each time, but equal.
         return (self._model, *arguments, *keywords)
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+    def with_tensors(self, tensors: Sequence[Tensor]) -> ModelPotential:
         """The same energy with other values, of the same shapes, for :attr:`tensors`."""
         values = iter(tensors)
         other = copy.copy(self)
         other._args = tuple(next(values) if isinstance(a, Tensor) else a for a in self._args)
         return other
 
-    def take(self, rows: Tensor) -> Self:
+    def take(self, rows: Tensor) -> ModelPotential:
         """The energy of the images at ``rows``, int64 ``(M,)``, alone."""
 
         def select(value: Any) -> Any:
@@ -511,8 +508,7 @@ def mean_posterior_variance(
 
     Args:
         vae: any Pyro VAE whose guide's distributions know their variance.
-        batches: image batches ``(N, C, H, W)``, or tuples that start with one, e.g. a loader of the
-            training set.
+        batches: image batches ``(N, C, H, W)``, or tuples that start with one, e.g. a loader.
         generator: source of the seed of a hierarchy's upper groups, on draws of which the variance
             of the lower ones is conditional; torch's global seed when ``None``.
 

@@ -93,8 +93,7 @@ def check_mean_field(*traces: Trace) -> None:
 def data_frame(site: Site, num_images: int | None = None) -> Any:
     """The frame of the data plate a site stands in; ``ValueError`` if there is none.
 
-    It is the plate ``"data"``; where the number of images is given, another plate of that size will
-    do, and the size is checked.
+    It is the plate ``"data"`` or, given the number of images, which is checked, one of that size.
     """
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     named = [frame for frame in frames if frame.name == DATA_PLATE]

@@ -94,10 +94,9 @@ class AVAESS(ImageELBO):
 
     The images passed in only set number, shape, device and dtype: the objective draws as many
     latents from the model's Gaussian prior and trains on their decoder means. The model is frozen:
-    no gradient reaches it, whichever way its parameters are registered and even if the guide
-    shares them, and SVI does not learn of its parameters. Put a decoder with batch norm or dropout
-    into eval mode. Scales and masks set by the programs are ignored. Terms, ``rho`` and errors are
-    those of :class:`AVAE`.
+    no gradient reaches it, however its parameters are registered and even if the guide shares them,
+    and SVI does not learn of its parameters. Put a decoder with batch norm or dropout into eval
+    mode. Scales and masks of the programs are ignored. Terms, ``rho`` and errors: :class:`AVAE`.
     """
 
     def __init__(self, rho: float = 0.975, *, num_particles: int = 1) -> None:

@@ -144,8 +144,7 @@ class BetaELBO(ImageELBO):
     :func:`linear_schedule`. The KL is analytic where Pyro knows it, else estimated from the sample.
     Terms: ``reconstruction``, ``kl``, ``loss``.
 
-    Raises ``ValueError`` if beta is not positive and finite: at once for a number, when it is
-    reached for a schedule.
+    Raises ``ValueError`` if beta is not positive and finite, for a schedule when it is reached.
     """
 
     def __init__(self, beta: float | Schedule = 1.0, *, num_particles: int = 1) -> None:

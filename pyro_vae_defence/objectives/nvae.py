@@ -10,8 +10,7 @@ For image :math:`x_n`, with one Kullback-Leibler term per latent group :math:`g`
 
 :math:`\beta` rises linearly during the first part of the training. While it is below 1, the
 coefficients :math:`c_g` of mean 1 keep a group from being switched off: they grow with the group's
-KL relative to what its size lets expect. The penalties bound how fast features, and with them the
-KL terms, can change.
+KL relative to what its size lets expect. The penalties bound how fast features and KLs can change.
 
 Vahdat, Kautz, "NVAE: A Deep Hierarchical Variational Autoencoder", NeurIPS 2020,
 https://arxiv.org/abs/2007.03898
@@ -38,8 +37,7 @@ NORMALISE_EPS = 1e-3
 class NVAEObjective(ImageELBO):
     """Trains an :class:`~pyro_vae_defence.models.nvae.NVAE` as published.
 
-    Terms: ``reconstruction``, ``kl`` (unweighted), ``penalty`` (times its weight; one number for
-    all images), ``loss``.
+    Terms: ``reconstruction``, ``kl`` (unweighted), ``penalty`` (weighted, one number), ``loss``.
 
     Args:
         vae: the network; its weights are penalised, whatever wraps its programs.

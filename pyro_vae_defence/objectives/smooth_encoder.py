@@ -49,9 +49,9 @@ class SE(MeanFieldELBO):
     now*, so it closes over the guide. The paper's takes 20 steps of projected gradient ascent on
     the squared 2-Wasserstein distance from a random start in the L_inf ball of radius 0.1 or 0.2,
     clipped to [0, 1]. It is called once per draw of the latents, with gradients enabled and hidden
-    from Pyro's handlers; its result is taken as constant. It must not add to the ``grad`` of the
-    parameters (use ``torch.autograd.grad``). Gradients flow through the encodings of both images;
-    only ``x`` is reconstructed.
+    from Pyro's handlers; its result is a constant. It must not add to the ``grad`` of the
+    parameters (use ``torch.autograd.grad``). Gradients flow through both encodings; ``x`` is
+    reconstructed.
 
     ``gamma`` is the strength of the coupling, positive; the paper does not publish its value.
     Terms: ``reconstruction``, ``kl``, ``kl_adv`` (of the neighbour), ``omega``, ``loss``.

@@ -4,13 +4,11 @@ Under :func:`in_bfloat16` matrix products and convolutions run in bfloat16, and 
 program computes from them up to its distributions. There everything returns to float32: sampling,
 log-probabilities and divergences, hence the loss, never see less. Weights, their gradients and the
 optimiser are float32 throughout. bfloat16 has the exponents of float32, so that no loss scaling is
-needed, but only 8 significant bits: let programs pass logits to distributions rather than
-probabilities, which round to 1.
+needed, but only 8 significant bits: let programs pass logits, not probabilities that round to 1.
 
-Both pay on hardware made for them. On a CPU that has bfloat16 instructions but no matrix unit for
-them (AVX-512 without AMX) training the paper's convolutional VAE was *slower* in bfloat16 at every
-batch size tried, and compilation gained nothing over the convolutions of the vendor's library.
-Measure first.
+Both pay on hardware made for them; measure first. On a CPU that has bfloat16 instructions but no
+matrix unit for them (AVX-512 without AMX) training the paper's convolutional VAE was *slower* in
+bfloat16 at every batch size tried, and compilation gained nothing over the vendor's convolutions.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from math import inf
+from typing import Literal, get_args
 
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.types import Latents
@@ -31,19 +31,18 @@ class FitConfig:
         clip_norm: largest norm, over all parameters together, of the gradient of a batch's loss (a
             sum over its images); a longer one is shortened to it. > 0, or ``None`` for no limit.
         ema_decay: decay, in (0, 1), of the moving average of the weights that validation sees and
-            training ends with (:mod:`pyro_vae_defence.training.averaging`); ``None`` keeps the
-            weights themselves.
+            training ends with (:mod:`pyro_vae_defence.training.averaging`); ``None`` for no
+            average.
         precision: ``"bfloat16"`` computes layers of float32 weights in bfloat16; weights,
             distributions and losses stay in float32, validation too
             (:mod:`pyro_vae_defence.training.acceleration`).
         compile: compile the module's children with ``torch.compile`` while training.
         posterior_variance: whether to measure :attr:`FitResult.mean_posterior_variance` at the end.
-        checkpoint_every: steps between checkpoints within an epoch; ``None`` saves at epoch ends
-            only.
+        checkpoint_every: steps between checkpoints within an epoch; ``None``: at epoch ends only.
         progress: show a progress bar.
         name: what is trained, e.g. ``"mnist beta=1 seed=0"``; a checkpoint of another name is
-            refused. The objective and the loader of a resumed run cannot be compared, their name
-            can.
+            refused. It stands for the objective and the loader of a resumed run, which cannot be
+            compared.
     """
 
     epochs: int = 300
@@ -62,28 +61,21 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs)
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
-        if self.schedule not in ("plateau", "one_cycle", "constant"):
-            raise ValueError(
-                f"schedule must be 'plateau', 'one_cycle' or 'constant', got {self.schedule!r}"
-            )
-        if not 0 < self.factor < 1:
-            raise ValueError(f"factor must lie in (0, 1), got {self.factor!r}")
-        if self.patience < 0:
-            raise ValueError(f"patience must be at least 0, got {self.patience!r}")
-        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
-            raise ValueError(
-                f"clip_norm must be positive, or None for no limit; got {self.clip_norm!r}"
-            )
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(
-                f"ema_decay must lie in (0, 1), or be None for no average; got {self.ema_decay!r}"
-            )
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
-        if self.checkpoint_every is not None and self.checkpoint_every < 1:
-            raise ValueError(f"checkpoint_every must be at least 1, got {self.checkpoint_every!r}")
+        clip, ema, every = self.clip_norm, self.ema_decay, self.checkpoint_every
+        schedules, precisions = get_args(LearningRateSchedule), get_args(Precision)
+        allowed = {
+            "learning_rate": (0 < self.learning_rate < inf, "be positive,"),
+            "schedule": (self.schedule in schedules, "be 'plateau', 'one_cycle' or 'constant',"),
+            "factor": (0 < self.factor < 1, "lie in (0, 1),"),
+            "patience": (self.patience >= 0, "be at least 0,"),
+            "clip_norm": (clip is None or 0 < clip < inf, "be positive, or None for no limit;"),
+            "ema_decay": (ema is None or 0 < ema < 1, "lie in (0, 1), or be None for no average;"),
+            "precision": (self.precision in precisions, "be 'float32' or 'bfloat16',"),
+            "checkpoint_every": (every is None or every >= 1, "be at least 1,"),
+        }
+        for name, (holds, rule) in allowed.items():
+            if not holds:
+                raise ValueError(f"{name} must {rule} got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ def fit(
     data-parallel (:mod:`pyro_vae_defence.training.parallel`): call ``fit`` in every process, with a
     loader of that process's share, e.g. by a ``DistributedSampler``. Gradients and losses are
     summed over the processes; ``validation`` may be shared out or the same in each. All start from
-    the first process's weights, each draws its own noise, and the first one alone writes files and
-    calls ``on_epoch``.
+    the first process's weights and draw their own noise; the first one alone writes files and calls
+    back.
 
     Args:
         vae: any Pyro VAE. An ``nn.Module`` is trained in train mode and left in eval mode.
@@ -79,8 +79,8 @@ def fit(
         loader: batches of images ``(B, C, H, W)`` in [0, 1], or tuples that start with one. They
             are moved to the device of the VAE's first parameter where ``vae`` is an ``nn.Module``.
         config: see :class:`FitConfig`.
-        validation: batches to validate on after each epoch, as ``loader`` has them. The plateau
-            rule needs it.
+        validation: batches to validate on after each epoch, as ``loader``'s; the plateau rule needs
+            it.
         checkpoint: file written after every epoch, atomically; parent directories are made. Its
             ``"weights"`` are those being trained; an average of them is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
@@ -371,11 +371,9 @@ class _Run:
         elif config.schedule == "one_cycle":
             if not isinstance(self.loader, Sized):
                 raise ValueError("schedule='one_cycle' needs a loader with a length")
+            steps = config.epochs * len(self.loader)
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                self.optimiser,
-                max_lr=config.learning_rate,
-                total_steps=config.epochs * len(self.loader),
-                cycle_momentum=False,
+                self.optimiser, config.learning_rate, total_steps=steps, cycle_momentum=False
             )
 
     def _check_all_registered(self) -> None:
@@ -383,12 +381,8 @@ class _Run:
         if not isinstance(self.vae, nn.Module):
             return
         known = {id(parameter) for parameter in self.parameters.values()}
-        missing = [
-            name
-            for name, parameter in self.vae.named_parameters()
-            if parameter.grad is not None and id(parameter) not in known
-        ]
-        if missing:
+        used = {name: p for name, p in self.vae.named_parameters() if p.grad is not None}
+        if missing := [name for name, parameter in used.items() if id(parameter) not in known]:
             raise ValueError(
                 f"parameters {missing} would not be trained: they have a gradient, but model and "
                 "guide do not register these very tensors. Call pyro.module(...) on their modules; "

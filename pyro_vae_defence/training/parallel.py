@@ -12,8 +12,7 @@ where an image's noise depends on the image alone.
 ``DistributedDataParallel`` is not used: it wraps the ``forward`` of one module, and a VAE is a pair
 of programs that an objective runs as often as it likes.
 
-Outside of an initialised process group there is one process, and the functions leave everything as
-it is.
+Outside of an initialised process group there is one process, and the functions change nothing.
 """
 
 from __future__ import annotations

@@ -33,9 +33,9 @@ SAFETENSORS_FORMAT = "pyro_vae_defence.nvae.v1"
 def load_official(path: str | os.PathLike[str], *, ignore_args: tuple[str, ...] = ()) -> NVAE:
     """Model of an official checkpoint, on the CPU, in eval mode.
 
-    The architecture is rebuilt from the file's ``args``, as the official evaluation does.
-    ``res_elu`` models are used with their trained weights (the official program would overwrite
-    some of them at its first pass).
+    The architecture is rebuilt from the file's ``args``, as the official evaluation does;
+    ``res_elu`` models keep their trained weights (the official program overwrites some in its first
+    pass).
 
     Args:
         path: file in the official format, written by CPU or GPU.

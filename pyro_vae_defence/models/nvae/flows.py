@@ -137,7 +137,7 @@ class FlowPosterior(dist.TransformedDistribution):
     """Gaussian behind flows: the posterior of a latent group, event shape ``(L, h, w)``.
 
     Two posteriors behind the same flows have an exact KL-divergence. Moments have no closed form;
-    ``mean`` and ``variance`` are stand-ins for those who need a point and a scale.
+    ``mean``, the mode, and ``variance`` are stand-ins for those who need a point and a scale.
     """
 
     @property
@@ -145,10 +145,7 @@ class FlowPosterior(dist.TransformedDistribution):
         """The Gaussian's mean sent through the flows; exact, since they do not stretch volume."""
         return ComposeTransform(self.transforms)(self.base_dist.mean)
 
-    @property
-    def mean(self) -> Tensor:
-        """The mode."""
-        return self.mode
+    mean = mode
 
     @property
     def variance(self) -> Tensor:

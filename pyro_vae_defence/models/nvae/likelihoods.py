@@ -106,32 +106,27 @@ class DiscretisedLogisticMixture(TorchDistribution):
     has_rsample = False
 
     def __init__(
-        self, logits: Tensor, *, num_bits: int = 8, validate_args: bool | None = None
+        self, logits: Tensor, num_bits: int = 8, validate_args: bool | None = None
     ) -> None:
         if logits.dim() < 3 or logits.shape[-3] % 10 or not logits.shape[-3]:
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)} do not have 10 channels per component"
             )
         num_components = logits.shape[-3] // 10
-        height, width = logits.shape[-2:]
-        self.logits = logits
-        self.num_bits = num_bits
+        self.logits, self.num_bits = logits, num_bits
         self.mixture_logits = logits[..., :num_components, :, :]
         per_colour = logits[..., num_components:, :, :].unflatten(-3, (3, 3, num_components))
         # Each of shape (N, 3 colours, M, H, W).
         self.loc = per_colour[..., 0, :, :, :]
         self.log_scale = per_colour[..., 1, :, :, :].clamp(min=MIN_LOG_SCALE)
         self.coefficients = per_colour[..., 2, :, :, :].tanh()
-        super().__init__(
-            logits.shape[:-3], torch.Size((3, height, width)), validate_args=validate_args
-        )
+        event_shape = torch.Size((3, *logits.shape[-2:]))
+        super().__init__(logits.shape[:-3], event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> DiscretisedLogisticMixture:
         """The same distribution on a larger batch."""
         logits = self.logits.expand(tuple(batch_shape) + self.logits.shape[-3:])
-        return DiscretisedLogisticMixture(
-            logits, num_bits=self.num_bits, validate_args=self._validate_args
-        )
+        return DiscretisedLogisticMixture(logits, self.num_bits, self._validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of images ``(N, 3, H, W)`` in [0, 1]: ``(N,)``, in nats."""
@@ -160,11 +155,8 @@ class DiscretisedLogisticMixture(TorchDistribution):
             delta > MIN_DELTA, delta.clamp(min=1e-10).log(), log_density + math.log(2 * half_width)
         )
         # The outermost levels own the tails.
-        log_mass = torch.where(
-            y < LOWER_EDGE,
-            upper - F.softplus(upper),
-            torch.where(y > UPPER_EDGE, -F.softplus(lower), inside),
-        )
+        not_lowest = torch.where(y > UPPER_EDGE, -F.softplus(lower), inside)
+        log_mass = torch.where(y < LOWER_EDGE, upper - F.softplus(upper), not_lowest)
         log_weights = self.mixture_logits.log_softmax(dim=-3)
         return (log_mass.sum(dim=-4) + log_weights).logsumexp(dim=-3)
 
