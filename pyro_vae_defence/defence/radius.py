@@ -204,7 +204,7 @@ def choose_radius(
         clean_images: ``(N, C, H, W)`` in [0, 1], not of the test set.
         radii: candidates >= 0.
         max_clean_cost: largest mean loss of score that is accepted.
-        score, generator, **options: as for :func:`scores_by_radius`.
+        score, generator, options: as for :func:`scores_by_radius`.
 
     Raises:
         ValueError: if no radius stays within the bound.

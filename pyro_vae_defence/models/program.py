@@ -323,7 +323,7 @@ class ModelPotential:
 
     Args:
         model: Pyro model with one data plate around all its sites.
-        *args, **kwargs: its arguments; the first tensor's first dimension is the number of images.
+        args, kwargs: its arguments; the first tensor's first dimension is the number of images.
 
     Attributes:
         num_images: number of rows.
