@@ -144,6 +144,7 @@ class BoundProgram:
         return BoundProgram(self.program, tuple(v[rows] for v in self.conditions), keywords)
 
     def __call__(self, x: Tensor) -> Any:
+        """Run the program at images ``x``, of which it may have fewer arguments: see the class."""
         conditions, keywords = self.arguments(len(x))
         return self.program(x, *conditions, **keywords)
 
