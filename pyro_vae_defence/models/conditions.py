@@ -138,6 +138,10 @@ class BoundProgram:
         folded = {name: fold(value, num_rows) for name, value in self.keywords.items()}
         return tuple(fold(value, num_rows) for value in self.conditions), folded
 
+    def around(self, program: PyroProgram) -> BoundProgram:
+        """Another program with the same arguments."""
+        return BoundProgram(program, self.conditions, self.keywords)
+
     def take(self, rows: Tensor | slice) -> BoundProgram:
         """The program of the images at ``rows``."""
         keywords = {name: value[rows] for name, value in self.keywords.items()}
