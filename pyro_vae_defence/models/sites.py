@@ -165,7 +165,8 @@ def log_prob_per_image(site: Site, num_images: int) -> Tensor:
 
 def image_rows(value: Tensor, site: Site) -> Tensor:
     """``value``, of the site's batch and event shape, as ``(N, everything else)``."""
-    return value.movedim(data_frame(site).dim - site["fn"].event_dim, 0).flatten(1)
+    rows = value.movedim(data_frame(site).dim - site["fn"].event_dim, 0)
+    return rows.reshape(rows.shape[0], -1)
 
 
 def latent_values(sites: list[Site]) -> Tensor:
