@@ -93,6 +93,7 @@ def between(
         with torch.no_grad():
             program.check_guide(vae, x_ref, streams=streams)
             fixed = at(other)
+            distance(fixed[0], fixed[0])  # families without this distance are told so here
 
         def objective(x: Tensor) -> Tensor:
             distances = [distance(p, q) for p, q in zip(at(x), fixed, strict=True)]
