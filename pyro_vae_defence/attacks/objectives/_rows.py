@@ -125,6 +125,7 @@ def between(
         read = reader(rows, x_ref)
         with torch.no_grad():
             fixed = at(other)
+            distance(fixed[0], fixed[0])  # families without this distance are told so here
 
         def objective(x: Tensor) -> Tensor:
             distances = [distance(p, q) for p, q in zip(at(x), fixed, strict=True)]
