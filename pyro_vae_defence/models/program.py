@@ -35,7 +35,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, bind, fold, split
-from pyro_vae_defence.models.observation import ADVICE, ImageMap, read_images
+from pyro_vae_defence.models.observation import ImageMap, read_images
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
     DATA_PLATE,
@@ -370,12 +370,7 @@ class Decoder:
     def check(self) -> None:
         """Raise the ``ValueError`` of a call, but for what hinges on the latents."""
         if self.to_images is None:
-            self.images.check_known()
-            if self.images.without_mean:
-                raise ValueError(
-                    f"the likelihood at {list(self.images.without_mean)} has no finite mean, so "
-                    f"that there is nothing to decode to; {ADVICE}"
-                )
+            self.images.check_mean()
 
     def __call__(self, latents: LatentsLike) -> Tensor:
         """Images ``(M, C, H, W)`` of latents with ``M`` rows, on the constrained scale."""

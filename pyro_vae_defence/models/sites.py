@@ -8,7 +8,6 @@ or number of latent sites a program has.
 from __future__ import annotations
 
 import enum
-from collections.abc import Container
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
@@ -224,23 +223,6 @@ def check_density_everywhere(guide_trace: Trace) -> None:
             )
 
 
-def image_site(model_trace: Trace, conditioned: Container[str] = ()) -> Site:
-    """The one observed site other than those ``conditioned``; ``ValueError`` if not just one."""
-    observed = [
-        site
-        for name, site in sample_sites(model_trace).items()
-        if site["is_observed"] and name not in conditioned
-    ]
-    if len(observed) != 1:
-        names = [site["name"] for site in observed]
-        raise ValueError(
-            f"model must observe the image at exactly one site, found {names or 'none'}; "
-            'write pyro.sample("obs", likelihood, obs=x) once, and make other observations '
-            "pyro.deterministic"
-        )
-    return observed[0]
-
-
 def check_mean_field(*traces: Trace) -> None:
     """Refuse a hierarchy: the distribution of one latent site depends on another site's sample.
 
@@ -356,16 +338,3 @@ def gaussians(sites: list[Site]) -> tuple[Tensor, Tensor]:
         locs.append(image_rows(fn.loc, site))
         scales.append(image_rows(fn.scale, site))
     return torch.cat(locs, 1), torch.cat(scales, 1)
-
-
-def decoder_mean(model_trace: Trace, x: Tensor) -> Tensor:
-    """Mean of the image's distribution, in the shape of ``x``; ``ValueError`` if it has none."""
-    site = image_site(model_trace)
-    try:
-        mean = site["fn"].mean
-    except NotImplementedError:
-        raise ValueError(
-            f"site {site['name']!r} has a {type(site['fn']).__name__} without a mean; "
-            "this objective re-encodes the decoder's mean and needs one"
-        ) from None
-    return image_rows(mean, site).reshape(x.shape)
