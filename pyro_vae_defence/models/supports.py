@@ -166,7 +166,7 @@ def _reaches_less_than_stated(fn: Any) -> bool:
 
 
 def _innermost(support: Any) -> Any:
-    while isinstance(support, constraints.independent):
+    while hasattr(support, "base_constraint"):  # independent, and of mixtures since torch 2.7
         support = support.base_constraint
     return support
 
