@@ -373,6 +373,22 @@ def test_image_that_depends_on_the_classes_of_an_inner_plate():
         marginal_mean(trace, "data", "obs", given=())
 
 
+def test_classes_of_plates_that_cross():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-3):
+            rows, columns = pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 2, dim=-1)
+            with rows:
+                y = pyro.sample("y", dist.Categorical(logits=table(3)))
+            with columns:
+                w = pyro.sample("w", dist.Categorical(logits=table(3)))
+            with rows, columns:
+                loc = table(3)[y] + table(3)[w]
+                pyro.sample("obs", dist.Normal(loc, 1.0), obs=x.reshape(-1, 2, 2))
+
+    with pytest.raises(ValueError, match="cannot be summed out: Expected tree-structured"):
+        log_density(enumerated(model, {}, images()), "data")
+
+
 def test_the_same_classes_in_a_sequential_plate():
     def model(x):
         with pyro.plate("data", len(x)):

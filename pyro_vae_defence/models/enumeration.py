@@ -44,7 +44,7 @@ from pyro_vae_defence.models.sites import Site, latent_sites, sample_sites
 from pyro_vae_defence.models.supports import is_discrete
 from pyro_vae_defence.types import PyroProgram
 
-# Pyro's packed tensors: those that have a row for each symbol in their attribute ``_pyro_dims``.
+# A packed tensor of Pyro: its attribute ``_pyro_dims`` names each dimension by a symbol.
 Packed = Any
 
 _BROADCAST = (
@@ -116,7 +116,7 @@ def log_density(trace: Trace, plate: Any) -> Tensor:
 
     Raises:
         ValueError: if a site stands outside the data plate, or depends on a discrete site of a
-            plate that it is not in.
+            plate that it is not in, or on discrete sites of two plates that cross.
     """
     factors = _Factors.read(trace, plate, sample_sites(trace))
     data = trace.plate_to_symbol[_name(plate)]
@@ -249,7 +249,10 @@ class _Factors(NamedTuple):
         for name, term in self.terms.items():
             tree.setdefault(self.ordinals[name], []).append(term)
         ring = _Ring(dim_to_size=self.sizes)
-        return contract_to_tensor(tree, set(self.owners), plates, kept, ring=ring)
+        try:
+            return contract_to_tensor(tree, set(self.owners), plates, kept, ring=ring)
+        except NotImplementedError as error:
+            raise ValueError(f"discrete sites cannot be summed out: {error}") from None
 
 
 def _packed_log_prob(site: Site, *, masked: bool) -> Packed:
@@ -283,12 +286,8 @@ class _Ring(LogRing):
 
 
 def _table_size(terms: list[Packed]) -> int:
-    size = 1
-    for length in {
-        d: n for t in terms for d, n in zip(t._pyro_dims, t.shape, strict=True)
-    }.values():
-        size *= length
-    return size
+    sizes = {dim: n for term in terms for dim, n in zip(term._pyro_dims, term.shape, strict=True)}
+    return math.prod(sizes.values())
 
 
 def _add(terms: list[Packed]) -> Packed:
