@@ -10,7 +10,8 @@ import pytest
 import torch
 from pyro.contrib.zuko import ZukoToPyro
 
-from pyro_vae_defence.models.supports import is_discrete, transform_of
+from pyro_vae_defence.models.supports import transform_of
+from pyro_vae_defence.ops.distributions import is_discrete
 
 pytestmark = pytest.mark.usefixtures("float64")
 

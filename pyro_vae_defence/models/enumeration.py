@@ -40,8 +40,8 @@ from pyro.poutine import Trace
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
-from pyro_vae_defence.models.sites import Site, latent_sites, sample_sites
-from pyro_vae_defence.models.supports import is_discrete
+from pyro_vae_defence.models.sites import Site, get_trace, latent_sites, sample_sites
+from pyro_vae_defence.ops.distributions import is_discrete
 from pyro_vae_defence.types import PyroProgram
 
 # A packed tensor of Pyro: its attribute ``_pyro_dims`` names each dimension by a symbol.
@@ -74,11 +74,43 @@ def enumerable(trace: Trace) -> list[str]:
     return names
 
 
-def in_parallel(program: PyroProgram, trace: Trace) -> PyroProgram:
+def marginalised(
+    program: PyroProgram, plain: Trace, plate: Any, *args: Any, **kwargs: Any
+) -> tuple[Trace, bool]:
+    """A trace with the discrete sites enumerated, and how it expands them for :func:`in_parallel`.
+
+    Enumerated values have size 1 in the dimensions of plates; for programs that do not broadcast
+    so, they are expanded to full size.
+
+    Args:
+        program: with as many latents conditioned as are known.
+        plain: a trace of it as it is, at the same arguments.
+        plate: the data plate.
+        args, kwargs: of the program.
+
+    Raises:
+        ValueError: if the program runs neither way, or as another density: as
+            :func:`check_broadcast`, where all continuous latents are conditioned.
+    """
+    whole = len(latent_sites(plain)) == len(enumerable(plain))
+    failure: ValueError | None = None
+    for expand in (False, True):
+        try:
+            trace = get_trace(in_parallel(program, plain, expand), *args, **kwargs)
+            if whole:
+                check_broadcast(plain, trace, plate)
+            return trace, expand
+        except ValueError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def in_parallel(program: PyroProgram, trace: Trace, expand: bool = False) -> PyroProgram:
     """The program with all :func:`enumerable` sites of its plain ``trace`` enumerated in parallel.
 
-    What the program itself says of enumeration (``config_enumerate``) has no effect. Running it
-    raises ``ValueError`` where the program does not broadcast.
+    What the program itself says of enumeration (``config_enumerate``) has no effect; ``expand`` is
+    as there. Running it raises ``ValueError`` where the program does not broadcast.
     """
     names = set(enumerable(trace))
     frames = [frame for site in sample_sites(trace).values() for frame in site["cond_indep_stack"]]
@@ -86,7 +118,7 @@ def in_parallel(program: PyroProgram, trace: Trace) -> PyroProgram:
 
     def configure(site: Site) -> Any:
         chosen = "parallel" if site["name"] in names else None
-        return {"enumerate": chosen, "num_samples": None, "expand": False}
+        return {"enumerate": chosen, "num_samples": None, "expand": expand}
 
     enumerated = EnumMessenger(first)(poutine.infer_config(program, configure))
 
@@ -256,13 +288,15 @@ class _Factors(NamedTuple):
 
 
 def _packed_log_prob(site: Site, *, masked: bool) -> Packed:
-    log_prob = site["fn"].log_prob(site["value"])
-    if masked:
-        log_prob = scale_and_mask(log_prob, mask=site["mask"])
     try:
+        log_prob = site["fn"].log_prob(site["value"])
+        if masked:
+            log_prob = scale_and_mask(log_prob, mask=site["mask"])
         return packed.pack(log_prob, site["infer"]["_dim_to_symbol"])
-    except ValueError as error:
-        raise ValueError(f"site {site['name']!r}: {error}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"site {site['name']!r}: {error}; {_BROADCAST}") from error
 
 
 class _Ring(LogRing):

@@ -301,7 +301,10 @@ class _MostLikely(Messenger):
         if isinstance(self.perturbation, Ball):
             if not isinstance(self.perturbation, Linf):
                 self._check_rows(msg)
-            msg["value"] = most_likely_value(msg["fn"], msg["value"], self.perturbation, site)
+            value, shape = msg["value"], msg["fn"].shape()
+            # Discrete latents enumerated on the left have a most likely image each.
+            value = value.expand(shape) if value.dim() < len(shape) else value
+            msg["value"] = most_likely_value(msg["fn"], value, self.perturbation, site)
         else:
             self._check_rows(msg)
             msg["fn"] = UnknownRadiusLikelihood(msg["fn"], self.perturbation, site)

@@ -29,16 +29,12 @@ from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_vae_defence.ops.distributions import is_discrete
+
 # Where the density on all real numbers has to be finite, and where it has to be lower than at a
 # draw by some nats: neither half of a line nor a period of a circle.
 _SPREAD = (-100.0, -10.0, -1.0, -0.1, 0.1, 1.0, 10.0, 100.0)
 _FAR, _LOWER = (-1e6, 1e6), 5.0
-
-
-def is_discrete(fn: Any) -> bool:
-    """Whether a distribution says that its support is discrete."""
-    support = _stated(fn)
-    return support is not None and support.is_discrete
 
 
 def transform_of(fn: Any, value: Tensor) -> td.Transform | None:
