@@ -46,7 +46,6 @@ class Reader:
             given = tuple(entry is not None for entry in entries)
             if given not in widths:
                 widths[given] = len(conditions.taken(entries, self.vae))
-                self._say_ignored(sum(given[widths[given] :]), name)
             moved = (
                 entry if device is None or not hasattr(entry, "to") else entry.to(device)
                 for entry in entries[: widths[given]]
@@ -58,6 +57,7 @@ class Reader:
             _check_finite(x, where)
             if number == 0:
                 program.check_images(x, where)
+                self._say_ignored(sum(given[widths[given] :]), name)
             yield (x, *others)
 
     def _say_ignored(self, count: int, name: str) -> None:

@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -287,11 +288,21 @@ class _Run:
         if self.average is not None:
             self.average.swap()
         self._set_mode(training=False)
+        self.parameters.warn_unused()
         name = "mean_posterior_variance"
         if not (self.config.posterior_variance and hasattr(self.vae, name)):
             return None
-        batches = self.reader.read(self.loader, "loader")
-        variance = program.mean_posterior_variance(self.vae, batches)
+        current: list[Tensor] = []
+
+        def guide(x: Tensor) -> Any:
+            return self.vae.guide(x, *current)
+
+        def images() -> Iterator[Tensor]:
+            for x, *current[:] in self.reader.read(self.loader, "loader"):
+                yield x
+
+        vae = SimpleNamespace(model=self.vae.model, guide=guide)
+        variance = program.mean_posterior_variance(vae, images())
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
         return variance
@@ -331,8 +342,6 @@ class _Run:
         yield from batches
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
-        if self.optimiser is not None:
-            self.optimiser.zero_grad()
         with self.parameters:
             loss = float(self.objective.loss_and_grads(self.model, self.guide, *batch))
         loss, count = parallel.total(loss, batch[0].shape[0])
@@ -371,19 +380,20 @@ class _Run:
 
     def _analytic_nelbo(self, batches: Iterable[Any]) -> float | None:
         """The negative ELBO at beta = 1 with analytic divergences, where programs have one."""
-        with warnings.catch_warnings():
+        loss, count, failed = 0.0, 0, False
+        with contextlib.ExitStack() as stack:
             if isinstance(self.objective, TraceEnum_ELBO):
-                warnings.filterwarnings("ignore", "Found sample sites configured for enumeration")
+                # That what is enumerated needs the objective which the user has chosen.
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", UserWarning)
             try:
-                loss, count = _loss_and_count(
-                    self.reader, TraceMeanField_ELBO(), batches, "validation"
-                )
-                failed = 0
+                analytic = TraceMeanField_ELBO()
+                loss, count = _loss_and_count(self.reader, analytic, batches, "validation")
             except torch.OutOfMemoryError:
                 raise
             except _NOT_ANALYTIC:
                 # The objective has just been evaluated on these batches, so they are not to blame.
-                loss, count, failed = 0.0, 0, 1
+                failed = True
         loss, total, failures = parallel.total(loss, count, failed)
         return None if failures else loss / total
 

@@ -8,6 +8,7 @@ store may differ between instances; others by their name there.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,9 +52,10 @@ class Parameters(Messenger):
     # --- While programs run ---
 
     def __enter__(self) -> Parameters:
-        # A gradient found on one of these afterwards is the programs' doing.
-        for parameter in self._unregistered.values():
-            parameter.grad = None
+        # What has a gradient afterwards has it from these programs, registered or not.
+        for tensors in (self.trained, self._registered, self._unregistered):
+            for tensor in tensors.values():
+                tensor.grad = None
         super().__enter__()
         return self
 
@@ -144,6 +146,16 @@ class Parameters(Messenger):
             f"parameters {list(missing)} would not be trained: they have a gradient, but model and "
             f"guide do not register these very tensors; {'; '.join(mends)}"
         )
+
+    def warn_unused(self) -> None:
+        """Say which parameters of a checkpoint no program has registered in this process."""
+        if self._restored:
+            warnings.warn(
+                f"the programs have not used {sorted(self._restored)} since training was resumed: "
+                "the checkpoint has the values of these parameters, Pyro's parameter store has not",
+                UserWarning,
+                stacklevel=2,
+            )
 
     # --- Checkpoints ---
 
