@@ -6,6 +6,7 @@ import functools
 import types
 import warnings
 from collections import namedtuple
+from unittest import mock
 
 import pyro
 import pyro.distributions as dist
@@ -58,6 +59,16 @@ class Slots:
 
 class OnClass(Holder):
     shared = net()
+
+
+class Static(Holder):
+    @staticmethod
+    def model(x):
+        return other_global_net(x)
+
+    @functools.cached_property
+    def part(self):
+        return global_net
 
 
 class NamesGlobals(Holder):
@@ -126,6 +137,8 @@ a, b = net(), net()
         (lambda: OnClass(), [OnClass.shared]),
         (lambda: NamesGlobals(), [global_net, other_global_net]),
         (lambda: helper, [global_net]),
+        (lambda: Static(), [global_net, other_global_net]),
+        (lambda: Static, [global_net, other_global_net]),
         (lambda: Property(_make=lambda: a), [a]),
         (lambda: types.SimpleNamespace(model=Callable(a), guide=Callable(b).__call__), [a, b]),
         (lambda: types.SimpleNamespace(model=functools.partial(max, a, key=b), guide=a), [a, b]),
@@ -223,6 +236,10 @@ def test_modes_are_restored_after_an_error_and_a_change_inside():
     with pytest.raises(KeyboardInterrupt), evaluation_mode(vae):
         fail()
     assert [m.training for m in a.modules()] == [True, True, False]
+
+
+def test_what_answers_to_every_name_is_left_alone():
+    assert modules_of(Holder(mock=mock.MagicMock(), library=torch, a=a)) == list(a.modules())
 
 
 def test_a_module_is_found_as_soon_as_it_is_made():

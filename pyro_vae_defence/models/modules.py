@@ -42,14 +42,16 @@ _LEAVES = {
     *(set, frozenset, range, object, ModuleType, BuiltinFunctionType),
     *(Tensor, nn.Parameter, torch.dtype, torch.device, torch.Size, torch.Generator),
 }
-_ENDS = (Tensor, Dataset, DataLoader, Optimizer)
+_ENDS = (Tensor, ModuleType, Dataset, DataLoader, Optimizer)
 # Attributes that every module has; its children are read from one of them.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 # Packages whose code leads to themselves, not to a VAE; nor do objects of the standard ones, but
-# for some that hold attributes or wrap a function.
+# for those that hold attributes and those that wrap a function, which has one of three names.
 _STANDARD = frozenset(sys.stdlib_module_names) - {"__main__"}
 _FOREIGN = _STANDARD | {"torch", "pyro"}
 _HOLDERS = (SimpleNamespace, argparse.Namespace)
+_CACHED = type(functools.lru_cache(len))
+_WRAPPERS = (property, staticmethod, classmethod, functools.cached_property, _CACHED)
 _WRAPPED = ("__wrapped__", "fget", "func")
 _PATHS = sysconfig.get_paths()
 _INSTALLED = tuple({_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -187,8 +189,9 @@ class _Walk:
         if _package(kind) in _STANDARD:
             if isinstance(value, _HOLDERS):
                 self._visit_all(vars(value).items(), position)
-            for name in _WRAPPED:
-                self._visit(getattr(value, name, None), position, "")
+            elif isinstance(value, _WRAPPERS):
+                for name in _WRAPPED:
+                    self._visit(getattr(value, name, None), position, "")
             return
         self._visit_all(getattr(value, "__dict__", {}).items(), position)
         for base in kind.__mro__:
