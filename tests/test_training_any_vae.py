@@ -9,7 +9,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import TutorialVAE
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import (
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
 from torch import nn
 
 from pyro_vae_defence.models import ConvVAE
@@ -658,6 +664,7 @@ class EnumeratedCoin(Coin):
         (Mixture, TraceEnum_ELBO(max_plate_nesting=1)),
         (Coin, Trace_ELBO()),
         (EnumeratedCoin, TraceEnum_ELBO(max_plate_nesting=1)),
+        (Coin, ReweightedWakeSleep(num_particles=2)),
     ],
 )
 def test_validation_without_an_analytic_elbo(kind, objective):

@@ -97,7 +97,7 @@ class _Walk:
     def __init__(self, programs: tuple[Any, ...]) -> None:
         self.modules: list[nn.Module] = []
         self.objects: list[Any] = []
-        self.origins: list[tuple[int, str]] = []
+        self.origins: list[tuple[int, Any]] = []
         self._seen: set[int] = set()
         self._packages: set[str] = set()
         for program in programs:
@@ -115,13 +115,13 @@ class _Walk:
 
     def path(self, position: int) -> str:
         """Labels from a program to an object, with dots between."""
-        labels = []
+        labels: list[Any] = []
         while position >= 0:
             position, label = self.origins[position]
             labels.append(label)
-        return ".".join(label for label in reversed(labels) if label)
+        return ".".join(str(label) for label in reversed(labels) if label != "")
 
-    def _visit(self, value: Any, position: int, label: str) -> None:
+    def _visit(self, value: Any, position: int, label: Any) -> None:
         kind = type(value)
         if kind in _LEAVES or id(value) in self._seen:
             return
@@ -135,7 +135,7 @@ class _Walk:
     def _visit_all(self, held: Iterable[tuple[Any, Any]], position: int) -> None:
         for label, value in held:
             if type(value) not in _LEAVES:
-                self._visit(value, position, str(label))
+                self._visit(value, position, label)
 
     def _enter(self, value: Any, position: int) -> None:
         """Visit what an object holds."""

@@ -52,8 +52,7 @@ class Reader:
             )
             where = f"{name}'s first batch" if number == 0 else f"{name}'s batch {number + 1}"
             x, others = conditions.split(tuple(moved), where)
-            if number == 0:
-                program.check_images(x, where, unit_interval=False)
+            program.check_images(x, where, unit_interval=False)
             _check_finite(x, where)
             if number == 0:
                 program.check_images(x, where)

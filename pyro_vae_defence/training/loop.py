@@ -171,9 +171,14 @@ def _loss_and_count(
     vae, total, count = reader.vae, 0.0, 0
     with torch.no_grad(), program.evaluation_mode(vae):
         for batch in reader.read(loader, name):
-            total += float(objective.loss(vae.model, vae.guide, *batch))
+            total += _number(objective.loss(vae.model, vae.guide, *batch))
             count += batch[0].shape[0]
     return total, count
+
+
+def _number(loss: Any) -> float:
+    """A loss, or the sum of several, which ``pyro.infer.ReweightedWakeSleep`` returns."""
+    return float(sum(loss) if isinstance(loss, tuple) else loss)
 
 
 def _open_log(
@@ -343,7 +348,7 @@ class _Run:
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
         with self.parameters:
-            loss = float(self.objective.loss_and_grads(self.model, self.guide, *batch))
+            loss = _number(self.objective.loss_and_grads(self.model, self.guide, *batch))
         loss, count = parallel.total(loss, batch[0].shape[0])
         self._check_finite(loss, "loss")
         if self.parameters.take_new() or self.optimiser is None:
