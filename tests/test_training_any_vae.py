@@ -19,7 +19,7 @@ from pyro.infer import (
 from torch import nn
 
 from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.training import FitConfig, evaluate, fit
+from pyro_vae_defence.training import FitConfig, NonFiniteLossError, evaluate, fit
 
 LATE = 3  # first step in which the late parameters are used
 STEPS = 8
@@ -604,8 +604,9 @@ def test_nan_in_a_later_batch_is_refused_before_it_changes_anything():
         seen.append({n: v.clone() for n, v in vae.decoder.state_dict().items()})
         yield bad
 
-    with pytest.raises(ValueError, match=r"loader's batch 2 has NaN .* rows \[5\]"):
+    with pytest.raises(NonFiniteLossError, match=r"loader's batch 2 has NaN .* \[5\]") as error:
         fit(vae, Trace_ELBO(), batches(), config())
+    assert isinstance(error.value, ValueError)
     assert_equal(seen[0], vae.decoder.state_dict())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae_defence.models import conditions, program
 from pyro_vae_defence.models.modules import networks_of
+from pyro_vae_defence.training.config import NonFiniteImagesError
 from pyro_vae_defence.types import VAE
 
 
@@ -78,7 +79,7 @@ def _check_finite(x: Tensor, where: str) -> None:
         return
     rows = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if rows:
-        raise ValueError(
+        raise NonFiniteImagesError(
             f"{where} has NaN or infinite values in the images at rows {rows}; repair these images "
             "or leave them out"
         )

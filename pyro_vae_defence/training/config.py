@@ -17,6 +17,10 @@ class NonFiniteLossError(RuntimeError):
     """The training loss became infinite or NaN; the weights are those before that step."""
 
 
+class NonFiniteImagesError(NonFiniteLossError, ValueError):
+    """Images hold NaN or infinite values, so that no loss was computed; nothing has changed."""
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How to train; the defaults are the paper's.
