@@ -126,8 +126,11 @@ def _(likelihood: Laplace, x: Tensor, ball: Ball) -> Tensor:
     if not isinstance(ball, Linf):
         message = f"perturbation must be an Linf ball for a Laplace likelihood, got {ball!r}"
         raise ValueError(message)
-    # Any unimodal density of independent pixels: as close to the mode as one can get.
-    return reach.nearest(likelihood.loc, 1.0, x, ball)
+    # As close to the mode as one can get, and on it where that is in reach: the density has a kink
+    # there, where rounding would make a force.
+    mode = likelihood.loc.expand_as(x)
+    reached = ((mode - x).abs() <= ball.radius) & (mode >= 0.0) & (mode <= 1.0)
+    return torch.where(reached, mode, reach.nearest(mode, 1.0, x, ball))
 
 
 @functools.singledispatch
@@ -167,8 +170,15 @@ def most_likely_value(likelihood: Any, value: Tensor, ball: Ball, site: ImageSit
     """:func:`most_likely_image` in the units of a site, with derivatives in ``value``."""
     if site.scale is None:
         return _moving_image(likelihood, value, ball)
-    pixels = _moving_image(in_pixels(likelihood, site), site.to_pixels(value), ball)
-    return site.to_units(pixels)
+    rescaled = in_pixels(likelihood, site)
+    pixels = _moving_image(rescaled, site.to_pixels(value), ball)
+    closest = site.to_units(pixels)
+    while isinstance(likelihood, Independent):
+        likelihood, rescaled = likelihood.base_dist, rescaled.base_dist
+    if isinstance(likelihood, Laplace):
+        # On the mode exactly here too.
+        closest = torch.where(pixels == rescaled.loc, likelihood.loc.detach(), closest)
+    return closest
 
 
 def _moving_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:

@@ -38,11 +38,17 @@ from pyro_vae_defence.models.sites import (
     decoder_mean,
     gaussians,
     image_rows,
-    image_site,
     latent_sites,
-    per_image,
 )
-from pyro_vae_defence.objectives.elbo import EncodeSites, ImageELBO, MeanFieldELBO, Terms, add_terms
+from pyro_vae_defence.objectives.elbo import (
+    EncodeSites,
+    ImageELBO,
+    MeanFieldELBO,
+    Terms,
+    add_terms,
+    check_trainable,
+    log_likelihood,
+)
 from pyro_vae_defence.objectives.smooth_encoder import SE
 from pyro_vae_defence.types import Perturb, PyroProgram
 
@@ -126,10 +132,11 @@ class AVAESS(ImageELBO):
             leaves.append(leaf)
         replayed = poutine.replay(model, trace=cut_trace)
         model_trace = poutine.trace(replayed).get_trace(x, *args, **kwargs)
+        check_trainable(model_trace, guide_trace)
         check_mean_field(model_trace, guide_trace)
 
-        image = image_site(model_trace)
-        reconstruction = per_image(image["fn"].log_prob(image["value"]), image)
+        model_trace.compute_log_prob(lambda name, site: site["is_observed"])
+        reconstruction = log_likelihood(model_trace)
         if torch.is_grad_enabled():
             gradients = torch.autograd.grad(reconstruction.sum(), leaves)
             reconstruction = reconstruction.detach()
