@@ -392,24 +392,97 @@ def test_a_checkpoint_of_another_plain_vae_is_refused(tmp_path):
             fit(kind(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
 
 
-def test_a_checkpoint_with_other_parameters_of_no_module_is_refused(tmp_path):
-    class Renamed(Plain):
-        def decode(self, z):
-            return self.decoder(z) * pyro.param("factor", torch.ones(2))
-
+def test_a_checkpoint_with_a_parameter_of_another_shape_is_refused(tmp_path):
     class Longer(Plain):
         def decode(self, z):
             return self.decoder(z) * pyro.param("scale", torch.ones(3))[:2]
 
     fit(SimpleParam(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
-    messages = {
-        Renamed: r"\['scale'\], the programs have \['factor'\]",
-        Longer: r"'scale' has shape \(3,\), in the checkpoint \(2,\)",
-    }
-    for kind, message in messages.items():
-        pyro.clear_param_store()
-        with pytest.raises(ValueError, match=message):
-            fit(kind(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=r"'scale' has shape \(3,\), in the checkpoint \(2,\)"):
+        fit(Longer(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
+
+
+class NoModule:
+    """Two parameters by names of its own."""
+
+    def __init__(self, loc, scale):
+        self.names = loc, scale
+
+    def model(self, x):
+        loc = pyro.param(self.names[0], torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            mean = (loc + z)[:, None, None, None].expand(x.shape)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x):
+        scale = pyro.param(self.names[1], torch.ones(()), dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x)), scale))
+
+
+def test_a_checkpoint_without_anything_of_the_vae_is_refused(tmp_path):
+    path = tmp_path / "c"
+    fit(NoModule("loc", "scale"), Trace_ELBO(), [images()], config(), checkpoint=path)
+    loc = pyro.param("loc").detach().clone()
+    pyro.clear_param_store()
+    with pytest.raises(
+        ValueError, match=r"holds \['loc', 'scale'\], the programs have \['a', 'b'\]"
+    ):
+        fit(NoModule("b", "a"), Trace_ELBO(), [images()], config(), checkpoint=path)
+    pyro.clear_param_store()
+    with pytest.warns(UserWarning, match=r"holds \['scale'\], the programs have \['a'\]"):
+        fit(NoModule("loc", "a"), Trace_ELBO(), [images()], config(), checkpoint=path)
+    assert torch.equal(pyro.param("loc"), loc)
+
+
+class Swapped(Plain):
+    """One parameter of no module takes the place of another in the second epoch."""
+
+    def make(self):
+        super().make()
+        self.steps = Steps()
+
+    def decode(self, z):
+        name = "one" if self.steps.next() <= STEPS // 2 else "two"
+        return self.decoder(z) * pyro.param(name, lambda: torch.rand(2))
+
+
+def test_resumed_when_a_parameter_takes_the_place_of_another(tmp_path):
+    whole, history = run(Swapped)
+    run(Swapped, epochs=1, path=tmp_path / "c")
+    with pytest.warns(UserWarning, match=r"holds \['one'\], the programs have \['two'\]"):
+        resumed, other = run(Swapped, path=tmp_path / "c", seed=7)
+    assert_equal({n: v for n, v in whole.items() if n != "one"}, resumed)
+    assert history == other
+
+
+class MadeAfterRegistration(Module):
+    """Its module is registered before it makes a layer, hence with it in the next step only."""
+
+    def make(self):
+        super().make()
+        self.steps = Steps()
+
+    def register_model(self):
+        pyro.module("model", self)
+
+    def decode(self, z):
+        if self.steps.next() < LATE:
+            return self.decoder(z)
+        if not hasattr(self, "extra"):
+            self.extra = nn.Linear(2, 2)
+            self.start = self.extra.weight.detach().clone()
+        return self.decoder(z) + self.extra(z)
+
+
+@pytest.mark.parametrize("epoch", [1, LATE])
+def test_a_layer_that_is_registered_one_step_after_it_was_made(epoch):
+    vae = MadeAfterRegistration()
+    batches = images().split(8 // LATE if epoch == 1 else 8)
+    fit(vae, TraceMeanField_ELBO(), batches, config(epochs=epoch))
+    assert torch.equal(vae.extra.weight, vae.start) == (epoch == LATE)
 
 
 def test_a_tensor_with_two_names_is_trained_once():

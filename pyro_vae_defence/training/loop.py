@@ -266,9 +266,6 @@ class _Run:
                 self.save(path)
         if self.seen == 0:
             raise ValueError("loader is empty; pass at least one batch")
-        # Modules that were made in this epoch, too.
-        self.parameters.look()
-        self.parameters.check()
         entry = {"epoch": float(self.epoch + 1), "train_loss": self.loss_sum / self.seen}
         entry["learning_rate"] = float(self.optimiser.param_groups[0]["lr"])
         # The first process's running statistics are the ones that are saved.

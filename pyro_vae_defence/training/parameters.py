@@ -16,7 +16,7 @@ import pyro
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae_defence.models.modules import networks_of
+from pyro_vae_defence.models.modules import modules_of, networks_of
 from pyro_vae_defence.training import parallel
 from pyro_vae_defence.types import VAE
 
@@ -36,6 +36,7 @@ class Parameters(Messenger):
         self._registered: dict[str, Tensor] = {}  # by names in Pyro's store
         self._new: dict[str, Tensor] = {}
         self._restored: dict[str, Tensor] = {}  # of a checkpoint, until a program registers them
+        self._said = False  # that these do not fit the programs
         self._order: dict[str, int] = {}
         self.look()
 
@@ -48,11 +49,14 @@ class Parameters(Messenger):
                 self._paths.setdefault(parameter, name)
         registered = {id(tensor) for tensor in self._registered.values()}
         self._unregistered = {n: p for p, n in self._paths.items() if id(p) not in registered}
+        self._num_modules = len(modules_of(self.vae))
 
     # --- While programs run ---
 
     def __enter__(self) -> Parameters:
-        # What has a gradient afterwards has it from these programs, registered or not.
+        # What has a gradient afterwards has it from these programs, registered or not. What they
+        # make meanwhile they may register when they run again.
+        self._watched = self._unregistered
         for tensors in (self.trained, self._registered, self._unregistered):
             for tensor in tensors.values():
                 tensor.grad = None
@@ -84,10 +88,10 @@ class Parameters(Messenger):
             restored.data = restored.data.to(tensor)
             tensor = restored
             store.set_state({"params": {name: tensor}, "constraints": {}})
+            msg["value"] = store[name]
         elif parallel.world_size() > 1:
             parallel.broadcast([tensor])
-        if name in store:
-            msg["value"] = store[name]
+            msg["value"] = store[name] if name in store else value
         self._registered[name] = self._new[name] = tensor
 
     def _key(self, name: str, tensor: Tensor) -> str:
@@ -105,9 +109,9 @@ class Parameters(Messenger):
         Raises:
             ValueError: as :meth:`check`, before anything is taken up.
         """
-        if self._new:
-            self.look()
         self.check()
+        if self._new or len(modules_of(self.vae)) != self._num_modules:
+            self.look()
         known = {id(tensor) for tensor in self.trained.values()}
         fresh = {self._key(name, t): t for name, t in self._new.items() if id(t) not in known}
         self._new = {}
@@ -126,13 +130,15 @@ class Parameters(Messenger):
         Raises:
             ValueError: with their names and what is to be done.
         """
-        missing = {n: p for n, p in self._unregistered.items() if p.grad is not None}
+        used = {name: p for name, p in self._watched.items() if p.grad is not None}
+        registered = {id(tensor) for tensor in self._registered.values()} if used else set()
+        missing = {name: p for name, p in used.items() if id(p) not in registered}
         if not missing:
             return
         mends = []
-        ends = tuple({name.rpartition(".")[2] for name in missing})
+        ends = {name.rpartition(".")[2] for name in missing}
         strangers = [n for n, t in self._registered.items() if t not in self._paths]
-        if taken := [name for name in strangers if name.endswith(ends)]:
+        if taken := [n for n in strangers if n.replace("$$$", ".").rpartition(".")[2] in ends]:
             mends.append(
                 f"Pyro's parameter store is global and holds other tensors by the names {taken}: "
                 "call pyro.clear_param_store() first if another VAE of this process has used them, "
@@ -149,7 +155,7 @@ class Parameters(Messenger):
 
     def warn_unused(self) -> None:
         """Say which parameters of a checkpoint no program has registered in this process."""
-        if self._restored:
+        if self._restored and not self._said:
             warnings.warn(
                 f"the programs have not used {sorted(self._restored)} since training was resumed: "
                 "the checkpoint has the values of these parameters, Pyro's parameter store has not",
@@ -211,7 +217,7 @@ class Parameters(Messenger):
             before: names in Pyro's store before that run.
 
         Raises:
-            ValueError: if the programs have other parameters than the checkpoint.
+            ValueError: if the VAE has nothing that the checkpoint holds.
         """
         self.look()
         self.check()
@@ -222,7 +228,16 @@ class Parameters(Messenger):
             if tensor not in self._paths and self._key(name, tensor) not in self._order
         ]
         if early and self._restored:
-            raise ValueError(f"it holds {sorted(self._restored)}, the programs have {early}")
+            differ = f"it holds {sorted(self._restored)}, the programs have {early}"
+            if not self._order.keys() & (paths.keys() | {self._key(*i) for i in self._new.items()}):
+                raise ValueError(differ)
+            warnings.warn(
+                f"the checkpoint is of a step with other parameters: {differ}; start anew unless "
+                "one takes the place of the other now",
+                UserWarning,
+                stacklevel=2,
+            )
+            self._said = True
         for name in early:
             del self._registered[name], self._new[name]
             if name not in before:
