@@ -89,9 +89,9 @@ def train(options, vae, train_set, validation_set, output):
     result = fit(
         vae,
         BetaELBO(options.beta),
-        data.batches(train_set, 64, shuffle=True, drop_last=True),
+        data.batches(train_set, 64, shuffle=True, drop_last=True, labels=False),
         FitConfig(options.epochs, 1e-3, "one_cycle", posterior_variance=False, name=name),
-        validation=data.batches(validation_set, 500),
+        validation=data.batches(validation_set, 500, labels=False),
         checkpoint=options.checkpoint or output / "vae.pt",
     )
     nelbo = result.history[-1]["validation_nelbo"]

@@ -60,7 +60,7 @@ def loader(images, size=8):
     dataset = data.ImageDataset(
         (images * 255).byte(), torch.zeros(len(images)), "toy", "train", ["0"]
     )
-    return data.batches(dataset, size, shuffle=True)
+    return data.batches(dataset, size, shuffle=True, labels=False)
 
 
 def config(**changes):
@@ -115,7 +115,7 @@ def test_annealing_and_loader_generator_are_resumed(images, tmp_path):
         vae = TutorialVAE()
         generator = torch.Generator().manual_seed(seed)
         dataset = loader(images).dataset
-        batches = data.batches(dataset, 8, shuffle=True, generator=generator)
+        batches = data.batches(dataset, 8, shuffle=True, generator=generator, labels=False)
         objective = BetaELBO(linear_schedule(12, end=3.0))
         path = tmp_path / f"{epochs_first}.pt"
         for epochs in (epochs_first, 4):
@@ -222,7 +222,7 @@ class Elsewhere:
 
 def test_batches_are_moved_to_the_device_of_the_vae(images):
     vae, x = ConvVAE(), Elsewhere(images[:4])
-    result = fit(vae, BetaELBO(), [(x, 0)], config(epochs=1), validation=[x])
+    result = fit(vae, BetaELBO(), [(x, None)], config(epochs=1), validation=[x])
     evaluate(vae, BetaELBO(), [x])
     # A step, two validations, the mean posterior variance, the evaluation.
     assert x.asked == [torch.device("cpu")] * 5

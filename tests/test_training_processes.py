@@ -222,6 +222,59 @@ class NonFiniteInSecond(TraceMeanField_ELBO):
         return float("nan") if torch.distributed.get_rank() == 1 else loss
 
 
+class LatePlainVAE:
+    """No module, a label, a layer used from the sixth step on and a scale from the seventh."""
+
+    def __init__(self, random_scale):
+        self.networks = FixedNoiseVAE()
+        self.label, self.extra = nn.Embedding(4, 5), nn.Linear(5, 784)
+        self.count, self.random_scale = nn.BatchNorm1d(1), random_scale
+
+    def model(self, x, y):
+        self.count(x[:, 0, 0, :1])
+        step = int(self.count.num_batches_tracked)
+        pyro.module("decoder", self.networks.decoder)
+        pyro.module("label", self.label)
+        with pyro.plate("data", x.shape[0]):
+            prior = dist.Normal(x.new_zeros(x.shape[0], 5), 1.0).to_event(1)
+            h = pyro.sample("latent", prior) + self.label(y)
+            logits = self.networks.decoder(h)
+            if step >= 6:
+                pyro.module("extra", self.extra)
+                logits = logits + self.extra(h)
+            if step >= 7:
+                start = torch.rand(1) + 0.5 if self.random_scale else torch.ones(1)
+                logits = logits * pyro.param("scale", start, dist.constraints.positive)
+            pixels = dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+            pyro.sample("obs", pixels, obs=x.reshape(-1, 784))
+
+    def guide(self, x, y):
+        self.networks.guide(x)
+
+
+class Labelled(Images):
+    def __getitem__(self, index):
+        return super().__getitem__(index), torch.as_tensor(index) % 4
+
+
+def train_late(rank, world_size, epochs, checkpoint=None, seed=0, random_scale=False):
+    """As train_share, for what appears late: four steps per epoch."""
+    pyro.clear_param_store()
+    torch.manual_seed(seed)
+    vae = LatePlainVAE(random_scale)
+    settings = FitConfig(
+        epochs=epochs, learning_rate=1e-2, clip_norm=300.0, ema_decay=0.9, schedule="constant",
+        progress=False,
+    )  # fmt: skip
+    loader = share_of(Labelled(48), 12, rank, world_size, shuffle=True)
+    fit(vae, TraceMeanField_ELBO(), loader, settings, checkpoint=checkpoint)
+    named = {"scale": pyro.param("scale").detach().clone()} if epochs > 1 else {}
+    for part in ("networks", "label", "extra"):
+        state = getattr(vae, part).state_dict(prefix=f"{part}.")
+        named |= {name: value.clone() for name, value in state.items()}
+    return named
+
+
 def share_of(dataset, batch_size, rank, world_size, shuffle):
     sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=3)
     batches = BatchSampler(sampler, batch_size // world_size, False)
@@ -289,7 +342,14 @@ def take_part(folder, rank, size):
     constant = FitConfig(epochs=1, schedule="constant", progress=False)
     pyro.clear_param_store()
     vae = FixedNoiseVAE()
+    late = train_late(rank, size, 4, seed=rank, random_scale=True)
+    late_parts = folder / "late.pt"
+    train_late(rank, size, 2, late_parts, seed=rank, random_scale=True)
+    resumed_late = train_late(rank, size, 4, late_parts, seed=7, random_scale=True)
     report = {
+        "late": late,
+        "late_resumed": all_equal(late, resumed_late),
+        "late_fixed": train_late(rank, size, 4, seed=rank),
         "weights": whole,
         "history": history,
         "resumed": all_equal(whole, resumed) and history == resumed_history,
@@ -344,6 +404,16 @@ class TestTwoProcesses:
 
     def test_resumption_is_exact(self, reports):
         assert all(report["resumed"] for report in reports)
+
+    def test_parameters_that_appear_late_are_trained_alike(self, reports, float64):
+        first, second = reports
+        assert all_equal(first["late"], second["late"])
+        assert first["late_resumed"]
+        assert second["late_resumed"]
+        assert first["late"]["scale"] != first["late_fixed"]["scale"]
+        # And as in one process, where Adam's moments start when they appear.
+        for name, value in train_late(0, 1, 4).items():
+            torch.testing.assert_close(first["late_fixed"][name], value, rtol=1e-7, atol=1e-9)
 
     def test_noise_differs_between_processes_and_is_resumed(self, reports):
         first, second = reports

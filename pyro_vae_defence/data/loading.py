@@ -81,6 +81,7 @@ def batches(
     shuffle: bool = False,
     generator: torch.Generator | None = None,
     drop_last: bool = False,
+    labels: bool = True,
 ) -> DataLoader[Any]:
     """A loader that fetches whole batches with one index.
 
@@ -93,13 +94,22 @@ def batches(
         shuffle: a new random order for every pass.
         generator: source of the order.
         drop_last: leave out a last batch that is not full.
+        labels: whether a batch is a pair of images and labels, or images alone.
     """
     check_integer("batch_size", batch_size)
     order: Any = SequentialSampler(dataset)
     if shuffle:
         order = RandomSampler(dataset, generator=generator)
     sampler = BatchSampler(order, batch_size, drop_last)
-    return DataLoader(dataset, sampler=sampler, batch_size=None, generator=generator)
+    collate = None if labels else images_alone
+    return DataLoader(
+        dataset, sampler=sampler, batch_size=None, generator=generator, collate_fn=collate
+    )
+
+
+def images_alone(batch: Any) -> Any:
+    """The images of a batch, which is them or a tuple that starts with them."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def stratified(

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from pyro_vae_defence import objectives
 from pyro_vae_defence.attacks import PGD
 from pyro_vae_defence.attacks.objectives import squared_wasserstein
+from pyro_vae_defence.data.loading import images_alone
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.study import Study
 from pyro_vae_defence.models import ConvVAE, program
@@ -200,7 +201,9 @@ class Train(Study[TrainConfig]):
         train_set = self.images(config.dataset, "train")
         count = config.images_per_epoch or len(train_set)
         sampler = BatchSampler(RandomSampler(train_set, num_samples=count), config.batch_size, True)
-        loader: DataLoader[Any] = DataLoader(train_set, sampler=sampler, batch_size=None)
+        loader: DataLoader[Any] = DataLoader(
+            train_set, sampler=sampler, batch_size=None, collate_fn=images_alone
+        )
         validation = self._validation()
 
         torch.manual_seed(config.seed)

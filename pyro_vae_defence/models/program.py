@@ -44,6 +44,7 @@ from pyro_vae_defence.models.enumeration import (
     marginal_mean,
     marginalised,
 )
+from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.observation import ImageMap, read_images
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
@@ -130,26 +131,29 @@ def at_images(
 
 @contextlib.contextmanager
 def evaluation_mode(*programs: Any) -> Iterator[None]:
-    """Put every ``nn.Module`` among ``programs``, or held by one as an attribute, into eval mode.
+    """Put every module that ``programs`` can reach into eval mode for a while.
 
-    Train-mode batch norm couples the images of a batch and would be changed by mere evaluation.
-    Modes are restored module by module.
+    Which these are says :func:`pyro_vae_defence.models.modules.modules_of`. Train-mode batch norm
+    couples the images of a batch and would be changed by mere evaluation, and dropout makes
+    energies random. Modes are restored module by module.
     """
-    roots = [
-        candidate
-        for program in programs
-        for candidate in (program, *getattr(program, "__dict__", {}).values())
-        if isinstance(candidate, nn.Module)
-    ]
-    modules = list(dict.fromkeys(m for root in roots for m in root.modules()))
-    modes = [m.training for m in modules]
+    modules = modules_of(*programs)
+    modes = [module.training for module in modules]
     try:
         for module in modules:
-            module.training = False
+            _set_mode(module, False)
         yield
     finally:
         for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
+            _set_mode(module, mode)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    # A module's own setter looks through its parameters and children first.
+    if "training" in module.__dict__:
+        module.__dict__["training"] = training
+    else:
+        module.training = training
 
 
 # --- Traces ---------------------------------------------------------------------------------------

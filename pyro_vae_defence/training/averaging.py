@@ -34,9 +34,17 @@ class WeightAverage:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
-        self.parameters = parameters
+        self.parameters: dict[str, Tensor] = {}
         self.decay = decay
-        self.values = {name: value.detach().clone() for name, value in parameters.items()}
+        self.values: dict[str, Tensor] = {}
+        self.add(parameters)
+
+    def add(self, parameters: Mapping[str, Tensor]) -> None:
+        """Average these parameters too; those that have not moved so far join without a trace."""
+        for name, value in parameters.items():
+            if name not in self.parameters:
+                self.parameters[name] = value
+                self.values[name] = value.detach().clone()
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-FORMAT = 3
+FORMAT = 4
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -17,6 +17,10 @@ class NonFiniteLossError(RuntimeError):
     """The training loss became infinite or NaN; the weights are those before that step."""
 
 
+class NonFiniteImagesError(NonFiniteLossError, ValueError):
+    """Images hold NaN or infinite values, so that no loss was computed; nothing has changed."""
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How to train; the defaults are the paper's.
@@ -85,7 +89,9 @@ class FitResult:
     Attributes:
         history: one dict per epoch: ``epoch``, ``train_loss`` and, with validation data,
             ``validation_loss`` (the objective) and ``validation_nelbo`` (-ELBO at beta = 1), all in
-            nats per image; ``learning_rate`` and ``seconds``.
+            nats per image; ``learning_rate`` and ``seconds``. There is no ``validation_nelbo`` of
+            programs that ``pyro.infer.TraceMeanField_ELBO`` is not for, such as those with a
+            discrete latent.
         steps: optimiser steps made in all.
         mean_posterior_variance: the guide's variance, averaged over the images of the training
             loader, site name -> one image's shape: a metric for chains that no attacker can move.

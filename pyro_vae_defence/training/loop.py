@@ -3,6 +3,7 @@ r"""Stochastic variational inference: :func:`fit` trains any Pyro VAE with any P
 One step is what ``pyro.infer.SVI.step`` does: ``objective.loss_and_grads(model, guide, x)`` under a
 capture of the parameters it touches, then one step of the optimiser. The optimiser is a single
 ``torch.optim.Adam`` over all of them, so that schedules, checkpoints and resumption see everything.
+Parameters that the programs register later join it then.
 
 Defaults are the paper's (appendix D.1): Adam at 5e-4, halved when the validation loss has not
 fallen for 10 epochs, 300 epochs.
@@ -21,14 +22,16 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyro
 import torch
-from pyro import poutine
-from pyro.infer import ELBO, TraceMeanField_ELBO
-from torch import Tensor, nn
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence.models import program
@@ -36,12 +39,16 @@ from pyro_vae_defence.ops.files import atomic_save, remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
 from pyro_vae_defence.training.averaging import WeightAverage
+from pyro_vae_defence.training.batches import Reader
 from pyro_vae_defence.training.config import FitConfig, FitResult, NonFiniteLossError
+from pyro_vae_defence.training.parameters import Parameters
 from pyro_vae_defence.types import VAE, Latents
 
 # Where a run stands, saved with its weights; the last three inside an unfinished epoch: batches
 # done, their summed loss, images seen.
 _POSITION = ("epoch", "steps", "history", "batch", "loss_sum", "seen")
+# What Pyro's analytic ELBO may answer to programs that it is not for.
+_NOT_ANALYTIC = (AssertionError, KeyError, NotImplementedError, RuntimeError, ValueError)
 # What a resumed run may set anew: the weights do not depend on it.
 _FREE_SETTINGS = {"progress", "checkpoint_every", "posterior_variance"}
 
@@ -63,7 +70,11 @@ def fit(
     where it stood, whenever it was killed: on the same machine and number of threads the weights
     equal those of an uninterrupted run. Exact resumption needs a loader whose order depends on
     torch's global seed, on its own ``generator`` attribute, or on ``set_epoch`` of its sampler,
-    alone (``torch.utils.data.DataLoader`` does).
+    alone (``torch.utils.data.DataLoader`` does). What programs count themselves has to be a buffer
+    of a module.
+
+    What is trained is what the programs register with Pyro, whenever they do. Modules are found
+    wherever the programs reach them (:func:`pyro_vae_defence.models.modules.modules_of`).
 
     Within a process group of ``torch.distributed``, as ``torchrun`` makes them, training is
     data-parallel (:mod:`pyro_vae_defence.training.parallel`): call ``fit`` in every process, with a
@@ -73,23 +84,30 @@ def fit(
     back.
 
     Args:
-        vae: any Pyro VAE. An ``nn.Module`` is trained in train mode and left in eval mode.
+        vae: any Pyro VAE. Its modules are trained in train mode and left in eval mode.
         objective: a Pyro ELBO, e.g. ``pyro.infer.Trace_ELBO()`` or one of
             :mod:`pyro_vae_defence.objectives`.
-        loader: batches of images ``(B, C, H, W)`` in [0, 1], or tuples that start with one. They
-            are moved to the device of the VAE's first parameter where ``vae`` is an ``nn.Module``.
+        loader: batches of images ``(B, C, H, W)`` in [0, 1], or tuples ``(x, *conditions)`` of
+            these and tensors with one row per image, with which the programs are called where they
+            take them. They are moved to the device of the first parameter of the VAE's modules.
         config: see :class:`FitConfig`.
         validation: batches to validate on after each epoch, as ``loader``'s; the plateau rule needs
             it.
         checkpoint: file written after every epoch, atomically; parent directories are made. Its
-            ``"weights"`` are those being trained; an average of them is kept beside.
+            ``"weights"`` are those being trained, with the buffers: the ``state_dict`` of a VAE
+            that is a module, else those of its modules by their paths, and Pyro's parameters of no
+            module by their names. An average is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
         on_epoch: called with each new entry of the history, the weights being those validated. What
             it draws from torch's generators does not change the run.
 
+    Warns:
+        UserWarning: if the loader yields more than images and neither program takes it.
+
     Raises:
         ValueError: if an argument does not fit, the checkpoint belongs to another configuration, or
-            ``tensorboard`` is not installed.
+            ``tensorboard`` is not installed; for data the programs cannot take; and for parameters
+            that the loss depends on but that would not be trained, before they should have been.
         NonFiniteLossError: as soon as a loss is not finite; the last checkpoint stays.
     """
     program.check_vae(vae)
@@ -139,29 +157,28 @@ def fit(
 def evaluate(vae: VAE, objective: Any, loader: Iterable[Any]) -> float:
     """Mean loss of ``objective`` per image, in nats; no parameter changes.
 
-    Batches are moved to the VAE's device, as :func:`fit` does.
+    Batches are what :func:`fit` takes, checked and moved to the VAE's device in the same way.
     """
-    total, count = _loss_and_count(vae, objective, loader)
+    total, count = _loss_and_count(Reader(vae), objective, loader, "loader")
     if count == 0:
         raise ValueError("the loader is empty; pass at least one batch")
     return total / count
 
 
-def _loss_and_count(vae: VAE, objective: Any, loader: Iterable[Any]) -> tuple[float, int]:
-    total, count = 0.0, 0
+def _loss_and_count(
+    reader: Reader, objective: Any, loader: Iterable[Any], name: str
+) -> tuple[float, int]:
+    vae, total, count = reader.vae, 0.0, 0
     with torch.no_grad(), program.evaluation_mode(vae):
-        for x in _images(vae, loader):
-            total += float(objective.loss(vae.model, vae.guide, x))
-            count += x.shape[0]
+        for batch in reader.read(loader, name):
+            total += _number(objective.loss(vae.model, vae.guide, *batch))
+            count += batch[0].shape[0]
     return total, count
 
 
-def _images(vae: VAE, loader: Iterable[Any]) -> Iterator[Tensor]:
-    """The images of each batch, on the VAE's device where it says which that is."""
-    parameter = next(vae.parameters(), None) if isinstance(vae, nn.Module) else None
-    for batch in loader:
-        x = batch[0] if isinstance(batch, (tuple, list)) else batch
-        yield x if parameter is None else x.to(parameter.device)
+def _number(loss: Any) -> float:
+    """A loss, or the sum of several, which ``pyro.infer.ReweightedWakeSleep`` returns."""
+    return float(sum(loss) if isinstance(loss, tuple) else loss)
 
 
 def _open_log(
@@ -217,7 +234,8 @@ class _Run:
         # Where the run stands; see _POSITION.
         self.epoch, self.steps, self.batch, self.loss_sum, self.seen = 0, 0, 0, 0.0, 0
         self.history: list[dict[str, float]] = []
-        self.parameters: dict[str, Tensor] = {}
+        self.reader = Reader(vae, warn=parallel.is_first())
+        self.parameters = Parameters(vae)
         self.optimiser: Any = None
         self.scheduler: Any = None
         self.average: WeightAverage | None = None
@@ -228,24 +246,20 @@ class _Run:
 
     def start(self) -> None:
         """Make the processes of a data-parallel run begin alike, but for their noise."""
-        if parallel.world_size() == 1:
-            return
-        if not isinstance(self.vae, nn.Module):
-            self._see_parameters()
-        parallel.broadcast(self._weights().values())
-        parallel.separate_noise()
+        if parallel.world_size() > 1:
+            state = self.parameters.weights().values()
+            parallel.broadcast(value for value in state if isinstance(value, Tensor))
+            parallel.separate_noise()
 
     def train_epoch(self, path: Path | None) -> dict[str, float]:
         started = time.perf_counter()
-        if isinstance(self.vae, nn.Module):
-            self.vae.train()
+        self._set_mode(training=True)
         _set_epoch(self.loader, self.epoch)
-        for x in self._remaining_batches():
+        for batch in self._remaining_batches():
             if self.steps == 0:
-                program.check_images(x, "loader's first batch")
                 length = len(self.loader) if isinstance(self.loader, Sized) else None
-                parallel.check_shares(length, x)
-            self._step(x)
+                parallel.check_shares(length, batch[0])
+            self._step(batch)
             self.batch += 1
             every = self.config.checkpoint_every
             if path is not None and every is not None and self.steps % every == 0:
@@ -254,13 +268,15 @@ class _Run:
             raise ValueError("loader is empty; pass at least one batch")
         entry = {"epoch": float(self.epoch + 1), "train_loss": self.loss_sum / self.seen}
         entry["learning_rate"] = float(self.optimiser.param_groups[0]["lr"])
-        if isinstance(self.vae, nn.Module):
-            # The first process's running statistics are the ones that are saved.
-            parallel.broadcast(self.vae.buffers())
+        # The first process's running statistics are the ones that are saved.
+        for network in self.parameters.networks.values():
+            parallel.broadcast(network.buffers())
         if self.validation is not None:
             with self._validated_weights():
                 entry["validation_loss"] = self._validate(self.objective, self.validation)
-                entry["validation_nelbo"] = self._validate(TraceMeanField_ELBO(), self.validation)
+                nelbo = self._analytic_nelbo(self.validation)
+                if nelbo is not None:
+                    entry["validation_nelbo"] = nelbo
         if self.config.schedule == "plateau":
             self.scheduler.step(entry["validation_loss"])
         entry["seconds"] = time.perf_counter() - started
@@ -273,15 +289,31 @@ class _Run:
         """Leave the final weights in the VAE, in eval mode; measure its mean posterior variance."""
         if self.average is not None:
             self.average.swap()
-        if isinstance(self.vae, nn.Module):
-            self.vae.eval()
+        self._set_mode(training=False)
+        self.parameters.warn_unused()
         name = "mean_posterior_variance"
         if not (self.config.posterior_variance and hasattr(self.vae, name)):
             return None
-        variance = program.mean_posterior_variance(self.vae, _images(self.vae, self.loader))
+        current: list[Tensor] = []
+
+        def guide(x: Tensor) -> Any:
+            return self.vae.guide(x, *current)
+
+        def images() -> Iterator[Tensor]:
+            for x, *current[:] in self.reader.read(self.loader, "loader"):
+                yield x
+
+        vae = SimpleNamespace(model=self.vae.model, guide=guide)
+        variance = program.mean_posterior_variance(vae, images())
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
         return variance
+
+    def _set_mode(self, *, training: bool) -> None:
+        """Put all modules into train or eval mode, by their own methods, which may do more."""
+        self.parameters.look()
+        for network in self.parameters.networks.values():
+            network.train(training)
 
     def report(self, on_epoch: Callable[[dict[str, float]], None], entry: dict[str, float]) -> None:
         """Call the user's function in a way that training does not depend on it."""
@@ -295,14 +327,14 @@ class _Run:
         """For a while, put the average of the weights in their place, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.swapped()
 
-    def _remaining_batches(self) -> Iterator[Tensor]:
+    def _remaining_batches(self) -> Iterator[tuple[Tensor, ...]]:
         """The epoch's batches that are not done yet, with the generators where they stood."""
         if self.batch:
             # The order of an epoch was drawn from the generators as they stood at its start.
             checkpoints.set_rng(self._epoch_rng, self.loader)
         else:
             self._epoch_rng = checkpoints.get_rng(self.loader)
-        batches = _images(self.vae, self.loader)
+        batches = self.reader.read(self.loader, "loader")
         for _ in range(self.batch):
             next(batches, None)
         if self._resume_rng is not None:
@@ -311,16 +343,14 @@ class _Run:
             self._resume_rng = None
         yield from batches
 
-    def _step(self, x: Tensor) -> None:
-        if self.optimiser is not None:
-            self.optimiser.zero_grad()
-        with poutine.trace(param_only=True) as capture:
-            loss = float(self.objective.loss_and_grads(self.model, self.guide, x))
-        loss, count = parallel.total(loss, x.shape[0])
+    def _step(self, batch: tuple[Tensor, ...]) -> None:
+        with self.parameters:
+            loss = _number(self.objective.loss_and_grads(self.model, self.guide, *batch))
+        loss, count = parallel.total(loss, batch[0].shape[0])
         self._check_finite(loss, "loss")
-        if self.optimiser is None:
-            self._make_optimiser(capture.trace)
-        trained = self._trained().values()
+        if self.parameters.take_new() or self.optimiser is None:
+            self._optimise_all()
+        trained = self.parameters.trained.values()
         parallel.sum_gradients(trained)
         if self.config.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
@@ -343,27 +373,48 @@ class _Run:
             )
 
     def _validate(self, objective: Any, batches: Iterable[Any]) -> float:
-        loss, count = parallel.total(*_loss_and_count(self.vae, objective, batches))
+        loss, count = parallel.total(
+            *_loss_and_count(self.reader, objective, batches, "validation")
+        )
         if count == 0:
             raise ValueError("validation is empty; pass at least one batch")
         return loss / count
 
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p for name, p in self.parameters.items() if p.requires_grad}
+    def _analytic_nelbo(self, batches: Iterable[Any]) -> float | None:
+        """The negative ELBO at beta = 1 with analytic divergences, where programs have one."""
+        loss, count, failed = 0.0, 0, False
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.objective, TraceEnum_ELBO):
+                # That what is enumerated needs the objective which the user has chosen.
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", UserWarning)
+            try:
+                analytic = TraceMeanField_ELBO()
+                loss, count = _loss_and_count(self.reader, analytic, batches, "validation")
+            except torch.OutOfMemoryError:
+                raise
+            except _NOT_ANALYTIC:
+                # The objective has just been evaluated on these batches, so they are not to blame.
+                failed = True
+        loss, total, failures = parallel.total(loss, count, failed)
+        return None if failures else loss / total
 
-    def _make_optimiser(self, trace: poutine.Trace) -> None:
-        nodes: dict[str, Any] = trace.nodes
-        self.parameters = {name: site["value"].unconstrained() for name, site in nodes.items()}
-        if not self.parameters:
+    def _optimise_all(self) -> None:
+        """Have the optimiser and the average take care of all parameters seen so far."""
+        trained, config = self.parameters.trained, self.config
+        if not trained:
             raise ValueError(
                 "no parameter was seen in model or guide; register modules with pyro.module(...) "
                 "inside the programs, or derive them from pyro.nn.PyroModule"
             )
-        self._check_all_registered()
-        config = self.config
-        self.optimiser = torch.optim.Adam(list(self._trained().values()), lr=config.learning_rate)
+        if self.optimiser is not None:
+            self.optimiser.param_groups[0]["params"] = list(trained.values())
+            if self.average is not None:
+                self.average.add(trained)
+            return
+        self.optimiser = torch.optim.Adam(list(trained.values()), lr=config.learning_rate)
         if config.ema_decay is not None:
-            self.average = WeightAverage(self._trained(), config.ema_decay)
+            self.average = WeightAverage(trained, config.ema_decay)
         if config.schedule == "plateau":
             self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 self.optimiser, factor=config.factor, patience=config.patience
@@ -374,20 +425,6 @@ class _Run:
             steps = config.epochs * len(self.loader)
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimiser, config.learning_rate, total_steps=steps, cycle_momentum=False
-            )
-
-    def _check_all_registered(self) -> None:
-        """Refuse a module parameter that has a gradient but that Pyro does not know."""
-        if not isinstance(self.vae, nn.Module):
-            return
-        known = {id(parameter) for parameter in self.parameters.values()}
-        used = {name: p for name, p in self.vae.named_parameters() if p.grad is not None}
-        if missing := [name for name, parameter in used.items() if id(parameter) not in known]:
-            raise ValueError(
-                f"parameters {missing} would not be trained: they have a gradient, but model and "
-                "guide do not register these very tensors. Call pyro.module(...) on their modules; "
-                "call pyro.clear_param_store() first if another VAE of this process has used the "
-                "same names; and keep parameters contiguous (Pyro's parameter store copies others)"
             )
 
     # --- Checkpoints ---
@@ -401,7 +438,9 @@ class _Run:
             "format": checkpoints.FORMAT,
             "config": dataclasses.asdict(self.config),
             **{name: getattr(self, name) for name in _POSITION},
-            "weights": self._weights(),
+            "weights": self.parameters.weights(),
+            "parameters": list(self.parameters.trained),
+            "of_no_module": self.parameters.of_no_module(),
             "average": None if self.average is None else self.average.values,
             "optimiser": self.optimiser.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -413,18 +452,20 @@ class _Run:
     def load(self, path: Path) -> None:
         state = checkpoints.read(path)
         self._check_settings(state, path)
-        self._see_parameters()
-        self._load_weights(state["weights"], path)
+        for name in _POSITION:
+            setattr(self, name, state[name])
+        try:
+            self._load_weights(state)
+        except ValueError as error:
+            message = f"checkpoint {path} belongs to another architecture: {error}"
+            raise ValueError(message) from error
+        self._optimise_all()
         if self.average is not None:
-            # By order, as the optimiser's: names in Pyro's store differ between instances.
-            saved = state["average"].values()
-            for value, theirs in zip(self.average.values.values(), saved, strict=True):
-                value.copy_(theirs)
+            for name, value in self.average.values.items():
+                value.copy_(state["average"][name])
         self.optimiser.load_state_dict(state["optimiser"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        for name in _POSITION:
-            setattr(self, name, state[name])
         self._set_objective_state(state["objective"])
         rng = state["rng"][parallel.rank()]
         self._epoch_rng = rng["epoch"]
@@ -432,6 +473,28 @@ class _Run:
             self._resume_rng = rng["now"]
         else:
             checkpoints.set_rng(rng["now"], self.loader)
+
+    def _load_weights(self, state: dict[str, Any]) -> None:
+        """Load weights and buffers, also of what the programs make only when they run."""
+        loose = {name: state["weights"].pop(name) for name in state["of_no_module"]}
+        self.parameters.load_modules(state["weights"], strict=True)
+        self.parameters.expect(state["parameters"], loose)
+        self._set_objective_state(copy.deepcopy(state["objective"]))
+        before = set(pyro.get_param_store().keys())
+        self._run_once()
+        if left := self.parameters.load_modules(state["weights"], strict=False):
+            raise ValueError(f"it holds {sorted(left)}, which the VAE lacks")
+        self.parameters.settle(before)
+
+    def _run_once(self) -> None:
+        """Run the programs as a step does, and leave all random generators as they were."""
+        rng = checkpoints.get_rng(self.loader)
+        self._set_mode(training=True)
+        _set_epoch(self.loader, self.epoch)
+        batch = next(self.reader.read(self.loader, "loader"))
+        with self.parameters:
+            self.objective.loss_and_grads(self.model, self.guide, *batch)
+        checkpoints.set_rng(rng, self.loader)
 
     def _check_settings(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = state["config"], dataclasses.asdict(self.config)
@@ -448,17 +511,6 @@ class _Run:
                 "use another file, or the same settings"
             )
 
-    def _see_parameters(self) -> None:
-        """Run the programs once, so that every parameter exists and the optimiser can be made."""
-        rng, objective = checkpoints.get_rng(self.loader), copy.deepcopy(self._objective_state())
-        x = next(_images(self.vae, self.loader))
-        with poutine.trace(param_only=True) as capture:
-            self.objective.loss_and_grads(self.model, self.guide, x)
-        self._make_optimiser(capture.trace)
-        self.optimiser.zero_grad()
-        checkpoints.set_rng(rng, self.loader)
-        self._set_objective_state(objective)
-
     def _objective_state(self) -> dict[str, Any] | None:
         """What an objective keeps from step to step; an annealed one counts them."""
         return self.objective.state_dict() if hasattr(self.objective, "state_dict") else None
@@ -466,23 +518,3 @@ class _Run:
     def _set_objective_state(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.objective.load_state_dict(state)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """A module's own state, or the parameters of the programs by their Pyro names."""
-        if isinstance(self.vae, nn.Module):
-            return self.vae.state_dict()
-        return {name: value.detach() for name, value in self.parameters.items()}
-
-    def _load_weights(self, weights: dict[str, Tensor], path: Path) -> None:
-        if isinstance(self.vae, nn.Module):
-            try:
-                self.vae.load_state_dict(weights)
-            except RuntimeError as error:
-                message = f"checkpoint {path} belongs to another architecture: {error}"
-                raise ValueError(message) from error
-            return
-        if others := sorted(weights.keys() ^ self.parameters.keys()):
-            raise ValueError(f"checkpoint {path} holds other parameters: {others}")
-        with torch.no_grad():
-            for name, value in weights.items():
-                self.parameters[name].copy_(value)

@@ -91,20 +91,25 @@ def total(*numbers: float) -> list[float]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum each parameter's gradient over the processes, in place; a missing one counts as zero."""
-    if world_size() == 1:
-        return
+    """Sum each parameter's gradient over the processes, in place.
+
+    A missing one counts as zero, and stays missing where every process lacks it: an optimiser
+    leaves such a parameter alone.
+    """
     parameters = list(parameters)
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # One message for all of them.
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    if world_size() == 1 or not parameters:
+        return
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    # One message for all of them, and for who has which.
+    there = gradients[0].new_tensor([float(p.grad is not None) for p in parameters])
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), there])
     dist.all_reduce(flat)
     sizes = [gradient.numel() for gradient in gradients]
-    for gradient, summed in zip(gradients, flat.split(sizes), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+    *sums, there = flat.split([*sizes, len(parameters)])
+    for parameter, gradient, summed, some in zip(
+        parameters, gradients, sums, there.tolist(), strict=True
+    ):
+        parameter.grad = gradient.copy_(summed.view_as(gradient)) if some else None
 
 
 @torch.no_grad()

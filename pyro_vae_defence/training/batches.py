@@ -1,0 +1,85 @@
+"""What a loader yields, as programs take it: images and their conditions, checked and moved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.models import conditions, program
+from pyro_vae_defence.models.modules import networks_of
+from pyro_vae_defence.training.config import NonFiniteImagesError
+from pyro_vae_defence.types import VAE
+
+
+class Reader:
+    """Reads loaders for a VAE.
+
+    Args:
+        vae: whose programs are called with the batches.
+        warn: whether to say, once, that a loader has entries which the programs do not take.
+    """
+
+    def __init__(self, vae: VAE, warn: bool = False) -> None:
+        self.vae, self.warn = vae, warn
+
+    def read(self, loader: Iterable[Any], name: str) -> Iterator[tuple[Tensor, ...]]:
+        """Batches ``(x, *conditions)`` on the device of the VAE's first parameter.
+
+        Args:
+            loader: batches of images, or tuples that start with one.
+            name: the argument's name in messages.
+
+        Raises:
+            ValueError: for images or conditions that programs cannot take: all of it at the first
+                batch, what is not finite at any.
+        """
+        networks = networks_of(self.vae).values()
+        parameters = (parameter for network in networks for parameter in network.parameters())
+        first = next(parameters, None)
+        device = None if first is None else first.device
+        widths: dict[Any, int] = {}
+        for number, batch in enumerate(loader):
+            entries = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+            given = tuple(entry is not None for entry in entries)
+            if given not in widths:
+                widths[given] = len(conditions.taken(entries, self.vae))
+            moved = (
+                entry if device is None or not hasattr(entry, "to") else entry.to(device)
+                for entry in entries[: widths[given]]
+            )
+            where = f"{name}'s first batch" if number == 0 else f"{name}'s batch {number + 1}"
+            x, others = conditions.split(tuple(moved), where)
+            program.check_images(x, where, unit_interval=False)
+            _check_finite(x, where)
+            if number == 0:
+                program.check_images(x, where)
+                self._say_ignored(sum(given[widths[given] :]), name)
+            yield (x, *others)
+
+    def _say_ignored(self, count: int, name: str) -> None:
+        if count and self.warn:
+            self.warn = False
+            warnings.warn(
+                f"{name} yields {count} more {'entry' if count == 1 else 'entries'} beside the "
+                "images, which neither model nor guide takes: ignored. Programs of a conditional "
+                "VAE take them as model(self, x, y) and guide(self, x, y); for any other give a "
+                "loader of images alone, e.g. data.batches(..., labels=False)",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _check_finite(x: Tensor, where: str) -> None:
+    # One pass; half precision would overflow in its own dtype.
+    if x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite():
+        return
+    rows = (~x.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if rows:
+        raise NonFiniteImagesError(
+            f"{where} has NaN or infinite values in the images at rows {rows}; repair these images "
+            "or leave them out"
+        )

@@ -1,0 +1,921 @@
+"""fit takes VAEs of every build: plain objects, several modules, parameters that appear late."""
+
+from __future__ import annotations
+
+import types
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from programs import TutorialVAE
+from pyro.infer import (
+    ReweightedWakeSleep,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    config_enumerate,
+)
+from torch import nn
+
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.training import FitConfig, NonFiniteLossError, evaluate, fit
+
+LATE = 3  # first step in which the late parameters are used
+STEPS = 8
+
+
+def config(**changes):
+    settings = {"epochs": 2, "learning_rate": 1e-2, "schedule": "constant", "progress": False}
+    return FitConfig(**{**settings, **changes})
+
+
+def images(count=8):
+    return torch.rand(count, 1, 1, 2, generator=torch.Generator().manual_seed(1))
+
+
+class Steps(nn.Module):
+    """Counts the runs of a program in train mode, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("done", torch.zeros((), dtype=torch.long))
+
+    def next(self):
+        self.done += self.training
+        return int(self.done)
+
+
+class Programs:
+    """z ~ N(0, I) in two dimensions, image ~ N(decode(z), 1); what is trained is the subclass's."""
+
+    def prior(self, x):
+        return dist.Normal(x.new_zeros(2), 1.0).to_event(1)
+
+    def model(self, x):
+        self.register_model()
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            mean = self.decode(z).reshape(len(x), 1, 1, 2)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x):
+        self.register_guide()
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.encoder(x.flatten(1)), 0.5).to_event(1))
+
+    def register_model(self):
+        pyro.module("decoder", self.decoder)
+
+    def register_guide(self):
+        pyro.module("encoder", self.encoder)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+    def make(self):
+        self.encoder, self.decoder = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+class Plain(Programs):
+    def __init__(self):
+        self.make()
+
+
+class Module(Programs, nn.Module):
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.make()
+
+
+class LateParts:
+    """A layer and its registration from step LATE on."""
+
+    register_early = False
+
+    def make(self):
+        super().make()
+        self.extra, self.steps = nn.Linear(2, 2), Steps()
+
+    def register_model(self):
+        super().register_model()
+        self.late = self.steps.next() >= LATE
+        if self.late or self.register_early:
+            pyro.module("extra", self.extra)
+
+    def decode(self, z):
+        return self.decoder(z) + (self.extra(z) if self.late else 0.0)
+
+
+class LateModule(LateParts, Module):
+    pass
+
+
+class LatePlain(LateParts, Plain):
+    pass
+
+
+class FromTheStart(LateModule):
+    register_early = True
+
+
+class Before(LateModule):
+    """The late layer is registered before others: its gradient's place is not the last."""
+
+    def register_model(self):
+        if self.steps.next() >= LATE:
+            pyro.module("extra", self.extra)
+        self.late = int(self.steps.done) >= LATE
+        pyro.module("decoder", self.decoder)
+
+
+class LateParam(Plain):
+    """A constrained parameter of no module that starts at a random value."""
+
+    def make(self):
+        super().make()
+        self.steps = Steps()
+
+    def decode(self, z):
+        if self.steps.next() < LATE:
+            return self.decoder(z)
+        scale = pyro.param("scale", lambda: torch.rand(2) + 0.5, dist.constraints.positive)
+        return self.decoder(z) * scale
+
+
+class SometimesParam(LateParam):
+    """The same in every third step only."""
+
+    def decode(self, z):
+        if self.steps.next() % 3 or not self.steps.training:
+            return self.decoder(z)
+        return self.decoder(z) * pyro.param("scale", torch.ones(2), dist.constraints.positive)
+
+
+class Made(LateParts):
+    """A layer, with running statistics, that is made when it is needed."""
+
+    def make(self):
+        super().make()
+        self.extra = None
+
+    def register_model(self):
+        self.late = self.steps.next() >= LATE
+        if self.late and self.extra is None:
+            self.extra = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.3))
+        pyro.module("decoder", self.decoder)
+        if self.extra is not None:
+            pyro.module("extra", self.extra)
+
+
+class MadeModule(Made, Module):
+    pass
+
+
+class MadePlain(Made, Plain):
+    pass
+
+
+class WithStatistics(Plain):
+    def make(self):
+        super().make()
+        self.decoder = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout(0.3))
+
+
+def everything(vae):
+    """Values of all parameters and buffers, whoever holds them."""
+    store = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    modules = vars(vae) if not isinstance(vae, nn.Module) else {"": vae}
+    for name, module in modules.items():
+        if isinstance(module, nn.Module):
+            state = module.state_dict(prefix=f"{name}.")
+            store |= {key: value.clone() for key, value in state.items()}
+    return store
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+class Killed(Exception):
+    pass
+
+
+class KilledAfter(TraceMeanField_ELBO):
+    def __init__(self, left=-1):
+        super().__init__()
+        self.left = left
+
+    def loss_and_grads(self, *args):
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        return super().loss_and_grads(*args)
+
+
+def run(kind, *, path=None, seed=0, left=-1, **changes):
+    pyro.clear_param_store()  # as a new process would
+    torch.manual_seed(seed)
+    vae = kind()
+    settings = config(**{"clip_norm": 5.0, "ema_decay": 0.9, "checkpoint_every": 1, **changes})
+    batches = images().split(2)
+    result = fit(vae, KilledAfter(left), batches, settings, validation=batches, checkpoint=path)
+    return everything(vae), [{**entry, "seconds": 0} for entry in result.history]
+
+
+# --- Parameters that appear late ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "one_cycle", "plateau"])
+def test_a_late_parameter_is_trained_as_one_that_was_always_there(schedule):
+    late, history = run(LateModule, schedule=schedule)
+    early, other = run(FromTheStart, schedule=schedule)
+    assert_equal(late, early)
+    assert history == other
+
+
+def test_a_late_parameter_starts_adams_moments_when_it_appears():
+    """Adam's first step has the size of the learning rate, whenever it comes."""
+    vae, moves = LatePlain(), []
+
+    def watch(entry):
+        moves.append((vae.extra.bias.detach() - start).abs())
+
+    start = vae.extra.bias.detach().clone()
+    settings = config(epochs=LATE, learning_rate=1e-3)
+    fit(vae, TraceMeanField_ELBO(), [images()], settings, on_epoch=watch)
+    assert [bool(move.any()) for move in moves] == [False] * (LATE - 1) + [True]
+    torch.testing.assert_close(moves[-1], torch.full((2,), 1e-3), rtol=1e-4, atol=0)
+
+
+KINDS = [LateModule, LatePlain, Before, LateParam, SometimesParam, MadeModule, MadePlain]
+
+
+@pytest.mark.parametrize("killed_at", [LATE, LATE + 1, LATE + 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_after_it_appeared_equals_uninterrupted(tmp_path, kind, killed_at):
+    whole, history = run(kind)
+    with pytest.raises(Killed):
+        run(kind, path=tmp_path / "c", left=killed_at)
+    resumed, other = run(kind, path=tmp_path / "c", seed=7)
+    assert_equal(whole, resumed)
+    assert history == other
+
+
+@pytest.mark.parametrize("killed_at", [1, LATE - 1])
+@pytest.mark.parametrize("kind", [LateModule, LatePlain, Before, LateParam, SometimesParam])
+def test_resumed_before_it_appeared_equals_uninterrupted(tmp_path, kind, killed_at):
+    whole, history = run(kind)
+    with pytest.raises(Killed):
+        run(kind, path=tmp_path / "c", left=killed_at)
+    resumed, other = run(kind, path=tmp_path / "c", seed=7)
+    assert_equal(whole, resumed)
+    assert history == other
+
+
+def test_killed_twice_around_a_parameter_that_is_rarely_used(tmp_path):
+    whole, history = run(SometimesParam)
+    # The second process, which runs the programs once to find parameters, never sees it.
+    for left, seed in ((LATE + 1, 0), (2, 5)):
+        with pytest.raises(Killed):
+            run(SometimesParam, path=tmp_path / "c", left=left, seed=seed)
+    assert torch.load(tmp_path / "c")["steps"] == LATE + 2
+    resumed, other = run(SometimesParam, path=tmp_path / "c", seed=7)
+    assert_equal(whole, resumed)
+    assert history == other
+
+
+def test_a_parameter_that_is_not_used_again_is_named(tmp_path):
+    with pytest.raises(Killed):
+        run(SometimesParam, path=tmp_path / "c", left=STEPS - 1)
+    with pytest.warns(UserWarning, match=r"have not used \['scale'\]"):
+        run(SometimesParam, path=tmp_path / "c", seed=7)
+    assert "scale" in torch.load(tmp_path / "c")["weights"]
+
+
+def test_the_store_must_not_be_cleared_while_training():
+    with pytest.raises(ValueError, match="'scale' has become another tensor"):
+        fit(
+            SimpleParam(), Trace_ELBO(), [images()], config(),
+            on_epoch=lambda entry: pyro.clear_param_store(),
+        )  # fmt: skip
+
+
+class Scaled:
+    def decode(self, z):
+        return self.decoder(z) * pyro.param("scale", torch.ones(2))
+
+
+class SimpleParam(Scaled, Plain):
+    pass
+
+
+class ModuleAndParam(Scaled, Module):
+    pass
+
+
+# --- VAEs that are no modules ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("killed_at", [3, 4])
+def test_buffers_of_plain_objects_are_resumed_and_modes_are_set(tmp_path, killed_at):
+    whole, _ = run(WithStatistics)
+    with pytest.raises(Killed):
+        run(WithStatistics, path=tmp_path / "c", left=killed_at)
+    resumed, _ = run(WithStatistics, path=tmp_path / "c", seed=7)
+    assert_equal(whole, resumed)
+    assert whole["decoder.1.num_batches_tracked"] == STEPS
+    assert set(torch.load(tmp_path / "c")["weights"]) == {
+        *(f"encoder.{name}" for name in ("weight", "bias")),
+        *(f"decoder.0.{name}" for name in ("weight", "bias")),
+        *(f"decoder.1.{name}" for name in nn.BatchNorm1d(2).state_dict()),
+    }
+
+
+def test_modules_train_in_train_mode_and_are_left_in_eval_mode():
+    vae = WithStatistics()
+    modes = []
+    vae.decoder.register_forward_hook(lambda module, x, y: modes.append(module.training))
+    bound = types.SimpleNamespace(model=vae.model, guide=vae.guide)
+    fit(bound, Trace_ELBO(), [images()], config(epochs=2), validation=[images()])
+    assert modes == 2 * [True, False, False]
+    assert not any(m.training for m in vae.decoder.modules())
+
+
+def test_parameters_of_modules_and_of_none_stand_in_the_checkpoint(tmp_path):
+    for kind in (SimpleParam, ModuleAndParam):
+        path = tmp_path / kind.__name__
+        whole, _ = run(kind, epochs=4)
+        run(kind, epochs=2, path=path)
+        resumed, _ = run(kind, epochs=4, path=path, seed=7)
+        assert_equal(whole, resumed)
+        assert not torch.equal(whole["scale"], torch.ones(2))
+        names = {f"{part}.{name}" for part in ("encoder", "decoder") for name in ("weight", "bias")}
+        assert set(torch.load(path)["weights"]) == names | {"scale"}
+
+
+def test_several_instances_of_bound_programs_resume_each_other(tmp_path):
+    """Names in Pyro's store differ between instances of a ConvVAE."""
+    x = torch.rand(4, 1, 28, 28)
+
+    def train(epochs, path):
+        torch.manual_seed(0)
+        vae = ConvVAE()
+        bound = types.SimpleNamespace(model=vae.model, guide=vae.guide)
+        settings = config(epochs=epochs, ema_decay=0.9)
+        fit(bound, TraceMeanField_ELBO(), [x, x], settings, checkpoint=path)
+        return vae.state_dict()
+
+    whole = train(2, tmp_path / "whole")
+    train(1, tmp_path / "parts")
+    assert_equal(whole, train(2, tmp_path / "parts"))
+
+
+def test_a_checkpoint_of_another_plain_vae_is_refused(tmp_path):
+    fit(Plain(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
+
+    class Wider(Plain):
+        def make(self):
+            super().make()
+            self.decoder = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+
+    class OtherShape(Plain):
+        def make(self):
+            super().make()
+            self.encoder = nn.Sequential(nn.Linear(2, 2, bias=False))
+
+    for kind in (Wider, OtherShape):
+        pyro.clear_param_store()
+        with pytest.raises(ValueError, match="belongs to another architecture"):
+            fit(kind(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
+
+
+def test_a_checkpoint_with_a_parameter_of_another_shape_is_refused(tmp_path):
+    class Longer(Plain):
+        def decode(self, z):
+            return self.decoder(z) * pyro.param("scale", torch.ones(3))[:2]
+
+    fit(SimpleParam(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match=r"'scale' has shape \(3,\), in the checkpoint \(2,\)"):
+        fit(Longer(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
+
+
+class NoModule:
+    """Two parameters by names of its own."""
+
+    def __init__(self, loc, scale):
+        self.names = loc, scale
+
+    def model(self, x):
+        loc = pyro.param(self.names[0], torch.zeros(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            mean = (loc + z)[:, None, None, None].expand(x.shape)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x):
+        scale = pyro.param(self.names[1], torch.ones(()), dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x)), scale))
+
+
+def test_a_checkpoint_without_anything_of_the_vae_is_refused(tmp_path):
+    path = tmp_path / "c"
+    fit(NoModule("loc", "scale"), Trace_ELBO(), [images()], config(), checkpoint=path)
+    loc = pyro.param("loc").detach().clone()
+    pyro.clear_param_store()
+    with pytest.raises(
+        ValueError, match=r"holds \['loc', 'scale'\], the programs have \['a', 'b'\]"
+    ):
+        fit(NoModule("b", "a"), Trace_ELBO(), [images()], config(), checkpoint=path)
+    pyro.clear_param_store()
+    with pytest.warns(UserWarning, match=r"holds \['scale'\], the programs have \['a'\]"):
+        fit(NoModule("loc", "a"), Trace_ELBO(), [images()], config(), checkpoint=path)
+    assert torch.equal(pyro.param("loc"), loc)
+
+
+class Swapped(Plain):
+    """One parameter of no module takes the place of another in the second epoch."""
+
+    def make(self):
+        super().make()
+        self.steps = Steps()
+
+    def decode(self, z):
+        name = "one" if self.steps.next() <= STEPS // 2 else "two"
+        return self.decoder(z) * pyro.param(name, lambda: torch.rand(2))
+
+
+def test_resumed_when_a_parameter_takes_the_place_of_another(tmp_path):
+    whole, history = run(Swapped)
+    run(Swapped, epochs=1, path=tmp_path / "c")
+    with pytest.warns(UserWarning, match=r"holds \['one'\], the programs have \['two'\]"):
+        resumed, other = run(Swapped, path=tmp_path / "c", seed=7)
+    assert_equal({n: v for n, v in whole.items() if n != "one"}, resumed)
+    assert history == other
+
+
+class MadeAfterRegistration(Module):
+    """Its module is registered before it makes a layer, hence with it in the next step only."""
+
+    def make(self):
+        super().make()
+        self.steps = Steps()
+
+    def register_model(self):
+        pyro.module("model", self)
+
+    def decode(self, z):
+        if self.steps.next() < LATE:
+            return self.decoder(z)
+        if not hasattr(self, "extra"):
+            self.extra = nn.Linear(2, 2)
+            self.start = self.extra.weight.detach().clone()
+        return self.decoder(z) + self.extra(z)
+
+
+@pytest.mark.parametrize("epoch", [1, LATE])
+def test_a_layer_that_is_registered_one_step_after_it_was_made(epoch):
+    vae = MadeAfterRegistration()
+    batches = images().split(8 // LATE if epoch == 1 else 8)
+    fit(vae, TraceMeanField_ELBO(), batches, config(epochs=epoch))
+    assert torch.equal(vae.extra.weight, vae.start) == (epoch == LATE)
+
+
+def test_a_tensor_with_two_names_is_trained_once():
+    class Twice(Module):
+        def register_model(self):
+            super().register_model()
+            pyro.module("again", self.decoder)
+
+    assert_equal({n: v for n, v in run(Twice)[0].items() if "again" not in n}, run(Module)[0])
+
+
+class Elsewhere:
+    """Images on another device."""
+
+    def __init__(self, x):
+        self.x, self.asked = x, []
+
+    def to(self, device):
+        self.asked.append(device)
+        return self.x
+
+
+def test_batches_are_moved_to_the_device_of_plain_objects():
+    x = Elsewhere(images())
+    fit(Plain(), Trace_ELBO(), [x], config(epochs=1))
+    evaluate(Plain(), Trace_ELBO(), [x])
+    assert x.asked == [torch.device("cpu")] * 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", [LatePlain, LateParam, MadePlain])
+def test_late_parameters_on_a_gpu(tmp_path, kind):
+    def on_gpu():
+        with torch.device("cuda"):
+            return kind()
+
+    with torch.device("cuda"):
+        whole, _ = run(on_gpu)
+        with pytest.raises(Killed):
+            run(on_gpu, path=tmp_path / "c", left=LATE + 2)
+        assert_equal(whole, run(on_gpu, path=tmp_path / "c", seed=7)[0])
+
+
+# --- What would not be trained --------------------------------------------------------------------
+
+
+def refused(vae, batches=None, **changes):
+    """The message with which fit refuses a VAE, whose parameters do not change."""
+    parameters = [p for m in vars(vae).values() if isinstance(m, nn.Module) for p in m.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    with pytest.raises(ValueError, match="would not be trained") as error:
+        fit(vae, TraceMeanField_ELBO(), batches or [images()], config(**changes))
+    return str(error.value), all(map(torch.equal, before, parameters))
+
+
+class Forgetful(Plain):
+    def register_guide(self):
+        pass
+
+
+def test_forgotten_registration_in_a_plain_object():
+    message, unchanged = refused(Forgetful())
+    assert "['encoder.weight', 'encoder.bias'] would not be trained" in message
+    assert "call pyro.module(...)" in message
+    assert "clear_param_store" not in message
+    assert unchanged
+
+
+def test_names_taken_by_another_plain_vae():
+    first = Plain()
+    fit(first, Trace_ELBO(), [images()], config(epochs=1))
+    before = first.decoder.weight.detach().clone()
+    message, unchanged = refused(Plain())
+    assert "decoder.weight" in message
+    assert "encoder.weight" in message
+    assert "pyro.clear_param_store() first" in message
+    assert "call pyro.module(...)" not in message
+    assert unchanged
+    assert torch.equal(before, first.decoder.weight)
+    # The first may go on.
+    fit(first, Trace_ELBO(), [images()], config(epochs=1))
+
+
+def test_a_late_layer_that_is_not_registered():
+    class LateForgetful(LatePlain):
+        def register_model(self):
+            pyro.module("decoder", self.decoder)
+            self.late = self.steps.next() >= LATE
+
+    vae, losses = LateForgetful(), []
+    with pytest.raises(ValueError, match=r"\['extra.weight', 'extra.bias'\] would not be trained"):
+        fit(
+            vae, Trace_ELBO(), [images()], config(epochs=5),
+            on_epoch=lambda entry: losses.append(entry["train_loss"]),
+        )  # fmt: skip
+    assert len(losses) == LATE - 1
+
+
+def test_a_late_layer_that_is_made_and_not_registered(tmp_path):
+    class Unregistered(MadePlain):
+        def register_model(self):
+            pyro.module("decoder", self.decoder)
+            self.late = self.steps.next() >= LATE
+            if self.late and self.extra is None:
+                self.extra = nn.Linear(2, 2)
+
+    path = tmp_path / "c"
+    with pytest.raises(ValueError, match=r"\['extra.weight', 'extra.bias'\] would not be trained"):
+        fit(Unregistered(), Trace_ELBO(), [images()] * 2, config(epochs=4), checkpoint=path)
+    assert torch.load(path)["epoch"] == 1
+
+
+def test_what_the_programs_do_not_train_is_nobodys_fault():
+    class Frozen(Plain):
+        def make(self):
+            super().make()
+            self.frozen = nn.Linear(2, 2).requires_grad_(False)
+            self.unused = nn.Linear(2, 2)
+            self.constant = nn.Linear(2, 2)
+            # What somebody else left there.
+            self.unused.weight.grad = torch.ones(2, 2)
+            self.encoder.bias.grad = torch.full((2,), torch.nan)
+
+        def decode(self, z):
+            with torch.no_grad():
+                constant = self.constant(z)
+            return self.frozen(self.decoder(z)) + constant + pyro.param("a", torch.zeros(2))
+
+    vae = Frozen()
+    before = {n: m.weight.clone() for n, m in vars(vae).items() if isinstance(m, nn.Module)}
+    fit(vae, Trace_ELBO(), [images()], config())
+    moved = {n for n, weight in before.items() if not torch.equal(weight, getattr(vae, n).weight)}
+    assert moved == {"encoder", "decoder"}
+    assert pyro.param("a").abs().min() > 0
+    assert vae.encoder.bias.isfinite().all()
+
+
+def test_nothing_registered_at_all():
+    class Silent(Forgetful):
+        def register_model(self):
+            pass
+
+    with pytest.raises(ValueError, match="no parameter was seen in model or guide; register"):
+        fit(Silent(), Trace_ELBO(), [images()], config())
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (images()[0], r"first batch must have shape \(N, C, H, W\).* add the missing dimensions"),
+        ((255 * images()).byte(), r"first batch must be floating point .* x.float\(\) / 255"),
+        (255 * images(), r"first batch must lie in \[0, 1\], got .* rescale it"),
+        (images() - 0.5, r"first batch must lie in \[0, 1\]"),
+        (images().index_fill(0, torch.tensor([2]), torch.nan), r"NaN .* rows \[2\]; repair"),
+        (images().index_fill(0, torch.tensor([0]), torch.inf), r"infinite .* rows \[0\]"),
+        (images().tolist(), "first batch must be a tensor of images .* got list"),
+        ({"image": images()}, "first batch must be a tensor of images .* got dict"),
+        ((), "a batch is empty"),
+    ],
+)
+def test_data_that_programs_cannot_take(batch, message):
+    vae = Plain()
+    before = vae.decoder.weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        fit(vae, Trace_ELBO(), [batch], config())
+    assert torch.equal(before, vae.decoder.weight)
+    with pytest.raises(ValueError, match=message):
+        fit(vae, Trace_ELBO(), [images()], config(epochs=1, learning_rate=1e-9), validation=[batch])
+    with pytest.raises(ValueError, match=message):
+        evaluate(vae, Trace_ELBO(), [batch])
+
+
+def test_nan_in_a_later_batch_is_refused_before_it_changes_anything():
+    """Also where the objective would not notice."""
+
+    class Masked(WithStatistics):
+        def model(self, x):
+            super().model(x.nan_to_num())
+
+        def guide(self, x):
+            super().guide(x.nan_to_num())
+
+    vae, bad = Masked(), images()
+    bad[5, 0, 0, 1] = torch.nan
+    seen = []
+
+    def batches():
+        yield images()
+        seen.append({n: v.clone() for n, v in vae.decoder.state_dict().items()})
+        yield bad
+
+    with pytest.raises(NonFiniteLossError, match=r"loader's batch 2 has NaN .* \[5\]") as error:
+        fit(vae, Trace_ELBO(), batches(), config())
+    assert isinstance(error.value, ValueError)
+    assert_equal(seen[0], vae.decoder.state_dict())
+
+
+def test_large_half_precision_batches_are_finite():
+    class Half(Plain):
+        def model(self, x):
+            super().model(x.float())
+
+        def guide(self, x):
+            super().guide(x.float())
+
+    x = torch.ones(40_000, 1, 1, 2, dtype=torch.float16)
+    assert evaluate(Half(), Trace_ELBO(), [x]) > 0
+
+
+# --- Validation -----------------------------------------------------------------------------------
+
+
+class Mixture(Plain):
+    """A prior of two unit Gaussians at -1 and 1 whose component the model sums out."""
+
+    @config_enumerate
+    def model(self, x):
+        self.register_model()
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=x.new_zeros(2)))
+            z = pyro.sample("z", dist.Normal(2.0 * y[..., None] - 1, x.new_ones(2)).to_event(1))
+            mean = self.decoder(z)[..., None, None, :]
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+
+class Coin(Plain):
+    """A discrete latent that the guide samples or enumerates."""
+
+    def model(self, x):
+        self.register_model()
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Bernoulli(x.new_full((), 0.5)))
+            mean = self.decoder(torch.stack([y, 1 - y], -1))[..., None, None, :]
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x):
+        self.register_guide()
+        with pyro.plate("data", len(x)):
+            logits = self.encoder(x.flatten(1))[:, 0]
+            pyro.sample("y", dist.Bernoulli(logits=logits))
+
+
+class EnumeratedCoin(Coin):
+    guide = config_enumerate(Coin.guide)
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        (Mixture, TraceEnum_ELBO(max_plate_nesting=1)),
+        (Coin, Trace_ELBO()),
+        (EnumeratedCoin, TraceEnum_ELBO(max_plate_nesting=1)),
+        (Coin, ReweightedWakeSleep(num_particles=2)),
+    ],
+)
+def test_validation_without_an_analytic_elbo(kind, objective):
+    x = images()
+    result = fit(kind(), objective, [x], config(schedule="plateau"), validation=[x[:3], x[3:]])
+    for entry in result.history:
+        assert entry["validation_loss"] > 0
+        assert "validation_nelbo" not in entry
+
+
+def test_validation_loss_of_an_enumerated_model_is_its_objective():
+    """With the guide's noise known, log sum_y p(y) p(z | y) by hand."""
+    vae, x = Mixture(), images()
+    settings = config(epochs=1, learning_rate=1e-12)
+    objective = TraceEnum_ELBO(max_plate_nesting=1)
+    torch.manual_seed(3)
+    fit(vae, objective, [x], settings)
+    torch.manual_seed(4)
+    found = evaluate(vae, objective, [x])
+    torch.manual_seed(4)
+    with torch.no_grad():
+        q = dist.Normal(vae.encoder(x.flatten(1)), 0.5).to_event(1)
+        z = q.sample()
+        components = [dist.Normal(torch.full((2,), at), 1.0).to_event(1) for at in (-1.0, 1.0)]
+        prior = (
+            torch.stack([p.log_prob(z) for p in components]).logsumexp(0) - torch.tensor(2.0).log()
+        )
+        likelihood = dist.Normal(vae.decoder(z), 1.0).to_event(1).log_prob(x.flatten(1))
+        expected = (q.log_prob(z) - prior - likelihood).mean()
+    torch.testing.assert_close(torch.tensor(found), expected)
+
+
+def test_analytic_validation_stays_where_there_is_one():
+    result = fit(Plain(), Trace_ELBO(), [images()], config(epochs=1), validation=[images()])
+    assert result.history[0]["validation_nelbo"] == pytest.approx(
+        result.history[0]["validation_loss"], rel=0.5
+    )
+
+
+# --- Conditions -----------------------------------------------------------------------------------
+
+
+class Conditional(Plain):
+    """Means of images and latents by label; ``calls`` are the labels the programs were given."""
+
+    mean_posterior_variance = None
+
+    def __init__(self):
+        super().__init__()
+        self.means = nn.Embedding(3, 2)
+        self.scales = nn.Embedding(3, 2)
+        self.calls = []
+
+    def register_model(self):
+        pyro.module("decoder", self.decoder)
+        pyro.module("means", self.means)
+
+    def register_guide(self):
+        pyro.module("encoder", self.encoder)
+        pyro.module("scales", self.scales)
+
+    def model(self, x, y=None):
+        self.register_model()
+        self.calls.append(y)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            mean = (self.decoder(z) + self.means(y)).reshape(len(x), 1, 1, 2)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x, y=None):
+        self.register_guide()
+        with pyro.plate("data", len(x)):
+            scale = self.scales(y).exp()
+            pyro.sample("z", dist.Normal(self.encoder(x.flatten(1)), scale).to_event(1))
+
+
+def labelled(count=8, size=3):
+    y = torch.arange(count) % 3
+    return list(zip(images(count).split(size), y.split(size), strict=True))
+
+
+def test_labels_reach_both_programs_in_training_validation_and_evaluation():
+    vae, batches = Conditional(), labelled()
+    labels = [y for _, y in batches]
+    result = fit(vae, Trace_ELBO(), batches, config(epochs=1), validation=batches)
+    # Training, its objective and the analytic ELBO.
+    assert len(vae.calls) == 9
+    assert all(map(torch.equal, vae.calls, 3 * labels))
+    evaluate(vae, Trace_ELBO(), batches)
+    assert all(map(torch.equal, vae.calls[9:], labels))
+    # Unweighted, whatever the size of the batches.
+    y = torch.cat(labels)
+    expected = (2 * vae.scales.weight[y]).exp().mean(0)
+    torch.testing.assert_close(result.mean_posterior_variance["z"], expected.detach())
+    assert vae.mean_posterior_variance is result.mean_posterior_variance
+
+
+def test_conditional_means_are_learnt():
+    """With z of no use to the decoder each mean tends to its images'."""
+    x = torch.tensor([0.1, 0.1, 0.5, 0.9]).reshape(4, 1, 1, 1).expand(-1, -1, -1, 2)
+    y = torch.tensor([0, 0, 1, 2])
+    vae = Conditional()
+    nn.init.zeros_(vae.decoder.weight)
+    nn.init.zeros_(vae.decoder.bias)
+    vae.decoder.requires_grad_(False)
+    nn.init.zeros_(vae.means.weight)
+    settings = config(epochs=100, learning_rate=0.05, posterior_variance=False)
+    vae.register_model = lambda: pyro.module("means", vae.means)
+    fit(vae, TraceMeanField_ELBO(), [(x, y)], settings)
+    expected = torch.tensor([0.1, 0.5, 0.9])[:, None].expand(-1, 2)
+    torch.testing.assert_close(vae.means.weight.detach(), expected, rtol=0, atol=0.01)
+
+
+def test_training_with_labels_is_resumed(tmp_path):
+    def train(left, path, seed=0):
+        pyro.clear_param_store()
+        torch.manual_seed(seed)
+        vae = Conditional()
+        settings = config(checkpoint_every=1)
+        fit(vae, KilledAfter(left), labelled(), settings, validation=labelled(), checkpoint=path)
+        return everything(vae)
+
+    whole = train(-1, None)
+    with pytest.raises(Killed):
+        train(4, tmp_path / "c")
+    assert_equal(whole, train(-1, tmp_path / "c", seed=7))
+
+
+def test_labels_that_nobody_takes_are_said_once():
+    batches = [(x, y, y) for x, y in labelled()]
+    with pytest.warns(UserWarning, match=r"2 more entries .* model\(self, x, y\)") as warned:
+        fit(Plain(), Trace_ELBO(), batches, config(), validation=batches)
+    assert len(warned) == 1
+    pyro.clear_param_store()
+    # None is no label, a conditional VAE takes one, and an evaluation says nothing.
+    fit(Plain(), Trace_ELBO(), [(images(), None)], config())
+    pyro.clear_param_store()
+    with pytest.warns(UserWarning, match="1 more entry "):
+        fit(Conditional(), Trace_ELBO(), batches, config(epochs=1))
+    evaluate(Plain(), Trace_ELBO(), batches)
+
+
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        ([0] * 8, "must be a tensor with one row per image, got list"),
+        (tuple(range(8)), "must be a tensor with one row per image, got tuple"),
+        (torch.zeros(7, dtype=torch.long), r"one row for each of 8 images, got shape \(7,\)"),
+        (torch.tensor(1), "one row for each of 8 images"),
+    ],
+)
+def test_conditions_without_a_row_per_image(y, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Conditional(), Trace_ELBO(), [(images(), y)], config())
+
+
+def test_a_label_that_is_needed():
+    class Needs(Conditional):
+        def model(self, x, y):
+            super().model(x, y)
+
+        def guide(self, x, y):
+            super().guide(x, y)
+
+    with pytest.raises(ValueError, match="the programs need 1 argument"):
+        fit(Needs(), Trace_ELBO(), [images()], config())
+
+
+def test_settings_with_a_default_are_no_labels():
+    class Annealed(TutorialVAE):
+        def model(self, x, annealing=1.0):
+            assert annealing == 1.0
+            super().model(x)
+
+        def guide(self, x, annealing=1.0):
+            super().guide(x)
+
+    batch = (torch.rand(4, 1, 28, 28), torch.zeros(4))
+    with pytest.warns(UserWarning, match="1 more entry"):
+        fit(Annealed(), Trace_ELBO(), [batch], config(epochs=1))
