@@ -2,7 +2,8 @@
 
 A *VAE* is any object with two Pyro programs, ``model(x)`` and ``guide(x)``. Both open one data
 plate ``pyro.plate("data", x.shape[0])``, put every sample site inside it and share their continuous
-latent sites; ``model`` observes the image at one more site. Nothing else is asked of it.
+latent sites; ``model`` observes the image. Nothing else is asked of it. Further arguments, such as
+labels, come with the images: ``model(x, y)`` and ``guide(x, y)`` get those of a tuple ``(x, y)``.
 
 Shapes: ``N`` images (or images times chains), ``C, H, W`` channels, height and width, ``D`` latent
 dimensions. A value *per image* has shape ``(N,)``; callers reduce, the library does not.
@@ -10,7 +11,7 @@ dimensions. A value *per image* has shape ``(N,)``; callers reduce, the library 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
@@ -19,6 +20,10 @@ Latents: TypeAlias = dict[str, Tensor]
 """One value per latent site, site name -> tensor of shape ``(N, *event)``."""
 
 LatentsLike: TypeAlias = Mapping[str, Tensor]
+
+ImagesLike: TypeAlias = Tensor | Sequence[Any]
+"""Images ``(N, C, H, W)``, or a tuple ``(x, *conditions)`` of images and arguments of the programs
+with one row per image each, as a loader yields them."""
 
 PyroProgram: TypeAlias = Callable[..., Any]
 """A model or a guide; its first argument is images ``(N, C, H, W)``."""
