@@ -25,13 +25,20 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.attacks.objectives._rows import prepare
+from pyro_vae_defence.models.conditions import fold, split
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.files import atomic_save
 from pyro_vae_defence.ops.latents import rows, unfold
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import Criterion, Objective, PreparedCriterion, PreparedObjective
+from pyro_vae_defence.types import (
+    Criterion,
+    ImagesLike,
+    Objective,
+    PreparedCriterion,
+    PreparedObjective,
+)
 
 State = dict[str, Tensor]
 """What an optimiser knows, one row per (restart, image) pair. Two entries are the template's:
@@ -219,24 +226,30 @@ class Attack:
 
     # --- The template -----------------------------------------------------------------------------
 
-    def __call__(self, x_ref: Tensor, generator: torch.Generator | None = None) -> AttackResult:
+    def __call__(self, x_ref: ImagesLike, generator: torch.Generator | None = None) -> AttackResult:
         """Attack reference images ``(N, C, H, W)`` in [0, 1] from ``num_restarts`` random starts.
 
-        The run's seed comes from the ``generator``, or from torch's global seed.
+        With a tuple ``(x_ref, *conditions)`` the objective's VAE is conditional, and attacked given
+        its conditions. The run's seed comes from the ``generator``, or from torch's global seed.
         """
+        x_ref, conditions = split(x_ref, "x_ref")
         check_images(x_ref, "x_ref")
         image = torch.arange(len(x_ref), device=x_ref.device)
-        return self.attack_rows(x_ref, image, draw_seed(generator))
+        return self.attack_rows(x_ref, image, draw_seed(generator), conditions)
 
-    def attack_rows(self, x_ref: Tensor, image: Tensor, seed: int) -> AttackResult:
+    def attack_rows(
+        self, x_ref: Tensor, image: Tensor, seed: int, conditions: tuple[Tensor, ...] = ()
+    ) -> AttackResult:
         """Attack images, each with the random streams that ``image`` ``(N,)`` numbers."""
-        progress = _Progress(self, x_ref, seed)
+        progress = _Progress(self, (x_ref, *conditions), seed)
         chain = torch.arange(self.num_restarts, device=x_ref.device).repeat_interleave(len(x_ref))
         streams = Streams(progress.seed, image.repeat(self.num_restarts), chain)
-        folded = x_ref.repeat(self.num_restarts, 1, 1, 1)
-        for first in range(len(progress.finished) * self.batch_size, len(folded), self.batch_size):
+        number = self.num_restarts * len(x_ref)
+        folded = tuple(fold(value, number) for value in (x_ref, *conditions))
+        for first in range(len(progress.finished) * self.batch_size, number, self.batch_size):
             part = slice(first, first + self.batch_size)
-            progress.finish(self._attack(folded[part], _take(streams, part), progress))
+            rows = tuple(value[part] for value in folded)
+            progress.finish(self._attack(rows, _take(streams, part), progress))
         whole = {
             name: unfold(torch.cat([part[name] for part in progress.finished]), self.num_restarts)
             for name in progress.finished[0]
@@ -244,14 +257,15 @@ class Attack:
         progress.remove()
         return AttackResult(x_ref=x_ref, **whole)
 
-    def _attack(self, x_ref: Tensor, streams: Streams, progress: _Progress) -> State:
+    def _attack(self, images: tuple[Tensor, ...], streams: Streams, progress: _Progress) -> State:
         """Attack the rows of one micro-batch; returns the fields of the result, one row each."""
+        x_ref = images[0]
         if progress.underway:
             first, active, state, outcome = progress.pop()
-            problem, criterion = self._prepare(x_ref[active], _take(streams, active))
+            problem, criterion = self._prepare(images, streams, active)
         else:
             first, active = 0, torch.arange(len(x_ref), device=x_ref.device)
-            problem, criterion = self._prepare(x_ref, streams)
+            problem, criterion = self._prepare(images, streams)
             zero = torch.zeros_like(active)
             counts = {"num_gradients": zero, "num_queries": zero, "solved": zero.bool()}
             state = _charge(self._start(problem) | counts, problem)
@@ -266,7 +280,7 @@ class Attack:
                     active, state = active[~solved], _select(state, ~solved)
                     if len(active) == 0:
                         break
-                    problem, criterion = self._prepare(x_ref[active], _take(streams, active))
+                    problem, criterion = self._prepare(images, streams, active)
             progress.step(t + 1, active, state, outcome)
         if len(active) > 0:
             state = _charge(self._finish(problem, state), problem)
@@ -274,13 +288,16 @@ class Attack:
         x_adv = (x_ref + outcome.pop("result")).clamp(0.0, 1.0)
         x_adv = self.ball.inside(x_ref, x_adv)
         with torch.no_grad():
-            value = prepare(self.objective, x_ref, streams)(x_adv)
+            value = prepare(self.objective, images, streams)(x_adv)
         outcome["num_queries"] = outcome["num_queries"] + 1
         return {"x_adv": x_adv, "objective": value, **outcome}
 
-    def _prepare(self, x_ref: Tensor, streams: Streams) -> tuple[Problem, Criterion | None]:
-        problem = Problem(prepare(self.objective, x_ref, streams), self.ball, x_ref, streams)
-        return problem, None if self.stop is None else prepare(self.stop, x_ref, streams)
+    def _prepare(
+        self, images: tuple[Tensor, ...], streams: Streams, rows: Tensor | slice = slice(None)
+    ) -> tuple[Problem, Criterion | None]:
+        images, streams = tuple(value[rows] for value in images), _take(streams, rows)
+        problem = Problem(prepare(self.objective, images, streams), self.ball, images[0], streams)
+        return problem, None if self.stop is None else prepare(self.stop, images, streams)
 
 
 def _charge(state: State, problem: Problem) -> State:
@@ -309,15 +326,15 @@ def _put(outcome: State, index: Tensor, state: State) -> State:
 class _Progress:
     """Finished micro-batches and the one under way, in memory and in the checkpoint's file."""
 
-    def __init__(self, attack: Attack, x_ref: Tensor, seed: int) -> None:
+    def __init__(self, attack: Attack, images: tuple[Tensor, ...], seed: int) -> None:
         self.path = None if attack.checkpoint is None else Path(attack.checkpoint)
         self.every = attack.checkpoint_every
-        self.identity = "" if self.path is None else _identity(attack, x_ref)
+        self.identity = "" if self.path is None else _identity(attack, images)
         self.seed = seed
         self.finished: list[State] = []
         self.underway: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
-            saved = torch.load(self.path, map_location=x_ref.device, weights_only=True)
+            saved = torch.load(self.path, map_location=images[0].device, weights_only=True)
             if saved["identity"] != self.identity:
                 raise ValueError(
                     f"checkpoint {str(self.path)!r} belongs to other images or settings; "
@@ -350,8 +367,8 @@ class _Progress:
             atomic_save(progress | parts, self.path)
 
 
-def _identity(attack: Attack, x_ref: Tensor) -> str:
-    """A digest of the images and of every setting that has a value of its own."""
+def _identity(attack: Attack, images: tuple[Tensor, ...]) -> str:
+    """A digest of the images, their conditions, and of all settings with a value of their own."""
     skipped = {"objective", "stop", "checkpoint", "checkpoint_every"}
     settings = [
         (entry.name, getattr(attack, entry.name))
@@ -359,6 +376,7 @@ def _identity(attack: Attack, x_ref: Tensor) -> str:
         if entry.name not in skipped
     ]
     digest = hashlib.sha256(repr((type(attack).__name__, settings)).encode())
-    digest.update(repr((tuple(x_ref.shape), x_ref.dtype)).encode())
-    digest.update(x_ref.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for value in images:
+        digest.update(repr((tuple(value.shape), value.dtype)).encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks.base import Attack
 from pyro_vae_defence.attacks.objectives._rows import draws, reconstruct
-from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode
+from pyro_vae_defence.models.conditions import split, take
+from pyro_vae_defence.models.program import at_images, evaluation_mode
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import VAE
+from pyro_vae_defence.types import VAE, ImagesLike
 
 
 class RMargin(NamedTuple):
@@ -46,7 +47,7 @@ class RMargin(NamedTuple):
 def r_margin(
     vae: VAE,
     attack: Attack,
-    x_ref: Tensor,
+    x_ref: ImagesLike,
     r: float,
     *,
     num_bisections: int = 6,
@@ -59,7 +60,7 @@ def r_margin(
         vae: any Pyro VAE.
         attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``, whose ball has the largest radius of
             interest. Any restart that succeeds counts.
-        x_ref: reference images ``(N, C, H, W)`` in [0, 1].
+        x_ref: reference images ``(N, C, H, W)`` in [0, 1], or ``(x_ref, *conditions)``.
         r: largest Euclidean distance between reconstructions that is tolerated, > 0.
         num_bisections: radii tried after the largest; each halves the bracket.
         num_draws: pairs of reconstructions per decision, with noise the attack has not seen.
@@ -68,12 +69,13 @@ def r_margin(
     Raises:
         ValueError: for a bad setting.
     """
-    check_vae(vae)
-    check_images(x_ref, "x_ref")
+    conditions = split(x_ref, "x_ref")[1]
+    vae, x_ref = at_images(vae, x_ref, "x_ref")
     check_integer("num_draws", num_draws)
     if not r > 0:
         raise ValueError(f"r must be positive, got {r!r}")
     check_integer("num_bisections", num_bisections, 0)
+    references = x_ref
     num_images, largest = x_ref.shape[0], attack.ball.radius
     # The attack's noise is the same at every radius; that of the decisions is fresh.
     attacker, *decider = (draw_seed(generator) for _ in range(3))
@@ -83,18 +85,19 @@ def r_margin(
         repeated = dataclasses.replace(
             attack, ball=dataclasses.replace(attack.ball, radius=radius), checkpoint=None
         )
-        x_adv = repeated.attack_rows(x_ref[index], index, attacker).x_adv
+        given = tuple(value[index] for value in conditions)
+        x_adv = repeated.attack_rows(references[index], index, attacker, given).x_adv
         return torch.stack([differs(x, index) for x in x_adv]).any(0)
 
     @torch.no_grad()
     def differs(x: Tensor, index: Tensor) -> Tensor:
         """Whether at least half of the reconstructions of ``x`` are more than r away."""
         streams = (Streams(seed, index, torch.zeros_like(index)) for seed in decider)
+        read = reconstruct("sample", take(vae, index), x)
         far = []
         with evaluation_mode(vae):
             for noise, noise_ref in zip(*(draws(s, num_draws) for s in streams)):
-                reference = reconstruct(vae, "sample", x_ref[index], noise_ref)
-                difference = reconstruct(vae, "sample", x, noise) - reference
+                difference = read(x, noise) - read(references[index], noise_ref)
                 far.append(difference.flatten(1).norm(dim=1) > r)
         return torch.stack(far).double().mean(0) >= 0.5
 

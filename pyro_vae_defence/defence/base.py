@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pyro_vae_defence.defence.result import Chains, DefenceResult
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.conditions import split, take, taken
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import VAE, Latents
+from pyro_vae_defence.types import VAE, ImagesLike, Latents
 
 
 class Defence(Protocol):
@@ -23,8 +24,8 @@ class Defence(Protocol):
 
     vae: VAE
 
-    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
-        """Defend images ``(N, C, H, W)`` in [0, 1]."""
+    def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
+        """Defend images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)``."""
 
 
 @dataclass(eq=False, repr=False)
@@ -47,17 +48,19 @@ class BaseDefence(ABC):
         program.check_vae(self.vae)
         check_integer("batch_size", self.batch_size)
 
-    def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Latents:
+    def encode(self, x: ImagesLike, generator: torch.Generator | None = None) -> Latents:
         """Latents of images ``(N, C, H, W)`` after the defence: site -> ``(N, *event)``."""
         return self(x, generator).latents
 
-    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
+    def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
         """Defend images ``(N, C, H, W)`` in [0, 1], attacked or not.
 
+        A conditional VAE takes a tuple ``(x, *conditions)``, each with one row per image.
         ``generator`` is the source of the run's seed; torch's global seed when ``None``.
         """
-        program.check_images(x)
-        return DefenceResult.join(list(self.stream([x], generator)))
+        # Drawn before anything that consumes randomness in proportion to the batch.
+        parts = self._parts(x, "x", draw_seed(generator), 0)
+        return DefenceResult.join(list(parts))
 
     def stream(
         self, batches: Iterable[Any], generator: torch.Generator | None = None
@@ -68,49 +71,64 @@ class BaseDefence(ABC):
 
         Args:
             batches: iterable of images ``(N, C, H, W)`` in [0, 1], or of tuples that start with
-                them, e.g. a ``DataLoader``; those above ``batch_size`` are divided.
+                them, e.g. a ``DataLoader``; those above ``batch_size`` are divided. What the VAE's
+                programs take of the other entries are conditions, the rest is ignored.
             generator: as for a call.
         """
-        # Drawn before anything that consumes randomness in proportion to the batch.
         seed = draw_seed(generator)
         first = 0
         for batch in batches:
-            images = batch[0] if isinstance(batch, (tuple, list)) else batch
-            at_once = max(1, self.batch_size // self.num_chains)
-            for x in program.check_images(images, "batches").split(at_once):
-                yield self._defend(x, seed, first)
-                first += x.shape[0]
+            images = taken(batch, self.vae)
+            yield from self._parts(images, "batches", seed, first)
+            first += len(images[0])
+
+    def _parts(
+        self, images: ImagesLike, name: str, seed: int, first: int
+    ) -> Iterator[DefenceResult]:
+        """One result per micro-batch of images, numbered from ``first``."""
+        conditions = split(images, name)[1]
+        vae, x = program.at_images(self.vae, images, name)
+        at_once = max(1, self.batch_size // self.num_chains)
+        for start in range(0, x.shape[0], at_once):
+            rows = slice(start, start + at_once)
+            result = self._defend(take(vae, rows), x[rows], seed, first + start)
+            yield replace(result, conditions=tuple(value[rows] for value in conditions))
 
     def _filter(self, x: Tensor) -> Tensor:
         """The images that the defence looks at in place of ``x``."""
         return x
 
     @abstractmethod
-    def _run(self, x: Tensor, streams: Streams) -> Chains:
-        """The chains of one micro-batch, whose ``streams`` have a row for each of them."""
+    def _run(self, vae: VAE, x: Tensor, streams: Streams) -> Chains:
+        """The chains of one micro-batch, whose ``streams`` have a row for each of them.
+
+        ``vae`` is :attr:`vae`, with the conditions of ``x`` where it has any.
+        """
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
         """What :attr:`DefenceResult.settings` are to say."""
 
-    def _defend(self, x: Tensor, seed: int, first_image: int) -> DefenceResult:
+    def _defend(self, vae: VAE, x: Tensor, seed: int, first_image: int) -> DefenceResult:
         started = time.perf_counter()
-        with program.evaluation_mode(self.vae):
+        with program.evaluation_mode(vae):
             x = self._filter(x)
             streams = Streams.create(
                 x.shape[0], self.num_chains, seed=seed, first_image=first_image, device=x.device
             )
-            site = program.observation_site(self.vae.model, x)
-            chains = self._run(x, streams)
+            decode = program.Decoder(vae, x)
+            decode.check()
+            chains = self._run(vae, x, streams)
             latents = {name: value[0, -1] for name, value in chains.samples.items()}
             with torch.no_grad():
-                reconstruction = program.decode(self.vae, latents, tuple(x.shape[1:]))
+                # A Gaussian likelihood's mean may leave the range of images.
+                reconstruction = decode(latents).clamp(0.0, 1.0)
         return DefenceResult(
             latents=latents,
             reconstruction=reconstruction,
             x=x,
             seconds=time.perf_counter() - started,
-            observation=site,
+            observation=decode.images.name,
             settings=self._settings(),
             **chains._asdict(),
         )

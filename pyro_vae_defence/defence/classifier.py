@@ -33,8 +33,9 @@ from pyro_vae_defence.defence.base import Defence
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.classifier import flatten_latents
-from pyro_vae_defence.models.program import check_vae, decode, evaluation_mode, posterior_mean
-from pyro_vae_defence.types import VAE, Latents, LatentsLike
+from pyro_vae_defence.models.conditions import bind
+from pyro_vae_defence.models.program import Decoder, check_vae, evaluation_mode, posterior_mean
+from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
 Reading = Literal["last", "draws", "mean", "reencoded"]
 """How a classifier reads the draws of a defence; see the module's text."""
@@ -61,7 +62,8 @@ def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded"
     mean = {name: value.mean((0, 1)) for name, value in result.samples.items()}
     if reading == "reencoded":
         with torch.no_grad(), evaluation_mode(vae):
-            mean = reencode(vae, mean, tuple(result.x.shape[1:]))
+            vae = bind(vae, result.x, result.conditions)
+            mean = reencode(vae, mean, Decoder(vae, result.x))
     return {name: value[None] for name, value in mean.items()}
 
 
@@ -70,10 +72,10 @@ def _check_reading(reading: Any) -> None:
         raise ValueError(f"reading must be one of {READINGS}, got {reading!r}")
 
 
-def reencode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Latents:
+def reencode(vae: VAE, latents: LatentsLike, decode: Callable[[LatentsLike], Tensor]) -> Latents:
     """Guide's mean at the decoded ``latents``, differentiable: site -> ``(N, *event)``."""
     # A Gaussian likelihood's mean may leave the range the encoder knows.
-    return posterior_mean(vae, decode(vae, latents, image_shape).clamp(0.0, 1.0))
+    return posterior_mean(vae, decode(latents).clamp(0.0, 1.0))
 
 
 @dataclass(eq=False, repr=False)
@@ -121,14 +123,14 @@ class DefendedClassifier:
         """
         return cls(MCMCDefence.paper(vae, *args, **options), classifier, "last")
 
-    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
         """Log-probabilities of classes, ``(N, classes)`` in nats, of images ``(N, C, H, W)``.
 
         Arguments as those of the defence.
         """
         return self.log_probabilities(self.defence(x, generator))
 
-    def predict(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def predict(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
         """The most probable class of each image, int64 ``(N,)``."""
         return self(x, generator).argmax(-1)
 

@@ -26,7 +26,7 @@ from pyro_vae_defence.defence.result import Chains, setting
 from pyro_vae_defence.models.program import check_images, encode, potential
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import Perturb
+from pyro_vae_defence.types import VAE, Perturb
 
 
 @dataclass(eq=False, repr=False)
@@ -75,11 +75,11 @@ class EncoderDefence(BaseDefence):
         return check_images(filtered, "preprocess(x)")
 
     @torch.no_grad()
-    def _run(self, x: Tensor, streams: Streams) -> Chains:
+    def _run(self, vae: VAE, x: Tensor, streams: Streams) -> Chains:
         # A draw is a chain of its own, of one state.
         chains = [torch.full_like(streams.chain, number) for number in range(self.num_samples)]
-        draws = [encode(self.vae, x, streams=streams._replace(chain=chain)) for chain in chains]
-        energy = potential(self.vae, x)
+        draws = [encode(vae, x, streams=streams._replace(chain=chain)) for chain in chains]
+        energy = potential(vae, x)
         energy.check(energy.unconstrain(draws[0]))  # guide and model have the same latents
         samples = {name: torch.stack([draw[name] for draw in draws])[None] for name in draws[0]}
         initial = {name: value[:, 0] for name, value in samples.items()}

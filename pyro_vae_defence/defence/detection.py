@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
+from pyro_vae_defence.models.conditions import bind
 from pyro_vae_defence.models.program import evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.types import Latents, LatentsLike
@@ -53,7 +54,8 @@ def detection_scores(
             f"variance must have the latents' sites {sorted(result.samples)}, got "
             f"{sorted(variance)}"
         )
-    vae, num_chains = defence.vae, next(iter(result.initial.values())).shape[0]
+    num_chains = next(iter(result.initial.values())).shape[0]
+    vae = bind(defence.vae, result.x, result.conditions)
     folded = result.x.repeat(num_chains, 1, 1, 1)
     with evaluation_mode(vae):
         plain = potential(vae, folded)

@@ -26,9 +26,11 @@ from tqdm.auto import tqdm
 
 from pyro_vae_defence.defence.chains import ChainStart, Lengths
 from pyro_vae_defence.defence.result import Chains
+from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import VAE
 
 KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
 
@@ -63,7 +65,7 @@ class EnergyModel:
 
 def run_one_by_one(
     make_kernel: Callable[[EnergyModel], MCMCKernel],
-    energy_of: Callable[[Tensor], ModelPotential],
+    energy_of: Callable[[VAE, Tensor], ModelPotential],
     x: Tensor,
     streams: Streams,
     start: ChainStart,
@@ -82,7 +84,9 @@ def run_one_by_one(
     for row in tqdm(range(len(folded)), unit="chain", disable=not progress, leave=False):
         one = slice(row, row + 1)
         alone = Streams(streams.seed, streams.image[one], streams.chain[one])
-        runs.append(_run(make_kernel, energy_of, folded[one], alone, start, lengths))
+        image = slice(row % len(x), row % len(x) + 1)
+        begin = start._replace(vae=take(start.vae, image))
+        runs.append(_run(make_kernel, energy_of, folded[one], alone, begin, lengths))
 
     def grid(values: list[Tensor]) -> Tensor:
         """One tensor ``(chain, image, ...)``."""
@@ -101,14 +105,14 @@ def run_one_by_one(
 
 def _run(
     make_kernel: Callable[[EnergyModel], MCMCKernel],
-    energy_of: Callable[[Tensor], ModelPotential],
+    energy_of: Callable[[VAE, Tensor], ModelPotential],
     x: Tensor,
     streams: Streams,
     start: ChainStart,
     lengths: Lengths,
 ) -> Chains:
     """One chain of one image, without the dimensions of chains and images."""
-    energy = energy_of(x)
+    energy = energy_of(start.vae, x)
     position = start(x, energy, streams)
     if not bool(energy(position).isfinite().all()):
         # Pyro's own search for a step size would not come back from here.
@@ -146,7 +150,7 @@ def _run(
     mcmc.run(x)
     draws = {name: value[:, 0] for name, value in mcmc.get_samples().items()}
     with torch.no_grad():
-        repeated = energy_of(x.expand(lengths.num_samples, -1, -1, -1))
+        repeated = energy_of(start.vae, x.expand(lengths.num_samples, -1, -1, -1))
         samples = repeated.constrain(draws)
         stats = {
             "acceptance_rate": x.new_tensor(acceptance),

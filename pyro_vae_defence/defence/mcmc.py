@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, NamedTuple
 
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -96,9 +96,6 @@ class MCMCDefence(BaseDefence):
             not Gaussian.
         progress: show a progress bar.
 
-    Attributes:
-        model: the Pyro program whose posterior is sampled.
-
     Raises:
         ValueError: as :class:`BaseDefence`, and if a chain would start at a non-finite energy.
     """
@@ -116,7 +113,6 @@ class MCMCDefence(BaseDefence):
     until_converged: ConvergenceRule | None = None
     prepare: Callable[[ModelPotential], ModelPotential] | None = None
     progress: bool = False
-    model: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,7 +150,7 @@ class MCMCDefence(BaseDefence):
                     f"keep_draws must be at most {self._fewest_draws}, the fewest draws an image "
                     f"can have, got {self.keep_draws}"
                 )
-        self.model = target(self.vae, self.perturbation)
+        target(self.vae, self.perturbation)  # checks it
 
     @classmethod
     def paper(
@@ -195,13 +191,13 @@ class MCMCDefence(BaseDefence):
     def _kept_draws(self) -> int:
         return self._fewest_draws if self.keep_draws is None else self.keep_draws
 
-    def _run(self, x: Tensor, streams: Streams) -> Chains:
-        kernel = self.kernel(self.model)
+    def _run(self, vae: VAE, x: Tensor, streams: Streams) -> Chains:
+        kernel = self.kernel(target(vae, self.perturbation))
         if not isinstance(kernel, MCMCKernel):
             raise ValueError(
                 f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
             )
-        start = ChainStart(self.vae, self.initial, self.mode_steps)
+        start = ChainStart(vae, self.initial, self.mode_steps)
         lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self._kept_draws)
         if not isinstance(kernel, BatchedKernel):
             if (self.max_gradients, self.until_converged, self.prepare) != (None, None, None):
@@ -209,7 +205,7 @@ class MCMCDefence(BaseDefence):
                     "max_gradients, until_converged and prepare need a kernel of this library, "
                     f"such as BatchedHMC; got {type(kernel).__name__}"
                 )
-            energy_of = functools.partial(potential, self.vae, perturbation=self.perturbation)
+            energy_of = functools.partial(potential, perturbation=self.perturbation)
             return run_one_by_one(self.kernel, energy_of, x, streams, start, lengths, self.progress)
         kernel.streams, kernel.prepare = streams, self.prepare
         if self.max_gradients is not None:
@@ -223,7 +219,7 @@ class MCMCDefence(BaseDefence):
         if isinstance(kernel, functools.partial):
             kernel, options = kernel.func, kernel.keywords
         plain = {n: setting(v) for n, v in options.items() if isinstance(v, (int, float, str))}
-        apart = {"vae", "model", "kernel", "batch_size", "progress"}
+        apart = {"vae", "kernel", "batch_size", "progress"}
         return {
             "defence": "mcmc",
             "kernel": setting(kernel),

@@ -27,6 +27,7 @@ from pyro_vae_defence.models.program import initial_latents, potential, target
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.types import VAE
 
 _STARTS = ("guide", "mean", "prior")
 
@@ -69,10 +70,10 @@ class PosteriorModeDefence(BaseDefence):
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
 
-    def _run(self, x: Tensor, streams: Streams) -> Chains:
-        energy = potential(self.vae, x, self.perturbation)
+    def _run(self, vae: VAE, x: Tensor, streams: Streams) -> Chains:
+        energy = potential(vae, x, self.perturbation)
         with torch.no_grad():
-            initial = initial_latents(self.vae, x, self.initial, streams)
+            initial = initial_latents(vae, x, self.initial, streams)
             start = lat.detach(energy.unconstrain(initial))
         energy.check(start)
         if self.optimiser == "adam":

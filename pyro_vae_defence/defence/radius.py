@@ -34,11 +34,12 @@ from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.mcmc.mode import search_mode_lbfgs
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.perturbation import UnknownRadius
+from pyro_vae_defence.models.conditions import split, take
+from pyro_vae_defence.models.perturbation import UnknownRadius, UnknownRadiusLikelihood
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.streams import draw_seed
-from pyro_vae_defence.types import VAE, LatentsLike
+from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike
 
 ResultScore = Callable[[DefenceResult], Tensor]
 """A defence's result -> one score per image ``(N,)``, higher is better."""
@@ -63,7 +64,7 @@ def similarity_to_input(result: DefenceResult) -> Tensor:
 
 def calibrate_radius(
     vae: VAE,
-    clean_images: Tensor,
+    clean_images: ImagesLike,
     radii: Iterable[float],
     *,
     ball: type[Ball] = Linf,
@@ -75,8 +76,8 @@ def calibrate_radius(
 
     Args:
         vae: any Pyro VAE.
-        clean_images: ``(N, C, H, W)`` in [0, 1]; a hundred will do, of the validation set rather
-            than the test set.
+        clean_images: ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)``; a hundred will do, of the
+            validation set rather than the test set.
         radii: increasing radii >= 0. With 0 among them clean images keep the paper's posterior.
         ball: kind of ball.
         quantile: share of the clean images that gain less than the penalty, 0 to 1.
@@ -94,14 +95,14 @@ def calibrate_radius(
         >>> unknown.penalties[0], unknown.penalties[1] > 0
         (0.0, True)
     """
-    program.check_vae(vae)
-    program.check_images(clean_images, "clean_images")
+    vae, x = program.at_images(vae, clean_images, "clean_images")
     if not 0.0 <= quantile <= 1.0:
         raise ValueError(f"quantile must lie in [0, 1], got {quantile!r}")
     radii = tuple(radii)
     balls = UnknownRadius(ball, radii, (0.0,) * len(radii)).balls
     with program.evaluation_mode(vae):
-        gains = [_gains(vae, x, balls, num_steps) for x in clean_images.split(batch_size)]
+        parts = [slice(n, n + batch_size) for n in range(0, len(x), batch_size)]
+        gains = [_gains(take(vae, part), x[part], balls, num_steps) for part in parts]
     penalties = torch.cat(gains, 1).quantile(quantile, dim=1)
     return UnknownRadius(ball, radii, tuple(penalties.tolist()))
 
@@ -123,7 +124,7 @@ def _gains(vae: VAE, x: Tensor, balls: Iterable[Ball | None], num_steps: int) ->
 
 
 def radius_probabilities(
-    vae: VAE, latents: LatentsLike, x: Tensor, perturbation: UnknownRadius
+    vae: VAE, latents: LatentsLike, x: ImagesLike, perturbation: UnknownRadius
 ) -> Tensor:
     """Posterior probability of every radius given latents, ``(N, radii)``.
 
@@ -133,16 +134,18 @@ def radius_probabilities(
         x: the images that were defended, ``(N, C, H, W)``.
         perturbation: what the defence assumed.
     """
-    program.check_images(x)
+    vae, x = program.at_images(vae, x)
+    model = program.target(vae, perturbation)
     with torch.no_grad(), program.evaluation_mode(vae):
-        likelihood = program.observation(vae, latents, tuple(x.shape[1:]))
-        observed = x.reshape(likelihood.batch_shape + likelihood.event_shape)
-        return perturbation.log_joint(likelihood, observed).reshape(x.shape[0], -1).softmax(-1)
+        for site in program.observed(model, latents, x).values():
+            if isinstance(site["fn"], UnknownRadiusLikelihood):
+                return site["fn"].log_joint(site["value"]).reshape(len(x), -1).softmax(-1)
+    raise AssertionError("a perturbation-aware model observes its image")
 
 
 def scores_by_radius(
     vae: VAE,
-    x: Tensor,
+    x: ImagesLike,
     radii: Iterable[float],
     *,
     score: ResultScore = similarity_to_input,
@@ -167,14 +170,14 @@ def scores_by_radius(
         generator: source of that seed; torch's global seed when ``None``.
     """
     program.check_vae(vae)
-    seed = draw_seed(generator)
+    seed, num_images = draw_seed(generator), len(split(x)[0])
     scores = []
     for radius in radii:
         run = defence(vae, perturbation=ball(radius) if radius else None)
         values = score(run(x, torch.Generator().manual_seed(seed)))
-        if tuple(values.shape) != (x.shape[0],):
+        if tuple(values.shape) != (num_images,):
             raise ValueError(
-                f"score must return one value per image, shape ({x.shape[0]},), got "
+                f"score must return one value per image, shape ({num_images},), got "
                 f"{tuple(values.shape)}"
             )
         scores.append(values.detach())
@@ -185,7 +188,7 @@ def scores_by_radius(
 
 def choose_radius(
     vae: VAE,
-    clean_images: Tensor,
+    clean_images: ImagesLike,
     radii: Iterable[float],
     *,
     max_clean_cost: float,

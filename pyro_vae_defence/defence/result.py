@@ -44,11 +44,12 @@ class DefenceResult:
 
     Attributes:
         latents: site -> ``(N, *event)``: where the first chain ends.
-        reconstruction: mean of p(x | latents), ``(N, C, H, W)``.
+        reconstruction: mean of p(x | latents), ``(N, C, H, W)``, clipped to [0, 1].
         samples: site -> ``(chain, draw, N, *event)``.
         sample_stats: name -> ``(chain, draw, N)``, ArviZ's names (``diagnostics.SAMPLE_STATS``).
         initial: site -> ``(chain, N, *event)``: where the chains started.
         x: the images the chains were conditioned on, ``(N, C, H, W)``.
+        conditions: further arguments of the programs, one row per image each.
         num_gradients: gradients of the energy spent per image, over all chains, ``(N,)``.
         seconds: wall time of the whole call.
         observation: name of the model's observation site.
@@ -69,6 +70,7 @@ class DefenceResult:
     observation: str
     settings: dict[str, Any] = field(default_factory=dict)
     convergence: dict[str, Tensor] = field(default_factory=dict)
+    conditions: tuple[Tensor, ...] = ()
 
     @classmethod
     def join(cls, parts: Sequence[DefenceResult]) -> DefenceResult:
@@ -106,6 +108,8 @@ def _along_images(
         dim, values = _IMAGE_DIM.get(name, 0), [part[name] for part in parts]
         if isinstance(value, Tensor):
             changed[name] = change(values, dim)
+        elif isinstance(value, tuple):
+            changed[name] = tuple(change(list(each), dim) for each in zip(*values, strict=True))
         else:
             changed[name] = {key: change([each[key] for each in values], dim) for key in value}
     return changed

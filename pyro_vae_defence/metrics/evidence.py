@@ -17,10 +17,11 @@ from torch import Tensor
 
 from pyro_vae_defence.metrics.likelihood import Transition, ais, importance_nll, sigmoid_schedule
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import VAE, Latents, LatentsLike
+from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
 ROWS = 1000
 """Pairs of image and latents computed at once: some 100 MB for the paper's VAE."""
@@ -29,7 +30,7 @@ ROWS = 1000
 @torch.no_grad()
 def nll(
     vae: VAE,
-    x: Tensor,
+    x: ImagesLike,
     num_samples: int = 1000,
     rows: int = ROWS,
     generator: torch.Generator | None = None,
@@ -40,7 +41,7 @@ def nll(
 
     Args:
         vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
+        x: images ``(N, C, H, W)``, or ``(x, *conditions)`` for a conditional VAE's -log p(x | c).
         num_samples: draws from the guide per image; 1000 in the paper.
         rows: pairs of image and draw computed at once: bounds the memory, not the result.
         generator: source of randomness; torch's global seed when ``None``.
@@ -48,8 +49,7 @@ def nll(
     Raises:
         ValueError: ``vae`` or ``x`` is unsuitable, or a number is not positive.
     """
-    program.check_vae(vae)
-    program.check_images(x, unit_interval=False)
+    vae, x = program.at_images(vae, x, unit_interval=False)
     check_integer("rows", rows)
     seed = draw_seed(generator)
     results = []
@@ -58,7 +58,8 @@ def nll(
             batch = x[first : first + rows]
             streams = Streams.create(len(batch), seed=seed, first_image=first, device=x.device)
             chunk = max(1, min(rows // len(batch), num_samples))
-            results.append(importance_nll(_weights(vae, batch, streams), num_samples, chunk))
+            weights = _weights(take(vae, slice(first, first + rows)), batch, streams)
+            results.append(importance_nll(weights, num_samples, chunk))
     return torch.cat(results)
 
 
@@ -88,7 +89,7 @@ def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
 
 def ais_log_weights(
     vae: VAE,
-    x: Tensor,
+    x: ImagesLike,
     transition: Transition,
     schedule: Tensor | None = None,
     num_chains: int = 10,
@@ -103,7 +104,7 @@ def ais_log_weights(
 
     Args:
         vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``.
+        x: images ``(N, C, H, W)``, or ``(x, *conditions)``.
         transition: moves ``num_chains * N`` rows of unconstrained latents, chains folded in.
         schedule: inverse temperatures; 100 of :func:`sigmoid_schedule` when ``None``.
         num_chains: M, independent chains per image.
@@ -113,8 +114,7 @@ def ais_log_weights(
     Raises:
         ValueError: an argument does not fit, or a falling schedule comes without ``initial``.
     """
-    program.check_vae(vae)
-    program.check_images(x, unit_interval=False)
+    vae, x = program.at_images(vae, x, unit_interval=False)
     check_integer("num_chains", num_chains)
     schedule = sigmoid_schedule(100) if schedule is None else schedule
     if initial is None and float(schedule[0]) != 0.0:
@@ -137,16 +137,17 @@ def ais_log_weights(
 
 
 @torch.no_grad()
-def simulate(vae: VAE, x: Tensor) -> tuple[Latents, Tensor]:
-    """Latents of ``N`` rows from the prior, and images from p(x | z).
+def simulate(vae: VAE, x: ImagesLike) -> tuple[Latents, Tensor]:
+    """Latents of ``N`` rows from the prior, and images ``(N, C, H, W)`` from p(x | z).
 
     The latents are an exact draw from p(z | x), as bidirectional Monte Carlo needs.
 
     Args:
         vae: any Pyro VAE whose likelihood can be sampled.
-        x: images ``(N, C, H, W)``, of which only shape, dtype and device matter.
+        x: images ``(N, C, H, W)``, of which only shape, dtype and device matter, or
+            ``(x, *conditions)``.
     """
+    vae, x = program.at_images(vae, x, unit_interval=False)
     with program.evaluation_mode(vae):
         latents = program.prior(vae, x)
-        images = program.observation(vae, latents, tuple(x.shape[1:])).sample()
-    return latents, images.reshape(x.shape)
+        return latents, program.Decoder(vae, x).sample(latents)

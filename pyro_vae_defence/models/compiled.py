@@ -7,8 +7,8 @@ the operations: no Python of the model, no autograd graph, no gradient of a para
 
 A recording stands for the model only if the model is a fixed sequence of operations. Hence it is
 refused, and the model traced as before, when recording fails (control flow that asks for a tensor's
-value), when an operation draws random numbers, or when recorded and traced values differ by more
-than rounding at any of several latents; :attr:`RecordedPotential.why_not` then says why.
+value), or when recorded and traced values differ by more than rounding at any of several latents;
+:attr:`RecordedPotential.why_not` then says why.
 
 :class:`ReducedForce` evaluates forces in reduced precision and energies in full: a leapfrog step
 remains volume preserving and reversible under any deterministic force, so that accepting with
@@ -154,11 +154,7 @@ def _capture(potential: ModelPotential, start: LatentsLike) -> fx.GraphModule:
         return (energy, *(gradients[name] for name in names))
 
     values = [t.detach() for t in (*potential.tensors, *(start[name] for name in names))]
-    program = make_fx(energy_and_gradients)(*values)
-    for node in program.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise ValueError(f"the model draws random numbers ({node.target})")
-    return program
+    return make_fx(energy_and_gradients)(*values)
 
 
 def _traced(potential: ModelPotential, point: LatentsLike) -> tuple[Values, Values]:

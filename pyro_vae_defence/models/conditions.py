@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro import poutine
@@ -80,14 +80,14 @@ def _places(program: PyroProgram) -> tuple[int, float]:
     return needed, most
 
 
-def split(images: ImagesLike, name: str = "x") -> tuple[Any, tuple[Any, ...]]:
+def split(images: ImagesLike, name: str = "x") -> tuple[Tensor, tuple[Tensor, ...]]:
     """Images, which are not looked at, and their conditions.
 
     Raises:
         ValueError: if a condition is no tensor with one row per image.
     """
     if not isinstance(images, (tuple, list)):
-        return images, ()
+        return cast(Tensor, images), ()
     if not images:
         raise ValueError(f"{name} is empty; it must be images, or a tuple (x, *conditions)")
     x, *conditions = images
@@ -133,10 +133,19 @@ class BoundProgram:
     ) -> None:
         self.program, self.conditions, self.keywords = program, conditions, dict(keywords)
 
+    @property
+    def given(self) -> tuple[Tensor, ...]:
+        """All its per-image arguments."""
+        return (*self.conditions, *self.keywords.values())
+
     def arguments(self, num_rows: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """What follows the images in a call with ``num_rows`` of them."""
         folded = {name: fold(value, num_rows) for name, value in self.keywords.items()}
         return tuple(fold(value, num_rows) for value in self.conditions), folded
+
+    def around(self, program: PyroProgram) -> BoundProgram:
+        """Another program with the same arguments."""
+        return BoundProgram(program, self.conditions, self.keywords)
 
     def take(self, rows: Tensor | slice) -> BoundProgram:
         """The program of the images at ``rows``."""
@@ -160,6 +169,12 @@ class BoundVAE:
     def __init__(self, vae: VAE, model: PyroProgram, guide: PyroProgram) -> None:
         self.vae, self.model, self.guide = vae, model, guide
 
+    @property
+    def num_images(self) -> int:
+        """How many images it has arguments of."""
+        programs = (self.model, self.guide)
+        return len(next(v for p in programs if isinstance(p, BoundProgram) for v in p.given))
+
     def take(self, rows: Tensor | slice) -> BoundVAE:
         """The VAE at the images of ``rows``, int64 or a slice."""
         model, guide = (
@@ -174,24 +189,27 @@ def take(vae: VAE, rows: Tensor | slice) -> VAE:
     return vae.take(rows) if isinstance(vae, BoundVAE) else vae
 
 
-def bind(vae: VAE, x: Tensor, conditions: tuple[Tensor, ...] = ()) -> VAE:
+def bind(
+    vae: VAE, x: Tensor, conditions: tuple[Tensor, ...] = (), image: Tensor | None = None
+) -> VAE:
     """``vae`` with ``conditions``, and what its programs have bound themselves, for images ``x``.
 
-    Without either it is ``vae`` itself.
+    Without either it is ``vae`` itself. Where ``x`` are rows of a larger set, ``image`` says which
+    images of the set they are, int64 ``(N,)``: what programs have bound is the set's.
 
     Raises:
         ValueError: if the programs do not take the conditions, or need others.
     """
     if isinstance(vae, BoundVAE):
-        if conditions:
-            raise ValueError("vae has its conditions already; pass the images alone")
-        return vae
+        if not conditions:
+            return vae
+        vae = vae.vae
     if len(taken((x, *conditions), vae)) <= len(conditions):
         raise ValueError(
             f"vae takes fewer arguments than the {len(conditions)} conditions given beside the "
             "images; write model(self, x, y) and guide(self, x, y), or pass the images alone"
         )
-    keywords = [_per_image(program, x) for program in (vae.model, vae.guide)]
+    keywords = [_per_image(program, x, image) for program in (vae.model, vae.guide)]
     if not conditions and not any(keywords):
         return vae
     programs = [
@@ -201,23 +219,34 @@ def bind(vae: VAE, x: Tensor, conditions: tuple[Tensor, ...] = ()) -> VAE:
     return BoundVAE(vae, *programs)
 
 
-def _per_image(program: PyroProgram, x: Tensor) -> dict[str, Tensor]:
-    """Tensors that a partial program holds for every single image of ``x``."""
+def _per_image(program: PyroProgram, x: Tensor, image: Tensor | None) -> dict[str, Tensor]:
+    """What a partial program holds for every single image, for the rows ``x``."""
     if not isinstance(program, functools.partial):
         return {}
-    found = {
+    index = torch.arange(len(x), device=x.device) if image is None else image
+    fewest = int(index.max()) + 1
+    held = {
         name: value
         for name, value in program.keywords.items()
-        if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]
+        if isinstance(value, Tensor)
+        and value.dim() > 0
+        and (len(value) >= fewest if image is not None else len(value) == fewest)
     }
-    # What serves twice as many images as it has rows is not theirs, whatever its size.
-    return {} if found and _runs(program, x.repeat(2, 1, 1, 1)) else found
+    rows = {name: value[index] for name, value in held.items()}
+    # Whatever its size, a tensor that serves any number of images as it stands is not theirs.
+    double = {name: torch.cat([value, value]) for name, value in rows.items()}
+    twice = x.repeat(2, 1, 1, 1)
+    return {
+        name: value
+        for name, value in rows.items()
+        if not _runs(program, twice, {**double, name: held[name]})
+    }
 
 
-def _runs(program: PyroProgram, x: Tensor) -> bool:
+def _runs(program: PyroProgram, x: Tensor, keywords: dict[str, Tensor]) -> bool:
     try:
         with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-            poutine.trace(program).get_trace(x).compute_log_prob()
+            poutine.trace(program).get_trace(x, **keywords).compute_log_prob()
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
     return True

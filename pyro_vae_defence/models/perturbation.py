@@ -61,13 +61,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions import Unit
+from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Laplace, Normal
 
+from pyro_vae_defence.models.conditions import BoundProgram
+from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.types import PyroProgram
@@ -127,6 +128,47 @@ def _(likelihood: Laplace, x: Tensor, ball: Ball) -> Tensor:
         raise ValueError(message)
     # Any unimodal density of independent pixels: as close to the mode as one can get.
     return reach.nearest(likelihood.loc, 1.0, x, ball)
+
+
+@functools.singledispatch
+def in_pixels(likelihood: Any, site: ImageSite) -> Any:
+    """A likelihood of rescaled pixels as one of pixels in [0, 1], up to a constant factor.
+
+    Raises ``ValueError`` where it is not known.
+    """
+    raise ValueError(
+        f"site {site.name!r} observes a rescaled image with a {type(likelihood).__name__}, for "
+        "which no perturbation-aware posterior is known; observe the image in [0, 1]"
+    )
+
+
+@in_pixels.register
+def _(likelihood: Independent, site: ImageSite) -> Any:
+    base = in_pixels(likelihood.base_dist, site)
+    return Independent(base, likelihood.reinterpreted_batch_ndims, validate_args=False)
+
+
+@in_pixels.register(Normal)
+@in_pixels.register(Laplace)
+def _(likelihood: Any, site: ImageSite) -> Any:
+    family = Normal if isinstance(likelihood, Normal) else Laplace
+    scale = likelihood.scale / site.slope(likelihood.loc).abs()
+    return family(site.to_pixels(likelihood.loc), scale, validate_args=False)
+
+
+@in_pixels.register(Bernoulli)
+@in_pixels.register(ContinuousBernoulli)
+def _(likelihood: Any, site: ImageSite) -> Any:
+    logits = likelihood.logits * site.slope(likelihood.logits)
+    return type(likelihood)(logits=logits, validate_args=False)
+
+
+def most_likely_value(likelihood: Any, value: Tensor, ball: Ball, site: ImageSite) -> Tensor:
+    """:func:`most_likely_image` in the units of a site, with derivatives in ``value``."""
+    if site.scale is None:
+        return _moving_image(likelihood, value, ball)
+    pixels = _moving_image(in_pixels(likelihood, site), site.to_pixels(value), ball)
+    return site.to_units(pixels)
 
 
 def _moving_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
@@ -196,15 +238,17 @@ class UnknownRadius:
         """The ball of each radius; ``None`` for radius 0."""
         return tuple(self.ball(radius) if radius else None for radius in self.radii)
 
-    def log_joint(self, likelihood: Any, x: Tensor) -> Tensor:
+    def log_joint(self, likelihood: Any, value: Tensor, site: ImageSite) -> Tensor:
         """log p(x* | z) - c_k of every image and radius, ``(N, radii)``, in nats.
 
         Its softmax over radii is the posterior probability of each radius given z. Arguments as in
-        :func:`most_likely_image`.
+        :func:`most_likely_value`.
         """
         columns = []
         for ball, penalty in zip(self.balls, self.penalties, strict=True):
-            closest = x if ball is None else _moving_image(likelihood, x, ball)
+            closest = value
+            if ball is not None:
+                closest = most_likely_value(likelihood, value, ball, site)
             columns.append(likelihood.log_prob(closest) - penalty)
         return torch.stack(columns, -1)
 
@@ -213,59 +257,63 @@ Perturbation: TypeAlias = Ball | UnknownRadius
 """What a defender assumes about perturbations: a ball, or several."""
 
 
-class _UnknownRadiusLikelihood(TorchDistribution):
-    """The mixture over radii, as the likelihood of the image as it was observed."""
+class UnknownRadiusLikelihood(TorchDistribution):
+    """The mixture over radii, as the likelihood of the image as it was observed at ``site``."""
 
     arg_constraints: dict[str, Any] = {}
 
-    def __init__(self, likelihood: Any, perturbation: UnknownRadius) -> None:
-        self.likelihood = likelihood
-        self.perturbation = perturbation
+    def __init__(self, likelihood: Any, perturbation: UnknownRadius, site: ImageSite) -> None:
+        self.likelihood, self.perturbation, self.site = likelihood, perturbation, site
         super().__init__(likelihood.batch_shape, likelihood.event_shape, validate_args=False)
 
     @property
     def support(self) -> Any:
         return self.likelihood.support
 
+    def log_joint(self, value: Tensor) -> Tensor:
+        """As :meth:`UnknownRadius.log_joint`."""
+        return self.perturbation.log_joint(self.likelihood, value, self.site)
+
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.perturbation.log_joint(self.likelihood, value).logsumexp(-1)
+        return self.log_joint(value).logsumexp(-1)
 
 
 class _MostLikely(Messenger):
     """Replace the image by the most likely one, or its likelihood by the mixture over radii."""
 
-    def __init__(self, perturbation: Perturbation) -> None:
+    def __init__(self, perturbation: Perturbation, images: ImageMap) -> None:
         super().__init__()
         self.perturbation = perturbation
+        self.images = {site.name: site for site in images.sites}
 
     def _pyro_sample(self, msg: Any) -> None:
-        # Latents conditioned from outside are not yet observed here: this is the innermost handler.
-        if not msg["is_observed"] or site_is_subsample(msg) or isinstance(msg["fn"], Unit):
-            return
-        if msg["infer"].get("_deterministic", False):
+        site = self.images.get(msg["name"])
+        if site is None:
             return
         if isinstance(self.perturbation, Ball):
             if not isinstance(self.perturbation, Linf):
-                _check_rows(msg)
-            msg["value"] = _moving_image(msg["fn"], msg["value"], self.perturbation)
+                self._check_rows(msg)
+            msg["value"] = most_likely_value(msg["fn"], msg["value"], self.perturbation, site)
         else:
-            _check_rows(msg)
-            msg["fn"] = _UnknownRadiusLikelihood(msg["fn"], self.perturbation)
+            self._check_rows(msg)
+            msg["fn"] = UnknownRadiusLikelihood(msg["fn"], self.perturbation, site)
 
-
-def _check_rows(msg: Any) -> None:
-    """Norms and mixtures over a whole image need rows that are images, and nothing masked."""
-    if msg["value"].shape[0] != msg["fn"].batch_shape.numel() or isinstance(msg["mask"], Tensor):
-        raise ValueError(
-            f"site {msg['name']!r}: an L2 or L1 ball and an unknown radius need one image per row; "
-            "declare the pixels' dimensions with .to_event(...) and mask none, or use an Linf ball"
-        )
+    def _check_rows(self, msg: Any) -> None:
+        """Norms and mixtures over a whole image need rows that are images, and nothing masked."""
+        rows = msg["value"].shape[0] == msg["fn"].batch_shape.numel()
+        if not rows or isinstance(msg["mask"], Tensor) or len(self.images) > 1:
+            raise ValueError(
+                f"site {msg['name']!r}: an L2 or L1 ball and an unknown radius need one image per "
+                "row, observed at one site; declare the pixels' dimensions with .to_event(...) and "
+                "mask none, or use an Linf ball"
+            )
 
 
 class PerturbationAware:
     """A Pyro model whose observation is the most likely image within a ball around its argument.
 
     Conditioned on latents, minus its log-density is :math:`U_\\delta(z; x)`; any kernel takes it.
+    Ball and range are those of images in [0, 1], whatever units the model observes them in.
 
     Args:
         model: Pyro model p(x, z) that observes its image.
@@ -273,7 +321,8 @@ class PerturbationAware:
 
     Raises:
         ValueError: if ``perturbation`` is neither; when called, for a likelihood without a known
-            minimiser, or pixels that are no event dimensions but for an Linf ball.
+            minimiser, pixels that are no event dimensions but for an Linf ball, and a model that
+            observes something else than pixels, or reads its image otherwise.
 
     Example:
         >>> from pyro_vae_defence.models import ConvVAE
@@ -293,8 +342,22 @@ class PerturbationAware:
             )
         self.model = model
         self.perturbation = perturbation
+        self._images: dict[Any, ImageMap] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its observation, or its likelihood, replaced."""
-        with _MostLikely(self.perturbation):
-            return self.model(*args, **kwargs)
+        key = (tuple(x.shape[1:]), x.dtype, x.device)
+        if key not in self._images:
+            self._images[key] = self._read(x, args, kwargs)
+        with _MostLikely(self.perturbation, self._images[key]):
+            return self.model(x, *args, **kwargs)
+
+    def _read(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ImageMap:
+        settings = {n: value for n, value in kwargs.items() if not isinstance(value, Tensor)}
+        keywords = {n: value for n, value in kwargs.items() if isinstance(value, Tensor)}
+        program = functools.partial(self.model, **settings)
+        with poutine.block():
+            images = read_images(BoundProgram(program, args, keywords).take(slice(0, 1)), x)
+        if images.noisy or images.others or images.reads or not images.sites:
+            images.check_known()
+        return images

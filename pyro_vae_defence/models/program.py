@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -34,18 +34,21 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
+from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, bind, fold, split
+from pyro_vae_defence.models.observation import ADVICE, ImageMap, read_images
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
     DATA_PLATE,
+    Site,
     data_frame,
-    image_site,
+    get_trace,
     latent_sites,
     log_prob_per_image,
     sample_sites,
 )
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
+from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike, Potential, PyroProgram
 
 # --- Validation at the public boundary ------------------------------------------------------------
 
@@ -91,6 +94,21 @@ def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tens
     return x
 
 
+def at_images(
+    vae: VAE, images: ImagesLike, name: str = "x", *, unit_interval: bool = True
+) -> tuple[VAE, Tensor]:
+    """A VAE at images that may come with conditions: a VAE of images alone, and the images.
+
+    Raises:
+        ValueError: as :func:`check_vae` and :func:`check_images`, and if the programs do not take
+            the conditions, or a condition has not one row per image.
+    """
+    check_vae(vae)
+    x, conditions = split(images, name)
+    check_images(x, name, unit_interval=unit_interval)
+    return bind(vae, x, conditions), x
+
+
 @contextlib.contextmanager
 def evaluation_mode(*programs: Any) -> Iterator[None]:
     """Put every ``nn.Module`` among ``programs``, or held by one as an attribute, into eval mode.
@@ -118,15 +136,8 @@ def evaluation_mode(*programs: Any) -> Iterator[None]:
 # --- Traces ---------------------------------------------------------------------------------------
 
 
-def _get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> poutine.Trace:
-    # Validation would force a device synchronisation per distribution, and raise inside a sampler
-    # where a non-finite value has a defined meaning (a divergence).
-    with poutine.block(), pyro.validation_enabled(False):
-        return poutine.trace(program).get_trace(*args, **kwargs)
-
-
 def _draw(program: PyroProgram, x: Tensor, streams: Streams | None) -> poutine.Trace:
-    return _get_trace(program if streams is None else _StreamMessenger(streams)(program), x)
+    return get_trace(program if streams is None else _StreamMessenger(streams)(program), x)
 
 
 def _latents(trace: poutine.Trace) -> Latents:
@@ -138,12 +149,6 @@ def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
     for site in sample_sites(trace).values():
         start = start - log_prob_per_image(site, start.shape[0])
     return start
-
-
-def observation_site(model: PyroProgram, *args: Any, **kwargs: Any) -> str:
-    """Name of the one observed site of a model; ``ValueError`` if there is none, or several."""
-    with torch.no_grad():
-        return image_site(_get_trace(model, *args, **kwargs))["name"]
 
 
 # --- The guide ------------------------------------------------------------------------------------
@@ -256,7 +261,7 @@ def posterior_mean(vae: VAE, x: Tensor) -> Latents:
 
     In a hierarchical guide each site is conditioned on the means above it.
     """
-    return _latents(_get_trace(_MeanMessenger()(vae.guide), x))
+    return _latents(get_trace(_MeanMessenger()(vae.guide), x))
 
 
 class _MeanMessenger(Messenger):
@@ -285,24 +290,94 @@ def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Late
     return (prior if initial == "prior" else encode)(vae, x, streams=streams)
 
 
-def observation(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> td.Distribution:
-    """The likelihood p(x | z) of ``M`` rows of latents, as the model's distribution object.
+class Decoder:
+    """Latents to images: the mean of p(x | z), the paper's g(z).
 
-    ``latents`` are on the constrained scale, site name -> ``(M, *event)``, and ``image_shape`` is
-    ``(C, H, W)``. Raises ``ValueError`` for a latent that the model does not sample.
+    The model's observations are read once (:mod:`pyro_vae_defence.models.observation`). A VAE with
+    a method ``to_images(latents, *conditions)`` is asked instead.
+
+    Args:
+        vae: any Pyro VAE.
+        like: images ``(N, C, H, W)``, of which shape, dtype and device matter.
+
+    Attributes:
+        images: how the model observes images.
+
+    Raises:
+        ValueError: when called, if the latents are not the model's, or do not say what the image
+            looks like, or its likelihood has no finite mean.
     """
-    first = next(iter(latents.values()))
-    template = first.new_zeros((first.shape[0], *image_shape))
-    trace = _get_trace(poutine.condition(vae.model, data=dict(latents)), template)
+
+    def __init__(self, vae: VAE, like: Tensor) -> None:
+        self.vae = vae
+        self.to_images = getattr(vae.vae if isinstance(vae, BoundVAE) else vae, "to_images", None)
+        self.images = image_map(vae, like)
+
+    def check(self) -> None:
+        """Raise the ``ValueError`` of a call, but for what hinges on the latents."""
+        if self.to_images is None:
+            self.images.check_known()
+            if self.images.without_mean:
+                raise ValueError(
+                    f"the likelihood at {list(self.images.without_mean)} has no finite mean, so "
+                    f"that there is nothing to decode to; {ADVICE}"
+                )
+
+    def __call__(self, latents: LatentsLike) -> Tensor:
+        """Images ``(M, C, H, W)`` of latents with ``M`` rows, on the constrained scale."""
+        self.check()
+        if self.to_images is None:
+            return self._assemble(latents, lambda site: site["fn"].mean)
+        num_rows = next(iter(latents.values())).shape[0]
+        model = self.vae.model
+        bound = model.arguments(num_rows) if isinstance(model, BoundProgram) else ((), {})
+        images = self.to_images(dict(latents), *bound[0], **bound[1])
+        if tuple(images.shape) != (num_rows, *self.images.shape):
+            raise ValueError(
+                f"vae.to_images must return images {(num_rows, *self.images.shape)} for latents "
+                f"of {num_rows} rows, got {tuple(images.shape)}"
+            )
+        return images
+
+    def sample(self, latents: LatentsLike) -> Tensor:
+        """Images drawn from p(x | z), ``(M, C, H, W)``, not clipped to [0, 1]."""
+        return self._assemble(latents, lambda site: site["fn"].sample())
+
+    def _assemble(self, latents: LatentsLike, read: Callable[[Site], Tensor]) -> Tensor:
+        self.images.check_known()
+        first = next(iter(latents.values()))
+        template = first.new_zeros((first.shape[0], *self.images.shape))
+        return self.images.assemble(read, observed(self.vae.model, latents, template))
+
+
+def observed(model: PyroProgram, latents: LatentsLike, x: Tensor) -> dict[str, Site]:
+    """The observed sites of a model at images ``x``, given ``latents`` with as many rows.
+
+    ``latents`` are on the constrained scale, site name -> ``(M, *event)``. Raises ``ValueError``
+    for a latent that the model does not sample.
+    """
+    trace = get_trace(poutine.condition(model, data=dict(latents)), x)
     missing = set(latents) - set(trace.nodes)
     if missing:
         raise ValueError(f"model has no latent site named {sorted(missing)}; pass its own latents")
-    return image_site(trace, conditioned=latents)["fn"]
+    sites = sample_sites(trace).items()
+    return {n: site for n, site in sites if site["is_observed"] and n not in latents}
 
 
 def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tensor:
-    """Mean of p(x | z): latents with ``M`` rows to images ``(M, C, H, W)`` (the paper's g(z))."""
-    return observation(vae, latents, image_shape).mean.reshape((-1, *image_shape))
+    """Mean of p(x | z): latents with ``M`` rows to images ``(M, C, H, W)``; see :class:`Decoder`.
+
+    It reads the model's observations anew; whoever decodes in a loop makes a :class:`Decoder`.
+    """
+    first = next(iter(latents.values()))
+    return Decoder(vae, first.new_empty((1, *image_shape)))(latents)
+
+
+def image_map(vae: VAE, like: Tensor) -> ImageMap:
+    """How the model of ``vae`` observes images of the shape, dtype and device of ``like``."""
+    model = vae.model
+    one = model.take(slice(0, 1)) if isinstance(model, BoundProgram) else model
+    return read_images(one, like)
 
 
 class LatentSite(NamedTuple):
@@ -334,17 +409,50 @@ class ModelPotential:
     """
 
     def __init__(self, model: PyroProgram, *args: Any, **kwargs: Any) -> None:
-        self._model, self._args, self._kwargs = model, args, kwargs
         batch = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
         if batch is None or batch.dim() == 0:
             raise ValueError("the model needs a tensor argument whose first dimension is the batch")
         self.num_images: int = batch.shape[0]
+        if isinstance(model, BoundProgram):
+            conditions, keywords = model.arguments(self.num_images)
+            model, args, kwargs = model.program, (*args, *conditions), {**kwargs, **keywords}
+        self._model, self._args, self._kwargs = model, args, kwargs
         with torch.no_grad():
-            trace = _get_trace(model, *args, **kwargs)
-        self.sites = tuple(self._read_site(site) for site in latent_sites(trace))
-        if not self.sites:
-            raise ValueError("the model has no latent site to sample; nothing to run a chain on")
-        self._prototype = _latents(trace)
+            trace = get_trace(model, *args, **kwargs)
+            self.sites = tuple(self._read_site(site) for site in latent_sites(trace))
+            if not self.sites:
+                raise ValueError("the model has no latent site to sample; no chain can run on it")
+            self._prototype = _latents(trace)
+            if batch.device.type != "meta":
+                self._check_plates(trace)
+                self._check_repeatable()
+
+    def _check_plates(self, trace: poutine.Trace) -> None:
+        """Data plates of another name must have twice the rows for twice the images."""
+        sites = sample_sites(trace).values()
+        if all(data_frame(site, self.num_images).name == DATA_PLATE for site in sites):
+            return
+        double = self.take(torch.arange(self.num_images).repeat(2))
+        device = self.tensors[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            doubled = get_trace(double._model, *double._args, **double._kwargs)
+        for site in sample_sites(doubled).values():
+            data_frame(site, double.num_images)
+
+    def _check_repeatable(self) -> None:
+        few = self.take(torch.arange(min(2, self.num_images)))
+        try:
+            first = few(few.prototype)
+        except (IndexError, RuntimeError, ValueError):  # it runs at no other number of images
+            few = self
+            first = few(few.prototype)
+        second = few(few.prototype)
+        if not torch.allclose(first, second, rtol=1e-5, equal_nan=True):
+            raise ValueError(
+                f"the energy of one image at one point is {float(first[0])!r} and then "
+                f"{float(second[0])!r}: the model draws noise outside pyro.sample, such as a "
+                "binarisation, dequantisation or dropout; fix it, or do it to the images beforehand"
+            )
 
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
@@ -367,9 +475,18 @@ class ModelPotential:
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
 
     def at(self, x: Tensor) -> ModelPotential:
-        """The energy of the same model at other images, any number; sites are not read again."""
+        """The energy of the same model at other images; sites are not read again.
+
+        Any number of them, or, with conditions, copies of as many as there were.
+        """
+
+        def folded(value: Any) -> Any:
+            return fold(value, x.shape[0]) if isinstance(value, Tensor) else value
+
         other = copy.copy(self)
-        other._args, other._kwargs, other.num_images = (x,), {}, x.shape[0]
+        other._args = (x, *map(folded, self._args[1:]))
+        other._kwargs = {name: folded(value) for name, value in self._kwargs.items()}
+        other.num_images = x.shape[0]
         return other
 
     @property
@@ -448,7 +565,7 @@ class ModelPotential:
     def __call__(self, latents: LatentsLike) -> Tensor:
         """Energies of shape ``(N,)``, in nats."""
         conditioned = poutine.condition(self._model, data=self.constrain(latents))
-        trace = _get_trace(conditioned, *self._args, **self._kwargs)
+        trace = get_trace(conditioned, *self._args, **self._kwargs)
         return _energy(trace, self.log_determinant(latents))
 
     def log_determinant(self, latents: LatentsLike) -> Tensor:
@@ -471,7 +588,12 @@ def potential(vae: VAE, x: Tensor, perturbation: Perturbation | None = None) -> 
 
 def target(vae: VAE, perturbation: Perturbation | None = None) -> PyroProgram:
     """The model whose posterior a defence samples: ``vae.model``, or it perturbation-aware."""
-    return vae.model if perturbation is None else PerturbationAware(vae.model, perturbation)
+    model = vae.model
+    if perturbation is None:
+        return model
+    if isinstance(model, BoundProgram):
+        return model.around(PerturbationAware(model.program, perturbation))
+    return PerturbationAware(model, perturbation)
 
 
 def guide_potential(
@@ -488,7 +610,7 @@ def guide_potential(
     names = {site.name for site in energy.sites}
 
     def energy_of_guide(latents: LatentsLike) -> Tensor:
-        trace = _get_trace(poutine.condition(vae.guide, data=energy.constrain(latents)), x)
+        trace = get_trace(poutine.condition(vae.guide, data=energy.constrain(latents)), x)
         if (sites := sample_sites(trace)).keys() != names:
             raise ValueError(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "

@@ -8,18 +8,32 @@ or number of latent sites a program has.
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import Independent, Normal
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae_defence.types import PyroProgram
+
 Site: TypeAlias = Any
 
 DATA_PLATE = "data"
+
+
+def get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> Trace:
+    """The trace of a run that no handler from outside sees, without Pyro's validation.
+
+    Validation would force a device synchronisation per distribution, and raise inside a sampler
+    where a non-finite value has a defined meaning (a divergence).
+    """
+    with poutine.block(), pyro.validation_enabled(False):
+        return poutine.trace(program).get_trace(*args, **kwargs)
 
 
 # --- Which sites there are ------------------------------------------------------------------------
@@ -90,25 +104,42 @@ def check_mean_field(*traces: Trace) -> None:
 # --- Values per image -----------------------------------------------------------------------------
 
 
-def data_frame(site: Site, num_images: int | None = None) -> Any:
-    """The frame of the data plate a site stands in; ``ValueError`` if there is none.
+class DataFrame(NamedTuple):
+    """Where a site has its rows: the dimension of the data plate, and how many there are."""
 
-    It is the plate ``"data"`` or, given the number of images, which is checked, one of that size.
+    name: str
+    dim: int
+    size: int
+
+
+def data_frame(site: Site, num_images: int | None = None) -> DataFrame:
+    """The data plate a site stands in: the one called ``"data"``, or else the leftmost.
+
+    Raises:
+        ValueError: if there is none, or it has not ``num_images`` rows, where that is given.
     """
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     named = [frame for frame in frames if frame.name == DATA_PLATE]
-    fitting = named or [frame for frame in frames if frame.size == num_images]
-    if len(fitting) != 1:
+    if not frames:
         raise ValueError(
-            f"site {site['name']!r} must stand inside one vectorised data plate; "
-            f'open it with pyro.plate("{DATA_PLATE}", x.shape[0]) around every sample site'
+            f"site {site['name']!r} stands in no data plate. If it has a value per image, open "
+            f'pyro.plate("{DATA_PLATE}", x.shape[0]) around it; if it is global, shared by all '
+            "images, give it a value first, e.g. "
+            f"poutine.condition(vae.model, data={{{site['name']!r}: value}}), and drop it from the "
+            "guide"
         )
-    if num_images not in (None, fitting[0].size):
+    frame = named[0] if named else min(frames, key=lambda frame: frame.dim)
+    size = frame.size
+    if size < 0:
+        # A plate without a size takes what its sites bring along.
+        batch = site["fn"].batch_shape
+        size = batch[frame.dim] if len(batch) >= -frame.dim else 1
+    if num_images not in (None, size):
         raise ValueError(
-            f"site {site['name']!r} stands inside a data plate of size {fitting[0].size}, "
-            f"but x holds {num_images} images; open the plate with x.shape[0]"
+            f"site {site['name']!r} has {size} rows in its data plate {frame.name!r}, but x holds "
+            f"{num_images} images; open the plate with x.shape[0]"
         )
-    return fitting[0]
+    return DataFrame(frame.name, frame.dim, size)
 
 
 def per_image(value: Tensor, site: Site, num_images: int | None = None) -> Tensor:

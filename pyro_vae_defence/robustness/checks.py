@@ -50,15 +50,14 @@ class Evidence:
         best = min(gradient, key=lambda i: float(self.scores[i].mean().mean()), default=None)
         return None if best is None else self.found[best]
 
-    @property
-    def rows(self) -> slice:
-        """The images that are looked at."""
-        return slice(0, self.suite.budget.check_images)
+    @functools.cached_property
+    def few(self) -> Suite:
+        """The suite of the images that are looked at."""
+        return self.suite.at(slice(0, self.suite.budget.check_images))
 
     def again(self, one: Candidate, num_steps: int, ball: Ball | None = None) -> Tensor:
         """The images under one of the attacks, ``(n, C, H, W)``."""
-        attack = self.suite.attack
-        return attack(one.row, one.num_draws, self.rows, ball, num_steps=num_steps)[0]
+        return self.few.attack(one.row, one.num_draws, ball, num_steps=num_steps)[0]
 
     @functools.cached_property
     def by_radius(self) -> list[tuple[float, Scores]]:
@@ -73,7 +72,7 @@ class Evidence:
         found = []
         for radius in radii:
             x_adv = self.again(self.strongest, budget.check_steps, type(ball)(radius))
-            scores = self.suite.scorer.score(x_adv, budget.scoring_draws, self.rows)
+            scores = self.few.scorer.score(x_adv, budget.scoring_draws)
             found.append((radius, scores))
         return found
 
@@ -81,13 +80,13 @@ class Evidence:
     def probe(self) -> tuple[Tensor, Tensor] | None:
         """Whether finite differences under common noise agree with an image's gradient, and whether
         it explains a step of the ball's size, ``(n,)`` each; ``None`` without exact gradients."""
-        suite, box, fresh = self.suite, self.suite.box, self.suite.scorer.fresh
+        suite, box, fresh = self.few, self.few.box, self.few.scorer.fresh
         if box.has_chain and not box.unrollable:
             return None
         encode = adaptive.transfer(box.start)
         if box.has_chain:
             encode = adaptive.unroll(box.start, box.transitions(suite.budget.unrolled_transitions))
-        goal, x_ref = suite.goal(self.rows), suite.x[self.rows]
+        goal, x_ref = suite.goal(), suite.x
         prepared = adaptive.expected(encode, goal, resample=False, generator=fresh())
         objective = connected(prepared(x_ref))
         x_1, x_2 = (attacks.random_noise(x_ref, suite.ball, fresh()) for _ in range(2))
@@ -164,7 +163,7 @@ def whole_range_leaves_chance(evidence: Evidence) -> Verdict:
     if not evidence.by_radius:
         return _NO_ATTACK
     _, scores = evidence.by_radius[-1]
-    scorer = evidence.suite.scorer
+    scorer = evidence.few.scorer
     if isinstance(scorer, Accuracy):
         chance = 1.0 / scorer.num_classes
         right, of = int(scores.per_draw[0].sum()), scores.per_draw.shape[1]
@@ -178,7 +177,7 @@ def whole_range_leaves_chance(evidence: Evidence) -> Verdict:
             f"(so many or more with probability {tail:.2g})",
         )
     assert isinstance(scorer, Similarity)
-    reference = scorer.reference[evidence.rows]
+    reference = scorer.reference
     unrelated = scorer.compare(reference.roll(1, 0), reference)
     excess = scorer.interval(scores.mean() - unrelated)
     return (
@@ -206,14 +205,14 @@ def monotone_in_radius(evidence: Evidence) -> Verdict:
 
 def loss_increases_with_iterations(evidence: Evidence) -> Verdict:
     """The attacker's objective, on noise of its own, after no, some, and all steps."""
-    suite, strongest = evidence.suite, evidence.strongest
+    suite, strongest = evidence.few, evidence.strongest
     if strongest is None:
         return _NO_ATTACK
-    budget, scorer, x_ref = suite.budget, suite.scorer, suite.x[evidence.rows]
+    budget, scorer, x_ref = suite.budget, suite.scorer, suite.x
     if strongest.row.name == "transfer":
-        prepared = suite.objective(strongest.row, 1, evidence.rows)
+        prepared = suite.objective(strongest.row, 1)
     else:
-        goal, draws = suite.goal(evidence.rows), max(5, budget.selection_draws)
+        goal, draws = suite.goal(), max(5, budget.selection_draws)
         options = {"resample": False, **suite.options()}
         prepared = adaptive.expected(suite.box.forwards(), goal, draws, **options)
     objective = prepared(x_ref)

@@ -40,6 +40,7 @@ import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.conditions import split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
@@ -48,13 +49,13 @@ from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessR
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity, fresh_generators
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
-from pyro_vae_defence.types import VAE
+from pyro_vae_defence.types import VAE, ImagesLike
 
 
 def evaluate_robustness(
     vae: VAE,
     defence: Defence,
-    x: Tensor,
+    x: ImagesLike,
     labels: Tensor | None = None,
     *,
     classifier: Callable[..., Tensor] | None = None,
@@ -72,7 +73,8 @@ def evaluate_robustness(
         vae: any Pyro VAE.
         defence: what the attacker attacks: :class:`~pyro_vae_defence.defence.NoDefence`,
             :class:`~pyro_vae_defence.defence.MCMCDefence`, or images to a ``DefenceResult``.
-        x: reference images ``(N, C, H, W)`` in [0, 1], N >= 2.
+        x: reference images ``(N, C, H, W)`` in [0, 1], N >= 2, or ``(x, *conditions)``, which the
+            attacker knows and does not change.
         labels: their classes, int64 ``(N,)``; those predicted undefended when ``None``.
         classifier: measures accuracy instead of similarity. Latents ``(M, D)`` to scores ``(M,
             classes)``, asked about where the defence ends; or a
@@ -89,8 +91,8 @@ def evaluate_robustness(
     Raises:
         ValueError: if an argument does not fit.
     """
-    program.check_vae(vae)
-    program.check_images(x)
+    conditions = split(x)[1]
+    vae, x = program.at_images(vae, x)
     if not callable(defence):
         raise ValueError(f"defence must map images to a DefenceResult, got {defence!r}")
     if len(x) < 2:
@@ -107,13 +109,13 @@ def evaluate_robustness(
     seed = draw_seed(generator)
     fresh = fresh_generators(seed)
     with program.evaluation_mode(vae, classifier):
-        box = WhiteBox(vae, defence, x, fresh)
+        box = WhiteBox(vae, defence, x, fresh, conditions)
         if classifier is None:
-            scorer: Scorer = Similarity(vae, defence, x, similarity, fresh)
+            scorer: Scorer = Similarity(box, x, similarity, fresh)
         else:
             if not isinstance(classifier, DefendedClassifier):
                 classifier = DefendedClassifier(box, classifier, "last")
-            scorer = Accuracy(vae, defence, x, labels, classifier, fresh)
+            scorer = Accuracy(box, x, labels, classifier, fresh)
         suite = Suite(box, scorer, x, ball, budget or Budget(), engine)
         return _report(suite, attacks, checks, seed)
 

@@ -5,20 +5,21 @@ What a figure is, and how draws are summarised, :mod:`pyro_vae_defence.robustnes
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from pyro_vae_defence import metrics
-from pyro_vae_defence.defence import Defence, DefenceResult, DefendedClassifier, NoDefence, Reading
+from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, NoDefence, Reading
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.types import VAE
+from pyro_vae_defence.robustness.whitebox import WhiteBox
 
 Fresh: TypeAlias = Callable[[], torch.Generator]
 Compare: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -61,15 +62,21 @@ class Scorer:
     reading: Reading = "last"
     undefended: Tensor
 
-    def __init__(self, defence: Defence, fresh: Fresh) -> None:
-        self.defence, self.fresh = defence, fresh
+    def __init__(self, box: WhiteBox, fresh: Fresh) -> None:
+        self.defence, self.fresh = box, fresh
 
-    def score(self, x: Tensor, num_draws: int, rows: slice = slice(None)) -> Scores:
-        """Run the defence ``num_draws`` times on images that stem from the references ``rows``."""
+    def at(self, rows: slice) -> Scorer:
+        """The scorer of the images at ``rows``, in the same stream of seeds."""
+        other = copy.copy(self)
+        other.defence = self.defence.at(rows)
+        return other
+
+    def score(self, x: Tensor, num_draws: int) -> Scores:
+        """Run the defence ``num_draws`` times on images that stem from the references."""
         result = self.defence(x.repeat(num_draws, 1, 1, 1), self.fresh())
-        return self._scores(result, num_draws, rows)
+        return self._scores(result, num_draws)
 
-    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+    def _scores(self, result: DefenceResult, num_draws: int) -> Scores:
         """Figures of runs that were folded into one batch."""
         raise NotImplementedError
 
@@ -95,26 +102,31 @@ class Accuracy(Scorer):
 
     def __init__(
         self,
-        vae: VAE,
-        defence: Defence,
+        box: WhiteBox,
         x: Tensor,
         labels: Tensor | None,
         classifier: DefendedClassifier,
         fresh: Fresh,
     ) -> None:
-        super().__init__(defence, fresh)
+        super().__init__(box, fresh)
         with torch.no_grad():
-            scores = classifier.classifier(flatten_latents(program.posterior_mean(vae, x)))
+            scores = classifier.classifier(flatten_latents(program.posterior_mean(box.vae, x)))
         self.classifier, self.reading = classifier, classifier.reading
         self.num_classes = scores.shape[-1]
         self.labels = scores.argmax(-1) if labels is None else labels
         self.undefended = metrics.correct(scores.argmax(-1), self.labels)
 
-    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+    def at(self, rows: slice) -> Accuracy:
+        """As :meth:`Scorer.at`."""
+        other = cast(Accuracy, super().at(rows))
+        other.labels = self.labels[rows]
+        return other
+
+    def _scores(self, result: DefenceResult, num_draws: int) -> Scores:
         log_probs = lat.unfold(self.classifier.log_probabilities(result), num_draws)
-        labels = self.labels[rows]
-        per_draw = torch.stack([metrics.correct(each.argmax(-1), labels) for each in log_probs])
-        return Scores(per_draw, metrics.correct(log_probs.exp().mean(0).argmax(-1), labels))
+        predicted = (each.argmax(-1) for each in log_probs)
+        per_draw = torch.stack([metrics.correct(classes, self.labels) for classes in predicted])
+        return Scores(per_draw, metrics.correct(log_probs.exp().mean(0).argmax(-1), self.labels))
 
 
 class Similarity(Scorer):
@@ -123,17 +135,20 @@ class Similarity(Scorer):
 
     target = "reconstruction"
 
-    def __init__(
-        self, vae: VAE, defence: Defence, x: Tensor, compare: Compare | None, fresh: Fresh
-    ) -> None:
-        super().__init__(defence, fresh)
+    def __init__(self, box: WhiteBox, x: Tensor, compare: Compare | None, fresh: Fresh) -> None:
+        super().__init__(box, fresh)
         self.figure = "similarity" if compare else metrics.metric_name("ms_ssim", "paper")
         self.compare = compare or functools.partial(metrics.ms_ssim, variant="paper")
-        self.reference, again = (NoDefence(vae)(x, fresh()).reconstruction for _ in range(2))
+        self.reference, again = (NoDefence(box.vae)(x, fresh()).reconstruction for _ in range(2))
         self.undefended = self.compare(self.reference, again)
 
-    def _scores(self, result: DefenceResult, num_draws: int, rows: slice) -> Scores:
+    def at(self, rows: slice) -> Similarity:
+        """As :meth:`Scorer.at`."""
+        other = cast(Similarity, super().at(rows))
+        other.reference = self.reference[rows]
+        return other
+
+    def _scores(self, result: DefenceResult, num_draws: int) -> Scores:
         images = lat.unfold(result.reconstruction, num_draws)
-        reference = self.reference[rows]
-        per_draw = torch.stack([self.compare(image, reference) for image in images])
-        return Scores(per_draw, self.compare(images.mean(0), reference))
+        per_draw = torch.stack([self.compare(image, self.reference) for image in images])
+        return Scores(per_draw, self.compare(images.mean(0), self.reference))

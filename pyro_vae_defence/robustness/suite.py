@@ -5,6 +5,7 @@ An adaptive gradient is a function of ``attacks.adaptive`` and a row of :data:`A
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,8 +24,6 @@ from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import Latents, Objective, PreparedObjective
-
-ALL = slice(None)
 
 
 class Aim(NamedTuple):
@@ -169,7 +168,12 @@ class Suite:
         options = {"persistent": aim.resume is not None, **self.options()}
         return adaptive.expected(encode, aim.goal, aim.num_draws, **options)
 
-    def goal(self, rows: slice = ALL) -> PreparedGoal:
+    def at(self, rows: slice) -> Suite:
+        """The suite of the images at ``rows`` alone."""
+        box, scorer, x = self.box.at(rows), self.scorer.at(rows), self.x[rows]
+        return dataclasses.replace(self, box=box, scorer=scorer, x=x)
+
+    def goal(self) -> PreparedGoal:
         """What attackers maximise: the classifier's margin, or one minus the similarity."""
         box, scorer = self.box, self.scorer
         if isinstance(scorer, Accuracy):
@@ -177,34 +181,32 @@ class Suite:
             def classify(latents: Latents) -> Tensor:
                 latents = box.constrain(latents)
                 if scorer.reading == "reencoded":
-                    latents = reencode(box.vae, latents, box.shape)
+                    latents = reencode(box.vae, latents, box.decoder)
                 return scorer.classifier.classifier(flatten_latents(latents))
 
-            return adaptive.misclassification(classify, scorer.labels[rows])
+            return adaptive.misclassification(classify, scorer.labels)
         assert isinstance(scorer, Similarity)
-        compare, reference = scorer.compare, scorer.reference[rows]
+        compare, reference = scorer.compare, scorer.reference
         return adaptive.output_damage(
             box.decode,
             lambda x_ref: reference.repeat(len(x_ref) // len(reference), 1, 1, 1),
             lambda image, reference: 1.0 - compare(image, reference),
         )
 
-    def objective(self, row: Row, num_draws: int, rows: slice = ALL) -> PreparedObjective:
+    def objective(self, row: Row, num_draws: int) -> PreparedObjective:
         """What a row maximises, with gradient zero where it has none: attacks go on."""
         number, resume = self.budget.persistent_transitions, None
         if self.box.unrollable and number is not None:
             resume = self.box.transitions(number)
-        prepared = row.objective(self, Aim(self.goal(rows), num_draws, resume))
+        prepared = row.objective(self, Aim(self.goal(), num_draws, resume))
         return lambda x_ref: connected(prepared(x_ref))
 
-    def attack(
-        self, row: Row, num_draws: int, rows: slice = ALL, ball: Ball | None = None, **options: int
-    ) -> Tensor:
+    def attack(self, row: Row, num_draws: int, ball: Ball | None = None, **options: int) -> Tensor:
         """Attacked images of every restart, ``(num_restarts, n, C, H, W)``."""
         num_steps = self.budget.black_box_steps if row.black_box else self.budget.num_steps
         options = {"num_steps": num_steps, "num_restarts": 1, "batch_size": 2**31, **options}
-        attack = self.engine(self.objective(row, num_draws, rows), ball or self.ball, **options)
-        return attack(self.x[rows], self.scorer.fresh()).x_adv
+        attack = self.engine(self.objective(row, num_draws), ball or self.ball, **options)
+        return attack(self.x, self.scorer.fresh()).x_adv
 
     def candidates(self, table: Iterable[Row], skipped: dict[str, str]) -> Iterator[Candidate]:
         """Run the rows of a table; notes in ``skipped`` what the budget did not allow."""

@@ -5,6 +5,7 @@ The gradients of ``attacks.adaptive`` are made from these parts. All latents are
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,26 +20,27 @@ from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.conditions import BoundVAE, fold, split, take
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, Latents
+from pyro_vae_defence.types import VAE, ImagesLike, Latents
 
 
 class WhiteBox:
     """A defence as its attacker sees it; called, it runs the defence.
 
     Args:
-        vae: any Pyro VAE.
+        vae: any Pyro VAE; a conditional one bound to its conditions (``program.at_images``).
         defence: what is attacked, anything that maps images to a ``DefenceResult``.
         x: images ``(N, C, H, W)`` on which :attr:`step_size` is found.
         fresh: returns a generator where that needs a seed; torch's global seed by default.
+        conditions: of ``x``, which the defence is given too.
 
     Attributes:
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
         unrollable: whether all its transitions are known: this library's HMC or NUTS, no burn-in.
-        evaluations: rows that the model has run on so far. What an unknown defence spends counts by
-            its own ``num_gradients``.
+        decoder: latents on the support of their sites to images.
     """
 
     def __init__(
@@ -47,30 +49,56 @@ class WhiteBox:
         defence: Defence,
         x: Tensor,
         fresh: Callable[[], torch.Generator | None] = lambda: None,
+        conditions: tuple[Tensor, ...] = (),
     ) -> None:
-        model = vae.model
-        if isinstance(defence, (MCMCDefence, PosteriorModeDefence)):
-            model = program.target(vae, defence.perturbation)
-
-        def counted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.evaluations += x.shape[0]
-            return model(x, *args, **kwargs)
-
         self.vae, self.defence = vae, defence
         self.shape = tuple(x.shape[1:])
-        self.evaluations = 0
-        self._x, self._fresh = x, fresh
-        self._potential = ModelPotential(counted, x)
         self.has_chain = not isinstance(defence, NoDefence)
-        self._make_kernel: Callable[[], Any] = lambda: None
-        if isinstance(defence, MCMCDefence):
-            self._make_kernel = functools.partial(defence.kernel, counted)
+        self._conditions, self._x, self._fresh = conditions, x, fresh
+        self._evaluations = [0]  # shared with the boxes of some rows
+        self._read()
         kernel = self._make_kernel()
         self.unrollable = isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
 
-    def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> DefenceResult:
-        """Run the defence on images ``(M, C, H, W)``."""
-        return self.defence(x, generator)
+    def _read(self) -> None:
+        """What hinges on the conditions of the images."""
+        defence, model = self.defence, self.vae.model
+        if isinstance(defence, (MCMCDefence, PosteriorModeDefence)):
+            model = program.target(self.vae, defence.perturbation)
+
+        def counted(x: Tensor) -> Any:
+            self._evaluations[0] += x.shape[0]
+            return model(x)
+
+        self.decoder = program.Decoder(self.vae, self._x)
+        self._potential = ModelPotential(counted, self._x)
+        self._make_kernel: Callable[[], Any] = lambda: None
+        if isinstance(defence, MCMCDefence):
+            self._make_kernel = functools.partial(defence.kernel, counted)
+
+    def at(self, rows: slice) -> WhiteBox:
+        """The box of the images at ``rows``."""
+        if not isinstance(self.vae, BoundVAE):
+            return self
+        other = copy.copy(self)
+        other.vae, other._x = take(self.vae, rows), self._x[rows]
+        other._conditions = tuple(value[rows] for value in self._conditions)
+        if self.unrollable:
+            other.__dict__["step_size"] = self.step_size
+        other.__dict__.pop("_whole", None)
+        other._read()
+        return other
+
+    @property
+    def evaluations(self) -> int:
+        """Rows that the model has run on so far, those of an unknown defence by its gradients."""
+        return self._evaluations[0]
+
+    def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
+        """Run the defence on images ``(M, C, H, W)``: all, copy after copy, or with conditions."""
+        images, conditions = split(x)
+        conditions = conditions or tuple(fold(value, len(images)) for value in self._conditions)
+        return self.defence((images, *conditions) if conditions else images, generator)
 
     def start(self, x: Tensor, streams: Streams) -> Latents:
         """Where chains start: a draw of the guide, differentiable in the images."""
@@ -86,7 +114,7 @@ class WhiteBox:
 
     def decode(self, latents: Latents) -> Tensor:
         """Mean images ``(M, C, H, W)``."""
-        return program.decode(self.vae, self.constrain(latents), self.shape)
+        return self.decoder(self.constrain(latents))
 
     def forwards(self) -> DefendedEncoder:
         """The defence run forwards, with the derivative of its start."""
@@ -99,7 +127,7 @@ class WhiteBox:
         if self.unrollable:
             return self._whole(x, start, streams)
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
-        self.evaluations += int(result.num_gradients.sum())
+        self._evaluations[0] += int(result.num_gradients.sum())
         return self._potential.at(x).unconstrain(result.latents)
 
     def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.conditions import BoundVAE, bind, take
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
@@ -25,11 +26,33 @@ LatentsOf = Literal["sample", "mean"]
 T = TypeVar("T")
 
 
-def prepare(prepared: Callable[..., Any], x_ref: Tensor, streams: Streams) -> Any:
-    """``prepared(x_ref, streams=streams)``, or ``prepared(x_ref)`` where it takes no streams."""
-    if "streams" in inspect.signature(prepared).parameters:
-        return prepared(x_ref, streams=streams)
-    return prepared(x_ref)
+def prepare(prepared: Callable[..., Any], images: tuple[Tensor, ...], streams: Streams) -> Any:
+    """``prepared(x_ref, streams=streams, conditions=conditions)`` of what it takes of these.
+
+    Raises:
+        ValueError: if there are conditions and it takes none.
+    """
+    x_ref, *conditions = images
+    parameters = inspect.signature(prepared).parameters
+    further: dict[str, Any] = {"streams": streams} if "streams" in parameters else {}
+    if conditions:
+        if "conditions" not in parameters:
+            raise ValueError(
+                f"the objective {prepared!r} takes no conditions; attack the images alone, or let "
+                "it take an argument conditions, the rows' further arguments of the programs"
+            )
+        further["conditions"] = tuple(conditions)
+    return prepared(x_ref, **further)
+
+
+def vae_of_rows(vae: VAE, x_ref: Tensor, streams: Streams, conditions: tuple[Tensor, ...]) -> VAE:
+    """The VAE at the rows of an attack: with their conditions, if there are any.
+
+    Those that the VAE has itself are of all images of the attack, and go by the rows' numbers.
+    """
+    if isinstance(vae, BoundVAE) and not conditions:
+        return take(vae, streams.image % vae.num_images)
+    return bind(vae, x_ref, conditions, streams.image)
 
 
 def own_streams(x_ref: Tensor, streams: Streams | None) -> Streams:
@@ -61,28 +84,37 @@ def encode_rows(vae: VAE, x: Tensor, of: LatentsOf, streams: Streams | None = No
     return program.posterior_mean(vae, x)
 
 
-def reconstruct(vae: VAE, of: LatentsOf, x: Tensor, streams: Streams) -> Tensor:
-    """Mean image of the decoder at :func:`encode_rows`, ``(N, C, H, W)``."""
-    return program.decode(vae, encode_rows(vae, x, of, streams), tuple(x.shape[1:]))
+def reconstruct(of: LatentsOf, vae: VAE, like: Tensor) -> Callable[[Tensor, Streams], Tensor]:
+    """What reads images' reconstructions: mean images of the decoder at :func:`encode_rows`."""
+    with program.evaluation_mode(vae):
+        decode = program.Decoder(vae, like)
+    return lambda x, streams: decode(encode_rows(vae, x, of, streams))
 
 
 def between(
     vae: VAE,
-    read: Callable[[Tensor, Streams], T],
+    reader: Callable[[VAE, Tensor], Callable[[Tensor, Streams], T]],
     distance: Callable[[T, T], Tensor],
     x_target: Tensor | None,
     num_draws: int,
 ) -> PreparedObjective:
     """Distance of what is read of an image from what is read of its reference, or minus that from
-    its target: averaged over draws, whose noise is the same for both images."""
+    its target: averaged over draws, whose noise is the same for both images.
+
+    ``reader`` is given the VAE at some rows, and their references, and returns what reads images.
+    """
     program.check_vae(vae)
     check_integer("num_draws", num_draws)
     if x_target is not None:
         program.check_images(x_target, "x_target")
     sign = 1.0 if x_target is None else -1.0
 
-    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
+    def prepare(
+        x_ref: Tensor, streams: Streams | None = None, conditions: tuple[Tensor, ...] = ()
+    ) -> Objective:
         streams = own_streams(x_ref, streams)
+        rows = vae_of_rows(vae, x_ref, streams, conditions)
+        read = reader(rows, x_ref)
         noises = draws(streams, num_draws)
         other = x_ref if x_target is None else of_rows(x_target, streams, "x_target")
 
@@ -91,7 +123,7 @@ def between(
                 return [read(x, noise) for noise in noises]
 
         with torch.no_grad():
-            program.check_guide(vae, x_ref, streams=streams)
+            program.check_guide(rows, x_ref, streams=streams)
             fixed = at(other)
 
         def objective(x: Tensor) -> Tensor:

@@ -87,8 +87,10 @@ def misclassified(
     """As :func:`cross_entropy`, for ``stop``: the class is not the label, or it is the target."""
     differs = _on_scores(_differs, 2, vae, classifier, labels, targets, latents, 1)
 
-    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Criterion:
-        objective = differs(x_ref, streams)
+    def prepare(
+        x_ref: Tensor, streams: Streams | None = None, conditions: tuple[Tensor, ...] = ()
+    ) -> Criterion:
+        objective = differs(x_ref, streams, conditions)
 
         def criterion(x: Tensor, value: Tensor) -> Tensor:
             with torch.no_grad():
@@ -121,16 +123,19 @@ def _on_scores(
         ):
             raise ValueError(f"{name} must be an int64 tensor (N,), got {classes!r}")
 
-    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
+    def prepare(
+        x_ref: Tensor, streams: Streams | None = None, conditions: tuple[Tensor, ...] = ()
+    ) -> Objective:
         streams = _rows.own_streams(x_ref, streams)
+        rows = _rows.vae_of_rows(vae, x_ref, streams, conditions)
         noises = _rows.draws(streams, num_draws)
 
         def scores(x: Tensor) -> list[Tensor]:
             with evaluation_mode(vae, classifier):
-                return [classifier(_rows.encode_rows(vae, x, latents, noise)) for noise in noises]
+                return [classifier(_rows.encode_rows(rows, x, latents, noise)) for noise in noises]
 
         with torch.no_grad():
-            check_guide(vae, x_ref, streams=streams)
+            check_guide(rows, x_ref, streams=streams)
             first = torch.stack(scores(x_ref)).mean(0)
         if first.dim() != 2 or first.shape[0] != x_ref.shape[0] or first.shape[1] < least:
             raise ValueError(

@@ -52,5 +52,7 @@ def _between_outputs(
     vae: VAE, x_target: Tensor | None, latents: LatentsOf, num_draws: int
 ) -> PreparedObjective:
     check_latents(latents)
-    read = functools.partial(reconstruct, vae, latents)
-    return between(vae, read, lambda a, b: (a - b).square().flatten(1).sum(1), x_target, num_draws)
+    reader = functools.partial(reconstruct, latents)
+    return between(
+        vae, reader, lambda a, b: (a - b).square().flatten(1).sum(1), x_target, num_draws
+    )

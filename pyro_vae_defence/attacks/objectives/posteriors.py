@@ -101,10 +101,10 @@ def _between_posteriors(
     if not fits:
         raise ValueError(f"sites must be names, or a number of at least 1, got {sites!r}")
 
-    def read(x: Tensor, noise: Streams) -> Posterior:
-        return _choose(posterior(vae, x, streams=noise), sites)
+    def reader(vae: VAE, x_ref: Tensor) -> Callable[[Tensor, Streams], Posterior]:
+        return lambda x, noise: _choose(posterior(vae, x, streams=noise), sites)
 
-    return between(vae, read, divergence, x_target, num_draws)
+    return between(vae, reader, divergence, x_target, num_draws)
 
 
 def _choose(q: Posterior, sites: Sites) -> Posterior:

@@ -1,0 +1,271 @@
+r"""Which observed sites are the image, and the map between their units and [0, 1].
+
+A model may observe its image as it is, or rescaled, with its pixels in another order, or a part at
+each of several sites. Every element of such an observation is an affine function of one pixel,
+
+.. math:: v_j = a_j x_{\pi(j)} + b_j .
+
+:func:`read_images` finds :math:`a`, :math:`b` and :math:`\pi` by running the model at a handful of
+images of its own: two constant ones give a and b, two that number the pixels give :math:`\pi`, and
+a random one must come out as foretold. What is no such function of the image (a binarisation, an
+average of pixels, noise) is found out by that. Means of the likelihood, draws from it, and the ball
+and range of a perturbation go through the map; a user's images stay in [0, 1].
+
+A model that *reads* its image otherwise than to observe it has no mean image given latents alone:
+with latents the same and images not, its likelihood differs. Such programs are not decoded. They
+pass what they read as a condition (:mod:`pyro_vae_defence.models.conditions`), or have a method
+``to_images(latents, *conditions)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from torch import Tensor
+
+from pyro_vae_defence.models.sites import Site, get_trace, image_rows, sample_sites
+from pyro_vae_defence.types import PyroProgram
+
+ADVICE = (
+    "give the VAE a method to_images(latents, *conditions) that returns images (M, C, H, W) in "
+    "[0, 1], or observe the image itself, rescaled if need be"
+)
+
+
+class ImageSite(NamedTuple):
+    """An observed site that is the image, or a part of it.
+
+    Attributes:
+        name: of the site.
+        pixels: number of the pixel that each element of a row is, ``(E,)``, elements and pixels in
+            the order of memory; ``None`` if the elements are all pixels in order.
+        scale, shift: a and b, ``(E,)``; ``None`` if the elements are the pixels' own values.
+    """
+
+    name: str
+    pixels: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def slope(self, like: Tensor) -> Tensor:
+        """a, in the shape of a row of ``like``."""
+        return (
+            torch.ones_like(like[0]) if self.scale is None else self.scale.reshape(like.shape[1:])
+        )
+
+    def to_pixels(self, value: Tensor) -> Tensor:
+        """Elements ``(M, ...)`` in the model's units -> in those of the image."""
+        if self.scale is None or self.shift is None:
+            return value
+        shape = value.shape[1:]
+        return (value - self.shift.reshape(shape).to(value)) / self.scale.reshape(shape).to(value)
+
+    def to_units(self, value: Tensor) -> Tensor:
+        """Undo :meth:`to_pixels`."""
+        if self.scale is None or self.shift is None:
+            return value
+        shape = value.shape[1:]
+        return value * self.scale.reshape(shape).to(value) + self.shift.reshape(shape).to(value)
+
+
+class ImageMap(NamedTuple):
+    """How a model observes images ``(C, H, W)``.
+
+    Attributes:
+        shape: of an image.
+        sites: those whose elements are pixels.
+        others: names of the sites that depend on the image in another way.
+        noisy: names of the sites that observe something else at every run.
+        reads: whether the likelihood depends on the image when the latents do not.
+        without_mean: names of image sites whose distribution has no finite mean.
+    """
+
+    shape: tuple[int, ...]
+    sites: tuple[ImageSite, ...]
+    others: tuple[str, ...] = ()
+    noisy: tuple[str, ...] = ()
+    reads: bool = False
+    without_mean: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the observation: that of its site, or ``"x"`` where that is not one."""
+        return self.sites[0].name if len(self.sites) == 1 else "x"
+
+    def check_known(self) -> None:
+        """Raise a ``ValueError`` unless every pixel is observed at one place, and only observed."""
+        if self.noisy:
+            raise ValueError(
+                f"the model observes something else at every run, at {list(self.noisy)}: it draws "
+                "noise outside pyro.sample, such as a binarisation or dequantisation; fix the "
+                "noise, or add it to the images beforehand"
+            )
+        if self.others:
+            raise ValueError(
+                f"the model observes a function of the image at {list(self.others)} that is not "
+                f"affine in single pixels, such as a crop by averaging or a binarisation; {ADVICE}"
+            )
+        if self.reads:
+            raise ValueError(
+                "the model reads the image otherwise than to observe it, so that latents alone do "
+                "not say what it looks like; pass what it reads as a condition, model(x, part) "
+                f"called with (x, part), or {ADVICE}"
+            )
+        size = torch.Size(self.shape).numel()
+        seen = [torch.arange(size) if s.pixels is None else s.pixels.cpu() for s in self.sites]
+        counts = torch.bincount(
+            torch.cat([torch.empty(0, dtype=torch.long), *seen]), minlength=size
+        )
+        if not bool((counts == 1).all()):
+            raise ValueError(
+                f"the model observes {int((counts > 0).sum())} of {size} values of the image"
+                f"{', some more than once' if bool((counts > 1).any()) else ''}, at "
+                f"{[site.name for site in self.sites] or 'no site'}; {ADVICE}"
+            )
+
+    def assemble(self, read: Callable[[Site], Tensor], sites: dict[str, Site]) -> Tensor:
+        """Images ``(M, C, H, W)`` from what is read of each image site, in the model's units."""
+        rows = [
+            site.to_pixels(image_rows(read(sites[site.name]), sites[site.name]))
+            for site in self.sites
+        ]
+        if len(rows) == 1 and self.sites[0].pixels is None:
+            return rows[0].reshape((-1, *self.shape))
+        order = torch.cat([s.pixels for s in self.sites if s.pixels is not None]).argsort()
+        return torch.cat(rows, 1)[:, order].reshape((-1, *self.shape))
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+_LOW, _HIGH = 0.25, 0.75  # inside [0, 1], where logarithms are finite
+NUM_PROBES = 5
+
+
+def probes(like: Tensor) -> Tensor:
+    """Images ``(5, C, H, W)``: two constant ones, two that number the pixels, a random one."""
+    size = like[0].numel()
+    digits = int((size - 1) ** 0.5) + 1
+    number = torch.arange(size, device=like.device)
+    unit = [
+        torch.zeros_like(number),
+        torch.full_like(number, digits),
+        number // digits,
+        number % digits,
+    ]
+    rows = [_LOW + (_HIGH - _LOW) * value.to(like.dtype) / digits for value in unit]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(size, generator=generator, dtype=torch.float64).to(like)
+    rows.append(_LOW + (_HIGH - _LOW) * noise)
+    return torch.stack(rows).reshape((NUM_PROBES, *like.shape[1:]))
+
+
+@torch.no_grad()
+def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
+    """How a model observes images of the shape, dtype and device of ``like``, ``(N, C, H, W)``.
+
+    It is run twice at 5 images, or at as many as ``like`` has where it runs at no others; no random
+    number that anyone else would draw is used up.
+
+    Raises:
+        ValueError: if the model fails on these images.
+    """
+    shape = tuple(like.shape[1:])
+    x = probes(like)
+    if like.device.type == "meta":  # no values to look at
+        names = [n for n, s in sample_sites(get_trace(model, x)).items() if _observes(s)]
+        return ImageMap(shape, tuple(ImageSite(n, None, None, None) for n in names))
+    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+        try:
+            trace = get_trace(model, x)
+        except (IndexError, RuntimeError, ValueError) as error:
+            if len(like) <= NUM_PROBES:
+                raise ValueError(
+                    f"vae.model failed on {NUM_PROBES} images of shape {shape}: {error}; it must "
+                    "run on any number of images"
+                ) from error
+            x = torch.cat([x, x[-1:].expand(len(like) - NUM_PROBES, *shape)])
+            trace = get_trace(model, x)
+        sites = sample_sites(trace)
+        latents = {n: site["value"] for n, site in sites.items() if not site["is_observed"]}
+        # Latents as they were, other images: what changes has seen the image.
+        moved = sample_sites(get_trace(poutine.condition(model, data=latents), x.roll(1, 0)))
+    images: list[ImageSite] = []
+    others: list[str] = []
+    noisy: list[str] = []
+    without_mean: list[str] = []
+    reads = False
+    for name, site in sites.items():
+        if not _observes(site):
+            continue
+        value = site["value"]
+        if _differ(value, moved[name]["value"].roll(-1, 0)):
+            noisy.append(name)
+            continue
+        found = _read_site(site, x.flatten(1))
+        if found is None:
+            others.append(name)
+            continue
+        if found.pixels is not None and len(found.pixels) == 0:
+            continue  # a further observation, such as a label
+        images.append(found)
+        try:
+            mean = site["fn"].mean
+        except NotImplementedError:
+            without_mean.append(name)
+            continue
+        # Where no density is finite either, the fault is another, which energies will show.
+        if not bool(mean.isfinite().all()) and bool(site["fn"].log_prob(value).isfinite().all()):
+            without_mean.append(name)
+            continue
+        reads |= _differ(mean, moved[name]["fn"].mean)
+    return ImageMap(shape, tuple(images), tuple(others), tuple(noisy), reads, tuple(without_mean))
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return not torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _observes(site: Site) -> bool:
+    """Whether a site may hold the image: neither a factor nor what a reparametrisation leaves."""
+    return bool(site["is_observed"]) and not isinstance(site["fn"], Unit)
+
+
+def _read_site(site: Site, x: Tensor) -> ImageSite | None:
+    """The map of a site at the probes ``x``, ``(>= 5, pixels)``; ``None`` if it has none.
+
+    A site that does not depend on the image has a map without elements.
+    """
+    name, value = site["name"], site["value"]
+    nothing = ImageSite(name, torch.empty(0, dtype=torch.long, device=x.device), None, None)
+    if not isinstance(value, Tensor):
+        return nothing
+    rows = image_rows(value, site).to(x.dtype)
+    if rows.shape[0] != x.shape[0]:
+        return nothing if rows.shape[0] == 1 else None
+    if bool((rows == rows[:1]).all()):
+        return nothing
+    size = x.shape[1]
+    digits = int((size - 1) ** 0.5) + 1
+    scale = (rows[1] - rows[0]) / (_HIGH - _LOW)
+    shift = rows[0] - _LOW * scale
+    high, low = ((rows[2:4] - shift) / scale - _LOW) / (_HIGH - _LOW) * digits
+    pixels = high.round() * digits + low.round()
+    if not bool((pixels.isfinite() & (pixels >= 0) & (pixels < size)).all()):
+        return None
+    pixels = pixels.long()
+    foretold = scale * x[:, pixels] + shift
+    rounding = 64 * torch.finfo(x.dtype).eps * (scale.abs() + shift.abs())
+    if not bool(((rows - foretold).abs() <= rounding).all()):
+        return None
+    ordered = len(pixels) == size and bool((pixels == torch.arange(size, device=x.device)).all())
+    plain = bool(((scale - 1).abs() <= rounding).all() and (shift.abs() <= rounding).all())
+    return ImageSite(
+        name,
+        None if ordered else pixels,
+        None if plain else scale,
+        None if plain else shift,
+    )
