@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -228,26 +227,15 @@ def test_other_than_gaussian_guides_are_refused(name: str, x: Tensor) -> None:
         objective.loss(vae.model, guide, x)
 
 
-def test_the_image_must_be_observed_at_one_site_inside_the_plate(x: Tensor) -> None:
+def test_observations_must_stand_inside_the_plate(x: Tensor) -> None:
     vae = TutorialVAE()
 
     def labelled(x: Tensor) -> None:
         vae.model(x)
-        with pyro.plate("labels", x.shape[0]):
-            pyro.sample("label", dist.Normal(x.new_zeros(()), 1.0), obs=x.new_zeros(()))
+        pyro.sample("label", dist.Normal(x.new_zeros(()), 1.0), obs=x.new_zeros(()))
 
-    def renamed(x: Tensor) -> None:
-        with pyro.plate("data", x.shape[0]):
-            loc = x.new_zeros(x.shape[0], 3)
-            z = pyro.sample("latent", dist.Normal(loc, 1.0).to_event(1))
-        with pyro.plate("images", x.shape[0]):
-            image = dist.Normal(vae.decoder(z), 1.0).to_event(1)
-            pyro.sample("obs", image, obs=x.flatten(1))
-
-    with pytest.raises(ValueError, match=re.escape("exactly one site, found ['obs', 'label']")):
+    with pytest.raises(ValueError, match="site 'label' stands in no data plate"):
         BetaELBO().loss(labelled, vae.guide, x)
-    with pytest.raises(ValueError, match="site 'obs' must stand inside one vectorised data plate"):
-        BetaELBO().loss(renamed, vae.guide, x)
 
 
 def test_autoencoding_needs_an_image_mean(x: Tensor) -> None:
@@ -265,7 +253,7 @@ def test_autoencoding_needs_an_image_mean(x: Tensor) -> None:
             pyro.sample("obs", Meanless(vae.decoder(z), 1.0).to_event(1), obs=x.flatten(1))
 
     for objective in (AVAE(), AVAESS()):
-        with pytest.raises(ValueError, match="without a mean"):
+        with pytest.raises(ValueError, match="no finite mean"):
             objective.loss(model, vae.guide, x)
 
 

@@ -120,11 +120,20 @@ class Problem:
         length = rows(length, gradient) if isinstance(length, Tensor) else length
         return self.project(perturbation + length * self.ball.step_direction(gradient))
 
+    def _evaluate(self, x: Tensor) -> Tensor:
+        value = self.objective(x)
+        if value.shape != (len(x),):
+            raise ValueError(
+                f"objective must return one value per image, shape ({len(x)},), "
+                f"got {tuple(value.shape)}; sum over pixels and latents, not over images"
+            )
+        return value
+
     def value(self, perturbation: Tensor) -> Tensor:
-        """The objective, ``(rows,)``; one query."""
+        """The objective, ``(rows,)``; one query. Raises ``ValueError`` for one of another shape."""
         self.num_queries += 1
         with torch.no_grad():
-            return self.objective((self.x_ref + perturbation).clamp(0.0, 1.0))
+            return self._evaluate((self.x_ref + perturbation).clamp(0.0, 1.0))
 
     def value_and_gradient(
         self, perturbation: Tensor, *, through_clip: bool = False
@@ -133,16 +142,26 @@ class Problem:
 
         The gradient is that at the clipped image. ``through_clip`` differentiates the clipping too:
         clipped pixels have gradient zero, also those that only rounding has put outside.
+
+        Raises ``ValueError`` for an objective without a gradient in the image, or of another shape.
         """
         self.num_gradients += 1
         with torch.enable_grad():
             if through_clip:
                 leaf = perturbation.detach().requires_grad_()
-                value = self.objective((self.x_ref + leaf).clamp(0.0, 1.0))
+                value = self._evaluate((self.x_ref + leaf).clamp(0.0, 1.0))
             else:
                 leaf = (self.x_ref + perturbation).clamp(0.0, 1.0).detach().requires_grad_()
-                value = self.objective(leaf)
-            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+                value = self._evaluate(leaf)
+            gradient = None
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                "objective has no gradient in the image: the guide, or the objective itself, "
+                "binarises, quantises or detaches it (x > 0.5, an index, x.detach()); use a "
+                "black-box attack such as attacks.Square, or a straight-through estimate there"
+            )
         # A row whose gradient overflows stays where it is instead of leaving the ball as NaN.
         return value.detach(), torch.where(gradient.isfinite(), gradient, 0.0)
 
@@ -231,11 +250,21 @@ class Attack:
 
         With a tuple ``(x_ref, *conditions)`` the objective's VAE is conditional, and attacked given
         its conditions. The run's seed comes from the ``generator``, or from torch's global seed.
+
+        Raises ``ValueError`` if the objective is not finite for a single row in the end.
         """
         x_ref, conditions = split(x_ref, "x_ref")
         check_images(x_ref, "x_ref")
         image = torch.arange(len(x_ref), device=x_ref.device)
-        return self.attack_rows(x_ref, image, draw_seed(generator), conditions)
+        result = self.attack_rows(x_ref, image, draw_seed(generator), conditions)
+        value = result.objective
+        if value.device.type != "meta" and not bool(value.isfinite().any()):
+            raise ValueError(
+                f"objective is not finite at any of the {value.numel()} attacked images, so that "
+                f"nothing was maximised (the first value is {float(value.flatten()[0])}); "
+                "evaluate it at x_ref, and see where the encoder or a divergence overflows"
+            )
+        return result
 
     def attack_rows(
         self, x_ref: Tensor, image: Tensor, seed: int, conditions: tuple[Tensor, ...] = ()

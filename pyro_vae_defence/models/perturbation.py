@@ -61,14 +61,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Laplace, Normal
 
-from pyro_vae_defence.models.conditions import BoundProgram
-from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
+from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images_with
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.types import PyroProgram
@@ -126,8 +124,11 @@ def _(likelihood: Laplace, x: Tensor, ball: Ball) -> Tensor:
     if not isinstance(ball, Linf):
         message = f"perturbation must be an Linf ball for a Laplace likelihood, got {ball!r}"
         raise ValueError(message)
-    # Any unimodal density of independent pixels: as close to the mode as one can get.
-    return reach.nearest(likelihood.loc, 1.0, x, ball)
+    # As close to the mode as one can get, and on it where that is in reach: the density has a kink
+    # there, where rounding would make a force.
+    mode = likelihood.loc.expand_as(x)
+    reached = ((mode - x).abs() <= ball.radius) & (mode >= 0.0) & (mode <= 1.0)
+    return torch.where(reached, mode, reach.nearest(mode, 1.0, x, ball))
 
 
 @functools.singledispatch
@@ -167,8 +168,15 @@ def most_likely_value(likelihood: Any, value: Tensor, ball: Ball, site: ImageSit
     """:func:`most_likely_image` in the units of a site, with derivatives in ``value``."""
     if site.scale is None:
         return _moving_image(likelihood, value, ball)
-    pixels = _moving_image(in_pixels(likelihood, site), site.to_pixels(value), ball)
-    return site.to_units(pixels)
+    rescaled = in_pixels(likelihood, site)
+    pixels = _moving_image(rescaled, site.to_pixels(value), ball)
+    closest = site.to_units(pixels)
+    while isinstance(likelihood, Independent):
+        likelihood, rescaled = likelihood.base_dist, rescaled.base_dist
+    if isinstance(likelihood, Laplace):
+        # On the mode exactly here too.
+        closest = torch.where(pixels == rescaled.loc, likelihood.loc.detach(), closest)
+    return closest
 
 
 def _moving_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
@@ -348,16 +356,9 @@ class PerturbationAware:
         """Run the model with its observation, or its likelihood, replaced."""
         key = (tuple(x.shape[1:]), x.dtype, x.device)
         if key not in self._images:
-            self._images[key] = self._read(x, args, kwargs)
+            images = read_images_with(self.model, x, args, kwargs)
+            if images.noisy or images.others or images.reads or not images.sites:
+                images.check_known()
+            self._images[key] = images
         with _MostLikely(self.perturbation, self._images[key]):
             return self.model(x, *args, **kwargs)
-
-    def _read(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ImageMap:
-        settings = {n: value for n, value in kwargs.items() if not isinstance(value, Tensor)}
-        keywords = {n: value for n, value in kwargs.items() if isinstance(value, Tensor)}
-        program = functools.partial(self.model, **settings)
-        with poutine.block():
-            images = read_images(BoundProgram(program, args, keywords).take(slice(0, 1)), x)
-        if images.noisy or images.others or images.reads or not images.sites:
-            images.check_known()
-        return images

@@ -7,18 +7,20 @@ or number of latent sites a program has.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import enum
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Independent, Normal
+from pyro.distributions import Normal
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae_defence.ops.distributions import counted, innermost, is_discrete, is_point
 from pyro_vae_defence.types import PyroProgram
 
 Site: TypeAlias = Any
@@ -39,40 +41,186 @@ def get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> Trace:
 # --- Which sites there are ------------------------------------------------------------------------
 
 
+class Kind(enum.Enum):
+    """What a sample site of a trace is.
+
+    Masks are another matter: any site with a density may stand under one.
+    """
+
+    PLATE = "the subsampling of a plate"
+    DETERMINISTIC = "pyro.deterministic, or what poutine.reparam leaves of a site"
+    OBSERVED = "the image, another observation, a value conditioned on, or a pyro.factor"
+    AUXILIARY = "noise of a guide alone, of which Deltas make latents: infer is_auxiliary"
+    POINT = "a latent that is a Delta, and has no density but its log_density"
+    DISCRETE = "a latent with discrete support"
+    LATENT = "any other latent"
+
+
+def kind(site: Site) -> Kind:
+    """The kind of a sample site."""
+    infer = site["infer"] or {}
+    if site_is_subsample(site):
+        return Kind.PLATE
+    if infer.get("_deterministic"):
+        return Kind.DETERMINISTIC
+    if site["is_observed"]:
+        replaced = is_point(site["fn"]) and counted(site["fn"]) is False
+        return Kind.DETERMINISTIC if replaced else Kind.OBSERVED
+    if infer.get("is_auxiliary"):
+        return Kind.AUXILIARY
+    if is_point(site["fn"]):
+        return Kind.POINT
+    return Kind.DISCRETE if is_discrete(site["fn"]) else Kind.LATENT
+
+
+def _of_kind(trace: Trace, *kinds: Kind) -> list[Site]:
+    sites = (site for site in trace.nodes.values() if site["type"] == "sample")
+    return [site for site in sites if kind(site) in kinds]
+
+
+def _names(sites: list[Site]) -> list[str]:
+    return [site["name"] for site in sites]
+
+
 def sample_sites(trace: Trace) -> dict[str, Site]:
-    """Sample sites with a density: neither plates' subsampling nor ``pyro.deterministic``."""
+    """Sample sites with a density: neither plates' subsampling nor deterministic ones."""
+    without = (Kind.PLATE, Kind.DETERMINISTIC)
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not site_is_subsample(site)
-        and not (site["infer"] or {}).get("_deterministic")
+        if site["type"] == "sample" and kind(site) not in without
     }
 
 
 def latent_sites(trace: Trace) -> list[Site]:
-    """The sites a program samples, in program order.
+    """The latents a program samples, in program order, without a guide's auxiliary noise.
 
     The order of the guide may differ from the model's; index the other trace by name.
     """
-    return [site for site in sample_sites(trace).values() if not site["is_observed"]]
+    return _of_kind(trace, Kind.LATENT, Kind.POINT, Kind.DISCRETE)
 
 
-def image_site(model_trace: Trace, conditioned: Container[str] = ()) -> Site:
-    """The one observed site other than those ``conditioned``; ``ValueError`` if not just one."""
-    observed = [
-        site
-        for name, site in sample_sites(model_trace).items()
-        if site["is_observed"] and name not in conditioned
-    ]
-    if len(observed) != 1:
-        names = [site["name"] for site in observed]
+def observed_sites(model_trace: Trace) -> list[Site]:
+    """All that a model observes, in program order: the image, other data, every ``pyro.factor``.
+
+    A latent conditioned on is observed too. Raises ``ValueError`` if there is nothing.
+    """
+    sites = _of_kind(model_trace, Kind.OBSERVED)
+    if not sites:
         raise ValueError(
-            f"model must observe the image at exactly one site, found {names or 'none'}; "
-            'write pyro.sample("obs", likelihood, obs=x) once, and make other observations '
-            "pyro.deterministic"
+            "model observes nothing; write pyro.sample('obs', likelihood, obs=x) for the image"
         )
-    return observed[0]
+    return sites
+
+
+def auxiliary_sites(guide_trace: Trace) -> list[Site]:
+    """The noise of a guide of which Deltas make latents, in program order."""
+    return _of_kind(guide_trace, Kind.AUXILIARY)
+
+
+def made_of_noise(guide_trace: Trace) -> list[str]:
+    """Names of the Deltas that a guide makes of auxiliary noise; any other is a function of x.
+
+    A trace does not say what a value was computed from. Deltas take, in program order, the noise
+    sampled before them, one number per element, and the last one may get less: a point of a simplex
+    has an element more than dimensions.
+    """
+    return _match_noise(guide_trace)[0]
+
+
+def _match_noise(guide_trace: Trace) -> tuple[list[str], int]:
+    """Names as above, and how many numbers of noise no Delta has taken."""
+    made: list[str] = []
+    left = 0
+    for site in _of_kind(guide_trace, Kind.AUXILIARY, Kind.POINT):
+        if kind(site) is Kind.AUXILIARY:
+            left += site["value"].numel()
+        elif left > 0:
+            made.append(site["name"])
+            left = max(0, left - site["value"].numel())
+    return made, left
+
+
+def random_sites(guide_trace: Trace) -> list[Site]:
+    """The sites of a guide that say how q(z | x) spreads, in program order.
+
+    These are its latents, but for a Delta made of auxiliary noise the noise.
+    """
+    made = made_of_noise(guide_trace)
+    sites = _of_kind(guide_trace, Kind.AUXILIARY, Kind.LATENT, Kind.POINT, Kind.DISCRETE)
+    return [site for site in sites if site["name"] not in made]
+
+
+def with_mask(site: Site) -> Any:
+    """The site's distribution, carrying the mask it stands under."""
+    mask = site["mask"]
+    return site["fn"] if mask is None or mask is True else MaskedDistribution(site["fn"], mask)
+
+
+def is_enumerated(site: Site) -> bool:
+    """Whether the program asks for a latent to be summed out."""
+    return bool((site["infer"] or {}).get("enumerate"))
+
+
+# --- What a pair of programs must keep ------------------------------------------------------------
+
+
+def check_same_latents(model_trace: Trace, guide_trace: Trace) -> None:
+    """Refuse a guide that lacks a latent of the model or has one that the model lacks.
+
+    Neither a guide's auxiliary noise nor what a model alone sums out counts.
+    """
+    if noise := _names(_of_kind(model_trace, Kind.AUXILIARY)):
+        raise ValueError(
+            f"model marks its sites {noise} as auxiliary; only a guide has auxiliary sites, so "
+            "drop infer={'is_auxiliary': True} there and sample them in the guide"
+        )
+    guide = _names(latent_sites(guide_trace))
+    model = [
+        site["name"]
+        for site in latent_sites(model_trace)
+        if site["name"] in guide or not is_enumerated(site)
+    ]
+    if set(model) != set(guide):
+        raise ValueError(
+            f"model has the latent sites {sorted(model)}, the guide {sorted(guide)}; sample the "
+            "same ones in both, and mark noise of the guide alone infer={'is_auxiliary': True}"
+        )
+
+
+def check_density(guide_trace: Trace) -> None:
+    """Refuse a guide whose draws have no known density.
+
+    The log-probabilities of all sites add up to log q(z | x) where each latent has a density, or is
+    a Delta made of as many numbers of auxiliary noise and carries the log-determinant
+    (``pyro.infer.autoguide`` writes such guides).
+    """
+    made, left = _match_noise(guide_trace)
+    for site in _of_kind(guide_trace, Kind.POINT):
+        if site["name"] not in made and not bool(innermost(site["fn"]).log_density.any()):
+            raise ValueError(
+                f"site {site['name']!r} of the guide is a Delta: a point has no density q(z | x), "
+                "and -log p(x, z) there is not -log p(x); sample from a distribution with a "
+                "density, such as Normal"
+            )
+    if left:
+        names = _names(auxiliary_sites(guide_trace))
+        raise ValueError(
+            f"auxiliary sites {names} of the guide hold more numbers than the Deltas made of them: "
+            "the density q(z | x) is an integral over the noise and not known; make each latent a "
+            "bijection of its noise, with log_density"
+        )
+
+
+def check_density_everywhere(guide_trace: Trace) -> None:
+    """Refuse a guide whose density is not known but, at best, at its own draws."""
+    for site in sample_sites(guide_trace).values():
+        if is_point(site["fn"]) or kind(site) is Kind.AUXILIARY:
+            raise ValueError(
+                f"site {site['name']!r} of the guide is auxiliary or a Delta: its density q(z | x) "
+                "at given latents is not known; sample the latents from a distribution with a "
+                "density, such as TransformedDistribution, or use metrics.nll, which needs draws"
+            )
 
 
 def check_mean_field(*traces: Trace) -> None:
@@ -165,7 +313,8 @@ def log_prob_per_image(site: Site, num_images: int) -> Tensor:
 
 def image_rows(value: Tensor, site: Site) -> Tensor:
     """``value``, of the site's batch and event shape, as ``(N, everything else)``."""
-    return value.movedim(data_frame(site).dim - site["fn"].event_dim, 0).flatten(1)
+    rows = value.movedim(data_frame(site).dim - site["fn"].event_dim, 0)
+    return rows.reshape(rows.shape[0], -1)
 
 
 def latent_values(sites: list[Site]) -> Tensor:
@@ -180,9 +329,7 @@ def gaussians(sites: list[Site]) -> tuple[Tensor, Tensor]:
     """
     locs, scales = [], []
     for site in sites:
-        fn = site["fn"]
-        while isinstance(fn, Independent):
-            fn = fn.base_dist
+        fn = innermost(site["fn"])
         if not isinstance(fn, Normal):
             raise ValueError(
                 f"site {site['name']!r} is {type(fn).__name__}; this objective needs Gaussian "
@@ -191,16 +338,3 @@ def gaussians(sites: list[Site]) -> tuple[Tensor, Tensor]:
         locs.append(image_rows(fn.loc, site))
         scales.append(image_rows(fn.scale, site))
     return torch.cat(locs, 1), torch.cat(scales, 1)
-
-
-def decoder_mean(model_trace: Trace, x: Tensor) -> Tensor:
-    """Mean of the image's distribution, in the shape of ``x``; ``ValueError`` if it has none."""
-    site = image_site(model_trace)
-    try:
-        mean = site["fn"].mean
-    except NotImplementedError:
-        raise ValueError(
-            f"site {site['name']!r} has a {type(site['fn']).__name__} without a mean; "
-            "this objective re-encodes the decoder's mean and needs one"
-        ) from None
-    return image_rows(mean, site).reshape(x.shape)

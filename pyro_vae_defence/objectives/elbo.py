@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from pyro import poutine
@@ -34,14 +34,20 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae_defence.models.observation import ImageMap, read_images_with
+from pyro_vae_defence.models.program import evaluation_mode
 from pyro_vae_defence.models.sites import (
     Site,
     check_mean_field,
-    image_site,
+    check_same_latents,
+    is_enumerated,
     latent_sites,
+    observed_sites,
     per_image,
+    sample_sites,
 )
 from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.ops.distributions import innermost, is_point
 from pyro_vae_defence.types import PyroProgram
 
 Terms: TypeAlias = dict[str, Tensor]
@@ -68,13 +74,16 @@ class ImageELBO(TraceMeanField_ELBO):
     Scales and masks that the programs set themselves act on the ELBO, as they do in Pyro; they
     change neither the terms reported nor what an objective adds to the ELBO.
 
-    Raises ``ValueError`` if ``num_particles`` is not a positive integer.
+    Raises ``ValueError`` if ``num_particles`` is not a positive integer; when evaluated, for
+    programs with different latents, and for latents that only Pyro's other ELBOs can train: those
+    that the model sums out, and those whose draws have no gradient.
     """
 
     def __init__(self, *, num_particles: int = 1) -> None:
         check_integer("num_particles", num_particles)
         super().__init__(num_particles=num_particles)
         self.step = 0
+        self._observed: tuple[Any, ImageMap] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step, for a checkpoint."""
@@ -83,6 +92,30 @@ class ImageELBO(TraceMeanField_ELBO):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
         self.step = state["step"]
+
+    def _get_trace(
+        self, model: PyroProgram, guide: PyroProgram, args: Any, kwargs: Any
+    ) -> tuple[Trace, Trace]:
+        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        check_trainable(model_trace, guide_trace)
+        return model_trace, guide_trace
+
+    def mean_image(
+        self, model_trace: Trace, model: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Mean of the image's distribution in a trace, in the shape of ``x``.
+
+        ``ValueError`` as for :class:`~pyro_vae_defence.models.program.Decoder`.
+        """
+        # How a model observes its image does not change from step to step.
+        key = (model, x.shape[1:], x.dtype, x.device)
+        if self._observed is None or self._observed[0] != key:
+            with evaluation_mode(model):
+                self._observed = key, read_images_with(model, x, args, kwargs)
+        images = self._observed[1]
+        images.check_mean()
+        sites = sample_sites(model_trace)
+        return images.assemble(lambda site: site["fn"].mean, sites).reshape(x.shape)
 
     @abstractmethod
     def particle_terms(
@@ -142,7 +175,8 @@ class BetaELBO(ImageELBO):
 
     ``beta`` is a positive number or a :data:`Schedule` of positive numbers, such as
     :func:`linear_schedule`. The KL is analytic where Pyro knows it, else estimated from the sample.
-    Terms: ``reconstruction``, ``kl``, ``loss``.
+    That of a ``Delta`` without log-density, a deterministic encoder's, is -log p(z). Terms:
+    ``reconstruction``, ``kl``, ``loss``.
 
     Raises ``ValueError`` if beta is not positive and finite, for a schedule when it is reached.
     """
@@ -155,8 +189,27 @@ class BetaELBO(ImageELBO):
         self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Run both programs with their latent sites scaled by beta."""
-        scaled = _ScaleLatents(weight_at("beta", self.beta, self.step))
-        return elbo_terms(*self._get_trace(scaled(model), scaled(guide), (x, *args), kwargs))
+        beta = weight_at("beta", self.beta, self.step)
+        scaled = _ScaleLatents(beta)(model), poutine.scale(guide, beta)
+        return elbo_terms(*self._get_trace(*scaled, (x, *args), kwargs))
+
+
+class Run(NamedTuple):
+    """One run of both programs on images.
+
+    Attributes:
+        model_trace: the model's trace, at the guide's latents.
+        sites: the guide's latent sites.
+        images: the images ``(N, C, H, W)`` and the programs' further arguments.
+        encode: runs the guide on other images with these arguments: their latent sites.
+        decode: the mean image of the run, in the shape of ``x``.
+    """
+
+    model_trace: Trace
+    sites: list[Site]
+    images: tuple[Tensor, ...]
+    encode: EncodeSites
+    decode: Callable[[], Tensor]
 
 
 class MeanFieldELBO(ImageELBO):
@@ -176,14 +229,15 @@ class MeanFieldELBO(ImageELBO):
         def encode(x: Tensor) -> list[Site]:
             return latent_sites(poutine.trace(guide).get_trace(x, *args, **kwargs))
 
-        terms = elbo_terms(model_trace, guide_trace)
-        return add_terms(terms, self.extra_terms(model_trace, latent_sites(guide_trace), encode, x))
+        def decode() -> Tensor:
+            return self.mean_image(model_trace, model, x, *args, **kwargs)
+
+        run = Run(model_trace, latent_sites(guide_trace), (x, *args), encode, decode)
+        return add_terms(elbo_terms(model_trace, guide_trace), self.extra_terms(run))
 
     @abstractmethod
-    def extra_terms(
-        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
-    ) -> Terms:
-        """Terms ``(N,)`` of the guide's latent sites at ``x``; ``encode`` runs the guide."""
+    def extra_terms(self, run: Run) -> Terms:
+        """Terms ``(N,)`` that are added to those of the ELBO."""
 
 
 class _ScaleLatents(Messenger):
@@ -198,21 +252,56 @@ class _ScaleLatents(Messenger):
             msg["scale"] = self.scale * msg["scale"]
 
 
+def check_trainable(model_trace: Trace, guide_trace: Trace) -> None:
+    """Refuse latents that differ between the programs, are summed out, or have no gradient."""
+    check_same_latents(model_trace, guide_trace)
+    for site in latent_sites(model_trace):
+        if is_enumerated(site):
+            raise ValueError(
+                f"site {site['name']!r} of the model is to be summed out (infer enumerate); "
+                "this objective samples all latents: train with pyro.infer.TraceEnum_ELBO"
+            )
+    for site in _sites_of_q(model_trace, guide_trace):
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"site {site['name']!r} of the guide is {type(innermost(site['fn'])).__name__}, "
+                "whose draws have no gradient; train with pyro.infer.Trace_ELBO, or with "
+                "TraceEnum_ELBO where it is discrete"
+            )
+
+
+def _sites_of_q(model_trace: Trace, guide_trace: Trace) -> list[Site]:
+    """The sites of the guide whose log-probabilities add up to log q(z | x)."""
+    sites = sample_sites(guide_trace).values()
+    return [s for s in sites if not (s["is_observed"] and s["name"] in model_trace.nodes)]
+
+
 def elbo_terms(model_trace: Trace, guide_trace: Trace) -> Terms:
     """Terms of the ELBO from traces with log-probabilities: ``reconstruction``, ``kl``, ``loss``.
 
-    Only ``loss`` carries the scales and masks of the sites. The KL of each site is conditional on
-    the sampled values of the sites before it, which is unbiased also for a hierarchy.
+    The reconstruction is the log-probability of all that the model observes, factors included. The
+    KL of each site is conditional on the sampled values of the sites before it, which is unbiased
+    also for a hierarchy; what only the guide has, auxiliary noise and factors, counts as log q.
+    Only ``loss`` carries the scales and masks of the sites.
     """
-    image = image_site(model_trace)
-    reconstruction = per_image(image["unscaled_log_prob"], image)
-    loss = -per_image(image["log_prob"], image)
+    reconstruction = log_likelihood(model_trace)
+    loss = -log_likelihood(model_trace, "log_prob")
     kl = torch.zeros_like(reconstruction)
-    for site in latent_sites(guide_trace):
+    for site in _sites_of_q(model_trace, guide_trace):
         divergence = site_kl(site, model_trace)
         kl = kl + per_image(divergence, site)
         loss = loss + per_image(scale_and_mask(divergence, site["scale"], site["mask"]), site)
     return {"reconstruction": reconstruction, "kl": kl, "loss": loss}
+
+
+def log_likelihood(model_trace: Trace, which: str = "unscaled_log_prob") -> Tensor:
+    """Log-probability of all that the model observes, per image ``(N,)``, in nats.
+
+    ``which`` is ``"unscaled_log_prob"``, or ``"log_prob"`` with the sites' scales and masks; the
+    trace has computed both.
+    """
+    terms = [per_image(site[which], site) for site in observed_sites(model_trace)]
+    return sum(terms[1:], terms[0])
 
 
 def add_terms(terms: Terms, extra: Terms) -> Terms:
@@ -221,13 +310,17 @@ def add_terms(terms: Terms, extra: Terms) -> Terms:
 
 
 def site_kl(guide_site: Site, model_trace: Trace) -> Tensor:
-    """KL of one latent site, in the site's batch shape; analytic, or else log q - log p."""
-    model_site: Site = model_trace.nodes[guide_site["name"]]
-    q, p = guide_site["fn"], model_site["fn"]
+    """KL of one site, in its batch shape; analytic, or else log q - log p, or log q without p."""
+    q, value = guide_site["fn"], guide_site["value"]
+    if guide_site["name"] not in model_trace.nodes:
+        return q.log_prob(value)
+    p: Any = model_trace.nodes[guide_site["name"]]["fn"]
     try:
-        return kl_divergence(q, p)
+        if not is_point(q):  # PyTorch's registry has one for Pyro's Delta, without its log_density
+            return kl_divergence(q, p)
     except NotImplementedError:
-        return q.log_prob(guide_site["value"]) - p.log_prob(guide_site["value"])
+        pass
+    return q.log_prob(value) - p.log_prob(value)
 
 
 def linear_schedule(num_steps: int, end: float = 1.0, start: float = 0.0) -> Schedule:

@@ -26,8 +26,8 @@ from torch.nn import functional as F
 
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.nvae.layers import effective_weight
-from pyro_vae_defence.models.sites import image_site, latent_sites, per_image
-from pyro_vae_defence.objectives.elbo import ImageELBO, Terms, site_kl
+from pyro_vae_defence.models.sites import latent_sites, per_image
+from pyro_vae_defence.objectives.elbo import ImageELBO, Terms, log_likelihood, site_kl
 from pyro_vae_defence.ops.checks import check_positive
 from pyro_vae_defence.types import PyroProgram
 
@@ -81,8 +81,7 @@ class NVAEObjective(ImageELBO):
     ) -> Terms:
         """Run both programs, which share one pass, and weigh the KL of every group."""
         model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
-        image = image_site(model_trace)
-        reconstruction = per_image(image["unscaled_log_prob"], image)
+        reconstruction = log_likelihood(model_trace)
         sites = latent_sites(guide_trace)
         kl = torch.stack([per_image(site_kl(site, model_trace), site) for site in sites], dim=1)
         beta = kl_coefficient(self.step, self.num_steps, anneal_portion=self.kl_anneal)

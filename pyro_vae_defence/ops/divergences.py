@@ -12,15 +12,21 @@ For independent Gaussians :math:`q = N(m, s^2)` and :math:`q' = N(m', s'^2)`,
 
 Other families go through :func:`torch.distributions.kl_divergence`. Arguments are dicts from site
 name to distribution with batch shape ``(N,)``; several sites add up. Results have shape ``(N,)``.
+
+Elements that a mask leaves out, in either argument, count for nothing. A ``Delta`` has no density:
+only its mean can be compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, kl_divergence
+from torch.distributions import Distribution, Normal, kl_divergence
 
+from pyro_vae_defence.ops.distributions import counted, innermost, is_point, mean
 from pyro_vae_defence.ops.latents import sum_sites
 
 Posterior = Mapping[str, Distribution]
@@ -38,7 +44,7 @@ def symmetric_kl(p: Posterior, q: Posterior) -> Tensor:
 
 def squared_mean_distance(p: Posterior, q: Posterior) -> Tensor:
     """Squared Euclidean distance between the means per image (appendix C.6 of the paper)."""
-    return _over_sites(p, q, lambda a, b: (a.mean - b.mean).square())
+    return _over_sites(p, q, _squared_mean_distance_site)
 
 
 def squared_wasserstein(p: Posterior, q: Posterior) -> Tensor:
@@ -46,34 +52,57 @@ def squared_wasserstein(p: Posterior, q: Posterior) -> Tensor:
     return _over_sites(p, q, _squared_wasserstein_site)
 
 
-def _kl_site(p: Distribution, q: Distribution) -> Tensor:
+def _kl_site(site: str, p: Distribution, q: Distribution) -> Tensor:
+    if is_point(p) or is_point(q):
+        raise ValueError(
+            f"site {site!r} is a Delta: a point has no density and no KL-divergence; "
+            "compare means (attacks.mean_distance) or outputs (attacks.maximum_damage)"
+        )
+    count: Tensor | bool = True
+    bare = []
+    for distribution in (p, q):
+        while isinstance(distribution, MaskedDistribution):
+            count = distribution._mask & count
+            distribution = distribution.base_dist
+        bare.append(distribution)
     try:
-        return kl_divergence(p, q)
+        divergence = kl_divergence(*bare)
     except NotImplementedError as error:
         raise ValueError(
-            f"no KL-divergence is registered between {p} and {q}; register one with "
-            "torch.distributions.kl.register_kl, or compare means with squared_mean_distance"
+            f"site {site!r}: no KL-divergence is registered between {bare[0]} and {bare[1]}; "
+            "register one with torch.distributions.kl.register_kl, or compare means with "
+            "squared_mean_distance"
         ) from error
+    return _counting(divergence, count)
 
 
-def _squared_wasserstein_site(p: Distribution, q: Distribution) -> Tensor:
+def _squared_mean_distance_site(site: str, p: Distribution, q: Distribution) -> Tensor:
+    mend = "use a divergence of distributions such as symmetric_kl, or compare outputs"
+    square = (mean(p, site, mend) - mean(q, site, mend)).square()
+    return _counting(square, counted(p) & counted(q))
+
+
+def _squared_wasserstein_site(site: str, p: Distribution, q: Distribution) -> Tensor:
     for distribution in (p, q):
-        base = distribution
-        while isinstance(base, Independent):
-            base = base.base_dist
-        if not isinstance(base, Normal):
+        if not isinstance(innermost(distribution), Normal):
+            other = "squared_mean_distance" if is_point(distribution) else "symmetric_kl"
             raise ValueError(
-                f"squared_wasserstein needs factorised Gaussian distributions, got {distribution}; "
-                "use symmetric_kl for other families"
+                f"site {site!r}: squared_wasserstein needs factorised Gaussian distributions, "
+                f"got {distribution}; use {other} for this family"
             )
-    return (p.mean - q.mean).square() + (p.stddev - q.stddev).square()
+    square = (p.mean - q.mean).square() + (p.stddev - q.stddev).square()
+    return _counting(square, counted(p) & counted(q))
+
+
+def _counting(value: Tensor, count: Tensor | bool) -> Tensor:
+    return value if count is True else scale_and_mask(value, mask=count)
 
 
 def _over_sites(
-    p: Posterior, q: Posterior, divergence: Callable[[Distribution, Distribution], Tensor]
+    p: Posterior, q: Posterior, divergence: Callable[[str, Distribution, Distribution], Tensor]
 ) -> Tensor:
     if p.keys() != q.keys():
         raise ValueError(
             f"both arguments must have the same latent sites, got {sorted(p)} and {sorted(q)}"
         )
-    return sum_sites({name: divergence(p[name], q[name]) for name in p})
+    return sum_sites({name: divergence(name, p[name], q[name]) for name in p})

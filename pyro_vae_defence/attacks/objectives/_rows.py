@@ -114,7 +114,6 @@ def between(
     ) -> Objective:
         streams = own_streams(x_ref, streams)
         rows = vae_of_rows(vae, x_ref, streams, conditions)
-        read = reader(rows, x_ref)
         noises = draws(streams, num_draws)
         other = x_ref if x_target is None else of_rows(x_target, streams, "x_target")
 
@@ -122,9 +121,11 @@ def between(
             with program.evaluation_mode(vae):
                 return [read(x, noise) for noise in noises]
 
+        program.check_guide(rows, x_ref, streams=streams)
+        read = reader(rows, x_ref)
         with torch.no_grad():
-            program.check_guide(rows, x_ref, streams=streams)
             fixed = at(other)
+            distance(fixed[0], fixed[0])  # families without this distance are told so here
 
         def objective(x: Tensor) -> Tensor:
             distances = [distance(p, q) for p, q in zip(at(x), fixed, strict=True)]

@@ -14,9 +14,15 @@ from a random point.
 Hierarchical guides: a lower group's distribution is conditional on a draw of the groups above it.
 Each row draws that noise from its own stream, once, and the same for both images, so that the
 objective is a deterministic function of the image, and of nothing else in its batch; ``num_draws``
-averages over several. The divergences of the groups add up. (The joint KL-divergence would
-condition both sides on the same latents instead; NVAE attacks, the paper's among them, sum the
-groups as done here.) Families that are not Gaussian draw from torch's global seed.
+averages over several. The divergences of the groups add up; what a program masks, in either image,
+counts for nothing. (The joint KL-divergence would condition both sides on the same latents instead;
+NVAE attacks, the paper's among them, sum the groups as done here.) Families that are not Gaussian
+draw from torch's global seed.
+
+Guides that make a latent of auxiliary noise, a ``Delta`` of an auxiliary site, are compared by the
+noise: divergences are those of the latents, since a bijection ties both, the same for all images.
+The means of :func:`mean_distance` are then those of the noise, and ``sites`` has its name. A
+``Delta`` that is a function of the image has a mean alone.
 
 Each factory takes
 

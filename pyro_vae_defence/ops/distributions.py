@@ -1,0 +1,80 @@
+"""Reading distribution objects: what is inside wrappers, which elements count, and the mean.
+
+A distribution may stand in :class:`~torch.distributions.Independent`, which moves batch dimensions
+to the event, and in Pyro's ``MaskedDistribution``, whose mask says which elements of the batch have
+a density at all. Neither changes what is drawn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, constraints
+
+
+def innermost(distribution: Any) -> Any:
+    """The distribution inside all ``Independent`` and ``MaskedDistribution``."""
+    while isinstance(distribution, (Independent, MaskedDistribution)):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def is_point(distribution: Any) -> bool:
+    """Whether all mass is on one point (``pyro.distributions.Delta``)."""
+    return isinstance(innermost(distribution), Delta)
+
+
+def support(distribution: Any) -> Any:
+    """The constraint of one element; ``None`` for a family that does not say (zuko's flows)."""
+    try:
+        found = distribution.support
+    except (NotImplementedError, AttributeError):
+        return None
+    while hasattr(found, "base_constraint"):  # independent, or torch's of a mixture
+        found = found.base_constraint
+    return found
+
+
+def is_discrete(distribution: Any) -> bool:
+    """Whether its values are of a discrete kind."""
+    return bool(getattr(support(distribution), "is_discrete", False)) and not is_point(distribution)
+
+
+def is_unconstrained(distribution: Any) -> bool:
+    """Whether its support is known to be the whole space."""
+    return support(distribution) is constraints.real
+
+
+def counted(distribution: Any) -> Tensor | bool:
+    """Which elements no mask leaves out: a bool, or a bool tensor that broadcasts against draws."""
+    found: Tensor | bool = True
+    while isinstance(distribution, (Independent, MaskedDistribution)):
+        if isinstance(distribution, MaskedDistribution):
+            mask = distribution._mask
+            if isinstance(mask, Tensor):
+                mask = mask.reshape(mask.shape + (1,) * len(distribution.event_shape))
+            found = mask & found
+        distribution = distribution.base_dist
+    return found
+
+
+def mean(distribution: Distribution, site: str, mend: str) -> Tensor:
+    """Its mean, in the shape of a draw.
+
+    Raises:
+        ValueError: if it has none or it is NaN; the message names the ``site`` and ends with
+            ``mend``.
+    """
+    kind = innermost(distribution)
+    try:
+        found: Tensor = distribution.mean
+    except (NotImplementedError, AttributeError):
+        message = f"site {site!r} is {type(kind).__name__}, whose mean is not known; {mend}"
+        raise ValueError(message) from None
+    # The two families of which it is known cost no synchronisation with the device.
+    if not isinstance(kind, (Normal, Delta)) and bool(found.isnan().any()):
+        raise ValueError(f"site {site!r} is {type(kind).__name__}, whose mean is NaN; {mend}")
+    return found

@@ -1,0 +1,403 @@
+"""Which observed sites are the image, in which units, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch.nn import functional as F
+
+from pyro_vae_defence import attacks, metrics
+from pyro_vae_defence.defence import MCMCDefence, NoDefence, calibrate_radius
+from pyro_vae_defence.defence.radius import radius_probabilities
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.perturbation import UnknownRadius
+from pyro_vae_defence.ops.balls import L2, Linf
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+SHAPE = (3, 4, 4)
+SIZE = 48
+
+
+def sample(name, fn, x):
+    pyro.sample(name, fn, obs=x)
+
+
+def normal(mean, scale=0.1):
+    return dist.Normal(mean, scale).to_event(mean.dim() - 1)
+
+
+class Observing:
+    """Two latents, a mean image m(z) in (0, 1), and any way to observe x with it."""
+
+    def __init__(self, observe, to_images=None):
+        generator = torch.Generator().manual_seed(3)
+        self.weight = torch.randn(2, SIZE, generator=generator)
+        self.observe = observe
+        if to_images is not None:
+            self.to_images = to_images
+
+    def mean(self, z):
+        return (z @ self.weight).sigmoid().view(-1, *SHAPE)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            self.observe(x, self.mean(z))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.flatten(1)[:, :2], 0.3).to_event(1))
+
+
+# --- Served ---------------------------------------------------------------------------------------
+
+
+def rows_apart(x, m):
+    for row in range(4):
+        sample(f"row_{row}", normal(m[:, :, row]), x[:, :, row])
+
+
+def channels_apart(x, m):
+    sample("red", normal(m[:, 0]), x[:, 0])
+    sample("rest", dist.Laplace(m[:, 1:].flatten(1), 0.1).to_event(1), x[:, 1:].flatten(1))
+
+
+SHIFT, SCALE = (
+    torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1),
+    torch.tensor([0.2, 0.3, 0.1])[:, None, None],
+)
+LAST = (0, 2, 3, 1)
+
+SERVED = {
+    "as it is": lambda x, m: sample("obs", normal(m), x),
+    "flattened": lambda x, m: sample("obs", normal(m.flatten(1)), x.flatten(1)),
+    "2x - 1": lambda x, m: sample("obs", normal(2 * m - 1), 2 * x - 1),
+    "1 - x": lambda x, m: sample("obs", normal(1 - m), 1 - x),
+    "standardised by channel": lambda x, m: sample(
+        "obs", normal(((m - SHIFT) / SCALE).flatten(1)), ((x - SHIFT) / SCALE).flatten(1)
+    ),
+    "counts": lambda x, m: sample(
+        "obs", dist.Poisson(255 * m, validate_args=False).to_event(3), 255 * x
+    ),
+    "channels last": lambda x, m: sample("obs", normal(m.permute(LAST)), x.permute(LAST)),
+    "rows apart": rows_apart,
+    "channels apart": channels_apart,
+}
+
+
+@pytest.mark.parametrize("observe", SERVED.values(), ids=SERVED)
+def test_decodes_to_the_mean_image(observe):
+    vae, z = Observing(observe), torch.randn(7, 2)
+    image = program.decode(vae, {"z": z}, SHAPE)
+    torch.testing.assert_close(image, vae.mean(z), rtol=1e-12, atol=1e-12)
+    result = NoDefence(vae)(torch.rand(3, *SHAPE))
+    torch.testing.assert_close(result.reconstruction, vae.mean(result.latents["z"]))
+
+
+@pytest.mark.parametrize(
+    "name", ["2x - 1", "channels last", "rows apart", "standardised by channel"]
+)
+def test_simulates_in_units_of_the_image(name):
+    vae = Observing(SERVED[name])
+    latents, x = metrics.simulate(vae, torch.rand(400, *SHAPE))
+    residual = x - vae.mean(latents["z"])
+    slope = {"2x - 1": 2.0, "standardised by channel": 1 / SCALE}.get(name, 1.0)
+    ratio = (residual * slope / 0.1).square().mean((0, 2, 3))
+    # 6,400 squares per channel: five standard errors, wrong once in a million.
+    torch.testing.assert_close(ratio, torch.ones(3), rtol=0, atol=5 * math.sqrt(2 / 6400))
+
+
+def test_reading_uses_up_no_random_numbers():
+    x, before = torch.rand(2, *SHAPE), torch.get_rng_state()
+    program.image_map(Observing(SERVED["2x - 1"]), x)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_further_observations_are_no_part_of_the_image():
+    def observe(x, m):
+        sample("label", dist.Categorical(logits=m[:, 0, 0]), torch.ones(len(x), dtype=torch.long))
+        sample("brightness", dist.Normal(m.mean((1, 2, 3)), 1.0), torch.zeros(len(x)))
+        pyro.factor("penalty", -m.square().sum((1, 2, 3)))
+        pyro.deterministic("twice", 2 * m, event_dim=3)
+        sample("obs", normal(m), x)
+
+    vae, z, x = Observing(observe), torch.randn(5, 2), torch.rand(5, *SHAPE)
+    assert program.image_map(vae, x).name == "obs"
+    torch.testing.assert_close(program.decode(vae, {"z": z}, SHAPE), vae.mean(z))
+    m = vae.mean(z)
+    expected = (
+        dist.Normal(0.0, 1.0).log_prob(z).sum(1)
+        + m[:, 0, 0].log_softmax(1)[:, 1]
+        + dist.Normal(m.mean((1, 2, 3)), 1.0).log_prob(torch.tensor(0.0))
+        - m.square().sum((1, 2, 3))
+        + dist.Normal(m, 0.1).log_prob(x).sum((1, 2, 3))
+    )
+    torch.testing.assert_close(program.potential(vae, x)({"z": z}), -expected)
+
+
+def test_a_model_of_one_number_of_images_is_read_at_that():
+    kept = torch.rand(6, *SHAPE)
+    vae = Observing(lambda x, m: sample("obs", normal(2 * m * kept - 1), 2 * x - 1))
+    z = torch.randn(6, 2)
+    decode = program.Decoder(vae, torch.rand(6, *SHAPE))
+    torch.testing.assert_close(decode({"z": z}), vae.mean(z) * kept)
+    with pytest.raises(ValueError, match="must run on any number of images"):
+        program.Decoder(vae, torch.rand(4, *SHAPE))
+
+
+# --- Refused, with what to write ------------------------------------------------------------------
+
+
+def reads_the_image(x, m):
+    sample("obs", normal(m + 0.1 * x.flip(3)), x)
+
+
+REFUSED = {
+    "crop": (lambda x, m: sample("obs", normal(m[..., 1:]), x[..., 1:]), "36 of 48 values"),
+    "half given the rest": (
+        lambda x, m: sample("obs", normal(m[..., 2:] * x[..., :2]), x[..., 2:]),
+        "reads the image otherwise.*as a condition",
+    ),
+    "smaller image": (
+        lambda x, m: sample("obs", normal(F.avg_pool2d(m, 2)), F.avg_pool2d(x, 2)),
+        "not affine in single pixels",
+    ),
+    "grey": (lambda x, m: sample("obs", normal(m.mean(1)), x.mean(1)), "not affine in single"),
+    "fixed binarisation": (
+        lambda x, m: sample("obs", dist.Bernoulli(m).to_event(3), (x > 0.5).to(x)),
+        "not affine in single pixels.*to_images",
+    ),
+    "256 classes": (
+        lambda x, m: sample(
+            "obs", dist.Categorical(torch.ones(256)).expand(x.shape).to_event(3), (255 * x).long()
+        ),
+        "not affine in single pixels",
+    ),
+    "dynamic binarisation": (
+        lambda x, m: sample("obs", dist.Bernoulli(m).to_event(3), torch.bernoulli(x)),
+        "something else at every run.*noise",
+    ),
+    "dequantisation": (
+        lambda x, m: sample("obs", normal(m), x + torch.rand_like(x) / 256),
+        "something else at every run",
+    ),
+    "a decoder that reads the image": (reads_the_image, "reads the image otherwise"),
+    "no mean": (
+        lambda x, m: sample("obs", dist.Cauchy(m, 0.1).to_event(3), x),
+        r"likelihood at \['obs'\] has no finite mean",
+    ),
+    "twice": (
+        lambda x, m: (sample("obs", normal(m), x), sample("again", normal(m), x)),
+        "some more than once",
+    ),
+    "nothing": (lambda x, m: None, r"observes 0 of 48 values of the image, at no site"),
+}
+
+
+@pytest.mark.parametrize(("observe", "message"), REFUSED.values(), ids=REFUSED)
+def test_refuses_before_anything_is_computed(observe, message, monkeypatch):
+    vae, x = Observing(observe), torch.rand(3, *SHAPE)
+    monkeypatch.setattr(MCMCDefence, "_run", lambda *args: pytest.fail("a chain was run"))
+    with pytest.raises(ValueError, match=message):
+        MCMCDefence(vae)(x)
+    with pytest.raises(ValueError, match=message):
+        program.decode(vae, {"z": torch.zeros(3, 2)}, SHAPE)
+    with pytest.raises(ValueError, match=message):
+        attacks.maximum_damage(vae)(x)
+
+
+@pytest.mark.parametrize("name", ["dynamic binarisation", "dequantisation"])
+def test_refuses_an_energy_that_is_noise(name):
+    with pytest.raises(ValueError, match=r"noise outside pyro\.sample"):
+        program.potential(Observing(REFUSED[name][0]), torch.rand(3, *SHAPE))
+
+
+class TestToImages:
+    observe = staticmethod(REFUSED["smaller image"][0])
+
+    def test_says_what_latents_look_like(self):
+        vae = Observing(self.observe, to_images=lambda latents: vae.mean(latents["z"]))
+        result = MCMCDefence(vae, num_samples=2, warmup_steps=2)(torch.rand(3, *SHAPE))
+        torch.testing.assert_close(result.reconstruction, vae.mean(result.latents["z"]))
+        assert result.observation == "x"
+
+    def test_must_return_images(self):
+        vae = Observing(self.observe, to_images=lambda latents: vae.mean(latents["z"])[:, 0])
+        with pytest.raises(ValueError, match=r"must return images \(3, 3, 4, 4\).*got \(3, 4, 4\)"):
+            NoDefence(vae)(torch.rand(3, *SHAPE))
+
+
+# --- Perturbation-aware posteriors ----------------------------------------------------------------
+
+UNKNOWN = UnknownRadius(Linf, (0.0, 0.05, 0.2), (0.0, 3.0, 9.0))
+
+
+def rescaled(a, b, family=dist.Normal):
+    """Observes a x + b; its density is that of x but for the factor |a| per pixel."""
+    return Observing(
+        lambda x, m: sample("obs", family(a * m + b, abs(a) * 0.1).to_event(3), a * x + b)
+    )
+
+
+@pytest.mark.parametrize("family", [dist.Normal, dist.Laplace])
+@pytest.mark.parametrize("perturbation", [Linf(0.1), L2(0.5), UNKNOWN], ids=str)
+@pytest.mark.parametrize(("a", "b"), [(2.0, -1.0), (255.0, 0.0), (-1.0, 1.0), (3.2, -0.4)])
+def test_ball_and_range_are_those_of_the_image(a, b, perturbation, family):
+    if family is dist.Laplace and isinstance(perturbation, L2):
+        pytest.skip("no minimiser is known")
+    plain, other = rescaled(1.0, 0.0, family), rescaled(a, b, family)
+    x, z = torch.rand(4, *SHAPE).requires_grad_(), torch.randn(4, 2).requires_grad_()
+    found = []
+    for vae, factor in ((plain, 1.0), (other, abs(a))):
+        energy = program.potential(vae, x, perturbation)({"z": z})
+        found.append((energy - SIZE * math.log(factor), *torch.autograd.grad(energy.sum(), (x, z))))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-9)
+
+
+def test_linf_balls_of_an_image_in_parts():
+    whole, parts = Observing(SERVED["as it is"]), Observing(SERVED["rows apart"])
+    x, z = torch.rand(4, *SHAPE), {"z": torch.randn(4, 2)}
+    energies = [program.potential(vae, x, Linf(0.1))(z) for vae in (whole, parts)]
+    torch.testing.assert_close(*energies)
+    with pytest.raises(ValueError, match="observed at one site"):
+        program.potential(parts, x, L2(0.5))
+
+
+def test_further_observations_are_not_perturbed():
+    def observe(x, m):
+        sample("brightness", dist.Normal(m.mean((1, 2, 3)), 0.1), torch.full((len(x),), 0.9))
+        sample("obs", normal(m), x)
+
+    vae, x, z = Observing(observe), torch.rand(4, *SHAPE), {"z": torch.randn(4, 2)}
+    alone = Observing(SERVED["as it is"])
+    label = dist.Normal(vae.mean(z["z"]).mean((1, 2, 3)), 0.1).log_prob(torch.tensor(0.9))
+    expected = program.potential(alone, x, Linf(0.1))(z) - label
+    torch.testing.assert_close(program.potential(vae, x, Linf(0.1))(z), expected)
+
+
+@pytest.mark.parametrize("name", ["smaller image", "a decoder that reads the image", "nothing"])
+def test_refuses_to_perturb_what_is_not_pixels(name):
+    with pytest.raises(ValueError, match="to_images"):
+        program.potential(Observing(REFUSED[name][0]), torch.rand(3, *SHAPE), Linf(0.1))
+
+
+def test_refuses_to_rescale_an_unknown_likelihood():
+    vae = Observing(lambda x, m: sample("obs", dist.StudentT(5.0, m, 0.1).to_event(3), 2 * x))
+    with pytest.raises(ValueError, match="rescaled image with a StudentT"):
+        program.potential(vae, torch.rand(3, *SHAPE), Linf(0.1))
+
+
+def test_radii_of_a_rescaled_image():
+    plain, other = rescaled(1.0, 0.0), rescaled(2.0, -1.0)
+    x, z = torch.rand(4, *SHAPE), {"z": torch.randn(4, 2)}
+    found = [radius_probabilities(vae, z, x, UNKNOWN) for vae in (plain, other)]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(found[0].sum(1), torch.ones(4))
+    unknown = [calibrate_radius(vae, x, (0.0, 0.1), num_steps=3) for vae in (plain, other)]
+    assert unknown[0].penalties == pytest.approx(unknown[1].penalties, rel=1e-6)
+
+
+# --- Plates ---------------------------------------------------------------------------------------
+
+
+class Plated:
+    """One latent and one pixel; the plate is the test's."""
+
+    def __init__(self, plate):
+        self.plate = plate
+
+    def model(self, x):
+        with self.plate(x):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+            pyro.sample("obs", dist.Normal(z, 0.5), obs=x.flatten())
+
+    def guide(self, x):
+        with self.plate(x):
+            pyro.sample("z", dist.Normal(x.flatten(), 0.5))
+
+
+PLATES = {
+    "sized": lambda x: pyro.plate("data", len(x)),
+    "without a size": lambda x: pyro.plate("data"),
+    "of another name": lambda x: pyro.plate("batch", len(x)),
+    "subsample": lambda x: pyro.plate("data", 1000, subsample=x),
+    "subsample_size": lambda x: pyro.plate("data", 1000, subsample_size=len(x)),
+}
+
+
+@pytest.mark.parametrize("plate", PLATES.values(), ids=PLATES)
+def test_data_plates(plate):
+    vae, x, z = Plated(plate), torch.rand(5, 1, 1, 1), torch.randn(5)
+    expected = -dist.Normal(0.0, 1.0).log_prob(z) - dist.Normal(z, 0.5).log_prob(x.flatten())
+    torch.testing.assert_close(program.potential(vae, x)({"z": z}), expected)
+    torch.testing.assert_close(program.decode(vae, {"z": z}, (1, 1, 1)).flatten(), z)
+    drawn, log_prob = program.sample_with_log_prob(vae, x)
+    torch.testing.assert_close(log_prob, dist.Normal(x.flatten(), 0.5).log_prob(drawn["z"]))
+    assert metrics.nll(vae, x, 10).shape == (5,)
+
+
+def test_a_plate_in_the_third_dimension():
+    def model(x):
+        with pyro.plate("data", len(x), dim=-3):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("obs", dist.Normal(z, 0.5).to_event(1), obs=x.view(-1, 1, 1, 2))
+
+    x, z = torch.rand(5, 1, 1, 2), torch.randn(5, 1, 1, 2)
+    expected = -dist.Normal(0.0, 1.0).log_prob(z) - dist.Normal(z, 0.5).log_prob(x)
+    energy = program.ModelPotential(model, x)
+    torch.testing.assert_close(energy({"z": z}), expected.sum((1, 2, 3)))
+
+
+class TestOtherPlates:
+    """Six groups beside the images, of which there are five, or six."""
+
+    def model_of(self, name, data_dim):
+        def model(x):
+            data = pyro.plate(name, len(x), dim=data_dim)
+            groups = pyro.plate("groups", 6, dim=-3 - data_dim)
+            with data, groups:
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with data:
+                mean = z.sum(-1 if data_dim == -2 else -2)
+                mean = mean[:, None] if data_dim == -2 else mean
+                value = x.flatten()[:, None] if data_dim == -2 else x.flatten()
+                pyro.sample("obs", dist.Normal(mean, 1.0), obs=value)
+
+        return model
+
+    @pytest.mark.parametrize("num_images", [5, 6])
+    @pytest.mark.parametrize("name", ["data", "batch"])
+    def test_leftmost_data_plate(self, name, num_images):
+        x, z = torch.rand(num_images, 1, 1, 1), torch.randn(num_images, 6)
+        energy = program.ModelPotential(self.model_of(name, -2), x)
+        expected = -dist.Normal(0.0, 1.0).log_prob(z).sum(1)
+        expected = expected - dist.Normal(z.sum(1), 1.0).log_prob(x.flatten())
+        torch.testing.assert_close(energy({"z": z}), expected)
+
+    @pytest.mark.parametrize("num_images", [5, 6])
+    @pytest.mark.parametrize("name", ["data", "batch"])
+    def test_refuses_another_order(self, name, num_images):
+        x = torch.rand(num_images, 1, 1, 1)
+        with pytest.raises(ValueError, match="data plate"):
+            program.ModelPotential(self.model_of(name, -1), x)
+
+
+def test_global_latents_are_named():
+    class Global(Plated):
+        def model(self, x):
+            pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
+            super().model(x)
+
+    with pytest.raises(ValueError, match=r"'sigma'.*global.*poutine\.condition"):
+        program.potential(Global(PLATES["sized"]), torch.rand(5, 1, 1, 1))
+    vae = Global(PLATES["sized"])
+    model = poutine.condition(vae.model, data={"sigma": torch.tensor(0.5)})
+    with pytest.raises(ValueError, match="'sigma' stands in no data plate"):
+        program.ModelPotential(model, torch.rand(5, 1, 1, 1))
