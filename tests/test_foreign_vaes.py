@@ -8,10 +8,10 @@ latent dimensions are sums over a grid. pyroVED and zuko are no requirement of t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -58,7 +58,7 @@ def standard_normal(vae, z):
     return td.Normal(0.0, 1.0).log_prob(z).sum(-1)
 
 
-@dataclass
+@dataclasses.dataclass
 class Case:
     """A VAE and what it means.
 
@@ -208,11 +208,14 @@ def log_joint(case, vae, x, y, z):
 
 
 def decoded(case, vae, x, y, z):
-    """Mean of p(x | z): for a mixture over y, of p(y | z)."""
+    """Mean of p(x | z, y), for a mixture over p(y | z, x)."""
     if not case.mixture:
         return case.likelihood(vae, z, y).mean.reshape(x.shape)
     one_hot = torch.eye(CLASSES).unsqueeze(1).expand(-1, len(z), -1)
-    return torch.stack([case.likelihood(vae, z, y).mean for y in one_hot]).mean(0).reshape(x.shape)
+    given = [case.likelihood(vae, z, y) for y in one_hot]
+    weights = torch.stack([p.log_prob(x.flatten(1)) for p in given]).softmax(0)
+    mean = (weights[..., None] * torch.stack([p.mean for p in given])).sum(0)
+    return mean.reshape(x.shape)
 
 
 def evidence(case, vae, x, y):
@@ -314,6 +317,31 @@ def check_evidence(case, vae, x, y, images):
     estimate = metrics.nll(vae, images, 4000)
     # Some thousand draws from a trained guide; its standard error is below 0.03.
     torch.testing.assert_close(estimate, -evidence(case, vae, x, y), atol=0.15, rtol=0)
+
+
+def test_a_factorised_guide_with_classes():
+    """The divergences of ``jiVAE``'s q(z | x) q(y | x) add up."""
+    vae = pyroved("jiVAE", discrete_dim=CLASSES)
+    x, _ = pictures(4)
+    found = PGD(symmetric_kl(vae), Linf(0.1), num_steps=5)(x)
+    (p, p_y), (q, q_y) = ((s[:2], s[2]) for s in map(vae.encoder_z, (x, found.x_adv[0])))
+    p, q = (td.Independent(td.Normal(*parameters), 1) for parameters in (p, q))
+    p_y, q_y = td.Categorical(p_y), td.Categorical(q_y)
+    terms = [td.kl_divergence(*pair) for pair in ((p, q), (q, p), (p_y, q_y), (q_y, p_y))]
+    torch.testing.assert_close(found.objective[0], sum(terms) / 2)
+
+
+def test_classes_that_no_label_tells():
+    """``ssiVAE`` without labels: z depends on y in its guide, so that q(z | x) is a mixture."""
+    case = dataclasses.replace(CASES["ssiVAE, labels"], labels=False, mixture=True)
+    vae, x, y, images = trained(case)
+    for objective in (mean_distance, symmetric_kl):
+        with pytest.raises(ValueError, match=r"'z' depends on discrete latents.*maximum_damage"):
+            PGD(objective(vae), Linf(0.1), num_steps=1)(x)
+    found = PGD(maximum_damage(vae), Linf(0.1), num_steps=3)(x)
+    assert (found.objective > 0).all()
+    check_defence(case, vae, x, y, images)
+    check_evidence(case, vae, x, y, images)
 
 
 def test_labels_that_are_missing_or_too_many():
