@@ -272,9 +272,9 @@ def data_frame(site: Site, num_images: int | None = None) -> DataFrame:
         raise ValueError(
             f"site {site['name']!r} stands in no data plate. If it has a value per image, open "
             f'pyro.plate("{DATA_PLATE}", x.shape[0]) around it; if it is global, shared by all '
-            "images, give it a value first, e.g. "
-            f"poutine.condition(vae.model, data={{{site['name']!r}: value}}), and drop it from the "
-            "guide"
+            "images, give it a value and hide it, poutine.block(poutine.condition(vae.model, "
+            f"data={{{site['name']!r}: value}}), hide=[{site['name']!r}]), and drop it from "
+            "the guide"
         )
     frame = named[0] if named else min(frames, key=lambda frame: frame.dim)
     size = frame.size
