@@ -81,7 +81,7 @@ def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
         drawn += count
         energy = potential(count)
         values, log_q = draw(count, Streams(streams.seed, streams.image.repeat(count), chain))
-        latents = energy.unconstrain(values)
+        latents = energy.check(energy.unconstrain(values))
         # U holds minus the log-determinant of the transforms; q, read on the support, does not.
         log_joint = energy.log_determinant(latents) - energy(latents)
         return (log_joint - log_q).view(count, len(x))

@@ -29,7 +29,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
-from pyro_vae_defence.models.sites import Site, get_trace, image_rows, sample_sites
+from pyro_vae_defence.models.sites import Site, aside, get_trace, image_rows, sample_sites
 from pyro_vae_defence.types import PyroProgram
 
 ADVICE = (
@@ -202,7 +202,7 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     if like.device.type == "meta":  # no values to look at
         names = [n for n, s in sample_sites(get_trace(model, x)).items() if _observes(s)]
         return ImageMap(shape, tuple(ImageSite(n, None, None, None) for n in names))
-    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+    with aside(like.device):
         try:
             trace = get_trace(model, x)
         except (IndexError, RuntimeError, ValueError) as error:

@@ -35,7 +35,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, bind, fold, split
+from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, bind, fold, split, take
 from pyro_vae_defence.models.enumeration import (
     enumerable,
     in_parallel,
@@ -51,9 +51,11 @@ from pyro_vae_defence.models.sites import (
     DATA_PLATE,
     Kind,
     Site,
+    aside,
     auxiliary_sites,
     check_density,
     check_density_everywhere,
+    check_same_latents,
     data_frame,
     get_trace,
     kind,
@@ -121,12 +123,25 @@ def at_images(
 
     Raises:
         ValueError: as :func:`check_vae` and :func:`check_images`, and if the programs do not take
-            the conditions, or a condition has not one row per image.
+            the conditions, a condition has not one row per image, or the programs have other
+            latents than each other.
     """
     check_vae(vae)
     x, conditions = split(images, name)
     check_images(x, name, unit_interval=unit_interval)
-    return bind(vae, x, conditions), x
+    vae = bind(vae, x, conditions)
+    if x.device.type != "meta":
+        _check_latents(take(vae, slice(0, 1)), x[:1])
+    return vae, x
+
+
+def _check_latents(vae: VAE, x: Tensor) -> None:
+    with torch.no_grad(), evaluation_mode(vae), aside(x.device):
+        try:
+            traces = get_trace(vae.model, x), get_trace(vae.guide, x)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            return  # what runs them on all images says more
+    check_same_latents(*traces, summed_out=True)
 
 
 @contextlib.contextmanager
@@ -620,8 +635,7 @@ class ModelPotential:
         if all(data_frame(site, self.num_images).name == DATA_PLATE for site in sites):
             return
         double = self.take(torch.arange(self.num_images).repeat(2))
-        device = self.tensors[0].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with aside(self.tensors[0].device):
             doubled = get_trace(double._model, *double._args, **double._kwargs)
         for site in sample_sites(doubled).values():
             data_frame(site, double.num_images)

@@ -7,6 +7,7 @@ or number of latent sites a program has.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +37,11 @@ def get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> Trace:
     """
     with poutine.block(), pyro.validation_enabled(False):
         return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def aside(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, random numbers are drawn that nobody will miss."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 # --- Which sites there are ------------------------------------------------------------------------
@@ -165,21 +171,23 @@ def is_enumerated(site: Site) -> bool:
 # --- What a pair of programs must keep ------------------------------------------------------------
 
 
-def check_same_latents(model_trace: Trace, guide_trace: Trace) -> None:
+def check_same_latents(model_trace: Trace, guide_trace: Trace, *, summed_out: bool = False) -> None:
     """Refuse a guide that lacks a latent of the model or has one that the model lacks.
 
-    Neither a guide's auxiliary noise nor what a model alone sums out counts.
+    Neither a guide's auxiliary noise nor what a model alone sums out counts; nor, if they are
+    ``summed_out`` of both, do discrete latents.
     """
     if noise := _names(_of_kind(model_trace, Kind.AUXILIARY)):
         raise ValueError(
             f"model marks its sites {noise} as auxiliary; only a guide has auxiliary sites, so "
             "drop infer={'is_auxiliary': True} there and sample them in the guide"
         )
-    guide = _names(latent_sites(guide_trace))
+    left_out = (Kind.DISCRETE,) if summed_out else ()
+    guide = [s["name"] for s in latent_sites(guide_trace) if kind(s) not in left_out]
     model = [
         site["name"]
         for site in latent_sites(model_trace)
-        if site["name"] in guide or not is_enumerated(site)
+        if kind(site) not in left_out and (site["name"] in guide or not is_enumerated(site))
     ]
     if set(model) != set(guide):
         raise ValueError(
