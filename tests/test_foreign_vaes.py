@@ -362,5 +362,6 @@ def test_labels_that_are_missing_or_too_many():
 def test_a_model_that_runs_enumerated_only():
     """``jiVAE`` with invariances repeats z for every class, and there is one class at a time."""
     vae = pyroved("jiVAE", discrete_dim=CLASSES, invariances=["r"])
-    with pytest.raises(ValueError, match=r"vae.model failed on"):
-        MCMCDefence(vae, HMC, 1, 1)(pictures(4)[0])
+    for call in (MCMCDefence(vae, HMC, 1, 1), functools.partial(metrics.nll, vae)):
+        with pytest.raises(ValueError, match=r"vae.model failed on"):
+            call(pictures(4)[0])

@@ -623,7 +623,7 @@ class ModelPotential:
             return get_trace(self._model, *self._args, **self._kwargs)
         except torch.OutOfMemoryError:
             raise
-        except (IndexError, RuntimeError, TypeError) as error:
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"vae.model failed on images of shape {tuple(batch.shape)}: {error}; it must run "
                 "as model(x), or as model(x, *conditions) where images come with conditions"
