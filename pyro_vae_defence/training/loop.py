@@ -17,7 +17,6 @@ https://arxiv.org/abs/1211.5063 (the limit on the gradient's norm).
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import os
@@ -479,7 +478,6 @@ class _Run:
         loose = {name: state["weights"].pop(name) for name in state["of_no_module"]}
         self.parameters.load_modules(state["weights"], strict=True)
         self.parameters.expect(state["parameters"], loose)
-        self._set_objective_state(copy.deepcopy(state["objective"]))
         before = set(pyro.get_param_store().keys())
         self._run_once()
         if left := self.parameters.load_modules(state["weights"], strict=False):
