@@ -50,7 +50,7 @@ Encode: TypeAlias = Callable[[Tensor], Latents]
 ImageEnergy: TypeAlias = Callable[[Tensor, Latents], Tensor]
 """Images and latents of ``N`` rows -> energies U(z; x), ``(N,)``, differentiable in both."""
 
-Perturb: TypeAlias = Callable[[Tensor], Tensor]
+Perturb: TypeAlias = Callable[[Any], Tensor]
 """Images ``(N, C, H, W)`` -> perturbed images of the same shape."""
 
 

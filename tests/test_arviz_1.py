@@ -30,6 +30,16 @@ assert rhat.shape == ess.shape == (3, 5)
 assert rhat.max() < 1.1 and ess.min() > 60
 assert len(arviz.summary(chains)) == 15
 chains.to_netcdf("chains.nc")
+
+sites = ["vae/z", "chain", "metric", "summary", "sample", "vae/z_dim"]
+draws = {site: rng.normal(size=(4, 50, 3, 5)) for site in sites}
+tree = diagnostics.to_datatree(draws, None, {"image": rng.random((3, 1, 28, 28))})
+assert list(diagnostics.rhat(tree)) == list(diagnostics.ess(tree)) == sites
+assert len(arviz.summary(tree)) == 90
+tree.to_netcdf("named.nc")
+with xarray.open_datatree("named.nc") as back:
+    for site, name in diagnostics.variable_names(sites).items():
+        assert (back["posterior"][name].values == draws[site]).all()
 print("converted")
 """
 

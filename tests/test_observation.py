@@ -401,3 +401,11 @@ def test_global_latents_are_named():
     model = poutine.condition(vae.model, data={"sigma": torch.tensor(0.5)})
     with pytest.raises(ValueError, match="'sigma' stands in no data plate"):
         program.ModelPotential(model, torch.rand(5, 1, 1, 1))
+    # What the message says to write.
+    x, hidden = torch.rand(5, 1, 1, 1), poutine.block(model, hide=["sigma"])
+    energy, expected = (
+        program.ModelPotential(hidden, x),
+        program.potential(Plated(PLATES["sized"]), x),
+    )
+    z = energy.prototype
+    torch.testing.assert_close(energy(z), expected(z))

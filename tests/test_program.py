@@ -11,6 +11,8 @@ from pyro import poutine
 from torch import nn
 
 from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models.compiled import Recorder
+from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.streams import Streams
 
 
@@ -159,6 +161,186 @@ def test_mean_posterior_variance_is_an_average_over_images(tutorial_vae):
         program.mean_posterior_variance(tutorial_vae, [])
 
 
+class ClassVAE:
+    """A class y whose components of z and of the image differ, in model and guide (Kingma's M2)."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(3)
+
+        def table(*shape):
+            return torch.randn(shape, generator=generator).double()
+
+        self.classes, self.loc, self.bias = table(3), table(3, 2), table(3, 16)
+        self.weight, self.inference = table(2, 16), table(16, 3)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=self.classes))
+            z = pyro.sample("z", dist.Normal(self.loc[y], 0.8).to_event(1))
+            mean = z @ self.weight + self.bias[y]
+            pyro.sample("obs", dist.Normal(mean, 0.5).to_event(1), obs=x.flatten(1))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=x.flatten(1) @ self.inference))
+            pyro.sample("z", dist.Normal(self.loc[y] + x.flatten(1)[:, :2], 0.4).to_event(1))
+
+
+@pytest.mark.usefixtures("float64")
+class TestDiscreteLatents:
+    """Sums over three classes, written out."""
+
+    def setup_method(self):
+        self.vae = ClassVAE()
+        generator = torch.Generator().manual_seed(4)
+        self.x = torch.rand(4, 1, 4, 4, generator=generator).double()
+        self.z = torch.randn(4, 2, generator=generator).double().requires_grad_()
+
+    def energy(self, rows=slice(None)):
+        vae, x, z = self.vae, self.x[rows].flatten(1)[:, None], self.z[rows][:, None]
+        means = z @ vae.weight + vae.bias
+        terms = vae.classes.log_softmax(0) + dist.Normal(vae.loc, 0.8).log_prob(z).sum(-1)
+        return -(terms + dist.Normal(means, 0.5).log_prob(x).sum(-1)).logsumexp(-1)
+
+    def guide_parts(self):
+        x = self.x.flatten(1)
+        return (x @ self.vae.inference).log_softmax(-1), self.vae.loc + x[:, None, :2]
+
+    def test_energy_and_gradient(self):
+        potential = program.potential(self.vae, self.x)
+        assert [site.name for site in potential.sites] == ["z"]
+        assert potential.prototype.keys() == {"z"}
+        energy = potential({"z": self.z})
+        torch.testing.assert_close(energy, self.energy())
+        found = torch.autograd.grad(energy.sum(), self.z)
+        torch.testing.assert_close(found, torch.autograd.grad(self.energy().sum(), self.z))
+        rows = torch.tensor([2, 0])
+        torch.testing.assert_close(potential.take(rows)({"z": self.z[rows]}), self.energy(rows))
+        torch.testing.assert_close(potential.at(self.x[:1])({"z": self.z[:1]}), self.energy([0]))
+
+    def test_perturbation_aware_energy(self):
+        vae, x, z = self.vae, self.x.flatten(1)[:, None], self.z[:, None]
+        means = z @ vae.weight + vae.bias
+        closest = means.clamp(x - 0.1, x + 0.1).clamp(0.0, 1.0)  # of each class
+        terms = vae.classes.log_softmax(0) + dist.Normal(vae.loc, 0.8).log_prob(z).sum(-1)
+        terms = terms + dist.Normal(means, 0.5).log_prob(closest).sum(-1)
+        energy = program.potential(vae, self.x, Linf(0.1))({"z": self.z})
+        torch.testing.assert_close(energy, -terms.logsumexp(-1))
+
+    def test_recording(self):
+        recorded = Recorder()(program.potential(self.vae, self.x))
+        energy, gradient = recorded.energy_and_gradient({"z": self.z})
+        assert recorded.captured, recorded.why_not
+        torch.testing.assert_close(energy, self.energy())
+        expected = torch.autograd.grad(self.energy().sum(), self.z)[0]
+        torch.testing.assert_close(gradient["z"], expected)
+
+    def test_density_of_the_guide(self):
+        classes, locs = self.guide_parts()
+        latents, log_prob = program.sample_with_log_prob(self.vae, self.x)
+        assert latents.keys() == {"z"}
+
+        def expected(z):
+            return (classes + dist.Normal(locs, 0.4).log_prob(z[:, None]).sum(-1)).logsumexp(-1)
+
+        torch.testing.assert_close(log_prob, expected(latents["z"]))
+        energy = program.guide_potential(self.vae, self.x)({"z": self.z})
+        torch.testing.assert_close(energy, -expected(self.z))
+
+    def test_means(self):
+        classes, locs = self.guide_parts()
+        mean = program.posterior_mean(self.vae, self.x)["z"]
+        torch.testing.assert_close(mean, (classes.exp()[..., None] * locs).sum(1))
+        z, vae = self.z[:, None], self.vae
+        weights = (vae.classes + dist.Normal(vae.loc, 0.8).log_prob(z).sum(-1)).softmax(-1)
+        expected = (weights[..., None] * (z @ vae.weight + vae.bias)).sum(1)
+        decoded = program.decode(vae, {"z": self.z}, (1, 4, 4))
+        torch.testing.assert_close(decoded, expected.reshape(4, 1, 4, 4))
+
+    def test_draws_are_the_continuous_latents(self):
+        assert program.encode(self.vae, self.x).keys() == {"z"}
+        assert program.prior(self.vae, self.x).keys() == {"z"}
+
+    def test_draws_are_of_each_images_stream(self):
+        streams = Streams.create(4, seed=1)
+        together = program.encode(self.vae, self.x, streams=streams)["z"]
+        one = Streams.create(1, seed=1, first_image=2)
+        alone = program.encode(self.vae, self.x[2:3], streams=one)["z"]
+        torch.testing.assert_close(together[2:3], alone)
+
+    @pytest.mark.parametrize(
+        "fn",
+        [
+            dist.Categorical(torch.tensor([0.2, 0.5, 0.3])),
+            dist.OneHotCategorical(torch.tensor([0.2, 0.5, 0.3])),
+            dist.Bernoulli(torch.tensor([0.2, 0.9])).to_event(1),
+        ],
+    )
+    def test_classes_have_their_probabilities(self, fn):
+        def guide(x):
+            with pyro.plate("data", len(x)):
+                y = pyro.sample("y", fn)
+                assert y.dtype == fn.sample().dtype
+                pyro.sample("z", dist.Delta(y.reshape(len(x), -1).double(), event_dim=1))
+
+        self.vae.guide = guide
+        count = 4000
+        x, streams = torch.zeros(count, 1, 4, 4), Streams.create(count, seed=2)
+        found = program.encode(self.vae, x, streams=streams)["z"]
+        expected = fn.sample((100_000,)).reshape(100_000, -1).double()
+        # Five standard errors, of which one is below 0.8 / sqrt(count).
+        assert (found.mean(0) - expected.mean(0)).abs().max() < 5 * 0.8 / count**0.5
+
+    def test_programs_that_take_classes_for_images(self):
+        def program_with(likelihood):
+            def run(x):
+                with pyro.plate("data", len(x)):
+                    y = pyro.sample("y", dist.Categorical(logits=torch.zeros(8)))
+                    shift = torch.arange(8.0)[y.reshape(-1)]  # of 8 images, one for each class
+                    pyro.sample("z", dist.Normal(shift, 1.0))
+                    if likelihood:
+                        fn = dist.Normal(torch.zeros(len(x), 16), 1.0).to_event(1)
+                        pyro.sample("obs", fn, obs=x.flatten(1))
+
+            return run
+
+        vae, x = ClassVAE(), torch.zeros(8, 1, 4, 4)
+        vae.model, vae.guide = program_with(True), program_with(False)
+        for read in (
+            program.potential,
+            program.sample_with_log_prob,
+            program.posterior_mean,
+            lambda vae, x: program.decode(vae, {"z": torch.zeros(8)}, (1, 4, 4)),
+        ):
+            with pytest.raises(ValueError, match="site 'z' has another log-probability"):
+                read(vae, x)
+
+    def test_distributions_that_are_mixtures(self):
+        with pytest.raises(ValueError, match=r".z. depends on discrete latents"):
+            program.posterior(self.vae, self.x)
+        with pytest.raises(ValueError, match="'obs' depends on discrete latents"):
+            program.observed(self.vae.model, {"z": self.z}, self.x)
+        with pytest.raises(ValueError, match="'obs' depends on discrete latents"):
+            program.Decoder(self.vae, self.x).sample({"z": self.z})
+
+
+def test_mixture_prior(float64):
+    def model(x):
+        components = dist.Normal(torch.tensor([[-1.0, 0.0], [2.0, 1.0]]), 0.5).to_event(1)
+        prior = dist.MixtureSameFamily(dist.Categorical(torch.tensor([0.3, 0.7])), components)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior)
+            pyro.sample("obs", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    x, z = torch.randn(3, 2), torch.randn(3, 2)
+    parts = [
+        torch.tensor(share).log() + dist.Normal(torch.tensor(loc), 0.5).log_prob(z).sum(-1)
+        for share, loc in [(0.3, [-1.0, 0.0]), (0.7, [2.0, 1.0])]
+    ]
+    expected = torch.stack(parts).logsumexp(0) + dist.Normal(z, 1.0).log_prob(x).sum(-1)
+    torch.testing.assert_close(program.ModelPotential(model, x)({"z": z}), -expected)
+
+
 class TestErrors:
     def test_not_a_vae(self):
         with pytest.raises(ValueError, match="no callable attribute 'model'"):
@@ -195,13 +377,20 @@ class TestErrors:
         with pytest.raises(ValueError, match="2 rows in its data plate 'data', but x holds 3"):
             program.ModelPotential(model, torch.zeros(3))
 
-    def test_discrete_latent(self):
+    @pytest.mark.parametrize(
+        ("prior", "message"),
+        [
+            (dist.Bernoulli(0.5), "no continuous latent site"),
+            (dist.Poisson(1.0), "latent site 'z' is discrete .* cannot be enumerated"),
+        ],
+    )
+    def test_discrete_latent(self, prior, message):
         def model(x):
             with pyro.plate("data", x.shape[0]):
-                z = pyro.sample("z", dist.Bernoulli(0.5 * torch.ones(x.shape[0])))
+                z = pyro.sample("z", prior)
                 pyro.sample("obs", dist.Normal(z, 1.0), obs=x)
 
-        with pytest.raises(ValueError, match="latent site 'z' is discrete"):
+        with pytest.raises(ValueError, match=message):
             program.ModelPotential(model, torch.zeros(3))
 
     def test_wrong_latents(self):

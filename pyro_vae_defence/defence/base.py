@@ -122,7 +122,7 @@ class BaseDefence(ABC):
             latents = {name: value[0, -1] for name, value in chains.samples.items()}
             with torch.no_grad():
                 # A Gaussian likelihood's mean may leave the range of images.
-                reconstruction = decode(latents).clamp(0.0, 1.0)
+                reconstruction = decode(latents, x).clamp(0.0, 1.0)
         return DefenceResult(
             latents=latents,
             reconstruction=reconstruction,

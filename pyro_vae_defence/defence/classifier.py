@@ -21,6 +21,7 @@ trained on.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded"
     if reading == "reencoded":
         with torch.no_grad(), evaluation_mode(vae):
             vae = bind(vae, result.x, result.conditions)
-            mean = reencode(vae, mean, Decoder(vae, result.x))
+            mean = reencode(vae, mean, functools.partial(Decoder(vae, result.x), x=result.x))
     return {name: value[None] for name, value in mean.items()}
 
 

@@ -52,6 +52,8 @@ def nll(
     vae, x = program.at_images(vae, x, unit_interval=False)
     check_integer("rows", rows)
     seed = draw_seed(generator)
+    own = Streams.create(1, seed=0, device=x.device)  # takes nothing from the global seed
+    program.check_guide(take(vae, slice(0, 1)), x[:1], streams=own)
     results = []
     with program.evaluation_mode(vae):
         for first in range(0, x.shape[0], rows):
@@ -79,7 +81,7 @@ def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
         drawn += count
         energy = potential(count)
         values, log_q = draw(count, Streams(streams.seed, streams.image.repeat(count), chain))
-        latents = energy.unconstrain(values)
+        latents = energy.check(energy.unconstrain(values))
         # U holds minus the log-determinant of the transforms; q, read on the support, does not.
         log_joint = energy.log_determinant(latents) - energy(latents)
         return (log_joint - log_q).view(count, len(x))

@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
+from pyro_vae_defence.models.sites import aside, get_trace
 from pyro_vae_defence.types import VAE, ImagesLike, PyroProgram
 
 # --- Which arguments programs take ----------------------------------------------------------------
@@ -245,8 +245,8 @@ def _per_image(program: PyroProgram, x: Tensor, image: Tensor | None) -> dict[st
 
 def _runs(program: PyroProgram, x: Tensor, keywords: dict[str, Tensor]) -> bool:
     try:
-        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-            poutine.trace(program).get_trace(x, **keywords).compute_log_prob()
+        with torch.no_grad(), aside(x.device):
+            get_trace(program, x, **keywords).compute_log_prob()
     except (IndexError, RuntimeError, TypeError, ValueError):
         return False
     return True

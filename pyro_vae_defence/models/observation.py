@@ -19,15 +19,17 @@ pass what they read as a condition (:mod:`pyro_vae_defence.models.conditions`), 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from torch import Tensor
 
-from pyro_vae_defence.models.sites import Site, get_trace, image_rows, sample_sites
+from pyro_vae_defence.models.conditions import BoundProgram
+from pyro_vae_defence.models.sites import Site, aside, get_trace, image_rows, sample_sites
 from pyro_vae_defence.types import PyroProgram
 
 ADVICE = (
@@ -138,6 +140,15 @@ class ImageMap(NamedTuple):
         order = torch.cat([s.pixels for s in self.sites if s.pixels is not None]).argsort()
         return torch.cat(rows, 1)[:, order].reshape((-1, *self.shape))
 
+    def check_mean(self) -> None:
+        """As :meth:`check_known`, and every site must have a finite mean."""
+        self.check_known()
+        if self.without_mean:
+            raise ValueError(
+                f"the likelihood at {list(self.without_mean)} has no finite mean, so that there is "
+                f"nothing to decode to; {ADVICE}"
+            )
+
 
 # --- Reading --------------------------------------------------------------------------------------
 
@@ -163,6 +174,19 @@ def probes(like: Tensor) -> Tensor:
     return torch.stack(rows).reshape((NUM_PROBES, *like.shape[1:]))
 
 
+def read_images_with(
+    model: PyroProgram, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ImageMap:
+    """:func:`read_images` of a model at images ``x`` and its further arguments.
+
+    Tensors among these have one row per image; what else there is stays as it is.
+    """
+    settings = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    keywords = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    bound = BoundProgram(functools.partial(model, **settings), args, keywords)
+    return read_images(bound.take(slice(0, 1)), x)
+
+
 @torch.no_grad()
 def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     """How a model observes images of the shape, dtype and device of ``like``, ``(N, C, H, W)``.
@@ -178,7 +202,7 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     if like.device.type == "meta":  # no values to look at
         names = [n for n, s in sample_sites(get_trace(model, x)).items() if _observes(s)]
         return ImageMap(shape, tuple(ImageSite(n, None, None, None) for n in names))
-    with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+    with aside(like.device):
         try:
             trace = get_trace(model, x)
         except (IndexError, RuntimeError, ValueError) as error:
@@ -202,10 +226,11 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         if not _observes(site):
             continue
         value = site["value"]
-        if _differ(value, moved[name]["value"].roll(-1, 0)):
+        rows = image_rows(value, site)
+        if _differ(rows, image_rows(moved[name]["value"], moved[name]).roll(-1, 0)):
             noisy.append(name)
             continue
-        found = _read_site(site, x.flatten(1))
+        found = _read_site(name, rows.to(x.dtype), x.flatten(1))
         if found is None:
             others.append(name)
             continue
@@ -234,16 +259,12 @@ def _observes(site: Site) -> bool:
     return bool(site["is_observed"]) and not isinstance(site["fn"], Unit)
 
 
-def _read_site(site: Site, x: Tensor) -> ImageSite | None:
-    """The map of a site at the probes ``x``, ``(>= 5, pixels)``; ``None`` if it has none.
+def _read_site(name: str, rows: Tensor, x: Tensor) -> ImageSite | None:
+    """The map from probes ``x``, ``(>= 5, pixels)``, to a site's ``rows``; ``None`` without one.
 
     A site that does not depend on the image has a map without elements.
     """
-    name, value = site["name"], site["value"]
     nothing = ImageSite(name, torch.empty(0, dtype=torch.long, device=x.device), None, None)
-    if not isinstance(value, Tensor):
-        return nothing
-    rows = image_rows(value, site).to(x.dtype)
     if rows.shape[0] != x.shape[0]:
         return nothing if rows.shape[0] == 1 else None
     if bool((rows == rows[:1]).all()):

@@ -61,14 +61,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Laplace, Normal
 
-from pyro_vae_defence.models.conditions import BoundProgram
-from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
+from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images_with
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.types import PyroProgram
@@ -303,7 +301,10 @@ class _MostLikely(Messenger):
         if isinstance(self.perturbation, Ball):
             if not isinstance(self.perturbation, Linf):
                 self._check_rows(msg)
-            msg["value"] = most_likely_value(msg["fn"], msg["value"], self.perturbation, site)
+            value, shape = msg["value"], msg["fn"].shape()
+            # Discrete latents enumerated on the left have a most likely image each.
+            value = value.expand(shape) if value.dim() < len(shape) else value
+            msg["value"] = most_likely_value(msg["fn"], value, self.perturbation, site)
         else:
             self._check_rows(msg)
             msg["fn"] = UnknownRadiusLikelihood(msg["fn"], self.perturbation, site)
@@ -358,16 +359,9 @@ class PerturbationAware:
         """Run the model with its observation, or its likelihood, replaced."""
         key = (tuple(x.shape[1:]), x.dtype, x.device)
         if key not in self._images:
-            self._images[key] = self._read(x, args, kwargs)
+            images = read_images_with(self.model, x, args, kwargs)
+            if images.noisy or images.others or images.reads or not images.sites:
+                images.check_known()
+            self._images[key] = images
         with _MostLikely(self.perturbation, self._images[key]):
             return self.model(x, *args, **kwargs)
-
-    def _read(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ImageMap:
-        settings = {n: value for n, value in kwargs.items() if not isinstance(value, Tensor)}
-        keywords = {n: value for n, value in kwargs.items() if isinstance(value, Tensor)}
-        program = functools.partial(self.model, **settings)
-        with poutine.block():
-            images = read_images(BoundProgram(program, args, keywords).take(slice(0, 1)), x)
-        if images.noisy or images.others or images.reads or not images.sites:
-            images.check_known()
-        return images

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -34,17 +35,27 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, bind, fold, split
+from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, bind, fold, split, take
+from pyro_vae_defence.models.enumeration import (
+    enumerable,
+    in_parallel,
+    is_enumerated,
+    log_density,
+    marginal_mean,
+    marginalised,
+)
 from pyro_vae_defence.models.modules import modules_of
-from pyro_vae_defence.models.observation import ADVICE, ImageMap, read_images
+from pyro_vae_defence.models.observation import ImageMap, read_images
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
     DATA_PLATE,
     Kind,
     Site,
+    aside,
     auxiliary_sites,
     check_density,
     check_density_everywhere,
+    check_same_latents,
     data_frame,
     get_trace,
     kind,
@@ -55,6 +66,7 @@ from pyro_vae_defence.models.sites import (
     sample_sites,
     with_mask,
 )
+from pyro_vae_defence.models.supports import transform_of
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -111,12 +123,25 @@ def at_images(
 
     Raises:
         ValueError: as :func:`check_vae` and :func:`check_images`, and if the programs do not take
-            the conditions, or a condition has not one row per image.
+            the conditions, a condition has not one row per image, or the programs have other
+            latents than each other.
     """
     check_vae(vae)
     x, conditions = split(images, name)
     check_images(x, name, unit_interval=unit_interval)
-    return bind(vae, x, conditions), x
+    vae = bind(vae, x, conditions)
+    if x.device.type != "meta":
+        _check_latents(take(vae, slice(0, 1)), x[:1])
+    return vae, x
+
+
+def _check_latents(vae: VAE, x: Tensor) -> None:
+    with torch.no_grad(), evaluation_mode(vae), aside(x.device):
+        try:
+            traces = get_trace(vae.model, x), get_trace(vae.guide, x)
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            return  # what runs them on all images says more
+    check_same_latents(*traces, summed_out=True)
 
 
 @contextlib.contextmanager
@@ -153,12 +178,36 @@ def _draw(program: PyroProgram, x: Tensor, streams: Streams | None) -> poutine.T
     return get_trace(program if streams is None else _StreamMessenger(streams)(program), x)
 
 
+def _continuous(trace: poutine.Trace) -> list[Site]:
+    return [site for site in latent_sites(trace) if not distributions.is_discrete(site["fn"])]
+
+
 def _latents(trace: poutine.Trace) -> Latents:
-    return {site["name"]: site["value"] for site in latent_sites(trace)}
+    """Values of the continuous latent sites; discrete ones are summed out wherever they matter."""
+    return {site["name"]: site["value"] for site in _continuous(trace)}
+
+
+def _get_marginal_trace(
+    program: PyroProgram, latents: LatentsLike, *args: Any, **kwargs: Any
+) -> poutine.Trace:
+    """A trace at these latents, in which discrete sites, if there are any, are enumerated.
+
+    Where the latents are all, it is checked that enumeration is what the program means.
+    """
+    conditioned = poutine.condition(program, data=dict(latents))
+    plain = get_trace(conditioned, *args, **kwargs)
+    discrete = enumerable(plain)
+    if not discrete:
+        return plain
+    frame = data_frame(plain.nodes[discrete[0]])
+    return marginalised(conditioned, plain, frame, *args, **kwargs)[0]
 
 
 def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
     """``start`` of shape ``(N,)`` minus the unscaled log-probability of every site, in nats."""
+    if is_enumerated(trace):
+        frame = data_frame(next(iter(sample_sites(trace).values())), start.shape[0])
+        return start - log_density(trace, frame)
     for site in sample_sites(trace).values():
         start = start - log_prob_per_image(site, start.shape[0])
     return start
@@ -167,8 +216,22 @@ def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
 # --- The guide ------------------------------------------------------------------------------------
 
 
+_FROM_STREAMS = (td.Normal, td.Bernoulli, td.Categorical, td.OneHotCategorical)
+
+
+def _class_of(fn: Any, uniform: Tensor) -> Tensor:
+    """The value of a discrete distribution at which its cumulative probability is ``uniform``."""
+    if isinstance(fn, td.Bernoulli):
+        return (uniform <= fn.probs).to(fn.probs.dtype)
+    value = (uniform[..., None] > fn.probs.cumsum(-1)[..., :-1]).sum(-1)
+    if isinstance(fn, td.Categorical):
+        return value
+    return nn.functional.one_hot(value, fn.probs.shape[-1]).to(fn.probs.dtype)
+
+
 class _StreamMessenger(Messenger):
-    """Draw Gaussian sites, behind transforms too, from streams; others from the global seed."""
+    """Draw Gaussian sites, behind transforms too, and classes from streams; others from the global
+    seed."""
 
     def __init__(self, streams: Streams) -> None:
         super().__init__()
@@ -182,10 +245,17 @@ class _StreamMessenger(Messenger):
             if isinstance(base, td.TransformedDistribution):
                 transforms = [*base.transforms, *transforms]
             base = base.base_dist
-        if msg["is_observed"] or msg["value"] is not None or not isinstance(base, td.Normal):
+        if msg["is_observed"] or msg["value"] is not None or not isinstance(base, _FROM_STREAMS):
             return
         shape = base.batch_shape
         if not shape or shape[0] != self.streams.image.shape[0]:
+            return
+        if not isinstance(base, td.Normal):
+            if transforms or base.has_rsample:  # a straight-through gradient is the program's own
+                return
+            noise = self.streams.uniform(0, self.purpose, tuple(shape[1:]), base.probs.dtype)
+            self.purpose += 1
+            msg["value"] = _class_of(base, noise)
             return
         noise = self.streams.normal(0, self.purpose, tuple(shape[1:]), base.loc.dtype)
         self.purpose += 1
@@ -202,9 +272,13 @@ def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[st
 
     For a hierarchical guide the lower sites' distributions are conditional on sampled upper sites.
 
-    Raises ``ValueError`` for a ``Delta`` that depends on noise *and* image.
+    Raises ``ValueError`` for a ``Delta`` that depends on noise *and* image, and for sites that
+    depend on a discrete one, given which alone they have a distribution.
     """
     trace = _draw(vae.guide, x, streams)
+    if enumerable(trace):
+        for site in random_sites(_get_marginal_trace(vae.guide, {}, x)):
+            _known(site)
     _check_bijections(vae, x, trace)
     return {site["name"]: with_mask(site) for site in random_sites(trace)}
 
@@ -268,7 +342,10 @@ def sample_with_log_prob(
     """
     trace = _draw(vae.guide, x, streams)
     check_density(trace)
-    return _latents(trace), -_energy(trace, x.new_zeros(x.shape[0]))
+    latents = _latents(trace)
+    if enumerable(trace):
+        trace = _get_marginal_trace(vae.guide, latents, x)
+    return latents, -_energy(trace, x.new_zeros(x.shape[0]))
 
 
 class GuideDraws:
@@ -313,21 +390,25 @@ def posterior_mean(vae: VAE, x: Tensor) -> Latents:
 
     Raises ``ValueError`` for a site that is discrete or whose mean is not known, such as a flow.
     """
-    return _latents(get_trace(_MeanMessenger()(vae.guide), x))
+    trace = get_trace(_MeanMessenger()(vae.guide), x)
+    means = _latents(trace)
+    if enumerable(trace):
+        names, means = list(means), {}
+        for name in names:
+            enumerated = _get_marginal_trace(vae.guide, means, x)
+            frame = data_frame(trace.nodes[name], x.shape[0])
+            means[name] = marginal_mean(enumerated, frame, name, means)
+        _get_marginal_trace(vae.guide, means, x)  # for its check
+    return means
 
 
 class _MeanMessenger(Messenger):
-    """Set every latent and auxiliary site to the mean of its distribution."""
+    """Set every continuous latent and auxiliary site to the mean of its distribution."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if (found := kind(msg)) in (Kind.PLATE, Kind.DETERMINISTIC, Kind.OBSERVED):
-            return
-        mend = 'use a draw instead: initial="guide" of a defence, latents="sample" of an attack'
-        if found is Kind.DISCRETE:
-            raise ValueError(
-                f"site {msg['name']!r} is discrete; its mean is no value of it; {mend}"
-            )
-        msg["value"] = distributions.mean(msg["fn"], msg["name"], mend)
+        if kind(msg) in (Kind.LATENT, Kind.POINT, Kind.AUXILIARY):
+            mend = 'use a draw instead: initial="guide" of a defence, latents="sample" of an attack'
+            msg["value"] = distributions.mean(msg["fn"], msg["name"], mend)
 
 
 # --- The model ------------------------------------------------------------------------------------
@@ -350,6 +431,8 @@ def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Late
 
 class Decoder:
     """Latents to images: the mean of p(x | z), the paper's g(z).
+
+    Where it depends on discrete latents y, it is the mean of p(x | z, y) over p(y | z).
 
     The model's observations are read once (:mod:`pyro_vae_defence.models.observation`). A VAE with
     a method ``to_images(latents, *conditions)`` is asked instead.
@@ -374,18 +457,17 @@ class Decoder:
     def check(self) -> None:
         """Raise the ``ValueError`` of a call, but for what hinges on the latents."""
         if self.to_images is None:
-            self.images.check_known()
-            if self.images.without_mean:
-                raise ValueError(
-                    f"the likelihood at {list(self.images.without_mean)} has no finite mean, so "
-                    f"that there is nothing to decode to; {ADVICE}"
-                )
+            self.images.check_mean()
 
-    def __call__(self, latents: LatentsLike) -> Tensor:
-        """Images ``(M, C, H, W)`` of latents with ``M`` rows, on the constrained scale."""
+    def __call__(self, latents: LatentsLike, x: Tensor | None = None) -> Tensor:
+        """Images ``(M, C, H, W)`` of latents with ``M`` rows, on the constrained scale.
+
+        Images ``x`` that the latents explain tell of discrete latents: means are over
+        p(y | z, x), which is a reconstruction, in place of p(y | z).
+        """
         self.check()
         if self.to_images is None:
-            return self._assemble(latents, lambda site: site["fn"].mean)
+            return self._assemble(latents, functools.partial(_mean, latents), x)
         num_rows = next(iter(latents.values())).shape[0]
         model = self.vae.model
         bound = model.arguments(num_rows) if isinstance(model, BoundProgram) else ((), {})
@@ -398,28 +480,67 @@ class Decoder:
         return images
 
     def sample(self, latents: LatentsLike) -> Tensor:
-        """Images drawn from p(x | z), ``(M, C, H, W)``, not clipped to [0, 1]."""
-        return self._assemble(latents, lambda site: site["fn"].sample())
+        """Images drawn from p(x | z), ``(M, C, H, W)``, not clipped to [0, 1].
 
-    def _assemble(self, latents: LatentsLike, read: Callable[[Site], Tensor]) -> Tensor:
+        Raises ``ValueError`` where the likelihood depends on discrete latents.
+        """
+        return self._assemble(latents, lambda *_, site: _known(site)["fn"].sample(), None)
+
+    def _assemble(
+        self, latents: LatentsLike, read: Callable[..., Tensor], x: Tensor | None
+    ) -> Tensor:
         self.images.check_known()
         first = next(iter(latents.values()))
         template = first.new_zeros((first.shape[0], *self.images.shape))
-        return self.images.assemble(read, observed(self.vae.model, latents, template))
+        trace = _at_latents(self.vae.model, latents, template)
+        seen: list[str] = []
+        if x is not None and is_enumerated(trace):
+            trace = _at_latents(self.vae.model, latents, x)
+            seen = [site.name for site in self.images.sites]
+        sites = _observed(trace, latents)
+        return self.images.assemble(lambda site: read(trace, seen, site=site), sites)
 
 
 def observed(model: PyroProgram, latents: LatentsLike, x: Tensor) -> dict[str, Site]:
     """The observed sites of a model at images ``x``, given ``latents`` with as many rows.
 
     ``latents`` are on the constrained scale, site name -> ``(M, *event)``. Raises ``ValueError``
-    for a latent that the model does not sample.
+    for a latent that the model does not sample, and if a site depends on discrete latents.
     """
-    trace = get_trace(poutine.condition(model, data=dict(latents)), x)
+    sites = _observed(_at_latents(model, latents, x), latents)
+    return {name: _known(site) for name, site in sites.items()}
+
+
+def _at_latents(model: PyroProgram, latents: LatentsLike, x: Tensor) -> poutine.Trace:
+    trace = _get_marginal_trace(model, latents, x)
     missing = set(latents) - set(trace.nodes)
     if missing:
         raise ValueError(f"model has no latent site named {sorted(missing)}; pass its own latents")
+    return trace
+
+
+def _observed(trace: poutine.Trace, latents: LatentsLike) -> dict[str, Site]:
     sites = sample_sites(trace).items()
     return {n: site for n, site in sites if site["is_observed"] and n not in latents}
+
+
+def _mean(latents: LatentsLike, trace: poutine.Trace, seen: list[str], site: Site) -> Tensor:
+    if is_enumerated(trace):
+        return marginal_mean(trace, data_frame(site), site["name"], [*latents, *seen])
+    mean: Tensor = site["fn"].mean
+    return mean
+
+
+def _known(site: Site) -> Site:
+    """The site, if its distribution does not depend on discrete latents that are enumerated."""
+    shape = site["fn"].batch_shape
+    if any(-dim <= len(shape) and shape[dim] > 1 for dim in site["infer"].get("_dim_to_id", ())):
+        raise ValueError(
+            f"site {site['name']!r} depends on discrete latents; given the others it is a mixture "
+            "that Pyro does not know as a distribution: make it a MixtureSameFamily, or attack the "
+            "outputs (attacks.maximum_damage)"
+        )
+    return site
 
 
 def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tensor:
@@ -460,10 +581,12 @@ class ModelPotential:
 
     Attributes:
         num_images: number of rows.
-        sites: the latent sites in the order of the trace.
+        sites: the continuous latent sites in the order of the trace; discrete ones are summed out
+            (:mod:`pyro_vae_defence.models.enumeration`).
 
     Raises:
-        ValueError: if a site stands outside the data plate, a latent is discrete, or there is none.
+        ValueError: if a site stands outside the data plate, there is no continuous latent, or a
+            discrete one cannot be enumerated.
     """
 
     def __init__(self, model: PyroProgram, *args: Any, **kwargs: Any) -> None:
@@ -476,14 +599,35 @@ class ModelPotential:
             model, args, kwargs = model.program, (*args, *conditions), {**kwargs, **keywords}
         self._model, self._args, self._kwargs = model, args, kwargs
         with torch.no_grad():
-            trace = get_trace(model, *args, **kwargs)
-            self.sites = tuple(self._read_site(site) for site in latent_sites(trace))
+            trace = self._first_trace(batch)
+            discrete = enumerable(trace)
+            self.sites = tuple(self._read_site(site) for site in _continuous(trace))
             if not self.sites:
-                raise ValueError("the model has no latent site to sample; no chain can run on it")
+                raise ValueError(
+                    "the model has no continuous latent site to sample; no chain can run on it"
+                )
             self._prototype = _latents(trace)
+            self._program = model
+            if discrete:
+                frame = data_frame(trace.nodes[discrete[0]], self.num_images)
+                known = poutine.condition(model, data=self._prototype)
+                plain = get_trace(known, *args, **kwargs)
+                _, expand = marginalised(known, plain, frame, *args, **kwargs)
+                self._program = in_parallel(model, trace, expand)
             if batch.device.type != "meta":
                 self._check_plates(trace)
                 self._check_repeatable()
+
+    def _first_trace(self, batch: Tensor) -> poutine.Trace:
+        try:
+            return get_trace(self._model, *self._args, **self._kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"vae.model failed on images of shape {tuple(batch.shape)}: {error}; it must run "
+                "as model(x), or as model(x, *conditions) where images come with conditions"
+            ) from error
 
     def _check_plates(self, trace: poutine.Trace) -> None:
         """Data plates of another name must have twice the rows for twice the images."""
@@ -491,8 +635,7 @@ class ModelPotential:
         if all(data_frame(site, self.num_images).name == DATA_PLATE for site in sites):
             return
         double = self.take(torch.arange(self.num_images).repeat(2))
-        device = self.tensors[0].device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with aside(self.tensors[0].device):
             doubled = get_trace(double._model, *double._args, **double._kwargs)
         for site in sample_sites(doubled).values():
             data_frame(site, double.num_images)
@@ -515,20 +658,15 @@ class ModelPotential:
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
         frame = data_frame(site, self.num_images)
-        if fn.support.is_discrete:
-            raise ValueError(
-                f"latent site {name!r} is discrete ({fn}); Hamiltonian kernels need continuous "
-                "latents, so marginalise it out or use a continuous relaxation"
-            )
         if value.dim() != len(fn.event_shape) - frame.dim:
             raise ValueError(
                 f"latent site {name!r} has a plate left of the data plate; "
                 "make the data plate the leftmost one"
             )
-        innermost = fn.support
-        while isinstance(innermost, td.constraints.independent):
-            innermost = innermost.base_constraint
-        transform = None if innermost is td.constraints.real else td.biject_to(fn.support)
+        try:
+            transform = transform_of(fn, value)
+        except ValueError as error:
+            raise ValueError(f"latent site {name!r}: {error}") from None
         unconstrained = value if transform is None else transform.inv(value)
         return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
 
@@ -622,7 +760,7 @@ class ModelPotential:
 
     def __call__(self, latents: LatentsLike) -> Tensor:
         """Energies of shape ``(N,)``, in nats."""
-        conditioned = poutine.condition(self._model, data=self.constrain(latents))
+        conditioned = poutine.condition(self._program, data=self.constrain(latents))
         trace = get_trace(conditioned, *self._args, **self._kwargs)
         return _energy(trace, self.log_determinant(latents))
 
@@ -668,9 +806,10 @@ def guide_potential(
     names = {site.name for site in energy.sites}
 
     def energy_of_guide(latents: LatentsLike) -> Tensor:
-        trace = get_trace(poutine.condition(vae.guide, data=energy.constrain(latents)), x)
+        trace = _get_marginal_trace(vae.guide, energy.constrain(latents), x)
         check_density_everywhere(trace)
-        if (sites := sample_sites(trace)).keys() != names:
+        discrete = {site["name"] for site in latent_sites(trace)}  # the others are conditioned
+        if (sites := sample_sites(trace).keys() - discrete) != names:
             raise ValueError(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "
                 "a density of the guide needs the same sites in both"

@@ -7,8 +7,8 @@ or number of latent sites a program has.
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Container
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
@@ -37,6 +37,11 @@ def get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> Trace:
     """
     with poutine.block(), pyro.validation_enabled(False):
         return poutine.trace(program).get_trace(*args, **kwargs)
+
+
+def aside(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, random numbers are drawn that nobody will miss."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 # --- Which sites there are ------------------------------------------------------------------------
@@ -166,21 +171,23 @@ def is_enumerated(site: Site) -> bool:
 # --- What a pair of programs must keep ------------------------------------------------------------
 
 
-def check_same_latents(model_trace: Trace, guide_trace: Trace) -> None:
+def check_same_latents(model_trace: Trace, guide_trace: Trace, *, summed_out: bool = False) -> None:
     """Refuse a guide that lacks a latent of the model or has one that the model lacks.
 
-    Neither a guide's auxiliary noise nor what a model alone sums out counts.
+    Neither a guide's auxiliary noise nor what a model alone sums out counts; nor, if they are
+    ``summed_out`` of both, do discrete latents.
     """
     if noise := _names(_of_kind(model_trace, Kind.AUXILIARY)):
         raise ValueError(
             f"model marks its sites {noise} as auxiliary; only a guide has auxiliary sites, so "
             "drop infer={'is_auxiliary': True} there and sample them in the guide"
         )
-    guide = _names(latent_sites(guide_trace))
+    left_out = (Kind.DISCRETE,) if summed_out else ()
+    guide = [s["name"] for s in latent_sites(guide_trace) if kind(s) not in left_out]
     model = [
         site["name"]
         for site in latent_sites(model_trace)
-        if site["name"] in guide or not is_enumerated(site)
+        if kind(site) not in left_out and (site["name"] in guide or not is_enumerated(site))
     ]
     if set(model) != set(guide):
         raise ValueError(
@@ -222,23 +229,6 @@ def check_density_everywhere(guide_trace: Trace) -> None:
                 "at given latents is not known; sample the latents from a distribution with a "
                 "density, such as TransformedDistribution, or use metrics.nll, which needs draws"
             )
-
-
-def image_site(model_trace: Trace, conditioned: Container[str] = ()) -> Site:
-    """The one observed site other than those ``conditioned``; ``ValueError`` if not just one."""
-    observed = [
-        site
-        for name, site in sample_sites(model_trace).items()
-        if site["is_observed"] and name not in conditioned
-    ]
-    if len(observed) != 1:
-        names = [site["name"] for site in observed]
-        raise ValueError(
-            f"model must observe the image at exactly one site, found {names or 'none'}; "
-            'write pyro.sample("obs", likelihood, obs=x) once, and make other observations '
-            "pyro.deterministic"
-        )
-    return observed[0]
 
 
 def check_mean_field(*traces: Trace) -> None:
@@ -290,9 +280,9 @@ def data_frame(site: Site, num_images: int | None = None) -> DataFrame:
         raise ValueError(
             f"site {site['name']!r} stands in no data plate. If it has a value per image, open "
             f'pyro.plate("{DATA_PLATE}", x.shape[0]) around it; if it is global, shared by all '
-            "images, give it a value first, e.g. "
-            f"poutine.condition(vae.model, data={{{site['name']!r}: value}}), and drop it from the "
-            "guide"
+            "images, give it a value and hide it, poutine.block(poutine.condition(vae.model, "
+            f"data={{{site['name']!r}: value}}), hide=[{site['name']!r}]), and drop it from "
+            "the guide"
         )
     frame = named[0] if named else min(frames, key=lambda frame: frame.dim)
     size = frame.size
@@ -356,16 +346,3 @@ def gaussians(sites: list[Site]) -> tuple[Tensor, Tensor]:
         locs.append(image_rows(fn.loc, site))
         scales.append(image_rows(fn.scale, site))
     return torch.cat(locs, 1), torch.cat(scales, 1)
-
-
-def decoder_mean(model_trace: Trace, x: Tensor) -> Tensor:
-    """Mean of the image's distribution, in the shape of ``x``; ``ValueError`` if it has none."""
-    site = image_site(model_trace)
-    try:
-        mean = site["fn"].mean
-    except NotImplementedError:
-        raise ValueError(
-            f"site {site['name']!r} has a {type(site['fn']).__name__} without a mean; "
-            "this objective re-encodes the decoder's mean and needs one"
-        ) from None
-    return image_rows(mean, site).reshape(x.shape)

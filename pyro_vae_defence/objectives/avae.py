@@ -35,7 +35,6 @@ from torch.distributions import kl_divergence
 from pyro_vae_defence.models.sites import (
     Site,
     check_mean_field,
-    decoder_mean,
     gaussians,
     image_rows,
     latent_sites,
@@ -44,6 +43,7 @@ from pyro_vae_defence.objectives.elbo import (
     EncodeSites,
     ImageELBO,
     MeanFieldELBO,
+    Run,
     Terms,
     add_terms,
     check_trainable,
@@ -67,11 +67,9 @@ class AVAE(MeanFieldELBO):
         super().__init__(num_particles=num_particles)
         self.rho = _correlation(rho)
 
-    def extra_terms(
-        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
-    ) -> Terms:
+    def extra_terms(self, run: Run) -> Terms:
         """The autoencoding term."""
-        return _autoencoding_terms(model_trace, sites, encode, self.rho, x)
+        return _autoencoding_terms(run.sites, run.encode, run.decode(), self.rho)
 
 
 class SEAVAE(SE):
@@ -87,12 +85,10 @@ class SEAVAE(SE):
         super().__init__(perturb, gamma, num_particles=num_particles)
         self.rho = _correlation(rho)
 
-    def extra_terms(
-        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
-    ) -> Terms:
+    def extra_terms(self, run: Run) -> Terms:
         """The terms of both objectives."""
-        smoothness = super().extra_terms(model_trace, sites, encode, x)
-        return smoothness | _autoencoding_terms(model_trace, sites, encode, self.rho, x)
+        smoothness = super().extra_terms(run)
+        return smoothness | _autoencoding_terms(run.sites, run.encode, run.decode(), self.rho)
 
 
 class AVAESS(ImageELBO):
@@ -115,7 +111,8 @@ class AVAESS(ImageELBO):
         """AVAE's terms on images made by the model, with a gradient for the guide only."""
         model = poutine.block(model, hide_types=["param"])
         with torch.no_grad():
-            x = decoder_mean(poutine.trace(model).get_trace(x, *args, **kwargs), x)
+            made = poutine.trace(model).get_trace(x, *args, **kwargs)
+            x = self.mean_image(made, model, x, *args, **kwargs)
 
         def run_guide(x: Tensor) -> Trace:
             return poutine.trace(guide).get_trace(x, *args, **kwargs)
@@ -152,7 +149,8 @@ class AVAESS(ImageELBO):
         def encode(x: Tensor) -> list[Site]:
             return latent_sites(run_guide(x))
 
-        extra = _autoencoding_terms(model_trace, sites, encode, self.rho, x)
+        again = self.mean_image(model_trace, model, x, *args, **kwargs)
+        extra = _autoencoding_terms(sites, encode, again, self.rho)
         return add_terms(terms | {"loss": terms["kl"] - reconstruction}, extra)
 
 
@@ -167,9 +165,9 @@ def autoencoding(
 
 
 def _autoencoding_terms(
-    model_trace: Trace, sites: list[Site], encode: EncodeSites, rho: float, x: Tensor
+    sites: list[Site], encode: EncodeSites, decoded: Tensor, rho: float
 ) -> Terms:
-    again = encode(decoder_mean(model_trace, x).detach())
+    again = encode(decoded.detach())
     return {"autoencoding": autoencoding(*gaussians(sites), *gaussians(again), rho)}
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from pyro import poutine
@@ -34,6 +34,8 @@ from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_vae_defence.models.observation import ImageMap, read_images_with
+from pyro_vae_defence.models.program import evaluation_mode
 from pyro_vae_defence.models.sites import (
     Site,
     check_mean_field,
@@ -81,6 +83,7 @@ class ImageELBO(TraceMeanField_ELBO):
         check_integer("num_particles", num_particles)
         super().__init__(num_particles=num_particles)
         self.step = 0
+        self._observed: tuple[Any, ImageMap] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step, for a checkpoint."""
@@ -96,6 +99,23 @@ class ImageELBO(TraceMeanField_ELBO):
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         check_trainable(model_trace, guide_trace)
         return model_trace, guide_trace
+
+    def mean_image(
+        self, model_trace: Trace, model: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Mean of the image's distribution in a trace, in the shape of ``x``.
+
+        ``ValueError`` as for :class:`~pyro_vae_defence.models.program.Decoder`.
+        """
+        # How a model observes its image does not change from step to step.
+        key = (model, x.shape[1:], x.dtype, x.device)
+        if self._observed is None or self._observed[0] != key:
+            with evaluation_mode(model):
+                self._observed = key, read_images_with(model, x, args, kwargs)
+        images = self._observed[1]
+        images.check_mean()
+        sites = sample_sites(model_trace)
+        return images.assemble(lambda site: site["fn"].mean, sites).reshape(x.shape)
 
     @abstractmethod
     def particle_terms(
@@ -174,6 +194,24 @@ class BetaELBO(ImageELBO):
         return elbo_terms(*self._get_trace(*scaled, (x, *args), kwargs))
 
 
+class Run(NamedTuple):
+    """One run of both programs on images.
+
+    Attributes:
+        model_trace: the model's trace, at the guide's latents.
+        sites: the guide's latent sites.
+        images: the images ``(N, C, H, W)`` and the programs' further arguments.
+        encode: runs the guide on other images with these arguments: their latent sites.
+        decode: the mean image of the run, in the shape of ``x``.
+    """
+
+    model_trace: Trace
+    sites: list[Site]
+    images: tuple[Tensor, ...]
+    encode: EncodeSites
+    decode: Callable[[], Tensor]
+
+
 class MeanFieldELBO(ImageELBO):
     """Base of objectives that add terms to the negative ELBO of a Gaussian mean-field VAE.
 
@@ -191,14 +229,15 @@ class MeanFieldELBO(ImageELBO):
         def encode(x: Tensor) -> list[Site]:
             return latent_sites(poutine.trace(guide).get_trace(x, *args, **kwargs))
 
-        terms = elbo_terms(model_trace, guide_trace)
-        return add_terms(terms, self.extra_terms(model_trace, latent_sites(guide_trace), encode, x))
+        def decode() -> Tensor:
+            return self.mean_image(model_trace, model, x, *args, **kwargs)
+
+        run = Run(model_trace, latent_sites(guide_trace), (x, *args), encode, decode)
+        return add_terms(elbo_terms(model_trace, guide_trace), self.extra_terms(run))
 
     @abstractmethod
-    def extra_terms(
-        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
-    ) -> Terms:
-        """Terms ``(N,)`` of the guide's latent sites at ``x``; ``encode`` runs the guide."""
+    def extra_terms(self, run: Run) -> Terms:
+        """Terms ``(N,)`` that are added to those of the ELBO."""
 
 
 class _ScaleLatents(Messenger):

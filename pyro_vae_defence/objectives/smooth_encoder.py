@@ -33,11 +33,10 @@ from __future__ import annotations
 
 import torch
 from pyro import poutine
-from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_vae_defence.models.sites import Site, gaussians, per_image
-from pyro_vae_defence.objectives.elbo import EncodeSites, MeanFieldELBO, Terms, site_kl
+from pyro_vae_defence.models.sites import gaussians, per_image
+from pyro_vae_defence.objectives.elbo import MeanFieldELBO, Run, Terms, site_kl
 from pyro_vae_defence.ops.checks import check_positive
 from pyro_vae_defence.types import Perturb
 
@@ -45,13 +44,13 @@ from pyro_vae_defence.types import Perturb
 class SE(MeanFieldELBO):
     """The smooth encoder's objective; see the module's text.
 
-    ``perturb`` maps images ``(N, C, H, W)`` to their worst neighbours under the encoder *as it is
-    now*, so it closes over the guide. The paper's takes 20 steps of projected gradient ascent on
-    the squared 2-Wasserstein distance from a random start in the L_inf ball of radius 0.1 or 0.2,
-    clipped to [0, 1]. It is called once per draw of the latents, with gradients enabled and hidden
-    from Pyro's handlers; its result is a constant. It must not add to the ``grad`` of the
-    parameters (use ``torch.autograd.grad``). Gradients flow through both encodings; ``x`` is
-    reconstructed.
+    ``perturb`` maps images ``(N, C, H, W)``, a conditional VAE's as ``(x, *conditions)``, to their
+    worst neighbours under the encoder *as it is now*, so it closes over the guide. The paper's
+    takes 20 steps of projected gradient ascent on the squared 2-Wasserstein distance from a random
+    start in the L_inf ball of radius 0.1 or 0.2, clipped to [0, 1]. It is called once per draw of
+    the latents, with gradients enabled and hidden from Pyro's handlers; its result is a constant.
+    It must not add to the ``grad`` of the parameters (use ``torch.autograd.grad``). Gradients flow
+    through both encodings; ``x`` is reconstructed.
 
     ``gamma`` is the strength of the coupling, positive; the paper does not publish its value.
     Terms: ``reconstruction``, ``kl``, ``kl_adv`` (of the neighbour), ``omega``, ``loss``.
@@ -65,20 +64,19 @@ class SE(MeanFieldELBO):
         self.perturb = perturb
         self.gamma = check_positive("gamma", gamma)
 
-    def extra_terms(
-        self, model_trace: Trace, sites: list[Site], encode: EncodeSites, x: Tensor
-    ) -> Terms:
+    def extra_terms(self, run: Run) -> Terms:
         """The neighbour's KL and the coupling."""
+        x = run.images[0]
         with torch.enable_grad(), poutine.block():
-            x_adv = self.perturb(x).detach()
+            x_adv = self.perturb(x if len(run.images) == 1 else run.images).detach()
         if x_adv.shape != x.shape:
             raise ValueError(
                 f"perturb returned shape {tuple(x_adv.shape)} for images of shape "
                 f"{tuple(x.shape)}; it must keep the shape"
             )
-        neighbour = encode(x_adv)
-        kl_adv = [per_image(site_kl(site, model_trace), site) for site in neighbour]
-        coupling = omega(*gaussians(sites), *gaussians(neighbour), self.gamma)
+        neighbour = run.encode(x_adv)
+        kl_adv = [per_image(site_kl(site, run.model_trace), site) for site in neighbour]
+        coupling = omega(*gaussians(run.sites), *gaussians(neighbour), self.gamma)
         return {"kl_adv": torch.stack(kl_adv).sum(0), "omega": coupling}
 
 

@@ -70,14 +70,14 @@ def _kl_site(site: str, p: Distribution, q: Distribution) -> Tensor:
     except NotImplementedError as error:
         raise ValueError(
             f"site {site!r}: no KL-divergence is registered between {bare[0]} and {bare[1]}; "
-            "register one with torch.distributions.kl.register_kl, or compare means with "
-            "squared_mean_distance"
+            "register one with torch.distributions.kl.register_kl, or compare means "
+            "(attacks.mean_distance) or outputs (attacks.maximum_damage)"
         ) from error
     return _counting(divergence, count)
 
 
 def _squared_mean_distance_site(site: str, p: Distribution, q: Distribution) -> Tensor:
-    mend = "use a divergence of distributions such as symmetric_kl, or compare outputs"
+    mend = "compare distributions (attacks.symmetric_kl) or outputs (attacks.maximum_damage)"
     square = (mean(p, site, mend) - mean(q, site, mend)).square()
     return _counting(square, counted(p) & counted(q))
 

@@ -88,7 +88,7 @@ def reconstruct(of: LatentsOf, vae: VAE, like: Tensor) -> Callable[[Tensor, Stre
     """What reads images' reconstructions: mean images of the decoder at :func:`encode_rows`."""
     with program.evaluation_mode(vae):
         decode = program.Decoder(vae, like)
-    return lambda x, streams: decode(encode_rows(vae, x, of, streams))
+    return lambda x, streams: decode(encode_rows(vae, x, of, streams), x)
 
 
 def between(

@@ -1,0 +1,227 @@
+r"""The support of a latent site, and the way to it from the unconstrained scale.
+
+A chain moves :math:`u \in \mathbb{R}^d`; the site's value is :math:`z = T(u)` for a bijection T
+onto the support of its distribution, and :math:`\log |\det T'(u)|` enters the energy. A wrong
+support is a wrong density. So what a distribution says of itself is taken only where it is the
+whole truth:
+
+* a mixture has the support of its components, which must agree on it;
+* a wrapper (masked, expanded, independent, zuko's in Pyro) has that of what it wraps;
+* a transformed distribution has the codomain of its last transform where every transform receives
+  all it is defined on, else what the transforms reach from the support of the base distribution:
+  :math:`2 \exp(v) - 1` is never below -1, though an affine transform has all numbers as codomain;
+* bounds must be the same for all images;
+* a distribution that says nothing is unconstrained if its density shows it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributions as td
+from pyro.contrib.zuko import ZukoToPyro
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vae_defence.ops.distributions import is_discrete
+
+# Where the density on all real numbers has to be finite, and where it has to be lower than at a
+# draw by some nats: neither half of a line nor a period of a circle.
+_SPREAD = (-100.0, -10.0, -1.0, -0.1, 0.1, 1.0, 10.0, 100.0)
+_FAR, _LOWER = (-1e6, 1e6), 5.0
+
+
+def transform_of(fn: Any, value: Tensor) -> td.Transform | None:
+    """The transform from the unconstrained scale to the support of a latent site.
+
+    Args:
+        fn: the site's distribution.
+        value: a draw from it, rows first.
+
+    Returns:
+        A bijection, for any number of rows; ``None`` where the support is all real numbers.
+
+    Raises:
+        ValueError: if the support is discrete, not known, without a bijection, or differs between
+            rows; the message begins with the distribution's name.
+    """
+    if is_discrete(fn) or not value.is_floating_point():
+        raise ValueError(
+            f"{_title(fn)} is discrete; Hamiltonian kernels need continuous latents, so "
+            "marginalise it out or use a continuous relaxation"
+        )
+    with torch.no_grad():
+        transform = _transform(fn, value)
+        if transform is not None and transform(transform.inv(value[:1])).shape != value[:1].shape:
+            raise ValueError(
+                f"{_title(fn)} has transforms with parameters per image; give the parameters one "
+                "row, or declare its `support`"
+            )
+    return transform
+
+
+def _transform(fn: Any, value: Tensor) -> td.Transform | None:
+    fn = _unwrap(fn)
+    if isinstance(fn, td.Independent):
+        inner, events = _transform(fn.base_dist, value), fn.reinterpreted_batch_ndims
+        if inner is None or events == 0:
+            return inner
+        return td.transforms.IndependentTransform(inner, events)
+    if _reaches_less_than_stated(fn):
+        first = _transform(fn.base_dist, value)
+        parts = fn.transforms if first is None else [first, *fn.transforms]
+        return td.transforms.ComposeTransform(parts)
+    support = _map_bounds(_support(fn, value), lambda bound: _one_row(fn, bound, value))
+    if _innermost(support) is constraints.real:
+        return None
+    try:
+        return td.biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"{_title(fn)} has the support {support}, which no bijection from the unconstrained "
+            "scale is known for; register one with torch.distributions.biject_to.register"
+        ) from None
+
+
+def _support(fn: Any, value: Tensor) -> Any:
+    fn = _unwrap(fn)
+    if isinstance(fn, td.MixtureSameFamily):
+        components = fn._component_distribution
+        dim = -1 - len(components.event_shape)
+        support = _support(components, value.unsqueeze(dim))
+        return _map_bounds(support, lambda bound: _one_component(fn, bound, dim))
+    if _reaches_less_than_stated(fn):
+        raise ValueError(
+            f"{_title(fn)} is transformed onto less than its transforms' codomain, as part of a "
+            "mixture; derive a class from it and declare its `support`"
+        )
+    support = _stated(fn)
+    if support is None:
+        _check_unconstrained(fn, value)
+        return constraints.real
+    return support
+
+
+def _check_unconstrained(fn: Any, value: Tensor) -> None:
+    """Refuse a distribution without a support unless its density is one on all real numbers."""
+    if value.is_meta:
+        return
+    base = _stated(getattr(fn, "base", None))  # of zuko's flows, whose splines know no bounds
+    if base is None or _innermost(base) is constraints.real:
+        tails = fn.log_prob(value) - _LOWER
+        finite = all(bool(fn.log_prob(value * 0 + at).isfinite().all()) for at in _SPREAD)
+        if finite and not any(bool((fn.log_prob(value * 0 + at) > tails).any()) for at in _FAR):
+            return
+    raise ValueError(
+        f"{_title(fn)} declares no support, and its density does not show it to be unconstrained; "
+        "declare `support`, e.g. support = torch.distributions.constraints.positive in its class"
+    )
+
+
+# --- What distributions say -----------------------------------------------------------------------
+
+
+def _title(fn: Any) -> str:
+    return f"{type(fn).__name__} of shape {tuple(fn.batch_shape)}, {tuple(fn.event_shape)}"
+
+
+def _unwrap(fn: Any) -> Any:
+    while isinstance(fn, (MaskedDistribution, ExpandedDistribution, ZukoToPyro)):
+        fn = fn.dist if isinstance(fn, ZukoToPyro) else fn.base_dist
+    return fn
+
+
+def _stated(fn: Any) -> Any:
+    """The constraint that a distribution declares as its support, or ``None``."""
+    try:
+        return _unwrap(fn).support
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _reaches_less_than_stated(fn: Any) -> bool:
+    """Whether some transform of a distribution receives less than its domain.
+
+    A class with a ``support`` of its own, e.g. Pareto, is taken at its word.
+    """
+    stated = getattr(type(fn), "support", None) is not td.TransformedDistribution.support
+    if stated or not fn.transforms:
+        return False
+    received = _stated(fn.base_dist)
+    for transform in fn.transforms:
+        if received is None or not _same(received, transform.domain):
+            return True
+        received = transform.codomain
+    return False
+
+
+def _innermost(support: Any) -> Any:
+    while hasattr(support, "base_constraint"):  # independent, and of mixtures since torch 2.7
+        support = support.base_constraint
+    return support
+
+
+def _ends(support: Any) -> tuple[Any, Any] | None:
+    if support is constraints.real:
+        return -math.inf, math.inf
+    if not (hasattr(support, "lower_bound") or hasattr(support, "upper_bound")):
+        return None
+    low, high = (
+        getattr(support, "lower_bound", -math.inf),
+        getattr(support, "upper_bound", math.inf),
+    )
+    return low, high
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two constraints allow the same values, up to the ends of intervals."""
+    one, other = _innermost(one), _innermost(other)
+    ends, others = _ends(one), _ends(other)
+    if ends is None or others is None:
+        return type(one) is type(other)
+    pairs = zip(ends, others, strict=True)
+    return all(bool((torch.as_tensor(a) == torch.as_tensor(b)).all()) for a, b in pairs)
+
+
+def _map_bounds(support: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The constraint with every bound that is a tensor replaced; itself if there is none."""
+    parts = dict(vars(support))
+    for name, part in parts.items():
+        if isinstance(part, constraints.Constraint):
+            parts[name] = _map_bounds(part, change)
+        elif isinstance(part, Tensor):
+            parts[name] = change(part)
+    if all(part is getattr(support, name) for name, part in parts.items()):
+        return support  # ``real`` and ``positive`` are known by identity
+    changed = copy.copy(support)
+    vars(changed).update(parts)
+    return changed
+
+
+def _one_row(fn: Any, bound: Tensor, value: Tensor) -> Tensor:
+    if bound.dim() < value.dim():
+        return bound
+    if not (bound.is_meta or bool((bound == bound[:1]).all())):
+        raise ValueError(
+            f"{_title(fn)} has a support that differs between images; sample a latent of fixed "
+            "support and transform it in the program"
+        )
+    return bound[:1]
+
+
+def _one_component(fn: Any, bound: Tensor, dim: int) -> Tensor:
+    if bound.dim() < -dim:
+        return bound
+    first = bound.select(dim, 0)
+    if not (bound.is_meta or bool((bound == first.unsqueeze(dim)).all())):
+        raise ValueError(
+            f"{_title(fn)} has components of different supports, which no bijection covers; give "
+            "them one support"
+        )
+    return first
