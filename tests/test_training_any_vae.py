@@ -403,6 +403,20 @@ def test_a_checkpoint_with_a_parameter_of_another_shape_is_refused(tmp_path):
         fit(Longer(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
 
 
+def test_a_checkpoint_of_a_vae_with_more_parts_is_refused(tmp_path):
+    class More(Plain):
+        def make(self):
+            super().make()
+            self.unused = nn.Linear(1, 1)
+
+    fit(More(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
+    pyro.clear_param_store()
+    with pytest.raises(
+        ValueError, match=r"\['unused.bias', 'unused.weight'\], which the VAE lacks"
+    ):
+        fit(Plain(), Trace_ELBO(), [images()], config(), checkpoint=tmp_path / "c")
+
+
 class NoModule:
     """Two parameters by names of its own."""
 
@@ -604,7 +618,6 @@ def test_what_the_programs_do_not_train_is_nobodys_fault():
             self.constant = nn.Linear(2, 2)
             # What somebody else left there.
             self.unused.weight.grad = torch.ones(2, 2)
-            self.encoder.bias.grad = torch.full((2,), torch.nan)
 
         def decode(self, z):
             with torch.no_grad():
@@ -617,7 +630,17 @@ def test_what_the_programs_do_not_train_is_nobodys_fault():
     moved = {n for n, weight in before.items() if not torch.equal(weight, getattr(vae, n).weight)}
     assert moved == {"encoder", "decoder"}
     assert pyro.param("a").abs().min() > 0
-    assert vae.encoder.bias.isfinite().all()
+
+
+def test_gradients_from_before_training_are_none_of_its_own():
+    vae = SimpleParam()
+    pyro.param("scale", torch.ones(2))
+    unconstrained = dict(pyro.get_param_store().named_parameters())["scale"]
+    unconstrained.grad = torch.full((2,), torch.nan)
+    vae.decoder.bias.grad = torch.full((2,), torch.nan)
+    fit(vae, Trace_ELBO(), [images()], config())
+    assert pyro.param("scale").isfinite().all()
+    assert vae.decoder.bias.isfinite().all()
 
 
 def test_nothing_registered_at_all():

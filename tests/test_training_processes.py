@@ -223,7 +223,8 @@ class NonFiniteInSecond(TraceMeanField_ELBO):
 
 
 class LatePlainVAE:
-    """No module, a label, a layer used from the sixth step on and a scale from the seventh."""
+    """No module; a label; a layer that is registered from the start but used from the sixth step
+    on, and a scale that appears in the seventh."""
 
     def __init__(self, random_scale):
         self.networks = FixedNoiseVAE()
@@ -239,8 +240,8 @@ class LatePlainVAE:
             prior = dist.Normal(x.new_zeros(x.shape[0], 5), 1.0).to_event(1)
             h = pyro.sample("latent", prior) + self.label(y)
             logits = self.networks.decoder(h)
+            pyro.module("extra", self.extra)
             if step >= 6:
-                pyro.module("extra", self.extra)
                 logits = logits + self.extra(h)
             if step >= 7:
                 start = torch.rand(1) + 0.5 if self.random_scale else torch.ones(1)

@@ -17,7 +17,6 @@ https://arxiv.org/abs/1211.5063 (the limit on the gradient's norm).
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import os
@@ -35,6 +34,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.conditions import bind
 from pyro_vae_defence.ops.files import atomic_save, remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
@@ -294,16 +294,15 @@ class _Run:
         name = "mean_posterior_variance"
         if not (self.config.posterior_variance and hasattr(self.vae, name)):
             return None
-        current: list[Tensor] = []
-
-        def guide(x: Tensor) -> Any:
-            return self.vae.guide(x, *current)
+        # The VAE at the images of the batch that is being read.
+        bound = [self.vae]
 
         def images() -> Iterator[Tensor]:
-            for x, *current[:] in self.reader.read(self.loader, "loader"):
+            for x, *conditions in self.reader.read(self.loader, "loader"):
+                bound[0] = bind(self.vae, x, tuple(conditions))
                 yield x
 
-        vae = SimpleNamespace(model=self.vae.model, guide=guide)
+        vae = SimpleNamespace(model=lambda x: bound[0].model(x), guide=lambda x: bound[0].guide(x))
         variance = program.mean_posterior_variance(vae, images())
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
@@ -479,7 +478,6 @@ class _Run:
         loose = {name: state["weights"].pop(name) for name in state["of_no_module"]}
         self.parameters.load_modules(state["weights"], strict=True)
         self.parameters.expect(state["parameters"], loose)
-        self._set_objective_state(copy.deepcopy(state["objective"]))
         before = set(pyro.get_param_store().keys())
         self._run_once()
         if left := self.parameters.load_modules(state["weights"], strict=False):

@@ -91,7 +91,8 @@ class Parameters(Messenger):
             msg["value"] = store[name]
         elif parallel.world_size() > 1:
             parallel.broadcast([tensor])
-            msg["value"] = store[name] if name in store else value  # noqa: SIM401
+            if name in store:
+                msg["value"] = store[name]
         self._registered[name] = self._new[name] = tensor
 
     def _key(self, name: str, tensor: Tensor) -> str:
