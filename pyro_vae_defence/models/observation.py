@@ -29,7 +29,15 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
-from pyro_vae_defence.models.sites import Site, aside, get_trace, image_rows, sample_sites
+from pyro_vae_defence.models.sites import (
+    Site,
+    aside,
+    data_frame,
+    get_trace,
+    image_rows,
+    run_on,
+    sample_sites,
+)
 from pyro_vae_defence.types import PyroProgram
 
 ADVICE = (
@@ -45,7 +53,8 @@ class ImageSite(NamedTuple):
         name: of the site.
         pixels: number of the pixel that each element of a row is, ``(E,)``, elements and pixels in
             the order of memory; ``None`` if the elements are all pixels in order.
-        scale, shift: a and b, ``(E,)``; ``None`` if the elements are the pixels' own values.
+        scale, shift: a and b in the layout of the site's value, with one row; ``None`` if the
+            elements are the pixels' own values.
     """
 
     name: str
@@ -53,25 +62,17 @@ class ImageSite(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
 
-    def slope(self, like: Tensor) -> Tensor:
-        """a, in the shape of a row of ``like``."""
-        return (
-            torch.ones_like(like[0]) if self.scale is None else self.scale.reshape(like.shape[1:])
-        )
-
     def to_pixels(self, value: Tensor) -> Tensor:
         """Elements ``(M, ...)`` in the model's units -> in those of the image."""
         if self.scale is None or self.shift is None:
             return value
-        shape = value.shape[1:]
-        return (value - self.shift.reshape(shape).to(value)) / self.scale.reshape(shape).to(value)
+        return (value - self.shift.to(value)) / self.scale.to(value)
 
     def to_units(self, value: Tensor) -> Tensor:
         """Undo :meth:`to_pixels`."""
         if self.scale is None or self.shift is None:
             return value
-        shape = value.shape[1:]
-        return value * self.scale.reshape(shape).to(value) + self.shift.reshape(shape).to(value)
+        return value * self.scale.to(value) + self.shift.to(value)
 
 
 class ImageMap(NamedTuple):
@@ -102,14 +103,16 @@ class ImageMap(NamedTuple):
         """Raise a ``ValueError`` unless every pixel is observed at one place, and only observed."""
         if self.noisy:
             raise ValueError(
-                f"the model observes something else at every run, at {list(self.noisy)}: it draws "
-                "noise outside pyro.sample, such as a binarisation or dequantisation; fix the "
-                "noise, or add it to the images beforehand"
+                f"the model observes an image as something else in another run or batch, at "
+                f"{list(self.noisy)}: it draws noise outside pyro.sample, such as a binarisation "
+                "or dequantisation, or couples images by batch statistics; do it to the images "
+                "beforehand"
             )
         if self.others:
             raise ValueError(
                 f"the model observes a function of the image at {list(self.others)} that is not "
-                f"affine in single pixels, such as a crop by averaging or a binarisation; {ADVICE}"
+                "affine in single pixels, the same for all images, such as a crop by averaging, a "
+                f"binarisation, or a scale that is a condition; {ADVICE}"
             )
         if self.reads:
             raise ValueError(
@@ -132,7 +135,7 @@ class ImageMap(NamedTuple):
     def assemble(self, read: Callable[[Site], Tensor], sites: dict[str, Site]) -> Tensor:
         """Images ``(M, C, H, W)`` from what is read of each image site, in the model's units."""
         rows = [
-            site.to_pixels(image_rows(read(sites[site.name]), sites[site.name]))
+            image_rows(site.to_pixels(read(sites[site.name])), sites[site.name])
             for site in self.sites
         ]
         if len(rows) == 1 and self.sites[0].pixels is None:
@@ -145,19 +148,21 @@ class ImageMap(NamedTuple):
         self.check_known()
         if self.without_mean:
             raise ValueError(
-                f"the likelihood at {list(self.without_mean)} has no finite mean, so that there is "
-                f"nothing to decode to; {ADVICE}"
+                f"the likelihood at {list(self.without_mean)} has no mean that is known and "
+                f"finite, so that there is nothing to decode to; {ADVICE}"
             )
 
 
 # --- Reading --------------------------------------------------------------------------------------
 
-_LOW, _HIGH = 0.25, 0.75  # inside [0, 1], where logarithms are finite
-NUM_PROBES = 5
+_LOW, _HIGH = 0.25, 0.75  # between which the pixels are numbered
+_EDGES = (0.01, 0.99)  # up to which a map must hold; likelihoods on (0, 1) clamp beyond
+NUM_PROBES = 7
 
 
 def probes(like: Tensor) -> Tensor:
-    """Images ``(5, C, H, W)``: two constant ones, two that number the pixels, a random one."""
+    """Images ``(7, C, H, W)``: two constant ones, two that number the pixels, two at the edges, a
+    random one."""
     size = like[0].numel()
     digits = int((size - 1) ** 0.5) + 1
     number = torch.arange(size, device=like.device)
@@ -168,9 +173,10 @@ def probes(like: Tensor) -> Tensor:
         number % digits,
     ]
     rows = [_LOW + (_HIGH - _LOW) * value.to(like.dtype) / digits for value in unit]
+    rows += [torch.full_like(rows[0], edge) for edge in _EDGES]
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(size, generator=generator, dtype=torch.float64).to(like)
-    rows.append(_LOW + (_HIGH - _LOW) * noise)
+    rows.append(_EDGES[0] + (_EDGES[1] - _EDGES[0]) * noise)
     return torch.stack(rows).reshape((NUM_PROBES, *like.shape[1:]))
 
 
@@ -191,8 +197,9 @@ def read_images_with(
 def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     """How a model observes images of the shape, dtype and device of ``like``, ``(N, C, H, W)``.
 
-    It is run twice at 5 images, or at as many as ``like`` has where it runs at no others; no random
-    number that anyone else would draw is used up.
+    It is run at some images of its own; no random number that anyone else would draw is used up.
+    Of a program with conditions they are those of its first image; with the others it must observe
+    alike.
 
     Raises:
         ValueError: if the model fails on these images.
@@ -202,21 +209,22 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     if like.device.type == "meta":  # no values to look at
         names = [n for n, s in sample_sites(get_trace(model, x)).items() if _observes(s)]
         return ImageMap(shape, tuple(ImageSite(n, None, None, None) for n in names))
+    one = model.take(slice(0, 1)) if isinstance(model, BoundProgram) else model
     with aside(like.device):
-        try:
-            trace = get_trace(model, x)
-        except (IndexError, RuntimeError, ValueError) as error:
-            if len(like) <= NUM_PROBES:
-                raise ValueError(
-                    f"vae.model failed on {NUM_PROBES} images of shape {shape}: {error}; it must "
-                    "run on any number of images"
-                ) from error
-            x = torch.cat([x, x[-1:].expand(len(like) - NUM_PROBES, *shape)])
-            trace = get_trace(model, x)
+        trace = run_on("vae.model", one, x)
         sites = sample_sites(trace)
         latents = {n: site["value"] for n, site in sites.items() if not site["is_observed"]}
-        # Latents as they were, other images: what changes has seen the image.
-        moved = sample_sites(get_trace(poutine.condition(model, data=latents), x.roll(1, 0)))
+        # Latents as they were, other images, and one image more: what changes has seen images.
+        dims = {n: data_frame(s).dim - int(s["fn"].event_dim) for n, s in sites.items()}
+        more = {n: torch.cat([v, v.narrow(dims[n], 0, 1)], dims[n]) for n, v in latents.items()}
+        others_x = torch.cat([x.roll(1, 0), torch.full_like(x[:1], 0.9)])
+        conditioned = poutine.condition(one, data=more)
+        moved = sample_sites(run_on("vae.model", conditioned, others_x))
+        # One image under the conditions of all.
+        every = {}
+        if isinstance(model, BoundProgram) and model.num_images > 1:
+            same = x[-1:].expand(model.num_images, *shape)
+            every = sample_sites(run_on("vae.model", model, same))
     images: list[ImageSite] = []
     others: list[str] = []
     noisy: list[str] = []
@@ -227,11 +235,15 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             continue
         value = site["value"]
         rows = image_rows(value, site)
-        if _differ(rows, image_rows(moved[name]["value"], moved[name]).roll(-1, 0)):
+        if _differ(rows, image_rows(moved[name]["value"], moved[name])[:-1].roll(-1, 0)):
             noisy.append(name)
             continue
         found = _read_site(name, rows.to(x.dtype), x.flatten(1))
-        if found is None:
+        if found is not None and found.scale is not None and found.shift is not None:
+            scale, shift = (_in_layout(part, site) for part in (found.scale, found.shift))
+            found = found._replace(scale=scale, shift=shift)
+        alike = not every or not _differ(image_rows(every[name]["value"], every[name]), rows[-1:])
+        if found is None or not alike:
             others.append(name)
             continue
         if found.pixels is not None and len(found.pixels) == 0:
@@ -246,8 +258,19 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         if not bool(mean.isfinite().all()) and bool(site["fn"].log_prob(value).isfinite().all()):
             without_mean.append(name)
             continue
-        reads |= _differ(mean, moved[name]["fn"].mean)
+        here, there = (
+            each.expand(s["value"].shape)
+            for each, s in ((mean, site), (moved[name]["fn"].mean, moved[name]))
+        )
+        reads |= _differ(image_rows(here, site), image_rows(there, moved[name])[:-1])
     return ImageMap(shape, tuple(images), tuple(others), tuple(noisy), reads, tuple(without_mean))
+
+
+def _in_layout(row: Tensor, site: Site) -> Tensor:
+    """A row of :func:`image_rows` as one row of the site's value."""
+    dim = data_frame(site).dim - int(site["fn"].event_dim)
+    rest = site["value"].movedim(dim, 0).shape[1:]
+    return row.reshape(1, *rest).movedim(0, dim)
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -69,6 +69,7 @@ from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Lap
 from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images_with
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.ops.checks import RefusalError
 from pyro_vae_defence.types import PyroProgram
 
 __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_image"]
@@ -96,7 +97,7 @@ def most_likely_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
     Raises:
         ValueError: for a likelihood or a ball without a known minimiser.
     """
-    raise ValueError(
+    raise RefusalError(
         f"no perturbation-aware posterior is known for the likelihood {type(likelihood).__name__}; "
         "register its minimiser with most_likely_image.register"
     )
@@ -123,7 +124,7 @@ def _(likelihood: Normal, x: Tensor, ball: Ball) -> Tensor:
 def _(likelihood: Laplace, x: Tensor, ball: Ball) -> Tensor:
     if not isinstance(ball, Linf):
         message = f"perturbation must be an Linf ball for a Laplace likelihood, got {ball!r}"
-        raise ValueError(message)
+        raise RefusalError(message)
     # As close to the mode as one can get, and on it where that is in reach: the density has a kink
     # there, where rounding would make a force.
     mode = likelihood.loc.expand_as(x)
@@ -137,7 +138,7 @@ def in_pixels(likelihood: Any, site: ImageSite) -> Any:
 
     Raises ``ValueError`` where it is not known.
     """
-    raise ValueError(
+    raise RefusalError(
         f"site {site.name!r} observes a rescaled image with a {type(likelihood).__name__}, for "
         "which no perturbation-aware posterior is known; observe the image in [0, 1]"
     )
@@ -153,14 +154,16 @@ def _(likelihood: Independent, site: ImageSite) -> Any:
 @in_pixels.register(Laplace)
 def _(likelihood: Any, site: ImageSite) -> Any:
     family = Normal if isinstance(likelihood, Normal) else Laplace
-    scale = likelihood.scale / site.slope(likelihood.loc).abs()
+    assert site.scale is not None
+    scale = likelihood.scale / site.scale.to(likelihood.scale).abs()
     return family(site.to_pixels(likelihood.loc), scale, validate_args=False)
 
 
 @in_pixels.register(Bernoulli)
 @in_pixels.register(ContinuousBernoulli)
 def _(likelihood: Any, site: ImageSite) -> Any:
-    logits = likelihood.logits * site.slope(likelihood.logits)
+    assert site.scale is not None
+    logits = likelihood.logits * site.scale.to(likelihood.logits)
     return type(likelihood)(logits=logits, validate_args=False)
 
 
@@ -313,7 +316,7 @@ class _MostLikely(Messenger):
         """Norms and mixtures over a whole image need rows that are images, and nothing masked."""
         rows = msg["value"].shape[0] == msg["fn"].batch_shape.numel()
         if not rows or isinstance(msg["mask"], Tensor) or len(self.images) > 1:
-            raise ValueError(
+            raise RefusalError(
                 f"site {msg['name']!r}: an L2 or L1 ball and an unknown radius need one image per "
                 "row, observed at one site; declare the pixels' dimensions with .to_event(...) and "
                 "mask none, or use an Linf ball"

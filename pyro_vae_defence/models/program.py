@@ -48,13 +48,13 @@ from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.observation import ImageMap, read_images
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
-    DATA_PLATE,
     Kind,
     Site,
     aside,
     auxiliary_sites,
     check_density,
     check_density_everywhere,
+    check_rows,
     check_same_latents,
     data_frame,
     get_trace,
@@ -63,6 +63,7 @@ from pyro_vae_defence.models.sites import (
     log_prob_per_image,
     made_of_noise,
     random_sites,
+    run_on,
     sample_sites,
     with_mask,
 )
@@ -131,17 +132,26 @@ def at_images(
     check_images(x, name, unit_interval=unit_interval)
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
-        _check_latents(take(vae, slice(0, 1)), x[:1])
+        few = slice(0, 3)
+        _check_programs(take(vae, few), x[few])
     return vae, x
 
 
-def _check_latents(vae: VAE, x: Tensor) -> None:
+def _check_programs(vae: VAE, x: Tensor) -> None:
     with torch.no_grad(), evaluation_mode(vae), aside(x.device):
-        try:
-            traces = get_trace(vae.model, x), get_trace(vae.guide, x)
-        except (IndexError, RuntimeError, TypeError, ValueError):
-            return  # what runs them on all images says more
-    check_same_latents(*traces, summed_out=True)
+        model, guide = run_on("vae.model", vae.model, x), run_on("vae.guide", vae.guide, x)
+        check_same_latents(model, guide, summed_out=True)
+    _check_guide_rows(vae, x)
+
+
+def _check_guide_rows(vae: VAE, x: Tensor) -> None:
+    def run(rows: Tensor, latents: LatentsLike) -> poutine.Trace:
+        guide = take(vae, rows).guide
+        conditioned = poutine.condition(guide, data=dict(latents)) if latents else guide
+        return run_on("vae.guide", conditioned, x[rows])
+
+    with evaluation_mode(vae):
+        check_rows("vae.guide", run, len(x), x)
 
 
 @contextlib.contextmanager
@@ -308,20 +318,15 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
         ValueError: if it fails on such images, has no latent site, or one outside its data plate.
     """
     check_vae(vae)
-    try:
-        with torch.no_grad(), evaluation_mode(vae):
-            trace = _draw(vae.guide, x, streams)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"vae.guide failed on images of shape {tuple(x.shape)}: {error}; it must run as "
-            f'guide(x), with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
-        ) from error
+    with torch.no_grad(), evaluation_mode(vae):
+        guide = vae.guide if streams is None else _StreamMessenger(streams)(vae.guide)
+        trace = run_on("vae.guide", guide, x)
     if not latent_sites(trace):
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
     for site in sample_sites(trace).values():
         data_frame(site, x.shape[0])
+    if x.device.type != "meta":
+        _check_guide_rows(vae, x)
 
 
 def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
@@ -599,7 +604,7 @@ class ModelPotential:
             model, args, kwargs = model.program, (*args, *conditions), {**kwargs, **keywords}
         self._model, self._args, self._kwargs = model, args, kwargs
         with torch.no_grad():
-            trace = self._first_trace(batch)
+            trace = run_on("vae.model", model, *args, **kwargs)
             discrete = enumerable(trace)
             self.sites = tuple(self._read_site(site) for site in _continuous(trace))
             if not self.sites:
@@ -615,45 +620,12 @@ class ModelPotential:
                 _, expand = marginalised(known, plain, frame, *args, **kwargs)
                 self._program = in_parallel(model, trace, expand)
             if batch.device.type != "meta":
-                self._check_plates(trace)
-                self._check_repeatable()
+                check_rows("vae.model", self._run_few, self.num_images, batch)
 
-    def _first_trace(self, batch: Tensor) -> poutine.Trace:
-        try:
-            return get_trace(self._model, *self._args, **self._kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"vae.model failed on images of shape {tuple(batch.shape)}: {error}; it must run "
-                "as model(x), or as model(x, *conditions) where images come with conditions"
-            ) from error
-
-    def _check_plates(self, trace: poutine.Trace) -> None:
-        """Data plates of another name must have twice the rows for twice the images."""
-        sites = sample_sites(trace).values()
-        if all(data_frame(site, self.num_images).name == DATA_PLATE for site in sites):
-            return
-        double = self.take(torch.arange(self.num_images).repeat(2))
-        with aside(self.tensors[0].device):
-            doubled = get_trace(double._model, *double._args, **double._kwargs)
-        for site in sample_sites(doubled).values():
-            data_frame(site, double.num_images)
-
-    def _check_repeatable(self) -> None:
-        few = self.take(torch.arange(min(2, self.num_images)))
-        try:
-            first = few(few.prototype)
-        except (IndexError, RuntimeError, ValueError):  # it runs at no other number of images
-            few = self
-            first = few(few.prototype)
-        second = few(few.prototype)
-        if not torch.allclose(first, second, rtol=1e-5, equal_nan=True):
-            raise ValueError(
-                f"the energy of one image at one point is {float(first[0])!r} and then "
-                f"{float(second[0])!r}: the model draws noise outside pyro.sample, such as a "
-                "binarisation, dequantisation or dropout; fix it, or do it to the images beforehand"
-            )
+    def _run_few(self, rows: Tensor, latents: LatentsLike) -> poutine.Trace:
+        few = self.take(rows)
+        model = poutine.condition(self._model, data=dict(latents)) if latents else self._model
+        return run_on("vae.model", model, *few._args, **few._kwargs)
 
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
