@@ -282,7 +282,7 @@ class Marginal(Programs):
     ("make", "message"),
     [
         (Deterministic, "site 'z' of the guide is a Delta"),
-        (Mixed, "site 'c' of the guide is a Delta"),
+        (Mixed, r"the guide \['c', 'z'\]"),
         (Wide, r"auxiliary sites \['u'\] of the guide hold more numbers"),
         (Marginal, r"auxiliary sites \['u'\] of the guide hold more numbers"),
     ],
@@ -312,12 +312,16 @@ def test_a_delta_has_no_density_at_given_latents(make):
 ROWS = torch.tensor([True, False, True, False])
 
 
+def rows(x):
+    return torch.arange(len(x)) % 2 == 0
+
+
 class Masked(Programs):
     """A site that counts in some rows, one that never does, and one in two of three places."""
 
     def guide(self, x):
         data = pyro.plate("data", len(x), dim=-2)
-        with data, poutine.mask(mask=ROWS[:, None]):
+        with data, poutine.mask(mask=rows(x)[:, None]):
             pyro.sample("z", dist.Normal(loc(x)[:, None], scale(x)[:, None]).to_event(1))
         with data, poutine.mask(mask=False):
             pyro.sample("none", dist.Normal(100 * x.sum((2, 3)), 1.0))
@@ -356,7 +360,7 @@ def test_divergences_leave_out_what_is_masked(name, divergence):
 
     class Inner(Gaussian):
         def q(self, x):
-            return dist.Normal(loc(x), scale(x)).mask(ROWS[:, None].expand(4, 3)).to_event(1)
+            return dist.Normal(loc(x), scale(x)).mask(rows(x)[:, None].expand(-1, 3)).to_event(1)
 
     inner = getattr(attacks, name)(Inner())(other)(x)
     torch.testing.assert_close(inner, torch.where(ROWS, everywhere, 0.0))
@@ -519,7 +523,7 @@ class Several(Gaussian):
 
     def observe(self, x, z):
         super().observe(x, z)
-        with poutine.scale(scale=2.0), poutine.mask(mask=ROWS):
+        with poutine.scale(scale=2.0), poutine.mask(mask=rows(x)):
             pyro.sample("sum", dist.Normal(z.sum(1), 1.0), obs=x.sum((1, 2, 3)))
         pyro.factor("penalty", -z.pow(4).sum(-1))
 
@@ -574,3 +578,41 @@ def test_closed_forms_name_what_is_not_gaussian(objective):
         ValueError, match="site .z. is (Delta|LogNormal); this objective needs Gaussian"
     ):
         objective.loss(Auxiliary().model, Auxiliary().guide, images())
+
+
+# --- What Deltas made of noise say of their density -----------------------------------------------
+
+
+def made(function, log_density, size=3):
+    class Made(Programs):
+        def latents(self, x):
+            fn = dist.Normal(loc(x)[:, :size], 1.0).to_event(1)
+            u = pyro.sample("u", fn, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(function(u), log_density=log_density(u), event_dim=1))
+
+    return Made()
+
+
+@pytest.mark.parametrize(
+    ("vae", "message"),
+    [
+        (
+            made(lambda u: 2 * u, lambda u: torch.zeros(len(u))),
+            "log_density 0 where .* has -2.0794",
+        ),
+        (made(lambda u: 2 * u, lambda u: torch.ones(len(u))), "log_density 1 where"),
+        (
+            made(lambda u: u @ torch.ones(2, 3).to(u), lambda u: u[:, 0] * 0, 2),
+            "3 numbers made of 2",
+        ),
+    ],
+)
+def test_a_log_density_that_is_not_the_functions_is_refused(vae, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.nll(vae, images(), 2)
+
+
+def test_a_log_density_that_is_the_functions_is_taken():
+    value = torch.full((4,), -3 * math.log(2.0))
+    vae = made(lambda u: 2 * u, lambda u: value[: len(u)].to(u))
+    assert metrics.nll(vae, images(), 2).isfinite().all()

@@ -287,7 +287,7 @@ def test_further_observations_are_not_perturbed():
 
 @pytest.mark.parametrize("name", ["smaller image", "a decoder that reads the image", "nothing"])
 def test_refuses_to_perturb_what_is_not_pixels(name):
-    with pytest.raises(ValueError, match="to_images"):
+    with pytest.raises(ValueError, match="perturbation"):
         program.potential(Observing(REFUSED[name][0]), torch.rand(3, *SHAPE), Linf(0.1))
 
 

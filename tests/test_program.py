@@ -51,8 +51,8 @@ def test_energy_ignores_beta_but_respects_masks(float64):
     assert torch.equal(plain, scaled)
 
     def masked(x):
-        with pyro.plate("data", 4), poutine.mask(mask=torch.tensor([True, False, True, True])):
-            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+        with pyro.plate("data", len(x)), poutine.mask(mask=torch.arange(len(x)) != 1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
             pyro.sample("obs", dist.Normal(z, 1.0), obs=x)
 
     value = program.ModelPotential(masked, torch.ones(4))({"z": torch.ones(4)})

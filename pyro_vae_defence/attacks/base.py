@@ -326,7 +326,11 @@ class Attack:
     ) -> tuple[Problem, Criterion | None]:
         images, streams = rows_of(images, rows), _take(streams, rows)
         problem = Problem(prepare(self.objective, images, streams), self.ball, images[0], streams)
-        return problem, None if self.stop is None else prepare(self.stop, images, streams)
+        return problem, (
+            None
+            if self.stop is None
+            else prepare(self.stop, images, streams, needs_conditions=False)
+        )
 
 
 def _charge(state: State, problem: Problem) -> State:

@@ -35,9 +35,11 @@ from pyro_vae_defence.models.sites import (
     data_frame,
     get_trace,
     image_rows,
+    log_prob_per_image,
     run_on,
     sample_sites,
 )
+from pyro_vae_defence.ops.checks import RefusalError
 from pyro_vae_defence.types import PyroProgram
 
 ADVICE = (
@@ -83,7 +85,8 @@ class ImageMap(NamedTuple):
         sites: those whose elements are pixels.
         others: names of the sites that depend on the image in another way.
         noisy: names of the sites that observe something else at every run.
-        reads: whether the likelihood depends on the image when the latents do not.
+        reads: whether the mean image depends on the image when the latents do not.
+        others_read: whether any density does, at the same observation.
         without_mean: names of image sites whose distribution has no finite mean.
     """
 
@@ -92,12 +95,20 @@ class ImageMap(NamedTuple):
     others: tuple[str, ...] = ()
     noisy: tuple[str, ...] = ()
     reads: bool = False
+    others_read: bool = False
     without_mean: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Of the observation: that of its site, or ``"x"`` where that is not one."""
         return self.sites[0].name if len(self.sites) == 1 else "x"
+
+    def _counts(self) -> Tensor:
+        """How often each pixel is observed."""
+        size = torch.Size(self.shape).numel()
+        seen = [torch.arange(size) if s.pixels is None else s.pixels.cpu() for s in self.sites]
+        every = torch.cat([torch.empty(0, dtype=torch.long), *seen])
+        return torch.bincount(every, minlength=size)
 
     def check_known(self) -> None:
         """Raise a ``ValueError`` unless every pixel is observed at one place, and only observed."""
@@ -108,7 +119,9 @@ class ImageMap(NamedTuple):
                 "or dequantisation, or couples images by batch statistics; do it to the images "
                 "beforehand"
             )
-        if self.others:
+        counts = self._counts()
+        once = bool((counts == 1).all())
+        if self.others and not once:
             raise ValueError(
                 f"the model observes a function of the image at {list(self.others)} that is not "
                 "affine in single pixels, the same for all images, such as a crop by averaging, a "
@@ -120,28 +133,32 @@ class ImageMap(NamedTuple):
                 "not say what it looks like; pass what it reads as a condition, model(x, part) "
                 f"called with (x, part), or {ADVICE}"
             )
-        size = torch.Size(self.shape).numel()
-        seen = [torch.arange(size) if s.pixels is None else s.pixels.cpu() for s in self.sites]
-        counts = torch.bincount(
-            torch.cat([torch.empty(0, dtype=torch.long), *seen]), minlength=size
-        )
-        if not bool((counts == 1).all()):
+        if not once:
             raise ValueError(
-                f"the model observes {int((counts > 0).sum())} of {size} values of the image"
+                f"the model observes {int((counts > 0).sum())} of {len(counts)} values of the image"
                 f"{', some more than once' if bool((counts > 1).any()) else ''}, at "
                 f"{[site.name for site in self.sites] or 'no site'}; {ADVICE}"
             )
 
-    def assemble(self, read: Callable[[Site], Tensor], sites: dict[str, Site]) -> Tensor:
-        """Images ``(M, C, H, W)`` from what is read of each image site, in the model's units."""
-        rows = [
-            image_rows(site.to_pixels(read(sites[site.name])), sites[site.name])
-            for site in self.sites
-        ]
-        if len(rows) == 1 and self.sites[0].pixels is None:
-            return rows[0].reshape((-1, *self.shape))
-        order = torch.cat([s.pixels for s in self.sites if s.pixels is not None]).argsort()
-        return torch.cat(rows, 1)[:, order].reshape((-1, *self.shape))
+    def check_perturbable(self) -> None:
+        """Raise a ``ValueError`` unless a perturbation of the image is one of its observation."""
+        if self.noisy or self.others or not self.sites:
+            raise RefusalError(
+                f"a perturbation-aware posterior needs pixels, observed as they are or rescaled; "
+                f"the model observes {[site.name for site in self.sites]} so, and a function of "
+                f"the image of another kind at {[*self.noisy, *self.others]}"
+            )
+        if self.reads or self.others_read:
+            raise RefusalError(
+                "the model reads the image otherwise than to observe it, so that a perturbation of "
+                "the image is not one of its observation alone; pass what it reads as a condition, "
+                "model(x, part) called with (x, part)"
+            )
+        if bool((self._counts() > 1).any()):
+            raise RefusalError(
+                f"the model observes pixels more than once, at {[s.name for s in self.sites]}; a "
+                "perturbation-aware posterior needs each at one place"
+            )
 
     def check_mean(self) -> None:
         """As :meth:`check_known`, and every site must have a finite mean."""
@@ -151,6 +168,27 @@ class ImageMap(NamedTuple):
                 f"the likelihood at {list(self.without_mean)} has no mean that is known and "
                 f"finite, so that there is nothing to decode to; {ADVICE}"
             )
+
+    def assemble(
+        self, read: Callable[[Site], Tensor], sites: dict[str, Site], num_rows: int
+    ) -> Tensor:
+        """Images ``(M, C, H, W)`` from what is read of each image site, in the model's units.
+
+        ``ValueError`` if that has not ``num_rows`` rows, M.
+        """
+        rows = [
+            image_rows(site.to_pixels(read(sites[site.name])), sites[site.name])
+            for site in self.sites
+        ]
+        if any(len(part) != num_rows for part in rows):
+            raise ValueError(
+                f"the model's observation has {len(rows[0])} rows for latents of {num_rows}; make "
+                "the data plate the leftmost one, with x.shape[0] rows"
+            )
+        if len(rows) == 1 and self.sites[0].pixels is None:
+            return rows[0].reshape((-1, *self.shape))
+        order = torch.cat([s.pixels for s in self.sites if s.pixels is not None]).argsort()
+        return torch.cat(rows, 1)[:, order].reshape((-1, *self.shape))
 
 
 # --- Reading --------------------------------------------------------------------------------------
@@ -217,7 +255,7 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         # Latents as they were, other images, and one image more: what changes has seen images.
         dims = {n: data_frame(s).dim - int(s["fn"].event_dim) for n, s in sites.items()}
         more = {n: torch.cat([v, v.narrow(dims[n], 0, 1)], dims[n]) for n, v in latents.items()}
-        others_x = torch.cat([x.roll(1, 0), torch.full_like(x[:1], 0.9)])
+        others_x = torch.cat([x.roll(1, 0), torch.ones_like(x[:1])])
         conditioned = poutine.condition(one, data=more)
         moved = sample_sites(run_on("vae.model", conditioned, others_x))
         # One image under the conditions of all.
@@ -263,7 +301,25 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             for each, s in ((mean, site), (moved[name]["fn"].mean, moved[name]))
         )
         reads |= _differ(image_rows(here, site), image_rows(there, moved[name])[:-1])
-    return ImageMap(shape, tuple(images), tuple(others), tuple(noisy), reads, tuple(without_mean))
+    density = all(_same_density(site, moved[name], dims[name]) for name, site in sites.items())
+    return ImageMap(
+        shape,
+        tuple(images),
+        tuple(others),
+        tuple(noisy),
+        reads,
+        not density,
+        tuple(without_mean),
+    )
+
+
+def _same_density(site: Site, moved: Site, dim: int) -> bool:
+    """Whether a site has the same density at its values in both runs."""
+    value = site["value"]
+    again = {**moved, "value": torch.cat([value, value.narrow(dim, 0, 1)], dim)}
+    number = data_frame(site).size
+    here, there = log_prob_per_image(site, number), log_prob_per_image(again, number + 1)
+    return torch.allclose(here, there[:-1], rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def _in_layout(row: Tensor, site: Site) -> Tensor:

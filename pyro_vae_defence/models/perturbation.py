@@ -61,7 +61,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Laplace, Normal
@@ -70,6 +70,7 @@ from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.checks import RefusalError
+from pyro_vae_defence.ops.distributions import innermost
 from pyro_vae_defence.types import PyroProgram
 
 __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_image"]
@@ -105,6 +106,16 @@ def most_likely_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
 
 @most_likely_image.register
 def _(likelihood: Independent, x: Tensor, ball: Ball) -> Tensor:
+    return most_likely_image(likelihood.base_dist, x, ball)
+
+
+@most_likely_image.register
+def _(likelihood: MaskedDistribution, x: Tensor, ball: Ball) -> Tensor:
+    if not isinstance(ball, Linf):
+        raise RefusalError(
+            f"perturbation must be an Linf ball for a masked likelihood, whose masked pixels take "
+            f"no share of it, got {ball!r}"
+        )
     return most_likely_image(likelihood.base_dist, x, ball)
 
 
@@ -150,6 +161,11 @@ def _(likelihood: Independent, site: ImageSite) -> Any:
     return Independent(base, likelihood.reinterpreted_batch_ndims, validate_args=False)
 
 
+@in_pixels.register
+def _(likelihood: MaskedDistribution, site: ImageSite) -> Any:
+    return in_pixels(likelihood.base_dist, site)
+
+
 @in_pixels.register(Normal)
 @in_pixels.register(Laplace)
 def _(likelihood: Any, site: ImageSite) -> Any:
@@ -174,8 +190,7 @@ def most_likely_value(likelihood: Any, value: Tensor, ball: Ball, site: ImageSit
     rescaled = in_pixels(likelihood, site)
     pixels = _moving_image(rescaled, site.to_pixels(value), ball)
     closest = site.to_units(pixels)
-    while isinstance(likelihood, Independent):
-        likelihood, rescaled = likelihood.base_dist, rescaled.base_dist
+    likelihood, rescaled = innermost(likelihood), innermost(rescaled)
     if isinstance(likelihood, Laplace):
         # On the mode exactly here too.
         closest = torch.where(pixels == rescaled.loc, likelihood.loc.detach(), closest)
@@ -194,8 +209,7 @@ def _moving_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
         return closest + torch.where(held, x - x.detach(), 0.0)
     held = (closest - x).abs() >= ball.radius - rounding
     moving = closest + torch.where(held, x - x.detach(), 0.0)
-    while isinstance(likelihood, Independent):
-        likelihood = likelihood.base_dist
+    likelihood = innermost(likelihood)
     if isinstance(likelihood, Normal):
         mean = likelihood.loc
         reached = ~held & ((closest - mean).abs() <= rounding)
@@ -363,8 +377,7 @@ class PerturbationAware:
         key = (tuple(x.shape[1:]), x.dtype, x.device)
         if key not in self._images:
             images = read_images_with(self.model, x, args, kwargs)
-            if images.noisy or images.others or images.reads or not images.sites:
-                images.check_known()
+            images.check_perturbable()
             self._images[key] = images
         with _MostLikely(self.perturbation, self._images[key]):
             return self.model(x, *args, **kwargs)

@@ -54,6 +54,7 @@ from pyro_vae_defence.models.sites import (
     auxiliary_sites,
     check_density,
     check_density_everywhere,
+    check_leftmost,
     check_rows,
     check_same_latents,
     data_frame,
@@ -141,6 +142,7 @@ def _check_programs(vae: VAE, x: Tensor) -> None:
     with torch.no_grad(), evaluation_mode(vae), aside(x.device):
         model, guide = run_on("vae.model", vae.model, x), run_on("vae.guide", vae.guide, x)
         check_same_latents(model, guide, summed_out=True)
+        check_leftmost(guide)
     _check_guide_rows(vae, x)
 
 
@@ -325,6 +327,7 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
     for site in sample_sites(trace).values():
         data_frame(site, x.shape[0])
+    check_leftmost(trace)
     if x.device.type != "meta":
         _check_guide_rows(vae, x)
 
@@ -363,7 +366,11 @@ class GuideDraws:
     def __init__(self, vae: VAE, x: Tensor) -> None:
         self.vae, self.x = vae, x
         self.site = ""
-        sites = sample_sites(_draw(vae.guide, x, Streams.create(len(x), seed=0, device=x.device)))
+        trace = _draw(vae.guide, x, Streams.create(len(x), seed=0, device=x.device))
+        check_density(trace)
+        if made := made_of_noise(trace):
+            _check_log_density(take(vae, slice(0, 1)), x[:1], made)
+        sites = sample_sites(trace)
         if len(sites) != 1:
             return
         (site,) = sites.values()
@@ -384,6 +391,51 @@ class GuideDraws:
         with poutine.block(), _StreamMessenger(streams):
             z = pyro.sample(self.site, draws)
         return {self.site: z}, draws.log_prob(z)
+
+
+_MOST_NOISE = 1024  # numbers, up to which a Jacobian is worth its time
+
+
+def _check_log_density(vae: VAE, x: Tensor, made: list[str]) -> None:
+    """At one image, Deltas made of noise must have minus the log-determinant of their function."""
+    energy = potential(vae, x)
+    noise = {s["name"]: s["value"] for s in auxiliary_sites(get_trace(vae.guide, x))}
+    sizes = [value.numel() for value in noise.values()]
+    if x.device.type == "meta" or sum(sizes) > _MOST_NOISE:
+        return
+
+    def run(flat: Tensor) -> poutine.Trace:
+        parts = zip(noise.items(), flat.split(sizes), strict=True)
+        values = {name: part.reshape(value.shape) for (name, value), part in parts}
+        return get_trace(poutine.condition(vae.guide, data=values), x)
+
+    def function(flat: Tensor) -> Tensor:
+        latents = _latents(run(flat))
+        moved = energy.unconstrain({name: latents[name] for name in made})
+        return torch.cat([value.flatten() for value in moved.values()])
+
+    flat = torch.cat([value.detach().flatten() for value in noise.values()])
+    with torch.enable_grad():
+        jacobian = torch.autograd.functional.jacobian(function, flat)
+    if jacobian.shape[0] != jacobian.shape[1]:
+        raise ValueError(
+            f"sites {made} of the guide hold {jacobian.shape[0]} numbers made of "
+            f"{jacobian.shape[1]} of auxiliary noise, so that they have no density; make each "
+            "latent a bijection of its noise"
+        )
+    trace = run(flat)
+    expected = -torch.linalg.slogdet(jacobian).logabsdet
+    for name in made:
+        if (transform := energy.transforms.get(name)) is not None:
+            point = transform.inv(trace.nodes[name]["value"])
+            expected = expected - transform.log_abs_det_jacobian(point, transform(point)).sum()
+    given = sum(distributions.innermost(trace.nodes[name]["fn"]).log_density.sum() for name in made)
+    if not torch.allclose(torch.as_tensor(given), expected, rtol=1e-3, atol=1e-2):
+        raise ValueError(
+            f"sites {made} of the guide have the log_density {float(given):.6g} where their "
+            f"function of the noise has {float(expected):.6g}; pass log_density, minus the "
+            "log-determinant of its Jacobian, to the Delta"
+        )
 
 
 def posterior_mean(vae: VAE, x: Tensor) -> Latents:
@@ -503,7 +555,7 @@ class Decoder:
             trace = _at_latents(self.vae.model, latents, x)
             seen = [site.name for site in self.images.sites]
         sites = _observed(trace, latents)
-        return self.images.assemble(lambda site: read(trace, seen, site=site), sites)
+        return self.images.assemble(lambda site: read(trace, seen, site=site), sites, len(template))
 
 
 def observed(model: PyroProgram, latents: LatentsLike, x: Tensor) -> dict[str, Site]:
@@ -606,6 +658,7 @@ class ModelPotential:
         with torch.no_grad():
             trace = run_on("vae.model", model, *args, **kwargs)
             discrete = enumerable(trace)
+            check_leftmost(trace)
             self.sites = tuple(self._read_site(site) for site in _continuous(trace))
             if not self.sites:
                 raise ValueError(
@@ -629,12 +682,7 @@ class ModelPotential:
 
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
-        frame = data_frame(site, self.num_images)
-        if value.dim() != len(fn.event_shape) - frame.dim:
-            raise ValueError(
-                f"latent site {name!r} has a plate left of the data plate; "
-                "make the data plate the leftmost one"
-            )
+        data_frame(site, self.num_images)
         try:
             transform = transform_of(fn, value)
         except ValueError as error:

@@ -268,6 +268,16 @@ def is_enumerated(site: Site) -> bool:
 # --- What a pair of programs must keep ------------------------------------------------------------
 
 
+def check_leftmost(trace: Trace) -> None:
+    """Refuse latents with a plate left of the data plate: their rows would not be images."""
+    for site in latent_sites(trace):
+        if site["value"].dim() != -_rows_dim(site):
+            raise ValueError(
+                f"latent site {site['name']!r} has a plate left of the data plate; make the data "
+                "plate the leftmost one"
+            )
+
+
 def check_same_latents(model_trace: Trace, guide_trace: Trace, *, summed_out: bool = False) -> None:
     """Refuse a guide that lacks a latent of the model or has one that the model lacks.
 

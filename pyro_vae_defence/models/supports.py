@@ -27,7 +27,7 @@ from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import VonMises, constraints
 
 from pyro_vae_defence.ops.distributions import is_discrete
 
@@ -58,6 +58,13 @@ def transform_of(fn: Any, value: Tensor) -> td.Transform | None:
         )
     with torch.no_grad():
         transform = _transform(fn, value)
+        nowhere = not value.is_meta and not bool(fn.log_prob(value).isfinite().any())
+        if transform is not None and nowhere and bool(value.isfinite().all()):
+            raise ValueError(
+                f"{_title(fn)} draws values on the edge of its support, without a density, as "
+                "straight-through relaxations do; use RelaxedOneHotCategorical, or a discrete "
+                "OneHotCategorical, which is summed out"
+            )
         if transform is not None and transform(transform.inv(value[:1])).shape != value[:1].shape:
             raise ValueError(
                 f"{_title(fn)} has transforms with parameters per image; give the parameters one "
@@ -101,6 +108,8 @@ def _support(fn: Any, value: Tensor) -> Any:
             f"{_title(fn)} is transformed onto less than its transforms' codomain, as part of a "
             "mixture; derive a class from it and declare its `support`"
         )
+    if isinstance(fn, VonMises):
+        return constraints.interval(-math.pi, math.pi)  # torch declares all numbers
     support = _stated(fn)
     if support is None:
         _check_unconstrained(fn, value)
