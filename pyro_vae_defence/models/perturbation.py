@@ -25,9 +25,22 @@ DiscretisedLogisticMixture    Linf          search over grid levels
 ============================  ============  ========================================
 
 A search that misses the minimum gives a larger energy, never one of an image out of reach; the
-inequality above is then no longer proved. For the gradient in z :math:`x^*` is a constant, by the
-envelope theorem; energies use it in full, so that Hamiltonian kernels stay exact for
-:math:`\exp(-U_\delta)`.
+inequality above is then no longer proved.
+
+Ball and range are those of images in [0, 1], whatever units the model observes them in: a
+likelihood of rescaled pixels is read as one of pixels, which is known for Bernoulli,
+ContinuousBernoulli, Normal and Laplace.
+
+Discrete latents y that the likelihood depends on are summed out with an :math:`x^*` for each of
+their values, in Linf balls alone, and for models that observe images in [0, 1]:
+
+.. math:: U_\delta(z; x) = -\log \sum_y p(z, y) \max_e p(x - e \mid z, y) .
+
+This is a lower bound of the minimum over one e for all of them; the inequality above still holds,
+since it holds for every y.
+
+For the gradient in z :math:`x^*` is a constant, by the envelope theorem; energies use it in full,
+so that Hamiltonian kernels stay exact for :math:`\exp(-U_\delta)`.
 
 An attacker asks for the gradient in x, too. A pixel of :math:`x^*` moves with x where the ball
 holds it, and stays where the range [0, 1] or the likelihood's maximum does, so in an L_inf ball

@@ -2,7 +2,8 @@ r"""Reading a VAE written as a pair of Pyro programs.
 
 Everything the library does to a VAE goes through this module, so any object with ``model(x)`` and
 ``guide(x)`` will do (:class:`pyro_vae_defence.types.VAE`): the names and number of latent sites,
-the observation site and its shape, nested plates and constrained supports are found in traces.
+which observations are the image and in which units, nested plates and supports are found in traces.
+Arguments beside the images are bound by :func:`at_images`; below, programs take images alone.
 
 The energy of image :math:`n`, in nats, is
 
@@ -11,7 +12,8 @@ The energy of image :math:`n`, in nats, is
 the sum of *unscaled* log-probabilities of the model's sites: a model trained under
 ``poutine.scale(beta)`` is still sampled at p(x|z)p(z), not at p(x|z)p(z)^beta. Latents with
 constrained support are moved on the unconstrained scale of :func:`torch.distributions.biject_to`,
-whose log-determinant enters the energy.
+whose log-determinant enters the energy. Discrete latents are summed out
+(:mod:`pyro_vae_defence.models.enumeration`).
 
 Throughout, ``vae`` is any Pyro VAE, ``x`` are images ``(N, C, H, W)``, and ``streams`` the random
 streams of these images, which make a row's draws independent of the batch around it; without them
