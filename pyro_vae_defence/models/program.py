@@ -35,7 +35,15 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, bind, fold, split, take
+from pyro_vae_defence.models.conditions import (
+    BoundProgram,
+    BoundVAE,
+    bind,
+    fold,
+    split,
+    take,
+    taken,
+)
 from pyro_vae_defence.models.enumeration import (
     enumerable,
     in_parallel,
@@ -839,7 +847,8 @@ def mean_posterior_variance(
 
     Args:
         vae: any Pyro VAE.
-        batches: image batches ``(N, C, H, W)``, or tuples that start with one, e.g. a loader.
+        batches: image batches ``(N, C, H, W)``, or tuples that start with one, e.g. a loader. What
+            the programs take of the other entries are conditions, the rest is ignored.
         generator: source of the seed of draws, and of a hierarchy's upper groups, on draws of which
             a closed form is conditional; torch's global seed when ``None``.
 
@@ -847,16 +856,18 @@ def mean_posterior_variance(
         Site name -> tensor of one image's shape, on the unconstrained scale.
 
     Raises:
-        ValueError: ``batches`` is empty, or a variance is not finite (a ``Cauchy``'s).
+        ValueError: ``batches`` is empty, lacks conditions that the programs need, or a variance is
+            not finite (a ``Cauchy``'s).
     """
     totals: Latents = {}
     count = 0
     seed = draw_seed(generator)
     with torch.no_grad(), evaluation_mode(vae):
         for batch in batches:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            x, conditions = split(taken(batch, vae), "batches")
+            at_x = bind(vae, x, conditions)
             streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
-            for name, variance in _unconstrained_variances(vae, x, streams).items():
+            for name, variance in _unconstrained_variances(at_x, x, streams).items():
                 total = variance.sum(0)
                 totals[name] = totals[name] + total if name in totals else total
             count += x.shape[0]
