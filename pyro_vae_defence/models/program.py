@@ -31,7 +31,6 @@ import pyro.distributions as dist
 import torch
 import torch.distributions as td
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
@@ -77,6 +76,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.models.supports import transform_of
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.draws import Noise, draw
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike, Potential, PyroProgram
 
@@ -224,50 +224,21 @@ def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
 # --- The guide ------------------------------------------------------------------------------------
 
 
-_FROM_STREAMS = (td.Normal, td.Bernoulli, td.Categorical, td.OneHotCategorical)
-
-
-def _class_of(fn: Any, uniform: Tensor) -> Tensor:
-    """The value of a discrete distribution at which its cumulative probability is ``uniform``."""
-    if isinstance(fn, td.Bernoulli):
-        return (uniform <= fn.probs).to(fn.probs.dtype)
-    value = (uniform[..., None] > fn.probs.cumsum(-1)[..., :-1]).sum(-1)
-    if isinstance(fn, td.Categorical):
-        return value
-    return nn.functional.one_hot(value, fn.probs.shape[-1]).to(fn.probs.dtype)
-
-
 class _StreamMessenger(Messenger):
-    """Draw Gaussian sites, behind transforms too, and classes from streams; others from the global
-    seed."""
+    """Draw sites from streams where :func:`pyro_vae_defence.ops.draws.draw` knows how, others from
+    the global seed."""
 
     def __init__(self, streams: Streams) -> None:
         super().__init__()
-        self.streams = streams
-        self.purpose = 2048  # clear of the sampler's own purposes
+        self.noise = Noise(streams, 2048)  # clear of the sampler's own purposes
 
     def _pyro_sample(self, msg: Any) -> None:
-        base = msg["fn"]
-        transforms: list[td.Transform] = []
-        while isinstance(base, (td.Independent, td.TransformedDistribution, MaskedDistribution)):
-            if isinstance(base, td.TransformedDistribution):
-                transforms = [*base.transforms, *transforms]
-            base = base.base_dist
-        if msg["is_observed"] or msg["value"] is not None or not isinstance(base, _FROM_STREAMS):
+        if msg["is_observed"] or msg["value"] is not None:
             return
-        shape = base.batch_shape
-        if not shape or shape[0] != self.streams.image.shape[0]:
-            return
-        if not isinstance(base, td.Normal):
-            if transforms or base.has_rsample:  # a straight-through gradient is the program's own
-                return
-            noise = self.streams.uniform(0, self.purpose, tuple(shape[1:]), base.probs.dtype)
-            self.purpose += 1
-            msg["value"] = _class_of(base, noise)
-            return
-        noise = self.streams.normal(0, self.purpose, tuple(shape[1:]), base.loc.dtype)
-        self.purpose += 1
-        msg["value"] = td.transforms.ComposeTransform(transforms)(base.loc + base.scale * noise)
+        fn = msg["fn"]
+        # A plate's own site is no distribution.
+        if getattr(fn, "batch_shape", ())[:1] == self.noise.streams.image.shape:
+            msg["value"] = draw(fn, self.noise)
 
 
 def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[str, td.Distribution]:
