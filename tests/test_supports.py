@@ -186,6 +186,14 @@ def test_density_that_is_none_on_all_numbers(log_density):
         transform_of(Bare(log_density), torch.full((N, 3), 0.5))
 
 
+def test_a_wrapper_that_declares_its_own():
+    class Positive(ZukoToPyro):
+        support = dist.constraints.positive
+
+    transform = transform_of(Positive(Bare(lambda value: -value)), torch.full((N, 3), 0.5))
+    torch.testing.assert_close(transform(torch.zeros(3)), torch.ones(3))
+
+
 @pytest.mark.parametrize("fn", [dist.Categorical(ONES), dist.Poisson(ONES).to_event(1)])
 def test_discrete(fn):
     assert is_discrete(fn)

@@ -187,7 +187,7 @@ def _draw(program: PyroProgram, x: Tensor, streams: Streams | None) -> poutine.T
 
 
 def _continuous(trace: poutine.Trace) -> list[Site]:
-    return [site for site in latent_sites(trace) if not distributions.is_discrete(site["fn"])]
+    return [site for site in latent_sites(trace) if kind(site) is not Kind.DISCRETE]
 
 
 def _latents(trace: poutine.Trace) -> Latents:
@@ -787,7 +787,7 @@ def guide_potential(
     def energy_of_guide(latents: LatentsLike) -> Tensor:
         trace = _get_marginal_trace(vae.guide, energy.constrain(latents), x)
         check_density_everywhere(trace)
-        discrete = {site["name"] for site in latent_sites(trace)}  # the others are conditioned
+        discrete = {s["name"] for s in latent_sites(trace) if kind(s) is Kind.DISCRETE}
         if (sites := sample_sites(trace).keys() - discrete) != names:
             raise ValueError(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "

@@ -133,6 +133,8 @@ def _title(fn: Any) -> str:
 
 def _unwrap(fn: Any) -> Any:
     while isinstance(fn, (MaskedDistribution, ExpandedDistribution, ZukoToPyro)):
+        if isinstance(fn, ZukoToPyro) and type(fn).support is not ZukoToPyro.support:
+            break  # a class derived from it that declares its own
         fn = fn.dist if isinstance(fn, ZukoToPyro) else fn.base_dist
     return fn
 

@@ -334,7 +334,17 @@ class _Run:
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
         with self.parameters:
-            loss = _number(self.objective.loss_and_grads(self.model, self.guide, *batch))
+            try:
+                loss = _number(self.objective.loss_and_grads(self.model, self.guide, *batch))
+            except (IndexError, RuntimeError, TypeError) as error:
+                if self.steps > 0 or len(batch) == 1 or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                shapes = [tuple(value.shape) for value in batch[1:]]
+                raise ValueError(
+                    f"the programs failed with what loader yields beside the images, of shapes "
+                    f"{shapes}: {error}; if that is not theirs, give a loader of images alone, "
+                    "e.g. data.batches(..., labels=False)"
+                ) from error
         loss, count = parallel.total(loss, batch[0].shape[0])
         self._check_finite(loss, "loss")
         if self.parameters.take_new() or self.optimiser is None:
