@@ -257,6 +257,10 @@ def test_points_are_compared_by_their_place():
 class Mixed(Programs):
     """Noise for z, none for c."""
 
+    def observe(self, x, z):
+        pyro.sample("c", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+        super().observe(x, z)
+
     def latents(self, x):
         Auxiliary.latents(self, x)
         pyro.sample("c", dist.Delta(x.flatten(1)[:, :2]).to_event(1))
