@@ -561,7 +561,7 @@ def laplace(family, h):
 
 
 def student(family, h):
-    return family.StudentT(4.0, h, 1.0)
+    return family.StudentT(4.0, 4 * h, 1.0)  # its mean may leave the range of images
 
 
 def beta(family, h):
