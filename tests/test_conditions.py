@@ -274,6 +274,18 @@ def test_robustness_is_that_of_the_conditional_vae(classify):
     assert [a.figure for a in same.attacks] == [a.figure for a in alone.attacks]
 
 
+def test_the_mean_posterior_variance_is_that_given_the_conditions():
+    """The guide's scale is 0.3 + 0.1 y, and 0.3 where it is not told."""
+    batches = [(X[:2], Y[:2]), (X[2:], Y[2:])]
+    expected = (0.3 + 0.1 * Y).square().mean().expand(2)
+    torch.testing.assert_close(program.mean_posterior_variance(VAE, batches)["z"], expected)
+    alone = program.mean_posterior_variance(VAE, [X])["z"]
+    torch.testing.assert_close(alone, torch.full((2,), 0.09))
+    needs = types.SimpleNamespace(model=lambda x, y: None, guide=lambda x, y: None)
+    with pytest.raises(ValueError, match="need 1 arguments beside the images, got 0"):
+        program.mean_posterior_variance(needs, [X])
+
+
 # --- Arguments bound beforehand -------------------------------------------------------------------
 
 

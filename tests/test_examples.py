@@ -168,3 +168,19 @@ def test_large_dataset():
     poor = run("large_dataset.py", *small, "--max-gradients", 40)
     assert poor.returncode == 2
     assert "max_gradients=40 leaves no transition" in poor.stderr.splitlines()[-1]
+
+
+def test_conditional_vae(tmp_path):
+    small = ("--epochs", 1, "--num-images", 10, "--num-samples", 2, "--warmup-steps", 2)
+    done = run("conditional_vae.py", *small, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    similarity = {name: entry for name, entry in results.items() if name.startswith("similarity")}
+    assert len(similarity) == 3
+    for entry in similarity.values():
+        assert all(0 < entry[kind]["estimate"] <= 1 for kind in ("clean", "attacked"))
+    nll = results["-log p(x | y), nats"]
+    assert nll["attacked"]["low"] > nll["clean"]["high"]
+    wrong = run("conditional_vae.py", *small, "--output", tmp_path, "--radius", -1)
+    assert wrong.returncode == 2
+    assert "radius must be a positive finite number" in wrong.stderr.splitlines()[-1]

@@ -128,13 +128,9 @@ def test_repeated_draws_are_those_of_the_guide_on_repeated_images(make, float64)
     draw = program.GuideDraws(vae, x)
     before = runs
     streams = Streams.create(3, 5, seed=7)
-    torch.manual_seed(
-        1
-    )  # sites without a stream of their own, here a Gamma's, draw from the global seed
     latents, log_q = draw(5, streams)
     # A flat Gaussian guide has run once and for all.
     assert runs - before == (0 if make is LinearGaussianVAE else 1)
-    torch.manual_seed(1)
     expected, expected_log_q = program.sample_with_log_prob(
         vae, x.repeat(5, 1, 1, 1), streams=streams
     )
@@ -322,6 +318,18 @@ class TestDiscreteLatents:
             program.observed(self.vae.model, {"z": self.z}, self.x)
         with pytest.raises(ValueError, match="'obs' depends on discrete latents"):
             program.Decoder(self.vae, self.x).sample({"z": self.z})
+
+
+def test_straight_through_draws_have_no_density():
+    def model(x):
+        logits = x.new_zeros(len(x), 3)
+        with pyro.plate("data", len(x)):
+            fn = dist.RelaxedOneHotCategoricalStraightThrough(x.new_tensor(0.5), logits=logits)
+            z = pyro.sample("z", fn)
+            pyro.sample("obs", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="'z' draws values .* straight-through"):
+        program.ModelPotential(model, torch.zeros(3, 3))
 
 
 def test_mixture_prior(float64):

@@ -192,14 +192,6 @@ def test_a_circle_is_cut_at_its_ends():
     torch.testing.assert_close(transform(u), torch.tensor([[-math.pi, 0.0, math.pi]]))
 
 
-def test_draws_without_a_density():
-    fn = dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), torch.ones(N, 3))
-    with pytest.raises(ValueError, match="edge of its support.*straight-through"):
-        transform_of(fn, fn.sample())
-    relaxed = dist.RelaxedOneHotCategorical(torch.tensor(0.5), torch.ones(N, 3))
-    assert transform_of(relaxed, relaxed.sample()) is not None
-
-
 def test_a_wrapper_that_declares_its_own():
     class Positive(ZukoToPyro):
         support = dist.constraints.positive

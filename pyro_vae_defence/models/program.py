@@ -33,11 +33,18 @@ import pyro.distributions as dist
 import torch
 import torch.distributions as td
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, bind, fold, split, take
+from pyro_vae_defence.models.conditions import (
+    BoundProgram,
+    BoundVAE,
+    bind,
+    fold,
+    split,
+    take,
+    taken,
+)
 from pyro_vae_defence.models.enumeration import (
     enumerable,
     in_parallel,
@@ -73,6 +80,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.models.supports import transform_of
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.draws import Noise, draw
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike, Potential, PyroProgram
 
@@ -230,50 +238,21 @@ def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
 # --- The guide ------------------------------------------------------------------------------------
 
 
-_FROM_STREAMS = (td.Normal, td.Bernoulli, td.Categorical, td.OneHotCategorical)
-
-
-def _class_of(fn: Any, uniform: Tensor) -> Tensor:
-    """The value of a discrete distribution at which its cumulative probability is ``uniform``."""
-    if isinstance(fn, td.Bernoulli):
-        return (uniform <= fn.probs).to(fn.probs.dtype)
-    value = (uniform[..., None] > fn.probs.cumsum(-1)[..., :-1]).sum(-1)
-    if isinstance(fn, td.Categorical):
-        return value
-    return nn.functional.one_hot(value, fn.probs.shape[-1]).to(fn.probs.dtype)
-
-
 class _StreamMessenger(Messenger):
-    """Draw Gaussian sites, behind transforms too, and classes from streams; others from the global
-    seed."""
+    """Draw sites from streams where :func:`pyro_vae_defence.ops.draws.draw` knows how, others from
+    the global seed."""
 
     def __init__(self, streams: Streams) -> None:
         super().__init__()
-        self.streams = streams
-        self.purpose = 2048  # clear of the sampler's own purposes
+        self.noise = Noise(streams, 2048)  # clear of the sampler's own purposes
 
     def _pyro_sample(self, msg: Any) -> None:
-        base = msg["fn"]
-        transforms: list[td.Transform] = []
-        while isinstance(base, (td.Independent, td.TransformedDistribution, MaskedDistribution)):
-            if isinstance(base, td.TransformedDistribution):
-                transforms = [*base.transforms, *transforms]
-            base = base.base_dist
-        if msg["is_observed"] or msg["value"] is not None or not isinstance(base, _FROM_STREAMS):
+        if msg["is_observed"] or msg["value"] is not None:
             return
-        shape = base.batch_shape
-        if not shape or shape[0] != self.streams.image.shape[0]:
-            return
-        if not isinstance(base, td.Normal):
-            if transforms or base.has_rsample:  # a straight-through gradient is the program's own
-                return
-            noise = self.streams.uniform(0, self.purpose, tuple(shape[1:]), base.probs.dtype)
-            self.purpose += 1
-            msg["value"] = _class_of(base, noise)
-            return
-        noise = self.streams.normal(0, self.purpose, tuple(shape[1:]), base.loc.dtype)
-        self.purpose += 1
-        msg["value"] = td.transforms.ComposeTransform(transforms)(base.loc + base.scale * noise)
+        fn = msg["fn"]
+        # A plate's own site is no distribution.
+        if getattr(fn, "batch_shape", ())[:1] == self.noise.streams.image.shape:
+            msg["value"] = draw(fn, self.noise)
 
 
 def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[str, td.Distribution]:
@@ -432,6 +411,9 @@ def _check_log_density(vae: VAE, x: Tensor, made: list[str]) -> None:
             point = transform.inv(trace.nodes[name]["value"])
             expected = expected - transform.log_abs_det_jacobian(point, transform(point)).sum()
     given = sum(distributions.innermost(trace.nodes[name]["fn"]).log_density.sum() for name in made)
+    for site in sample_sites(trace).values():
+        if isinstance(site["fn"], dist.Unit):  # a factor may hold it as well
+            given = given + site["fn"].log_prob(site["value"]).sum()
     if not torch.allclose(torch.as_tensor(given), expected, rtol=1e-3, atol=1e-2):
         raise ValueError(
             f"sites {made} of the guide have the log_density {float(given):.6g} where their "
@@ -685,6 +667,16 @@ class ModelPotential:
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
         data_frame(site, self.num_images)
+        if (
+            not value.is_meta
+            and bool(value.isfinite().all())
+            and not bool(fn.log_prob(value).isfinite().any())
+        ):
+            raise ValueError(
+                f"latent site {name!r} draws values at which {type(fn).__name__} has no density, "
+                "as straight-through relaxations do; use RelaxedOneHotCategorical, or a discrete "
+                "OneHotCategorical, which is summed out"
+            )
         try:
             transform = transform_of(fn, value)
         except ValueError as error:
@@ -861,7 +853,8 @@ def mean_posterior_variance(
 
     Args:
         vae: any Pyro VAE.
-        batches: image batches ``(N, C, H, W)``, or tuples that start with one, e.g. a loader.
+        batches: image batches ``(N, C, H, W)``, or tuples that start with one, e.g. a loader. What
+            the programs take of the other entries are conditions, the rest is ignored.
         generator: source of the seed of draws, and of a hierarchy's upper groups, on draws of which
             a closed form is conditional; torch's global seed when ``None``.
 
@@ -869,16 +862,18 @@ def mean_posterior_variance(
         Site name -> tensor of one image's shape, on the unconstrained scale.
 
     Raises:
-        ValueError: ``batches`` is empty, or a variance is not finite (a ``Cauchy``'s).
+        ValueError: ``batches`` is empty, lacks conditions that the programs need, or a variance is
+            not finite (a ``Cauchy``'s).
     """
     totals: Latents = {}
     count = 0
     seed = draw_seed(generator)
     with torch.no_grad(), evaluation_mode(vae):
         for batch in batches:
-            x = batch[0] if isinstance(batch, (tuple, list)) else batch
+            x, conditions = split(taken(batch, vae), "batches")
+            at_x = bind(vae, x, conditions)
             streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
-            for name, variance in _unconstrained_variances(vae, x, streams).items():
+            for name, variance in _unconstrained_variances(at_x, x, streams).items():
                 total = variance.sum(0)
                 totals[name] = totals[name] + total if name in totals else total
             count += x.shape[0]

@@ -58,13 +58,6 @@ def transform_of(fn: Any, value: Tensor) -> td.Transform | None:
         )
     with torch.no_grad():
         transform = _transform(fn, value)
-        nowhere = not value.is_meta and not bool(fn.log_prob(value).isfinite().any())
-        if transform is not None and nowhere and bool(value.isfinite().all()):
-            raise ValueError(
-                f"{_title(fn)} draws values on the edge of its support, without a density, as "
-                "straight-through relaxations do; use RelaxedOneHotCategorical, or a discrete "
-                "OneHotCategorical, which is summed out"
-            )
         if transform is not None and transform(transform.inv(value[:1])).shape != value[:1].shape:
             raise ValueError(
                 f"{_title(fn)} has transforms with parameters per image; give the parameters one "

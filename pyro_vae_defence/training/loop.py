@@ -24,7 +24,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -34,7 +33,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.conditions import bind
 from pyro_vae_defence.ops.files import atomic_save, remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
@@ -294,16 +292,8 @@ class _Run:
         name = "mean_posterior_variance"
         if not (self.config.posterior_variance and hasattr(self.vae, name)):
             return None
-        # The VAE at the images of the batch that is being read.
-        bound = [self.vae]
-
-        def images() -> Iterator[Tensor]:
-            for x, *conditions in self.reader.read(self.loader, "loader"):
-                bound[0] = bind(self.vae, x, tuple(conditions))
-                yield x
-
-        vae = SimpleNamespace(model=lambda x: bound[0].model(x), guide=lambda x: bound[0].guide(x))
-        variance = program.mean_posterior_variance(vae, images())
+        batches = self.reader.read(self.loader, "loader")
+        variance = program.mean_posterior_variance(self.vae, batches)
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
         return variance

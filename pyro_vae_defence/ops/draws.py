@@ -1,0 +1,181 @@
+r"""One draw of a distribution for every row of a batch, from the rows' random streams.
+
+A draw is a fixed function of its parameters and of noise: the same noise at other parameters gives
+a draw that belongs to the first, and its derivative is the pathwise one.
+
+- Gaussians, and what is a function of uniforms u: a location plus scaled noise, or the inverse of
+  the cumulative distribution at u; the Gumbel-softmax of relaxed classes.
+- Gamma(a), and Beta, Dirichlet and Student's t, which are functions of it: Marsaglia and Tsang's
+  proposals :math:`d (1 + c\,\xi)^3`, :math:`d = a - 1/3`, :math:`c = 1 / \sqrt{9 d}`, each accepted
+  with a probability of at least 0.95, of which the first accepted of 8 is taken (none is in 4 of
+  10^11 draws, which are then d). For a < 1 it is a draw of Gamma(a + 1) times
+  :math:`u^{1 / a}`. The derivative is implicit, :math:`-\partial_a F / \partial_z F` of the
+  cumulative distribution F.
+- Whatever is made of these by transforms.
+
+Marsaglia, Tsang, "A simple method for generating gamma variables", 2000,
+https://doi.org/10.1145/358407.358414.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributions as td
+from pyro.distributions.torch_distribution import MaskedDistribution
+from torch import Tensor
+
+from pyro_vae_defence.ops.streams import Streams
+
+_PROPOSALS = 8
+
+
+class Noise:
+    """Noise of the rows, other at each call.
+
+    Args:
+        streams: of the rows.
+        purpose: of the first call; those that follow take the next ones.
+    """
+
+    def __init__(self, streams: Streams, purpose: int) -> None:
+        self.streams, self.purpose = streams, purpose
+
+    def _next(self) -> int:
+        self.purpose += 1
+        return self.purpose - 1
+
+    def normal(self, like: Tensor, *event: int) -> Tensor:
+        """Standard normals ``(*like.shape, *event)``."""
+        shape = (*like.shape[1:], *event)
+        return self.streams.normal(0, self._next(), shape, like.dtype)
+
+    def uniform(self, like: Tensor, *event: int) -> Tensor:
+        """Uniforms on (0, 1], ``(*like.shape, *event)``."""
+        shape = (*like.shape[1:], *event)
+        return self.streams.uniform(0, self._next(), shape, like.dtype)
+
+    def inside(self, like: Tensor) -> Tensor:
+        """Uniforms on (0, 1), ``like.shape``."""
+        return self.uniform(like).clamp(max=1 - torch.finfo(like.dtype).eps)
+
+
+@functools.singledispatch
+def draw(distribution: Any, noise: Noise) -> Tensor | None:
+    """A draw of a ``distribution`` whose first batch dimension is the rows; ``None`` if unknown."""
+    return None
+
+
+@draw.register(td.Independent)
+@draw.register(MaskedDistribution)
+def _wrapped(fn: Any, noise: Noise) -> Tensor | None:
+    return draw(fn.base_dist, noise)
+
+
+@draw.register
+def _transformed(fn: td.TransformedDistribution, noise: Noise) -> Tensor | None:
+    if type(fn).rsample is not td.TransformedDistribution.rsample:
+        return None  # such as a straight-through gradient
+    value = draw(fn.base_dist, noise)
+    return None if value is None else td.transforms.ComposeTransform(fn.transforms)(value)
+
+
+@draw.register
+def _normal(fn: td.Normal, noise: Noise) -> Tensor:
+    return fn.loc + fn.scale * noise.normal(fn.loc)
+
+
+@draw.register
+def _multivariate(fn: td.MultivariateNormal, noise: Noise) -> Tensor:
+    return fn.loc + (fn.scale_tril @ noise.normal(fn.loc)[..., None])[..., 0]
+
+
+@draw.register
+def _low_rank(fn: td.LowRankMultivariateNormal, noise: Noise) -> Tensor:
+    factor = fn.cov_factor @ noise.normal(fn.cov_factor[..., 0, :])[..., None]
+    return fn.loc + factor[..., 0] + fn.cov_diag.sqrt() * noise.normal(fn.loc)
+
+
+@draw.register
+def _uniform(fn: td.Uniform, noise: Noise) -> Tensor:
+    return fn.low + noise.inside(fn.low) * (fn.high - fn.low)
+
+
+@draw.register
+def _laplace(fn: td.Laplace, noise: Noise) -> Tensor:
+    centred = 2 * noise.inside(fn.loc) - 1
+    return fn.loc - fn.scale * centred.sign() * torch.log1p(-centred.abs())
+
+
+@draw.register
+def _relaxed_classes(fn: td.relaxed_categorical.ExpRelaxedCategorical, noise: Noise) -> Tensor:
+    gumbel = -(-noise.inside(fn.logits).log()).log()
+    return ((fn.logits + gumbel) / fn.temperature).log_softmax(-1)
+
+
+@draw.register
+def _relaxed_bit(fn: td.relaxed_bernoulli.LogitRelaxedBernoulli, noise: Noise) -> Tensor:
+    return (noise.inside(fn.logits).logit() + fn.logits) / fn.temperature
+
+
+@draw.register
+def _gamma(fn: td.Gamma, noise: Noise) -> Tensor:
+    return _standard_gamma(fn.concentration, noise) / fn.rate
+
+
+@draw.register
+def _beta(fn: td.Beta, noise: Noise) -> Tensor:
+    one, other = (_standard_gamma(c, noise) for c in (fn.concentration1, fn.concentration0))
+    return _inside(one / (one + other))
+
+
+@draw.register
+def _dirichlet(fn: td.Dirichlet, noise: Noise) -> Tensor:
+    values = _standard_gamma(fn.concentration, noise)
+    return _inside(values / values.sum(-1, keepdim=True))
+
+
+@draw.register
+def _student(fn: td.StudentT, noise: Noise) -> Tensor:
+    chi2 = 2 * _standard_gamma(fn.df / 2, noise)
+    return fn.loc + fn.scale * noise.normal(fn.loc) * (fn.df / chi2).sqrt()
+
+
+@draw.register
+def _bit(fn: td.Bernoulli, noise: Noise) -> Tensor:
+    return (noise.uniform(fn.probs) <= fn.probs).to(fn.probs.dtype)
+
+
+@draw.register(td.Categorical)
+@draw.register(td.OneHotCategorical)
+def _class(fn: Any, noise: Noise) -> Tensor | None:
+    if fn.has_rsample:
+        return None  # a straight-through gradient
+    uniform = noise.uniform(fn.probs[..., 0])
+    value = (uniform[..., None] > fn.probs.cumsum(-1)[..., :-1]).sum(-1)
+    if isinstance(fn, td.Categorical):
+        return value
+    return torch.nn.functional.one_hot(value, fn.probs.shape[-1]).to(fn.probs.dtype)
+
+
+def _inside(value: Tensor) -> Tensor:
+    limits = torch.finfo(value.dtype)
+    return value.clamp(limits.tiny, 1 - limits.eps)
+
+
+def _standard_gamma(concentration: Tensor, noise: Noise) -> Tensor:
+    a = concentration.detach()
+    with torch.no_grad():
+        d = (torch.where(a < 1, a + 1, a) - 1 / 3)[..., None]
+        xi = noise.normal(a, _PROPOSALS)
+        v = (1 + xi * (9 * d).rsqrt()) ** 3
+        log_u = noise.uniform(a, _PROPOSALS).log()
+        accepted = (v > 0) & (log_u < xi.square() / 2 + d * (1 - v + v.clamp(min=1e-30).log()))
+        first = accepted.int().argmax(-1, keepdim=True)
+        chosen = torch.where(accepted.any(-1, keepdim=True), v.gather(-1, first), 1.0)
+        boost = torch.where(a < 1, noise.uniform(a).log() / a, 0.0)
+        value = ((d * chosen)[..., 0] * boost.exp()).clamp(min=torch.finfo(a.dtype).tiny)
+        slope = torch._standard_gamma_grad(a, value)
+    return value + slope * (concentration - a)

@@ -1,0 +1,136 @@
+"""Draws from streams: the right distribution, the right derivative, and no other row's business."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_vae_defence.attacks import maximum_damage
+from pyro_vae_defence.models import program
+from pyro_vae_defence.ops.draws import Noise, draw
+from pyro_vae_defence.ops.streams import Streams
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+NUM = 40_000
+
+
+def make(name, num):
+    return FAMILIES[name](lambda *values: torch.tensor(values).expand(num, -1))
+
+
+FAMILIES = {
+    "normal": lambda rows: dist.Normal(rows(1.0, -1.0), rows(0.5, 2.0)),
+    "log-normal": lambda rows: dist.LogNormal(rows(0.1, 0.2), rows(0.5, 0.3)),
+    "covariance": lambda rows: dist.MultivariateNormal(
+        rows(1.0, 2.0), scale_tril=torch.tensor([[1.0, 0.0], [2.0, 0.5]])
+    ),
+    "low rank": lambda rows: dist.LowRankMultivariateNormal(
+        rows(1.0, 2.0, 3.0), torch.tensor([[1.0], [2.0], [0.0]]), torch.tensor([1.0, 0.5, 2.0])
+    ),
+    "uniform": lambda rows: dist.Uniform(rows(-1.0, 0.0), rows(1.0, 3.0)),
+    "Laplace": lambda rows: dist.Laplace(rows(0.0, 1.0), rows(1.0, 2.0)),
+    "Gumbel": lambda rows: dist.Gumbel(rows(0.0, 1.0), rows(1.0, 2.0)),
+    "Kumaraswamy": lambda rows: dist.Kumaraswamy(rows(2.0, 0.7), rows(3.0, 1.0)),
+    "concrete": lambda rows: dist.RelaxedOneHotCategorical(
+        torch.tensor(0.7), logits=rows(0.0, 1.0, 2.0)
+    ),
+    "relaxed bits": lambda rows: dist.RelaxedBernoulli(torch.tensor(0.5), logits=rows(0.3, -1.0)),
+    "gamma": lambda rows: dist.Gamma(rows(4.0, 1.0), rows(2.0, 1.0)),
+    "gamma, steep": lambda rows: dist.Gamma(rows(0.3, 0.8), rows(2.0, 1.0)),
+    "inverse gamma": lambda rows: dist.InverseGamma(rows(8.0, 9.0), rows(2.0, 1.0)),
+    "beta": lambda rows: dist.Beta(rows(0.5, 2.0), rows(2.0, 3.0)),
+    "Dirichlet": lambda rows: dist.Dirichlet(rows(0.4, 2.0, 3.0)),
+    "Student's t": lambda rows: dist.StudentT(rows(9.0, 12.0), rows(0.0, 1.0), rows(1.0, 2.0)),
+    "bits": lambda rows: dist.Bernoulli(rows(0.3, 0.9)),
+    "classes": lambda rows: dist.OneHotCategorical(logits=rows(0.0, 1.0, 2.0)),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_moments_are_those_of_torch(name):
+    """Means of some 5 functions, within 5 standard errors: wrong once in 10^5."""
+    fn = make(name, NUM)
+    ours, theirs = draw(fn, noise(NUM)), fn.sample()
+    assert ours.shape == theirs.shape
+    for f in (
+        lambda v: v,
+        lambda v: v.square(),
+        lambda v: v[:, 0] * v[:, 1],
+        lambda v: v.abs().sqrt(),
+        lambda v: (v < 0.5).double(),
+    ):
+        a, b = f(ours), f(theirs)
+        error = ((a.var(0) + b.var(0)) / NUM).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() <= 5 * error + 1e-12).all()
+
+
+def noise(num, first=0):
+    return Noise(Streams.create(num, seed=3, first_image=first), 2048)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_is_its_own(name):
+    several = draw(make(name, 5), noise(5))
+    alone = draw(make(name, 1), noise(1, first=3))
+    torch.testing.assert_close(several[3:4], alone)
+    if name not in ("bits", "classes"):
+        assert not torch.allclose(several[2], several[3])
+
+
+@pytest.mark.parametrize(
+    ("family", "parameter", "expected"),
+    [
+        (lambda a: dist.Gamma(a, 1.0), 0.4, 1.0),
+        (lambda a: dist.Gamma(a, 1.0), 3.0, 1.0),
+        (lambda a: dist.Beta(a, torch.full_like(a, 3.0)), 2.0, 3 / 25),  # b / (a + b)^2
+        (lambda a: dist.Laplace(torch.ones_like(a), a), 2.0, 0.0),
+    ],
+)
+def test_the_derivative_of_the_mean_is_the_mean_derivative(family, parameter, expected):
+    a = torch.full((NUM,), parameter, requires_grad=True)
+    (slope,) = torch.autograd.grad(draw(family(a), noise(NUM)).sum(), a)
+    assert abs(slope.mean() - expected) < 5 * slope.std() / NUM**0.5
+
+
+def test_what_is_not_known_or_the_programs_own_is_left_alone():
+    logits = torch.zeros(2, 3)
+    mixture = dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(logits, 1.0))
+    temperature = torch.tensor(0.5)
+    for fn in (
+        mixture,
+        dist.OneHotCategoricalStraightThrough(logits=logits),
+        dist.RelaxedBernoulliStraightThrough(temperature, logits=logits),
+        dist.RelaxedOneHotCategoricalStraightThrough(temperature, logits=logits),
+    ):
+        assert draw(fn, noise(2)) is None
+
+
+class ConcreteVAE:
+    weight = torch.linspace(-1, 1, 3 * 16).reshape(3, 16)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            prior = dist.RelaxedOneHotCategorical(x.new_tensor(0.7), x.new_ones(len(x), 3))
+            mean = pyro.sample("z", prior) @ self.weight.to(x)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(1), obs=x.flatten(1))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            logits = x.flatten(1) @ self.weight.T.to(x)
+            pyro.sample("z", dist.RelaxedOneHotCategorical(x.new_tensor(0.7), logits=logits))
+
+
+def test_an_attack_on_a_guide_that_is_not_gaussian_keeps_its_noise():
+    """The objective is a function of the image: 0 at the reference."""
+    vae, x = ConcreteVAE(), torch.rand(3, 1, 4, 4)
+    objective = maximum_damage(vae)(x)
+    torch.testing.assert_close(objective(x), torch.zeros(3))
+    other = torch.rand(3, 1, 4, 4)
+    assert (objective(other) > 0).all()
+    torch.testing.assert_close(objective(other), objective(other))
+    streams = Streams.create(3, seed=1)
+    pair = program.encode(vae, x, streams=streams), program.encode(vae, x, streams=streams)
+    torch.testing.assert_close(*pair)
