@@ -184,3 +184,49 @@ def test_bad_arguments_are_refused(wide, x):
         metrics.ais_log_weights(wide, x, stay, torch.tensor([1.0, 0.5, 0.0]))
     with pytest.raises(ValueError, match=r"latents\['z'\] must have shape \(12, 3\)"):
         metrics.ais_log_weights(wide, x, stay, num_chains=2, initial={"z": torch.zeros(6, 3)})
+
+
+class Truncated(LinearGaussianVAE):
+    """p(z) uniform on (0, 1), q(z | x) a Gaussian that leaves it now and then."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("obs", dist.Normal(z, 0.5).to_event(1), obs=x.flatten(1)[:, :1])
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.new_full((len(x), 1), 0.5), 0.4).to_event(1))
+
+
+def test_draws_outside_the_support_have_no_weight(float64, monkeypatch):
+    """A fifth of the draws; the truth is an integral over (0, 1) of a Gaussian density."""
+    monkeypatch.setattr(program, "_check_values", lambda *_: None)  # it may see some of them
+    x = torch.rand(3, 1, 1, 1)
+    normal = torch.distributions.Normal(x.flatten(), 0.5)
+    truth = -(normal.cdf(torch.tensor(1.0)) - normal.cdf(torch.tensor(0.0))).log()
+    found = metrics.nll(
+        Truncated(), x, 40_000, rows=20_000, generator=torch.Generator().manual_seed(1)
+    )
+    # Relative weights have a standard deviation below 1: five standard errors.
+    torch.testing.assert_close(found, truth, rtol=0, atol=5 / math.sqrt(40_000))
+
+
+def test_a_guide_outside_the_support_is_refused(float64):
+    class Wide(Truncated):
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x.new_full((len(x), 1), 9.0), 0.4).to_event(1))
+
+    with pytest.raises(ValueError, match="draws values of 'z' outside the support of .* Uniform"):
+        metrics.nll(Wide(), torch.rand(3, 1, 1, 1), 10)
+
+
+def test_a_guide_of_another_shape_is_refused(float64):
+    class Larger(LinearGaussianVAE):
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x.new_zeros(len(x), 4), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"shape \(3, 4\) in the guide and \(3, 3\) in the model"):
+        metrics.nll(Larger(), torch.rand(3, 1, 4, 4), 10)

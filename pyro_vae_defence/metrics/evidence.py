@@ -84,7 +84,9 @@ def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
         latents = energy.check(energy.unconstrain(values))
         # U holds minus the log-determinant of the transforms; q, read on the support, does not.
         log_joint = energy.log_determinant(latents) - energy(latents)
-        return (log_joint - log_q).view(count, len(x))
+        # Outside the prior's support the joint density is zero, wherever a transform leads.
+        inside = energy.supported(values)
+        return torch.where(inside, log_joint - log_q, -torch.inf).view(count, len(x))
 
     return weigh
 

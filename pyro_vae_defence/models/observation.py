@@ -116,8 +116,8 @@ class ImageMap(NamedTuple):
             raise ValueError(
                 f"the model observes an image as something else in another run or batch, at "
                 f"{list(self.noisy)}: it draws noise outside pyro.sample, such as a binarisation "
-                "or dequantisation, or couples images by batch statistics; do it to the images "
-                "beforehand"
+                "or dequantisation, couples images by batch statistics, or subtracts what the "
+                f"latents say; do it to the images beforehand, or {ADVICE}"
             )
         counts = self._counts()
         once = bool((counts == 1).all())

@@ -153,7 +153,28 @@ def _check_programs(vae: VAE, x: Tensor) -> None:
         model, guide = run_on("vae.model", vae.model, x), run_on("vae.guide", vae.guide, x)
         check_same_latents(model, guide, summed_out=True)
         check_leftmost(guide)
+        _check_values(model, guide)
     _check_guide_rows(vae, x)
+
+
+def _check_values(model: poutine.Trace, guide: poutine.Trace) -> None:
+    """What a guide draws must have the shape of the model's latents, and a density there."""
+    for name, value in _latents(guide).items():
+        site: Site = model.nodes[name]
+        fn, expected = site["fn"], site["value"]
+        if value.shape != expected.shape:
+            raise ValueError(
+                f"latent site {name!r} has the shape {tuple(value.shape)} in the guide and "
+                f"{tuple(expected.shape)} in the model, rows first; make them alike"
+            )
+        if (support := distributions.stated_support(fn)) is None or not value.isfinite().all():
+            continue
+        if not bool(support.check(value).all()):
+            raise ValueError(
+                f"the guide draws values of {name!r} outside the support of the model's "
+                f"{type(distributions.innermost(fn)).__name__}, where the prior has no density; "
+                "sample it from a family with the same support"
+            )
 
 
 def _check_guide_rows(vae: VAE, x: Tensor) -> None:
@@ -537,7 +558,7 @@ class Decoder:
         seen: list[str] = []
         if x is not None and is_enumerated(trace):
             trace = _at_latents(self.vae.model, latents, x)
-            seen = [site.name for site in self.images.sites]
+            seen = list(_observed(trace, latents))
         sites = _observed(trace, latents)
         return self.images.assemble(lambda site: read(trace, seen, site=site), sites, len(template))
 
@@ -607,7 +628,7 @@ _STRAIGHT_THROUGH = (
 
 
 class LatentSite(NamedTuple):
-    """A latent site: name, shape of an image's unconstrained value, and transform to the support.
+    """A latent site: name, shape of an image's unconstrained value, transform, and support.
 
     The transform is ``None`` where the two scales are the same.
     """
@@ -615,6 +636,7 @@ class LatentSite(NamedTuple):
     name: str
     shape: tuple[int, ...]
     transform: td.Transform | None
+    support: Any = None
 
 
 class ModelPotential:
@@ -684,7 +706,8 @@ class ModelPotential:
         except ValueError as error:
             raise ValueError(f"latent site {name!r}: {error}") from None
         unconstrained = value if transform is None else transform.inv(value)
-        return LatentSite(name, tuple(unconstrained.shape[1:]), transform)
+        support = distributions.stated_support(fn)
+        return LatentSite(name, tuple(unconstrained.shape[1:]), transform, support)
 
     def at(self, x: Tensor) -> ModelPotential:
         """The energy of the same model at other images; sites are not read again.
@@ -759,6 +782,15 @@ class ModelPotential:
         """Latents on their support to the unconstrained scale."""
         transforms = self.transforms
         return {n: transforms[n].inv(v) if n in transforms else v for n, v in latents.items()}
+
+    def supported(self, latents: LatentsLike) -> Tensor:
+        """Whether rows of latents lie on the support of all sites, bool ``(N,)``."""
+        inside = torch.ones(self.num_images, dtype=torch.bool, device=self.tensors[0].device)
+        for site in self.sites:
+            if site.transform is not None and site.support is not None:
+                found = site.support.check(latents[site.name])
+                inside = inside & found.reshape(self.num_images, -1).all(1)
+        return inside
 
     def check(self, latents: LatentsLike) -> Latents:
         """Return ``latents`` if they fit the model's sites, else raise a ``ValueError``."""

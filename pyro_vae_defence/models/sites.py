@@ -58,7 +58,7 @@ def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
         return get_trace(program, x, *args, **kwargs)
     except (torch.OutOfMemoryError, RefusalError):
         raise
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         call = name.rpartition(".")[2]
         raise ValueError(
             f"{name} failed on images of shape {tuple(x.shape)}: {error}; it must run on any "

@@ -27,12 +27,17 @@ def is_point(distribution: Any) -> bool:
     return isinstance(innermost(distribution), Delta)
 
 
-def support(distribution: Any) -> Any:
-    """The constraint of one element; ``None`` for a family that does not say (zuko's flows)."""
+def stated_support(distribution: Any) -> Any:
+    """The constraint it declares as its support; ``None`` for a family that does not say."""
     try:
-        found = distribution.support
+        return distribution.support
     except (NotImplementedError, AttributeError):
         return None
+
+
+def support(distribution: Any) -> Any:
+    """The constraint of one element; ``None`` for a family that does not say (zuko's flows)."""
+    found = stated_support(distribution)
     while hasattr(found, "base_constraint"):  # independent, or torch's of a mixture
         found = found.base_constraint
     return found
