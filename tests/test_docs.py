@@ -27,11 +27,13 @@ def program(page: str, text: str) -> str:
     code = []
     inside = False
     for line in text.splitlines():
-        if line.startswith("```"):
-            inside = line == "```python"
+        bare = line.lstrip()
+        if bare.startswith("```"):
+            inside = bare == "```python"
+            indent = line[: len(line) - len(bare)]  # of a block in a definition list
             code.append("")
         else:
-            code.append(line if inside else "")
+            code.append(line.removeprefix(indent) if inside else "")
     source = "\n".join(code) + "\n"
     for name, value in SMALL.get(page, {}).items():
         source, count = re.subn(rf"(?m)^{name} = \d+", f"{name} = {value}", source)
@@ -53,6 +55,11 @@ def test_page_runs(page, tmp_path, monkeypatch):
     source = program(page, path.read_text())
     code = compile(source, str(path), "exec", dont_inherit=True)
     exec(code, {"__name__": "__main__"})
+
+
+def test_blocks_of_definition_lists_are_run():
+    text = "term\n: text\n\n  ```python\n  if True:\n      x = 1\n  ```\n"
+    assert program("other.md", text).splitlines()[4:6] == ["if True:", "    x = 1"]
 
 
 def test_blocks_keep_their_lines_and_small_numbers_are_used():

@@ -4,6 +4,7 @@ training objectives make of them."""
 from __future__ import annotations
 
 import functools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -316,12 +317,16 @@ def test_a_delta_has_no_density_at_given_latents(make):
 ROWS = torch.tensor([True, False, True, False])
 
 
+def rows(x):
+    return torch.arange(len(x)) % 2 == 0
+
+
 class Masked(Programs):
     """A site that counts in some rows, one that never does, and one in two of three places."""
 
     def guide(self, x):
         data = pyro.plate("data", len(x), dim=-2)
-        with data, poutine.mask(mask=ROWS[:, None]):
+        with data, poutine.mask(mask=rows(x)[:, None]):
             pyro.sample("z", dist.Normal(loc(x)[:, None], scale(x)[:, None]).to_event(1))
         with data, poutine.mask(mask=False):
             pyro.sample("none", dist.Normal(100 * x.sum((2, 3)), 1.0))
@@ -360,7 +365,7 @@ def test_divergences_leave_out_what_is_masked(name, divergence):
 
     class Inner(Gaussian):
         def q(self, x):
-            return dist.Normal(loc(x), scale(x)).mask(ROWS[:, None].expand(4, 3)).to_event(1)
+            return dist.Normal(loc(x), scale(x)).mask(rows(x)[:, None].expand(-1, 3)).to_event(1)
 
     inner = getattr(attacks, name)(Inner())(other)(x)
     torch.testing.assert_close(inner, torch.where(ROWS, everywhere, 0.0))
@@ -523,7 +528,7 @@ class Several(Gaussian):
 
     def observe(self, x, z):
         super().observe(x, z)
-        with poutine.scale(scale=2.0), poutine.mask(mask=ROWS):
+        with poutine.scale(scale=2.0), poutine.mask(mask=rows(x)):
             pyro.sample("sum", dist.Normal(z.sum(1), 1.0), obs=x.sum((1, 2, 3)))
         pyro.factor("penalty", -z.pow(4).sum(-1))
 
@@ -578,3 +583,37 @@ def test_closed_forms_name_what_is_not_gaussian(objective):
         ValueError, match="site .z. is (Delta|LogNormal); this objective needs Gaussian"
     ):
         objective.loss(Auxiliary().model, Auxiliary().guide, images())
+
+
+# --- What Deltas made of noise say of their density -----------------------------------------------
+
+
+def made(function, log_density, size=3):
+    class Made(Programs):
+        def latents(self, x):
+            fn = dist.Normal(loc(x)[:, :size], 1.0).to_event(1)
+            u = pyro.sample("u", fn, infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(function(u), log_density=log_density(u), event_dim=1))
+
+    return Made()
+
+
+REFUSED = {
+    "none": (made(torch.exp, lambda u: torch.zeros(len(u))), "log_density 0 where their function"),
+    "another": (made(lambda u: 2 * u.exp(), lambda u: -u.sum(-1)), "log_density .* where their"),
+    "fewer numbers": (
+        made(lambda u: (u @ torch.ones(2, 3).to(u)).exp(), lambda u: u[:, 0] * 0, 2),
+        "3 numbers made of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("vae", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_log_density_that_is_not_the_functions_is_refused(vae, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.nll(vae, images(), 2)
+
+
+def test_a_log_density_that_is_the_functions_is_taken():
+    vae = made(lambda u: 2 * u.exp(), lambda u: -u.sum(-1) - 3 * math.log(2.0))
+    assert metrics.nll(vae, images(), 2).isfinite().all()

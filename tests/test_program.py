@@ -51,8 +51,8 @@ def test_energy_ignores_beta_but_respects_masks(float64):
     assert torch.equal(plain, scaled)
 
     def masked(x):
-        with pyro.plate("data", 4), poutine.mask(mask=torch.tensor([True, False, True, True])):
-            z = pyro.sample("z", dist.Normal(torch.zeros(4), 1.0))
+        with pyro.plate("data", len(x)), poutine.mask(mask=torch.arange(len(x)) != 1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
             pyro.sample("obs", dist.Normal(z, 1.0), obs=x)
 
     value = program.ModelPotential(masked, torch.ones(4))({"z": torch.ones(4)})
@@ -318,6 +318,18 @@ class TestDiscreteLatents:
             program.observed(self.vae.model, {"z": self.z}, self.x)
         with pytest.raises(ValueError, match="'obs' depends on discrete latents"):
             program.Decoder(self.vae, self.x).sample({"z": self.z})
+
+
+def test_straight_through_draws_have_no_density():
+    def model(x):
+        logits = x.new_zeros(len(x), 3)
+        with pyro.plate("data", len(x)):
+            fn = dist.RelaxedOneHotCategoricalStraightThrough(x.new_tensor(0.5), logits=logits)
+            z = pyro.sample("z", fn)
+            pyro.sample("obs", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    with pytest.raises(ValueError, match="'z' draws values .* straight-through"):
+        program.ModelPotential(model, torch.zeros(3, 3))
 
 
 def test_mixture_prior(float64):

@@ -44,7 +44,6 @@ REAL = {
     "masked": dist.Normal(ONES, 1.0).mask(ONES > 2).to_event(1),
     "expanded": dist.ExpandedDistribution(dist.Normal(0.0, 1.0), [N]),
     "delta": dist.Delta(ONES, event_dim=1),
-    "von Mises": dist.VonMises(ONES, ONES).to_event(1),
     "autoregressive flow": dist.TransformedDistribution(
         dist.Normal(ONES, 1.0), [T.affine_autoregressive(3)]
     ),
@@ -184,6 +183,13 @@ def test_support_without_a_transform(message, fn):
 def test_density_that_is_none_on_all_numbers(log_density):
     with pytest.raises(ValueError, match="declares no support, .* declare `support`"):
         transform_of(Bare(log_density), torch.full((N, 3), 0.5))
+
+
+def test_a_circle_is_cut_at_its_ends():
+    fn = dist.VonMises(torch.zeros(N, 3), 2.0).to_event(1)
+    transform = transform_of(fn, fn.sample())
+    u = torch.tensor([[-30.0, 0.0, 30.0]])
+    torch.testing.assert_close(transform(u), torch.tensor([[-math.pi, 0.0, math.pi]]))
 
 
 def test_a_wrapper_that_declares_its_own():

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.attacks.objectives._rows import prepare
-from pyro_vae_defence.models.conditions import fold, split
+from pyro_vae_defence.models.conditions import fold, rows_of, split
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.checks import check_integer
@@ -277,7 +277,7 @@ class Attack:
         folded = tuple(fold(value, number) for value in (x_ref, *conditions))
         for first in range(len(progress.finished) * self.batch_size, number, self.batch_size):
             part = slice(first, first + self.batch_size)
-            rows = tuple(value[part] for value in folded)
+            rows = rows_of(folded, part)
             progress.finish(self._attack(rows, _take(streams, part), progress))
         whole = {
             name: unfold(torch.cat([part[name] for part in progress.finished]), self.num_restarts)
@@ -324,9 +324,13 @@ class Attack:
     def _prepare(
         self, images: tuple[Tensor, ...], streams: Streams, rows: Tensor | slice = slice(None)
     ) -> tuple[Problem, Criterion | None]:
-        images, streams = tuple(value[rows] for value in images), _take(streams, rows)
+        images, streams = rows_of(images, rows), _take(streams, rows)
         problem = Problem(prepare(self.objective, images, streams), self.ball, images[0], streams)
-        return problem, None if self.stop is None else prepare(self.stop, images, streams)
+        return problem, (
+            None
+            if self.stop is None
+            else prepare(self.stop, images, streams, needs_conditions=False)
+        )
 
 
 def _charge(state: State, problem: Problem) -> State:
@@ -406,6 +410,9 @@ def _identity(attack: Attack, images: tuple[Tensor, ...]) -> str:
     ]
     digest = hashlib.sha256(repr((type(attack).__name__, settings)).encode())
     for value in images:
+        if value is None:
+            digest.update(b"None")
+            continue
         digest.update(repr((tuple(value.shape), value.dtype)).encode())
         digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

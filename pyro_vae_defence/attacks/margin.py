@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks.base import Attack
 from pyro_vae_defence.attacks.objectives._rows import draws, reconstruct
-from pyro_vae_defence.models.conditions import split, take
+from pyro_vae_defence.models.conditions import rows_of, split, take
 from pyro_vae_defence.models.program import at_images, evaluation_mode
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -85,7 +85,7 @@ def r_margin(
         repeated = dataclasses.replace(
             attack, ball=dataclasses.replace(attack.ball, radius=radius), checkpoint=None
         )
-        given = tuple(value[index] for value in conditions)
+        given = rows_of(conditions, index)
         x_adv = repeated.attack_rows(references[index], index, attacker, given).x_adv
         return torch.stack([differs(x, index) for x in x_adv]).any(0)
 

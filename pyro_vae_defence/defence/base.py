@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae_defence.defence.result import Chains, DefenceResult
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.conditions import split, take, taken
+from pyro_vae_defence.models.conditions import rows_of, split, take, taken
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents
@@ -92,7 +92,7 @@ class BaseDefence(ABC):
         for start in range(0, x.shape[0], at_once):
             rows = slice(start, start + at_once)
             result = self._defend(take(vae, rows), x[rows], seed, first + start)
-            yield replace(result, conditions=tuple(value[rows] for value in conditions))
+            yield replace(result, conditions=rows_of(conditions, rows))
 
     def _filter(self, x: Tensor) -> Tensor:
         """The images that the defence looks at in place of ``x``."""

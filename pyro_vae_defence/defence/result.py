@@ -109,7 +109,10 @@ def _along_images(
         if isinstance(value, Tensor):
             changed[name] = change(values, dim)
         elif isinstance(value, tuple):
-            changed[name] = tuple(change(list(each), dim) for each in zip(*values, strict=True))
+            changed[name] = tuple(
+                None if each[0] is None else change(list(each), dim)
+                for each in zip(*values, strict=True)
+            )
         else:
             changed[name] = {key: change([each[key] for each in values], dim) for key in value}
     return changed

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae_defence.models.sites import aside, get_trace
 from pyro_vae_defence.types import VAE, ImagesLike, PyroProgram
@@ -58,6 +58,8 @@ def taken(batch: ImagesLike, vae: VAE) -> tuple[Any, ...]:
 
 def _places(program: PyroProgram) -> tuple[int, float]:
     """How many arguments beside images a program needs, and how many it takes at most."""
+    if isinstance(program, nn.Module):
+        program = program.forward
     try:
         parameters = list(inspect.signature(program).parameters.values())
     except (TypeError, ValueError):
@@ -67,6 +69,11 @@ def _places(program: PyroProgram) -> tuple[int, float]:
     for parameter in parameters:
         if parameter.kind is parameter.VAR_POSITIONAL:
             return needed, float("inf")
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            raise ValueError(
+                f"argument {parameter.name!r} of a program is needed and keyword-only; conditions "
+                f"come by position, (x, {parameter.name}), so drop the * before it"
+            )
         if parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             break
         if images:
@@ -94,6 +101,8 @@ def split(images: ImagesLike, name: str = "x") -> tuple[Tensor, tuple[Tensor, ..
     while conditions and conditions[-1] is None:
         conditions.pop()
     for number, value in enumerate(conditions, 1):
+        if value is None:
+            continue
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name}[{number}] must be a tensor with one row per image, got "
@@ -107,11 +116,21 @@ def split(images: ImagesLike, name: str = "x") -> tuple[Tensor, tuple[Tensor, ..
     return x, tuple(conditions)
 
 
+def rows_of(conditions: tuple[Any, ...], rows: Tensor | slice) -> tuple[Any, ...]:
+    """Conditions of the images at ``rows``."""
+    return tuple(None if value is None else value[rows] for value in conditions)
+
+
 # --- Programs of images alone ---------------------------------------------------------------------
 
 
-def fold(value: Tensor, num_rows: int) -> Tensor:
-    """Rows of ``value``, copy after copy, as images are repeated; ``ValueError`` if none fits."""
+def fold(value: Any, num_rows: int) -> Any:
+    """Rows of ``value``, copy after copy, as images are repeated; ``ValueError`` if none fits.
+
+    ``None`` stays what it is.
+    """
+    if value is None:
+        return None
     times, rest = divmod(num_rows, len(value))
     if rest or times == 0:
         raise ValueError(
@@ -129,14 +148,15 @@ class BoundProgram:
     """
 
     def __init__(
-        self, program: PyroProgram, conditions: tuple[Tensor, ...], keywords: Mapping[str, Tensor]
+        self, program: PyroProgram, conditions: tuple[Any, ...], keywords: Mapping[str, Tensor]
     ) -> None:
         self.program, self.conditions, self.keywords = program, conditions, dict(keywords)
 
     @property
-    def given(self) -> tuple[Tensor, ...]:
-        """All its per-image arguments."""
-        return (*self.conditions, *self.keywords.values())
+    def num_images(self) -> int:
+        """How many images it has arguments of; 0 if it has none."""
+        given = (v for v in (*self.conditions, *self.keywords.values()) if v is not None)
+        return max((len(value) for value in given), default=0)
 
     def arguments(self, num_rows: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """What follows the images in a call with ``num_rows`` of them."""
@@ -150,7 +170,7 @@ class BoundProgram:
     def take(self, rows: Tensor | slice) -> BoundProgram:
         """The program of the images at ``rows``."""
         keywords = {name: value[rows] for name, value in self.keywords.items()}
-        return BoundProgram(self.program, tuple(v[rows] for v in self.conditions), keywords)
+        return BoundProgram(self.program, rows_of(self.conditions, rows), keywords)
 
     def __call__(self, x: Tensor) -> Any:
         """Run the program at images ``x``, of which it may have fewer arguments: see the class."""
@@ -173,7 +193,7 @@ class BoundVAE:
     def num_images(self) -> int:
         """How many images it has arguments of."""
         programs = (self.model, self.guide)
-        return len(next(v for p in programs if isinstance(p, BoundProgram) for v in p.given))
+        return max(p.num_images for p in programs if isinstance(p, BoundProgram))
 
     def take(self, rows: Tensor | slice) -> BoundVAE:
         """The VAE at the images of ``rows``, int64 or a slice."""

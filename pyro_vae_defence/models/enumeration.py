@@ -41,6 +41,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 
 from pyro_vae_defence.models.sites import Site, get_trace, latent_sites, sample_sites
+from pyro_vae_defence.ops.checks import RefusalError
 from pyro_vae_defence.ops.distributions import is_discrete
 from pyro_vae_defence.types import PyroProgram
 
@@ -125,10 +126,10 @@ def in_parallel(program: PyroProgram, trace: Trace, expand: bool = False) -> Pyr
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return enumerated(*args, **kwargs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RefusalError):
             raise
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ValueError(
+            raise RefusalError(
                 f"the program failed with its discrete sites {sorted(names)} enumerated in "
                 f"parallel: {error}; {_BROADCAST}"
             ) from error

@@ -29,7 +29,17 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
-from pyro_vae_defence.models.sites import Site, aside, get_trace, image_rows, sample_sites
+from pyro_vae_defence.models.sites import (
+    Site,
+    aside,
+    data_frame,
+    get_trace,
+    image_rows,
+    log_prob_per_image,
+    run_on,
+    sample_sites,
+)
+from pyro_vae_defence.ops.checks import RefusalError
 from pyro_vae_defence.types import PyroProgram
 
 ADVICE = (
@@ -45,7 +55,8 @@ class ImageSite(NamedTuple):
         name: of the site.
         pixels: number of the pixel that each element of a row is, ``(E,)``, elements and pixels in
             the order of memory; ``None`` if the elements are all pixels in order.
-        scale, shift: a and b, ``(E,)``; ``None`` if the elements are the pixels' own values.
+        scale, shift: a and b in the layout of the site's value, with one row; ``None`` if the
+            elements are the pixels' own values.
     """
 
     name: str
@@ -53,25 +64,17 @@ class ImageSite(NamedTuple):
     scale: Tensor | None
     shift: Tensor | None
 
-    def slope(self, like: Tensor) -> Tensor:
-        """a, in the shape of a row of ``like``."""
-        return (
-            torch.ones_like(like[0]) if self.scale is None else self.scale.reshape(like.shape[1:])
-        )
-
     def to_pixels(self, value: Tensor) -> Tensor:
         """Elements ``(M, ...)`` in the model's units -> in those of the image."""
         if self.scale is None or self.shift is None:
             return value
-        shape = value.shape[1:]
-        return (value - self.shift.reshape(shape).to(value)) / self.scale.reshape(shape).to(value)
+        return (value - self.shift.to(value)) / self.scale.to(value)
 
     def to_units(self, value: Tensor) -> Tensor:
         """Undo :meth:`to_pixels`."""
         if self.scale is None or self.shift is None:
             return value
-        shape = value.shape[1:]
-        return value * self.scale.reshape(shape).to(value) + self.shift.reshape(shape).to(value)
+        return value * self.scale.to(value) + self.shift.to(value)
 
 
 class ImageMap(NamedTuple):
@@ -82,7 +85,8 @@ class ImageMap(NamedTuple):
         sites: those whose elements are pixels.
         others: names of the sites that depend on the image in another way.
         noisy: names of the sites that observe something else at every run.
-        reads: whether the likelihood depends on the image when the latents do not.
+        reads: whether the mean image depends on the image when the latents do not.
+        others_read: whether any density does, at the same observation.
         without_mean: names of image sites whose distribution has no finite mean.
     """
 
@@ -91,6 +95,7 @@ class ImageMap(NamedTuple):
     others: tuple[str, ...] = ()
     noisy: tuple[str, ...] = ()
     reads: bool = False
+    others_read: bool = False
     without_mean: tuple[str, ...] = ()
 
     @property
@@ -98,18 +103,29 @@ class ImageMap(NamedTuple):
         """Of the observation: that of its site, or ``"x"`` where that is not one."""
         return self.sites[0].name if len(self.sites) == 1 else "x"
 
+    def _counts(self) -> Tensor:
+        """How often each pixel is observed."""
+        size = torch.Size(self.shape).numel()
+        seen = [torch.arange(size) if s.pixels is None else s.pixels.cpu() for s in self.sites]
+        every = torch.cat([torch.empty(0, dtype=torch.long), *seen])
+        return torch.bincount(every, minlength=size)
+
     def check_known(self) -> None:
         """Raise a ``ValueError`` unless every pixel is observed at one place, and only observed."""
         if self.noisy:
             raise ValueError(
-                f"the model observes something else at every run, at {list(self.noisy)}: it draws "
-                "noise outside pyro.sample, such as a binarisation or dequantisation; fix the "
-                "noise, or add it to the images beforehand"
+                f"the model observes an image as something else in another run or batch, at "
+                f"{list(self.noisy)}: it draws noise outside pyro.sample, such as a binarisation "
+                "or dequantisation, or couples images by batch statistics; do it to the images "
+                "beforehand"
             )
-        if self.others:
+        counts = self._counts()
+        once = bool((counts == 1).all())
+        if self.others and not once:
             raise ValueError(
                 f"the model observes a function of the image at {list(self.others)} that is not "
-                f"affine in single pixels, such as a crop by averaging or a binarisation; {ADVICE}"
+                "affine in single pixels, the same for all images, such as a crop by averaging, a "
+                f"binarisation, or a scale that is a condition; {ADVICE}"
             )
         if self.reads:
             raise ValueError(
@@ -117,47 +133,74 @@ class ImageMap(NamedTuple):
                 "not say what it looks like; pass what it reads as a condition, model(x, part) "
                 f"called with (x, part), or {ADVICE}"
             )
-        size = torch.Size(self.shape).numel()
-        seen = [torch.arange(size) if s.pixels is None else s.pixels.cpu() for s in self.sites]
-        counts = torch.bincount(
-            torch.cat([torch.empty(0, dtype=torch.long), *seen]), minlength=size
-        )
-        if not bool((counts == 1).all()):
+        if not once:
             raise ValueError(
-                f"the model observes {int((counts > 0).sum())} of {size} values of the image"
+                f"the model observes {int((counts > 0).sum())} of {len(counts)} values of the image"
                 f"{', some more than once' if bool((counts > 1).any()) else ''}, at "
                 f"{[site.name for site in self.sites] or 'no site'}; {ADVICE}"
             )
 
-    def assemble(self, read: Callable[[Site], Tensor], sites: dict[str, Site]) -> Tensor:
-        """Images ``(M, C, H, W)`` from what is read of each image site, in the model's units."""
-        rows = [
-            site.to_pixels(image_rows(read(sites[site.name]), sites[site.name]))
-            for site in self.sites
-        ]
-        if len(rows) == 1 and self.sites[0].pixels is None:
-            return rows[0].reshape((-1, *self.shape))
-        order = torch.cat([s.pixels for s in self.sites if s.pixels is not None]).argsort()
-        return torch.cat(rows, 1)[:, order].reshape((-1, *self.shape))
+    def check_perturbable(self) -> None:
+        """Raise a ``ValueError`` unless a perturbation of the image is one of its observation."""
+        if self.noisy or self.others or not self.sites:
+            raise RefusalError(
+                f"a perturbation-aware posterior needs pixels, observed as they are or rescaled; "
+                f"the model observes {[site.name for site in self.sites]} so, and a function of "
+                f"the image of another kind at {[*self.noisy, *self.others]}"
+            )
+        if self.reads or self.others_read:
+            raise RefusalError(
+                "the model reads the image otherwise than to observe it, so that a perturbation of "
+                "the image is not one of its observation alone; pass what it reads as a condition, "
+                "model(x, part) called with (x, part)"
+            )
+        if bool((self._counts() > 1).any()):
+            raise RefusalError(
+                f"the model observes pixels more than once, at {[s.name for s in self.sites]}; a "
+                "perturbation-aware posterior needs each at one place"
+            )
 
     def check_mean(self) -> None:
         """As :meth:`check_known`, and every site must have a finite mean."""
         self.check_known()
         if self.without_mean:
             raise ValueError(
-                f"the likelihood at {list(self.without_mean)} has no finite mean, so that there is "
-                f"nothing to decode to; {ADVICE}"
+                f"the likelihood at {list(self.without_mean)} has no mean that is known and "
+                f"finite, so that there is nothing to decode to; {ADVICE}"
             )
+
+    def assemble(
+        self, read: Callable[[Site], Tensor], sites: dict[str, Site], num_rows: int
+    ) -> Tensor:
+        """Images ``(M, C, H, W)`` from what is read of each image site, in the model's units.
+
+        ``ValueError`` if that has not ``num_rows`` rows, M.
+        """
+        rows = [
+            image_rows(site.to_pixels(read(sites[site.name])), sites[site.name])
+            for site in self.sites
+        ]
+        if any(len(part) != num_rows for part in rows):
+            raise ValueError(
+                f"the model's observation has {len(rows[0])} rows for latents of {num_rows}; make "
+                "the data plate the leftmost one, with x.shape[0] rows"
+            )
+        if len(rows) == 1 and self.sites[0].pixels is None:
+            return rows[0].reshape((-1, *self.shape))
+        order = torch.cat([s.pixels for s in self.sites if s.pixels is not None]).argsort()
+        return torch.cat(rows, 1)[:, order].reshape((-1, *self.shape))
 
 
 # --- Reading --------------------------------------------------------------------------------------
 
-_LOW, _HIGH = 0.25, 0.75  # inside [0, 1], where logarithms are finite
-NUM_PROBES = 5
+_LOW, _HIGH = 0.25, 0.75  # between which the pixels are numbered
+_EDGES = (0.01, 0.99)  # up to which a map must hold; likelihoods on (0, 1) clamp beyond
+NUM_PROBES = 7
 
 
 def probes(like: Tensor) -> Tensor:
-    """Images ``(5, C, H, W)``: two constant ones, two that number the pixels, a random one."""
+    """Images ``(7, C, H, W)``: two constant ones, two that number the pixels, two at the edges, a
+    random one."""
     size = like[0].numel()
     digits = int((size - 1) ** 0.5) + 1
     number = torch.arange(size, device=like.device)
@@ -168,9 +211,10 @@ def probes(like: Tensor) -> Tensor:
         number % digits,
     ]
     rows = [_LOW + (_HIGH - _LOW) * value.to(like.dtype) / digits for value in unit]
+    rows += [torch.full_like(rows[0], edge) for edge in _EDGES]
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(size, generator=generator, dtype=torch.float64).to(like)
-    rows.append(_LOW + (_HIGH - _LOW) * noise)
+    rows.append(_EDGES[0] + (_EDGES[1] - _EDGES[0]) * noise)
     return torch.stack(rows).reshape((NUM_PROBES, *like.shape[1:]))
 
 
@@ -191,8 +235,9 @@ def read_images_with(
 def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     """How a model observes images of the shape, dtype and device of ``like``, ``(N, C, H, W)``.
 
-    It is run twice at 5 images, or at as many as ``like`` has where it runs at no others; no random
-    number that anyone else would draw is used up.
+    It is run at some images of its own; no random number that anyone else would draw is used up.
+    Of a program with conditions they are those of its first image; with the others it must observe
+    alike.
 
     Raises:
         ValueError: if the model fails on these images.
@@ -202,21 +247,22 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     if like.device.type == "meta":  # no values to look at
         names = [n for n, s in sample_sites(get_trace(model, x)).items() if _observes(s)]
         return ImageMap(shape, tuple(ImageSite(n, None, None, None) for n in names))
+    one = model.take(slice(0, 1)) if isinstance(model, BoundProgram) else model
     with aside(like.device):
-        try:
-            trace = get_trace(model, x)
-        except (IndexError, RuntimeError, ValueError) as error:
-            if len(like) <= NUM_PROBES:
-                raise ValueError(
-                    f"vae.model failed on {NUM_PROBES} images of shape {shape}: {error}; it must "
-                    "run on any number of images"
-                ) from error
-            x = torch.cat([x, x[-1:].expand(len(like) - NUM_PROBES, *shape)])
-            trace = get_trace(model, x)
+        trace = run_on("vae.model", one, x)
         sites = sample_sites(trace)
         latents = {n: site["value"] for n, site in sites.items() if not site["is_observed"]}
-        # Latents as they were, other images: what changes has seen the image.
-        moved = sample_sites(get_trace(poutine.condition(model, data=latents), x.roll(1, 0)))
+        # Latents as they were, other images, and one image more: what changes has seen images.
+        dims = {n: data_frame(s).dim - int(s["fn"].event_dim) for n, s in sites.items()}
+        more = {n: torch.cat([v, v.narrow(dims[n], 0, 1)], dims[n]) for n, v in latents.items()}
+        others_x = torch.cat([x.roll(1, 0), torch.ones_like(x[:1])])
+        conditioned = poutine.condition(one, data=more)
+        moved = sample_sites(run_on("vae.model", conditioned, others_x))
+        # One image under the conditions of all.
+        every = {}
+        if isinstance(model, BoundProgram) and model.num_images > 1:
+            same = x[-1:].expand(model.num_images, *shape)
+            every = sample_sites(run_on("vae.model", model, same))
     images: list[ImageSite] = []
     others: list[str] = []
     noisy: list[str] = []
@@ -227,11 +273,15 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             continue
         value = site["value"]
         rows = image_rows(value, site)
-        if _differ(rows, image_rows(moved[name]["value"], moved[name]).roll(-1, 0)):
+        if _differ(rows, image_rows(moved[name]["value"], moved[name])[:-1].roll(-1, 0)):
             noisy.append(name)
             continue
         found = _read_site(name, rows.to(x.dtype), x.flatten(1))
-        if found is None:
+        if found is not None and found.scale is not None and found.shift is not None:
+            scale, shift = (_in_layout(part, site) for part in (found.scale, found.shift))
+            found = found._replace(scale=scale, shift=shift)
+        alike = not every or not _differ(image_rows(every[name]["value"], every[name]), rows[-1:])
+        if found is None or not alike:
             others.append(name)
             continue
         if found.pixels is not None and len(found.pixels) == 0:
@@ -246,8 +296,37 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         if not bool(mean.isfinite().all()) and bool(site["fn"].log_prob(value).isfinite().all()):
             without_mean.append(name)
             continue
-        reads |= _differ(mean, moved[name]["fn"].mean)
-    return ImageMap(shape, tuple(images), tuple(others), tuple(noisy), reads, tuple(without_mean))
+        here, there = (
+            each.expand(s["value"].shape)
+            for each, s in ((mean, site), (moved[name]["fn"].mean, moved[name]))
+        )
+        reads |= _differ(image_rows(here, site), image_rows(there, moved[name])[:-1])
+    density = all(_same_density(site, moved[name], dims[name]) for name, site in sites.items())
+    return ImageMap(
+        shape,
+        tuple(images),
+        tuple(others),
+        tuple(noisy),
+        reads,
+        not density,
+        tuple(without_mean),
+    )
+
+
+def _same_density(site: Site, moved: Site, dim: int) -> bool:
+    """Whether a site has the same density at its values in both runs."""
+    value = site["value"]
+    again = {**moved, "value": torch.cat([value, value.narrow(dim, 0, 1)], dim)}
+    number = data_frame(site).size
+    here, there = log_prob_per_image(site, number), log_prob_per_image(again, number + 1)
+    return torch.allclose(here, there[:-1], rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+def _in_layout(row: Tensor, site: Site) -> Tensor:
+    """A row of :func:`image_rows` as one row of the site's value."""
+    dim = data_frame(site).dim - int(site["fn"].event_dim)
+    rest = site["value"].movedim(dim, 0).shape[1:]
+    return row.reshape(1, *rest).movedim(0, dim)
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -25,9 +25,22 @@ DiscretisedLogisticMixture    Linf          search over grid levels
 ============================  ============  ========================================
 
 A search that misses the minimum gives a larger energy, never one of an image out of reach; the
-inequality above is then no longer proved. For the gradient in z :math:`x^*` is a constant, by the
-envelope theorem; energies use it in full, so that Hamiltonian kernels stay exact for
-:math:`\exp(-U_\delta)`.
+inequality above is then no longer proved.
+
+Ball and range are those of images in [0, 1], whatever units the model observes them in: a
+likelihood of rescaled pixels is read as one of pixels, which is known for Bernoulli,
+ContinuousBernoulli, Normal and Laplace.
+
+Discrete latents y that the likelihood depends on are summed out with an :math:`x^*` for each of
+their values, in Linf balls alone, and for models that observe images in [0, 1]:
+
+.. math:: U_\delta(z; x) = -\log \sum_y p(z, y) \max_e p(x - e \mid z, y) .
+
+This is a lower bound of the minimum over one e for all of them; the inequality above still holds,
+since it holds for every y.
+
+For the gradient in z :math:`x^*` is a constant, by the envelope theorem; energies use it in full,
+so that Hamiltonian kernels stay exact for :math:`\exp(-U_\delta)`.
 
 An attacker asks for the gradient in x, too. A pixel of :math:`x^*` moves with x where the ball
 holds it, and stays where the range [0, 1] or the likelihood's maximum does, so in an L_inf ball
@@ -61,7 +74,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Laplace, Normal
@@ -69,6 +82,8 @@ from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Lap
 from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images_with
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.ops.checks import RefusalError
+from pyro_vae_defence.ops.distributions import innermost
 from pyro_vae_defence.types import PyroProgram
 
 __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_image"]
@@ -96,7 +111,7 @@ def most_likely_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
     Raises:
         ValueError: for a likelihood or a ball without a known minimiser.
     """
-    raise ValueError(
+    raise RefusalError(
         f"no perturbation-aware posterior is known for the likelihood {type(likelihood).__name__}; "
         "register its minimiser with most_likely_image.register"
     )
@@ -104,6 +119,16 @@ def most_likely_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
 
 @most_likely_image.register
 def _(likelihood: Independent, x: Tensor, ball: Ball) -> Tensor:
+    return most_likely_image(likelihood.base_dist, x, ball)
+
+
+@most_likely_image.register
+def _(likelihood: MaskedDistribution, x: Tensor, ball: Ball) -> Tensor:
+    if not isinstance(ball, Linf):
+        raise RefusalError(
+            f"perturbation must be an Linf ball for a masked likelihood, whose masked pixels take "
+            f"no share of it, got {ball!r}"
+        )
     return most_likely_image(likelihood.base_dist, x, ball)
 
 
@@ -123,7 +148,7 @@ def _(likelihood: Normal, x: Tensor, ball: Ball) -> Tensor:
 def _(likelihood: Laplace, x: Tensor, ball: Ball) -> Tensor:
     if not isinstance(ball, Linf):
         message = f"perturbation must be an Linf ball for a Laplace likelihood, got {ball!r}"
-        raise ValueError(message)
+        raise RefusalError(message)
     # As close to the mode as one can get, and on it where that is in reach: the density has a kink
     # there, where rounding would make a force.
     mode = likelihood.loc.expand_as(x)
@@ -137,7 +162,7 @@ def in_pixels(likelihood: Any, site: ImageSite) -> Any:
 
     Raises ``ValueError`` where it is not known.
     """
-    raise ValueError(
+    raise RefusalError(
         f"site {site.name!r} observes a rescaled image with a {type(likelihood).__name__}, for "
         "which no perturbation-aware posterior is known; observe the image in [0, 1]"
     )
@@ -149,18 +174,25 @@ def _(likelihood: Independent, site: ImageSite) -> Any:
     return Independent(base, likelihood.reinterpreted_batch_ndims, validate_args=False)
 
 
+@in_pixels.register
+def _(likelihood: MaskedDistribution, site: ImageSite) -> Any:
+    return in_pixels(likelihood.base_dist, site)
+
+
 @in_pixels.register(Normal)
 @in_pixels.register(Laplace)
 def _(likelihood: Any, site: ImageSite) -> Any:
     family = Normal if isinstance(likelihood, Normal) else Laplace
-    scale = likelihood.scale / site.slope(likelihood.loc).abs()
+    assert site.scale is not None
+    scale = likelihood.scale / site.scale.to(likelihood.scale).abs()
     return family(site.to_pixels(likelihood.loc), scale, validate_args=False)
 
 
 @in_pixels.register(Bernoulli)
 @in_pixels.register(ContinuousBernoulli)
 def _(likelihood: Any, site: ImageSite) -> Any:
-    logits = likelihood.logits * site.slope(likelihood.logits)
+    assert site.scale is not None
+    logits = likelihood.logits * site.scale.to(likelihood.logits)
     return type(likelihood)(logits=logits, validate_args=False)
 
 
@@ -171,8 +203,7 @@ def most_likely_value(likelihood: Any, value: Tensor, ball: Ball, site: ImageSit
     rescaled = in_pixels(likelihood, site)
     pixels = _moving_image(rescaled, site.to_pixels(value), ball)
     closest = site.to_units(pixels)
-    while isinstance(likelihood, Independent):
-        likelihood, rescaled = likelihood.base_dist, rescaled.base_dist
+    likelihood, rescaled = innermost(likelihood), innermost(rescaled)
     if isinstance(likelihood, Laplace):
         # On the mode exactly here too.
         closest = torch.where(pixels == rescaled.loc, likelihood.loc.detach(), closest)
@@ -191,8 +222,7 @@ def _moving_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
         return closest + torch.where(held, x - x.detach(), 0.0)
     held = (closest - x).abs() >= ball.radius - rounding
     moving = closest + torch.where(held, x - x.detach(), 0.0)
-    while isinstance(likelihood, Independent):
-        likelihood = likelihood.base_dist
+    likelihood = innermost(likelihood)
     if isinstance(likelihood, Normal):
         mean = likelihood.loc
         reached = ~held & ((closest - mean).abs() <= rounding)
@@ -313,7 +343,7 @@ class _MostLikely(Messenger):
         """Norms and mixtures over a whole image need rows that are images, and nothing masked."""
         rows = msg["value"].shape[0] == msg["fn"].batch_shape.numel()
         if not rows or isinstance(msg["mask"], Tensor) or len(self.images) > 1:
-            raise ValueError(
+            raise RefusalError(
                 f"site {msg['name']!r}: an L2 or L1 ball and an unknown radius need one image per "
                 "row, observed at one site; declare the pixels' dimensions with .to_event(...) and "
                 "mask none, or use an Linf ball"
@@ -360,8 +390,7 @@ class PerturbationAware:
         key = (tuple(x.shape[1:]), x.dtype, x.device)
         if key not in self._images:
             images = read_images_with(self.model, x, args, kwargs)
-            if images.noisy or images.others or images.reads or not images.sites:
-                images.check_known()
+            images.check_perturbable()
             self._images[key] = images
         with _MostLikely(self.perturbation, self._images[key]):
             return self.model(x, *args, **kwargs)

@@ -2,7 +2,8 @@ r"""Reading a VAE written as a pair of Pyro programs.
 
 Everything the library does to a VAE goes through this module, so any object with ``model(x)`` and
 ``guide(x)`` will do (:class:`pyro_vae_defence.types.VAE`): the names and number of latent sites,
-the observation site and its shape, nested plates and constrained supports are found in traces.
+which observations are the image and in which units, nested plates and supports are found in traces.
+Arguments beside the images are bound by :func:`at_images`; below, programs take images alone.
 
 The energy of image :math:`n`, in nats, is
 
@@ -11,7 +12,8 @@ The energy of image :math:`n`, in nats, is
 the sum of *unscaled* log-probabilities of the model's sites: a model trained under
 ``poutine.scale(beta)`` is still sampled at p(x|z)p(z), not at p(x|z)p(z)^beta. Latents with
 constrained support are moved on the unconstrained scale of :func:`torch.distributions.biject_to`,
-whose log-determinant enters the energy.
+whose log-determinant enters the energy. Discrete latents are summed out
+(:mod:`pyro_vae_defence.models.enumeration`).
 
 Throughout, ``vae`` is any Pyro VAE, ``x`` are images ``(N, C, H, W)``, and ``streams`` the random
 streams of these images, which make a row's draws independent of the batch around it; without them
@@ -55,13 +57,14 @@ from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.observation import ImageMap, read_images
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
-    DATA_PLATE,
     Kind,
     Site,
     aside,
     auxiliary_sites,
     check_density,
     check_density_everywhere,
+    check_leftmost,
+    check_rows,
     check_same_latents,
     data_frame,
     get_trace,
@@ -70,6 +73,7 @@ from pyro_vae_defence.models.sites import (
     log_prob_per_image,
     made_of_noise,
     random_sites,
+    run_on,
     sample_sites,
     with_mask,
 )
@@ -139,17 +143,27 @@ def at_images(
     check_images(x, name, unit_interval=unit_interval)
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
-        _check_latents(take(vae, slice(0, 1)), x[:1])
+        few = slice(0, 3)
+        _check_programs(take(vae, few), x[few])
     return vae, x
 
 
-def _check_latents(vae: VAE, x: Tensor) -> None:
+def _check_programs(vae: VAE, x: Tensor) -> None:
     with torch.no_grad(), evaluation_mode(vae), aside(x.device):
-        try:
-            traces = get_trace(vae.model, x), get_trace(vae.guide, x)
-        except (IndexError, RuntimeError, TypeError, ValueError):
-            return  # what runs them on all images says more
-    check_same_latents(*traces, summed_out=True)
+        model, guide = run_on("vae.model", vae.model, x), run_on("vae.guide", vae.guide, x)
+        check_same_latents(model, guide, summed_out=True)
+        check_leftmost(guide)
+    _check_guide_rows(vae, x)
+
+
+def _check_guide_rows(vae: VAE, x: Tensor) -> None:
+    def run(rows: Tensor, latents: LatentsLike) -> poutine.Trace:
+        guide = take(vae, rows).guide
+        conditioned = poutine.condition(guide, data=dict(latents)) if latents else guide
+        return run_on("vae.guide", conditioned, x[rows])
+
+    with evaluation_mode(vae):
+        check_rows("vae.guide", run, len(x), x)
 
 
 @contextlib.contextmanager
@@ -287,20 +301,16 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
         ValueError: if it fails on such images, has no latent site, or one outside its data plate.
     """
     check_vae(vae)
-    try:
-        with torch.no_grad(), evaluation_mode(vae):
-            trace = _draw(vae.guide, x, streams)
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"vae.guide failed on images of shape {tuple(x.shape)}: {error}; it must run as "
-            f'guide(x), with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample sites'
-        ) from error
+    with torch.no_grad(), evaluation_mode(vae):
+        guide = vae.guide if streams is None else _StreamMessenger(streams)(vae.guide)
+        trace = run_on("vae.guide", guide, x)
     if not latent_sites(trace):
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
     for site in sample_sites(trace).values():
         data_frame(site, x.shape[0])
+    check_leftmost(trace)
+    if x.device.type != "meta":
+        _check_guide_rows(vae, x)
 
 
 def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
@@ -337,7 +347,11 @@ class GuideDraws:
     def __init__(self, vae: VAE, x: Tensor) -> None:
         self.vae, self.x = vae, x
         self.site = ""
-        sites = sample_sites(_draw(vae.guide, x, Streams.create(len(x), seed=0, device=x.device)))
+        trace = _draw(vae.guide, x, Streams.create(len(x), seed=0, device=x.device))
+        check_density(trace)
+        if made := made_of_noise(trace):
+            _check_log_density(take(vae, slice(0, 1)), x[:1], made)
+        sites = sample_sites(trace)
         if len(sites) != 1:
             return
         (site,) = sites.values()
@@ -358,6 +372,54 @@ class GuideDraws:
         with poutine.block(), _StreamMessenger(streams):
             z = pyro.sample(self.site, draws)
         return {self.site: z}, draws.log_prob(z)
+
+
+_MOST_NOISE = 1024  # numbers, up to which a Jacobian is worth its time
+
+
+def _check_log_density(vae: VAE, x: Tensor, made: list[str]) -> None:
+    """At one image, Deltas made of noise must have minus the log-determinant of their function."""
+    energy = potential(vae, x)
+    noise = {s["name"]: s["value"] for s in auxiliary_sites(get_trace(vae.guide, x))}
+    sizes = [value.numel() for value in noise.values()]
+    if x.device.type == "meta" or sum(sizes) > _MOST_NOISE:
+        return
+
+    def run(flat: Tensor) -> poutine.Trace:
+        parts = zip(noise.items(), flat.split(sizes), strict=True)
+        values = {name: part.reshape(value.shape) for (name, value), part in parts}
+        return get_trace(poutine.condition(vae.guide, data=values), x)
+
+    def function(flat: Tensor) -> Tensor:
+        latents = _latents(run(flat))
+        moved = energy.unconstrain({name: latents[name] for name in made})
+        return torch.cat([value.flatten() for value in moved.values()])
+
+    flat = torch.cat([value.detach().flatten() for value in noise.values()])
+    with torch.enable_grad():
+        jacobian = torch.autograd.functional.jacobian(function, flat)
+    if jacobian.shape[0] != jacobian.shape[1]:
+        raise ValueError(
+            f"sites {made} of the guide hold {jacobian.shape[0]} numbers made of "
+            f"{jacobian.shape[1]} of auxiliary noise, so that they have no density; make each "
+            "latent a bijection of its noise"
+        )
+    trace = run(flat)
+    expected = -torch.linalg.slogdet(jacobian).logabsdet
+    for name in made:
+        if (transform := energy.transforms.get(name)) is not None:
+            point = transform.inv(trace.nodes[name]["value"])
+            expected = expected - transform.log_abs_det_jacobian(point, transform(point)).sum()
+    given = sum(distributions.innermost(trace.nodes[name]["fn"]).log_density.sum() for name in made)
+    for site in sample_sites(trace).values():
+        if isinstance(site["fn"], dist.Unit):  # a factor may hold it as well
+            given = given + site["fn"].log_prob(site["value"]).sum()
+    if not torch.allclose(torch.as_tensor(given), expected, rtol=1e-3, atol=1e-2):
+        raise ValueError(
+            f"sites {made} of the guide have the log_density {float(given):.6g} where their "
+            f"function of the noise has {float(expected):.6g}; pass log_density, minus the "
+            "log-determinant of its Jacobian, to the Delta"
+        )
 
 
 def posterior_mean(vae: VAE, x: Tensor) -> Latents:
@@ -482,7 +544,7 @@ class Decoder:
             trace = _at_latents(self.vae.model, latents, x)
             seen = [site.name for site in self.images.sites]
         sites = _observed(trace, latents)
-        return self.images.assemble(lambda site: read(trace, seen, site=site), sites)
+        return self.images.assemble(lambda site: read(trace, seen, site=site), sites, len(template))
 
 
 def observed(model: PyroProgram, latents: LatentsLike, x: Tensor) -> dict[str, Site]:
@@ -583,8 +645,9 @@ class ModelPotential:
             model, args, kwargs = model.program, (*args, *conditions), {**kwargs, **keywords}
         self._model, self._args, self._kwargs = model, args, kwargs
         with torch.no_grad():
-            trace = self._first_trace(batch)
+            trace = run_on("vae.model", model, *args, **kwargs)
             discrete = enumerable(trace)
+            check_leftmost(trace)
             self.sites = tuple(self._read_site(site) for site in _continuous(trace))
             if not self.sites:
                 raise ValueError(
@@ -599,53 +662,25 @@ class ModelPotential:
                 _, expand = marginalised(known, plain, frame, *args, **kwargs)
                 self._program = in_parallel(model, trace, expand)
             if batch.device.type != "meta":
-                self._check_plates(trace)
-                self._check_repeatable()
+                check_rows("vae.model", self._run_few, self.num_images, batch)
 
-    def _first_trace(self, batch: Tensor) -> poutine.Trace:
-        try:
-            return get_trace(self._model, *self._args, **self._kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"vae.model failed on images of shape {tuple(batch.shape)}: {error}; it must run "
-                "as model(x), or as model(x, *conditions) where images come with conditions"
-            ) from error
-
-    def _check_plates(self, trace: poutine.Trace) -> None:
-        """Data plates of another name must have twice the rows for twice the images."""
-        sites = sample_sites(trace).values()
-        if all(data_frame(site, self.num_images).name == DATA_PLATE for site in sites):
-            return
-        double = self.take(torch.arange(self.num_images).repeat(2))
-        with aside(self.tensors[0].device):
-            doubled = get_trace(double._model, *double._args, **double._kwargs)
-        for site in sample_sites(doubled).values():
-            data_frame(site, double.num_images)
-
-    def _check_repeatable(self) -> None:
-        few = self.take(torch.arange(min(2, self.num_images)))
-        try:
-            first = few(few.prototype)
-        except (IndexError, RuntimeError, ValueError):  # it runs at no other number of images
-            few = self
-            first = few(few.prototype)
-        second = few(few.prototype)
-        if not torch.allclose(first, second, rtol=1e-5, equal_nan=True):
-            raise ValueError(
-                f"the energy of one image at one point is {float(first[0])!r} and then "
-                f"{float(second[0])!r}: the model draws noise outside pyro.sample, such as a "
-                "binarisation, dequantisation or dropout; fix it, or do it to the images beforehand"
-            )
+    def _run_few(self, rows: Tensor, latents: LatentsLike) -> poutine.Trace:
+        few = self.take(rows)
+        model = poutine.condition(self._model, data=dict(latents)) if latents else self._model
+        return run_on("vae.model", model, *few._args, **few._kwargs)
 
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
-        frame = data_frame(site, self.num_images)
-        if value.dim() != len(fn.event_shape) - frame.dim:
+        data_frame(site, self.num_images)
+        if (
+            not value.is_meta
+            and bool(value.isfinite().all())
+            and not bool(fn.log_prob(value).isfinite().any())
+        ):
             raise ValueError(
-                f"latent site {name!r} has a plate left of the data plate; "
-                "make the data plate the leftmost one"
+                f"latent site {name!r} draws values at which {type(fn).__name__} has no density, "
+                "as straight-through relaxations do; use RelaxedOneHotCategorical, or a discrete "
+                "OneHotCategorical, which is summed out"
             )
         try:
             transform = transform_of(fn, value)

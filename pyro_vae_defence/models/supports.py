@@ -27,7 +27,7 @@ from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import VonMises, constraints
 
 from pyro_vae_defence.ops.distributions import is_discrete
 
@@ -101,6 +101,8 @@ def _support(fn: Any, value: Tensor) -> Any:
             f"{_title(fn)} is transformed onto less than its transforms' codomain, as part of a "
             "mixture; derive a class from it and declare its `support`"
         )
+    if isinstance(fn, VonMises):
+        return constraints.interval(-math.pi, math.pi)  # torch declares all numbers
     support = _stated(fn)
     if support is None:
         _check_unconstrained(fn, value)

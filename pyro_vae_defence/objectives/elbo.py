@@ -115,7 +115,8 @@ class ImageELBO(TraceMeanField_ELBO):
         images = self._observed[1]
         images.check_mean()
         sites = sample_sites(model_trace)
-        return images.assemble(lambda site: site["fn"].mean, sites).reshape(x.shape)
+        mean = images.assemble(lambda site: site["fn"].mean, sites, len(x))
+        return mean.reshape(x.shape)
 
     @abstractmethod
     def particle_terms(

@@ -6,6 +6,10 @@ import math
 from typing import Any
 
 
+class RefusalError(ValueError):
+    """A ``ValueError`` of this library from inside a user's program; nobody adds that it failed."""
+
+
 def check_integer(name: str, value: Any, least: int = 1) -> None:
     """``ValueError`` naming the argument unless ``value`` is an integer of at least ``least``."""
     if not (isinstance(value, int) and value >= least):

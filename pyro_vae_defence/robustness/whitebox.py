@@ -20,7 +20,7 @@ from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.conditions import BoundVAE, fold, split, take
+from pyro_vae_defence.models.conditions import BoundVAE, fold, rows_of, split, take
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, ImagesLike, Latents
@@ -82,7 +82,7 @@ class WhiteBox:
             return self
         other = copy.copy(self)
         other.vae, other._x = take(self.vae, rows), self._x[rows]
-        other._conditions = tuple(value[rows] for value in self._conditions)
+        other._conditions = rows_of(self._conditions, rows)
         if self.unrollable:
             other.__dict__["step_size"] = self.step_size
         other.__dict__.pop("_whole", None)

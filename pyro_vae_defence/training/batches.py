@@ -65,9 +65,10 @@ class Reader:
             self.warn = False
             warnings.warn(
                 f"{name} yields {count} more {'entry' if count == 1 else 'entries'} beside the "
-                "images, which neither model nor guide takes: ignored. Programs of a conditional "
-                "VAE take them as model(self, x, y) and guide(self, x, y); for any other give a "
-                "loader of images alone, e.g. data.batches(..., labels=False)",
+                "images, which model and guide do not take by position: ignored. Programs of a "
+                "conditional VAE take them right after the images, model(self, x, y) or "
+                "model(self, x, y=None); for any other give a loader of images alone, e.g. "
+                "data.batches(..., labels=False)",
                 UserWarning,
                 stacklevel=2,
             )

@@ -337,13 +337,18 @@ class _Run:
             try:
                 loss = _number(self.objective.loss_and_grads(self.model, self.guide, *batch))
             except (IndexError, RuntimeError, TypeError) as error:
-                if self.steps > 0 or len(batch) == 1 or isinstance(error, torch.OutOfMemoryError):
+                if self.steps > 0 or isinstance(error, torch.OutOfMemoryError):
                     raise
-                shapes = [tuple(value.shape) for value in batch[1:]]
+                shapes = [None if v is None else tuple(v.shape) for v in batch]
+                mend = "the programs must run on any number of images of one size"
+                if len(batch) > 1:
+                    mend = (
+                        "if what loader yields beside the images is not theirs, give a loader of "
+                        "images alone, e.g. data.batches(..., labels=False)"
+                    )
                 raise ValueError(
-                    f"the programs failed with what loader yields beside the images, of shapes "
-                    f"{shapes}: {error}; if that is not theirs, give a loader of images alone, "
-                    "e.g. data.batches(..., labels=False)"
+                    f"the programs failed on loader's first batch, of shapes {shapes}: {error}; "
+                    + mend
                 ) from error
         loss, count = parallel.total(loss, batch[0].shape[0])
         self._check_finite(loss, "loss")

@@ -26,16 +26,22 @@ LatentsOf = Literal["sample", "mean"]
 T = TypeVar("T")
 
 
-def prepare(prepared: Callable[..., Any], images: tuple[Tensor, ...], streams: Streams) -> Any:
+def prepare(
+    prepared: Callable[..., Any],
+    images: tuple[Tensor, ...],
+    streams: Streams,
+    *,
+    needs_conditions: bool = True,
+) -> Any:
     """``prepared(x_ref, streams=streams, conditions=conditions)`` of what it takes of these.
 
     Raises:
-        ValueError: if there are conditions and it takes none.
+        ValueError: if there are conditions and it takes none, unless it may do without.
     """
     x_ref, *conditions = images
     parameters = inspect.signature(prepared).parameters
     further: dict[str, Any] = {"streams": streams} if "streams" in parameters else {}
-    if conditions:
+    if conditions and ("conditions" in parameters or needs_conditions):
         if "conditions" not in parameters:
             raise ValueError(
                 f"the objective {prepared!r} takes no conditions; attack the images alone, or let "

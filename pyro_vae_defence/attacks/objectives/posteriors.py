@@ -16,8 +16,8 @@ Each row draws that noise from its own stream, once, and the same for both image
 objective is a deterministic function of the image, and of nothing else in its batch; ``num_draws``
 averages over several. The divergences of the groups add up; what a program masks, in either image,
 counts for nothing. (The joint KL-divergence would condition both sides on the same latents instead;
-NVAE attacks, the paper's among them, sum the groups as done here.) Families that are not Gaussian
-draw from torch's global seed.
+NVAE attacks, the paper's among them, sum the groups as done here.) Families other than Gaussians,
+transformed or not, and classes draw from torch's global seed.
 
 Guides that make a latent of auxiliary noise, a ``Delta`` of an auxiliary site, are compared by the
 noise: divergences are those of the latents, since a bijection ties both, the same for all images.
