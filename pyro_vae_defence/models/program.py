@@ -605,6 +605,12 @@ def image_map(vae: VAE, like: Tensor) -> ImageMap:
     return read_images(one, like)
 
 
+_STRAIGHT_THROUGH = (
+    dist.RelaxedOneHotCategoricalStraightThrough,
+    dist.RelaxedBernoulliStraightThrough,
+)
+
+
 class LatentSite(NamedTuple):
     """A latent site: name, shape of an image's unconstrained value, and transform to the support.
 
@@ -672,11 +678,7 @@ class ModelPotential:
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
         data_frame(site, self.num_images)
-        if (
-            not value.is_meta
-            and bool(value.isfinite().all())
-            and not bool(fn.log_prob(value).isfinite().any())
-        ):
+        if isinstance(distributions.innermost(fn), _STRAIGHT_THROUGH):
             raise ValueError(
                 f"latent site {name!r} draws values at which {type(fn).__name__} has no density, "
                 "as straight-through relaxations do; use RelaxedOneHotCategorical, or a discrete "
