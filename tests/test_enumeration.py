@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import types
 
 import pyro
 import pyro.distributions as dist
@@ -15,6 +16,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.infer.mcmc.util import TraceEinsumEvaluator
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_vae_defence.attacks import PGD, maximum_damage
 from pyro_vae_defence.models.enumeration import (
     check_broadcast,
     enumerable,
@@ -24,6 +26,7 @@ from pyro_vae_defence.models.enumeration import (
     marginal_mean,
 )
 from pyro_vae_defence.models.sites import log_prob_per_image, sample_sites
+from pyro_vae_defence.ops.balls import Linf
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -456,3 +459,19 @@ def test_programs_that_broadcast_pass(model):
     sites = sample_sites(plain).items()
     latents = {n: s["value"] for n, s in sites if not s["is_observed"] and n not in discrete}
     check_broadcast(plain, enumerated(model, latents, x), "data")
+
+
+def test_a_vae_of_classes_alone_has_nothing_to_decode():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            return pyro.sample("y", dist.Categorical(logits=table(3)[None] + x[:, :1, 0, 0]))
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=table(3)))
+            loc = table(3)[y, None, None, None]
+            pyro.sample("obs", dist.Normal(loc, 1.0).to_event(3), obs=x)
+
+    vae, x = types.SimpleNamespace(model=model, guide=guide), torch.rand(2, 1, 2, 2)
+    with pytest.raises(ValueError, match="no continuous site.*RelaxedOneHotCategorical"):
+        PGD(maximum_damage(vae), Linf(0.1), num_steps=1)(x)

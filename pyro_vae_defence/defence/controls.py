@@ -38,8 +38,8 @@ class EncoderDefence(BaseDefence):
         preprocess: filter of images, e.g. ``functools.partial(clip_dark_pixels, delta=0.1)``; none
             by default.
         batch_size: most images at a time; results do not depend on it, unless the guide has latents
-            of families unknown to :mod:`pyro_vae_defence.ops.draws`, such as mixtures, which come
-            from torch's global seed.
+            of families unknown to :mod:`pyro_vae_defence.ops.draws`, such as ``VonMises``, which
+            come from torch's global seed.
 
     Raises:
         ValueError: if an argument is out of range, or images, filtered or not, are not in [0, 1].

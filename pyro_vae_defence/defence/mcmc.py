@@ -93,7 +93,7 @@ class MCMCDefence(BaseDefence):
         batch_size: most chains (images times ``num_chains``) at a time. Results do not depend on
             it, unless the kernel couples images, as the paper's preset does, or noise comes from
             torch's global seed: that of other kernels, and of starts where the guide's latents are
-            of families unknown to :mod:`pyro_vae_defence.ops.draws`, such as mixtures.
+            of families unknown to :mod:`pyro_vae_defence.ops.draws`, such as ``VonMises``.
         progress: show a progress bar.
 
     Raises:

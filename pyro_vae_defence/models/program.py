@@ -528,6 +528,11 @@ class Decoder:
         p(y | z, x), which is a reconstruction, in place of p(y | z).
         """
         self.check()
+        if not latents:
+            raise ValueError(
+                "there is no continuous site, so that there is nothing to decode; relax discrete "
+                "ones, e.g. to a RelaxedOneHotCategorical"
+            )
         if self.to_images is None:
             return self._assemble(latents, functools.partial(_mean, latents), x)
         num_rows = next(iter(latents.values())).shape[0]

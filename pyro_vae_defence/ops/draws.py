@@ -11,7 +11,7 @@ a draw that belongs to the first, and its derivative is the pathwise one.
   10^11 draws, which are then d). For a < 1 it is a draw of Gamma(a + 1) times
   :math:`u^{1 / a}`. The derivative is implicit, :math:`-\partial_a F / \partial_z F` of the
   cumulative distribution F.
-- Whatever is made of these by transforms.
+- Mixtures of these, whose draws have no derivative, and whatever is made of them by transforms.
 
 Marsaglia, Tsang, "A simple method for generating gamma variables", 2000,
 https://doi.org/10.1145/358407.358414.
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributions as td
+from pyro.distributions import ProjectedNormal
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 
@@ -93,6 +94,11 @@ def _multivariate(fn: td.MultivariateNormal, noise: Noise) -> Tensor:
 
 
 @draw.register
+def _projected(fn: ProjectedNormal, noise: Noise) -> Tensor:
+    return torch.nn.functional.normalize(fn.concentration + noise.normal(fn.concentration), dim=-1)
+
+
+@draw.register
 def _low_rank(fn: td.LowRankMultivariateNormal, noise: Noise) -> Tensor:
     factor = fn.cov_factor @ noise.normal(fn.cov_factor[..., 0, :])[..., None]
     return fn.loc + factor[..., 0] + fn.cov_diag.sqrt() * noise.normal(fn.loc)
@@ -158,6 +164,17 @@ def _class(fn: Any, noise: Noise) -> Tensor | None:
     if isinstance(fn, td.Categorical):
         return value
     return torch.nn.functional.one_hot(value, fn.probs.shape[-1]).to(fn.probs.dtype)
+
+
+@draw.register
+def _mixture(fn: td.MixtureSameFamily, noise: Noise) -> Tensor | None:
+    which, parts = draw(fn.mixture_distribution, noise), draw(fn.component_distribution, noise)
+    if which is None or parts is None:
+        return None
+    index = which.reshape(which.shape + (1,) * (1 + len(fn.event_shape)))
+    index = index.expand(*which.shape, 1, *fn.event_shape)
+    # A component's derivative is not the mixture's.
+    return parts.detach().gather(which.dim(), index).squeeze(which.dim())
 
 
 def _inside(value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.conditions import BoundVAE, fold, rows_of, split, take
+from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, fold, rows_of, split, take
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, ImagesLike, Latents
@@ -66,10 +66,13 @@ class WhiteBox:
         if isinstance(defence, (MCMCDefence, PosteriorModeDefence)):
             model = program.target(self.vae, defence.perturbation)
 
-        def counted(x: Tensor) -> Any:
-            self._evaluations[0] += x.shape[0]
-            return model(x)
+        written = model.program if isinstance(model, BoundProgram) else model
 
+        def count(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._evaluations[0] += x.shape[0]
+            return written(x, *args, **kwargs)
+
+        counted = model.around(count) if isinstance(model, BoundProgram) else count
         self.decoder = program.Decoder(self.vae, self._x)
         self._potential = ModelPotential(counted, self._x)
         self._make_kernel: Callable[[], Any] = lambda: None
