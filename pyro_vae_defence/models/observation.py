@@ -228,7 +228,7 @@ def read_images_with(
     settings = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
     keywords = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
     bound = BoundProgram(functools.partial(model, **settings), args, keywords)
-    return read_images(bound.take(slice(0, 1)), x)
+    return read_images(bound, x)
 
 
 @torch.no_grad()

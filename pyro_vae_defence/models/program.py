@@ -621,9 +621,7 @@ def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tens
 
 def image_map(vae: VAE, like: Tensor) -> ImageMap:
     """How the model of ``vae`` observes images of the shape, dtype and device of ``like``."""
-    model = vae.model
-    one = model.take(slice(0, 1)) if isinstance(model, BoundProgram) else model
-    return read_images(one, like)
+    return read_images(vae.model, like)
 
 
 _STRAIGHT_THROUGH = (

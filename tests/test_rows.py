@@ -1,0 +1,273 @@
+"""What is computed for an image is its own: what couples images, or reads them, is found."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import nn
+
+from pyro_vae_defence import attacks, metrics
+from pyro_vae_defence.defence import MCMCDefence, NoDefence
+from pyro_vae_defence.models import program
+from pyro_vae_defence.ops.balls import L2, Linf
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+SHAPE = (1, 4, 4)
+WEIGHT = torch.randn(3, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def centre(x):
+    return x - x.mean(0)
+
+
+class Programs:
+    """z in three dimensions, an image N(sigmoid(Wz), .1); a test changes one line."""
+
+    def prior(self, x):
+        return dist.Normal(x.new_zeros(3), 1.0).to_event(1)
+
+    def likelihood(self, x, mean):
+        return dist.Normal(mean, 0.1).to_event(1)
+
+    def observation(self, x):
+        return x.flatten(1)
+
+    def q(self, x):
+        return dist.Normal(x.flatten(1) @ WEIGHT.T, 0.3).to_event(1)
+
+    def further(self, x, z):
+        pass
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            fn = self.likelihood(x, (z @ WEIGHT).sigmoid())
+            pyro.sample("obs", fn, obs=self.observation(x))
+            self.further(x, z)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.q(x))
+
+
+def changed(**parts):
+    return type("Changed", (Programs,), {name: staticmethod(f) for name, f in parts.items()})()
+
+
+def images(number):
+    generator = torch.Generator().manual_seed(number)
+    return torch.rand(number, *SHAPE, generator=generator, dtype=torch.float64)
+
+
+# --- Rows are independent -------------------------------------------------------------------------
+
+UNNORMED = nn.BatchNorm1d(3, affine=False, track_running_stats=False).double().eval()
+
+COUPLED = {
+    "observation less the mean of the batch": (
+        changed(observation=lambda x: centre(x).flatten(1)),
+        "model .* couples",
+    ),
+    "prior scaled by the batch": (
+        changed(prior=lambda x: dist.Normal(x.new_zeros(len(x), 3), x.std()).to_event(1)),
+        "vae.model .* couples the images",
+    ),
+    "encoder less the mean of the batch": (
+        changed(q=lambda x: dist.Normal(centre(x.flatten(1) @ WEIGHT.T), 0.3).to_event(1)),
+        "vae.guide .* couples the images",
+    ),
+    "batch norm without running statistics": (
+        changed(q=lambda x: dist.Normal(UNNORMED(x.flatten(1) @ WEIGHT.T), 0.3).to_event(1)),
+        "vae.guide (.* couples|failed)",
+    ),
+    "noise in the encoder": (
+        changed(q=lambda x: dist.Normal(x.flatten(1) @ WEIGHT.T + torch.randn(3), 0.3).to_event(1)),
+        "vae.guide .* draws noise outside",
+    ),
+    "noise in the prior": (
+        changed(prior=lambda x: dist.Normal(torch.randn(3), 1.0).to_event(1)),
+        "vae.model .* draws noise outside",
+    ),
+}
+
+
+@pytest.mark.parametrize(("vae", "message"), COUPLED.values(), ids=COUPLED)
+def test_programs_that_couple_images_are_refused(vae, message):
+    x = images(5)
+    for call in (MCMCDefence(vae), lambda x: metrics.nll(vae, x, 2)):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+    if "guide" in message:
+        with pytest.raises(ValueError, match=message):
+            attacks.PGD(attacks.symmetric_kl(vae), Linf(0.1), 1)(x)
+    else:
+        with pytest.raises(ValueError, match=message):
+            program.potential(vae, x)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 16])
+def test_event_dimensions_are_missed_at_any_number_of_images(number):
+    """At 16 images a row of pixels would pass for the images' log-probabilities."""
+    vae = changed(likelihood=lambda x, mean: dist.Normal(mean, 0.1))
+    with pytest.raises(ValueError, match="vae.model failed|to_event"):
+        program.potential(vae, images(number))
+    vae = changed(q=lambda x: dist.Normal(x.flatten(1) @ WEIGHT.T, 0.3))
+    with pytest.raises(ValueError, match="vae.guide failed|to_event|plate left of"):
+        attacks.symmetric_kl(vae)(images(number))
+
+
+def test_latents_of_a_plate_left_of_the_data_plate():
+    class Plated(Programs):
+        def guide(self, x):
+            with pyro.plate("parts", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal((x.flatten(1) @ WEIGHT.T).T, 0.3))
+
+    for number in (2, 3):
+        with pytest.raises(ValueError, match="'z' has a plate left of the data plate"):
+            attacks.symmetric_kl(Plated())(images(number))
+
+
+# --- What reads the image -------------------------------------------------------------------------
+
+READS = {
+    "scale of the likelihood": changed(
+        likelihood=lambda x, mean: dist.Normal(mean, 0.05 + 0.3 * x.flatten(1)).to_event(1)
+    ),
+    "prior": changed(prior=lambda x: dist.Normal(x.flatten(1) @ WEIGHT.T, 1.0).to_event(1)),
+    "factor": changed(further=lambda x, z: pyro.factor("f", x.flatten(1).sum(1))),
+    "another likelihood": changed(
+        further=lambda x, z: pyro.sample(
+            "label", dist.Normal(x.flatten(1).sum(1), 1.0), obs=x.new_zeros(len(x))
+        )
+    ),
+    "attribute of the image": changed(
+        further=lambda x, z: pyro.sample(
+            "brightness", dist.Normal(z.sum(1), 1.0), obs=x.flatten(1).mean(1)
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("vae", READS.values(), ids=READS)
+def test_energies_that_read_the_image_have_no_perturbation(vae):
+    """Their images are decoded, since the mean image is known from latents."""
+    x, z = images(4), torch.randn(4, 3)
+    assert program.potential(vae, x)({"z": z}).shape == (4,)
+    decoded = program.decode(vae, {"z": z}, SHAPE)
+    torch.testing.assert_close(decoded.flatten(1), (z @ WEIGHT).sigmoid())
+    with pytest.raises(ValueError, match="perturbation"):
+        program.potential(vae, x, Linf(0.1))
+
+
+OTHER_PIXELS = {
+    "background removed": lambda x: torch.where(x < 0.2, 0.0, x).flatten(1),
+    "light saturated": lambda x: torch.where(x > 0.8, 1.0, x).flatten(1),
+    "8 bits": lambda x: ((255 * x).round() / 255).flatten(1),
+}
+
+
+@pytest.mark.parametrize("observation", OTHER_PIXELS.values(), ids=OTHER_PIXELS)
+def test_pixels_that_change_somewhere_are_no_map(observation):
+    with pytest.raises(ValueError, match="not affine in single pixels"):
+        NoDefence(changed(observation=observation))(images(3))
+
+
+def test_pixels_kept_from_the_edges_are_pixels():
+    vae = changed(
+        observation=lambda x: x.flatten(1).clamp(1e-3, 1 - 1e-3),
+        likelihood=lambda x, mean: dist.Beta(5 * mean, 5 * (1 - mean)).to_event(1),
+    )
+    z = torch.randn(4, 3)
+    decoded = program.decode(vae, {"z": z}, SHAPE)
+    torch.testing.assert_close(decoded.flatten(1), (z @ WEIGHT).sigmoid())
+
+
+def test_pixels_observed_more_than_once_have_no_perturbation():
+    vae = changed(
+        observation=lambda x: x.flatten(1).repeat(1, 2),
+        likelihood=lambda x, mean: dist.Normal(mean.repeat(1, 2), 0.1).to_event(1),
+    )
+    with pytest.raises(ValueError, match="pixels more than once"):
+        program.potential(vae, images(3), L2(0.5))
+
+
+def test_a_mask_of_pixels_in_the_likelihood():
+    mask = torch.arange(16) % 3 > 0
+    vae = changed(likelihood=lambda x, mean: dist.Normal(mean, 0.1).mask(mask).to_event(1))
+    x, z = images(4), torch.randn(4, 3)
+    mean = (z @ WEIGHT).sigmoid()
+    flat = x.flatten(1)
+    closest = mean.clamp(flat - 0.1, flat + 0.1).clamp(0.0, 1.0)
+    densities = dist.Normal(mean, 0.1).log_prob(closest)[:, mask].sum(1)
+    expected = -densities - dist.Normal(0.0, 1.0).log_prob(z).sum(1)
+    torch.testing.assert_close(program.potential(vae, x, Linf(0.1))({"z": z}), expected)
+    with pytest.raises(ValueError, match="Linf ball for a masked likelihood"):
+        program.potential(vae, x, L2(0.5))
+
+
+# --- Conditions -----------------------------------------------------------------------------------
+
+
+class Conditioned(Programs):
+    """Observes the image less a template of its class."""
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            mean = (z @ WEIGHT).sigmoid()
+            template = 0.1 * y[:, None]
+            fn = dist.Normal(mean - template, 0.1).to_event(1)
+            pyro.sample("obs", fn, obs=x.flatten(1) - template)
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.q(x))
+
+
+def test_units_that_are_a_condition_are_refused():
+    x = images(4)
+    with pytest.raises(ValueError, match="the same for all images.*a scale that is a condition"):
+        NoDefence(Conditioned())((x, torch.tensor([0.0, 1.0, 2.0, 3.0])))
+    vae, x = program.at_images(Conditioned(), (x, torch.tensor([0.0, 1.0, 2.0, 3.0])))
+    with pytest.raises(ValueError, match="perturbation"):
+        program.potential(vae, x, Linf(0.1))
+    same = NoDefence(Conditioned())((x, torch.full((4,), 2.0)))
+    expected = (same.latents["z"] @ WEIGHT).sigmoid()
+    torch.testing.assert_close(same.reconstruction.flatten(1), expected)
+
+
+def test_none_among_conditions():
+    class Optional(Programs):
+        def model(self, x, mask=None, y=None):
+            Conditioned.model(self, x, y)
+
+        def guide(self, x, mask=None, y=None):
+            Conditioned.guide(self, x, y)
+
+    x, y = images(4), torch.ones(4)
+    vae, x = program.at_images(Optional(), (x, None, y))
+    other, _ = program.at_images(Conditioned(), (x, y))
+    z = {"z": torch.randn(4, 3)}
+    torch.testing.assert_close(program.potential(vae, x)(z), program.potential(other, x)(z))
+    result = MCMCDefence(Optional(), num_samples=1, warmup_steps=1, batch_size=2)((x, None, y))
+    assert result.conditions[0] is None
+    assert torch.equal(result.conditions[1], y)
+
+
+def test_keyword_only_conditions_are_named():
+    class Keyword(Programs):
+        def model(self, x, *, y):
+            Conditioned.model(self, x, y)
+
+        def guide(self, x, *, y):
+            Conditioned.guide(self, x, y)
+
+    for call in (
+        lambda: NoDefence(Keyword())((images(3), torch.ones(3))),
+        lambda: NoDefence(Keyword())(images(3)),
+    ):
+        with pytest.raises(ValueError, match="'y' of a program is needed and keyword-only"):
+            call()
