@@ -25,6 +25,7 @@ from pyro_vae_defence.models.enumeration import (
     log_density,
     marginal_mean,
 )
+from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.models.sites import log_prob_per_image, sample_sites
 from pyro_vae_defence.ops.balls import Linf
 
@@ -475,3 +476,20 @@ def test_a_vae_of_classes_alone_has_nothing_to_decode():
     vae, x = types.SimpleNamespace(model=model, guide=guide), torch.rand(2, 1, 2, 2)
     with pytest.raises(ValueError, match="no continuous site.*RelaxedOneHotCategorical"):
         PGD(maximum_damage(vae), Linf(0.1), num_steps=1)(x)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_plate_without_a_size(count, float64):
+    def model(x):
+        with pyro.plate("data"):
+            y = pyro.sample("y", dist.Categorical(logits=torch.zeros(len(x), 3)))
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            shift = torch.arange(3.0)[y][..., None]
+            pyro.sample("obs", dist.Normal(z + shift, 1.0).to_event(1), obs=x)
+
+    x, z = torch.randn(count, 2), torch.randn(count, 2)
+    parts = [dist.Normal(z + shift, 1.0).log_prob(x).sum(1) for shift in range(3)]
+    expected = (
+        torch.stack(parts).logsumexp(0) - math.log(3) + dist.Normal(0.0, 1.0).log_prob(z).sum(1)
+    )
+    torch.testing.assert_close(ModelPotential(model, x)({"z": z}), -expected)

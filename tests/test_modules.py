@@ -268,3 +268,13 @@ def test_pyro_objects_that_hold_modules():
 
     vae = Flow(q=dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0), [spline]))
     assert spline in modules_of(vae)
+
+
+def test_networks_of_an_imported_module():
+    namespace = types.ModuleType("networks_elsewhere")
+    namespace.decoder = nn.Linear(2, 3)
+    namespace.other = nn.Linear(2, 3)
+    source = "def model(x):\n    return networks.decoder(x)\n"
+    found = {"networks": namespace, "__name__": "__main__"}
+    exec(source, found)
+    assert modules_of(found["model"]) == [namespace.decoder]

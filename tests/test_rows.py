@@ -83,6 +83,10 @@ COUPLED = {
         changed(q=lambda x: dist.Normal(UNNORMED(x.flatten(1) @ WEIGHT.T), 0.3).to_event(1)),
         "vae.guide (.* couples|failed)",
     ),
+    "an encoding by the image's number": (
+        changed(q=lambda x: dist.Normal(WEIGHT.T[: len(x)], 0.3).to_event(1)),
+        "vae.guide .* goes by their number",
+    ),
     "noise in the encoder": (
         changed(q=lambda x: dist.Normal(x.flatten(1) @ WEIGHT.T + torch.randn(3), 0.3).to_event(1)),
         "vae.guide .* draws noise outside",
@@ -117,6 +121,17 @@ def test_event_dimensions_are_missed_at_any_number_of_images(number):
     vae = changed(q=lambda x: dist.Normal(x.flatten(1) @ WEIGHT.T, 0.3))
     with pytest.raises(ValueError, match="vae.guide failed|to_event|plate left of"):
         attacks.symmetric_kl(vae)(images(number))
+
+
+def test_images_changed_in_place():
+    def q(x):
+        return dist.Normal(x.sub_(0.5).flatten(1) @ WEIGHT.T, 0.3).to_event(1)
+
+    x = images(4)
+    before = x.clone()
+    with pytest.raises(ValueError, match="vae.guide changes its images in place"):
+        NoDefence(changed(q=q))(x)
+    assert torch.equal(x, before)
 
 
 def test_latents_of_a_plate_left_of_the_data_plate():

@@ -264,6 +264,7 @@ class _Factors(NamedTuple):
         }
         frames = [f for s in sites.values() for f in s["cond_indep_stack"] if f.vectorized]
         sizes = {trace.plate_to_symbol[frame.name]: frame.size for frame in frames}
+        unsized = {symbol for symbol, size in sizes.items() if size < 0}
         terms = {}
         for name in names:
             if trace.plate_to_symbol.get(_name(plate)) not in ordinals[name]:
@@ -274,6 +275,14 @@ class _Factors(NamedTuple):
             masked = not _is_enumerated(sites[name])
             terms[name] = _packed_log_prob(sites[name], masked=masked)
             _check_owners(name, terms[name]._pyro_dims, ordinals[name], owners)
+        for symbol in unsized:  # a plate without a size has that of its sites
+            found = [
+                size
+                for term in terms.values()
+                for dim, size in zip(term._pyro_dims, term.shape, strict=True)
+                if dim == symbol
+            ]
+            sizes[symbol] = max(found, default=1)
         return cls(terms, ordinals, owners, sizes)
 
     def contract(self, plates: frozenset[str], kept: set[str]) -> Packed:

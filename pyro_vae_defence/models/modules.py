@@ -228,6 +228,12 @@ class _Walk:
             for name in names:
                 if type(value := known.get(name)) not in _LEAVES:
                     self._visit(value, position, name)
+                elif (
+                    isinstance(value, ModuleType)
+                    and value.__name__.partition(".")[0] not in _FOREIGN
+                ):
+                    for attribute in function.__code__.co_names:  # networks.decoder
+                        self._visit(vars(value).get(attribute), position, f"{name}.{attribute}")
 
 
 def _package(owner: Any) -> str:

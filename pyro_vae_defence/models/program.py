@@ -144,13 +144,14 @@ def at_images(
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
         few = slice(0, 3)
-        _check_programs(take(vae, few), x[few])
+        _check_programs(take(vae, few), x[few].clone())
     return vae, x
 
 
 def _check_programs(vae: VAE, x: Tensor) -> None:
     with torch.no_grad(), evaluation_mode(vae), aside(x.device):
-        model, guide = run_on("vae.model", vae.model, x), run_on("vae.guide", vae.guide, x)
+        model = run_on("vae.model", vae.model, x.clone())
+        guide = run_on("vae.guide", vae.guide, x.clone())
         check_same_latents(model, guide, summed_out=True)
         check_leftmost(guide)
         _check_values(model, guide)
@@ -181,7 +182,10 @@ def _check_guide_rows(vae: VAE, x: Tensor) -> None:
     def run(rows: Tensor, latents: LatentsLike) -> poutine.Trace:
         guide = take(vae, rows).guide
         conditioned = poutine.condition(guide, data=dict(latents)) if latents else guide
-        return run_on("vae.guide", conditioned, x[rows])
+        few = x[rows]
+        trace = run_on("vae.guide", conditioned, few)
+        _check_untouched("vae.guide", x[rows], few)
+        return trace
 
     with evaluation_mode(vae):
         check_rows("vae.guide", run, len(x), x)
@@ -630,6 +634,11 @@ _STRAIGHT_THROUGH = (
 )
 
 
+def _check_untouched(name: str, before: Tensor, after: Tensor) -> None:
+    if not torch.equal(before, after):
+        raise ValueError(f"{name} changes its images in place; let it work on a copy, x.clone()")
+
+
 class LatentSite(NamedTuple):
     """A latent site: name, shape of an image's unconstrained value, transform, and support.
 
@@ -693,7 +702,10 @@ class ModelPotential:
     def _run_few(self, rows: Tensor, latents: LatentsLike) -> poutine.Trace:
         few = self.take(rows)
         model = poutine.condition(self._model, data=dict(latents)) if latents else self._model
-        return run_on("vae.model", model, *few._args, **few._kwargs)
+        x = few.tensors[0].clone()
+        trace = run_on("vae.model", model, *few._args, **few._kwargs)
+        _check_untouched("vae.model", x, few.tensors[0])
+        return trace
 
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]

@@ -73,7 +73,7 @@ def check_rows(
 ) -> None:
     """Refuse a program in which what is computed for an image is not the image's own.
 
-    It is run on a few images twice, at the same latents, and on the first of them alone.
+    It is run on a few images twice, at the same latents, and on the last of them alone.
 
     Args:
         name: of the program, in messages.
@@ -92,19 +92,20 @@ def check_rows(
         for site in sites:
             data_frame(site, len(rows))
         latents = {site["name"]: site["value"] for site in sites}
-        first = {s["name"]: s["value"].narrow(_rows_dim(s), 0, 1) for s in sites}
+        last = len(rows) - 1  # which a program that numbers its rows would not call the first
+        own = {s["name"]: s["value"].narrow(_rows_dim(s), last, 1) for s in sites}
         together, again = _per_image(drawn, len(rows)), _per_image(run(rows, latents), len(rows))
-        alone = _per_image(run(rows[:1], first), 1)
+        alone = _per_image(run(rows[last:], own), 1)
     if not _close(together, again):
         raise ValueError(
             f"{name} gives images {_shown(together)} and, at the same latents, {_shown(again)}: it "
             "draws noise outside pyro.sample, such as a binarisation, dequantisation or dropout; "
             "fix the noise, or do it to the images beforehand"
         )
-    if not _close({key: value[:1] for key, value in together.items()}, alone):
+    if not _close({key: value[-1:] for key, value in together.items()}, alone):
         raise ValueError(
             f"{name} gives an image {_shown(together)} among others and {_shown(alone)} alone: it "
-            "couples the images of a batch, as batch statistics do; make what is computed of an "
+            "couples the images of a batch, as batch statistics do, or goes by their number in it; make what is computed of an "
             "image depend on that image alone"
         )
 
