@@ -228,10 +228,9 @@ class _Walk:
             for name in names:
                 if type(value := known.get(name)) not in _LEAVES:
                     self._visit(value, position, name)
-                elif (
-                    isinstance(value, ModuleType)
-                    and value.__name__.partition(".")[0] not in _FOREIGN
-                ):
+                elif isinstance(value, ModuleType):
+                    if value.__name__.partition(".")[0] in _FOREIGN:
+                        continue
                     for attribute in function.__code__.co_names:  # networks.decoder
                         self._visit(vars(value).get(attribute), position, f"{name}.{attribute}")
 

@@ -105,8 +105,8 @@ def check_rows(
     if not _close({key: value[-1:] for key, value in together.items()}, alone):
         raise ValueError(
             f"{name} gives an image {_shown(together)} among others and {_shown(alone)} alone: it "
-            "couples the images of a batch, as batch statistics do, or goes by their number in it; make what is computed of an "
-            "image depend on that image alone"
+            "couples the images of a batch, as batch statistics do, or goes by their number in it; "
+            "make what is computed of an image depend on that image alone"
         )
 
 
