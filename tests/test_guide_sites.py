@@ -272,7 +272,7 @@ class Wide(Programs):
 
     def latents(self, x):
         u = pyro.sample("u", dist.Normal(x.flatten(1), 1.0).to_event(1), infer={"is_auxiliary": 1})
-        pyro.sample("z", dist.Delta(u[:, :3], log_density=u[:, 3], event_dim=1))
+        pyro.sample("z", dist.Delta(u[:, :3].exp(), log_density=u[:, 3], event_dim=1))
 
 
 class Marginal(Programs):

@@ -250,9 +250,12 @@ def _get_marginal_trace(
     return marginalised(conditioned, plain, frame, *args, **kwargs)[0]
 
 
-def _energy(trace: poutine.Trace, start: Tensor) -> Tensor:
-    """``start`` of shape ``(N,)`` minus the unscaled log-probability of every site, in nats."""
-    if is_enumerated(trace):
+def _energy(trace: poutine.Trace, start: Tensor, *, enumerated: bool | None = None) -> Tensor:
+    """``start`` of shape ``(N,)`` minus the unscaled log-probability of every site, in nats.
+
+    Whether discrete sites are ``enumerated`` is looked up if it is not said.
+    """
+    if is_enumerated(trace) if enumerated is None else enumerated:
         frame = data_frame(next(iter(sample_sites(trace).values())), start.shape[0])
         return start - log_density(trace, frame)
     for site in sample_sites(trace).values():
@@ -519,11 +522,13 @@ class Decoder:
         self.vae = vae
         self.to_images = getattr(vae.vae if isinstance(vae, BoundVAE) else vae, "to_images", None)
         self.images = image_map(vae, like)
+        self._checked = self.to_images is not None
 
     def check(self) -> None:
         """Raise the ``ValueError`` of a call, but for what hinges on the latents."""
-        if self.to_images is None:
+        if not self._checked:
             self.images.check_mean()
+            self._checked = True
 
     def __call__(self, latents: LatentsLike, x: Tensor | None = None) -> Tensor:
         """Images ``(M, C, H, W)`` of latents with ``M`` rows, on the constrained scale.
@@ -555,12 +560,12 @@ class Decoder:
 
         Raises ``ValueError`` where the likelihood depends on discrete latents.
         """
+        self.images.check_known()
         return self._assemble(latents, lambda *_, site: _known(site)["fn"].sample(), None)
 
     def _assemble(
         self, latents: LatentsLike, read: Callable[..., Tensor], x: Tensor | None
     ) -> Tensor:
-        self.images.check_known()
         first = next(iter(latents.values()))
         template = first.new_zeros((first.shape[0], *self.images.shape))
         trace = _at_latents(self.vae.model, latents, template)
@@ -825,7 +830,8 @@ class ModelPotential:
         """Energies of shape ``(N,)``, in nats."""
         conditioned = poutine.condition(self._program, data=self.constrain(latents))
         trace = get_trace(conditioned, *self._args, **self._kwargs)
-        return _energy(trace, self.log_determinant(latents))
+        enumerated = self._program is not self._model
+        return _energy(trace, self.log_determinant(latents), enumerated=enumerated)
 
     def log_determinant(self, latents: LatentsLike) -> Tensor:
         """Minus the log-determinant of the constraining transforms (zero without any)."""

@@ -121,8 +121,17 @@ def _per_image(trace: Trace, num_images: int) -> dict[str, Tensor]:
     for name, site in sample_sites(trace).items():
         if is_point(site["fn"]):
             found[name] = image_rows(innermost(site["fn"]).v, site)
-        else:
+            continue
+        try:
             found[name] = log_prob_per_image(site, num_images)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"site {name!r}, a {type(innermost(site['fn'])).__name__}, has no log-probability "
+                f"at its values of shape {tuple(site['value'].shape)}: {error}; a latent's density "
+                "must be known everywhere, an observation must be of its distribution's kind"
+            ) from error
     return found
 
 
