@@ -230,3 +230,14 @@ def test_a_guide_of_another_shape_is_refused(float64):
 
     with pytest.raises(ValueError, match=r"shape \(3, 4\) in the guide and \(3, 3\) in the model"):
         metrics.nll(Larger(), torch.rand(3, 1, 4, 4), 10)
+
+
+def test_nan_is_no_estimate(float64):
+    class Broken(LinearGaussianVAE):
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                loc = x.new_full((len(x), 3), torch.nan)
+                pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"log p\(x\) of images \[0, 1\] is not a number"):
+        metrics.nll(Broken(), torch.rand(2, 1, 4, 4), 10)

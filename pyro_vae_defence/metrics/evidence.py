@@ -62,7 +62,13 @@ def nll(
             chunk = max(1, min(rows // len(batch), num_samples))
             weights = _weights(take(vae, slice(first, first + rows)), batch, streams)
             results.append(importance_nll(weights, num_samples, chunk))
-    return torch.cat(results)
+    result = torch.cat(results)
+    if x.device.type != "meta" and (rows_of_nan := result.isnan().nonzero()[:, 0].tolist()):
+        raise ValueError(
+            f"log p(x) of images {rows_of_nan[:5]} is not a number: a log-probability of model or "
+            "guide is none there; look at their parameters, and at x"
+        )
+    return result
 
 
 def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:

@@ -258,6 +258,9 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         others_x = torch.cat([x.roll(1, 0), torch.ones_like(x[:1])])
         conditioned = poutine.condition(one, data=more)
         moved = sample_sites(run_on("vae.model", conditioned, others_x))
+        for each, number in ((sites, len(x)), (moved, len(others_x))):
+            for site in each.values():
+                data_frame(site, number)
         # One image under the conditions of all.
         every = {}
         if isinstance(model, BoundProgram) and model.num_images > 1:

@@ -63,7 +63,7 @@ from pyro_vae_defence.models.sites import (
     auxiliary_sites,
     check_density,
     check_density_everywhere,
-    check_leftmost,
+    check_latents,
     check_rows,
     check_same_latents,
     data_frame,
@@ -153,7 +153,7 @@ def _check_programs(vae: VAE, x: Tensor) -> None:
         model = run_on("vae.model", vae.model, x.clone())
         guide = run_on("vae.guide", vae.guide, x.clone())
         check_same_latents(model, guide, summed_out=True)
-        check_leftmost(guide)
+        check_latents(guide)
         _check_values(model, guide)
     _check_guide_rows(vae, x)
 
@@ -336,7 +336,7 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
     for site in sample_sites(trace).values():
         data_frame(site, x.shape[0])
-    check_leftmost(trace)
+    check_latents(trace)
     if x.device.type != "meta":
         _check_guide_rows(vae, x)
 
@@ -633,12 +633,6 @@ def image_map(vae: VAE, like: Tensor) -> ImageMap:
     return read_images(vae.model, like)
 
 
-_STRAIGHT_THROUGH = (
-    dist.RelaxedOneHotCategoricalStraightThrough,
-    dist.RelaxedBernoulliStraightThrough,
-)
-
-
 def _check_untouched(name: str, before: Tensor, after: Tensor) -> None:
     if not torch.equal(before, after):
         raise ValueError(f"{name} changes its images in place; let it work on a copy, x.clone()")
@@ -687,7 +681,7 @@ class ModelPotential:
         with torch.no_grad():
             trace = run_on("vae.model", model, *args, **kwargs)
             discrete = enumerable(trace)
-            check_leftmost(trace)
+            check_latents(trace)
             self.sites = tuple(self._read_site(site) for site in _continuous(trace))
             if not self.sites:
                 raise ValueError(
@@ -715,12 +709,6 @@ class ModelPotential:
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
         data_frame(site, self.num_images)
-        if isinstance(distributions.innermost(fn), _STRAIGHT_THROUGH):
-            raise ValueError(
-                f"latent site {name!r} draws values at which {type(fn).__name__} has no density, "
-                "as straight-through relaxations do; use RelaxedOneHotCategorical, or a discrete "
-                "OneHotCategorical, which is summed out"
-            )
         try:
             transform = transform_of(fn, value)
         except ValueError as error:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import Normal
@@ -278,9 +279,25 @@ def is_enumerated(site: Site) -> bool:
 # --- What a pair of programs must keep ------------------------------------------------------------
 
 
-def check_leftmost(trace: Trace) -> None:
-    """Refuse latents with a plate left of the data plate: their rows would not be images."""
+_STRAIGHT_THROUGH = (
+    dist.RelaxedOneHotCategoricalStraightThrough,
+    dist.RelaxedBernoulliStraightThrough,
+)
+
+
+def check_latents(trace: Trace) -> None:
+    """Refuse latents whose rows are not images, or whose draws have no density.
+
+    With a plate left of the data plate the first dimension is another; straight-through relaxations
+    draw from the edge of their support.
+    """
     for site in latent_sites(trace):
+        if isinstance(innermost(site["fn"]), _STRAIGHT_THROUGH):
+            raise ValueError(
+                f"latent site {site['name']!r} draws values at which "
+                f"{type(innermost(site['fn'])).__name__} has no density; use "
+                "RelaxedOneHotCategorical, or a discrete OneHotCategorical, which is summed out"
+            )
         if site["value"].dim() != -_rows_dim(site):
             raise ValueError(
                 f"latent site {site['name']!r} has a plate left of the data plate; make the data "
