@@ -29,6 +29,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
+from pyro_vae_defence.models.contract import run_on
 from pyro_vae_defence.models.sites import (
     Site,
     aside,
@@ -36,7 +37,7 @@ from pyro_vae_defence.models.sites import (
     get_trace,
     image_rows,
     log_prob_per_image,
-    run_on,
+    rows_dim,
     sample_sites,
 )
 from pyro_vae_defence.ops.checks import RefusalError
@@ -253,7 +254,7 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         sites = sample_sites(trace)
         latents = {n: site["value"] for n, site in sites.items() if not site["is_observed"]}
         # Latents as they were, other images, and one image more: what changes has seen images.
-        dims = {n: data_frame(s).dim - int(s["fn"].event_dim) for n, s in sites.items()}
+        dims = {n: rows_dim(s) for n, s in sites.items()}
         more = {n: torch.cat([v, v.narrow(dims[n], 0, 1)], dims[n]) for n, v in latents.items()}
         others_x = torch.cat([x.roll(1, 0), torch.ones_like(x[:1])])
         conditioned = poutine.condition(one, data=more)
@@ -327,7 +328,7 @@ def _same_density(site: Site, moved: Site, dim: int) -> bool:
 
 def _in_layout(row: Tensor, site: Site) -> Tensor:
     """A row of :func:`image_rows` as one row of the site's value."""
-    dim = data_frame(site).dim - int(site["fn"].event_dim)
+    dim = rows_dim(site)
     rest = site["value"].movedim(dim, 0).shape[1:]
     return row.reshape(1, *rest).movedim(0, dim)
 

@@ -22,10 +22,9 @@ noise comes from torch's global seed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import pyro
@@ -34,7 +33,7 @@ import torch
 import torch.distributions as td
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae_defence.models.conditions import (
     BoundProgram,
@@ -45,6 +44,17 @@ from pyro_vae_defence.models.conditions import (
     take,
     taken,
 )
+from pyro_vae_defence.models.contract import at_images as at_images
+from pyro_vae_defence.models.contract import (
+    check_guide_rows,
+    check_latents,
+    check_rows,
+    check_untouched,
+    run_on,
+)
+from pyro_vae_defence.models.contract import check_images as check_images
+from pyro_vae_defence.models.contract import check_vae as check_vae
+from pyro_vae_defence.models.contract import evaluation_mode as evaluation_mode
 from pyro_vae_defence.models.enumeration import (
     enumerable,
     in_parallel,
@@ -53,19 +63,14 @@ from pyro_vae_defence.models.enumeration import (
     marginal_mean,
     marginalised,
 )
-from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.observation import ImageMap, read_images
 from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
     Kind,
     Site,
-    aside,
     auxiliary_sites,
     check_density,
     check_density_everywhere,
-    check_latents,
-    check_rows,
-    check_same_latents,
     data_frame,
     get_trace,
     kind,
@@ -73,7 +78,6 @@ from pyro_vae_defence.models.sites import (
     log_prob_per_image,
     made_of_noise,
     random_sites,
-    run_on,
     sample_sites,
     with_mask,
 )
@@ -82,141 +86,7 @@ from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.draws import Noise, draw
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike, Potential, PyroProgram
-
-# --- Validation at the public boundary ------------------------------------------------------------
-
-
-def check_vae(vae: Any) -> VAE:
-    """Return ``vae`` if it has callable ``model`` and ``guide``; raise ``ValueError`` otherwise."""
-    for name in ("model", "guide"):
-        if not callable(getattr(vae, name, None)):
-            raise ValueError(
-                f"vae must have two Pyro programs, model(x) and guide(x); "
-                f"{type(vae).__name__} has no callable attribute {name!r}"
-            )
-    return vae
-
-
-def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tensor:
-    """Return a batch of images ``x``, or raise a ``ValueError`` that names what is wrong with it.
-
-    Args:
-        x: floating-point tensor of shape ``(N, C, H, W)``, values in [0, 1].
-        name: the argument's name in messages.
-        unit_interval: whether to check the range (one synchronisation with the device).
-    """
-    if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor of images (N, C, H, W), got {type(x).__name__}")
-    if x.dim() != 4 or x.shape[0] == 0:
-        raise ValueError(
-            f"{name} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; "
-            "add the missing dimensions, e.g. x[None] for a single image"
-        )
-    if not x.is_floating_point():
-        raise ValueError(
-            f"{name} must be floating point with values in [0, 1], got {x.dtype}; "
-            "for 8-bit images use x.float() / 255"
-        )
-    if unit_interval and x.device.type != "meta":
-        low, high = (float(bound) for bound in x.detach().aminmax())
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(
-                f"{name} must lie in [0, 1], got values from {low:g} to {high:g}; "
-                "rescale it (x / 255 for 8-bit images) or clamp it"
-            )
-    return x
-
-
-def at_images(
-    vae: VAE, images: ImagesLike, name: str = "x", *, unit_interval: bool = True
-) -> tuple[VAE, Tensor]:
-    """A VAE at images that may come with conditions: a VAE of images alone, and the images.
-
-    Raises:
-        ValueError: as :func:`check_vae` and :func:`check_images`, and if the programs do not take
-            the conditions, a condition has not one row per image, or the programs have other
-            latents than each other.
-    """
-    check_vae(vae)
-    x, conditions = split(images, name)
-    check_images(x, name, unit_interval=unit_interval)
-    vae = bind(vae, x, conditions)
-    if x.device.type != "meta":
-        few = slice(0, 3)
-        _check_programs(take(vae, few), x[few].clone())
-    return vae, x
-
-
-def _check_programs(vae: VAE, x: Tensor) -> None:
-    with torch.no_grad(), evaluation_mode(vae), aside(x.device):
-        model = run_on("vae.model", vae.model, x.clone())
-        guide = run_on("vae.guide", vae.guide, x.clone())
-        check_same_latents(model, guide, summed_out=True)
-        check_latents(guide)
-        _check_values(model, guide)
-    _check_guide_rows(vae, x)
-
-
-def _check_values(model: poutine.Trace, guide: poutine.Trace) -> None:
-    """What a guide draws must have the shape of the model's latents, and a density there."""
-    for name, value in _latents(guide).items():
-        site: Site = model.nodes[name]
-        fn, expected = site["fn"], site["value"]
-        if value.shape != expected.shape:
-            raise ValueError(
-                f"latent site {name!r} has the shape {tuple(value.shape)} in the guide and "
-                f"{tuple(expected.shape)} in the model, rows first; make them alike"
-            )
-        if (support := distributions.stated_support(fn)) is None or not value.isfinite().all():
-            continue
-        if not bool(support.check(value).all()):
-            raise ValueError(
-                f"the guide draws values of {name!r} outside the support of the model's "
-                f"{type(distributions.innermost(fn)).__name__}, where the prior has no density; "
-                "sample it from a family with the same support"
-            )
-
-
-def _check_guide_rows(vae: VAE, x: Tensor) -> None:
-    def run(rows: Tensor, latents: LatentsLike) -> poutine.Trace:
-        guide = take(vae, rows).guide
-        conditioned = poutine.condition(guide, data=dict(latents)) if latents else guide
-        few = x[rows]
-        trace = run_on("vae.guide", conditioned, few)
-        _check_untouched("vae.guide", x[rows], few)
-        return trace
-
-    with evaluation_mode(vae):
-        check_rows("vae.guide", run, len(x), x)
-
-
-@contextlib.contextmanager
-def evaluation_mode(*programs: Any) -> Iterator[None]:
-    """Put every module that ``programs`` can reach into eval mode for a while.
-
-    Which these are says :func:`pyro_vae_defence.models.modules.modules_of`. Train-mode batch norm
-    couples the images of a batch and would be changed by mere evaluation, and dropout makes
-    energies random. Modes are restored module by module.
-    """
-    modules = modules_of(*programs)
-    modes = [module.training for module in modules]
-    try:
-        for module in modules:
-            _set_mode(module, False)
-        yield
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            _set_mode(module, mode)
-
-
-def _set_mode(module: nn.Module, training: bool) -> None:
-    # A module's own setter looks through its parameters and children first.
-    if "training" in module.__dict__:
-        module.__dict__["training"] = training
-    else:
-        module.training = training
-
+from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
 
 # --- Traces ---------------------------------------------------------------------------------------
 
@@ -338,7 +208,7 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
         data_frame(site, x.shape[0])
     check_latents(trace)
     if x.device.type != "meta":
-        _check_guide_rows(vae, x)
+        check_guide_rows(vae, x)
 
 
 def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
@@ -633,11 +503,6 @@ def image_map(vae: VAE, like: Tensor) -> ImageMap:
     return read_images(vae.model, like)
 
 
-def _check_untouched(name: str, before: Tensor, after: Tensor) -> None:
-    if not torch.equal(before, after):
-        raise ValueError(f"{name} changes its images in place; let it work on a copy, x.clone()")
-
-
 class LatentSite(NamedTuple):
     """A latent site: name, shape of an image's unconstrained value, transform, and support.
 
@@ -703,7 +568,7 @@ class ModelPotential:
         model = poutine.condition(self._model, data=dict(latents)) if latents else self._model
         x = few.tensors[0].clone()
         trace = run_on("vae.model", model, *few._args, **few._kwargs)
-        _check_untouched("vae.model", x, few.tensors[0])
+        check_untouched("vae.model", x, few.tensors[0])
         return trace
 
     def _read_site(self, site: Any) -> LatentSite:

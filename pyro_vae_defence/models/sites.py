@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import Normal
@@ -23,7 +21,6 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import RefusalError
 from pyro_vae_defence.ops.distributions import counted, innermost, is_discrete, is_point
 from pyro_vae_defence.types import PyroProgram
 
@@ -47,104 +44,6 @@ def get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> Trace:
             while type(first.__cause__) is type(error):
                 first = first.__cause__
             raise first from None
-
-
-def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any) -> Trace:
-    """:func:`get_trace` of the user's program ``name`` at images ``x``.
-
-    Raises:
-        ValueError: in place of whatever the program raises.
-    """
-    try:
-        return get_trace(program, x, *args, **kwargs)
-    except (torch.OutOfMemoryError, RefusalError):
-        raise
-    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        call = name.rpartition(".")[2]
-        raise ValueError(
-            f"{name} failed on images of shape {tuple(x.shape)}: {error}; it must run on any "
-            f"number of images, as {call}(x), or as {call}(x, *conditions) where images come with "
-            f'conditions, with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample '
-            "sites"
-        ) from error
-
-
-def check_rows(
-    name: str, run: Callable[[Tensor, dict[str, Tensor]], Trace], num_images: int, like: Tensor
-) -> None:
-    """Refuse a program in which what is computed for an image is not the image's own.
-
-    It is run on a few images twice, at the same latents, and on the last of them alone.
-
-    Args:
-        name: of the program, in messages.
-        run: traces the program at some rows of its images, conditioned on values of its latents.
-        num_images: how many images there are.
-        like: a tensor on their device.
-
-    Raises:
-        ValueError: if it fails, its plates do not follow the number of images, it draws noise
-            outside ``pyro.sample``, or couples images.
-    """
-    rows = torch.arange(3 if num_images > 2 else 2, device=like.device) % num_images
-    with torch.no_grad(), aside(like.device):
-        drawn = run(rows, {})
-        sites = [s for s in sample_sites(drawn).values() if not s["is_observed"]]
-        for site in sites:
-            data_frame(site, len(rows))
-        latents = {site["name"]: site["value"] for site in sites}
-        last = len(rows) - 1  # which a program that numbers its rows would not call the first
-        own = {s["name"]: s["value"].narrow(_rows_dim(s), last, 1) for s in sites}
-        together, again = _per_image(drawn, len(rows)), _per_image(run(rows, latents), len(rows))
-        alone = _per_image(run(rows[last:], own), 1)
-    if not _close(together, again):
-        raise ValueError(
-            f"{name} gives images {_shown(together)} and, at the same latents, {_shown(again)}: it "
-            "draws noise outside pyro.sample, such as a binarisation, dequantisation or dropout; "
-            "fix the noise, or do it to the images beforehand"
-        )
-    if not _close({key: value[-1:] for key, value in together.items()}, alone):
-        raise ValueError(
-            f"{name} gives an image {_shown(together)} among others and {_shown(alone)} alone: it "
-            "couples the images of a batch, as batch statistics do, or goes by their number in it; "
-            "make what is computed of an image depend on that image alone"
-        )
-
-
-def _rows_dim(site: Site) -> int:
-    """Dimension of a site's value that has one row per image, counted from the end."""
-    return data_frame(site).dim - int(site["fn"].event_dim)
-
-
-def _per_image(trace: Trace, num_images: int) -> dict[str, Tensor]:
-    """Log-probabilities of all sites by image, and where a Delta is."""
-    found = {}
-    for name, site in sample_sites(trace).items():
-        if is_point(site["fn"]):
-            found[name] = image_rows(innermost(site["fn"]).v, site)
-            continue
-        try:
-            found[name] = log_prob_per_image(site, num_images)
-        except torch.OutOfMemoryError:
-            raise
-        except (IndexError, KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"site {name!r}, a {type(innermost(site['fn'])).__name__}, has no log-probability "
-                f"at its values of shape {tuple(site['value'].shape)}: {error}; a latent's density "
-                "must be known everywhere, an observation must be of its distribution's kind"
-            ) from error
-    return found
-
-
-def _close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(
-        torch.allclose(value, other[name], rtol=1e-4, atol=1e-3, equal_nan=True)
-        for name, value in one.items()
-    )
-
-
-def _shown(found: dict[str, Tensor]) -> str:
-    return "log-probabilities " + ", ".join(f"{n} {float(v.sum()):.6g}" for n, v in found.items())
 
 
 def aside(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -279,32 +178,6 @@ def is_enumerated(site: Site) -> bool:
 # --- What a pair of programs must keep ------------------------------------------------------------
 
 
-_STRAIGHT_THROUGH = (
-    dist.RelaxedOneHotCategoricalStraightThrough,
-    dist.RelaxedBernoulliStraightThrough,
-)
-
-
-def check_latents(trace: Trace) -> None:
-    """Refuse latents whose rows are not images, or whose draws have no density.
-
-    With a plate left of the data plate the first dimension is another; straight-through relaxations
-    draw from the edge of their support.
-    """
-    for site in latent_sites(trace):
-        if isinstance(innermost(site["fn"]), _STRAIGHT_THROUGH):
-            raise ValueError(
-                f"latent site {site['name']!r} draws values at which "
-                f"{type(innermost(site['fn'])).__name__} has no density; use "
-                "RelaxedOneHotCategorical, or a discrete OneHotCategorical, which is summed out"
-            )
-        if site["value"].dim() != -_rows_dim(site):
-            raise ValueError(
-                f"latent site {site['name']!r} has a plate left of the data plate; make the data "
-                "plate the leftmost one"
-            )
-
-
 def check_same_latents(model_trace: Trace, guide_trace: Trace, *, summed_out: bool = False) -> None:
     """Refuse a guide that lacks a latent of the model or has one that the model lacks.
 
@@ -432,6 +305,11 @@ def data_frame(site: Site, num_images: int | None = None) -> DataFrame:
     return DataFrame(frame.name, frame.dim, size)
 
 
+def rows_dim(site: Site) -> int:
+    """Dimension of a site's value that has one row per image, counted from the end."""
+    return data_frame(site).dim - int(site["fn"].event_dim)
+
+
 def per_image(value: Tensor, site: Site, num_images: int | None = None) -> Tensor:
     """Sum of one value per batch element (a log-probability, a KL) within each image, ``(N,)``.
 
@@ -455,7 +333,7 @@ def log_prob_per_image(site: Site, num_images: int) -> Tensor:
 
 def image_rows(value: Tensor, site: Site) -> Tensor:
     """``value``, of the site's batch and event shape, as ``(N, everything else)``."""
-    rows = value.movedim(_rows_dim(site), 0)
+    rows = value.movedim(rows_dim(site), 0)
     return rows.reshape(rows.shape[0], -1)
 
 

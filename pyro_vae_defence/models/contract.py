@@ -1,0 +1,308 @@
+"""Whether a VAE keeps its contract, tried on a few images before anything is computed.
+
+Programs are run on three images, again at the same latents, and on one image alone. They must run
+on any number of images, with plates that follow it; draw noise in ``pyro.sample`` only; compute of
+an image what depends on that image alone, and leave it as it is; have the same latents in model and
+guide, with the images as rows; and draw no latents where the prior has no density. What fails is a
+``ValueError`` with the mend, wherever it would have gone unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine import Trace
+from torch import Tensor, nn
+
+from pyro_vae_defence.models.conditions import bind, split, take
+from pyro_vae_defence.models.modules import modules_of
+from pyro_vae_defence.models.sites import (
+    DATA_PLATE,
+    Kind,
+    Site,
+    aside,
+    check_same_latents,
+    data_frame,
+    get_trace,
+    image_rows,
+    kind,
+    latent_sites,
+    log_prob_per_image,
+    rows_dim,
+    sample_sites,
+)
+from pyro_vae_defence.ops import distributions
+from pyro_vae_defence.ops.checks import RefusalError
+from pyro_vae_defence.ops.distributions import innermost, is_point
+from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike, PyroProgram
+
+# --- Validation at the public boundary ------------------------------------------------------------
+
+
+def check_vae(vae: Any) -> VAE:
+    """Return ``vae`` if it has callable ``model`` and ``guide``; raise ``ValueError`` otherwise."""
+    for name in ("model", "guide"):
+        if not callable(getattr(vae, name, None)):
+            raise ValueError(
+                f"vae must have two Pyro programs, model(x) and guide(x); "
+                f"{type(vae).__name__} has no callable attribute {name!r}"
+            )
+    return vae
+
+
+def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tensor:
+    """Return a batch of images ``x``, or raise a ``ValueError`` that names what is wrong with it.
+
+    Args:
+        x: floating-point tensor of shape ``(N, C, H, W)``, values in [0, 1].
+        name: the argument's name in messages.
+        unit_interval: whether to check the range (one synchronisation with the device).
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor of images (N, C, H, W), got {type(x).__name__}")
+    if x.dim() != 4 or x.shape[0] == 0:
+        raise ValueError(
+            f"{name} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; "
+            "add the missing dimensions, e.g. x[None] for a single image"
+        )
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating point with values in [0, 1], got {x.dtype}; "
+            "for 8-bit images use x.float() / 255"
+        )
+    if unit_interval and x.device.type != "meta":
+        low, high = (float(bound) for bound in x.detach().aminmax())
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(
+                f"{name} must lie in [0, 1], got values from {low:g} to {high:g}; "
+                "rescale it (x / 255 for 8-bit images) or clamp it"
+            )
+    return x
+
+
+def at_images(
+    vae: VAE, images: ImagesLike, name: str = "x", *, unit_interval: bool = True
+) -> tuple[VAE, Tensor]:
+    """A VAE at images that may come with conditions: a VAE of images alone, and the images.
+
+    Raises:
+        ValueError: as :func:`check_vae` and :func:`check_images`, and if the programs do not take
+            the conditions, a condition has not one row per image, or the programs have other
+            latents than each other.
+    """
+    check_vae(vae)
+    x, conditions = split(images, name)
+    check_images(x, name, unit_interval=unit_interval)
+    vae = bind(vae, x, conditions)
+    if x.device.type != "meta":
+        few = slice(0, 3)
+        _check_programs(take(vae, few), x[few].clone())
+    return vae, x
+
+
+def _check_programs(vae: VAE, x: Tensor) -> None:
+    with torch.no_grad(), evaluation_mode(vae), aside(x.device):
+        model = run_on("vae.model", vae.model, x.clone())
+        guide = run_on("vae.guide", vae.guide, x.clone())
+        check_same_latents(model, guide, summed_out=True)
+        check_latents(guide)
+        _check_values(model, guide)
+    check_guide_rows(vae, x)
+
+
+def _check_values(model: Trace, guide: Trace) -> None:
+    """What a guide draws must have the shape of the model's latents, and a density there."""
+    for latent in latent_sites(guide):
+        if kind(latent) is Kind.DISCRETE:
+            continue  # summed out
+        name, value = latent["name"], latent["value"]
+        site: Site = model.nodes[name]
+        fn, expected = site["fn"], site["value"]
+        if value.shape != expected.shape:
+            raise ValueError(
+                f"latent site {name!r} has the shape {tuple(value.shape)} in the guide and "
+                f"{tuple(expected.shape)} in the model, rows first; make them alike"
+            )
+        if (support := distributions.stated_support(fn)) is None or not value.isfinite().all():
+            continue
+        if not bool(support.check(value).all()):
+            raise ValueError(
+                f"the guide draws values of {name!r} outside the support of the model's "
+                f"{type(distributions.innermost(fn)).__name__}, where the prior has no density; "
+                "sample it from a family with the same support"
+            )
+
+
+def check_guide_rows(vae: VAE, x: Tensor) -> None:
+    """:func:`check_rows` of the guide at images ``x``, which it must not change either."""
+
+    def run(rows: Tensor, latents: LatentsLike) -> Trace:
+        guide = take(vae, rows).guide
+        conditioned = poutine.condition(guide, data=dict(latents)) if latents else guide
+        few = x[rows]
+        trace = run_on("vae.guide", conditioned, few)
+        check_untouched("vae.guide", x[rows], few)
+        return trace
+
+    with evaluation_mode(vae):
+        check_rows("vae.guide", run, len(x), x)
+
+
+@contextlib.contextmanager
+def evaluation_mode(*programs: Any) -> Iterator[None]:
+    """Put every module that ``programs`` can reach into eval mode for a while.
+
+    Which these are says :func:`pyro_vae_defence.models.modules.modules_of`. Train-mode batch norm
+    couples the images of a batch and would be changed by mere evaluation, and dropout makes
+    energies random. Modes are restored module by module.
+    """
+    modules = modules_of(*programs)
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            _set_mode(module, False)
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            _set_mode(module, mode)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    # A module's own setter looks through its parameters and children first.
+    if "training" in module.__dict__:
+        module.__dict__["training"] = training
+    else:
+        module.training = training
+
+
+# --- Running programs -----------------------------------------------------------------------------
+
+
+def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any) -> Trace:
+    """:func:`get_trace` of the user's program ``name`` at images ``x``.
+
+    Raises:
+        ValueError: in place of whatever the program raises.
+    """
+    try:
+        return get_trace(program, x, *args, **kwargs)
+    except (torch.OutOfMemoryError, RefusalError):
+        raise
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        call = name.rpartition(".")[2]
+        raise ValueError(
+            f"{name} failed on images of shape {tuple(x.shape)}: {error}; it must run on any "
+            f"number of images, as {call}(x), or as {call}(x, *conditions) where images come with "
+            f'conditions, with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample '
+            "sites"
+        ) from error
+
+
+def check_rows(
+    name: str, run: Callable[[Tensor, dict[str, Tensor]], Trace], num_images: int, like: Tensor
+) -> None:
+    """Refuse a program in which what is computed for an image is not the image's own.
+
+    It is run on a few images twice, at the same latents, and on the last of them alone.
+
+    Args:
+        name: of the program, in messages.
+        run: traces the program at some rows of its images, conditioned on values of its latents.
+        num_images: how many images there are.
+        like: a tensor on their device.
+
+    Raises:
+        ValueError: if it fails, its plates do not follow the number of images, it draws noise
+            outside ``pyro.sample``, or couples images.
+    """
+    rows = torch.arange(3 if num_images > 2 else 2, device=like.device) % num_images
+    with torch.no_grad(), aside(like.device):
+        drawn = run(rows, {})
+        sites = [s for s in sample_sites(drawn).values() if not s["is_observed"]]
+        for site in sites:
+            data_frame(site, len(rows))
+        latents = {site["name"]: site["value"] for site in sites}
+        last = len(rows) - 1  # which a program that numbers its rows would not call the first
+        own = {s["name"]: s["value"].narrow(rows_dim(s), last, 1) for s in sites}
+        together, again = _per_image(drawn, len(rows)), _per_image(run(rows, latents), len(rows))
+        alone = _per_image(run(rows[last:], own), 1)
+    if not _close(together, again):
+        raise ValueError(
+            f"{name} gives images {_shown(together)} and, at the same latents, {_shown(again)}: it "
+            "draws noise outside pyro.sample, such as a binarisation, dequantisation or dropout; "
+            "fix the noise, or do it to the images beforehand"
+        )
+    if not _close({key: value[-1:] for key, value in together.items()}, alone):
+        raise ValueError(
+            f"{name} gives an image {_shown(together)} among others and {_shown(alone)} alone: it "
+            "couples the images of a batch, as batch statistics do, or goes by their number in it; "
+            "make what is computed of an image depend on that image alone"
+        )
+
+
+def _per_image(trace: Trace, num_images: int) -> dict[str, Tensor]:
+    """Log-probabilities of all sites by image, and where a Delta is."""
+    found = {}
+    for name, site in sample_sites(trace).items():
+        if is_point(site["fn"]):
+            found[name] = image_rows(innermost(site["fn"]).v, site)
+            continue
+        try:
+            found[name] = log_prob_per_image(site, num_images)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"site {name!r}, a {type(innermost(site['fn'])).__name__}, has no log-probability "
+                f"at its values of shape {tuple(site['value'].shape)}: {error}; a latent's density "
+                "must be known everywhere, an observation must be of its distribution's kind"
+            ) from error
+    return found
+
+
+def _close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(
+        torch.allclose(value, other[name], rtol=1e-4, atol=1e-3, equal_nan=True)
+        for name, value in one.items()
+    )
+
+
+def _shown(found: dict[str, Tensor]) -> str:
+    return "log-probabilities " + ", ".join(f"{n} {float(v.sum()):.6g}" for n, v in found.items())
+
+
+def check_untouched(name: str, before: Tensor, after: Tensor) -> None:
+    """Refuse the program ``name`` if the images it ran on are not what they were."""
+    if not torch.equal(before, after):
+        raise ValueError(f"{name} changes its images in place; let it work on a copy, x.clone()")
+
+
+_STRAIGHT_THROUGH = (
+    dist.RelaxedOneHotCategoricalStraightThrough,
+    dist.RelaxedBernoulliStraightThrough,
+)
+
+
+def check_latents(trace: Trace) -> None:
+    """Refuse latents whose rows are not images, or whose draws have no density.
+
+    With a plate left of the data plate the first dimension is another; straight-through relaxations
+    draw from the edge of their support.
+    """
+    for site in latent_sites(trace):
+        if isinstance(innermost(site["fn"]), _STRAIGHT_THROUGH):
+            raise ValueError(
+                f"latent site {site['name']!r} draws values at which "
+                f"{type(innermost(site['fn'])).__name__} has no density; use "
+                "RelaxedOneHotCategorical, or a discrete OneHotCategorical, which is summed out"
+            )
+        if site["value"].dim() != -rows_dim(site):
+            raise ValueError(
+                f"latent site {site['name']!r} has a plate left of the data plate; make the data "
+                "plate the leftmost one"
+            )
