@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from pyro_vae_defence.attacks.objectives import _rows
 from pyro_vae_defence.attacks.objectives._rows import Classifier, LatentsOf
-from pyro_vae_defence.models.program import check_guide, check_vae, evaluation_mode
+from pyro_vae_defence.models.program import check_vae, evaluation_mode
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Criterion, Objective, PreparedCriterion, PreparedObjective
@@ -123,6 +123,8 @@ def _on_scores(
         ):
             raise ValueError(f"{name} must be an int64 tensor (N,), got {classes!r}")
 
+    check = _rows.GuideCheck()
+
     def prepare(
         x_ref: Tensor, streams: Streams | None = None, conditions: tuple[Tensor, ...] = ()
     ) -> Objective:
@@ -135,7 +137,7 @@ def _on_scores(
                 return [classifier(_rows.encode_rows(rows, x, latents, noise)) for noise in noises]
 
         with torch.no_grad():
-            check_guide(rows, x_ref, streams=streams)
+            check(rows, x_ref, streams)
             first = torch.stack(scores(x_ref)).mean(0)
         if first.dim() != 2 or first.shape[0] != x_ref.shape[0] or first.shape[1] < least:
             raise ValueError(
