@@ -128,9 +128,8 @@ def _check_values(model: Trace, guide: Trace) -> None:
                 f"latent site {name!r} has the shape {tuple(value.shape)} in the guide and "
                 f"{tuple(expected.shape)} in the model, rows first; make them alike"
             )
-        if (support := distributions.stated_support(fn)) is None or not value.isfinite().all():
-            continue
-        if not bool(support.check(value).all()):
+        inside = distributions.within_bounds(fn, value)
+        if inside is not None and bool(value.isfinite().all()) and not bool(inside.all()):
             raise ValueError(
                 f"the guide draws values of {name!r} outside the support of the model's "
                 f"{type(distributions.innermost(fn)).__name__}, where the prior has no density; "

@@ -504,7 +504,7 @@ def image_map(vae: VAE, like: Tensor) -> ImageMap:
 
 
 class LatentSite(NamedTuple):
-    """A latent site: name, shape of an image's unconstrained value, transform, and support.
+    """A latent site: name, shape of an image's unconstrained value, transform, distribution.
 
     The transform is ``None`` where the two scales are the same.
     """
@@ -512,7 +512,7 @@ class LatentSite(NamedTuple):
     name: str
     shape: tuple[int, ...]
     transform: td.Transform | None
-    support: Any = None
+    fn: Any = None
 
 
 class ModelPotential:
@@ -579,8 +579,7 @@ class ModelPotential:
         except ValueError as error:
             raise ValueError(f"latent site {name!r}: {error}") from None
         unconstrained = value if transform is None else transform.inv(value)
-        support = distributions.stated_support(fn)
-        return LatentSite(name, tuple(unconstrained.shape[1:]), transform, support)
+        return LatentSite(name, tuple(unconstrained.shape[1:]), transform, fn)
 
     def at(self, x: Tensor) -> ModelPotential:
         """The energy of the same model at other images; sites are not read again.
@@ -660,8 +659,8 @@ class ModelPotential:
         """Whether rows of latents lie on the support of all sites, bool ``(N,)``."""
         inside = torch.ones(self.num_images, dtype=torch.bool, device=self.tensors[0].device)
         for site in self.sites:
-            if site.transform is not None and site.support is not None:
-                found = site.support.check(latents[site.name])
+            found = distributions.within_bounds(site.fn, latents[site.name])
+            if found is not None:
                 inside = inside & found.reshape(self.num_images, -1).all(1)
         return inside
 

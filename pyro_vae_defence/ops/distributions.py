@@ -27,20 +27,27 @@ def is_point(distribution: Any) -> bool:
     return isinstance(innermost(distribution), Delta)
 
 
-def stated_support(distribution: Any) -> Any:
-    """The constraint it declares as its support; ``None`` for a family that does not say."""
-    try:
-        return distribution.support
-    except (NotImplementedError, AttributeError):
-        return None
-
-
 def support(distribution: Any) -> Any:
     """The constraint of one element; ``None`` for a family that does not say (zuko's flows)."""
-    found = stated_support(distribution)
+    try:
+        found = distribution.support
+    except (NotImplementedError, AttributeError):
+        return None
     while hasattr(found, "base_constraint"):  # independent, or torch's of a mixture
         found = found.base_constraint
     return found
+
+
+def within_bounds(distribution: Any, value: Tensor) -> Tensor | None:
+    """Which elements of ``value`` lie between the bounds of the support, where it has bounds.
+
+    What else a support asks for, such as a sum of 1, may hold up to rounding only.
+    """
+    found = support(distribution)
+    if not (hasattr(found, "lower_bound") or hasattr(found, "upper_bound")):
+        return None
+    inside: Tensor = found.check(value)
+    return inside
 
 
 def is_discrete(distribution: Any) -> bool:
