@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, NamedTuple
 
+import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from pyro_vae_defence.defence.foreign import KernelFactory, run_one_by_one
 from pyro_vae_defence.defence.result import Chains, setting
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
+from pyro_vae_defence.models.contract import run_on
 from pyro_vae_defence.models.perturbation import Perturbation
 from pyro_vae_defence.models.program import ModelPotential, potential, target
 from pyro_vae_defence.ops.checks import check_integer
@@ -205,6 +207,8 @@ class MCMCDefence(BaseDefence):
                     "max_gradients, until_converged and prepare need a kernel of this library, "
                     f"such as BatchedHMC; got {type(kernel).__name__}"
                 )
+            with torch.no_grad():
+                run_on("vae.model", vae.model, x)  # on all images, before one after the other
             energy_of = functools.partial(potential, perturbation=self.perturbation)
             return run_one_by_one(self.kernel, energy_of, x, streams, start, lengths, self.progress)
         kernel.streams, kernel.prepare = streams, self.prepare
