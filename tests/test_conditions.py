@@ -237,12 +237,11 @@ def test_robustness_is_that_of_the_conditional_vae(classify):
         black_box_steps=2,
         unrolled_transitions=1,
     )
-    defence = MCMCDefence(VAE, functools.partial(BatchedHMC, num_steps=2), 2, 2)
 
-    def report(images):
+    def report(vae, images):
         return evaluate_robustness(
-            VAE,
-            defence,
+            vae,
+            MCMCDefence(vae, functools.partial(BatchedHMC, num_steps=2), 2, 2),
             images,
             Y if classify else None,
             classifier=classify,
@@ -251,25 +250,15 @@ def test_robustness_is_that_of_the_conditional_vae(classify):
             generator=seeded(),
         )
 
-    one = report((X, Y, BRIGHT))
+    one = report(VAE, (X, Y, BRIGHT))
     assert len(one.attacks) == 8
     # A VAE whose class is bound says the same where all images have that class.
-    same = report((X, torch.full_like(Y, 1)))
+    same = report(VAE, (X, torch.full_like(Y, 1)))
     bound = types.SimpleNamespace(
         model=lambda x: VAE.model(x, torch.ones(len(x), dtype=torch.long)),
         guide=lambda x: VAE.guide(x, torch.ones(len(x), dtype=torch.long)),
     )
-    defence = MCMCDefence(bound, functools.partial(BatchedHMC, num_steps=2), 2, 2)
-    alone = evaluate_robustness(
-        bound,
-        defence,
-        X,
-        Y if classify else None,
-        classifier=classify,
-        budget=budget,
-        similarity=lambda a, b: 1 - (a - b).square().mean((1, 2, 3)),
-        generator=seeded(),
-    )
+    alone = report(bound, X)
     torch.testing.assert_close(same.per_image, alone.per_image)
     assert [a.figure for a in same.attacks] == [a.figure for a in alone.attacks]
 

@@ -512,7 +512,7 @@ class LatentSite(NamedTuple):
     name: str
     shape: tuple[int, ...]
     transform: td.Transform | None
-    fn: Any = None
+    fn: Any
 
 
 class ModelPotential:

@@ -170,7 +170,7 @@ def with_mask(site: Site) -> Any:
     return site["fn"] if mask is None or mask is True else MaskedDistribution(site["fn"], mask)
 
 
-def is_enumerated(site: Site) -> bool:
+def asks_enumeration(site: Site) -> bool:
     """Whether the program asks for a latent to be summed out."""
     return bool((site["infer"] or {}).get("enumerate"))
 
@@ -194,7 +194,7 @@ def check_same_latents(model_trace: Trace, guide_trace: Trace, *, summed_out: bo
     model = [
         site["name"]
         for site in latent_sites(model_trace)
-        if kind(site) not in left_out and (site["name"] in guide or not is_enumerated(site))
+        if kind(site) not in left_out and (site["name"] in guide or not asks_enumeration(site))
     ]
     if set(model) != set(guide):
         raise ValueError(

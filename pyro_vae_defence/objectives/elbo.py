@@ -38,9 +38,9 @@ from pyro_vae_defence.models.observation import ImageMap, read_images_with
 from pyro_vae_defence.models.program import evaluation_mode
 from pyro_vae_defence.models.sites import (
     Site,
+    asks_enumeration,
     check_mean_field,
     check_same_latents,
-    is_enumerated,
     latent_sites,
     observed_sites,
     per_image,
@@ -257,7 +257,7 @@ def check_trainable(model_trace: Trace, guide_trace: Trace) -> None:
     """Refuse latents that differ between the programs, are summed out, or have no gradient."""
     check_same_latents(model_trace, guide_trace)
     for site in latent_sites(model_trace):
-        if is_enumerated(site):
+        if asks_enumeration(site):
             raise ValueError(
                 f"site {site['name']!r} of the model is to be summed out (infer enumerate); "
                 "this objective samples all latents: train with pyro.infer.TraceEnum_ELBO"
