@@ -343,7 +343,7 @@ class TestReport:
         assert "clean     0.250 [" in text
         assert "* start_error" in text
         assert "  other" in text
-        stored = json.loads(json.dumps(report.to_dict()))
+        stored = json.loads(report.to_json())
         assert stored["alarms"]["attacked"]["estimate"] == 0.75
         assert stored["auroc"].keys() == {"start_error", "other"}
         assert stored["ball"] == "Linf(radius=0.25)"

@@ -18,6 +18,7 @@ SMALL = {
         "num_samples": 4,
         "warmup_steps": 3,
     },
+    "anomaly_detection.md": {"epochs": 1, "num_pictures": 95},
     "choosing_a_defence.md": {"num_images": 5, "warmup_steps": 2},
 }
 

@@ -35,6 +35,7 @@ https://arxiv.org/abs/2104.08279.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -265,6 +266,10 @@ class DetectionReport:
                 for name, of_score in self.auroc.items()
             },
         }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def __str__(self) -> str:
         count = self.alarms["clean"].num_values
