@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def philox(
 
     The second of them, and the two words of the key, may be numbers; the latter are scalars.
     """
-    c0, c1, c2, c3 = counter
+    c0, c1, c2, c3 = counter[0], cast(Tensor, counter[1]), counter[2], counter[3]
     for k0, k1 in zip(_schedule(key[0], _WEYL[0]), _schedule(key[1], _WEYL[1]), strict=True):
         # int64 products wrap, which leaves all 64 bits right; the mask undoes the sign extension.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
