@@ -85,6 +85,18 @@ def toy(output, **overrides):
     return Toy("plain", output, overrides=overrides, progress=False)
 
 
+def test_weights_and_images_are_where_the_study_computes(tmp_path):
+    study = Toy("plain", tmp_path, device="meta")
+    vae, _ = study.load_conv_vae("mnist_vae")
+    x, labels = study.choose("mnist_subset", 10, "images")
+    classifier = study.load_classifier("mnist_vae_classifier")
+    tensors = [x, labels, *vae.parameters(), *vae.buffers(), *classifier.parameters()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert study.command_line().endswith("toy plain --device meta")
+    with pytest.raises(ValueError, match="device='gpu' is no device"):
+        Toy("plain", tmp_path, device="gpu")
+
+
 class TestCells:
     def test_an_interrupted_run_goes_on_with_the_same_draws(self, tmp_path):
         whole = toy(tmp_path / "whole").run()

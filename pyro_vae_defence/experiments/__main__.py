@@ -114,6 +114,7 @@ def _study(command: str, words: Sequence[str]) -> None:
         if strange := [option for option in given if option not in study.options]:
             raise ValueError(f"--{strange[0]} has no effect on {name!r}; leave it out")
         places = {"root": options.data_root, "models": options.models, **given}
+        places["device"] = options.device
         quiet = options.quiet
         runs.append(study(name, options.output, overrides=settings, progress=not quiet, **places))
     for run in runs:
@@ -155,6 +156,7 @@ def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.Argum
     add("--output", default=studies[0].output, help="directory for results, %(default)s by default")
     add("--models", help=WEIGHTS)
     add("--data-root", help="directory of the datasets")
+    add("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, ...; %(default)s")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     add("--quiet", action="store_true", help="no progress bars")
     for study in studies:

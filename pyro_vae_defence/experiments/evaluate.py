@@ -107,7 +107,7 @@ class Evaluate(Measurement[EvaluateConfig]):
         self.vae, self.card = self.load_vae(config.model)
         dataset = self.result["dataset"] = self.card.training["dataset"]
         if config.num_images is None:
-            self.x = self.images(dataset).images()
+            self.x = self.images(dataset).images().to(self.device)
         else:
             self.x, _ = self.choose(dataset, config.num_images, "images")
         if config.features is not None:

@@ -36,6 +36,7 @@ from pyro_vae_defence.experiments.drawing import save_figure
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
+from pyro_vae_defence.ops.checks import check_device
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.provenance import provenance
 
@@ -82,9 +83,11 @@ class Study(ABC, Generic[C]):
         overrides: fields of the configuration to change, such as ``{"chain.step_size": 0.3}``; they
             are recorded in the result.
         progress: show progress bars.
+        device: where it computes, such as ``"cuda"`` or ``"cuda:1"``; weights and images are moved
+            there. Random draws are those of a CPU, and so are chains up to rounding.
 
     Raises:
-        ValueError: for an unknown name or override.
+        ValueError: for an unknown name, override or device.
     """
 
     command: ClassVar[str]
@@ -108,8 +111,10 @@ class Study(ABC, Generic[C]):
         models: _Path | None = None,
         overrides: Mapping[str, Any] | None = None,
         progress: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
+        self.device = check_device("device", device)
         self.config: C = override(self.configuration(name), overrides)
         self.directory = Path(output)
         self.root = root
@@ -147,6 +152,8 @@ class Study(ABC, Generic[C]):
     def command_line(self, **options: Any) -> str:
         """The command that repeats the run, with further options but those that are ``None``."""
         words = ["python", "-m", "pyro_vae_defence.experiments", self.command, self.name]
+        if self.device.type != "cpu":
+            words += ["--device", str(self.device)]
         for option, value in options.items():
             words += [] if value is None else [f"--{option}", str(value)]
         for key, value in self.overrides.items():
@@ -163,7 +170,7 @@ class Study(ABC, Generic[C]):
         """
         vae, card = load_pretrained(name, self.models), load_card(name, self.models)
         self.weights[name] = card.sha256
-        return vae, card
+        return vae.to(self.device), card
 
     def check_name(self) -> None:
         """Raise a ``ValueError`` if the run is of another model than the one it is named after."""
@@ -183,7 +190,7 @@ class Study(ABC, Generic[C]):
         """A trained classifier; its weights are recorded."""
         classifier, card = load_classifier(name, self.models)
         self.weights[name] = card.sha256
-        return classifier
+        return classifier.to(self.device)
 
     @remembered
     def images(self, dataset: str, split: Split = "test") -> data.Images:
@@ -196,7 +203,8 @@ class Study(ABC, Generic[C]):
         """Class-stratified images ``(N, C, H, W)`` and their labels, ``(N, columns)``."""
         images = self.images(dataset, split)
         chosen = data.stratified(images, number, self.generator(purpose), column)
-        return images.images(chosen), images.labels[chosen].reshape(len(chosen), -1)
+        labels = images.labels[chosen].reshape(len(chosen), -1)
+        return images.images(chosen).to(self.device), labels.to(self.device)
 
     def reconstruct(self, vae: Any, x: Tensor, *purpose: object) -> Tensor:
         """Undefended: one draw of the guide, decoded."""
@@ -302,7 +310,7 @@ class Measurement(Study[C]):
     @functools.cached_property
     def provenance(self) -> dict[str, Any]:
         """Of the cells that this run computes; a result lists those of earlier ones as well."""
-        return provenance()
+        return provenance(self.device)
 
     def _resume(self) -> None:
         """Take over what an earlier run has left in the result file, if there is one."""
@@ -325,7 +333,8 @@ def interval(
     """Estimate and bootstrap interval over images; with ``image``, restarts of one are resampled
     together."""
     seeded = torch.Generator().manual_seed(0)
-    found = metrics.bootstrap_interval(values.cpu(), image, statistic=statistic, generator=seeded)
+    rows = None if image is None else image.cpu()
+    found = metrics.bootstrap_interval(values.cpu(), rows, statistic=statistic, generator=seeded)
     return found.to_dict()
 
 

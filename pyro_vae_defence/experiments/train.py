@@ -215,6 +215,7 @@ class Train(Study[TrainConfig]):
             vae, start = self.load_vae(config.start_from)
             vae.train()
             training["start_from_sha256"] = start.sha256
+        vae = vae.to(self.device)
         result = fit(
             vae,
             make_objective(config, vae, len(train_set), config.epochs * len(loader)),
@@ -240,7 +241,9 @@ class Train(Study[TrainConfig]):
                 dtype = torch.float16
         noise_variance = None
         if isinstance(vae, NVAE):
-            noise_variance = program.mean_posterior_variance(vae.noncentred(), loader)
+            noise_variance = program.mean_posterior_variance(
+                vae.noncentred(), (x.to(self.device) for x in loader)
+            )
         seconds = sum(entry["seconds"] for entry in result.history)
         return save_pretrained(
             vae,
