@@ -37,3 +37,17 @@ def check_positive(name: str, value: Any) -> float:
     if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return value
+
+
+def check_device(device: Any) -> torch.device:
+    """The device of that name, or a ``ValueError`` unless tensors can be there."""
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device={device!r} is none that this machine has ({reason}); name one, such as 'cpu' "
+            "or 'cuda', or leave it out"
+        ) from error
+    return place
