@@ -235,6 +235,7 @@ class Measurement(Study[C]):
     timed: ClassVar[bool] = False
     """Whether a result holds the ``seconds`` of all its cells."""
     shared = True
+    _sources: list[dict[str, Any]]  # provenance of all that has made cells, the latest last
 
     # --- What a study says ---
 
@@ -327,7 +328,7 @@ class Measurement(Study[C]):
             place = place.setdefault(part, {})
         place[key[-1]] = found
         if self.timed:
-            self.result["seconds"] = round(self.result.get("seconds", 0.0) + seconds, 1)
+            self.result["seconds"] = round(self.result.pop("seconds", 0.0) + seconds, 1)
         earlier = [other for other in self._sources if other != source]
         self._sources = [*earlier, source]
         self.result["provenance"] = source
@@ -360,7 +361,8 @@ class Measurement(Study[C]):
                 save(self._pieces / f"{number:05d}.json", self.header() | piece)
             claims.leave()
             if claims.rank == 0:
-                claims.wait()
+                for _ in claims.waiting():
+                    pass
 
     @contextlib.contextmanager
     def _watched(self, known: int) -> Iterator[None]:
@@ -396,7 +398,7 @@ class Measurement(Study[C]):
             ValueError: if a cell is in no file.
         """
         self._take_pieces()
-        for _ in range(_PATIENCE):  # with file systems that show files of other machines late
+        for _ in range(_PATIENCE + 1):  # with file systems that show files of other machines late
             missing = ["/".join(key) for key in keys if not self._has(key)]
             if not missing:
                 break
@@ -407,7 +409,7 @@ class Measurement(Study[C]):
                 f"cells {', '.join(missing)} were computed, but are not in {self._pieces}; let "
                 "--output be a directory that all machines share, and run again"
             )
-        placed = {(part,) for part in self.parts}
+        placed: set[Key] = {(part,) for part in self.parts}
         for key in keys:
             place = self.result
             for depth, part in enumerate(key, 1):
@@ -415,6 +417,9 @@ class Measurement(Study[C]):
                     placed.add(key[:depth])
                     place[part] = place.pop(part)
                 place = place[part]
+        for last in ("seconds", "earlier"):
+            if last in self.result:
+                self.result[last] = self.result.pop(last)
         save(self.path, self.result)
         shutil.rmtree(self._pieces)
 
@@ -437,7 +442,7 @@ class Measurement(Study[C]):
 
     def _resume(self) -> None:
         """Take over what earlier runs have left, be it a result file or cells in files."""
-        self._sources: list[dict[str, Any]] = []
+        self._sources = []
         if self.path.exists():
             earlier = load(self.path)
             self._check(earlier, self.path)

@@ -91,9 +91,10 @@ class Claims:
         """Say that this process has nothing left to do."""
         self._count("left", 1)
 
-    def wait(self) -> None:
-        """Wait until all processes have left."""
+    def waiting(self) -> Iterator[None]:
+        """Moments until all processes have left."""
         while self._count("left", 0) < self.size:
+            yield
             time.sleep(_POLL)
 
     def _count(self, key: str, more: int) -> int:
