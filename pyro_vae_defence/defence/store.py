@@ -169,7 +169,7 @@ class _Store:
         except (OSError, ValueError) as error:
             raise ValueError(f"{place} is no store of to_zarr; choose another path") from error
         was, now = _flat(found), _flat(self.identity)
-        for name in {**now, **was}:
+        for name in sorted({*was, *now}, key=lambda name: (not name.startswith("settings"), name)):
             if was.get(name) != now.get(name):
                 raise ValueError(
                     f"{place} holds another run: its {name} is {was.get(name)!r}, now it is "
