@@ -3,6 +3,7 @@ KEY=VALUE``.
 
 Each study is a command. ``STUDY --help`` prints its question, its names and every field of its
 configuration. Without a name, a study writes the tables and figures of its output directory anew.
+``torchrun --nproc-per-node=N -m pyro_vae_defence.experiments STUDY NAME`` has N processes share it.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if command in BESIDE:
+            if _superfluous(command):
+                return 0
             print(_beside(command, words[1:]))
         else:
             _study(command, words[1:])
@@ -101,9 +104,15 @@ def _commands() -> str:
 def _study(command: str, words: Sequence[str]) -> None:
     studies = load_studies(command)
     options = _parser(command, studies).parse_args(words)
+    if not all(study.shared for study in studies) and _superfluous(command):
+        return
     settings = dict(map(parse_setting, options.set))
     from pyro_vae_defence.experiments.study import write_pages
+    from pyro_vae_defence.ops import ranks
 
+    if options.device == "cuda":
+        ranks.take_gpu()
+    first = ranks.rank() == 0
     given = {o: v for study in studies for o in study.options if (v := getattr(options, o))}
     runs = []  # all are made, and so their settings checked, before the first is run
     for name in options.names:
@@ -118,12 +127,29 @@ def _study(command: str, words: Sequence[str]) -> None:
         quiet = options.quiet
         runs.append(study(name, options.output, overrides=settings, progress=not quiet, **places))
     for run in runs:
-        print(run.summary(run.run()))
-    if _measured(studies):
+        found = run.run()
+        if first:
+            print(run.summary(found))
+    if _measured(studies) and first:
         written = write_pages(
             measurements(), options.output, options.images, f"{command} NAME", bool(runs)
         )
         print("\n".join(f"wrote {path}" for path in written))
+
+
+def _superfluous(command: str) -> bool:
+    """Whether this is a further process of a command that has work for one alone.
+
+    Raises:
+        ValueError: in the first of several processes.
+    """
+    from pyro_vae_defence.ops import ranks
+
+    if ranks.world_size() == 1:
+        return False
+    if ranks.rank() == 0:
+        raise ValueError(f"{command} is work for one process; start it without torchrun")
+    return True
 
 
 def _measured(studies: Sequence[type[Study[Any]]]) -> bool:

@@ -8,19 +8,26 @@ configurations, what a cell computes, the section of a page. :class:`Study` give
   purpose alone, not on what else ran before, in this process or an interrupted one;
 - a *cell* is what is computed and written at once. Cells that the result file holds are not
   computed again; the file is written atomically after each;
+- under ``torchrun`` the processes share the cells (:mod:`pyro_vae_defence.ops.ranks`). Each writes
+  those that it has finished into ``NAME.cells``, a file each; the first process makes the result
+  file of them when all are there, the same as that of one process but for wall times;
 - a result says what it is of: study, name, configuration, weights, command and provenance.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import shlex
+import shutil
+import threading
+import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -39,6 +46,7 @@ from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card
 from pyro_vae_defence.ops.checks import check_device
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.provenance import provenance
+from pyro_vae_defence.ops.ranks import Claims
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +57,8 @@ R = TypeVar("R")
 VARIANT = "paper"
 METRIC = metrics.metric_name("ms_ssim", VARIANT)
 """The similarity of all studies."""
+
+_PATIENCE = 60  # seconds until a file that another machine has written must be there
 
 Key = tuple[str, ...]
 Cell = tuple[Key, Callable[[], Any]]
@@ -102,6 +112,8 @@ class Study(ABC, Generic[C]):
     """Options of the command line that set a field: option -> field and value."""
     options: ClassVar[Mapping[str, str]] = {}
     """Further options of the command line, arguments of the class: option -> what it is."""
+    shared: ClassVar[bool] = False
+    """Whether several processes can share the work."""
 
     def __init__(
         self,
@@ -220,6 +232,10 @@ class Measurement(Study[C]):
     """Similarity that its cells hold, if that is one and the same."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Parts of a result that hold cells; they are there from the beginning."""
+    timed: ClassVar[bool] = False
+    """Whether a result holds the ``seconds`` of all its cells."""
+    shared = True
+    _sources: list[dict[str, Any]]  # provenance of all that has made cells, the latest last
 
     # --- What a study says ---
 
@@ -266,34 +282,146 @@ class Measurement(Study[C]):
     def run(self) -> dict[str, Any]:
         """Compute the cells that the result file does not hold; the result.
 
+        Under ``torchrun`` the whole result in its first process, and in the others what they know.
+
         Raises:
             ValueError: for weights or data that are missing, or a result file of another run.
         """
         self.load()
         self._resume()
         cells = list(self.cells())
-        with tqdm(cells, unit="cell", disable=not self.progress, leave=False) as self._bar:
-            for key, compute in self._bar:
-                self.cell(key, compute)
+        claims = Claims(f"{self.kind} {self.path}")
+        hidden = claims.rank > 0 or not self.progress
+        with tqdm(total=len(cells), unit="cell", disable=hidden, leave=False) as self._bar:
+            if claims.size == 1:
+                for key, compute in cells:
+                    self.cell(key, compute)
+                    self._bar.update()
+            else:
+                self._share(cells, claims)
+        if claims.rank == 0 and self._pieces.exists():
+            self._join([key for key, _ in cells])
         return self.result
 
     def note(self, text: str) -> None:
         """Say beside the progress bar what is running."""
         self._bar.set_postfix_str(text)
 
-    def cell(self, key: Key, compute: Callable[[], Any]) -> Any:
-        """What stands at ``key``, computed and written if nothing does."""
-        cells = self.result
-        for part in key[:-1]:
-            cells = cells.setdefault(part, {})
-        if key[-1] not in cells:
-            cells[key[-1]] = compute()
-            own = self.provenance
-            if self.result["provenance"] != own:  # an earlier run's, whose cells are here too
-                self.result.setdefault("earlier", []).append(self.result["provenance"])
-                self.result["provenance"] = own
+    def cell(self, key: Key, compute: Callable[[], Any]) -> None:
+        """Compute and write what stands at ``key``, if nothing does."""
+        if not self._has(key):
+            self._put(key, *_timed(compute), self.provenance)
             save(self.path, self.result)
-        return cells[key[-1]]
+
+    def _has(self, key: Key) -> bool:
+        place: Any = self.result
+        for part in key:
+            if part not in place:
+                return False
+            place = place[part]
+        return True
+
+    def _put(self, key: Key, found: Any, seconds: float, source: dict[str, Any]) -> None:
+        """Take up a cell, what it cost, and its provenance, which becomes the result's."""
+        place = self.result
+        for part in key[:-1]:
+            place = place.setdefault(part, {})
+        place[key[-1]] = found
+        if self.timed:
+            self.result["seconds"] = round(self.result.pop("seconds", 0.0) + seconds, 1)
+        earlier = [other for other in self._sources if other != source]
+        self._sources = [*earlier, source]
+        self.result["provenance"] = source
+        if earlier:
+            self.result["earlier"] = earlier
+
+    # --- Many processes ---
+
+    @property
+    def _pieces(self) -> Path:
+        """Directory of the cells that several processes have finished, a file each."""
+        return self.path.with_suffix(".cells")
+
+    def _share(self, cells: Sequence[Cell], claims: Claims) -> None:
+        """Compute the cells that no other process has claimed; the first one waits for all."""
+        with self._watched(sum(self._has(key) for key, _ in cells)):
+            for number in claims.order(len(cells)):
+                key, compute = cells[number]
+                if self._has(key) or not claims.claim(number):
+                    continue
+                try:
+                    found, seconds = _timed(compute)
+                except Exception as error:
+                    # What the command line shows as one line stays so.
+                    kind = ValueError if isinstance(error, (ValueError, OSError)) else RuntimeError
+                    place = f"process {claims.rank}, cell {'/'.join(key)}"
+                    raise kind(f"{place}: {error}") from error
+                self._put(key, found, seconds, self.provenance)
+                piece = {"key": key, "found": found, "seconds": seconds}
+                save(self._pieces / f"{number:05d}.json", self.header() | piece)
+            claims.leave()
+            if claims.rank == 0:
+                for _ in claims.waiting():
+                    pass
+
+    @contextlib.contextmanager
+    def _watched(self, known: int) -> Iterator[None]:
+        """Have the bar count what all processes have finished, beside ``known`` cells."""
+        ended = threading.Event()
+        old = set(self._pieces.glob("*.json"))
+
+        def watch() -> None:
+            while not ended.wait(1.0):
+                self._bar.n = known + len(set(self._pieces.glob("*.json")) - old)
+                self._bar.refresh()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        if not self._bar.disable:
+            watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def _take_pieces(self) -> None:
+        """Take over the cells that are in files of their own."""
+        for path in sorted(self._pieces.glob("*.json")):
+            piece = load(path)
+            self._check(piece, path)
+            if not self._has(key := tuple(piece["key"])):
+                self._put(key, piece["found"], piece["seconds"], piece["provenance"])
+
+    def _join(self, keys: Sequence[Key]) -> None:
+        """Write the result file with all cells, in the order in which one process computes them.
+
+        Raises:
+            ValueError: if a cell is in no file.
+        """
+        self._take_pieces()
+        for _ in range(_PATIENCE + 1):  # with file systems that show files of other machines late
+            missing = ["/".join(key) for key in keys if not self._has(key)]
+            if not missing:
+                break
+            time.sleep(1.0)
+            self._take_pieces()
+        else:
+            raise ValueError(
+                f"cells {', '.join(missing)} were computed, but are not in {self._pieces}; let "
+                "--output be a directory that all machines share, and run again"
+            )
+        placed: set[Key] = {(part,) for part in self.parts}
+        for key in keys:
+            place = self.result
+            for depth, part in enumerate(key, 1):
+                if key[:depth] not in placed:
+                    placed.add(key[:depth])
+                    place[part] = place.pop(part)
+                place = place[part]
+        for last in ("seconds", "earlier"):
+            if last in self.result:
+                self.result[last] = self.result.pop(last)
+        save(self.path, self.result)
+        shutil.rmtree(self._pieces)
 
     def header(self) -> dict[str, Any]:
         """What a result is of."""
@@ -313,18 +441,29 @@ class Measurement(Study[C]):
         return provenance(self.device)
 
     def _resume(self) -> None:
-        """Take over what an earlier run has left in the result file, if there is one."""
-        if not self.path.exists():
-            return
-        earlier = load(self.path)
+        """Take over what earlier runs have left, be it a result file or cells in files."""
+        self._sources = []
+        if self.path.exists():
+            earlier = load(self.path)
+            self._check(earlier, self.path)
+            kept = self.header().keys() - {"provenance"}
+            self.result |= {key: part for key, part in earlier.items() if key not in kept}
+            self._sources = [*earlier.get("earlier", []), earlier["provenance"]]
+        self._take_pieces()
+
+    def _check(self, earlier: dict[str, Any], path: Path) -> None:
         for key in ("study", "config", "weights"):
             if earlier.get(key) != self.result[key]:
                 raise ValueError(
-                    f"{self.path} belongs to another run (its {key} differs); "
+                    f"{path} belongs to another run (its {key} differs); "
                     "move it away, or choose another output directory"
                 )
-        kept = self.header().keys() - {"provenance"}
-        self.result |= {key: part for key, part in earlier.items() if key not in kept}
+
+
+def _timed(compute: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, and the seconds that it took."""
+    started = time.perf_counter()
+    return compute(), time.perf_counter() - started
 
 
 def interval(

@@ -134,6 +134,7 @@ class BenchmarkAttacks(Measurement[AttackBenchmarkConfig]):
     metric = None
     names = {"attacks": AttackBenchmarkConfig()}
     output = "runs/benchmark"
+    shared = False  # processes side by side would disturb what is timed
 
     def load(self) -> None:
         """The model and references."""

@@ -30,6 +30,7 @@ class BenchmarkSamplers(Measurement[BenchmarkConfig]):
     metric = None
     names = {"samplers": BenchmarkConfig("mnist_vae")}
     output = "runs/benchmark"
+    shared = False  # processes side by side would disturb what is timed
     parts = ("sections",)
 
     def load(self) -> None:
