@@ -80,7 +80,7 @@ def test_a_recording_is_bitwise_the_model(float64):
     z = {"z": torch.randn(3, 3)}
     value, gradient = lat.value_and_gradient(energy, z)
     with torch.no_grad():
-        got = compiled._capture(energy, z)(x, z["z"])
+        got = compiled._capture(compiled._BOTH, energy, z)(x, z["z"])
     assert torch.equal(got[0], value)
     assert torch.equal(got[1], gradient["z"])
 

@@ -339,7 +339,7 @@ def test_reduced_forces(linear_vae):
         ({"prepare": lambda energy: 3}, "prepare must return a ModelPotential, it returned 3"),
         (
             {"prepare": functools.partial(ReducedForce, dtype=torch.float64)},
-            "dtype must be torch.bfloat16 or torch.float16, got torch.float64",
+            "dtype must be torch.bfloat16 or torch.float16, or 'tf32', got torch.float64",
         ),
         (
             {"kernel": pyro.infer.NUTS, "max_gradients": 9},
