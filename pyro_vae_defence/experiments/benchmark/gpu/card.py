@@ -20,12 +20,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_vae_defence.experiments.benchmark.decoder import layer_flops
 from pyro_vae_defence.experiments.benchmark.gpu.config import GPUBenchmarkConfig
-from pyro_vae_defence.experiments.benchmark.gpu.timing import Call, tf32, turns
+from pyro_vae_defence.experiments.benchmark.gpu.timing import Call, turns
 from pyro_vae_defence.experiments.benchmark.gpu.ways import Note, cycled
 from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models.compiled import tf32
 from pyro_vae_defence.ops import latents as lat
-
-_ROWS = 64  # of the gradient whose operations are counted
 
 
 def card(vae: ConvVAE, x: Tensor, config: GPUBenchmarkConfig, note: Note) -> dict[str, Any]:
@@ -69,23 +68,29 @@ def _nothing(_: Tensor) -> None:
 
 
 def one_gradient(vae: ConvVAE, x: Tensor) -> dict[str, float]:
-    """Operations and bytes of one row's gradient, and the operations of its layers as written."""
-    rows = cycled(x, _ROWS)
-    potential = program.potential(vae, rows)
-    z = {"z": torch.randn(_ROWS, vae.latent_dim, device=x.device)}
-    with FlopCounterMode(display=False) as flops:
-        lat.value_and_gradient(potential, z)
-    with BytesMoved() as moved:
-        lat.value_and_gradient(potential, z)
+    """Operations and bytes of one more row's gradient, and the operations of its layers as written.
+
+    What a batch computes once, whatever its rows, is left out.
+    """
+    counts = []
+    for rows in (1, 2):
+        potential = program.potential(vae, cycled(x, rows))
+        z = {"z": torch.randn(rows, vae.latent_dim, device=x.device)}
+        with FlopCounterMode(display=False) as flops:
+            lat.value_and_gradient(potential, z)
+        with BytesMoved() as moved:
+            lat.value_and_gradient(potential, z)
+        counts.append((flops.get_total_flops(), moved.bytes))
+    (flops_before, bytes_before), (flops_after, bytes_after) = counts
     return {
-        "flops_per_row": flops.get_total_flops() / _ROWS,
+        "flops_per_row": flops_after - flops_before,
         "flops_per_row_as_written": layer_flops(vae),
-        "bytes_per_row": moved.bytes / _ROWS,
+        "bytes_per_row": bytes_after - bytes_before,
     }
 
 
 class BytesMoved(TorchDispatchMode):
-    """Counts the bytes of what operators read and write; views move nothing.
+    """Counts the bytes of what operators read and write; views and empty tensors move nothing.
 
     Attributes:
         bytes: so far.
@@ -98,11 +103,12 @@ class BytesMoved(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and count it."""
         found = func(*args, **(kwargs or {}))
-        aliases = [value.alias_info for value in func._schema.returns]
-        if not any(alias is not None and not alias.is_write for alias in aliases):
-            for value in tree_leaves((args, kwargs, found)):
-                if isinstance(value, Tensor):
-                    self.bytes += _size(value)
+        read = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        written = [value for value in tree_leaves(found) if isinstance(value, Tensor)]
+        places = {value.untyped_storage().data_ptr() for value in read}
+        seen = any(value.untyped_storage().data_ptr() in places for value in written)
+        if (func._schema.is_mutable or not seen) and "empty" not in func._schema.name:
+            self.bytes += sum(map(_size, read + written))
         return found
 
 

@@ -27,6 +27,8 @@ from pyro_vae_defence.experiments.benchmark.gpu.ways import (
 )
 from pyro_vae_defence.models import ConvVAE
 
+WAYS = (CAPTURED, Way("captured", "bfloat16"), EAGER)
+
 _KERNELS = 10  # listed
 _LONGEST = 100  # characters of a kernel's name
 _COUNT = 5  # transitions of a wall time
@@ -37,7 +39,7 @@ def profiles(vae: ConvVAE, x: Tensor, config: GPUBenchmarkConfig, note: Note) ->
     images = cycled(x, config.profile_rows)
     start, streams = encodings(vae, images, 1, config.seed)
     found: dict[str, Any] = {}
-    for way in (CAPTURED, Way("captured", "bfloat16"), EAGER):
+    for way in WAYS:
         note(f"profile: {way.name}")
         try:
             found[way.name] = _profile(transitions(vae, images, start, streams, way, config)[1], x)

@@ -24,9 +24,10 @@ from pyro_vae_defence.experiments.benchmark.gpu.libraries import numpyro, torche
 from pyro_vae_defence.experiments.benchmark.gpu.profiling import profiles
 from pyro_vae_defence.experiments.benchmark.gpu.steps import ascent, training
 from pyro_vae_defence.experiments.benchmark.gpu.tables import gpu_tables
-from pyro_vae_defence.experiments.benchmark.gpu.timing import failure, release, tf32, wait
+from pyro_vae_defence.experiments.benchmark.gpu.timing import failure, release, wait
 from pyro_vae_defence.experiments.benchmark.gpu.ways import COMPILED, PLAIN, cycled
 from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
+from pyro_vae_defence.models.compiled import tf32
 from pyro_vae_defence.ops.balls import Linf
 
 
@@ -91,7 +92,11 @@ class BenchmarkGPU(Measurement[GPUBenchmarkConfig]):
             yield ("sections", name), functools.partial(self.measured, name, measure)
 
     def measured(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A section, or the error that kept it from being measured; float32 without TF32."""
+        """A section, or the error that kept it from being measured.
+
+        Products of float32 are not rounded to TF32 unless a section says so; torch rounds them in
+        convolutions by default.
+        """
         self.note(name)
         try:
             wait(self.device)

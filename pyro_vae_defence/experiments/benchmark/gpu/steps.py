@@ -27,17 +27,18 @@ from pyro_vae_defence.experiments.benchmark.gpu.timing import (
     Call,
     failure,
     release,
-    tf32,
     turns,
 )
 from pyro_vae_defence.experiments.benchmark.gpu.ways import CAPTURED, EAGER, Note, Way
 from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.compiled import tf32
 from pyro_vae_defence.objectives import BetaELBO
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.training import FitConfig, fit
 from pyro_vae_defence.types import PreparedObjective
 
+WAYS = (CAPTURED, EAGER)
 _FEW = 3  # gradients of an attack that runs a defence for each
 
 TRAININGS: dict[str, tuple[bool, dict[str, Any]]] = {
@@ -129,7 +130,7 @@ def ascent(
     objectives: dict[str, tuple[Callable[[], PreparedObjective], int]] = {
         "symmetric KL": (lambda: attacks.symmetric_kl(vae), config.ascent_steps)
     }
-    for way in (CAPTURED, EAGER):
+    for way in WAYS:
         # Each of its steps runs the whole defence.
         objectives[f"misclassification, BPDA, chains {way.engine}"] = (
             functools.partial(adaptively, way),
