@@ -23,6 +23,7 @@ A GPU spends more time on being told each of these operations than on small ones
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -371,7 +372,42 @@ def _capture(what: _Function, potential: ModelPotential, start: LatentsLike) -> 
         return what.values(placed, dict(zip(names, values[num_tensors:], strict=True)))
 
     values = [t.detach() for t in (*potential.tensors, *(start[name] for name in names))]
-    return make_fx(function)(*values)
+    module = make_fx(function)(*values)
+    _fold(module, values[-1].device)
+    return module
+
+
+def _fold(module: fx.GraphModule, device: torch.device) -> None:
+    """Compute once what is made of constants on other devices alone, such as their copies here.
+
+    A copy from the host waits for it, which no replay of a CUDA graph may.
+    """
+    known: dict[fx.Node, Tensor] = {}
+    for node in module.graph.nodes:
+        value: Any = None
+        if node.op == "get_attr":
+            constant = operator.attrgetter(str(node.target))(module)
+            if isinstance(constant, Tensor) and constant.device != device:
+                value = constant
+        elif known.keys() >= set(node.all_input_nodes) != set() and not _writes(node):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            value = node.target(*args, **kwargs)
+        if isinstance(value, Tensor) and not any(map(_writes, node.users)):
+            known[node] = value
+    for number, (node, value) in enumerate(known.items()):
+        if node.op != "get_attr" and not known.keys() >= set(node.users):
+            module.register_buffer(f"_folded{number}", value)
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.get_attr(f"_folded{number}"))
+    if known:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether an operation changes its arguments, or is none."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or schema.is_mutable
 
 
 def _under(on: bool | None, recording: Recording) -> Recording:
