@@ -31,7 +31,11 @@ STUDIES = {
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
-    "benchmark": ("benchmark.run:BenchmarkSamplers", "benchmark.attacks:BenchmarkAttacks"),
+    "benchmark": (
+        "benchmark.run:BenchmarkSamplers",
+        "benchmark.attacks:BenchmarkAttacks",
+        "benchmark.gpu.run:BenchmarkGPU",
+    ),
 }
 """Command -> studies that share it, each ``module:class``; imported when asked for."""
 
