@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.data import (
 
 from pyro_vae_defence.data.celeba import load_celeba
 from pyro_vae_defence.data.color_mnist import load_color_mnist
-from pyro_vae_defence.data.datasets import SPLITS, Images, Split, default_root
+from pyro_vae_defence.data.datasets import SPLITS, Images, PartOfImages, Split, default_root
 from pyro_vae_defence.data.fashion_mnist import FASHION_MNIST
 from pyro_vae_defence.data.mnist import MNIST
 from pyro_vae_defence.data.variants import ImageTransform, TexturedImages, TransformedImages, invert
@@ -165,3 +165,39 @@ def stratified(
             )
         chosen.append(members[torch.randperm(len(members), generator=generator)[:rounds]])
     return torch.stack(chosen, 1).flatten()[:num]
+
+
+def random_split(
+    dataset: Images, fractions: Sequence[float], generator: torch.Generator | None = None
+) -> tuple[PartOfImages, ...]:
+    """Divide a dataset at random into parts, e.g. for training, validation and test.
+
+    Args:
+        dataset: any of this package's datasets, such as a folder of images.
+        fractions: share of each part, positive, 1 together.
+        generator: source of randomness; torch's global seed when ``None``. The same parts need the
+            same seed and the same files.
+
+    Raises:
+        ValueError: if fractions are out of range, or a part would be empty.
+
+    Example:
+        >>> digits = load("mnist_subset", "test")
+        >>> [len(part) for part in random_split(digits, (0.5, 0.3, 0.2))]
+        [500, 300, 200]
+    """
+    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions={fractions} must be positive and sum to 1, e.g. (0.8, 0.2)")
+    shuffled = torch.randperm(len(dataset), generator=generator)
+    ends = [round(len(dataset) * sum(fractions[: i + 1])) for i in range(len(fractions))]
+    parts = [shuffled[start:end] for start, end in zip([0, *ends], ends)]
+    if not all(len(part) for part in parts):
+        raise ValueError(
+            f"fractions={fractions} of {dataset!r} leave a part empty: use more images, or fewer "
+            "parts"
+        )
+    count = len(parts)
+    return tuple(
+        PartOfImages(dataset, part, f"{dataset.split}, part {number} of {count}")
+        for number, part in enumerate(parts, 1)
+    )
