@@ -18,6 +18,7 @@ import functools
 import json
 import os
 import shlex
+import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +37,7 @@ from pyro_vae_defence.experiments.drawing import save_figure
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import check_device, check_positive
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.provenance import provenance
 
@@ -212,7 +213,17 @@ class Study(ABC, Generic[C]):
 
 
 class Measurement(Study[C]):
-    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each."""
+    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each.
+
+    Args:
+        time_limit: seconds from here, > 0, in which runs should end: no cell begins that would not
+            end in time if it took as long as the longest of this run before it. The first begins
+            if any time is left, so that repeated runs get on.
+        arguments, options: of :class:`Study`.
+
+    Attributes:
+        remaining: how many cells the last run has left to the next one.
+    """
 
     kind: ClassVar[str]
     """Name of the study in result files, unique."""
@@ -220,6 +231,14 @@ class Measurement(Study[C]):
     """Similarity that its cells hold, if that is one and the same."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Parts of a result that hold cells; they are there from the beginning."""
+
+    remaining = 0
+
+    def __init__(self, *arguments: Any, time_limit: float | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if time_limit is not None:
+            check_positive("time_limit", time_limit)
+        self._deadline = None if time_limit is None else time.monotonic() + time_limit
 
     # --- What a study says ---
 
@@ -264,7 +283,7 @@ class Measurement(Study[C]):
         return self.directory / f"{self.name}.json"
 
     def run(self) -> dict[str, Any]:
-        """Compute the cells that the result file does not hold; the result.
+        """Compute the cells that the result file does not hold, within the time; the result.
 
         Raises:
             ValueError: for weights or data that are missing, or a result file of another run.
@@ -272,10 +291,28 @@ class Measurement(Study[C]):
         self.load()
         self._resume()
         cells = list(self.cells())
+        longest, self.remaining = 0.0, 0
         with tqdm(cells, unit="cell", disable=not self.progress, leave=False) as self._bar:
             for key, compute in self._bar:
-                self.cell(key, compute)
+                began = time.monotonic()
+                late = self._deadline is not None and began + longest > self._deadline
+                if self.holds(key):
+                    continue
+                if late:
+                    self.remaining += 1
+                else:
+                    self.cell(key, compute)
+                    longest = max(longest, time.monotonic() - began)
         return self.result
+
+    def holds(self, key: Key) -> bool:
+        """Whether the result has the cell."""
+        cells = self.result
+        for part in key:
+            if part not in cells:
+                return False
+            cells = cells[part]
+        return True
 
     def note(self, text: str) -> None:
         """Say beside the progress bar what is running."""
