@@ -43,7 +43,7 @@ from pyro_vae_defence.experiments.drawing import save_figure
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import check_device, check_positive
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.ranks import Claims
@@ -224,7 +224,17 @@ class Study(ABC, Generic[C]):
 
 
 class Measurement(Study[C]):
-    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each."""
+    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each.
+
+    Args:
+        time_limit: seconds from here, > 0, in which runs should end: no cell begins that would not
+            end in time if it took as long as the longest of this run before it. The first begins
+            if any time is left, so that repeated runs get on.
+        arguments, options: of :class:`Study`.
+
+    Attributes:
+        remaining: how many cells the last run has left to the next one.
+    """
 
     kind: ClassVar[str]
     """Name of the study in result files, unique."""
@@ -236,6 +246,15 @@ class Measurement(Study[C]):
     """Whether a result holds the ``seconds`` of all its cells."""
     shared = True
     _sources: list[dict[str, Any]]  # provenance of all that has made cells, the latest last
+
+    remaining = 0
+
+    def __init__(self, *arguments: Any, time_limit: float | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if time_limit is not None:
+            check_positive("time_limit", time_limit)
+        self._deadline = None if time_limit is None else time.monotonic() + time_limit
+        self._longest = 0.0  # seconds of a cell of this run
 
     # --- What a study says ---
 
@@ -280,7 +299,7 @@ class Measurement(Study[C]):
         return self.directory / f"{self.name}.json"
 
     def run(self) -> dict[str, Any]:
-        """Compute the cells that the result file does not hold; the result.
+        """Compute the cells that the result file does not hold, within the time; the result.
 
         Under ``torchrun`` the whole result in its first process, and in the others what they know.
 
@@ -295,13 +314,24 @@ class Measurement(Study[C]):
         with tqdm(total=len(cells), unit="cell", disable=hidden, leave=False) as self._bar:
             if claims.size == 1:
                 for key, compute in cells:
-                    self.cell(key, compute)
+                    if not (self.holds(key) or self._late()):
+                        self.cell(key, compute)
                     self._bar.update()
             else:
                 self._share(cells, claims)
         if claims.rank == 0 and self._pieces.exists():
             self._join([key for key, _ in cells])
+        self.remaining = sum(not self.holds(key) for key, _ in cells)
         return self.result
+
+    def holds(self, key: Key) -> bool:
+        """Whether the result has the cell."""
+        cells = self.result
+        for part in key:
+            if part not in cells:
+                return False
+            cells = cells[part]
+        return True
 
     def note(self, text: str) -> None:
         """Say beside the progress bar what is running."""
@@ -309,17 +339,21 @@ class Measurement(Study[C]):
 
     def cell(self, key: Key, compute: Callable[[], Any]) -> None:
         """Compute and write what stands at ``key``, if nothing does."""
-        if not self._has(key):
-            self._put(key, *_timed(compute), self.provenance)
+        if not self.holds(key):
+            self._put(key, *self._timed(compute), self.provenance)
             save(self.path, self.result)
 
-    def _has(self, key: Key) -> bool:
-        place: Any = self.result
-        for part in key:
-            if part not in place:
-                return False
-            place = place[part]
-        return True
+    def _late(self) -> bool:
+        """Whether a cell that takes as long as the longest so far would end after the limit."""
+        return self._deadline is not None and time.monotonic() + self._longest > self._deadline
+
+    def _timed(self, compute: Callable[[], Any]) -> tuple[Any, float]:
+        """What a cell is, and the seconds that it took."""
+        started = time.perf_counter()
+        found = compute()
+        seconds = time.perf_counter() - started
+        self._longest = max(self._longest, seconds)
+        return found, seconds
 
     def _put(self, key: Key, found: Any, seconds: float, source: dict[str, Any]) -> None:
         """Take up a cell, what it cost, and its provenance, which becomes the result's."""
@@ -344,13 +378,13 @@ class Measurement(Study[C]):
 
     def _share(self, cells: Sequence[Cell], claims: Claims) -> None:
         """Compute the cells that no other process has claimed; the first one waits for all."""
-        with self._watched(sum(self._has(key) for key, _ in cells)):
+        with self._watched(sum(self.holds(key) for key, _ in cells)):
             for number in claims.order(len(cells)):
                 key, compute = cells[number]
-                if self._has(key) or not claims.claim(number):
+                if self.holds(key) or self._late() or not claims.claim(number):
                     continue
                 try:
-                    found, seconds = _timed(compute)
+                    found, seconds = self._timed(compute)
                 except Exception as error:
                     # What the command line shows as one line stays so.
                     kind = ValueError if isinstance(error, (ValueError, OSError)) else RuntimeError
@@ -388,7 +422,7 @@ class Measurement(Study[C]):
         for path in sorted(self._pieces.glob("*.json")):
             piece = load(path)
             self._check(piece, path)
-            if not self._has(key := tuple(piece["key"])):
+            if not self.holds(key := tuple(piece["key"])):
                 self._put(key, piece["found"], piece["seconds"], piece["provenance"])
 
     def _join(self, keys: Sequence[Key]) -> None:
@@ -398,8 +432,10 @@ class Measurement(Study[C]):
             ValueError: if a cell is in no file.
         """
         self._take_pieces()
+        if self._deadline is not None and not all(map(self.holds, keys)):
+            return  # cells are left for another run, and those in files wait for them
         for _ in range(_PATIENCE + 1):  # with file systems that show files of other machines late
-            missing = ["/".join(key) for key in keys if not self._has(key)]
+            missing = ["/".join(key) for key in keys if not self.holds(key)]
             if not missing:
                 break
             time.sleep(1.0)
@@ -458,12 +494,6 @@ class Measurement(Study[C]):
                     f"{path} belongs to another run (its {key} differs); "
                     "move it away, or choose another output directory"
                 )
-
-
-def _timed(compute: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, and the seconds that it took."""
-    started = time.perf_counter()
-    return compute(), time.perf_counter() - started
 
 
 def interval(
