@@ -31,6 +31,19 @@ def _clean_pyro():
 
 
 @pytest.fixture
+def device():
+    """The device that tests in ``tests/cuda`` compare with the CPU.
+
+    ``PVD_TEST_DEVICE=cpu`` compares the CPU with itself, which runs every line of them without a
+    GPU.
+    """
+    name = os.environ.get("PVD_TEST_DEVICE", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.device(name)
+
+
+@pytest.fixture
 def float64():
     torch.set_default_dtype(torch.float64)
 
