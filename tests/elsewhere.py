@@ -3,15 +3,17 @@
 Tensors of the device ``lazy`` hold tensors of the CPU. Within :class:`Elsewhere`, every operation
 on them is done on these, so that numbers are the CPU's own, but what a GPU refuses is refused: an
 operation on tensors of both devices (numbers, that is CPU tensors without dimensions, excepted), a
-generator of the other device, and NumPy. Within :meth:`Elsewhere.no_waiting` the host may not wait
-for the device either: read a value, ask how many entries of a mask are set, or copy to or from it.
+generator of the other device, and NumPy. :func:`waits` notes where the host waits for the
+device: where it reads a value, asks how many entries of a mask are set, or copies to it or from it.
 That is what ``torch.cuda.set_sync_debug_mode("error")`` refuses on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +31,6 @@ _READS = {
 }  # fmt: skip
 _COPIES = {aten._to_copy, aten.copy_, aten.copy}
 _INDEXING = {aten.index, aten.index_put, aten.index_put_}
-
-
-class HostWaitError(RuntimeError):
-    """The host waits for the device."""
 
 
 class There(Tensor):
@@ -73,10 +71,10 @@ class There(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {}, waiting=True)
+        return _run(func, args, kwargs or {})
 
 
-def _run(func: Any, args: Any, kwargs: Any, *, waiting: bool) -> Any:
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
     tensors: list[Tensor] = []
     plain_args = [_unwrap(value, tensors) for value in args]
     plain_kwargs = {name: _unwrap(value, tensors) for name, value in kwargs.items()}
@@ -93,11 +91,11 @@ def _run(func: Any, args: Any, kwargs: Any, *, waiting: bool) -> Any:
     packet = func.overloadpacket
     if packet in _COPIES:
         target = tensors[0].device if packet is not aten._to_copy else device or tensors[0].device
-        if not waiting and not kwargs.get("non_blocking"):
-            _check_copy(func, tensors[-1].device, target)
+        if tensors[-1].device != target and not kwargs.get("non_blocking"):
+            _note(func, f" from {tensors[-1].device} to {target}")
         there = target == THERE
     elif there:
-        _check_devices(func, args, tensors, waiting)
+        _check_devices(func, args, tensors)
     else:
         there = True  # made there
     result = func(*plain_args, **plain_kwargs)
@@ -122,42 +120,33 @@ def _unwrap(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def _check_copy(func: Any, source: torch.device, target: torch.device) -> None:
-    if source != target:
-        raise HostWaitError(f"{func} from {source} to {target}")
-
-
-def _check_devices(func: Any, args: Any, tensors: list[Tensor], waiting: bool) -> None:
+def _check_devices(func: Any, args: Any, tensors: list[Tensor]) -> None:
     packet = func.overloadpacket
     wrong = [t for t in tensors if t.device == HERE and t.dim() > 0]
     if packet in _INDEXING:
         # Indices of the CPU are allowed: they are copied, for which the host waits.
         indices = [i for i in args[1] if i is not None]
         wrong = [t for t in wrong if not any(t is i for i in indices)]
-        if not waiting and any(i.device == HERE for i in indices):
-            raise HostWaitError(f"{func} with indices of {HERE}")
-        if not waiting and any(i.dtype in (torch.bool, torch.uint8) for i in indices):
-            raise HostWaitError(f"{func} with a mask")
+        if any(i.device == HERE for i in indices):
+            _note(func, f" with indices of {HERE}")
+        elif any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+            _note(func, " with a mask")
     if wrong:
         shapes = [(str(t.device), tuple(t.shape)) for t in tensors]
         raise RuntimeError(f"{func} of tensors on different devices: {shapes}")
-    if not waiting and packet in _READS:
-        raise HostWaitError(str(func))
+    if packet in _READS:
+        _note(func)
 
 
 class Elsewhere(TorchDispatchMode):
     """The device ``lazy`` is there while this is entered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._waiting = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nothing is compiled here, and what skips it is slow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {}, waiting=self._waiting)
+        return _run(func, args, kwargs or {})
 
     def __enter__(self) -> Elsewhere:
         # torch.tensor(..., device=...) makes a tensor of the CPU first, and copies that.
@@ -169,11 +158,24 @@ class Elsewhere(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._lifts)
         super().__exit__(*error)
 
-    @contextlib.contextmanager
-    def no_waiting(self) -> Iterator[None]:
-        """The host does not wait for the device; :class:`HostWaitError` if it does."""
-        before, self._waiting = self._waiting, False
-        try:
-            yield
-        finally:
-            self._waiting = before
+
+@contextlib.contextmanager
+def waits() -> Iterator[list[str]]:
+    """A list that fills with what the host waits for, and the line of the package that asks it."""
+    found: list[str] = []
+    _listeners.append(found)
+    try:
+        yield found
+    finally:
+        _listeners.remove(found)
+
+
+_listeners: list[list[str]] = []
+
+
+def _note(func: Any, why: str = "") -> None:
+    if _listeners:
+        frames = traceback.extract_stack()
+        own = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "pyro_vae" in f.filename]
+        for found in _listeners:
+            found.append(f"{func}{why} in {own[-1] if own else 'a test'}")
