@@ -5,9 +5,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class RefusalError(ValueError):
     """A ``ValueError`` of this library from inside a user's program; nobody adds that it failed."""
+
+
+def check_device(name: str, value: Tensor, other_name: str, device: torch.device) -> None:
+    """``ValueError`` unless ``value`` is on ``device``, that of what ``other_name`` names."""
+    if value.device != device:
+        raise ValueError(
+            f"{name} is on {value.device} but {other_name} on {device}; pass "
+            f"{name}.to({str(device)!r})"
+        )
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> None:

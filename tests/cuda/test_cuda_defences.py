@@ -1,4 +1,5 @@
-"""Controls, classifiers, detection and radii agree between devices; chains go to ArviZ and plots."""
+"""Controls, classifiers, detection and radii agree between devices; chains leave for ArviZ and
+plots."""
 
 from __future__ import annotations
 
@@ -76,9 +77,7 @@ def test_classes_of_defended_images(device, reading, vae, x):
 @pytest.mark.parametrize("perturbation", [None, Linf(0.1)])
 def test_detection(device, perturbation, vae, x):
     def run(place):
-        chain = MCMCDefence(
-            to(vae, place), HMC, 3, 1, num_chains=2, perturbation=perturbation
-        )
+        chain = MCMCDefence(to(vae, place), HMC, 3, 1, num_chains=2, perturbation=perturbation)
         variance = mean_posterior_variance(to(vae, place), [x.to(place)])
         result = chain(x.to(place), seeded())
         return defences.detection_scores(chain, result, variance), variance
