@@ -89,7 +89,7 @@ class TestTheDevice:
         with waits() as found:
             y = torch.where(x > 0, x, 0.0) + x.new_zeros(3) + torch.full_like(x, 2.0)
             y[1:] = 0.0
-            torch.arange(3, device=THERE)[y.long()]
+            torch.arange(4, device=THERE)[y.long()]
         assert found == []
 
 
