@@ -389,7 +389,7 @@ def test_training_goes_to_the_gpu_and_stays_there(images):
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99", 1.5])
 def test_a_device_that_is_not_there(images, device):
     vae = TutorialVAE()
-    with pytest.raises(ValueError, match=f"device={device!r} is none that this machine has"):
+    with pytest.raises(ValueError, match=f"device={device!r} is no device that this machine has"):
         fit(vae, Trace_ELBO(), loader(images), config(), device=device)
-    with pytest.raises(ValueError, match=f"device={device!r} is none that this machine has"):
+    with pytest.raises(ValueError, match=f"device={device!r} is no device that this machine has"):
         data.batches(images, 8, device=device)

@@ -24,7 +24,7 @@ from pyro_vae_defence.data.datasets import SPLITS, Images, PartOfImages, Split, 
 from pyro_vae_defence.data.fashion_mnist import FASHION_MNIST
 from pyro_vae_defence.data.mnist import MNIST
 from pyro_vae_defence.data.variants import ImageTransform, TexturedImages, TransformedImages, invert
-from pyro_vae_defence.ops.checks import check_device, check_integer
+from pyro_vae_defence.ops.checks import as_device, check_integer
 
 # A new dataset is a file of this package and a line here: root, split, download -> images.
 _PLAIN: dict[str, Callable[[Path, str, bool], Images]] = {
@@ -109,7 +109,7 @@ def batches(
         ValueError: if ``batch_size`` is below 1, or there is no such device.
     """
     check_integer("batch_size", batch_size)
-    place = None if device is None else check_device(device)
+    place = None if device is None else as_device("device", device)
     order: Any = SequentialSampler(dataset)
     if shuffle:
         order = RandomSampler(dataset, generator=generator)

@@ -51,6 +51,7 @@ from pyro_vae_defence.models.contract import (
     check_guide_rows,
     check_latents,
     check_rows,
+    check_same_device,
     check_untouched,
     run_on,
 )
@@ -803,8 +804,8 @@ def mean_posterior_variance(
         Site name -> tensor of one image's shape, on the unconstrained scale.
 
     Raises:
-        ValueError: ``batches`` is empty, lacks conditions that the programs need, or a variance is
-            not finite (a ``Cauchy``'s).
+        ValueError: ``batches`` is empty, not on the VAE's device, or lacks conditions that the
+            programs need, or a variance is not finite (a ``Cauchy``'s).
     """
     totals: Latents = {}
     count = 0
@@ -812,6 +813,7 @@ def mean_posterior_variance(
     with torch.no_grad(), evaluation_mode(vae):
         for batch in batches:
             x, conditions = split(taken(batch, vae), "batches")
+            check_same_device("vae", vae, "batches", x)
             at_x = bind(vae, x, conditions)
             streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
             for name, variance in _unconstrained_variances(at_x, x, streams).items():

@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.modules import networks_of
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import as_device
 from pyro_vae_defence.ops.files import atomic_save, remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
@@ -127,7 +127,7 @@ def fit(
             "or choose schedule='one_cycle' or 'constant'"
         )
     parallel.check_initialised()
-    place = None if device is None else check_device(device)
+    place = None if device is None else as_device("device", device)
     if place is not None:
         for network in networks_of(vae).values():
             network.to(place)
