@@ -349,9 +349,9 @@ class Measurement(Study[C]):
 
     def _timed(self, compute: Callable[[], Any]) -> tuple[Any, float]:
         """What a cell is, and the seconds that it took."""
-        started = time.perf_counter()
+        started = time.monotonic()
         found = compute()
-        seconds = time.perf_counter() - started
+        seconds = time.monotonic() - started
         self._longest = max(self._longest, seconds)
         return found, seconds
 
