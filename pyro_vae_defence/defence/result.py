@@ -195,7 +195,8 @@ def setting(value: Any) -> int | float | str:
         return f"{setting(value.func)}({', '.join([*map(str, value.args), *bound])})"
     if isinstance(value, (int, float, str)):
         return int(value) if isinstance(value, bool) else value
-    if type(value).__repr__ is object.__repr__:  # which says where it stands in memory
+    default: object = object.__repr__  # says where a value stands in memory
+    if type(value).__repr__ is default:
         value = type(value)
     return getattr(value, "__name__", str(value))
 

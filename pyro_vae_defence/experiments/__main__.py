@@ -45,6 +45,7 @@ BESIDE = {
     "report": "write the tables, figures and pages of a directory of result files",
     "table": "print a table of the paper beside our results",
     "models": "print what the cards of trained models say",
+    "front": "print the table of the README",
 }
 """Commands that compute nothing."""
 
@@ -221,6 +222,11 @@ def _beside(command: str, words: Sequence[str]) -> str:
         from pyro_vae_defence.experiments.cards import trained_models
 
         return trained_models(parser.parse_args(words).directory)
+    if command == "front":
+        parser.add_argument("results", nargs="?", default="docs/results", help="result files")
+        from pyro_vae_defence.experiments.front import front_table
+
+        return front_table(Path(parser.parse_args(words).results))
     parser.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
     parser.add_argument("--results", help="directory of result files; docs/results/... by default")
     options = parser.parse_args(words)
