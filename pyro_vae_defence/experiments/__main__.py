@@ -124,13 +124,21 @@ def _study(command: str, words: Sequence[str]) -> None:
             raise ValueError(f"--{strange[0]} has no effect on {name!r}; leave it out")
         places = {"root": options.data_root, "models": options.models, **given}
         places["device"] = options.device
+        if _measured(studies):
+            places["time_limit"] = options.time_limit
         quiet = options.quiet
         runs.append(study(name, options.output, overrides=settings, progress=not quiet, **places))
+    unfinished = False
     for run in runs:
         found = run.run()
-        if first:
+        if not first:
+            continue
+        if remaining := getattr(run, "remaining", 0):
+            unfinished = True
+            print(f"{run.name}: {remaining} cells are left; run the same again to go on")
+        else:
             print(run.summary(found))
-    if _measured(studies) and first:
+    if _measured(studies) and first and not unfinished:
         written = write_pages(
             measurements(), options.output, options.images, f"{command} NAME", bool(runs)
         )
@@ -177,6 +185,7 @@ def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.Argum
     if _measured(studies):
         add("names", nargs="*", metavar="NAME", help="without one, tables and figures alone")
         add("--images", help="directory for figures; OUTPUT/images by default")
+        add("--time-limit", type=float, metavar="SECONDS", help="begin no cell that may end later")
     else:
         add("names", nargs="+", metavar="NAME", help="one of the names above")
     add("--output", default=studies[0].output, help="directory for results, %(default)s by default")

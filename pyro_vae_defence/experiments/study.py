@@ -43,7 +43,7 @@ from pyro_vae_defence.experiments.drawing import save_figure
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import check_device, check_positive
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.ranks import Claims
@@ -224,7 +224,17 @@ class Study(ABC, Generic[C]):
 
 
 class Measurement(Study[C]):
-    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each."""
+    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each.
+
+    Args:
+        time_limit: seconds from here, > 0, in which runs should end: no cell begins that would not
+            end in time if it took as long as the longest of this run before it. The first begins
+            if any time is left, so that repeated runs get on.
+        arguments, options: of :class:`Study`.
+
+    Attributes:
+        remaining: how many cells the last run has left to the next one.
+    """
 
     kind: ClassVar[str]
     """Name of the study in result files, unique."""
@@ -236,6 +246,14 @@ class Measurement(Study[C]):
     """Whether a result holds the ``seconds`` of all its cells."""
     shared = True
     _sources: list[dict[str, Any]]  # provenance of all that has made cells, the latest last
+
+    remaining = 0
+
+    def __init__(self, *arguments: Any, time_limit: float | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if time_limit is not None:
+            check_positive("time_limit", time_limit)
+        self._deadline = None if time_limit is None else time.monotonic() + time_limit
 
     # --- What a study says ---
 
@@ -280,7 +298,7 @@ class Measurement(Study[C]):
         return self.directory / f"{self.name}.json"
 
     def run(self) -> dict[str, Any]:
-        """Compute the cells that the result file does not hold; the result.
+        """Compute the cells that the result file does not hold, within the time; the result.
 
         Under ``torchrun`` the whole result in its first process, and in the others what they know.
 
@@ -292,41 +310,76 @@ class Measurement(Study[C]):
         cells = list(self.cells())
         claims = Claims(f"{self.kind} {self.path}")
         hidden = claims.rank > 0 or not self.progress
-        with tqdm(total=len(cells), unit="cell", disable=hidden, leave=False) as self._bar:
-            if claims.size == 1:
-                for key, compute in cells:
-                    self.cell(key, compute)
-                    self._bar.update()
-            else:
-                self._share(cells, claims)
-        if claims.rank == 0 and self._pieces.exists():
-            self._join([key for key, _ in cells])
+        bar = tqdm(total=len(cells), unit="cell", disable=hidden, leave=False)
+        with bar as self._bar, self._watched(cells, claims):
+            self._compute(cells, claims)
+            claims.leave()
+            if claims.rank == 0:
+                for _ in claims.waiting():
+                    pass
+        self.remaining = self._join(cells, claims) if claims.rank == 0 else 0
         return self.result
+
+    def holds(self, key: Key) -> bool:
+        """Whether the result has the cell."""
+        cells = self.result
+        for part in key:
+            if part not in cells:
+                return False
+            cells = cells[part]
+        return True
 
     def note(self, text: str) -> None:
         """Say beside the progress bar what is running."""
         self._bar.set_postfix_str(text)
 
-    def cell(self, key: Key, compute: Callable[[], Any]) -> None:
-        """Compute and write what stands at ``key``, if nothing does."""
-        if not self._has(key):
-            self._put(key, *_timed(compute), self.provenance)
+    def _compute(self, cells: Sequence[Cell], claims: Claims) -> None:
+        """Compute and write the cells that are nowhere, and that no other process computes."""
+        longest = 0.0
+        for number in claims.order(len(cells)):
+            if self._deadline is not None and time.monotonic() + longest > self._deadline:
+                break
+            key, compute = cells[number]
+            if not self.holds(key) and claims.claim(number):
+                seconds = self._compute_one(number, key, compute, claims)
+                longest = max(longest, seconds)
+            if claims.size == 1:
+                self._bar.update()
+
+    def _compute_one(
+        self, number: int, key: Key, compute: Callable[[], Any], claims: Claims
+    ) -> float:
+        """Compute and write a cell; the seconds that it took."""
+        self._place(key)  # cells may look at those beside them
+        started = time.monotonic()
+        try:
+            found = compute()
+        except Exception as error:
+            if claims.size == 1:
+                raise
+            # What the command line shows as one line stays so.
+            kind = ValueError if isinstance(error, (ValueError, OSError)) else RuntimeError
+            place = f"process {claims.rank}, cell {'/'.join(key)}"
+            raise kind(f"{place}: {error}") from error
+        seconds = time.monotonic() - started
+        self._put(key, found, seconds, self.provenance)
+        if claims.size == 1:
             save(self.path, self.result)
+        else:
+            piece = {"key": key, "found": found, "seconds": seconds}
+            save(self._pieces / f"{number:05d}.json", self.header() | piece)
+        return seconds
 
-    def _has(self, key: Key) -> bool:
-        place: Any = self.result
-        for part in key:
-            if part not in place:
-                return False
-            place = place[part]
-        return True
-
-    def _put(self, key: Key, found: Any, seconds: float, source: dict[str, Any]) -> None:
-        """Take up a cell, what it cost, and its provenance, which becomes the result's."""
+    def _place(self, key: Key) -> dict[str, Any]:
+        """The part of the result that a cell stands in, made if there is none."""
         place = self.result
         for part in key[:-1]:
             place = place.setdefault(part, {})
-        place[key[-1]] = found
+        return place
+
+    def _put(self, key: Key, found: Any, seconds: float, source: dict[str, Any]) -> None:
+        """Take up a cell, what it cost, and its provenance, which becomes the result's."""
+        self._place(key)[key[-1]] = found
         if self.timed:
             self.result["seconds"] = round(self.result.pop("seconds", 0.0) + seconds, 1)
         earlier = [other for other in self._sources if other != source]
@@ -342,42 +395,19 @@ class Measurement(Study[C]):
         """Directory of the cells that several processes have finished, a file each."""
         return self.path.with_suffix(".cells")
 
-    def _share(self, cells: Sequence[Cell], claims: Claims) -> None:
-        """Compute the cells that no other process has claimed; the first one waits for all."""
-        with self._watched(sum(self._has(key) for key, _ in cells)):
-            for number in claims.order(len(cells)):
-                key, compute = cells[number]
-                if self._has(key) or not claims.claim(number):
-                    continue
-                try:
-                    found, seconds = _timed(compute)
-                except Exception as error:
-                    # What the command line shows as one line stays so.
-                    kind = ValueError if isinstance(error, (ValueError, OSError)) else RuntimeError
-                    place = f"process {claims.rank}, cell {'/'.join(key)}"
-                    raise kind(f"{place}: {error}") from error
-                self._put(key, found, seconds, self.provenance)
-                piece = {"key": key, "found": found, "seconds": seconds}
-                save(self._pieces / f"{number:05d}.json", self.header() | piece)
-            claims.leave()
-            if claims.rank == 0:
-                for _ in claims.waiting():
-                    pass
-
     @contextlib.contextmanager
-    def _watched(self, known: int) -> Iterator[None]:
-        """Have the bar count what all processes have finished, beside ``known`` cells."""
+    def _watched(self, cells: Sequence[Cell], claims: Claims) -> Iterator[None]:
+        """Have the bar count what all processes finish, also while this one is at a cell."""
+        known, old = sum(self.holds(key) for key, _ in cells), set(self._pieces.glob("*.json"))
         ended = threading.Event()
-        old = set(self._pieces.glob("*.json"))
 
         def watch() -> None:
             while not ended.wait(1.0):
                 self._bar.n = known + len(set(self._pieces.glob("*.json")) - old)
                 self._bar.refresh()
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        if not self._bar.disable:
-            watcher.start()
+        if claims.size > 1 and not self._bar.disable:
+            threading.Thread(target=watch, daemon=True).start()
         try:
             yield
         finally:
@@ -388,29 +418,36 @@ class Measurement(Study[C]):
         for path in sorted(self._pieces.glob("*.json")):
             piece = load(path)
             self._check(piece, path)
-            if not self._has(key := tuple(piece["key"])):
+            if not self.holds(key := tuple(piece["key"])):
                 self._put(key, piece["found"], piece["seconds"], piece["provenance"])
 
-    def _join(self, keys: Sequence[Key]) -> None:
+    def _join(self, cells: Sequence[Cell], claims: Claims) -> int:
         """Write the result file with all cells, in the order in which one process computes them.
 
+        Returns:
+            How many cells nobody has computed, for lack of time; then they all stay where they are.
+
         Raises:
-            ValueError: if a cell is in no file.
+            ValueError: if a cell was computed, but is in no file.
         """
-        self._take_pieces()
         for _ in range(_PATIENCE + 1):  # with file systems that show files of other machines late
-            missing = ["/".join(key) for key in keys if not self._has(key)]
+            self._take_pieces()
+            missing = [number for number, (key, _) in enumerate(cells) if not self.holds(key)]
             if not missing:
                 break
+            if any([claims.claim(number) for number in missing]):
+                return len(missing)
             time.sleep(1.0)
-            self._take_pieces()
         else:
+            names = ", ".join("/".join(cells[number][0]) for number in missing)
             raise ValueError(
-                f"cells {', '.join(missing)} were computed, but are not in {self._pieces}; let "
-                "--output be a directory that all machines share, and run again"
+                f"cells {names} were computed, but are not in {self._pieces}; let --output be a "
+                "directory that all machines share, and run again"
             )
+        if not self._pieces.exists():
+            return 0
         placed: set[Key] = {(part,) for part in self.parts}
-        for key in keys:
+        for key, _ in cells:
             place = self.result
             for depth, part in enumerate(key, 1):
                 if key[:depth] not in placed:
@@ -422,6 +459,7 @@ class Measurement(Study[C]):
                 self.result[last] = self.result.pop(last)
         save(self.path, self.result)
         shutil.rmtree(self._pieces)
+        return 0
 
     def header(self) -> dict[str, Any]:
         """What a result is of."""
@@ -458,12 +496,6 @@ class Measurement(Study[C]):
                     f"{path} belongs to another run (its {key} differs); "
                     "move it away, or choose another output directory"
                 )
-
-
-def _timed(compute: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, and the seconds that it took."""
-    started = time.perf_counter()
-    return compute(), time.perf_counter() - started
 
 
 def interval(
