@@ -22,10 +22,19 @@ from programs import TutorialVAE
 
 from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.attack import Attack
+from pyro_vae_defence.experiments.compare import Compare
 from pyro_vae_defence.experiments.configuration import Configuration
+from pyro_vae_defence.experiments.defend import Defend
+from pyro_vae_defence.experiments.evaluate import Evaluate
+from pyro_vae_defence.experiments.figures import Figures
+from pyro_vae_defence.experiments.hierarchy import DefendHierarchy
 from pyro_vae_defence.experiments.study import Measurement, load, save
+from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.classifier import LinearClassifier
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import load_card, save_pretrained
 from pyro_vae_defence.ops import ranks
 from pyro_vae_defence.ops.ranks import Claims
@@ -200,7 +209,48 @@ def pretend(monkeypatch):
         monkeypatch.setattr(Pretended, "all", count)
         monkeypatch.setattr(Pretended, "taken", set(claimed))
 
+    be(0, 1)
     return be
+
+
+CHAIN = {"chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 1}
+FEW = {"num_references": 3, "num_restarts": 2}
+SMALL = {
+    Attack: ("mnist_vae", {**CHAIN, **FEW, "radii": (0.1,), "num_images": 10, "attack_steps": 2}),
+    Compare: (
+        "mnist",
+        {
+            **CHAIN, **FEW, "radii": (0.0, 0.1), "full_radii": (0.1,), "num_images": 10,
+            "num_noise": 10, "curve_images": 10, "cost_radius": 0.1, "costs": ("hmc@2",),
+            "defences": ("none", "aware", "aware_0.1", "aware_unknown", "mode"),
+        },
+    ),
+    Defend: ("mnist_radius_0.1", {**CHAIN, **FEW, "defences": ("none", "hmc", "mode")}),
+    DefendHierarchy: (
+        "mnist_nvae_radius_0.1",
+        {**CHAIN, **FEW, "dataset": "mnist_subset", "groups": (1, 3), "attack_steps": 2,
+         "metric_images": 6, "batch_size": 3},
+    ),
+    Evaluate: ("mnist_vae", {"num_images": 10, "num_samples": 3, "ais_images": 2, "ais_steps": 3}),
+    Figures: (
+        "mnist",
+        {**CHAIN, "radii": (0.1, 1.0), "objective_radii": (0.2,), "attack_chains": 2,
+         "attack_steps": 2, "num_images": 3, "num_examples": 1},
+    ),
+}  # fmt: skip
+
+
+def save_models(directory):
+    """Untrained ones, as if they had been trained on the packaged images."""
+    torch.manual_seed(0)
+    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
+    variance = {"z": torch.rand(64) + 0.1}
+    save_pretrained(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance, **common)
+    save_pretrained(LinearClassifier(64, 10), "mnist_vae_classifier", directory, **common)
+    small = {"num_groups_per_scale": 2, "num_latent_per_group": 2}
+    small |= {"num_channels_enc": 4, "num_channels_dec": 4}
+    nvae = NVAE(NVAEConfig.from_dict({**MODELS["mnist_nvae"].architecture, **small}))
+    save_pretrained(nvae, "mnist_nvae", directory, **common)
 
 
 class TestStudies:
@@ -287,6 +337,42 @@ class TestStudies:
             ValueError, match=r"cells radii/0/aware/0.2 were computed, but are not in .*cells"
         ):
             toy(tmp_path).run()
+
+    def test_cells_for_which_time_did_not_suffice_are_left(self, tmp_path, expected, pretend):
+        pretend(1, 2, 0, 1, 2)
+        toy(tmp_path).run()
+        pretend(0, 2, 3, 4, 5, 6)
+        late = Toy("plain", tmp_path, progress=False, time_limit=1e-9)
+        late.run()
+        assert (late.computed, late.remaining) == ([], 3)
+        assert not (tmp_path / "plain.json").exists()
+        pretend(0, 2)
+        study = toy(tmp_path)
+        study.run()
+        assert (len(study.computed), study.remaining) == (3, 0)
+        assert without_times((tmp_path / "plain.json").read_text()) == expected
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", [Attack, Compare, Defend, DefendHierarchy, Evaluate, Figures])
+    def test_every_study_is_that_of_one_process(self, kind, tmp_path, pretend):
+        """Each process has every second cell, so that none finds what another has computed."""
+        name, settings = SMALL[kind]
+        models = tmp_path / "models"
+        save_models(models)
+
+        def run(output):
+            study = kind(name, output, models=models, overrides=settings, progress=False)
+            study.run()
+            return study
+
+        count = len(list(run(tmp_path / "one").cells()))
+        assert count > 2
+        pretend(1, 2, *range(0, count, 2))
+        run(tmp_path / "two")
+        pretend(0, 2, *range(1, count, 2))
+        path = run(tmp_path / "two").path
+        one = (tmp_path / "one" / path.name).read_text()
+        assert without_times(path.read_text()) == without_times(one)
 
     @pytest.mark.slow
     def test_a_killed_process_loses_the_cell_it_was_at(self, tmp_path, expected):

@@ -136,11 +136,12 @@ def _study(command: str, words: Sequence[str]) -> None:
     unfinished = False
     for run in runs:
         found = run.run()
+        if not first:
+            continue
         if remaining := getattr(run, "remaining", 0):
             unfinished = True
-            if first:
-                print(f"{run.name}: {remaining} cells are left; run the same again to go on")
-        elif first:
+            print(f"{run.name}: {remaining} cells are left; run the same again to go on")
+        else:
             print(run.summary(found))
     if _measured(studies) and first and not unfinished:
         written = write_pages(

@@ -254,7 +254,6 @@ class Measurement(Study[C]):
         if time_limit is not None:
             check_positive("time_limit", time_limit)
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
-        self._longest = 0.0  # seconds of a cell of this run
 
     # --- What a study says ---
 
@@ -311,17 +310,14 @@ class Measurement(Study[C]):
         cells = list(self.cells())
         claims = Claims(f"{self.kind} {self.path}")
         hidden = claims.rank > 0 or not self.progress
-        with tqdm(total=len(cells), unit="cell", disable=hidden, leave=False) as self._bar:
-            if claims.size == 1:
-                for key, compute in cells:
-                    if not (self.holds(key) or self._late()):
-                        self.cell(key, compute)
-                    self._bar.update()
-            else:
-                self._share(cells, claims)
-        if claims.rank == 0 and self._pieces.exists():
-            self._join([key for key, _ in cells])
-        self.remaining = sum(not self.holds(key) for key, _ in cells)
+        bar = tqdm(total=len(cells), unit="cell", disable=hidden, leave=False)
+        with bar as self._bar, self._watched(cells, claims):
+            self._compute(cells, claims)
+            claims.leave()
+            if claims.rank == 0:
+                for _ in claims.waiting():
+                    pass
+        self.remaining = self._join(cells, claims) if claims.rank == 0 else 0
         return self.result
 
     def holds(self, key: Key) -> bool:
@@ -337,30 +333,53 @@ class Measurement(Study[C]):
         """Say beside the progress bar what is running."""
         self._bar.set_postfix_str(text)
 
-    def cell(self, key: Key, compute: Callable[[], Any]) -> None:
-        """Compute and write what stands at ``key``, if nothing does."""
-        if not self.holds(key):
-            self._put(key, *self._timed(compute), self.provenance)
-            save(self.path, self.result)
+    def _compute(self, cells: Sequence[Cell], claims: Claims) -> None:
+        """Compute and write the cells that are nowhere, and that no other process computes."""
+        longest = 0.0
+        for number in claims.order(len(cells)):
+            if self._deadline is not None and time.monotonic() + longest > self._deadline:
+                break
+            key, compute = cells[number]
+            if not self.holds(key) and claims.claim(number):
+                seconds = self._compute_one(number, key, compute, claims)
+                longest = max(longest, seconds)
+            if claims.size == 1:
+                self._bar.update()
 
-    def _late(self) -> bool:
-        """Whether a cell that takes as long as the longest so far would end after the limit."""
-        return self._deadline is not None and time.monotonic() + self._longest > self._deadline
-
-    def _timed(self, compute: Callable[[], Any]) -> tuple[Any, float]:
-        """What a cell is, and the seconds that it took."""
+    def _compute_one(
+        self, number: int, key: Key, compute: Callable[[], Any], claims: Claims
+    ) -> float:
+        """Compute and write a cell; the seconds that it took."""
+        self._place(key)  # cells may look at those beside them
         started = time.monotonic()
-        found = compute()
+        try:
+            found = compute()
+        except Exception as error:
+            if claims.size == 1:
+                raise
+            # What the command line shows as one line stays so.
+            kind = ValueError if isinstance(error, (ValueError, OSError)) else RuntimeError
+            place = f"process {claims.rank}, cell {'/'.join(key)}"
+            raise kind(f"{place}: {error}") from error
         seconds = time.monotonic() - started
-        self._longest = max(self._longest, seconds)
-        return found, seconds
+        self._put(key, found, seconds, self.provenance)
+        if claims.size == 1:
+            save(self.path, self.result)
+        else:
+            piece = {"key": key, "found": found, "seconds": seconds}
+            save(self._pieces / f"{number:05d}.json", self.header() | piece)
+        return seconds
 
-    def _put(self, key: Key, found: Any, seconds: float, source: dict[str, Any]) -> None:
-        """Take up a cell, what it cost, and its provenance, which becomes the result's."""
+    def _place(self, key: Key) -> dict[str, Any]:
+        """The part of the result that a cell stands in, made if there is none."""
         place = self.result
         for part in key[:-1]:
             place = place.setdefault(part, {})
-        place[key[-1]] = found
+        return place
+
+    def _put(self, key: Key, found: Any, seconds: float, source: dict[str, Any]) -> None:
+        """Take up a cell, what it cost, and its provenance, which becomes the result's."""
+        self._place(key)[key[-1]] = found
         if self.timed:
             self.result["seconds"] = round(self.result.pop("seconds", 0.0) + seconds, 1)
         earlier = [other for other in self._sources if other != source]
@@ -376,42 +395,19 @@ class Measurement(Study[C]):
         """Directory of the cells that several processes have finished, a file each."""
         return self.path.with_suffix(".cells")
 
-    def _share(self, cells: Sequence[Cell], claims: Claims) -> None:
-        """Compute the cells that no other process has claimed; the first one waits for all."""
-        with self._watched(sum(self.holds(key) for key, _ in cells)):
-            for number in claims.order(len(cells)):
-                key, compute = cells[number]
-                if self.holds(key) or self._late() or not claims.claim(number):
-                    continue
-                try:
-                    found, seconds = self._timed(compute)
-                except Exception as error:
-                    # What the command line shows as one line stays so.
-                    kind = ValueError if isinstance(error, (ValueError, OSError)) else RuntimeError
-                    place = f"process {claims.rank}, cell {'/'.join(key)}"
-                    raise kind(f"{place}: {error}") from error
-                self._put(key, found, seconds, self.provenance)
-                piece = {"key": key, "found": found, "seconds": seconds}
-                save(self._pieces / f"{number:05d}.json", self.header() | piece)
-            claims.leave()
-            if claims.rank == 0:
-                for _ in claims.waiting():
-                    pass
-
     @contextlib.contextmanager
-    def _watched(self, known: int) -> Iterator[None]:
-        """Have the bar count what all processes have finished, beside ``known`` cells."""
+    def _watched(self, cells: Sequence[Cell], claims: Claims) -> Iterator[None]:
+        """Have the bar count what all processes finish, also while this one is at a cell."""
+        known, old = sum(self.holds(key) for key, _ in cells), set(self._pieces.glob("*.json"))
         ended = threading.Event()
-        old = set(self._pieces.glob("*.json"))
 
         def watch() -> None:
             while not ended.wait(1.0):
                 self._bar.n = known + len(set(self._pieces.glob("*.json")) - old)
                 self._bar.refresh()
 
-        watcher = threading.Thread(target=watch, daemon=True)
-        if not self._bar.disable:
-            watcher.start()
+        if claims.size > 1 and not self._bar.disable:
+            threading.Thread(target=watch, daemon=True).start()
         try:
             yield
         finally:
@@ -425,28 +421,33 @@ class Measurement(Study[C]):
             if not self.holds(key := tuple(piece["key"])):
                 self._put(key, piece["found"], piece["seconds"], piece["provenance"])
 
-    def _join(self, keys: Sequence[Key]) -> None:
+    def _join(self, cells: Sequence[Cell], claims: Claims) -> int:
         """Write the result file with all cells, in the order in which one process computes them.
 
+        Returns:
+            How many cells nobody has computed, for lack of time; then they all stay where they are.
+
         Raises:
-            ValueError: if a cell is in no file.
+            ValueError: if a cell was computed, but is in no file.
         """
-        self._take_pieces()
-        if self._deadline is not None and not all(map(self.holds, keys)):
-            return  # cells are left for another run, and those in files wait for them
         for _ in range(_PATIENCE + 1):  # with file systems that show files of other machines late
-            missing = ["/".join(key) for key in keys if not self.holds(key)]
+            self._take_pieces()
+            missing = [number for number, (key, _) in enumerate(cells) if not self.holds(key)]
             if not missing:
                 break
+            if any([claims.claim(number) for number in missing]):
+                return len(missing)
             time.sleep(1.0)
-            self._take_pieces()
         else:
+            names = ", ".join("/".join(cells[number][0]) for number in missing)
             raise ValueError(
-                f"cells {', '.join(missing)} were computed, but are not in {self._pieces}; let "
-                "--output be a directory that all machines share, and run again"
+                f"cells {names} were computed, but are not in {self._pieces}; let --output be a "
+                "directory that all machines share, and run again"
             )
+        if not self._pieces.exists():
+            return 0
         placed: set[Key] = {(part,) for part in self.parts}
-        for key in keys:
+        for key, _ in cells:
             place = self.result
             for depth, part in enumerate(key, 1):
                 if key[:depth] not in placed:
@@ -458,6 +459,7 @@ class Measurement(Study[C]):
                 self.result[last] = self.result.pop(last)
         save(self.path, self.result)
         shutil.rmtree(self._pieces)
+        return 0
 
     def header(self) -> dict[str, Any]:
         """What a result is of."""
