@@ -79,8 +79,8 @@ def defence(vae: ConvVAE, x_adv: Tensor, config: GPUBenchmarkConfig, note: Note)
         return make
 
     reasons: dict[str, str | None] = {}
-    makers = {way.name: maker(way.name, way, number - 1, 1) for way in WAYS}
-    full = f"{CAPTURED.name}, to the end"
+    makers = {str(way): maker(str(way), way, number - 1, 1) for way in WAYS}
+    full = f"{CAPTURED}, to the end"
     makers[full] = maker(full, CAPTURED, config.warmup_steps, config.num_samples)
     found = turns(makers, x_adv.device, config.seconds, config.repeats, note)
     for name, entry in found.items():

@@ -40,12 +40,12 @@ def gradients(
 
     def maker(way: Way) -> Callable[[], Call]:
         def make() -> Call:
-            kernels[way.name], call = transitions(vae, images, start, streams, way, config)
+            kernels[str(way)], call = transitions(vae, images, start, streams, way, config)
             return call
 
         return make
 
-    makers = {way.name: maker(way) for way in ways}
+    makers = {str(way): maker(way) for way in ways}
     found = turns(makers, images.device, config.seconds, config.repeats, note)
     for name, entry in found.items():
         if "error" not in entry:

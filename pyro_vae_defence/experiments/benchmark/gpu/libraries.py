@@ -76,7 +76,7 @@ class Chains:
 
         def make() -> Call:
             prepare = way.prepare()
-            return lambda: self.run(way.name, prepare)
+            return lambda: self.run(str(way), prepare)
 
         return make
 
@@ -121,7 +121,7 @@ def numpyro(vae: ConvVAE, x_adv: Tensor, config: GPUBenchmarkConfig, note: Note)
     start, streams = encodings(vae, images, config.num_chains, config.seed)
     x = images.repeat(config.num_chains, 1, 1, 1)
     ours = Chains(vae, x, start, streams, config, adapt=True)
-    makers = {way.name: ours.maker(way) for way in (CAPTURED, Way("captured", "TF32"), EAGER)}
+    makers = {str(way): ours.maker(way) for way in (CAPTURED, Way("captured", "TF32"), EAGER)}
     release(x.device)  # for the other process
     results: dict[str, Any] = {"rows": len(x)}
     limit = config.library_seconds
@@ -157,7 +157,7 @@ def torchebm(vae: ConvVAE, x_adv: Tensor, config: GPUBenchmarkConfig, note: Note
     start, streams = encodings(vae, images, config.num_chains, config.seed)
     x = images.repeat(config.num_chains, 1, 1, 1)
     ours = Chains(vae, x, start, streams, config, adapt=False)
-    makers = {way.name: ours.maker(way) for way in (CAPTURED, EAGER)}
+    makers = {str(way): ours.maker(way) for way in (CAPTURED, EAGER)}
     makers["torchebm"] = lambda: _torchebm(vae, x, start["z"], config, ours.found)
     found = turns(makers, x.device, config.seconds, config.repeats, note)
     version = {"rows": len(x), "torchebm": metadata.version("torchebm")}

@@ -40,11 +40,11 @@ def profiles(vae: ConvVAE, x: Tensor, config: GPUBenchmarkConfig, note: Note) ->
     start, streams = encodings(vae, images, 1, config.seed)
     found: dict[str, Any] = {}
     for way in WAYS:
-        note(f"profile: {way.name}")
+        note(f"profile: {way}")
         try:
-            found[way.name] = _profile(transitions(vae, images, start, streams, way, config)[1], x)
+            found[str(way)] = _profile(transitions(vae, images, start, streams, way, config)[1], x)
         except Exception as error:  # the others go on
-            found[way.name] = failure(error)
+            found[str(way)] = failure(error)
         release(images.device)
     return found
 

@@ -35,8 +35,7 @@ class Way(NamedTuple):
     engine: str
     precision: str = "float32"
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         """What results and tables call it."""
         return f"{self.engine}, {self.precision}"
 
