@@ -13,6 +13,7 @@ import matplotlib.image
 import pytest
 import torch
 
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, PaperSetting
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import robustness_page
@@ -189,6 +190,31 @@ class TestBlocks:
             assert "blocks" not in found
             tables.append(Robustness.section(found, []))
         assert "\n".join(tables) == (PUBLISHED / "robustness/tables.md").read_text()
+
+
+def test_the_published_chain_is_attacked_in_blocks_of_its_batch(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(PAPER_SETTINGS, "mnist", PaperSetting(2, 0.1))  # 3 transitions of 20 steps
+    changes = {
+        "dataset": "fashion_mnist_subset", "num_images": 4, "images_per_cell": 2,
+        "paper": "mnist", "gradients": "recorded",
+        "targets": ("classification",), "attacks": ("bpda", "unroll"), "budget.num_steps": 2,
+        "budget.num_draws": (2,), "budget.persistent_transitions": 1, "budget.scoring_draws": 2,
+    }  # fmt: skip
+    name = "mnist_published_0.1"  # the model of other images than it was trained on
+    run = functools.partial(Robustness, name, tmp_path, models=models, progress=False)
+    result = run(overrides=changes).run()
+    blocks = result["blocks"]["classification/paper"]
+    assert list(blocks) == ["000", "001"]
+    assert blocks["000"]["defence"]["prepare"] == "Recorder()"
+    assert blocks["000"]["defence"]["keep_draws"] == 1
+    assert blocks["000"]["threat_model"]["reading"] == "last"
+    report = reports(result)["classification/paper"]
+    assert [a["name"] for a in report["attacks"]] == ["bpda", "unroll"]
+    assert report["reasons"] == ("no sanity check ran",)
+    assert report["cost"]["defence_gradients_per_image"] == 1 + 3 * 20
+    del changes["paper"]
+    with pytest.raises(ValueError, match="no published setting for 'mnist_subset'"):
+        run(overrides=changes).run()
 
 
 class TestCosts:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from programs import LinearGaussianVAE
 
+from pyro_vae_defence import data
 from pyro_vae_defence.defence import (
     DefendedClassifier,
     MCMCDefence,
@@ -21,6 +22,8 @@ from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.compiled import Recorder
+from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.robustness import (
@@ -257,6 +260,76 @@ def test_the_white_box_is_the_defence_in_parts():
     assert few.step_size == box.step_size != 0.04
     assert box.transitions(2, 0.01).make_kernel().step_size == 0.01
     assert isinstance(few.rule, FixedStepSize)
+
+
+PAPER = functools.partial(BatchedHMC, step_size=0.1, preset="paper")
+
+
+def test_the_white_box_of_the_published_chain_with_recorded_gradients():
+    vae, x, _ = problem(4)
+    boxes = [
+        WhiteBox(vae, MCMCDefence(vae, PAPER, 2, 1, prepare=prepare), x)
+        for prepare in (None, Recorder())
+    ]
+    streams = Streams.create(4, seed=3)
+    ends = []
+    for box in boxes:
+        assert box.unrollable
+        few = box.transitions(2).make_kernel()
+        assert isinstance(few.rule, FixedStepSize)  # at which the batch had arrived
+        assert few.step_size == box.step_size != 0.1
+        with torch.no_grad():
+            ends.append(box.chain(x, box.start(x, streams), streams)["z"])
+    assert torch.allclose(*ends, atol=1e-9)
+    # Recorded gradients are counted though the model does not run: 3 transitions of 20 steps.
+    recorded = boxes[1]
+    recorder = recorded.defence.prepare
+    assert all(recording is not None for recording, *_ in recorder.recordings.values())
+    number = len(recorder.recordings)
+    before = recorded.evaluations
+    with torch.no_grad():
+        recorded.chain(x, recorded.start(x, streams), streams)
+        recorded.transitions(2)(x, recorded.start(x, streams), streams)
+    assert recorded.evaluations == before + 4 * (1 + 3 * 20) + 4 * (1 + 2 * 20)
+    # The defence itself, and another box of it, find the same recordings.
+    recorded.defence(x)
+    other = WhiteBox(vae, recorded.defence, x)
+    with torch.no_grad():
+        other.chain(x, other.start(x, streams), streams)
+    assert len(recorder.recordings) == number
+
+
+@pytest.mark.slow
+def test_adaptive_attacks_on_the_published_chain_of_fewer_transitions():
+    """30 of 20 steps: BPDA whose chains go on, and the gradient through all of them."""
+    vae = load_pretrained("mnist_vae").requires_grad_(False)
+    images = data.load("mnist_subset", "test")
+    x = images.images(data.stratified(images, 4, torch.Generator().manual_seed(0)))
+    defence = MCMCDefence(vae, PAPER, 20, 10, keep_draws=1, prepare=Recorder())
+    budget = Budget(
+        num_steps=4, num_restarts=1, num_draws=(2,), persistent_transitions=3,
+        selection_draws=1, scoring_draws=2,
+    )  # fmt: skip
+    report = evaluate_robustness(
+        vae, defence, x, ball=Linf(0.2), budget=budget, attacks=("bpda", "unroll"), checks=False,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert [a.name for a in report.attacks] == ["bpda", "unroll"]
+    for attack in report.attacks:
+        assert attack.figure["estimate"] < report.random_noise["estimate"]
+    assert report.per_image.isfinite().all()
+
+    # Through all transitions a gradient is finite, and what it owes to the start fades.
+    box = WhiteBox(vae, defence, x)
+    streams = Streams.create(4, seed=1)
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        start = box.start(x, streams)
+    begin = {"z": start["z"].clone().requires_grad_()}
+    z = box.chain(leaf, begin, streams)["z"]
+    of_x, of_start = torch.autograd.grad(z.square().sum(), (leaf, begin["z"]))
+    assert of_x.isfinite().all()
+    assert (of_start.norm(dim=1) < 2 * z.norm(dim=1)).all()
 
 
 def test_the_white_box_of_what_has_no_known_transitions():

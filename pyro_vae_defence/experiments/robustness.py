@@ -65,6 +65,7 @@ class RobustnessConfig(conf.Configuration):
     Args:
         model: name of a trained model; the classifier is the one of its name.
         radius: L_inf radius of the attack, and what ``aware`` assumes.
+        dataset: name of its images; those it was trained on when ``None``.
         defences: names of :mod:`~pyro_vae_defence.experiments.defences`.
         targets: ``reconstruction`` (MSSSIM) and ``classification`` (accuracy).
         attacks: names of :data:`pyro_vae_defence.robustness.KNOWLEDGE`; unrolling whole chains is
@@ -85,6 +86,7 @@ class RobustnessConfig(conf.Configuration):
 
     model: str
     radius: conf.AttackRadius
+    dataset: str | None = None
     defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "aware")
     targets: tuple[Target, ...] = ("reconstruction", "classification")
     attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
@@ -321,14 +323,16 @@ class Robustness(Measurement[RobustnessConfig]):
         """
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
-        dataset = card.training["dataset"]
-        self.paper = config.paper or dataset
+        trained_on = card.training["dataset"]
+        self.paper = config.paper or trained_on
         if "paper" in config.defences and self.paper not in PAPER_SETTINGS:
             known = ", ".join(PAPER_SETTINGS)
-            raise ValueError(f"no published setting for {dataset!r}: set paper to one of {known}")
+            raise ValueError(
+                f"no published setting for {trained_on!r}: set paper to one of {known}"
+            )
         if "classification" in config.targets:
             self.classifier = self.load_classifier(f"{config.model}_classifier")
-        self.x, labels = self.choose(dataset, config.num_images, "images")
+        self.x, labels = self.choose(config.dataset or trained_on, config.num_images, "images")
         self.labels = labels[:, 0]
         if self.progress and config.images_per_cell is not None:
             print(estimate(config), file=sys.stderr)
