@@ -141,13 +141,14 @@ class RobustnessReport:
             name: Seen(_tensors(seen["values"]), seen["facts"])
             for name, seen in found.get("evidence", {}).items()
         }
+        values = _tensors(found.get("values", {}))
         own |= {
             "attacks": tuple(AttackOutcome(**entry) for entry in found["attacks"]),
             "checks": tuple(Check(**entry) for entry in found["checks"]),
             "reasons": tuple(found["reasons"]),
             "strongest": tuple(found["strongest"]),
-            "per_image": torch.tensor(found["per_image"]),
-            "values": _tensors(found.get("values", {})),
+            "per_image": values.get("robust/mean", torch.tensor(found["per_image"])),
+            "values": values,
             "evidence": evidence,
             "x_adv": None,
         }
@@ -316,5 +317,6 @@ def _tensors(texts: Mapping[str, str]) -> dict[str, Tensor]:
     found = {}
     for name, text in texts.items():
         kind, *numbers = text.split()
-        found[name] = torch.tensor([float(n) for n in numbers]).double().to(getattr(torch, kind))
+        exact = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        found[name] = exact.to(getattr(torch, kind))
     return found
