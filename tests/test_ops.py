@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 
@@ -15,7 +14,7 @@ from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.files import atomic_path, write_json
-from pyro_vae_defence.ops.provenance import commit, provenance
+from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.streams import Streams, philox
 
 BALLS = [Linf(0.1), L2(1.5), L1(4.0)]
@@ -256,20 +255,6 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
             fail(failure)
     assert json.loads(path.read_text()) == expected
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
-
-
-def test_a_copy_of_a_checkout_is_told_its_commit(monkeypatch):
-    def fail(*args, **kwargs):
-        raise OSError
-
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError
-
-    monkeypatch.setattr("subprocess.run", fail)
-    monkeypatch.setattr("importlib.metadata.version", missing)
-    assert commit() == "unknown"
-    monkeypatch.setenv("PVD_COMMIT", "abc")
-    assert commit() == "abc"
 
 
 def test_provenance_names_commit_versions_and_threads():

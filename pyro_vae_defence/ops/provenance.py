@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -15,10 +14,7 @@ _LIBRARIES = ("torch", "torchvision", "pyro-ppl", "numpy", "arviz")
 
 
 def commit() -> str:
-    """The checkout's commit, ``-dirty`` when the package differs from it; else the version.
-
-    For a copy of a checkout, which knows neither, ``PVD_COMMIT`` in the environment speaks.
-    """
+    """The checkout's commit, ``-dirty`` when the package differs from it; else the version."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
@@ -30,10 +26,7 @@ def commit() -> str:
         dirty = git("status", "--porcelain", "--", str(package))
         return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        try:
-            return f"release {metadata.version('pyro-vae-defence')}"
-        except metadata.PackageNotFoundError:
-            return os.environ.get("PVD_COMMIT", "unknown")
+        return f"release {metadata.version('pyro-vae-defence')}"
 
 
 def provenance() -> dict[str, Any]:
