@@ -63,15 +63,21 @@ def first(tmp_path_factory):
     return output, run_alone("mnist_svi.py", *TINY, *arguments)
 
 
-def check(done, output):
+def check(done, output, delta="0.1"):
     assert done.returncode == 0, done.stderr
-    assert "ms_ssim[paper], defended" in done.stdout
     files = {path.name for path in output.iterdir()}
     assert files == {"vae.pt", "results.json", "panel_0.1.png", "chains_0.1.png", "chains_0.1.nc"}
     entry = json.loads((output / "results.json").read_text())["radii"]["0.1"]
-    for name in ("undefended", "defended", "noise_floor"):
-        assert 0 <= entry[name]["low"] <= entry[name]["estimate"] <= entry[name]["high"] <= 1
-    assert entry["gradients_per_image"] > 0
+    clipping = f"control: dark-pixel clipping, δ = {delta}"
+    names = ["undefended", clipping, "HMC, the paper's target", f"recommended, δ = {delta}"]
+    assert list(entry["defences"]) == names
+    for name, found in entry["defences"].items():
+        assert any(line.startswith(name) for line in done.stdout.splitlines())
+        assert (found["gradients_per_image"] > 0) == (name in names[2:])
+    similarities = [found["similarity"] for found in entry["defences"].values()]
+    for found in (*similarities, entry["noise_floor"]):
+        assert 0 <= found["low"] <= found["estimate"] <= found["high"] <= 1
+    assert "noise floor" in done.stdout
 
 
 def test_mnist_svi(first):
@@ -87,9 +93,9 @@ def test_mnist_svi_with_other_kernels(kernel, first, tmp_path):
     step = ["--step-size", 0.02] if kernel == "pyro-nuts" else []
     done = run(
         "mnist_svi.py", *TINY, *extra, *small, *step,
-        "--kernel", kernel, "--radius", 0.1, "--output", tmp_path,
+        "--kernel", kernel, "--radius", 0.1, "--delta", 0.2, "--output", tmp_path,
     )  # fmt: skip
-    check(done, tmp_path)
+    check(done, tmp_path, delta="0.2")
 
 
 def test_finished_training_is_not_repeated(first, tmp_path):
@@ -113,6 +119,7 @@ def test_third_party_attacks():
     [
         (["--radius", "-0.1"], "must be a positive number, got -0.1"),
         (["--radius", "2"], "must be at most 1, the image range, got 2"),
+        (["--delta", "0"], "must be a positive number, got 0"),
         (["--epochs", "0"], "must be an integer of at least 1, got 0"),
         (["--kernel", "gibbs"], "invalid choice: 'gibbs'"),
         (["--dataset", "cifar"], "invalid choice: 'cifar'"),

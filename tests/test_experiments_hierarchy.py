@@ -161,7 +161,7 @@ def test_table_8_of_celeba_is_one_command(tmp_path, capsys):
     arguments += ["--data-root", str(celeba(tmp_path, 2)), "--output", str(tmp_path / "results")]
     small = {"groups": (2,), "num_references": 2, "num_restarts": 1, "metric_images": 2}
     small |= {"chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 1}
-    small |= {"attack_steps": 2, "defences": ("none", "hmc", "aware"), "device": "cpu"}
+    small |= {"attack_steps": 2, "defences": ("none", "hmc", "aware")}
     for key, value in small.items():
         arguments += ["--set", f"{key}={value}"]
     assert main([*arguments, "--quiet"]) == 0, capsys.readouterr().err

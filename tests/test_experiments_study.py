@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from pyro_vae_defence.experiments import study as study_module
 from pyro_vae_defence.experiments.__main__ import STUDIES, load_studies, main
 from pyro_vae_defence.experiments.configuration import (
     ChainConfig,
@@ -85,6 +86,18 @@ def toy(output, **overrides):
     return Toy("plain", output, overrides=overrides, progress=False)
 
 
+def test_weights_and_images_are_where_the_study_computes(tmp_path):
+    study = Toy("plain", tmp_path, device="meta")
+    vae, _ = study.load_conv_vae("mnist_vae")
+    x, labels = study.choose("mnist_subset", 10, "images")
+    classifier = study.load_classifier("mnist_vae_classifier")
+    tensors = [x, labels, *vae.parameters(), *vae.buffers(), *classifier.parameters()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert study.command_line().endswith("toy plain --device meta")
+    with pytest.raises(ValueError, match="device='gpu' is no device"):
+        Toy("plain", tmp_path, device="gpu")
+
+
 class TestCells:
     def test_an_interrupted_run_goes_on_with_the_same_draws(self, tmp_path):
         whole = toy(tmp_path / "whole").run()
@@ -101,6 +114,40 @@ class TestCells:
         written = (tmp_path / "plain.json").stat().st_mtime_ns
         toy(tmp_path).run()
         assert (tmp_path / "plain.json").stat().st_mtime_ns == written
+
+    def test_no_cell_begins_that_may_end_after_the_limit(self, tmp_path, monkeypatch):
+        """Cells of 10 seconds each, of a clock that nothing else moves."""
+        seconds = [0.0]
+        monkeypatch.setattr(study_module.time, "monotonic", lambda: seconds[0])
+
+        def piece(limit, length=10.0):
+            study = Toy("plain", tmp_path, progress=False, time_limit=limit)
+            compute = study.compute
+
+            def slow(name):
+                seconds[0] += length
+                return compute(name)
+
+            study.compute = slow
+            result = study.run()
+            return study.computed, study.remaining, result
+
+        whole = toy(tmp_path / "whole").run()
+        # The second may end at 19.9 or after it, the first cell's length is not known.
+        assert piece(19.9)[:2] == (["one"], 2)
+        assert piece(0.1)[:2] == (["two"], 1)
+        done, remaining, result = piece(20.0)
+        assert (done, remaining) == (["three"], 0)
+        assert (result["one"], result["nested"]) == (whole["one"], whole["nested"])
+        (tmp_path / "plain.json").unlink()
+        assert piece(20.0)[:2] == (["one", "two"], 1)
+        # Time that has passed before the run counts.
+        study = Toy("plain", tmp_path, progress=False, time_limit=1)
+        seconds[0] += 1.5
+        study.run()
+        assert (study.computed, study.remaining) == ([], 1)
+        with pytest.raises(ValueError, match="time_limit must be a positive finite number, got 0"):
+            Toy("plain", tmp_path, time_limit=0)
 
     def test_a_result_names_all_the_commits_it_is_of(self, tmp_path, monkeypatch):
         first = toy(tmp_path).run()
@@ -177,7 +224,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(MEASUREMENTS.keys() - {"benchmark_attacks"}))
+@pytest.mark.parametrize("kind", sorted(FIRST))
 def test_what_an_interrupted_run_has_left_can_be_printed(kind, tmp_path):
     study = MEASUREMENTS[kind]
     paths = PUBLISHED.glob("*/*.json")
@@ -305,6 +352,18 @@ class TestCommandLine:
         monkeypatch.setattr(Measurement, "run", lambda self: pytest.fail("something was computed"))
         assert main(["compare", "mnist", "mnsit"]) == 2
         assert "no comparison named 'mnsit'" in capsys.readouterr().err
+
+    def test_what_a_limit_has_left_is_said(self, monkeypatch, tmp_path, capsys):
+        def run(self):
+            self.remaining = 3
+            return {}
+
+        monkeypatch.setattr(Measurement, "run", run)
+        assert main(["compare", "mnist", "--time-limit", "9", "--output", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert said == "mnist: 3 cells are left; run the same again to go on\n"
+        assert main(["compare", "mnist", "--time-limit", "0"]) == 2
+        assert "time_limit must be a positive" in capsys.readouterr().err
 
     def test_an_option_without_effect_is_refused(self, capsys):
         assert main(["defend", "mnist_radius_0.1", "--checkpoint", "x.pt"]) == 2

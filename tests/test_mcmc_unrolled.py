@@ -102,7 +102,7 @@ def test_graphs_built_again_give_the_gradient_of_graphs_kept_and_leave_parameter
         with monkeypatch.context() as patch:
             if not build_again:
                 patch.setattr(
-                    unrolled._Recomputed, "apply", lambda function, *values: function(*values)
+                    unrolled._Recomputed, "apply", lambda function, ends, *values: function(*values)
                 )
             z = replay(energy, leaf, z, streams, decisions)
         found.append(torch.autograd.grad(z["latent"].square().sum(), leaf)[0])

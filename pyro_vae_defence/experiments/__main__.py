@@ -3,6 +3,7 @@ KEY=VALUE``.
 
 Each study is a command. ``STUDY --help`` prints its question, its names and every field of its
 configuration. Without a name, a study writes the tables and figures of its output directory anew.
+``torchrun --nproc-per-node=N -m pyro_vae_defence.experiments STUDY NAME`` has N processes share it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ STUDIES = {
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
-    "benchmark": ("benchmark.run:BenchmarkSamplers", "benchmark.attacks:BenchmarkAttacks"),
+    "benchmark": (
+        "benchmark.run:BenchmarkSamplers",
+        "benchmark.attacks:BenchmarkAttacks",
+        "benchmark.gpu.run:BenchmarkGPU",
+    ),
 }
 """Command -> studies that share it, each ``module:class``; imported when asked for."""
 
@@ -77,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if command in BESIDE:
+            if _superfluous(command):
+                return 0
             print(_beside(command, words[1:]))
         else:
             _study(command, words[1:])
@@ -101,9 +108,15 @@ def _commands() -> str:
 def _study(command: str, words: Sequence[str]) -> None:
     studies = load_studies(command)
     options = _parser(command, studies).parse_args(words)
+    if not all(study.shared for study in studies) and _superfluous(command):
+        return
     settings = dict(map(parse_setting, options.set))
     from pyro_vae_defence.experiments.study import write_pages
+    from pyro_vae_defence.ops import ranks
 
+    if options.device == "cuda":
+        ranks.take_gpu()
+    first = ranks.rank() == 0
     given = {o: v for study in studies for o in study.options if (v := getattr(options, o))}
     runs = []  # all are made, and so their settings checked, before the first is run
     for name in options.names:
@@ -114,15 +127,40 @@ def _study(command: str, words: Sequence[str]) -> None:
         if strange := [option for option in given if option not in study.options]:
             raise ValueError(f"--{strange[0]} has no effect on {name!r}; leave it out")
         places = {"root": options.data_root, "models": options.models, **given}
+        places["device"] = options.device
+        if _measured(studies):
+            places["time_limit"] = options.time_limit
         quiet = options.quiet
         runs.append(study(name, options.output, overrides=settings, progress=not quiet, **places))
+    unfinished = False
     for run in runs:
-        print(run.summary(run.run()))
-    if _measured(studies):
+        found = run.run()
+        if remaining := getattr(run, "remaining", 0):
+            unfinished = True
+            if first:
+                print(f"{run.name}: {remaining} cells are left; run the same again to go on")
+        elif first:
+            print(run.summary(found))
+    if _measured(studies) and first and not unfinished:
         written = write_pages(
             measurements(), options.output, options.images, f"{command} NAME", bool(runs)
         )
         print("\n".join(f"wrote {path}" for path in written))
+
+
+def _superfluous(command: str) -> bool:
+    """Whether this is a further process of a command that has work for one alone.
+
+    Raises:
+        ValueError: in the first of several processes.
+    """
+    from pyro_vae_defence.ops import ranks
+
+    if ranks.world_size() == 1:
+        return False
+    if ranks.rank() == 0:
+        raise ValueError(f"{command} is work for one process; start it without torchrun")
+    return True
 
 
 def _measured(studies: Sequence[type[Study[Any]]]) -> bool:
@@ -150,11 +188,13 @@ def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.Argum
     if _measured(studies):
         add("names", nargs="*", metavar="NAME", help="without one, tables and figures alone")
         add("--images", help="directory for figures; OUTPUT/images by default")
+        add("--time-limit", type=float, metavar="SECONDS", help="begin no cell that may end later")
     else:
         add("names", nargs="+", metavar="NAME", help="one of the names above")
     add("--output", default=studies[0].output, help="directory for results, %(default)s by default")
     add("--models", help=WEIGHTS)
     add("--data-root", help="directory of the datasets")
+    add("--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, ...; %(default)s")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     add("--quiet", action="store_true", help="no progress bars")
     for study in studies:

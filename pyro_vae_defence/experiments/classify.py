@@ -153,10 +153,10 @@ class TrainClassifier(Study[ClassifierConfig]):
             training["weights"] = card.sha256
         splits: tuple[Split, ...] = ("train", "validation", "test")
         sets = [self.images(config.dataset, split) for split in splits]
-        train, validation, test = (_inputs(each, vae, config) for each in sets)
+        train, validation, test = (_inputs(each, vae, config, self.device) for each in sets)
         torch.manual_seed(config.seed)
         make: Any = ConvClassifier if vae is None else LinearClassifier
-        classifier = make(train[0][0].shape[0], int(train.labels.max()) + 1)
+        classifier = make(train[0][0].shape[0], int(train.labels.max()) + 1).to(self.device)
         history = fit_classifier(classifier, train, validation, config)
         correct = torch.cat(
             [metrics.correct(classifier(x).argmax(-1), y) for x, y in data.batches(test, _ROWS)]
@@ -239,11 +239,18 @@ class _Labelled:
         return self.read(index), self.labels[index]
 
 
-def _inputs(dataset: data.Images, vae: TrainedVAE | None, config: ClassifierConfig) -> _Labelled:
+def _inputs(
+    dataset: data.Images, vae: TrainedVAE | None, config: ClassifierConfig, device: torch.device
+) -> _Labelled:
     """What a classifier reads: latents, computed once, or the images themselves."""
     labels = dataset.labels if dataset.labels.dim() == 1 else dataset.labels[:, config.column]
+    labels = labels.to(device)
+
+    def images(index: Any) -> Tensor:
+        return dataset.images(index).to(device)
+
     if vae is None:
-        return _Labelled(dataset.images, labels, len(labels))
+        return _Labelled(images, labels, len(labels))
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.arange(len(dataset))
     if config.num_images is not None:
@@ -252,7 +259,7 @@ def _inputs(dataset: data.Images, vae: TrainedVAE | None, config: ClassifierConf
         if wanted < len(dataset):
             chosen = data.stratified(dataset, wanted, generator, config.column)
     draw = _draw(vae, config)
-    parts = [draw(dataset.images(some), generator) for some in chosen.split(_ROWS)]
+    parts = [draw(images(some), generator) for some in chosen.split(_ROWS)]
     inputs = torch.cat(parts, 1)
     read = inputs.flatten(0, 1).__getitem__
     return _Labelled(read, labels[chosen].repeat(len(inputs)), len(chosen))

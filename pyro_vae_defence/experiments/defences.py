@@ -24,7 +24,7 @@ from pyro_vae_defence.defence import (
     gaussian_filter,
     median_filter,
 )
-from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, RECOMMENDED_KERNEL
 from pyro_vae_defence.experiments.configuration import ChainConfig, Mark, one_of
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.models.perturbation import Perturbation, UnknownRadius
@@ -91,6 +91,14 @@ def _chains(
     return MCMCDefence(setting.vae, moves, *lengths, perturbation=assumed, **options)
 
 
+def _recommended(setting: Setting, assumed: Perturbation | None, _: int | None) -> Defence:
+    options = setting.rows | setting.options
+    if setting.metric is not None:
+        moves = partial(BatchedHMC, inverse_mass_matrix=setting.metric, **RECOMMENDED_KERNEL)
+        options = {"kernel": moves, **options}
+    return MCMCDefence.recommended(setting.vae, assumed, **options)
+
+
 def _mode(setting: Setting, assumed: Perturbation | None, _: int | None) -> Defence:
     how: dict[str, Any] = {"initial": "mean", "perturbation": assumed, **setting.rows}
     return PosteriorModeDefence(setting.vae, "lbfgs", MODE_STEPS, **how)
@@ -135,6 +143,7 @@ def _control(label: str, make: Any, radius: bool = False) -> Kind:
 
 KINDS: dict[str, Kind] = {
     "none": Kind("no defence", lambda set_up, *_: NoDefence(set_up.vae, **set_up.rows), "none"),
+    "recommended": Kind("recommended: HMC, perturbation-aware", _recommended, radius=True),
     "paper": Kind("HMC, the paper's setting", _paper),
     "hmc": Kind("HMC, the paper's target", _chains, chain=True),
     "nuts": Kind("NUTS, the paper's target", partial(_chains, kernel=BatchedNUTS), chain=True),

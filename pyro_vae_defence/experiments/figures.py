@@ -199,7 +199,9 @@ class Figures(Measurement[FiguresConfig]):
         found = [self.attack(each, radius, purpose) for purpose, each in objectives.items()]
         seconds = (time.perf_counter() - started) / len(self.x_ref)
         winner = torch.cat([each.objective for each in found]).argmax(0)
-        x_adv = torch.cat([each.x_adv for each in found])[winner, torch.arange(len(winner))]
+        x_adv = torch.cat([each.x_adv for each in found])[
+            winner, torch.arange(len(winner), device=winner.device)
+        ]
         return {
             **self._cell(f"{attacker} {radius:g}", x_adv, examples=True),
             "strongest": {name: int((winner == i).sum()) for i, name in enumerate(gradients)},

@@ -65,7 +65,6 @@ class HierarchyConfig(conf.Configuration):
         batch_size: most images at once, which bounds the memory.
         checkpointing: recompute activations in backward passes, which bounds the memory of large
             models.
-        device: torch device everything runs on.
         seed: seed of references, attacks and defences.
     """
 
@@ -84,7 +83,6 @@ class HierarchyConfig(conf.Configuration):
     metric_images: conf.Count = 1000
     batch_size: conf.Count = 500
     checkpointing: bool = False
-    device: str = "cpu"
     seed: conf.Natural = 0
 
 
@@ -153,14 +151,13 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
                 "set dataset=NAME of a fitting one"
             )
         vae.checkpointing = config.checkpointing
-        self.vae = vae.requires_grad_(False).to(config.device)
+        self.vae = vae.requires_grad_(False).to(self.device)
         self.programs: Any = self.vae.noncentred() if config.noncentred else self.vae
         number, column = config.num_references, config.column
-        chosen, _ = self.choose(config.dataset, number, "references", column=column)
-        self.x_ref = chosen.to(config.device)
+        self.x_ref, _ = self.choose(config.dataset, number, "references", column=column)
         # Once per restart, and which reference each row is of.
         self.references = self.x_ref.repeat(config.num_restarts, 1, 1, 1)
-        self.image = torch.arange(len(chosen)).repeat(config.num_restarts)
+        self.image = torch.arange(len(self.x_ref)).repeat(config.num_restarts)
 
     def cells(self) -> Iterator[Cell]:
         """The noise floor; then per number of groups the attack, and a cell per defence."""
@@ -234,9 +231,9 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
             generator = self.generator("metric")
             order = torch.randperm(len(images), generator=generator)[: config.metric_images]
             parts = order.split(config.batch_size)
-            batches = (images.images(part).to(config.device) for part in parts)
+            batches = (images.images(part).to(self.device) for part in parts)
             found = program.mean_posterior_variance(self.programs, batches, generator=generator)
-        return {site: variance.to(config.device) for site, variance in found.items()}
+        return {site: variance.to(self.device) for site, variance in found.items()}
 
     def energy(self, x: Tensor) -> Potential:
         """U(z; x) = -log p(x | z) - sum_k log p(z_k | z_{>k}), in nats."""

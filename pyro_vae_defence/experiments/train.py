@@ -210,11 +210,12 @@ class Train(Study[TrainConfig]):
         pyro.clear_param_store()
         training = dataclasses.asdict(config)
         if config.start_from is None:
-            vae = make_vae(config, train_set.image_shape[0])
+            vae = make_vae(config, train_set.image_shape)
         else:
             vae, start = self.load_vae(config.start_from)
             vae.train()
             training["start_from_sha256"] = start.sha256
+        vae = vae.to(self.device)
         result = fit(
             vae,
             make_objective(config, vae, len(train_set), config.epochs * len(loader)),
@@ -240,7 +241,9 @@ class Train(Study[TrainConfig]):
                 dtype = torch.float16
         noise_variance = None
         if isinstance(vae, NVAE):
-            noise_variance = program.mean_posterior_variance(vae.noncentred(), loader)
+            noise_variance = program.mean_posterior_variance(
+                vae.noncentred(), (x.to(self.device) for x in loader)
+            )
         seconds = sum(entry["seconds"] for entry in result.history)
         return save_pretrained(
             vae,
@@ -267,10 +270,10 @@ class Train(Study[TrainConfig]):
         return [images.images(some) for some in chosen.split(500)]
 
 
-def make_vae(config: TrainConfig, in_channels: int) -> TrainedVAE:
-    """The untrained model a configuration names, for images of ``in_channels`` channels."""
+def make_vae(config: TrainConfig, image_shape: tuple[int, int, int]) -> TrainedVAE:
+    """The untrained model a configuration names, for images ``(C, H, W)``."""
     if config.architecture is None:
-        return ConvVAE(in_channels)
+        return ConvVAE(image_shape[0], image_size=image_shape[-1])
     return NVAE(NVAEConfig.from_dict(config.architecture))
 
 

@@ -92,6 +92,36 @@ def detection_interval(
     return Interval(float(estimate), float(low), float(high), level, num_images, num_images)
 
 
+def rate_interval(alarms: Tensor, level: float = 0.95) -> Interval:
+    """Share of images that raise the alarm, with Wilson's score interval.
+
+    It has a width where none or all of them do, which the bootstrap has not.
+
+    Args:
+        alarms: bool ``(N,)``.
+        level: nominal coverage, between 0 and 1.
+
+    Raises:
+        ValueError: if ``alarms`` is no such vector, or ``level`` is out of range.
+
+    Reference: Wilson, "Probable inference, the law of succession, and statistical inference", 1927,
+    https://doi.org/10.1080/01621459.1927.10502953.
+    """
+    if alarms.ndim != 1 or alarms.shape[0] == 0 or alarms.dtype != torch.bool:
+        raise ValueError(
+            f"alarms has shape {tuple(alarms.shape)} and dtype {alarms.dtype}: pass one bool per "
+            "image, (N,)"
+        )
+    check_bootstrap(level, 1, None)
+    count = alarms.shape[0]
+    rate = float(alarms.double().mean())
+    z = float(torch.special.ndtri(tails(level)[1]))
+    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Interval(rate, low, high, level, count, count)
+
+
 def _check(negatives: Tensor, positives: Tensor) -> None:
     for name, scores in (("negatives", negatives), ("positives", positives)):
         if scores.ndim != 1 or scores.shape[0] == 0 or not scores.is_floating_point():

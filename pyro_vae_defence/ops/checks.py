@@ -33,3 +33,17 @@ def check_positive(name: str, value: Any) -> float:
     if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return value
+
+
+def as_device(name: str, value: torch.device | str) -> torch.device:
+    """The device, or a ``ValueError`` naming the argument unless tensors can be there."""
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{name}={value!r} is no device that this machine has ({reason}); name one, such as "
+            "'cpu' or 'cuda'"
+        ) from error
+    return device

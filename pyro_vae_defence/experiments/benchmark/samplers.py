@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from pyro_vae_defence import mcmc
-from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, RECOMMENDED_KERNEL
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models import ConvVAE
 
@@ -39,7 +39,6 @@ class Sampler(NamedTuple):
 
 
 _STEPS = {"step_size": 0.5, "num_steps": 4}
-_BURN_IN = {"step_size": 0.2, "num_steps": 4, "burn_in": 30}
 _PLAIN = {"step_size": 0.1, "num_steps": 4}
 _PAPER = {"step_size": PAPER_SETTINGS["mnist"].step_size, "preset": "paper"}
 _STEP = {"step_size": 0.5}
@@ -48,7 +47,7 @@ _TREE = {"step_size": 0.5, "max_tree_depth": 6}
 SAMPLERS: dict[str, Sampler] = {
     "hmc": Sampler("HMC, whitened", mcmc.BatchedHMC, _STEPS, 4),
     "hmc_burn_in": Sampler(
-        "HMC as recommended: whitened, burn-in of 30", mcmc.BatchedHMC, _BURN_IN, 4
+        "HMC as recommended: whitened, burn-in of 30", mcmc.BatchedHMC, RECOMMENDED_KERNEL, 4
     ),
     "nuts": Sampler("NUTS, whitened", mcmc.BatchedNUTS, _TREE, 24, patience=3),
     "mala": Sampler("MALA, whitened", mcmc.BatchedMALA, _STEP, 1),
