@@ -20,7 +20,7 @@ from pyro_vae_defence.defence import (
 )
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier
-from pyro_vae_defence.models.contract import check_same_device
+from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.ops.balls import L2, Linf
 
 X = torch.rand(3, 1, 28, 28)
@@ -138,14 +138,14 @@ def test_devices_are_named_with_the_mend(name):
 
 
 def test_a_vae_without_parameters_follows_its_images():
-    check_same_device("vae", LinearGaussianVAE(), "x", elsewhere(X))
+    check_networks_on_device("vae", LinearGaussianVAE(), "x", elsewhere(X))
 
 
 def test_networks_on_several_devices_are_their_programs_affair():
     spread = vae()
     spread.decoder.to("meta")
-    check_same_device("vae", spread, "x", X)
-    check_same_device("vae", spread, "x", elsewhere(X))
+    check_networks_on_device("vae", spread, "x", X)
+    check_networks_on_device("vae", spread, "x", elsewhere(X))
 
 
 def test_a_metric_follows_the_latents():

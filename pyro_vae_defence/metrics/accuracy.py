@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import check_on_device
 
 
 def adversarial_accuracy(prediction_ref: Tensor, prediction_adv: Tensor) -> Tensor:
@@ -41,5 +41,5 @@ def _equal(name_a: str, a: Tensor, name_b: str, b: Tensor) -> Tensor:
             )
     if len(a) != len(b):
         raise ValueError(f"{name_b} has {len(b)} classes: pass {len(a)}, one per image")
-    check_device(name_b, b, name_a, a.device)
+    check_on_device(name_b, b, name_a, a.device)
     return (a == b).to(torch.get_default_dtype())

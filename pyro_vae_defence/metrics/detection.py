@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.metrics.intervals import Interval, check_bootstrap, tails
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import check_on_device
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
@@ -131,4 +131,4 @@ def _check(negatives: Tensor, positives: Tensor) -> None:
             )
         if scores.device.type != "meta" and bool(scores.isnan().any()):
             raise ValueError(f"{name} has scores that are not a number: drop these images first")
-    check_device("positives", positives, "negatives", negatives.device)
+    check_on_device("positives", positives, "negatives", negatives.device)

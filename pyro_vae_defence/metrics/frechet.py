@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.contract import check_same_device
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.models.contract import check_networks_on_device
+from pyro_vae_defence.ops.checks import check_on_device
 
 Extractor = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` in [0, 1] -> features ``(N, F)``."""
@@ -45,7 +45,7 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
                 f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and "
                 "the same F in both"
             )
-    check_device("other", other, "features", features.device)
+    check_on_device("other", other, "features", features.device)
     (mean, covariance), (other_mean, other_covariance) = _moments(features), _moments(other)
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
@@ -64,8 +64,8 @@ def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tens
         extractor: images to features, e.g. ``models.classifier.ConvClassifier(...).features``.
         rows: images at once.
     """
-    check_device("y", y, "x", x.device)
-    check_same_device("extractor", extractor, "x", x)
+    check_on_device("y", y, "x", x.device)
+    check_networks_on_device("extractor", extractor, "x", x)
     sets = (torch.cat([extractor(batch) for batch in images.split(rows)]) for images in (x, y))
     return frechet_distance(*sets)
 

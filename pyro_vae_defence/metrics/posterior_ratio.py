@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.types import LatentsLike, Potential
 
 
@@ -51,7 +51,9 @@ def log_posterior_ratio(
             "pass latents of one model for the same images"
         )
     for name, value in latents_2.items():
-        check_device(f"latents_2[{name!r}]", value, f"latents_1[{name!r}]", latents_1[name].device)
+        check_on_device(
+            f"latents_2[{name!r}]", value, f"latents_1[{name!r}]", latents_1[name].device
+        )
     return potential(dict(latents_2)) - potential(dict(latents_1))
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae_defence.models.sites import aside, get_trace
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.types import VAE, ImagesLike, PyroProgram
 
 # --- Which arguments programs take ----------------------------------------------------------------
@@ -110,7 +110,7 @@ def split(images: ImagesLike, name: str = "x") -> tuple[Tensor, tuple[Tensor, ..
                 f"{type(value).__name__}; wrap it in torch.as_tensor"
             )
         if isinstance(x, Tensor):
-            check_device(f"{name}[{number}]", value, f"{name}[0]", x.device)
+            check_on_device(f"{name}[{number}]", value, f"{name}[0]", x.device)
         if isinstance(x, Tensor) and value.shape[:1] != x.shape[:1]:
             raise ValueError(
                 f"{name}[{number}] must have one row for each of {len(x)} images, got shape "

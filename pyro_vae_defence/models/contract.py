@@ -85,7 +85,7 @@ def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tens
     return x
 
 
-def check_same_device(what: str, program: Any, name: str, x: Any) -> None:
+def check_networks_on_device(what: str, program: Any, name: str, x: Any) -> None:
     """Refuse images ``x`` that no network of a program is on the device of.
 
     Programs without parameters and buffers have no device, and follow their images. Networks on
@@ -119,14 +119,14 @@ def at_images(
     """A VAE at images that may come with conditions: a VAE of images alone, and the images.
 
     Raises:
-        ValueError: as :func:`check_vae`, :func:`check_images` and :func:`check_same_device`, and
-            if the programs do not take the conditions, a condition has not one row per image, or
-            the programs have other latents than each other.
+        ValueError: as :func:`check_vae`, :func:`check_images` and
+            :func:`check_networks_on_device`, and if the programs do not take the conditions, a
+            condition has not one row per image, or the programs have other latents than each other.
     """
     check_vae(vae)
     x, conditions = split(images, name)
     check_images(x, name, unit_interval=unit_interval)
-    check_same_device("vae", vae, name, x)
+    check_networks_on_device("vae", vae, name, x)
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
         few = slice(0, 3)

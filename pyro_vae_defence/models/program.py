@@ -50,8 +50,8 @@ from pyro_vae_defence.models.contract import at_images as at_images
 from pyro_vae_defence.models.contract import (
     check_guide_rows,
     check_latents,
+    check_networks_on_device,
     check_rows,
-    check_same_device,
     check_untouched,
     run_on,
 )
@@ -813,7 +813,7 @@ def mean_posterior_variance(
     with torch.no_grad(), evaluation_mode(vae):
         for batch in batches:
             x, conditions = split(taken(batch, vae), "batches")
-            check_same_device("vae", vae, "batches", x)
+            check_networks_on_device("vae", vae, "batches", x)
             at_x = bind(vae, x, conditions)
             streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
             for name, variance in _unconstrained_variances(at_x, x, streams).items():

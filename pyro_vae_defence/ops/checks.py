@@ -13,7 +13,7 @@ class RefusalError(ValueError):
     """A ``ValueError`` of this library from inside a user's program; nobody adds that it failed."""
 
 
-def check_device(name: str, value: Tensor, other_name: str, device: torch.device) -> None:
+def check_on_device(name: str, value: Tensor, other_name: str, device: torch.device) -> None:
     """``ValueError`` unless ``value`` is on ``device``, that of what ``other_name`` names."""
     if value.device != device:
         raise ValueError(

@@ -82,7 +82,8 @@ def test_frechet_distance_of_features(device):
     def run(place):
         return metrics.frechet(x.to(place), y.to(place), to(extractor, place).features, rows=5)
 
-    agree(run, device, rtol=1e-5, atol=1e-8)
+    # The roots of small eigenvalues have half the digits.
+    agree(run, device, rtol=1e-4, atol=1e-8)
 
 
 @pytest.fixture

@@ -25,4 +25,6 @@ def test_streams_draw_the_same_numbers(device, dtype):
     uniform = [s.uniform(3, 7, (33,), dtype).cpu() for s in (here, there)]
     assert torch.equal(*uniform)
     normal = [s.normal(3, 7, (33,), dtype).cpu() for s in (here, there)]
-    torch.testing.assert_close(*normal, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    # Logarithm, cosine and sine are right to a few units in the last place on either.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(*normal, rtol=16 * eps, atol=16 * eps)
