@@ -245,7 +245,7 @@ def test_every_defence_has_a_colour_of_its_own():
 def test_no_panel_has_more_than_five_curves():
     entry = {"estimate": 0.5, "low": 0.4, "high": 0.6}
     cell = {"ms_ssim_of_mean": entry, "accuracy": {"class": {"reencoded/mean": {}}}}
-    cell["accuracy"]["class"]["reencoded/mean"]["attacked"] = {"correct": entry}
+    cell["accuracy"]["class"]["reencoded/mean"] = {"clean": {"correct": entry}}
     cells = dict.fromkeys(CompareConfig("mnist_vae").defences, cell)
     result = {
         "name": "toy",

@@ -54,8 +54,11 @@ def summary_figure(headlines: list[Headline]) -> Figure:
     axes = figure.subplots()
     for number, series in enumerate(_SERIES):
         shift = 0.6 * ((number + 0.5) / len(_SERIES) - 0.5)
-        points = [(row + shift, _entry(line, series)) for row, line in enumerate(headlines)]
-        points = [(place, entry) for place, entry in points if entry is not None]
+        points = [
+            (row + shift, entry)
+            for row, line in enumerate(headlines)
+            if (entry := _entry(line, series)) is not None
+        ]
         places = [place for place, _ in points]
         estimate = [entry["estimate"] for _, entry in points]
         error = [

@@ -43,12 +43,12 @@ def table(
     A table of more than :data:`MOST_COLUMNS` is folded away; before it stand the columns ``shown``,
     the first ones by default.
     """
-    rows = [list(cells) for cells in rows]
-    whole = [row(columns), row(["---"] * len(columns)), *map(row, rows), ""]
+    every = [list(cells) for cells in rows]
+    whole = [row(columns), row(["---"] * len(columns)), *map(row, every), ""]
     if len(columns) <= MOST_COLUMNS:
         return whole
     places = [list(columns).index(name) for name in shown] or list(range(MOST_COLUMNS))
-    some = [[cells[place] for place in places] for cells in rows]
+    some = [[cells[place] for place in places] for cells in every]
     return [
         *table([columns[place] for place in places], some),
         *folded(f"All {len(columns)} columns", whole),
