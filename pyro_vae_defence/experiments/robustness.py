@@ -428,16 +428,17 @@ class Robustness(Measurement[RobustnessConfig]):
             "per-image worst case over attacks on fresh seeds, 95% intervals over images. "
             "Heuristic, not certified."
         )
-        lines = tables.table(columns, rows)
+        lines = tables.table(columns, rows, ["", "figure", "clean", "robust, mean", "reliable"])
         for key, report in found.items():
-            lines += [f"{key}, figure under each attack:", ""]
             # What each attack left, those that were skipped, and why not to believe the report.
-            lines += [
+            each_one = [
                 f"- {each['name']} ({each['num_draws']} draws): {tables.interval(each['figure'])}"
                 for each in report["attacks"]
             ]
-            lines += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
-            lines += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
+            each_one += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
+            each_one += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
+            why = ", and why it is unreliable" if report["unreliable"] else ""
+            lines += tables.folded(f"{key}, figure under each attack{why}", each_one)
         return tables.section(f"### robustness {result['name']}", note, lines, result)
 
     @classmethod
