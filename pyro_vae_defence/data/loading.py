@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    default_convert,
+)
 
 from pyro_vae_defence.data.celeba import load_celeba
 from pyro_vae_defence.data.color_mnist import load_color_mnist
@@ -17,7 +24,7 @@ from pyro_vae_defence.data.datasets import SPLITS, Images, PartOfImages, Split, 
 from pyro_vae_defence.data.fashion_mnist import FASHION_MNIST
 from pyro_vae_defence.data.mnist import MNIST
 from pyro_vae_defence.data.variants import ImageTransform, TexturedImages, TransformedImages, invert
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import as_device, check_integer
 
 # A new dataset is a file of this package and a line here: root, split, download -> images.
 _PLAIN: dict[str, Callable[[Path, str, bool], Images]] = {
@@ -82,6 +89,7 @@ def batches(
     generator: torch.Generator | None = None,
     drop_last: bool = False,
     labels: bool = True,
+    device: str | torch.device | None = None,
 ) -> DataLoader[Any]:
     """A loader that fetches whole batches with one index.
 
@@ -95,13 +103,20 @@ def batches(
         generator: source of the order.
         drop_last: leave out a last batch that is not full.
         labels: whether a batch is a pair of images and labels, or images alone.
+        device: where batches are put; where the dataset has them when ``None``.
+
+    Raises:
+        ValueError: if ``batch_size`` is below 1, or there is no such device.
     """
     check_integer("batch_size", batch_size)
+    place = None if device is None else as_device("device", device)
     order: Any = SequentialSampler(dataset)
     if shuffle:
         order = RandomSampler(dataset, generator=generator)
     sampler = BatchSampler(order, batch_size, drop_last)
-    collate = None if labels else images_alone
+    collate: Any = None if labels else images_alone
+    if place is not None:
+        collate = partial(_moved, place, collate or default_convert)
     return DataLoader(
         dataset, sampler=sampler, batch_size=None, generator=generator, collate_fn=collate
     )
@@ -110,6 +125,14 @@ def batches(
 def images_alone(batch: Any) -> Any:
     """The images of a batch, which is them or a tuple that starts with them."""
     return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _moved(place: torch.device, collate: Callable[[Any], Any], batch: Any) -> Any:
+    """What ``collate`` makes of a batch, on a device."""
+    batch = collate(batch)
+    if isinstance(batch, Tensor):
+        return batch.to(place)
+    return [entry.to(place) if isinstance(entry, Tensor) else entry for entry in batch]
 
 
 def stratified(

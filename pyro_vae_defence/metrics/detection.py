@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.metrics.intervals import Interval, check_bootstrap, tails
+from pyro_vae_defence.ops.checks import check_on_device
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
         positives: scores of attacked images, ``(M,)``, high where an attack is suspected.
 
     Raises:
-        ValueError: if an argument is not a vector of scores.
+        ValueError: if an argument is not a vector of scores, or devices differ.
     """
     _check(negatives, positives)
     ordered = negatives.sort().values
@@ -82,7 +83,7 @@ def detection_interval(
             f"negatives has {num_images} scores and positives {positives.shape[0]}: pass one of "
             "each for every image, of two images or more"
         )
-    check_bootstrap(level, num_resamples)
+    check_bootstrap(level, num_resamples, generator)
     negatives, positives = (v.detach().to("cpu", torch.float64) for v in (negatives, positives))
     drawn = torch.randint(num_images, (num_resamples, num_images), generator=generator)
     resampled = torch.stack([statistic(negatives[rows], positives[rows]) for rows in drawn])
@@ -111,7 +112,7 @@ def rate_interval(alarms: Tensor, level: float = 0.95) -> Interval:
             f"alarms has shape {tuple(alarms.shape)} and dtype {alarms.dtype}: pass one bool per "
             "image, (N,)"
         )
-    check_bootstrap(level, 1)
+    check_bootstrap(level, 1, None)
     count = alarms.shape[0]
     rate = float(alarms.double().mean())
     z = float(torch.special.ndtri(tails(level)[1]))
@@ -130,3 +131,4 @@ def _check(negatives: Tensor, positives: Tensor) -> None:
             )
         if scores.device.type != "meta" and bool(scores.isnan().any()):
             raise ValueError(f"{name} has scores that are not a number: drop these images first")
+    check_on_device("positives", positives, "negatives", negatives.device)
