@@ -85,6 +85,7 @@ def test_cells_hold_every_figure(run):
     for entry in (cell["ms_ssim"], cell["ms_ssim_of_mean"], kinds["attacked"]["unchanged"]):
         assert 0 <= entry["low"] <= entry["estimate"] <= entry["high"] <= 1
     scores = {"energy_drop", "perturbation_gain", "start_energy", "distance", "disagreement"}
+    scores |= {"start_error", "end_energy", "end_error"}
     assert set(cell["detection"]) == scores
     assert set(cell["detection"]["distance"]) == {"against_clean", "against_noise"}
     assert cell["settings"]["perturbation"] == "Linf(radius=0.1)"
