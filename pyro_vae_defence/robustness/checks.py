@@ -329,7 +329,10 @@ class SanityCheck(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Under which it is reported."""
+        """Under which it is reported.
+
+        :meta private:
+        """
         return self.measure.__name__
 
     def judge(self, seen: Seen, interval: Interval) -> Verdict:
