@@ -51,6 +51,7 @@ from pyro_vae_defence.robustness import (
     RobustnessReport,
     evaluate_robustness,
 )
+from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
 
 Target = Literal["reconstruction", "classification"]
 Gradients = Literal["traced", "recorded", "graph"]
@@ -100,19 +101,7 @@ class RobustnessConfig(conf.Configuration):
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     paper: PaperName | None = None
     gradients: Gradients = "traced"
-    budget: Budget = Budget(
-        num_restarts=1,
-        num_draws=(1,),
-        num_chains=8,
-        persistent_transitions=1,
-        unrolled_transitions=1,
-        num_iterations=5,
-        num_directions=5,
-        black_box_steps=2,
-        max_evaluations=20_000,
-        selection_draws=2,
-        scoring_draws=5,
-    )
+    budget: Budget = Budget.standard()
     checks: bool = True
     seed: conf.Natural = 0
 
@@ -140,61 +129,18 @@ RATES = (0.3e6, 1.0e6)
 
 
 def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, float]:
-    """Decoder gradients per image and target: of the attacks, of ``scoring``, and of ``checks``.
-
-    A model of what :func:`~pyro_vae_defence.robustness.evaluate_robustness` does, in gradients of
-    an energy: the chain of a defence, one of a goal, two for a Hessian-vector product, four for a
-    gradient that is differentiated again. Runs of the network without gradient are left out, and
-    what a defence's name says beyond its kind.
-    """
-    budget, chain = config.budget, config.chain
+    """Decoder gradients per image and target, without the model at hand, by
+    :func:`~pyro_vae_defence.robustness.cost.suite_gradients`; what a defence's name says beyond its
+    kind is left out."""
+    chain = config.chain
     transitions, length = chain.warmup_steps + chain.num_samples, chain.num_steps + 0.5
     if defence == "paper":
         count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
         transitions, length = count // 2 + count, float(steps)
-    has_chain = defence != "none"
-    whole = (transitions * length + 2) * chain.num_chains if has_chain else 1.0
-    going_on = whole
-    if budget.persistent_transitions is not None:
-        going_on = budget.persistent_transitions * length + 2 if has_chain else 0.0
-    of_step = {
-        "transfer": 1.0,
-        "encoder": 1.0,
-        "bpda": going_on + 2,
-        "equilibrium": going_on + 3,
-        "implicit": going_on + 2 * budget.num_iterations + 3,
-        "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
-        "unroll": whole + 4 * transitions * length,
-    }
-
-    def attack(name: str, rows: int, num_steps: int) -> float:
-        if name == "black_box":
-            queries = budget.black_box_steps * (2 * budget.num_directions + 1) + 2
-            return rows * queries * whole
-        # Where it begins, and the value of what was found.
-        ends = 2 * whole if has_chain and name not in ("transfer", "encoder", "unroll") else 0.0
-        return rows * (num_steps * of_step[name] + ends)
-
-    found = {}
-    for name in config.attacks:
-        if not has_chain and name not in ("transfer", "encoder", "black_box"):
-            continue
-        draws = {"transfer": (1,), "equilibrium": (budget.num_chains,)}.get(name, budget.num_draws)
-        rows = budget.num_restarts * sum(draws)
-        found[name] = attack(name, rows, budget.num_steps)
-    per_attack = budget.num_restarts * budget.selection_draws + budget.scoring_draws
-    scored = 2 * budget.scoring_draws + budget.selection_draws + 1 + per_attack * len(found)
-    found["scoring"] = scored * whole
-    if config.checks:
-        # Five attacks by the strongest, at worst the most expensive, on a few images.
-        worst = max(
-            attack(name, max(budget.num_chains, *budget.num_draws), budget.check_steps)
-            for name in found.keys() - {"scoring", "black_box"}
-        )
-        again = 5 * worst + 3 * (budget.scoring_draws + max(5, budget.selection_draws)) * whole
-        size = len(config.blocks[0])
-        found["checks"] = again * min(budget.check_images, size) / size
-    return found
+    whole = (transitions * length + 2) * chain.num_chains
+    cost = None if defence == "none" else ChainCost(whole, length, transitions)
+    size = len(config.blocks[0])
+    return suite_gradients(cost, config.budget, size, config.attacks, config.checks)
 
 
 def estimate(config: RobustnessConfig) -> str:

@@ -80,7 +80,7 @@ def evaluate_robustness(
             classes)``, asked about where the defence ends; or a
             :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
         ball: where perturbations live; ``Linf(0.1)`` by default.
-        budget: how hard to try.
+        budget: how hard to try; :meth:`Budget.standard` by default.
         attacks: names in :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; all by default.
         engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
             num_restarts=, batch_size=)``.
@@ -116,7 +116,7 @@ def evaluate_robustness(
             if not isinstance(classifier, DefendedClassifier):
                 classifier = DefendedClassifier(box, classifier, "last")
             scorer = Accuracy(box, x, labels, classifier, fresh)
-        suite = Suite(box, scorer, x, ball, budget or Budget(), engine)
+        suite = Suite(box, scorer, x, ball, budget or Budget.standard(), engine)
         return _report(suite, attacks, checks, seed)
 
 
