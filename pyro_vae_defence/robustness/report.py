@@ -24,6 +24,7 @@ from pyro_vae_defence.robustness.suite import KNOWLEDGE
 SUMMARIES = ("mean", "single", "worst_of_n", "averaged")
 """What a report says of the draws of an image."""
 
+_OF_A_RUN = ("prepare_why_not",)
 _CHECK = "check "  # how the reasons of checks begin
 
 
@@ -174,6 +175,8 @@ class RobustnessReport:
             return first
         for name in ("figure", "threat_model", "budget", "defence"):
             several = [getattr(report, name) for report in reports]
+            if name == "defence":  # what it is, and not how a run went
+                several = [{k: v for k, v in s.items() if k not in _OF_A_RUN} for s in several]
             if any(each != several[0] for each in several):
                 raise ValueError(f"reports of different {name} are not joined: {several[0]}, ...")
         if not all(report.values for report in reports):
