@@ -113,12 +113,12 @@ def assert_captured(graph):
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_every_kernel_replayed_is_the_kernel(name, capturing):
     """Adaptation, jitter, burn-in and a metric of two sites included; one capture per length."""
-    vae, x, graph = HierarchicalVAE(), torch.rand(4, 1, 4, 4), Graph()
+    vae, x, graph, recorder = HierarchicalVAE(), torch.rand(4, 1, 4, 4), Graph(), Recorder()
     metric = {"top": torch.rand(2) + 0.5, "rate": torch.ones(1), "low": torch.rand(4, 3) + 0.5}
     run = functools.partial(draw, FACTORIES[name], vae.model, inverse_mass_matrix=metric)
     states, kernel = run(x, graph)
     assert_captured(graph)
-    expected, plain = run(x, Recorder())
+    expected, plain = run(x, recorder)
     assert_same(states, expected)
     assert (kernel.state.step, kernel.why_not) == (8, None)
     diagnostics = kernel.diagnostics()
@@ -128,7 +128,7 @@ def test_every_kernel_replayed_is_the_kernel(name, capturing):
     # Another seed and other images: the same captures.
     x, made = torch.rand(4, 1, 4, 4), capturing.made
     states, _ = run(x, graph, seed=2**64 - 7)
-    assert_same(states, run(x, Recorder(), seed=2**64 - 7)[0])
+    assert_same(states, run(x, recorder, seed=2**64 - 7)[0])
     if getattr(kernel, "jitter", 0.0) == 0.0:
         assert capturing.made == made == 1
     assert capturing.replayed >= 16

@@ -13,7 +13,8 @@ made on zeros in place of all numbers, and its replay must then give what the tr
 cannot be captured runs as before on recorded gradients
 (:class:`~pyro_vae_defence.models.compiled.Recorder`), and :attr:`Graph.why_not` says why: NUTS
 asks the host whether a tree grows, a model may be no fixed sequence of operations, and there are
-CUDA graphs on CUDA only.
+CUDA graphs on CUDA only. A CPU has nothing to gain: there, a transition recorded as a whole took
+longer than one of recorded gradients.
 
 What stays outside: where a run starts, its burn-in included, which happens once; and the adaptation
 of step sizes, a few operations that the host asks for while the GPU is busy with the transition,
