@@ -53,7 +53,7 @@ class Tapes:
         self.device = device
 
     def __call__(self, function, inputs):
-        assert all(torch.equal(value, torch.zeros_like(value)) for value in inputs)
+        assert not any(bool((value > 0).any()) for value in inputs)  # nothing to hold on to
         with Tape() as tape:
             results = function(*inputs)
         Tapes.made += 1
@@ -228,14 +228,9 @@ def test_mutant_an_input_that_is_not_written(stale, capturing, monkeypatch):
     metric = {"z": torch.rand(3) + 0.5}
     graph = Graph()
     run = functools.partial(draw, BatchedHMC, vae.model, x, jitter=0.0, warmup_steps=0)
-    states, _ = run(graph, inverse_mass_matrix=metric)
-    if stale == "step":  # the first transition has number 0, and zeros are what it is made on
-        expected, _ = run(None, inverse_mass_matrix=metric)
-        with pytest.raises(AssertionError):
-            assert_same(states, expected)
-    else:
-        assert graph.captured is False
-        assert "differ" in graph.why_not
+    run(graph, inverse_mass_matrix=metric)
+    assert graph.captured is False
+    assert "differ" in graph.why_not
 
 
 def test_mutant_results_that_the_next_replay_overwrites(capturing, monkeypatch):
