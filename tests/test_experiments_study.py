@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from pyro_vae_defence.experiments import study as study_module
 from pyro_vae_defence.experiments.__main__ import STUDIES, load_studies, main
 from pyro_vae_defence.experiments.configuration import (
     ChainConfig,
@@ -114,6 +115,40 @@ class TestCells:
         toy(tmp_path).run()
         assert (tmp_path / "plain.json").stat().st_mtime_ns == written
 
+    def test_no_cell_begins_that_may_end_after_the_limit(self, tmp_path, monkeypatch):
+        """Cells of 10 seconds each, of a clock that nothing else moves."""
+        seconds = [0.0]
+        monkeypatch.setattr(study_module.time, "monotonic", lambda: seconds[0])
+
+        def piece(limit, length=10.0):
+            study = Toy("plain", tmp_path, progress=False, time_limit=limit)
+            compute = study.compute
+
+            def slow(name):
+                seconds[0] += length
+                return compute(name)
+
+            study.compute = slow
+            result = study.run()
+            return study.computed, study.remaining, result
+
+        whole = toy(tmp_path / "whole").run()
+        # The second may end at 19.9 or after it, the first cell's length is not known.
+        assert piece(19.9)[:2] == (["one"], 2)
+        assert piece(0.1)[:2] == (["two"], 1)
+        done, remaining, result = piece(20.0)
+        assert (done, remaining) == (["three"], 0)
+        assert (result["one"], result["nested"]) == (whole["one"], whole["nested"])
+        (tmp_path / "plain.json").unlink()
+        assert piece(20.0)[:2] == (["one", "two"], 1)
+        # Time that has passed before the run counts.
+        study = Toy("plain", tmp_path, progress=False, time_limit=1)
+        seconds[0] += 1.5
+        study.run()
+        assert (study.computed, study.remaining) == ([], 1)
+        with pytest.raises(ValueError, match="time_limit must be a positive finite number, got 0"):
+            Toy("plain", tmp_path, time_limit=0)
+
     def test_a_result_names_all_the_commits_it_is_of(self, tmp_path, monkeypatch):
         first = toy(tmp_path).run()
         path = tmp_path / "plain.json"
@@ -189,7 +224,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(MEASUREMENTS.keys() - {"benchmark_attacks"}))
+@pytest.mark.parametrize("kind", sorted(FIRST))
 def test_what_an_interrupted_run_has_left_can_be_printed(kind, tmp_path):
     study = MEASUREMENTS[kind]
     paths = PUBLISHED.glob("*/*.json")
@@ -317,6 +352,18 @@ class TestCommandLine:
         monkeypatch.setattr(Measurement, "run", lambda self: pytest.fail("something was computed"))
         assert main(["compare", "mnist", "mnsit"]) == 2
         assert "no comparison named 'mnsit'" in capsys.readouterr().err
+
+    def test_what_a_limit_has_left_is_said(self, monkeypatch, tmp_path, capsys):
+        def run(self):
+            self.remaining = 3
+            return {}
+
+        monkeypatch.setattr(Measurement, "run", run)
+        assert main(["compare", "mnist", "--time-limit", "9", "--output", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert said == "mnist: 3 cells are left; run the same again to go on\n"
+        assert main(["compare", "mnist", "--time-limit", "0"]) == 2
+        assert "time_limit must be a positive" in capsys.readouterr().err
 
     def test_an_option_without_effect_is_refused(self, capsys):
         assert main(["defend", "mnist_radius_0.1", "--checkpoint", "x.pt"]) == 2

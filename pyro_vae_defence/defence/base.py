@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
+from pyro_vae_defence.defence import store
 from pyro_vae_defence.defence.result import Chains, DefenceResult
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import rows_of, split, take, taken
@@ -82,6 +87,88 @@ class BaseDefence(ABC):
             yield from self._parts(images, "batches", seed, first)
             first += len(images[0])
 
+    def to_zarr(
+        self,
+        dataset: Any,
+        path: str | os.PathLike[str],
+        *,
+        generator: torch.Generator,
+        chunk_size: int | None = None,
+        device: torch.device | str | None = None,
+        observed_data: bool = False,
+        progress: bool = False,
+    ) -> Path:
+        """Defend a dataset of any size in constant memory, and write results as they come.
+
+        What is made is a Zarr store with groups ``posterior`` and ``sample_stats`` as
+        :meth:`DefenceResult.to_datatree` has them, and ``defence``: ``reconstruction``,
+        ``num_gradients`` and what is known of convergence, per image. ``xarray.open_datatree(path,
+        engine="zarr")`` reads it lazily. Images are numbered by their place in the dataset, so that
+        the results are those of one call on all images.
+
+        It stands at ``PATH.partial`` until it is whole. A call that was interrupted is taken up by
+        the same call; so is one by any number of processes of ``torchrun``, which share the chunks.
+        The finished store is the same in all cases, bit for bit.
+
+        Args:
+            dataset: map-style: ``len(dataset)``, and ``dataset[i]`` an image ``(C, H, W)`` in
+                [0, 1] or a tuple that starts with one. What the VAE's programs take of the other
+                entries are conditions, the rest is ignored. It must give the same every time.
+            path: of the store, a directory that is made; with several machines on a shared disk.
+            generator: source of the run's seed, the same in all processes and at every call.
+            chunk_size: images per chunk, which are in memory at a time; as many as make a
+                micro-batch when ``None``. Multiples of these change no bit of the results, others
+                round differently.
+            device: where the images are moved to; they stay where they are when ``None``.
+            observed_data: also write the images that the chains were conditioned on.
+            progress: show a progress bar over chunks.
+
+        Kernels that are not of this library draw from torch's global generators, which are seeded
+        per chunk for them.
+
+        Returns:
+            ``path``, absolute.
+
+        Raises:
+            ValueError: if an argument is out of range, or ``path`` holds another run's results.
+            ImportError: without Zarr, an extra of this package.
+        """
+        at_once = max(1, self.batch_size // self.num_chains)
+        chunk_size = at_once if chunk_size is None else chunk_size
+        check_integer("chunk_size", chunk_size)
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(
+                "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), so "
+                f"that an interrupted call can be repeated; got {generator!r}"
+            )
+        store.check_zarr()
+        store.check_dataset(dataset)
+        seed = draw_seed(generator)
+
+        def given(batch: Any) -> tuple[Any, ...]:
+            images = taken(batch, self.vae)
+            if device is None:
+                return images
+            return tuple(e.to(device) if isinstance(e, Tensor) else e for e in images)
+
+        def defend(batch: Any, first: int) -> DefenceResult:
+            images = given(batch)
+            with _seeded(seed + first, images[0]):
+                return DefenceResult.join(list(self._parts(images, "dataset", seed, first)))
+
+        vae, x = program.at_images(self.vae, given(default_collate([dataset[0]])), "dataset")
+        with _seeded(seed, x), torch.no_grad(), program.evaluation_mode(vae):
+            vae.guide(x), vae.model(x)  # only then are all of their parameters there
+        apart = ("vae", "batch_size", "progress")
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        identity = {
+            "settings": self._settings(),
+            "seed": seed,
+            "defence_hash": store.fingerprint(type(self).__qualname__, own),
+            "weights_hash": store.weights_fingerprint(self.vae),
+        }
+        return store.write(path, dataset, chunk_size, defend, identity, observed_data, progress)
+
     def _parts(
         self, images: ImagesLike, name: str, seed: int, first: int
     ) -> Iterator[DefenceResult]:
@@ -132,3 +219,11 @@ class BaseDefence(ABC):
             settings=self._settings(),
             **chains._asdict(),
         )
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, like: Tensor) -> Iterator[None]:
+    """torch's global generators of the CPU and of a tensor's device seeded, and then as before."""
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        torch.manual_seed(seed)
+        yield

@@ -245,6 +245,9 @@ class MCMCDefence(BaseDefence):
             torch.Size([4, 10, 2, 64])
         """
         check_vae(vae)
+        given = {"perturbation": ball, **RECOMMENDED_LENGTHS, **options}
+        if "kernel" in given:
+            return cls(vae, **given)
         metric = getattr(vae, "mean_posterior_variance", None)
         if train_images is not None:
             metric = mean_posterior_variance(vae, _batches(vae, train_images))
@@ -255,8 +258,7 @@ class MCMCDefence(BaseDefence):
                 "train_images)"
             )
         kernel = functools.partial(BatchedHMC, inverse_mass_matrix=metric, **RECOMMENDED_KERNEL)
-        given = {"kernel": kernel, "perturbation": ball, **RECOMMENDED_LENGTHS, **options}
-        return cls(vae, **given)
+        return cls(vae, kernel, **given)
 
     @property
     def _fewest_draws(self) -> int:

@@ -3,6 +3,7 @@ KEY=VALUE``.
 
 Each study is a command. ``STUDY --help`` prints its question, its names and every field of its
 configuration. Without a name, a study writes the tables and figures of its output directory anew.
+``torchrun --nproc-per-node=N -m pyro_vae_defence.experiments STUDY NAME`` has N processes share it.
 """
 
 from __future__ import annotations
@@ -30,16 +31,23 @@ STUDIES = {
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
-    "benchmark": ("benchmark.run:BenchmarkSamplers", "benchmark.attacks:BenchmarkAttacks"),
+    "benchmark": (
+        "benchmark.run:BenchmarkSamplers",
+        "benchmark.attacks:BenchmarkAttacks",
+        "benchmark.gpu.run:BenchmarkGPU",
+    ),
 }
 """Command -> studies that share it, each ``module:class``; imported when asked for."""
 
+_ALL_RESULTS = "directory of compare, robustness and benchmark; %(default)s by default"
 WEIGHTS = "directory of weights; by default those of the package and of a checkout"
 
 BESIDE = {
     "report": "write the tables, figures and pages of a directory of result files",
+    "summary": "write the page of results at a glance, from those of all studies",
     "table": "print a table of the paper beside our results",
     "models": "print what the cards of trained models say",
+    "front": "print the table of the README",
 }
 """Commands that compute nothing."""
 
@@ -77,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if command in BESIDE:
+            if _superfluous(command):
+                return 0
             print(_beside(command, words[1:]))
         else:
             _study(command, words[1:])
@@ -101,9 +111,15 @@ def _commands() -> str:
 def _study(command: str, words: Sequence[str]) -> None:
     studies = load_studies(command)
     options = _parser(command, studies).parse_args(words)
+    if not all(study.shared for study in studies) and _superfluous(command):
+        return
     settings = dict(map(parse_setting, options.set))
     from pyro_vae_defence.experiments.study import write_pages
+    from pyro_vae_defence.ops import ranks
 
+    if options.device == "cuda":
+        ranks.take_gpu()
+    first = ranks.rank() == 0
     given = {o: v for study in studies for o in study.options if (v := getattr(options, o))}
     runs = []  # all are made, and so their settings checked, before the first is run
     for name in options.names:
@@ -115,15 +131,40 @@ def _study(command: str, words: Sequence[str]) -> None:
             raise ValueError(f"--{strange[0]} has no effect on {name!r}; leave it out")
         places = {"root": options.data_root, "models": options.models, **given}
         places["device"] = options.device
+        if _measured(studies):
+            places["time_limit"] = options.time_limit
         quiet = options.quiet
         runs.append(study(name, options.output, overrides=settings, progress=not quiet, **places))
+    unfinished = False
     for run in runs:
-        print(run.summary(run.run()))
-    if _measured(studies):
+        found = run.run()
+        if not first:
+            continue
+        if remaining := getattr(run, "remaining", 0):
+            unfinished = True
+            print(f"{run.name}: {remaining} cells are left; run the same again to go on")
+        else:
+            print(run.summary(found))
+    if _measured(studies) and first and not unfinished:
         written = write_pages(
             measurements(), options.output, options.images, f"{command} NAME", bool(runs)
         )
         print("\n".join(f"wrote {path}" for path in written))
+
+
+def _superfluous(command: str) -> bool:
+    """Whether this is a further process of a command that has work for one alone.
+
+    Raises:
+        ValueError: in the first of several processes.
+    """
+    from pyro_vae_defence.ops import ranks
+
+    if ranks.world_size() == 1:
+        return False
+    if ranks.rank() == 0:
+        raise ValueError(f"{command} is work for one process; start it without torchrun")
+    return True
 
 
 def _measured(studies: Sequence[type[Study[Any]]]) -> bool:
@@ -151,6 +192,7 @@ def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.Argum
     if _measured(studies):
         add("names", nargs="*", metavar="NAME", help="without one, tables and figures alone")
         add("--images", help="directory for figures; OUTPUT/images by default")
+        add("--time-limit", type=float, metavar="SECONDS", help="begin no cell that may end later")
     else:
         add("names", nargs="+", metavar="NAME", help="one of the names above")
     add("--output", default=studies[0].output, help="directory for results, %(default)s by default")
@@ -178,11 +220,24 @@ def _beside(command: str, words: Sequence[str]) -> str:
 
         written = write_pages(measurements(), options.results, options.images)
         return "\n".join(f"wrote {path}" for path in written)
+    if command == "summary":
+        parser.add_argument("results", nargs="?", default="docs/results", help=_ALL_RESULTS)
+        parser.add_argument("--images", default="docs/images", help="directory for its picture")
+        options = parser.parse_args(words)
+        from pyro_vae_defence.experiments.summary import write_summary
+
+        written = write_summary(options.results, options.images)
+        return "\n".join(f"wrote {path}" for path in written)
     if command == "models":
         parser.add_argument("directory", nargs="?", help=WEIGHTS)
         from pyro_vae_defence.experiments.cards import trained_models
 
         return trained_models(parser.parse_args(words).directory)
+    if command == "front":
+        parser.add_argument("results", nargs="?", default="docs/results", help="result files")
+        from pyro_vae_defence.experiments.front import front_table
+
+        return front_table(Path(parser.parse_args(words).results))
     parser.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
     parser.add_argument("--results", help="directory of result files; docs/results/... by default")
     options = parser.parse_args(words)

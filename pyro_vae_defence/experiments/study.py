@@ -8,19 +8,26 @@ configurations, what a cell computes, the section of a page. :class:`Study` give
   purpose alone, not on what else ran before, in this process or an interrupted one;
 - a *cell* is what is computed and written at once. Cells that the result file holds are not
   computed again; the file is written atomically after each;
+- under ``torchrun`` the processes share the cells (:mod:`pyro_vae_defence.ops.ranks`). Each writes
+  those that it has finished into ``NAME.cells``, a file each; the first process makes the result
+  file of them when all are there, the same as that of one process but for wall times;
 - a result says what it is of: study, name, configuration, weights, command and provenance.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import shlex
+import shutil
+import threading
+import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -36,9 +43,10 @@ from pyro_vae_defence.experiments.drawing import save_figure
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
-from pyro_vae_defence.ops.checks import check_device
+from pyro_vae_defence.ops.checks import as_device, check_positive
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.provenance import provenance
+from pyro_vae_defence.ops.ranks import Claims
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +57,8 @@ R = TypeVar("R")
 VARIANT = "paper"
 METRIC = metrics.metric_name("ms_ssim", VARIANT)
 """The similarity of all studies."""
+
+_PATIENCE = 60  # seconds until a file that another machine has written must be there
 
 Key = tuple[str, ...]
 Cell = tuple[Key, Callable[[], Any]]
@@ -102,6 +112,8 @@ class Study(ABC, Generic[C]):
     """Options of the command line that set a field: option -> field and value."""
     options: ClassVar[Mapping[str, str]] = {}
     """Further options of the command line, arguments of the class: option -> what it is."""
+    shared: ClassVar[bool] = False
+    """Whether several processes can share the work."""
 
     def __init__(
         self,
@@ -114,7 +126,7 @@ class Study(ABC, Generic[C]):
         device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
-        self.device = check_device("device", device)
+        self.device = as_device("device", device)
         self.config: C = override(self.configuration(name), overrides)
         self.directory = Path(output)
         self.root = root
@@ -212,7 +224,17 @@ class Study(ABC, Generic[C]):
 
 
 class Measurement(Study[C]):
-    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each."""
+    """A study whose result is a file of cells, ``NAME.json`` in ``output``, written after each.
+
+    Args:
+        time_limit: seconds from here, > 0, in which runs should end: no cell begins that would not
+            end in time if it took as long as the longest of this run before it. The first begins
+            if any time is left, so that repeated runs get on.
+        arguments, options: of :class:`Study`.
+
+    Attributes:
+        remaining: how many cells the last run has left to the next one.
+    """
 
     kind: ClassVar[str]
     """Name of the study in result files, unique."""
@@ -220,6 +242,18 @@ class Measurement(Study[C]):
     """Similarity that its cells hold, if that is one and the same."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Parts of a result that hold cells; they are there from the beginning."""
+    timed: ClassVar[bool] = False
+    """Whether a result holds the ``seconds`` of all its cells."""
+    shared = True
+    _sources: list[dict[str, Any]]  # provenance of all that has made cells, the latest last
+
+    remaining = 0
+
+    def __init__(self, *arguments: Any, time_limit: float | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if time_limit is not None:
+            check_positive("time_limit", time_limit)
+        self._deadline = None if time_limit is None else time.monotonic() + time_limit
 
     # --- What a study says ---
 
@@ -264,7 +298,9 @@ class Measurement(Study[C]):
         return self.directory / f"{self.name}.json"
 
     def run(self) -> dict[str, Any]:
-        """Compute the cells that the result file does not hold; the result.
+        """Compute the cells that the result file does not hold, within the time; the result.
+
+        Under ``torchrun`` the whole result in its first process, and in the others what they know.
 
         Raises:
             ValueError: for weights or data that are missing, or a result file of another run.
@@ -272,28 +308,158 @@ class Measurement(Study[C]):
         self.load()
         self._resume()
         cells = list(self.cells())
-        with tqdm(cells, unit="cell", disable=not self.progress, leave=False) as self._bar:
-            for key, compute in self._bar:
-                self.cell(key, compute)
+        claims = Claims(f"{self.kind} {self.path}")
+        hidden = claims.rank > 0 or not self.progress
+        bar = tqdm(total=len(cells), unit="cell", disable=hidden, leave=False)
+        with bar as self._bar, self._watched(cells, claims):
+            self._compute(cells, claims)
+            claims.leave()
+            if claims.rank == 0:
+                for _ in claims.waiting():
+                    pass
+        self.remaining = self._join(cells, claims) if claims.rank == 0 else 0
         return self.result
+
+    def holds(self, key: Key) -> bool:
+        """Whether the result has the cell."""
+        cells = self.result
+        for part in key:
+            if part not in cells:
+                return False
+            cells = cells[part]
+        return True
 
     def note(self, text: str) -> None:
         """Say beside the progress bar what is running."""
         self._bar.set_postfix_str(text)
 
-    def cell(self, key: Key, compute: Callable[[], Any]) -> Any:
-        """What stands at ``key``, computed and written if nothing does."""
-        cells = self.result
-        for part in key[:-1]:
-            cells = cells.setdefault(part, {})
-        if key[-1] not in cells:
-            cells[key[-1]] = compute()
-            own = self.provenance
-            if self.result["provenance"] != own:  # an earlier run's, whose cells are here too
-                self.result.setdefault("earlier", []).append(self.result["provenance"])
-                self.result["provenance"] = own
+    def _compute(self, cells: Sequence[Cell], claims: Claims) -> None:
+        """Compute and write the cells that are nowhere, and that no other process computes."""
+        longest = 0.0
+        for number in claims.order(len(cells)):
+            if self._deadline is not None and time.monotonic() + longest > self._deadline:
+                break
+            key, compute = cells[number]
+            if not self.holds(key) and claims.claim(number):
+                seconds = self._compute_one(number, key, compute, claims)
+                longest = max(longest, seconds)
+            if claims.size == 1:
+                self._bar.update()
+
+    def _compute_one(
+        self, number: int, key: Key, compute: Callable[[], Any], claims: Claims
+    ) -> float:
+        """Compute and write a cell; the seconds that it took."""
+        self._place(key)  # cells may look at those beside them
+        started = time.monotonic()
+        try:
+            found = compute()
+        except Exception as error:
+            if claims.size == 1:
+                raise
+            # What the command line shows as one line stays so.
+            kind = ValueError if isinstance(error, (ValueError, OSError)) else RuntimeError
+            place = f"process {claims.rank}, cell {'/'.join(key)}"
+            raise kind(f"{place}: {error}") from error
+        seconds = time.monotonic() - started
+        self._put(key, found, seconds, self.provenance)
+        if claims.size == 1:
             save(self.path, self.result)
-        return cells[key[-1]]
+        else:
+            piece = {"key": key, "found": found, "seconds": seconds}
+            save(self._pieces / f"{number:05d}.json", self.header() | piece)
+        return seconds
+
+    def _place(self, key: Key) -> dict[str, Any]:
+        """The part of the result that a cell stands in, made if there is none."""
+        place = self.result
+        for part in key[:-1]:
+            place = place.setdefault(part, {})
+        return place
+
+    def _put(self, key: Key, found: Any, seconds: float, source: dict[str, Any]) -> None:
+        """Take up a cell, what it cost, and its provenance, which becomes the result's."""
+        self._place(key)[key[-1]] = found
+        if self.timed:
+            self.result["seconds"] = round(self.result.pop("seconds", 0.0) + seconds, 1)
+        earlier = [other for other in self._sources if other != source]
+        self._sources = [*earlier, source]
+        self.result["provenance"] = source
+        if earlier:
+            self.result["earlier"] = earlier
+
+    # --- Many processes ---
+
+    @property
+    def _pieces(self) -> Path:
+        """Directory of the cells that several processes have finished, a file each."""
+        return self.path.with_suffix(".cells")
+
+    @contextlib.contextmanager
+    def _watched(self, cells: Sequence[Cell], claims: Claims) -> Iterator[None]:
+        """Have the bar count what all processes finish, also while this one is at a cell."""
+        known, old = sum(self.holds(key) for key, _ in cells), set(self._pieces.glob("*.json"))
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(1.0):
+                self._bar.n = known + len(set(self._pieces.glob("*.json")) - old)
+                self._bar.refresh()
+
+        if claims.size > 1 and not self._bar.disable:
+            threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
+    def _take_pieces(self) -> None:
+        """Take over the cells that are in files of their own."""
+        for path in sorted(self._pieces.glob("*.json")):
+            piece = load(path)
+            self._check(piece, path)
+            if not self.holds(key := tuple(piece["key"])):
+                self._put(key, piece["found"], piece["seconds"], piece["provenance"])
+
+    def _join(self, cells: Sequence[Cell], claims: Claims) -> int:
+        """Write the result file with all cells, in the order in which one process computes them.
+
+        Returns:
+            How many cells nobody has computed, for lack of time; then they all stay where they are.
+
+        Raises:
+            ValueError: if a cell was computed, but is in no file.
+        """
+        for _ in range(_PATIENCE + 1):  # with file systems that show files of other machines late
+            self._take_pieces()
+            missing = [number for number, (key, _) in enumerate(cells) if not self.holds(key)]
+            if not missing:
+                break
+            if any([claims.claim(number) for number in missing]):
+                return len(missing)
+            time.sleep(1.0)
+        else:
+            names = ", ".join("/".join(cells[number][0]) for number in missing)
+            raise ValueError(
+                f"cells {names} were computed, but are not in {self._pieces}; let --output be a "
+                "directory that all machines share, and run again"
+            )
+        if not self._pieces.exists():
+            return 0
+        placed: set[Key] = {(part,) for part in self.parts}
+        for key, _ in cells:
+            place = self.result
+            for depth, part in enumerate(key, 1):
+                if key[:depth] not in placed:
+                    placed.add(key[:depth])
+                    place[part] = place.pop(part)
+                place = place[part]
+        for last in ("seconds", "earlier"):
+            if last in self.result:
+                self.result[last] = self.result.pop(last)
+        save(self.path, self.result)
+        shutil.rmtree(self._pieces)
+        return 0
 
     def header(self) -> dict[str, Any]:
         """What a result is of."""
@@ -313,18 +479,23 @@ class Measurement(Study[C]):
         return provenance(self.device)
 
     def _resume(self) -> None:
-        """Take over what an earlier run has left in the result file, if there is one."""
-        if not self.path.exists():
-            return
-        earlier = load(self.path)
+        """Take over what earlier runs have left, be it a result file or cells in files."""
+        self._sources = []
+        if self.path.exists():
+            earlier = load(self.path)
+            self._check(earlier, self.path)
+            kept = self.header().keys() - {"provenance"}
+            self.result |= {key: part for key, part in earlier.items() if key not in kept}
+            self._sources = [*earlier.get("earlier", []), earlier["provenance"]]
+        self._take_pieces()
+
+    def _check(self, earlier: dict[str, Any], path: Path) -> None:
         for key in ("study", "config", "weights"):
             if earlier.get(key) != self.result[key]:
                 raise ValueError(
-                    f"{self.path} belongs to another run (its {key} differs); "
+                    f"{path} belongs to another run (its {key} differs); "
                     "move it away, or choose another output directory"
                 )
-        kept = self.header().keys() - {"provenance"}
-        self.result |= {key: part for key, part in earlier.items() if key not in kept}
 
 
 def interval(

@@ -43,14 +43,17 @@ class KernelOptions(TypedDict, total=False):
 
 
 class _Run(NamedTuple):
-    """What a run carries from one transition to the next, one row per chain."""
+    """What a run carries from one transition to the next, one row per chain.
+
+    ``diverging`` is that of every draw, in a list that grows.
+    """
 
     streams: Streams
     state: Any
     info: HMCInfo | None
     rule_state: adaptation.StepSizeState
     acceptance_sum: Tensor
-    divergences: Tensor
+    diverging: list[Tensor]
 
 
 class BatchedKernel(MCMCKernel):
@@ -234,9 +237,8 @@ class BatchedKernel(MCMCKernel):
                 adapted = adapted._replace(log_step_size=adapted.log_average)
             run = run._replace(rule_state=adapted)
         if not warming:
-            acceptance_sum = run.acceptance_sum + info.acceptance_rate
-            divergences = run.divergences + info.diverging
-            run = run._replace(acceptance_sum=acceptance_sum, divergences=divergences)
+            run = run._replace(acceptance_sum=run.acceptance_sum + info.acceptance_rate)
+            run.diverging.append(info.diverging)
         self._run = run
         return dict(state.position)
 
@@ -253,15 +255,26 @@ class BatchedKernel(MCMCKernel):
         }
 
     def diagnostics(self) -> dict[str, Any]:
-        """Acceptance rate and number of divergences after warm-up, ``(N,)`` each."""
-        if self._run is None:
+        """What happened after warm-up, by Pyro's names.
+
+        ``"acceptance rate"`` and ``"divergences per image"``, their number, have shape ``(N,)``.
+        ``"divergences"`` is a list with the number of its draw for each divergence of an image:
+        ``MCMC.summary()`` counts them, and ``arviz.from_pyro`` marks the draws at which any image
+        diverged. It is read from the device, once.
+        """
+        run = self._run
+        if run is None:
             return {}
-        num_samples = max(1, self._run.state.step - self._warmup_steps)
-        return {
-            "acceptance rate": self._run.acceptance_sum / num_samples,
-            # Not "divergences": MCMC.summary() prints that entry's length as their number.
-            "divergences per image": self._run.divergences,
+        none = torch.empty_like(run.acceptance_sum, dtype=torch.bool).expand(0, -1)
+        diverging = torch.cat([none, *(draw[None] for draw in run.diverging)])
+        num_samples = max(1, run.state.step - self._warmup_steps)
+        found = {
+            "acceptance rate": run.acceptance_sum / num_samples,
+            "divergences per image": diverging.sum(0),
         }
+        if diverging.device.type != "meta":
+            found["divergences"] = diverging.nonzero()[:, 0].tolist()
+        return found
 
     def cleanup(self) -> None:
         """Let go of the start of the run; its last state and info stay readable."""
@@ -340,16 +353,18 @@ class BatchedKernel(MCMCKernel):
             info=None,
             rule_state=self.rule.init(torch.full_like(energy, self.step_size)),
             acceptance_sum=torch.zeros_like(energy),
-            divergences=torch.zeros_like(energy, dtype=torch.long),
+            diverging=[],
         )
 
 
 def _take(nest: Any, rows: Tensor) -> Any:
-    """Rows of every tensor in a nest of mappings and named tuples; numbers stay as they are."""
+    """Rows of every tensor in a nest of mappings, lists and named tuples; numbers stay."""
     if isinstance(nest, Tensor):
         return nest[rows]
     if isinstance(nest, Mapping):
         return {name: _take(value, rows) for name, value in nest.items()}
+    if isinstance(nest, list):
+        return [_take(value, rows) for value in nest]
     if isinstance(nest, tuple):
         return type(nest)(*(_take(value, rows) for value in nest))
     return nest

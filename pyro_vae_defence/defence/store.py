@@ -1,0 +1,338 @@
+"""Results of a defence on a whole dataset, written as they come into a Zarr store.
+
+Images are defended a *chunk* at a time, and a chunk of images is one Zarr chunk of every array. So
+memory does not depend on how many images there are, the processes of ``torchrun`` write to one
+store without knowing of each other, and what is lost with a killed process is its last chunk.
+
+**What is finished.** The store is ``PATH.partial`` until it is whole; it is renamed at the end, so
+that nobody reads the fill values of chunks that are not there. A file in its ``.finished`` marks a
+chunk all of whose arrays have reached the disk. A chunk without it is made anew, whatever there is.
+
+**What belongs together.** Attributes of the root group say what the results are of: settings, seed,
+number of images, versions, and hashes of the defence with its networks and of some of the images. A
+store is only continued by the very same.
+
+The format is Zarr 2, which all of its libraries read, with the conventions of xarray; groups and
+names are those of :mod:`pyro_vae_defence.diagnostics`. Reference: https://zarr-specs.readthedocs.io.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+import xarray
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from tqdm.auto import tqdm
+
+import pyro_vae_defence
+from pyro_vae_defence.defence.result import DefenceResult
+from pyro_vae_defence.models.modules import networks_of
+from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.ranks import Claims
+
+_FINISHED = ".finished"
+_POLL = 0.1  # seconds between looks at what another process is to make
+_PATIENCE = 60.0  # seconds until files of another machine must be seen
+
+Chunk = Callable[[Any, int], DefenceResult]
+"""A batch of the dataset, and the number of its first image, to what the defence makes of it."""
+
+
+def check_dataset(dataset: Any) -> int:
+    """The number of images of a dataset.
+
+    Raises:
+        ValueError: if it has no length or no items, or is empty.
+    """
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise ValueError(
+            f"dataset must have a length and items by number, got {type(dataset).__name__}; "
+            "defence.stream() takes any iterable of batches"
+        )
+    if not (length := len(dataset)):
+        raise ValueError("dataset is empty; it must hold at least one image")
+    return length
+
+
+def check_zarr() -> None:
+    """Raise ``ImportError`` with what to install, if Zarr is missing."""
+    if importlib.util.find_spec("zarr") is None:
+        raise ImportError(
+            "to_zarr needs Zarr, which is not installed; run pip install 'pyro-vae-defence[zarr]'"
+        )
+
+
+def write(
+    path: str | os.PathLike[str],
+    dataset: Any,
+    chunk_size: int,
+    defend: Chunk,
+    identity: Mapping[str, Any],
+    observed_data: bool,
+    progress: bool,
+) -> Path:
+    """Defend what a store does not hold yet; see the module.
+
+    Args:
+        path: of the store; a directory.
+        dataset: items by number, images or tuples that start with them.
+        chunk_size: images per chunk, >= 1.
+        defend: the defence of a chunk.
+        identity: what the results depend on beside the images; JSON.
+        observed_data: whether to write the images, too.
+        progress: show a progress bar over chunks.
+
+    Raises:
+        ValueError: if there is something else at ``path``.
+    """
+    path = Path(path).absolute()
+    length = check_dataset(dataset)
+    chunk_size = min(chunk_size, length)
+    some = [dataset[number] for number in sorted({0, length // 2, length - 1})]
+    identity = {
+        **json.loads(json.dumps(identity)),
+        "num_images": length,
+        "chunk_size": chunk_size,
+        "observed_data": observed_data,
+        "images_hash": fingerprint(some),
+        "inference_library": "pyro_vae_defence",
+        "inference_library_version": pyro_vae_defence.__version__,
+        "torch": metadata.version("torch"),
+    }
+    store = _Store(path, identity)
+    if path.exists():
+        store.check(path)
+        shutil.rmtree(path / _FINISHED, ignore_errors=True)
+        return path
+    if store.partial.exists():
+        store.check(store.partial)
+    claims = Claims(f"store {path}")
+    total = -(-length // chunk_size)
+    hidden = claims.rank > 0 or not progress
+    with tqdm(total=total, unit="chunk", disable=hidden, leave=False) as bar:
+
+        def show() -> None:
+            bar.n = store.num_finished()
+            bar.refresh()
+
+        for number in claims.order(total):
+            if store.is_finished(number) or not claims.claim(number):
+                continue
+            first = number * chunk_size
+            rows = range(first, min(first + chunk_size, length))
+            result = defend(default_collate([dataset[row] for row in rows]), first)
+            groups = _groups(result, observed_data)
+            if not store.partial.exists() and claims.claim("store"):
+                store.create(groups, length, chunk_size)
+            _wait_for(store.partial, None)
+            store.put(groups, number, first)
+            show()
+        claims.leave()
+        for _ in claims.waiting():
+            show()
+    if claims.rank == 0:
+        for number in range(total):
+            _wait_for(store.partial / _FINISHED / str(number), _PATIENCE)
+        store.close()
+    _wait_for(path, None)
+    return path
+
+
+class _Store:
+    """A store on its way: ``PATH.partial``, with marks of what is finished."""
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path, self.identity = path, identity
+        self.partial = path.with_name(f"{path.name}.partial")
+        self._checked = False
+
+    def check(self, place: Path) -> None:
+        """Raise ``ValueError`` if something else is there than this store."""
+        try:
+            found = json.loads((place / ".zattrs").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{place} is no store of to_zarr; choose another path") from error
+        was, now = _flat(found), _flat(self.identity)
+        for name in sorted({*was, *now}, key=lambda name: (not name.startswith("settings"), name)):
+            if was.get(name) != now.get(name):
+                raise ValueError(
+                    f"{place} holds another run: its {name} is {was.get(name)!r}, now it is "
+                    f"{now.get(name)!r}; delete it, or choose another path"
+                )
+        self._checked = True
+
+    def is_finished(self, number: int) -> bool:
+        return (self.partial / _FINISHED / str(number)).exists()
+
+    def num_finished(self) -> int:
+        return len(list((self.partial / _FINISHED).glob("[0-9]*")))
+
+    def create(self, groups: Mapping[str, xarray.Dataset], length: int, chunk_size: int) -> None:
+        """All groups and arrays with nothing in them but coordinates, at once or not at all."""
+        import zarr
+
+        version: dict[str, Any] = {"zarr_format": 2} if int(zarr.__version__[0]) > 2 else {}
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(".new", f".{self.path.name}.", self.partial.parent))
+        place = str(new)
+        root = xarray.Dataset(attrs=dict(self.identity))
+        root.to_zarr(place, mode="w", consolidated=False, **version)
+        for name, group in groups.items():
+            encoding = {
+                variable: {"chunks": tuple(_sizes(values, chunk_size))}
+                for variable, values in group.data_vars.items()
+            }
+            encoding["image"] = {"chunks": (length,)}
+            group.isel(image=slice(0)).to_zarr(
+                place, group=name, mode="a", encoding=encoding, consolidated=False, **version
+            )
+        arrays = zarr.open_group(place, mode="r+")
+        for name, group in groups.items():
+            for variable, values in {**group.data_vars, "image": group["image"]}.items():
+                arrays[f"{name}/{variable}"].resize(tuple(_sizes(values, length)))
+            arrays[f"{name}/image"][:] = np.arange(length)
+        zarr.consolidate_metadata(place)
+        (new / _FINISHED).mkdir()
+        new.chmod(0o755)  # mkdtemp's directories are their owner's alone
+        new.rename(self.partial)
+
+    def put(self, groups: Mapping[str, xarray.Dataset], number: int, first: int) -> None:
+        """Write a chunk, and when it has reached the disk its mark."""
+        if not self._checked:
+            self.check(self.partial)
+        for name, group in groups.items():
+            # Fill values are written, too: what a library makes of a missing chunk is its affair.
+            group.drop_vars(list(group.coords)).to_zarr(
+                str(self.partial),
+                group=name,
+                mode="r+",
+                region={"image": slice(first, first + group.sizes["image"])},
+                write_empty_chunks=True,
+            )
+            for variable, values in group.data_vars.items():
+                place = (str(number if dim == "image" else 0) for dim in values.dims)
+                with (self.partial / name / str(variable) / ".".join(place)).open("rb") as file:
+                    os.fsync(file.fileno())
+        write_atomically(self.partial / _FINISHED / str(number), b"")
+
+    def close(self) -> None:
+        """Give the store its name: all chunks are there."""
+        self.partial.rename(self.path)
+        shutil.rmtree(self.path / _FINISHED)
+
+
+def _flat(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes with a name for each setting."""
+    settings = attributes.get("settings", {})
+    return {f"settings.{name}": value for name, value in settings.items()} | {
+        name: value for name, value in attributes.items() if name != "settings"
+    }
+
+
+def _groups(result: DefenceResult, observed_data: bool) -> dict[str, xarray.Dataset]:
+    """What is written of some images: ArviZ's groups, and one of what there is once per image."""
+    tree = result.to_datatree()
+    groups = {name: group.to_dataset() for name, group in tree.children.items()}
+    if not observed_data:
+        del groups["observed_data"]
+    once = {"num_gradients": result.num_gradients, **result.convergence}
+    images = (("image", "channel", "height", "width"), _to_numpy(result.reconstruction))
+    groups["defence"] = xarray.Dataset(
+        {"reconstruction": images, **{n: (("image",), _to_numpy(v)) for n, v in once.items()}},
+        {"image": groups["posterior"]["image"]},
+    )
+    return groups
+
+
+def _sizes(values: xarray.DataArray, images: int) -> list[int]:
+    return [images if dim == "image" else size for dim, size in values.sizes.items()]
+
+
+def _to_numpy(values: Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+def _wait_for(path: Path, patience: float | None) -> None:
+    """Wait for a file that another process makes.
+
+    Raises:
+        ValueError: if it is not there after ``patience`` seconds.
+    """
+    until = None if patience is None else time.monotonic() + patience
+    while not path.exists():
+        if until is not None and time.monotonic() > until:
+            raise ValueError(f"{path} is missing; let path be on a disk that all machines share")
+        time.sleep(_POLL)
+
+
+# --- What results are of --------------------------------------------------------------------------
+
+
+def fingerprint(*values: Any) -> str:
+    """A hash of what values hold: numbers, texts, tensors, networks, and what is made of these.
+
+    Of functions and other objects it knows the name alone; what a closure holds escapes it.
+    """
+    found = hashlib.sha256()
+    for value in values:
+        _feed(found.update, value)
+    return found.hexdigest()[:16]
+
+
+def _feed(update: Callable[[bytes], Any], value: Any) -> None:
+    def word(*words: Any) -> None:
+        update(f"{words!r};".encode())
+
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        word("tensor", str(value.dtype), tuple(value.shape))
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        update(plain.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, nn.Module):
+        word("module", type(value).__qualname__)
+        _feed(update, dict(value.state_dict()))
+    elif isinstance(value, functools.partial):
+        word("partial")
+        _feed(update, [value.func, value.args, value.keywords])
+    elif isinstance(value, Mapping):
+        word("mapping", len(value))
+        for key, part in value.items():
+            _feed(update, [key, part])
+    elif isinstance(value, (list, tuple)):
+        word("sequence", len(value))
+        for part in value:
+            _feed(update, part)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        word("dataclass", type(value).__qualname__)
+        _feed(update, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
+        word(value)
+    else:
+        word("object", getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def weights_fingerprint(vae: Any) -> str:
+    """A hash of a VAE's networks, attributes, and of Pyro's parameters, once its programs have run.
+
+    The store also holds parameters of networks, under names with ``$$$``, which come and go.
+    """
+    own = {} if isinstance(vae, nn.Module) else getattr(vae, "__dict__", {})
+    named = {n: v for n, v in pyro.get_param_store().items() if "$$$" not in n}
+    return fingerprint(type(vae).__qualname__, networks_of(vae), own, named)

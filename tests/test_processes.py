@@ -1,0 +1,493 @@
+"""Studies and stores of results by processes of torchrun, and when these are killed.
+
+Run as a script, this file is what the processes execute.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from programs import TutorialVAE
+
+from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.attack import Attack
+from pyro_vae_defence.experiments.compare import Compare
+from pyro_vae_defence.experiments.configuration import Configuration
+from pyro_vae_defence.experiments.defend import Defend
+from pyro_vae_defence.experiments.evaluate import Evaluate
+from pyro_vae_defence.experiments.figures import Figures
+from pyro_vae_defence.experiments.hierarchy import DefendHierarchy
+from pyro_vae_defence.experiments.study import Measurement, load, save
+from pyro_vae_defence.experiments.train import MODELS
+from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models.classifier import LinearClassifier
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
+from pyro_vae_defence.models.pretrained import load_card, save_pretrained
+from pyro_vae_defence.ops import ranks
+from pyro_vae_defence.ops.ranks import Claims
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = ("-m", "torch.distributed.run", "--nnodes=1", "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0")  # fmt: skip
+
+
+def launch(*command, processes=2, restarts=0):
+    """Run this file, or a module with ``-m``, in processes of torchrun."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    options = (f"--nproc-per-node={processes}", f"--max-restarts={restarts}")
+    return subprocess.run(
+        [sys.executable, *TORCHRUN, *options, *map(str, command)],
+        env=environment, capture_output=True, text=True, timeout=3600,
+    )  # fmt: skip
+
+
+def restarts():
+    """How often torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+# --- What the processes do ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ToyConfig(Configuration):
+    """A toy.
+
+    Args:
+        seed: of everything.
+    """
+
+    seed: int = 0
+
+
+class Toy(Measurement[ToyConfig]):
+    """Seven cells, of which some processes die or fail."""
+
+    kind = command = "toy"
+    names = {"plain": ToyConfig()}
+    output = "runs/toy"
+    parts = ("radii",)
+    timed = True
+    dies: str | None = None  # in which cell a process is killed
+    fails: str | None = None
+
+    def load(self):
+        self.weights["w"] = "hash"
+        self.computed = []
+
+    def cells(self):
+        yield ("floor",), lambda: self.compute("floor")
+        for radius in ("0", "0.1"):
+            for name in ("none", "hmc", "aware/0.2"):
+                key = ("radii", radius, name)
+                yield key, functools.partial(self.compute, "/".join(key))
+
+    def compute(self, name):
+        if self.dies == name and restarts() < 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fails == name:
+            raise ValueError("no such thing")
+        self.computed.append(name)
+        number = float(torch.rand((), generator=self.generator(name)))
+        return {"number": number, "seconds": 0.1 * (1 + ranks.rank())}
+
+    @classmethod
+    def section(cls, result, figures):
+        return f"# {result['name']}\n"
+
+
+def toy(output):
+    return Toy("plain", output, progress=False)
+
+
+class Noise:
+    """Images made when they are asked for, however many."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return torch.rand(1, 28, 28, generator=torch.Generator().manual_seed(index))
+
+
+def defend(path, length=20, chunk_size=3, dies=None):
+    """Defend noise; a process is killed at the chunk that begins with image ``dies``."""
+    torch.manual_seed(0)
+    kernel = functools.partial(BatchedHMC, num_steps=1)
+    defence = MCMCDefence(TutorialVAE().eval(), kernel, num_samples=2, warmup_steps=1)
+    if dies is not None:
+        before = defence._defend
+
+        def killed(vae, x, seed, first_image):
+            if first_image == dies and restarts() < 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return before(vae, x, seed, first_image)
+
+        defence._defend = killed
+    generator = torch.Generator().manual_seed(7)
+    return defence.to_zarr(Noise(length), path, generator=generator, chunk_size=chunk_size)
+
+
+def take_part(folder, *what):
+    """A process of its own: a study, a store, or what memory a store takes."""
+    if "killed" in what:
+        Toy.dies = "radii/0.1/hmc"
+    if "failing" in what:
+        Toy.fails = "radii/0.1/hmc"
+    if "study" in what:
+        study = toy(folder)
+        study.run()
+        save(folder / f"computed{ranks.rank()}", {"computed": study.computed})
+    if "store" in what:
+        defend(folder / "store", dies=15 if "killed" in what else None)
+    if "memory" in what:
+        defend(folder / "store", int(what[-1]), 500)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+        save(folder / f"memory{ranks.rank()}", {"peak": peak})
+
+
+# --- Studies --------------------------------------------------------------------------------------
+
+
+def without_times(text):
+    """A result file but for what is measured in seconds."""
+    return re.sub(r'"(\w*_)?seconds(_\w*)?": [0-9.e-]+', "seconds", text)
+
+
+@pytest.fixture
+def expected(tmp_path):
+    """What one process writes."""
+    toy(tmp_path / "one").run()
+    return without_times((tmp_path / "one" / "plain.json").read_text())
+
+
+class Pretended(Claims):
+    """One of several processes that run one after the other in this one."""
+
+    taken: set = set()
+    number, all = 0, 1
+
+    def __init__(self, name):
+        self.rank, self.size = self.number, self.all
+
+    def claim(self, item):
+        new = item not in self.taken
+        self.taken.add(item)
+        return new
+
+    def leave(self):
+        pass
+
+    def waiting(self):
+        return iter(())
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Let this process be one of many."""
+    monkeypatch.setattr("pyro_vae_defence.experiments.study.Claims", Pretended)
+
+    def be(number, count, *claimed):
+        monkeypatch.setattr(Pretended, "number", number)
+        monkeypatch.setattr(Pretended, "all", count)
+        monkeypatch.setattr(Pretended, "taken", set(claimed))
+
+    be(0, 1)
+    return be
+
+
+CHAIN = {"chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 1}
+FEW = {"num_references": 3, "num_restarts": 2}
+SMALL = {
+    Attack: ("mnist_vae", {**CHAIN, **FEW, "radii": (0.1,), "num_images": 10, "attack_steps": 2}),
+    Compare: (
+        "mnist",
+        {
+            **CHAIN, **FEW, "radii": (0.0, 0.1), "full_radii": (0.1,), "num_images": 10,
+            "num_noise": 10, "curve_images": 10, "cost_radius": 0.1, "costs": ("hmc@2",),
+            "defences": ("none", "aware", "aware_0.1", "aware_unknown", "mode"),
+        },
+    ),
+    Defend: ("mnist_radius_0.1", {**CHAIN, **FEW, "defences": ("none", "hmc", "mode")}),
+    DefendHierarchy: (
+        "mnist_nvae_radius_0.1",
+        {**CHAIN, **FEW, "dataset": "mnist_subset", "groups": (1, 3), "attack_steps": 2,
+         "metric_images": 6, "batch_size": 3},
+    ),
+    Evaluate: ("mnist_vae", {"num_images": 10, "num_samples": 3, "ais_images": 2, "ais_steps": 3}),
+    Figures: (
+        "mnist",
+        {**CHAIN, "radii": (0.1, 1.0), "objective_radii": (0.2,), "attack_chains": 2,
+         "attack_steps": 2, "num_images": 3, "num_examples": 1},
+    ),
+}  # fmt: skip
+
+
+def save_models(directory):
+    """Untrained ones, as if they had been trained on the packaged images."""
+    torch.manual_seed(0)
+    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
+    variance = {"z": torch.rand(64) + 0.1}
+    save_pretrained(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance, **common)
+    save_pretrained(LinearClassifier(64, 10), "mnist_vae_classifier", directory, **common)
+    small = {"num_groups_per_scale": 2, "num_latent_per_group": 2}
+    small |= {"num_channels_enc": 4, "num_channels_dec": 4}
+    nvae = NVAE(NVAEConfig.from_dict({**MODELS["mnist_nvae"].architecture, **small}))
+    save_pretrained(nvae, "mnist_nvae", directory, **common)
+
+
+class TestStudies:
+    def test_torchrun_makes_what_one_process_makes(self, tmp_path, expected):
+        """A study and a store, each in two processes."""
+        pytest.importorskip("zarr")
+        from test_defence_store import assert_same
+
+        done = launch(__file__, tmp_path, "study", "store")
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert without_times((tmp_path / "plain.json").read_text()) == expected
+        assert not (tmp_path / "plain.cells").exists()
+        shares = [json.loads((tmp_path / f"computed{r}").read_text())["computed"] for r in (0, 1)]
+        assert len(shares[0] + shares[1]) == 7
+        assert len({*shares[0], *shares[1]}) == 7
+        assert_same(tmp_path / "store", defend(tmp_path / "one" / "store"))
+
+    @pytest.mark.parametrize("count", [2, 3, 10])
+    def test_any_number_of_processes(self, tmp_path, expected, pretend, count):
+        shares = {number: set(range(number, 7, count)) for number in range(count)}
+        for number in reversed(range(count)):
+            pretend(number, count, *(set(range(7)) - shares[number]))
+            toy(tmp_path).run()
+        assert without_times((tmp_path / "plain.json").read_text()) == expected
+        result = json.loads((tmp_path / "plain.json").read_text())
+        assert result["seconds"] < 1  # the sum over cells
+
+    def test_cells_that_a_killed_launch_has_left_are_taken_up(self, tmp_path, expected, pretend):
+        """By one process, or another number of them; what both had is counted once."""
+        pretend(2, 3, 0, 1, 5)
+        toy(tmp_path).run()
+        assert not (tmp_path / "plain.json").exists()
+        assert len(list((tmp_path / "plain.cells").iterdir())) == 4
+        pretend(0, 1)
+        study = toy(tmp_path)
+        study.run()
+        assert study.computed == ["floor", "radii/0/none", "radii/0.1/hmc"]
+        assert without_times((tmp_path / "plain.json").read_text()) == expected
+        assert not (tmp_path / "plain.cells").exists()
+        study = toy(tmp_path)
+        study.run()
+        assert study.computed == []
+
+    def test_a_result_file_that_one_process_has_left_is_taken_up(self, tmp_path, expected, pretend):
+        study = toy(tmp_path)
+        study.fails = "radii/0/hmc"
+        with pytest.raises(ValueError, match="^no such thing$"):
+            study.run()
+        pretend(1, 2, 4, 5)
+        toy(tmp_path).run()
+        pretend(0, 2, 3, 6)
+        study = toy(tmp_path)
+        study.run()
+        assert study.computed == ["radii/0.1/none", "radii/0.1/hmc"]
+        assert without_times((tmp_path / "plain.json").read_text()) == expected
+
+    def test_cells_of_another_run_are_refused(self, tmp_path, pretend):
+        pretend(1, 2, 0)
+        toy(tmp_path).run()
+        with pytest.raises(ValueError, match=r"00001\.json belongs to another run \(its config"):
+            Toy("plain", tmp_path, progress=False, overrides={"seed": 1}).run()
+
+    def test_where_cells_come_from_is_known(self, tmp_path, pretend, monkeypatch):
+        pretend(1, 2, 0, 1, 2)
+        monkeypatch.setattr(Toy, "provenance", {"commit": "before"})
+        toy(tmp_path).run()
+        monkeypatch.undo()
+        result = toy(tmp_path).run()
+        assert result["earlier"] == [{"commit": "before"}]
+        assert "torch" in result["provenance"]
+
+    def test_a_cell_that_fails_is_named(self, tmp_path, pretend):
+        pretend(1, 2)
+        study = toy(tmp_path)
+        study.fails = "radii/0.1/hmc"
+        with pytest.raises(ValueError, match=r"^process 1, cell radii/0\.1/hmc: no such thing$"):
+            study.run()
+        assert len(list((tmp_path / "plain.cells").iterdir())) == 2
+
+    def test_output_that_machines_do_not_share_is_noticed(self, tmp_path, pretend, monkeypatch):
+        monkeypatch.setattr("pyro_vae_defence.experiments.study._PATIENCE", 0)
+        pretend(0, 2, 3)
+        with pytest.raises(
+            ValueError, match=r"cells radii/0/aware/0.2 were computed, but are not in .*cells"
+        ):
+            toy(tmp_path).run()
+
+    def test_cells_for_which_time_did_not_suffice_are_left(self, tmp_path, expected, pretend):
+        pretend(1, 2, 0, 1, 2)
+        toy(tmp_path).run()
+        pretend(0, 2, 3, 4, 5, 6)
+        late = Toy("plain", tmp_path, progress=False, time_limit=1e-9)
+        late.run()
+        assert (late.computed, late.remaining) == ([], 3)
+        assert not (tmp_path / "plain.json").exists()
+        pretend(0, 2)
+        study = toy(tmp_path)
+        study.run()
+        assert (len(study.computed), study.remaining) == (3, 0)
+        assert without_times((tmp_path / "plain.json").read_text()) == expected
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", [Attack, Compare, Defend, DefendHierarchy, Evaluate, Figures])
+    def test_every_study_is_that_of_one_process(self, kind, tmp_path, pretend):
+        """Each process has every second cell, so that none finds what another has computed."""
+        name, settings = SMALL[kind]
+        models = tmp_path / "models"
+        save_models(models)
+
+        def run(output):
+            study = kind(name, output, models=models, overrides=settings, progress=False)
+            study.run()
+            return study
+
+        count = len(list(run(tmp_path / "one").cells()))
+        assert count > 2
+        pretend(1, 2, *range(0, count, 2))
+        run(tmp_path / "two")
+        pretend(0, 2, *range(1, count, 2))
+        path = run(tmp_path / "two").path
+        one = (tmp_path / "one" / path.name).read_text()
+        assert without_times(path.read_text()) == without_times(one)
+
+    @pytest.mark.slow
+    def test_a_killed_process_loses_the_cell_it_was_at(self, tmp_path, expected):
+        done = launch(__file__, tmp_path, "study", "killed")
+        assert done.returncode != 0
+        assert not (tmp_path / "plain.json").exists()
+        left = {"/".join(load(path)["key"]) for path in (tmp_path / "plain.cells").iterdir()}
+        assert left
+        assert "radii/0.1/hmc" not in left
+        done = launch(__file__, tmp_path, "study", processes=3)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert without_times((tmp_path / "plain.json").read_text()) == expected
+
+    @pytest.mark.slow
+    def test_a_process_that_fails_ends_all(self, tmp_path):
+        done = launch(__file__, tmp_path, "study", "failing")
+        assert done.returncode != 0
+        assert re.search(r"process [01], cell radii/0\.1/hmc: no such thing", done.stderr)
+        assert list((tmp_path / "plain.cells").iterdir())
+
+
+class TestCommandLine:
+    @pytest.mark.parametrize(
+        "words", [["train", "mnist_vae"], ["models"], ["benchmark", "attacks"]]
+    )
+    def test_work_for_one_process_is_refused_in_one_line(self, words, monkeypatch, capsys):
+        monkeypatch.setattr(ranks, "world_size", lambda: 2)
+        for rank, code in ((0, 2), (1, 0)):
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            assert main(words) == code
+            printed = capsys.readouterr()
+            assert printed.out == ""
+            refused = f"error: {words[0]} is work for one process; start it without torchrun\n"
+            assert printed.err == (refused if rank == 0 else "")
+
+    def test_a_process_without_a_gpu_is_told(self, monkeypatch):
+        monkeypatch.setattr(ranks, "world_size", lambda: 3)
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        with pytest.raises(ValueError, match="process 2 .* --nproc-per-node=2"):
+            ranks.take_gpu()
+
+    @pytest.mark.slow
+    def test_a_study_of_the_package(self, tmp_path):
+        """``evaluate``, two of whose cells need the same values, and which writes a card."""
+        texts = []
+        vae = ConvVAE()
+        for folder in (tmp_path / "one", tmp_path / "two"):
+            save_pretrained(
+                vae, "mnist_vae", folder / "models",
+                training={"dataset": "mnist_subset"}, command="none", provenance={}, metrics={},
+            )  # fmt: skip
+            words = ["evaluate", "mnist_vae", "--output", folder, "--models", folder / "models"]
+            for setting in ("num_images=20", "num_samples=3", "ais_images=2", "ais_steps=3"):
+                words += ["--set", setting]
+            words = ["-m", "pyro_vae_defence.experiments", *map(str, words), "--quiet"]
+            done = launch(*words, processes=1 if folder.name == "one" else 2)
+            assert done.returncode == 0, done.stderr[-4000:]
+            assert done.stdout.count("wrote") == 1
+            texts.append(without_times((folder / "mnist_vae.json").read_text()))
+            card = load_card("mnist_vae", folder / "models")
+            assert len(card.metrics["test"]) == 4
+        assert texts[0] == texts[1]
+
+
+class TestStores:
+    @pytest.fixture(autouse=True)
+    def _zarr(self):
+        pytest.importorskip("zarr")
+
+    @pytest.mark.slow
+    def test_a_killed_process_loses_its_chunk(self, tmp_path, monkeypatch):
+        from test_defence_store import assert_same
+
+        done = launch(__file__, tmp_path, "store", "killed")
+        assert done.returncode != 0
+        path, partial = tmp_path / "store", tmp_path / "store.partial"
+        assert not path.exists()
+        finished = {int(mark.name) for mark in (partial / ".finished").iterdir()}
+        assert finished
+        assert 5 not in finished
+        files = {
+            number: partial / "posterior" / "latent" / f"0.0.{number}.0" for number in finished
+        }
+        made = {number: file.stat().st_mtime_ns for number, file in files.items()}
+        done = launch(__file__, tmp_path, "store", processes=3)
+        assert done.returncode == 0, done.stderr[-4000:]
+        for number, time in made.items():
+            assert (path / files[number].relative_to(partial)).stat().st_mtime_ns == time
+        assert_same(path, defend(tmp_path / "one"))
+
+    @pytest.mark.slow
+    def test_torchruns_restarts_survive_a_kill(self, tmp_path, expected):
+        from test_defence_store import assert_same
+
+        done = launch(__file__, tmp_path, "study", "store", "killed", restarts=2)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert without_times((tmp_path / "plain.json").read_text()) == expected
+        assert_same(tmp_path / "store", defend(tmp_path / "one" / "store"))
+
+    @pytest.mark.slow
+    def test_memory_does_not_depend_on_the_number_of_images(self, tmp_path):
+        """100,000 images in two processes take at most 10% more than 10,000."""
+        peaks = {}
+        for length in (10_000, 100_000):
+            folder = tmp_path / str(length)
+            folder.mkdir()
+            done = launch(__file__, folder, "memory", length)
+            assert done.returncode == 0, done.stderr[-4000:]
+            found = [json.loads((folder / f"memory{r}").read_text())["peak"] for r in (0, 1)]
+            peaks[length] = max(found)
+        print(peaks)
+        assert peaks[100_000] < 1.1 * peaks[10_000]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    take_part(Path(sys.argv[1]), *sys.argv[2:])
