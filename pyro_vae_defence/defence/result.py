@@ -125,8 +125,8 @@ def setting(value: Any) -> int | float | str:
         return f"{setting(value.func)}({', '.join([*map(str, value.args), *bound])})"
     if isinstance(value, (int, float, str)):
         return int(value) if isinstance(value, bool) else value
-    if type(value).__repr__ == object.__repr__:  # which says where it stands in memory
-        value = type(value)
+    if not hasattr(value, "__name__") and " object at 0x" in str(value):
+        value = type(value)  # where it stands in memory says nothing
     return getattr(value, "__name__", str(value))
 
 
