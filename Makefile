@@ -2,13 +2,16 @@
 # make test  the test suite
 # make bench the sampler engine against the machine, stock Pyro and NumPyro (about 25 minutes)
 # make lint  format, lint and types
+# make test-gpu  the tests that need a CUDA GPU; .ci/gpu runs these, the benchmark and an evaluation
 # Each sets up .venv on its own when it is missing or setup.cfg has changed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# An interpreter for `make test-gpu` with everything installed, instead of .venv: GPU_PYTHON=python3
+GPU_PYTHON ?=
 
-.PHONY: run test test-slow test-lower-bounds bench lint format docs clean help
+.PHONY: run test test-slow test-gpu test-lower-bounds gpu-wheels bench lint format docs clean help
 
 help:
 	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
@@ -31,11 +34,21 @@ run: $(VENV)/.stamp-run
 # Two processes of one thread each; ARGS="-n 8" for more, ARGS="-n 0" for none beside pytest's own.
 test: export OMP_NUM_THREADS ?= 1
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not cuda" -n 2 --dist worksteal $(ARGS)
 
 # Slow checks: a few minutes each, the ones a release waits for.
 test-slow: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not cuda" $(ARGS)
+
+# On one CUDA GPU; without one they are skipped. PVD_TEST_DEVICE=cpu compares the CPU with itself.
+test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.stamp-test)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda tests/cuda $(ARGS)
+
+# What .ci/gpu lacks on a machine with PyTorch but no network, to travel there beside the code.
+gpu-wheels: | $(BIN)/python
+	$(BIN)/python -m pip download --disable-pip-version-check -q --no-deps --only-binary=:all: \
+		--python-version 3.12 --implementation py --abi none --platform any \
+		-d wheels -r .ci/gpu-wheels.txt
 
 # The oldest versions setup.cfg allows, in an environment of their own (downloads several GB).
 test-lower-bounds:

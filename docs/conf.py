@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from docutils import nodes
+
 import pyro_vae_defence
 
 project = "pyro_vae_defence"
@@ -15,8 +17,11 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.viewcode",
 ]
-# Tables are included by results.md.
+# Generated tables, which pages include.
 exclude_patterns = ["_build", "results"]
+
+# A copy of MathJax 3.2.2's component tex-chtml and its fonts, Apache-2.0: pages need no network.
+mathjax_path = "mathjax/tex-chtml.js"
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -33,6 +38,8 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"pyro_vae_defence {version}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 
 def skip_member(app, what, name, member, skip, options):
@@ -40,5 +47,16 @@ def skip_member(app, what, name, member, skip, options):
     return True if type(member).__name__ == "_tuplegetter" else skip
 
 
+def anchor_terms(app, doctree):
+    """Give the terms of definition lists in pages anchors, so that each can be linked to."""
+    for term in doctree.findall(nodes.term):
+        own = nodes.make_id(term.astext())
+        if own and not term["ids"] and own not in doctree.ids:
+            doctree.ids[own] = term
+            term["ids"].append(own)
+            term += nodes.reference("", "¶", refuri=f"#{own}", classes=["headerlink"])
+
+
 def setup(app):
     app.connect("autodoc-skip-member", skip_member)
+    app.connect("doctree-read", anchor_terms)

@@ -97,9 +97,10 @@ def curve(
     low: Sequence[float],
     high: Sequence[float],
     label: str = "",
+    color: str | None = None,
 ) -> Axes:
-    """A line with its interval as a band."""
-    (line,) = axes.plot(x, estimate, marker="o", ms=3, label=label)
+    """A line with its interval as a band, in the next colour of the axes when it is ``None``."""
+    (line,) = axes.plot(x, estimate, marker="o", ms=3, label=label, color=color)
     axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, lw=0)
     return axes
 

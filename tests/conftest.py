@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
+from elsewhere import Elsewhere
 from programs import LinearGaussianVAE, TutorialVAE
 
 SHARED = Path(os.environ.get("PVD_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
@@ -28,6 +30,20 @@ def _clean_pyro():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def device():
+    """The device that tests in ``tests/cuda`` compare with the CPU.
+
+    ``PVD_TEST_DEVICE`` says which: ``cuda`` by default. Without a GPU, ``lazy`` is the device of
+    :mod:`elsewhere`, which finds what would fail on one.
+    """
+    name = os.environ.get("PVD_TEST_DEVICE", "cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    with Elsewhere() if name == "lazy" else contextlib.nullcontext():
+        yield torch.device(name)
 
 
 @pytest.fixture

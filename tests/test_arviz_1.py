@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 PROGRAM = """
+import matplotlib
+matplotlib.use("Agg")
 import numpy as np, arviz, xarray
 from pyro_vae_defence import diagnostics
 
@@ -19,8 +21,13 @@ assert int(arviz.__version__.split(".")[0]) >= 1, arviz.__version__
 rng = np.random.default_rng(0)
 tree = diagnostics.to_datatree(
     {"z": rng.normal(size=(4, 50, 3, 5))},
-    {"lp": rng.normal(size=(4, 50, 3)), "diverging": np.zeros((4, 50, 3), bool)},
-    {"obs": rng.random((3, 1, 28, 28))},
+    {
+        "lp": rng.normal(size=(4, 50, 3)),
+        "energy": rng.normal(size=(4, 50, 3)),
+        "diverging": rng.random((4, 50, 3)) < 0.1,
+    },
+    {"obs": rng.random((3, 1, 6, 6))},
+    log_likelihood={"obs": rng.normal(size=(4, 50, 3, 1, 6, 6)) * np.logspace(-18, 0, 6)},
 )
 chains = diagnostics.to_arviz(tree)
 assert isinstance(chains, xarray.DataTree)
@@ -30,6 +37,18 @@ assert rhat.shape == ess.shape == (3, 5)
 assert rhat.max() < 1.1 and ess.min() > 60
 assert len(arviz.summary(chains)) == 15
 chains.to_netcdf("chains.nc")
+
+# Plots ask for a coordinate of every dimension.
+arviz.plot_trace(chains)
+arviz.plot_rank(chains)
+one = diagnostics.to_arviz(diagnostics.select_image(tree, 1))
+np.testing.assert_allclose(arviz.bfmi(one)["energy"].min(), diagnostics.summary(tree)["bfmi"][1])
+arviz.plot_energy(one)
+arviz.plot_pair(one, visuals={"divergence": True})
+assert np.isfinite(arviz.loo(one).elpd) and arviz.loo(one).n_data_points == 36
+ids = np.array([0, 1, 0, 1])
+theirs = arviz.rhat_nested(chains, superchain_ids=ids, method="identity")["z"]
+np.testing.assert_allclose(diagnostics.rhat_nested(tree, ids)["z"], theirs)
 
 sites = ["vae/z", "chain", "metric", "summary", "sample", "vae/z_dim"]
 draws = {site: rng.normal(size=(4, 50, 3, 5)) for site in sites}
@@ -51,7 +70,7 @@ def test_conversion_under_arviz_1(tmp_path):
         pytest.skip("no Python 3.12 or 3.13 on this machine")
     subprocess.run([python, "-m", "venv", tmp_path / "venv"], check=True)
     ours = tmp_path / "venv" / "bin" / "python"
-    install = [ours, "-m", "pip", "install", "-q", "arviz>=1", "h5netcdf", "h5py"]
+    install = [ours, "-m", "pip", "install", "-q", "arviz>=1", "h5netcdf", "h5py", "matplotlib"]
     subprocess.run(install, check=True)
     done = subprocess.run(
         [ours, "-c", PROGRAM],

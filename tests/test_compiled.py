@@ -80,9 +80,26 @@ def test_a_recording_is_bitwise_the_model(float64):
     z = {"z": torch.randn(3, 3)}
     value, gradient = lat.value_and_gradient(energy, z)
     with torch.no_grad():
-        got = compiled._capture(energy, z)(x, z["z"])
+        got = compiled._capture(compiled._BOTH, energy, z)(x, z["z"])
     assert torch.equal(got[0], value)
     assert torch.equal(got[1], gradient["z"])
+
+
+def test_constants_elsewhere_are_moved_once(float64):
+    """Seen from a GPU, all that a model computes of its tensors on the CPU is a constant."""
+    vae, x = LinearGaussianVAE(), torch.rand(3, 1, 4, 4)
+    energy, z = program.potential(vae, x), {"z": torch.randn(3, 3)}
+    module = compiled._capture(compiled._BOTH, energy, z)
+    before, expected = len(module.graph.nodes), module(x, z["z"])
+    compiled._fold(module, x.device)
+    assert len(module.graph.nodes) == before
+    compiled._fold(module, torch.device("cuda"))
+    assert len(module.graph.nodes) < before
+    assert all(torch.equal(one, other) for one, other in zip(module(x, z["z"]), expected))
+    made = [n for n in module.graph.nodes if n.op == "call_function"]
+    assert all(
+        any(i.op != "get_attr" for i in n.all_input_nodes) for n in made if n.all_input_nodes
+    )
 
 
 class CountOperations(TorchDispatchMode):
@@ -253,6 +270,88 @@ def test_only_the_last_energy_of_a_trajectory_is_asked_for():
     kernel.setup(0)
     kernel.sample(kernel.sample({"z": torch.zeros(2, 3)}))
     assert (counting.energies, counting.forces) == (3, 11)  # start and two ends; each a force
+
+
+class Seeing(LinearGaussianVAE):
+    """Remembers how torch is set when its model runs."""
+
+    def model(self, x):
+        self.seen = compiled.tf32_settings()
+        super().model(x)
+
+
+def test_energies_are_full_and_forces_tf32_whatever_torch_is_set_to():
+    vae = Seeing()
+    energy = program.potential(vae, torch.rand(2, 1, 4, 4))
+    z = {"z": torch.randn(2, 3)}
+    with compiled.tf32(True):
+        rounding = compiled.tf32_settings()
+    with compiled.tf32(False):
+        full = compiled.tf32_settings()
+    assert set(rounding).isdisjoint(full)
+    reduced = ReducedForce(energy, "tf32")
+    for on, set_to in ((True, rounding), (False, full)):
+        with compiled.tf32(on):
+            energy(z)
+            assert vae.seen == set_to  # else the test shows nothing
+            reduced(z)
+            assert vae.seen == full
+            reduced.force(z)
+            assert vae.seen == rounding
+            reduced.energy_and_gradient(z)
+            assert compiled.tf32_settings() == set_to
+
+
+def test_settings_come_back_after_an_interrupt():
+    def interrupted(x):
+        if ready:
+            raise KeyboardInterrupt
+        LinearGaussianVAE().model(x)
+
+    ready = False
+    reduced = ReducedForce(program.ModelPotential(interrupted, torch.rand(2, 1, 4, 4)), "tf32")
+    ready, before = True, compiled.tf32_settings()
+    for ask in (reduced, reduced.force):
+        with pytest.raises(KeyboardInterrupt):
+            ask({"z": torch.zeros(2, 3)})
+        assert compiled.tf32_settings() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "tf32"])
+def test_recorded_reduced_forces(dtype):
+    vae, x = LayeredVAE(latent_dim=3).eval(), torch.rand(2, 1, 28, 28)
+    energy, z = program.potential(vae, x), {"z": torch.randn(2, 3)}
+    reduced, recorder = ReducedForce(energy, dtype), Recorder()
+    recorded = recorder(reduced)
+    value, force = recorded.energy_and_gradient(z)
+    assert (recorded.captured, recorded.why_not) == (True, None)
+    assert torch.equal(value, energy(z))
+    assert torch.equal(force["z"], reduced.force(z)["z"])
+    assert torch.equal(recorded.force(z)["z"], force["z"])
+    # Forces of another precision are another recording.
+    plain = recorder(energy).energy_and_gradient(z)[1]
+    assert torch.equal(plain["z"], force["z"]) == (dtype == "tf32")  # a CPU has no TF32
+    assert len(recorder.recordings) == 3
+    alone = recorded.take(torch.tensor([1]))
+    assert torch.allclose(alone.force({"z": z["z"][1:]})["z"], force["z"][1:], rtol=1e-2)
+
+
+def test_recordings_run_with_the_settings_they_are_for(monkeypatch):
+    seen = []
+    energy = program.potential(LinearGaussianVAE(), torch.rand(2, 1, 4, 4))
+    recorded = Recorder()(ReducedForce(energy, "tf32"))
+    z = {"z": torch.zeros(2, 3)}
+    recorded.energy_and_gradient(z)
+    forward = torch.fx.GraphModule.__call__
+    monkeypatch.setattr(
+        torch.fx.GraphModule,
+        "__call__",
+        lambda *args: seen.append(compiled.tf32_settings()) or forward(*args),
+    )
+    recorded.energy_and_gradient(z)
+    with compiled.tf32(True):
+        rounding = compiled.tf32_settings()
+    assert [settings == rounding for settings in seen] == [False, True]
 
 
 def test_force_dtype():

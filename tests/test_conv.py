@@ -138,6 +138,10 @@ def test_runs_on_meta():
         ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
         ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
         ({"likelihood": "poisson"}, "likelihood must be 'bernoulli' or 'gaussian', got 'poisson'"),
+        (
+            {"image_size": 48},
+            r"image_size must be one of \(28, 32, 64\), got 48: scale .*image_size=64",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -155,11 +159,11 @@ def test_bad_images_and_beta():
         vae.model(torch.rand(2, 1, 28, 28), beta=0)
 
 
-@pytest.mark.parametrize("in_channels", [1, 3])
-def test_the_decoder_equals_its_layers_one_by_one(in_channels):
+@pytest.mark.parametrize(("in_channels", "image_size"), [(1, 28), (3, 28), (1, 32), (3, 64)])
+def test_the_decoder_equals_its_layers_one_by_one(in_channels, image_size):
     """Also in the gradients of inputs and parameters, with biases that are not zero."""
     torch.manual_seed(0)
-    vae = ConvVAE(in_channels).double()
+    vae = ConvVAE(in_channels, image_size=image_size).double()
     for parameter in vae.decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     z = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
@@ -174,3 +178,40 @@ def test_the_decoder_equals_its_layers_one_by_one(in_channels):
     )
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("in_channels", [1, 3])
+@pytest.mark.parametrize(("image_size", "middle", "layers"), [(32, 8, 5), (64, 8, 6)])
+def test_larger_images(in_channels, image_size, middle, layers):
+    vae = ConvVAE(in_channels, image_size=image_size)
+    shape = (in_channels, image_size, image_size)
+    assert vae.image_shape == shape
+    x, z = torch.rand(2, *shape), torch.randn(2, 64)
+    assert vae.encoder(x).shape[2:] == (2, 2)  # which the last convolution makes one pixel
+    assert vae.posterior(x).event_shape == (64,)
+    assert vae.decoder[:3](z[:, :, None, None]).shape == (2, 96, middle, middle)
+    assert vae.decode(z).shape == (2, *shape)
+    assert len([m for m in vae.decoder if isinstance(m, nn.ConvTranspose2d)]) == layers
+    wrong = rf"x must have shape \(N, {in_channels}, {image_size}, {image_size}\), got"
+    with pytest.raises(ValueError, match=wrong):
+        vae.guide(torch.rand(2, in_channels, 28, 28))
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_every_parameter_of_larger_images_is_trained(image_size):
+    vae = ConvVAE(3, image_size=image_size)
+    before = copy.deepcopy(vae.state_dict())
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), TraceMeanField_ELBO())
+    for _ in range(2):
+        svi.step(torch.rand(4, *vae.image_shape))
+    after = vae.state_dict()
+    assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+def test_the_paper_size_has_the_configuration_it_always_had():
+    """Cards of trained weights hold it: neither old nor new ones may change."""
+    names = ["in_channels", "latent_dim", "likelihood", "log_variance"]
+    assert list(ConvVAE().config) == names
+    config = ConvVAE(3, 7, image_size=64).config
+    assert list(config) == [*names, "image_size"]
+    assert ConvVAE(**config).config == config

@@ -210,3 +210,15 @@ def test_inconsistent_arrays():
         data.ImageDataset(images.float(), torch.zeros(3), "x", "test", [])
     with pytest.raises(ValueError, match="3 images but 2 labels"):
         data.ImageDataset(images, torch.zeros(2), "x", "test", [])
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_batches_on_a_device(labels):
+    test = data.load("mnist_subset", "test")
+    plain, moved = (data.batches(test, 300, labels=labels, device=d) for d in (None, "cpu"))
+    for one, other in zip(plain, moved, strict=True):
+        assert type(one) is type(other)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    (first, *_) = data.batches(test, 300, labels=labels, device="meta")
+    parts = first if labels else [first]
+    assert [part.device.type for part in parts] == ["meta"] * len(parts)

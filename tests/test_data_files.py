@@ -190,3 +190,133 @@ def test_bad_folders_and_arguments(tmp_path, folder):
         data.load_folder(folder, 28, channels=2)
     with pytest.raises(ValueError, match="2 images but labels of shape"):
         data.ImageFiles(["a", "b"], torch.zeros(3), "x", "all", [], (1, 2, 2), lambda image: image)
+
+
+def grey(value, size=(4, 3), mode="L"):
+    return Image.new(mode, size, value)
+
+
+def test_grey_stays_grey_and_sizes_stay(tmp_path):
+    grey(51).save(tmp_path / "a.png")
+    grey(1, mode="1").save(tmp_path / "b.png")
+    ramp = Image.linear_gradient("L").resize((4, 3))
+    ramp.save(tmp_path / "c.png")
+    ramp.convert("P").save(tmp_path / "d.png")  # a palette of greys
+    found = data.load_folder(tmp_path)
+    assert found.image_shape == (1, 3, 4)
+    images = found.images()
+    assert (images[0] == 0.2).all()
+    assert (images[1] == 1).all()
+    assert torch.equal(images[2], torch.from_numpy(np.array(ramp))[None] / 255)
+    assert torch.equal(images[3], images[2])
+    assert data.load_folder(tmp_path, channels=3).image_shape == (3, 3, 4)
+    assert data.load_folder(tmp_path, (6, 8)).image_shape == (1, 6, 8)
+
+
+def test_colour_stays_colour(tmp_path):
+    red = grey((255, 0, 0), mode="RGB")
+    red.save(tmp_path / "a.png")
+    red.convert("P").save(tmp_path / "b.png")
+    opaque = red.copy()
+    opaque.putalpha(255)
+    opaque.save(tmp_path / "c.png")
+    images = data.load_folder(tmp_path).images()
+    assert images.shape == (3, 3, 3, 4)
+    assert (images[:, 0] == 1).all()
+    assert (images[:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        (grey((1, 2, 3), mode="RGB"), {"image_size": 3}, r"pass channels=1 \(grey\) or channels=3"),
+        (grey(1, (4, 4)), {}, r"\(1, 4, 4\); pass image_size= to make them alike"),
+        (grey((1, 2, 3), (4, 4), "RGB"), {}, "pass channels=1 .* and image_size= to make"),
+    ],
+)
+def test_images_that_differ_are_refused_and_both_named(tmp_path, other, options, message):
+    grey(0).save(tmp_path / "a.png")
+    other.save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=f"images differ: .*a.png has .*b.png has .*{message}"):
+        data.load_folder(tmp_path, **options)
+    assert len(data.load_folder(tmp_path, 3, channels=1).images()) == 2
+
+
+def half_transparent():
+    image = grey((1, 2, 3), mode="RGB")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "message"),
+    [
+        ("x.png", grey(40_000, mode="I;16"), {}, "its pixels are 'I;16' to Pillow.* 8 bits"),
+        ("x.tif", grey(0.5, mode="F"), {}, "its pixels are 'F' to Pillow"),
+        ("x.jpg", grey((0, 0, 0, 9), mode="CMYK"), {}, "its pixels are 'CMYK' to Pillow"),
+        ("x.png", half_transparent(), {}, "it has transparent pixels"),
+        ("x.png", grey(7), {"transparency": 7}, "it has transparent pixels"),
+        (
+            "x.tif",
+            grey(0),
+            {"save_all": True, "append_images": [grey(1)]},
+            "it holds 2 images: save each",
+        ),
+    ],
+)
+def test_files_that_would_be_decoded_wrongly_are_refused(tmp_path, name, image, options, message):
+    image.save(tmp_path / name, **options)
+    with pytest.raises(ValueError, match=f"cannot read image .*{name} .*{message}"):
+        data.load_folder(tmp_path).images()
+    with pytest.raises(ValueError, match=f"cannot read image .*{name} .*{message}"):
+        data.load_folder(tmp_path, 3, channels=1).images()
+
+
+def test_a_camera_turned_by_a_quarter(tmp_path):
+    pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # row 0 is the right-hand side
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    found = data.load_folder(tmp_path)
+    assert found.image_shape == (1, 4, 3)
+    expected = torch.from_numpy(np.rot90(pixels, -1).copy())
+    assert torch.equal((found[0][0][0] * 255).round().byte(), expected)
+
+
+def test_a_broken_file_of_a_folder_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("cat")
+    with pytest.raises(ValueError, match=r"cannot read image .*a\.png .*restore or remove"):
+        data.load_folder(tmp_path)
+
+
+class TestRandomSplit:
+    def test_parts_are_disjoint_and_all(self, folder):
+        whole = data.load_folder(folder, 28, split="train")
+        parts = data.random_split(whole, (0.5, 1 / 3, 1 / 6), torch.Generator().manual_seed(1))
+        assert [len(part) for part in parts] == [3, 2, 1]
+        assert torch.cat([part.items for part in parts]).sort().values.tolist() == list(range(6))
+        for part in parts:
+            assert torch.equal(part.labels, whole.labels[part.items])
+            assert torch.equal(part.images(), whole.images(part.items))
+            assert torch.equal(part[0][0], whole[int(part.items[0])][0])
+            assert part.image_shape == whole.image_shape
+        again = data.random_split(whole, (0.5, 1 / 3, 1 / 6), torch.Generator().manual_seed(1))
+        assert torch.equal(again[0].items, parts[0].items)
+        assert repr(parts[2]).endswith("'train, part 3 of 3', 1 images)")
+        batch, labels = next(iter(data.batches(parts[0], 2)))
+        assert torch.equal(batch, whole.images(parts[0].items[:2]))
+        assert torch.equal(labels, parts[0].labels[:2])
+        assert len(data.random_split(parts[0], (0.4, 0.6))[1]) == 2
+
+    @pytest.mark.parametrize(
+        ("fractions", "message"),
+        [
+            ((0.5, 0.4), r"fractions=\(0.5, 0.4\) must be positive and sum to 1"),
+            ((1.2, -0.2), "must be positive and sum to 1"),
+            ((), "must be positive and sum to 1"),
+            ((0.99, 0.01), "leave a part empty: use more images, or fewer parts"),
+        ],
+    )
+    def test_bad_fractions(self, folder, fractions, message):
+        with pytest.raises(ValueError, match=message):
+            data.random_split(data.load_folder(folder, 28), fractions)

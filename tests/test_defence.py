@@ -337,7 +337,10 @@ class TestArviz:
             (lambda p, s, o: p.update(z=np.zeros((2, 3))), "must have dimensions"),
             (lambda p, s, o: p.update(y=np.zeros((4, 9, 3, 5))), "other sites have"),
             (lambda p, s, o: s.update(lp=np.zeros((4, 50))), "must have shape"),
-            (lambda p, s, o: o.update(obs=np.zeros((2, 1))), "must have 3 images, got 2"),
+            (
+                lambda p, s, o: o.update(obs=np.zeros((2, 1))),
+                r"must have \(image\) = \(3,\), got \(2,\)",
+            ),
         ],
     )
     def test_errors(self, change, message):

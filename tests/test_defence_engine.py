@@ -335,11 +335,14 @@ def test_reduced_forces(linear_vae):
         ({"max_gradients": 1}, "max_gradients=1 leaves no transition"),
         ({"until_converged": 1.05}, "until_converged must be a ConvergenceRule or None, got 1.05"),
         ({"until_converged": ConvergenceRule()}, "num_chains must be at least 4, got 1"),
-        ({"prepare": True}, r"prepare must map a ModelPotential .* such as Recorder\(\), got True"),
+        (
+            {"prepare": True},
+            r"prepare must map a ModelPotential .* such as Recorder\(\), or be 'graph', got True",
+        ),
         ({"prepare": lambda energy: 3}, "prepare must return a ModelPotential, it returned 3"),
         (
             {"prepare": functools.partial(ReducedForce, dtype=torch.float64)},
-            "dtype must be torch.bfloat16 or torch.float16, got torch.float64",
+            "dtype must be torch.bfloat16 or torch.float16, or 'tf32', got torch.float64",
         ),
         (
             {"kernel": pyro.infer.NUTS, "max_gradients": 9},

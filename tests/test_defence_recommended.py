@@ -66,6 +66,8 @@ def test_what_is_given_goes_before_what_is_recommended(x):
     defence = MCMCDefence.recommended(vae, Linf(0.2), **SHORT, keep_draws=1)
     assert defence.kernel.keywords["inverse_mass_matrix"] is vae.mean_posterior_variance
     assert defence(x).samples["z"].shape == (1, 1, 7, 64)
+    own_kernel = MCMCDefence.recommended(TutorialVAE(), None, kernel=BatchedHMC)
+    assert (own_kernel.kernel, own_kernel.num_chains) == (BatchedHMC, 4)
     own = MCMCDefence.recommended(vae, Linf(0.2), x).kernel.keywords["inverse_mass_matrix"]
     assert not own["z"].equal(vae.mean_posterior_variance["z"])
 

@@ -1,20 +1,26 @@
-"""Names of sites that ArviZ, xarray or netCDF cannot hold, through files and back."""
+"""Chains for ArviZ: any names of sites, one image or all, R-hat, summaries and loo."""
 
 from __future__ import annotations
 
+import functools
 import json
 
 import arviz
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 import xarray
+from programs import HierarchicalVAE, LinearGaussianVAE
 from torch import nn
 
 from pyro_vae_defence import diagnostics
-from pyro_vae_defence.defence import EncoderDefence
+from pyro_vae_defence.defence import EncoderDefence, MCMCDefence
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedMALA
+from pyro_vae_defence.ops.balls import Linf
 
 NAMES = {
     "plain": ({"z": "z"}, {"obs": "obs"}),
@@ -138,3 +144,250 @@ def test_defence_of_a_vae_with_such_names(tmp_path):
         renamed = json.loads(back["posterior"].attrs["renamed_sites"])
     assert renamed == {"chain": "chain_", "vae/z": "vae.z"}
     assert set(diagnostics.ess(result.to_datatree())) == {"chain", "vae/z"}
+
+
+# --- One image, and all of them -------------------------------------------------------------------
+
+
+def chains_of(draws, **stats):
+    """A tree of draws ``(chain, draw, image, ...)`` of one site and of what else is given."""
+    return diagnostics.to_datatree(
+        {"z": draws}, stats, {"obs": np.zeros((draws.shape[2], 1, 4, 4))}
+    )
+
+
+def test_every_dimension_has_coordinates():
+    values = {"top": np.zeros((2, 3, 4, 1, 2)), "low": np.zeros((2, 3, 4, 5))}
+    log_likelihood = {"obs": np.zeros((2, 3, 4, 1, 6, 6))}
+    images = {"obs": np.zeros((4, 1, 6, 6)), "label": np.zeros(4), "text": np.zeros((4, 7))}
+    stats = {"lp": np.zeros((2, 3, 4))}
+    tree = diagnostics.to_datatree(values, stats, images, log_likelihood=log_likelihood)
+    assert set(tree.children) == {"posterior", "sample_stats", "observed_data", "log_likelihood"}
+    for group in tree.children.values():
+        assert set(group.dims) <= set(group.coords)
+        for dim, size in group.sizes.items():
+            np.testing.assert_array_equal(group[dim], np.arange(size))
+    dims = ("chain", "draw", "image", "channel", "height", "width")
+    assert tree["log_likelihood"]["obs"].dims == dims
+
+
+@pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")  # ArviZ's
+def test_arviz_works_on_one_image():
+    matplotlib.use("Agg")
+    rng = np.random.default_rng(0)
+    shape = (4, 30, 2)
+    diverging = np.zeros(shape, bool)
+    diverging[0, 3, 1] = True
+    draws, energy = rng.normal(size=(*shape, 3)), rng.normal(size=shape)
+    one = diagnostics.select_image(chains_of(draws, energy=energy, diverging=diverging), 1)
+    assert all("image" not in group.coords for group in one.children.values())
+    np.testing.assert_array_equal(one["posterior"]["z"], draws[:, :, 1])
+    chains = diagnostics.to_arviz(one)
+    centred = energy[:, :, 1] - energy[:, :, 1].mean(1, keepdims=True)
+    expected = np.square(np.diff(energy[:, :, 1])).sum(1) / np.square(centred).sum(1)
+    np.testing.assert_allclose(arviz.bfmi(chains), expected)
+    arviz.plot_energy(chains)
+    axes = arviz.plot_pair(chains, var_names=["z"], divergences=True)
+    marked = [line for ax in axes.ravel() if ax for line in ax.lines if len(line.get_xdata()) == 1]
+    assert draws[0, 3, 1, 0] in [line.get_xdata()[0] for line in marked]
+    plt.close("all")
+
+
+def test_result_gives_one_image_to_arviz(linear_vae):
+    x = torch.rand(3, 1, 4, 4)
+    result = MCMCDefence(linear_vae, BatchedHMC, 6, 2, num_chains=2)(x)
+    chains = result.to_arviz(image=1)
+    np.testing.assert_array_equal(chains.posterior["z"], result.samples["z"][:, :, 1])
+    np.testing.assert_array_equal(chains.observed_data["obs"], x[1])
+    assert chains.posterior.attrs["image"] == 1
+    assert chains.posterior["z"].dims == ("chain", "draw", "latent")
+    assert arviz.bfmi(chains).shape == (2,)
+    for image in (-1, 3, 0.5):
+        with pytest.raises(ValueError, match=rf"image must be an integer in 0\.\.2, got {image}"):
+            result.to_arviz(image=image)
+
+
+def test_summary_has_a_row_per_image():
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(4, 40, 3, 5)) + np.linspace(0, 2, 4)[:, None, None, None] * [
+        [0],
+        [1],
+        [2],
+    ]
+    energy, diverging = rng.normal(size=(4, 40, 3)), rng.random((4, 40, 3)) < 0.1
+    tree = chains_of(draws, energy=energy, diverging=diverging)
+    table = diagnostics.summary(tree)
+    assert list(table.columns) == ["r_hat", "ess_bulk", "ess_tail", "bfmi", "diverging"]
+    assert list(table.index) == [0, 1, 2]
+    assert table["r_hat"].is_monotonic_increasing
+    for image, row in table.iterrows():
+        one = diagnostics.to_arviz(diagnostics.select_image(tree, image))
+        assert row["r_hat"] == pytest.approx(float(arviz.rhat(one)["z"].max()))
+        for method in ("bulk", "tail"):
+            expected = float(arviz.ess(one, method=method)["z"].min())
+            assert row[f"ess_{method}"] == pytest.approx(expected)
+        assert row["bfmi"] == pytest.approx(arviz.bfmi(one).min())
+        assert row["diverging"] == diverging[:, :, image].mean()
+
+
+def test_summary_of_chains_that_stand_still():
+    draws = np.random.default_rng(0).normal(size=(4, 40, 2, 5))
+    draws[:, :, 1, 3] = 0.5
+    table = diagnostics.summary(chains_of(draws))
+    assert list(table.columns) == ["r_hat", "ess_bulk", "ess_tail"]
+    assert table.loc[0].notna().all()
+    # ArviZ would count every draw of the latent that never moves.
+    assert table.loc[1].isna().all()
+
+
+def test_result_has_a_summary():
+    result = MCMCDefence(HierarchicalVAE(), BatchedHMC, 6, 2, num_chains=2)(torch.rand(3, 1, 4, 4))
+    table = result.summary()
+    assert table["num_gradients"].tolist() == result.num_gradients.tolist()
+    accepted = result.sample_stats["acceptance_rate"].mean((0, 1))
+    np.testing.assert_allclose(table["acceptance_rate"], accepted, rtol=1e-6)
+
+
+# --- Nested R-hat ---------------------------------------------------------------------------------
+
+
+def test_nested_r_hat_by_hand():
+    # Superchains of means 3 and 7; chain means differ by 4 and 2, draws of a chain by 2.
+    chains = np.array([[0, 2], [5, 7], [4, 6], [7, 9]], float)
+    tree = chains_of(chains[:, :, None])
+    # B = 8, W = ((8 + 2) + (2 + 2)) / 2.
+    found = diagnostics.rhat_nested(tree, [0, 1, 0, 1])["z"]
+    np.testing.assert_allclose(found, [np.sqrt(1 + 8 / 7)])
+    one_draw = diagnostics.rhat_nested(chains_of(chains[:, :1, None]), ["a", "b", "a", "b"])["z"]
+    # Without variances of draws: first draws 0, 4 and 5, 7.
+    np.testing.assert_allclose(one_draw, [np.sqrt(1 + 8 / ((8 + 2) / 2))])
+
+
+def test_nested_r_hat_of_single_chains_is_r_hat():
+    draws = np.random.default_rng(0).normal(size=(5, 20, 2, 3)) + np.arange(5)[:, None, None, None]
+    plain = arviz.rhat(diagnostics.to_arviz(chains_of(draws)), method="identity")["z"].values
+    nested = diagnostics.rhat_nested(chains_of(draws), range(5))["z"]
+    # R-hat weighs the variance of draws by (N - 1) / N.
+    np.testing.assert_allclose(nested**2, plain**2 + 1 / 20)
+
+
+def test_nested_r_hat_passes_short_chains_that_have_forgotten_their_start():
+    draws = np.random.default_rng(0).normal(size=(2000 * 4, 1, 1))
+    ids = np.repeat(np.arange(2000), 4)
+    assert diagnostics.rhat_nested(chains_of(draws), ids)["z"] == pytest.approx(
+        np.sqrt(1.25), rel=0.02
+    )
+    starts = np.random.default_rng(1).normal(size=(2000, 1, 1))[ids]
+    assert diagnostics.rhat_nested(chains_of(0.5 * draws + starts), ids)["z"] > 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_draws", "message"),
+    [
+        ([0, 1], 5, r"one entry for each of 4 chains, got shape \(2,\)"),
+        ([0, 0, 0, 0], 5, r"at least 2 superchains, all of as many chains; they have \[4\]"),
+        ([0, 0, 0, 1], 5, r"they have \[3, 1\]"),
+        ([0, 1, 2, 3], 1, "has no variance; draw more"),
+    ],
+)
+def test_superchains_that_are_none(ids, num_draws, message):
+    with pytest.raises(ValueError, match=message):
+        diagnostics.rhat_nested(chains_of(np.zeros((4, num_draws, 2))), ids)
+
+
+# --- Log-likelihoods ------------------------------------------------------------------------------
+
+
+def log_likelihood_of(result, vae, **image):
+    tree = result.to_datatree(**image, log_likelihood=vae)
+    return torch.tensor(tree["log_likelihood"][result.observation].values)
+
+
+def test_log_likelihood_of_pixels_adds_up_to_the_density(tutorial_vae, monkeypatch):
+    from pyro_vae_defence.defence import result as module
+
+    monkeypatch.setattr(module, "_ROWS", 7)  # two draws of the three images at a time
+    x = torch.rand(3, 1, 28, 28)
+    result = MCMCDefence(tutorial_vae, BatchedMALA, 5, 2, num_chains=2)(x)
+    found = log_likelihood_of(result, tutorial_vae)
+    assert found.shape == (2, 5, 3, 1, 28, 28)
+    prior = dist.Normal(0.0, 1.0).log_prob(result.samples["latent"]).sum(-1)
+    total = found.sum((-3, -2, -1)).float() + prior
+    torch.testing.assert_close(total, result.sample_stats["lp"], rtol=1e-5, atol=1e-3)
+    probs = torch.sigmoid(tutorial_vae.decoder(result.samples["latent"])).double()
+    by_hand = x.double() * probs.log().unflatten(-1, (1, 28, 28))
+    by_hand = by_hand + (1 - x.double()) * (1 - probs).log().unflatten(-1, (1, 28, 28))
+    torch.testing.assert_close(found, by_hand, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        log_likelihood_of(result, tutorial_vae, image=2), found[:, :, 2], rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
+def test_leave_one_out_is_what_it_says(linear_vae):
+    """A pixel given the other ones, in closed form, of draws from the exact posterior."""
+    x, num_draws = torch.rand(2, 1, 4, 4), 1000
+    mean, covariance = linear_vae.exact(x)
+    exact = dist.MultivariateNormal(mean, covariance)
+    draws = exact.sample((4, num_draws))
+    result = MCMCDefence(linear_vae, BatchedHMC, 1, 0)(x)
+    object.__setattr__(result, "samples", {"z": draws})
+    object.__setattr__(result, "sample_stats", {})
+    for image in range(2):
+        found = arviz.loo(result.to_arviz(image, log_likelihood=linear_vae), pointwise=True)
+        marginal = linear_vae.weight @ linear_vae.weight.T + linear_vae.noise**2 * torch.eye(16)
+        precision = torch.linalg.inv(marginal)
+        residual = precision @ (x[image].flatten() - linear_vae.bias)
+        variance = 1 / precision.diagonal()
+        expected = dist.Normal(0.0, variance.sqrt()).log_prob(residual * variance)
+        # 4000 draws, weighted, in whose tail the outliers are; p(x_i | x) would add up to 3 more.
+        np.testing.assert_allclose(found.loo_i.values.ravel(), expected, atol=0.3)
+        assert float(found.elpd_loo) == pytest.approx(float(expected.sum()), abs=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")
+@pytest.mark.filterwarnings("ignore:The point-wise LOO is the same")
+@pytest.mark.parametrize("logit", [-20.0, -36.0, -200.0])
+def test_loo_of_pixels_that_are_all_but_certain(logit):
+    class Certain(LinearGaussianVAE):
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 3), 1.0).to_event(1))
+                logits = logit + z.sum(-1).reshape(-1, 1, 1, 1).expand(x.shape)
+                likelihood = dist.Bernoulli(logits=logits, validate_args=False)
+                pyro.sample("obs", likelihood.to_event(3), obs=x)
+
+    vae, x = Certain(), torch.zeros(1, 1, 4, 4)
+    result = MCMCDefence(vae, BatchedMALA, 20, 2, num_chains=2)(x)
+    found = log_likelihood_of(result, vae)
+    expected = -(logit + result.samples["z"].double().sum(-1)).exp()
+    torch.testing.assert_close(found[..., 0, 0, 0], expected, rtol=1e-4, atol=0.0)
+    assert np.isfinite(arviz.loo(result.to_arviz(0, log_likelihood=vae)).elpd_loo)
+
+
+class Correlated(LinearGaussianVAE):
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 3), 1.0).to_event(1))
+            mean = z.sum(-1, keepdim=True).expand(-1, 16)
+            pixels = dist.MultivariateNormal(mean, torch.eye(16).to(x))
+            pyro.sample("obs", pixels, obs=x.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("vae", "defence", "message"),
+    [
+        (LinearGaussianVAE(), EncoderDefence, "defence='encoder'"),
+        (
+            LinearGaussianVAE(),
+            functools.partial(MCMCDefence, perturbation=Linf(0.1)),
+            r"perturbation='Linf\(radius=0.1\)'",
+        ),
+        (Correlated(), MCMCDefence, "MultivariateNormal, one number for several values"),
+    ],
+)
+def test_log_likelihood_that_would_not_be_one(vae, defence, message):
+    result = defence(vae, num_samples=2)(torch.rand(2, 1, 4, 4))
+    assert "log_likelihood" not in result.to_datatree().children
+    with pytest.raises(ValueError, match=message):
+        result.to_arviz(log_likelihood=vae)

@@ -18,7 +18,14 @@ SMALL = {
         "num_samples": 4,
         "warmup_steps": 3,
     },
-    "choosing_a_defence.md": {"num_images": 5, "warmup_steps": 2},
+    "classifiers.md": {"num_images": 5, "warmup_steps": 2},
+    "detect_attacks.md": {"num_images": 5, "warmup_steps": 2},
+    "evaluate_robustness.md": {
+        "num_images": 2,
+        "num_steps": 2,
+        "num_chains": 2,
+        "warmup_steps": 2,
+    },
 }
 
 

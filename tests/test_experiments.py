@@ -51,8 +51,9 @@ def saved(directory, name="toy"):
 
 
 class TestWeights:
-    def test_round_trip(self, tmp_path):
-        vae = ConvVAE(3)
+    @pytest.mark.parametrize("image_size", [28, 64])
+    def test_round_trip(self, tmp_path, image_size):
+        vae = ConvVAE(3, image_size=image_size)
         save_pretrained(
             vae, "toy", tmp_path, training={"epochs": 1}, command="c", provenance={"commit": "x"},
             metrics={"m": 1.0}, mean_posterior_variance={"z": torch.full((64,), 0.5)},

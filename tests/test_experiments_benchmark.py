@@ -15,7 +15,7 @@ from pyro_vae_defence.experiments.benchmark.chains import encodings, run
 from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
 from pyro_vae_defence.experiments.benchmark.decoder import layer_flops
 from pyro_vae_defence.experiments.benchmark.memory import memory, peak_memory
-from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, energy, serve
+from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, Place, energy, serve
 from pyro_vae_defence.experiments.benchmark.run import BenchmarkSamplers
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.benchmark.settling import running_means, settled
@@ -130,12 +130,14 @@ def test_a_wrong_decoder_in_jax_is_an_error(vae):
             return np.zeros(3), np.zeros((3, 64))
 
     with pytest.raises(ValueError, match="decoders in torch and JAX disagree"):
-        engines._same_decoder(vae, torch.rand(3, 1, 28, 28), torch.randn(3, 64), Wrong())
+        engines.same_decoder(vae, torch.rand(3, 1, 28, 28), torch.randn(3, 64), Wrong())
 
 
 def test_numpyro_runs_what_it_is_asked(vae, monkeypatch):
     pytest.importorskip("numpyro")
     monkeypatch.setattr("os.sched_setaffinity", lambda *_: None)  # it is this process here
+    for name in ("JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+        monkeypatch.setenv(name, "")  # so that it is taken back
 
     class Connection:
         def __init__(self, requests):
@@ -146,16 +148,55 @@ def test_numpyro_runs_what_it_is_asked(vae, monkeypatch):
             return self.requests.pop(0)
 
     job = Job("HMC", 0, 5, 2, 0.02, 0)
-    connection = Connection([job, job, None])
+    wrong = job._replace(algorithm="neither")
+    connection = Connection([job, wrong, job, None])
     x, z = np.full((2, 28, 28, 1), 0.5, np.float32), np.zeros((2, 64), np.float32)
     metric = vae.mean_posterior_variance["z"].numpy()
-    serve(connection, 1, engines.decoder_layers(vae), metric, x, z)
-    versions, first, second = connection.answers
+    serve(connection, Place("cpu", 0, 1), engines.decoder_layers(vae), metric, x, z)
+    versions, first, failed, second = connection.answers
     assert set(versions["versions"]) == {"jax", "numpyro"}
     assert first["gradients"] == first["batch_gradients"] == 1 + 5 * 2
     assert first["finite"]
     assert 0.5 < first["acceptance_rate"] <= 1
+    assert failed.keys() == {"error"}
     assert second["compile_seconds"] == first["compile_seconds"]
+
+
+class Pipe:
+    """An end of a pipe with one answer, or none."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def poll(self, limit):
+        return bool(self.answers)
+
+    def recv(self):
+        if isinstance(self.answers[0], Exception):
+            raise self.answers[0]
+        return self.answers[0]
+
+
+@pytest.mark.parametrize(
+    ("pipe", "message"),
+    [
+        (Pipe(), "NumPyro did not answer within 3 seconds"),
+        (Pipe(EOFError()), "the process that runs NumPyro has ended"),
+        (Pipe({"error": "RuntimeError: no GPU"}), "NumPyro failed: RuntimeError: no GPU"),
+    ],
+)
+def test_a_worker_without_an_answer_is_an_error(pipe, message):
+    with pytest.raises(RuntimeError, match=message):
+        engines.Worker(pipe, 3.0).recv()
+
+
+@pytest.mark.parametrize("name", ["samplers", "attacks"])
+def test_other_devices_are_refused(name, capsys, tmp_path):
+    arguments = ["benchmark", name, "--device", "meta", "--output", str(tmp_path)]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"device='meta': `benchmark {name}` measures a CPU" in error
+    assert error.count("\n") == 1
 
 
 def test_operations_of_the_layers_are_those_torch_counts(vae):

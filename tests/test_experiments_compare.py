@@ -6,11 +6,21 @@ import json
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.classify import CLASSIFIERS
-from pyro_vae_defence.experiments.compare import Compare, CompareConfig, verdict
-from pyro_vae_defence.experiments.defences import defence_spec, label
+from pyro_vae_defence.experiments.compare import (
+    Compare,
+    CompareConfig,
+    best_controls,
+    headline,
+    radius_figure,
+    verdict,
+    verdicts,
+)
+from pyro_vae_defence.experiments.defences import KINDS, colour, defence_spec, label
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
@@ -122,11 +132,14 @@ def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path):
 def test_tables_and_figures_come_from_the_files_alone(run, tmp_path, capsys):
     output, result = run
     tables, *figures = write_pages({"compare": Compare}, output, tmp_path / "images")
+    figures = [path for path in figures if path.suffix == ".png"]
     text = tables.read_text()
     value = result["radii"]["0.1"]["aware_0.1"]["ms_ssim"]["estimate"]
     assert f"| HMC, perturbation-aware δ = 0.1 | {value:.3f} [" in text
     assert "control: dark-pixel clipping δ = radius" in text
-    assert "not told apart from" in text
+    assert "not told apart" in text
+    assert "<!-- begin mnist -->" in text
+    assert "<!-- end mnist -->" in text
     assert "start energy" in text
     assert [path.name for path in figures] == ["compare_mnist.png", "compare_mnist_cost.png"]
     assert all(path.stat().st_size > 5000 for path in figures)
@@ -134,6 +147,12 @@ def test_tables_and_figures_come_from_the_files_alone(run, tmp_path, capsys):
     assert main(["compare", "--output", str(output), "--images", str(tmp_path / "images")]) == 0
     assert "compare_mnist_cost.png" in capsys.readouterr().out
     assert [path.read_bytes() for path in figures] == before
+
+
+PROVENANCE = {
+    "command": "compare toy",
+    "provenance": {"commit": "c0ffee", "torch": "2", "threads": 1},
+}
 
 
 def test_a_defence_that_does_not_beat_the_best_control_is_told_so():
@@ -154,15 +173,27 @@ def test_a_defence_that_does_not_beat_the_best_control_is_told_so():
         "median": cell(0.7, 0.6),
         "dark_clip": cell(0.85, 0.1),
     }
-    assert verdict(result, cells, "aware") == (
-        "similarity: better than dark-pixel clipping δ = radius; accuracy: **worse** than median "
-        "filter"
-    )
-    assert verdict(result, cells, "hmc") == (
-        "similarity: **worse** than dark-pixel clipping δ = radius; "
-        "accuracy: not told apart from median filter"
-    )
+    assert verdict(result, cells, "aware") == "similarity: better; accuracy: **worse**"
+    assert verdict(result, cells, "hmc") == "similarity: **worse**; accuracy: not told apart"
     assert verdict(result, cells, "median") == ""
+    best = best_controls(result, cells)
+    assert {what: control for what, (control, _) in best.items()} == {
+        "similarity": "dark_clip",
+        "accuracy": "median",
+    }
+    # What assumes the attack's radius is advised by the name that fixes it.
+    result |= {"name": "toy", "radii": {"0.2": cells}}
+    result["config"]["cost_radius"] = 0.2
+    found = headline(result)
+    assert found.control == "median"
+    assert found.accuracy["aware_0.2"] == found.accuracy["aware"]
+    assert list(found.verdicts) == ["hmc", "aware_0.2"]
+    table = verdicts([result | PROVENANCE])
+    value = "0.500 [0.490, 0.510] | 0.600 [0.590, 0.610], median filter |"
+    words = "similarity: better; accuracy: **worse**"
+    assert f"| {words} | toy, 0.2 | HMC, perturbation-aware δ = 0.2 | {value}" in table
+    del cells["median"], cells["dark_clip"]
+    assert headline(result) is None
 
 
 def test_names_of_defences():
@@ -201,3 +232,29 @@ def test_mistakes(changes, message, models, tmp_path):
     with pytest.raises(ValueError, match="no comparison named 'x'"):
         Compare("x", tmp_path)
     assert isinstance(Compare.names["mnist"], CompareConfig)
+
+
+def test_every_defence_has_a_colour_of_its_own():
+    own = [*KINDS, "aware_0.1", "aware_0.2", "dark_clip_0.2"]
+    colours = [to_rgb(colour(name)) for name in own]
+    assert len(set(colours)) == len(own)
+    assert colour("aware_0.2@20") == colour("aware_0.2")
+    assert colour("aware_0.3") == colour("aware")
+
+
+def test_no_panel_has_more_than_five_curves():
+    entry = {"estimate": 0.5, "low": 0.4, "high": 0.6}
+    cell = {"ms_ssim_of_mean": entry, "accuracy": {"class": {"reencoded/mean": {}}}}
+    cell["accuracy"]["class"]["reencoded/mean"] = {"clean": {"correct": entry}}
+    cells = dict.fromkeys(CompareConfig("mnist_vae").defences, cell)
+    result = {
+        "name": "toy",
+        "metric": "ms_ssim",
+        "clean": {"class": {}},
+        "config": {"defences": list(cells), "reading": "reencoded/mean", "cost_radius": 0.2},
+        "radii": {"0.1": cells, "0.2": cells},
+    }
+    panels = radius_figure(result).findobj(Axes)
+    assert [len(axes.lines) for axes in panels] == [5, 5, 5, 5]
+    for axes in panels:
+        assert len({line.get_color() for line in axes.lines}) == 5

@@ -169,11 +169,15 @@ def test_tables_and_figures_come_from_the_files_alone(run, capsys):
     assert "Radius 0.2, supervised" in text
     assert "| squared Wasserstein | " in text
     assert "2 steps of MomentumPGD" in text
-    names = [f"figures_mnist_{what}.png" for what in ("knowledge", "examples", "objectives")]
+    shown = ("knowledge", "examples", "objectives_unsupervised", "objectives_supervised")
+    names = [f"figures_mnist_{what}.png" for what in shown]
     assert [path.name for path in drawn] == names
     assert all(path.stat().st_size > 5000 for path in drawn)
     before = [path.read_bytes() for path in drawn]
-    assert "![figures_mnist_knowledge](images/figures_mnist_knowledge.png)" in text
+    # Alt texts say what is seen.
+    end = result["knowledge"]["1"]["with_mcmc"]["ms_ssim"]["defended"]["estimate"]
+    seen = f"HMC, attacker knows the defence {end:.3f}.](images/figures_mnist_knowledge.png)"
+    assert seen in text
     assert main(["report", str(output)]) == 0
     assert "tables.md" in capsys.readouterr().out
     assert [path.read_bytes() for path in drawn] == before
@@ -185,17 +189,18 @@ def test_pictures_have_the_papers_panels(run):
     _, result = run
     knowledge = knowledge_figure(result)
     assert [len(axes.lines) for axes in knowledge.axes] == [3] * 4
-    blue, orange = knowledge.axes[3].lines[:2]
-    assert list(blue.get_xdata()) == [0.0, 0.1, 1.0]
+    black, orange = knowledge.axes[3].lines[:2]
+    assert list(black.get_xdata()) == [0.0, 0.1, 1.0]
     found = result["knowledge"]["1"]["with_mcmc"]["ms_ssim"]
-    assert blue.get_ydata()[-1] == found["images"]["estimate"]
+    assert black.get_ydata()[-1] == found["images"]["estimate"]
     assert orange.get_ydata()[-1] == found["defended"]["estimate"]
     examples = examples_figure(result).axes
     assert [axes.get_title() for axes in examples] == ["reference", "radius 0.1", "radius 1"] * 2
     drawn = examples[5].images[0].get_array()[..., 0]
     assert (drawn == pixels(result["knowledge"]["1"]["with_mcmc"]["examples"])).all()
-    panels = objectives_figure(result).axes
-    assert [axes.axison for axes in panels] == [True] * 4 + [False] * 2 + [True] * 6
+    assert [axes.axison for axes in objectives_figure(result, "supervised").axes] == [True] * 6
+    panels = objectives_figure(result, "unsupervised").axes
+    assert [axes.axison for axes in panels] == [True] * 4
     assert panels[1].get_title().endswith("↓")
 
 

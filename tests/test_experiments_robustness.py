@@ -7,15 +7,24 @@ import functools
 import io
 import json
 import re
+from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
 
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, PaperSetting
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import robustness_page
-from pyro_vae_defence.experiments.robustness import Robustness, RobustnessConfig
+from pyro_vae_defence.experiments.robustness import (
+    RATES,
+    Robustness,
+    RobustnessConfig,
+    estimate,
+    gradients_per_image,
+    reports,
+)
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
@@ -28,6 +37,10 @@ SETTINGS = {
     "attacks": ("encoder", "equilibrium"), "defences": ("none", "aware"),
     "targets": ("classification",),
 }  # fmt: skip
+
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "results"
+FEW = ("transfer", "encoder")  # attacks that are over before a clock is of use
 
 
 @pytest.fixture
@@ -94,6 +107,141 @@ def test_a_result_is_written_resumed_and_printed(models, tmp_path, capsys):
     assert "belongs to another run (its config differs)" in capsys.readouterr().err
     assert main([*command, "--set", "radius=7"]) == 2
     assert "radius must lie in (0, 1], the range of images, got 7" in capsys.readouterr().err
+
+
+class TestBlocks:
+    SETTINGS = {**SETTINGS, "num_images": 5, "images_per_cell": 3, "attacks": ("encoder",),
+                "num_examples": 2}  # fmt: skip
+
+    def study(self, models, output, **more):
+        settings = {**self.SETTINGS, **more}
+        name = "mnist_radius_0.2"
+        return Robustness(name, output, models=models, overrides=settings, progress=False)
+
+    def test_blocks_are_cells_of_their_own_and_one_report(self, models, tmp_path):
+        result = self.study(models, tmp_path).run()
+        assert result["reports"] == {}
+        blocks = result["blocks"]["classification/none"]
+        assert [b["robust"]["mean"]["num_images"] for b in blocks.values()] == [2, 3]
+        assert ["examples" in block for block in blocks.values()] == [True, False]
+        joined = reports(result)
+        assert list(joined) == ["classification/none", "classification/aware"]
+        report = joined["classification/none"]
+        assert report["robust"]["mean"]["num_images"] == 5
+        per_image = blocks["000"]["per_image"] + blocks["001"]["per_image"]
+        assert report["per_image"] == per_image
+        assert report["robust"]["mean"]["estimate"] == pytest.approx(sum(per_image) / 5)
+        assert report["examples"] == blocks["000"]["examples"]
+        # The same after a way through the file, and in tables and pages.
+        path = tmp_path / "mnist_radius_0.2.json"
+        assert reports(json.loads(path.read_text())) == joined
+        table = Robustness.section(result, [])
+        assert "5 images in blocks of at most 3, L_inf radius 0.2" in table
+        assert "so far" not in table
+        _, page = write_pages({"robustness": Robustness}, tmp_path)
+        assert "classification/aware, 5 images" in page.read_text()
+        # A file of blocks is no larger than it has to be.
+        assert len(json.dumps(blocks["001"]["values"])) < 1500
+
+        # Whatever order blocks are made in, and in however many runs.
+        stored = json.loads(path.read_text())
+        lost = stored["blocks"]["classification/none"].pop("000")
+        path.write_text(json.dumps(stored))
+        partial = Robustness.section(stored, [])
+        assert "| no defence (3 images so far) |" in partial
+        again = json.loads(json.dumps(self.study(models, tmp_path).run()))
+        assert list(again["blocks"]["classification/none"]) == ["001", "000"]
+        for made in (again["blocks"]["classification/none"]["000"], lost):
+            made["cost"] = made["attacks"][0]["seconds"] = None  # wall times differ
+        assert again["blocks"]["classification/none"]["000"] == lost
+        again = json.loads(path.read_text())
+        assert reports(again)["classification/none"]["robust"] == report["robust"]
+        assert list(reports(again)) == list(joined)
+
+    def test_a_block_is_the_unit(self, models, tmp_path):
+        """Its draws are its own, whatever the blocks beside it."""
+        study = self.study(models, tmp_path, defences=("none",), checks=False)
+        study.load()
+        cells = {key: compute for key, compute in study.cells()}
+        second = cells[("blocks", "classification/none", "001")]()
+        first = cells[("blocks", "classification/none", "000")]()
+        other = self.study(models, tmp_path, defences=("none",), checks=False).run()["blocks"]
+        assert second["robust"] == other["classification/none"]["001"]["robust"]
+        assert first["robust"] == other["classification/none"]["000"]["robust"]
+        assert second["seed"] != first["seed"]
+
+    @pytest.mark.parametrize(
+        ("number", "size", "blocks"),
+        [(5, 3, [2, 3]), (1000, 125, [125] * 8), (4, 4, [4]), (7, None, [7]), (6, 4, [3, 3])],
+    )
+    def test_blocks_are_even(self, number, size, blocks):
+        config = RobustnessConfig("m", 0.1, num_images=number, images_per_cell=size)
+        assert list(map(len, config.blocks)) == blocks
+        assert [i for block in config.blocks for i in block] == list(range(number))
+
+    def test_a_block_has_two_images(self):
+        with pytest.raises(ValueError, match="images_per_cell=2 leaves a block of 3 images with"):
+            RobustnessConfig("m", 0.1, num_images=3, images_per_cell=2)
+
+    def test_results_of_earlier_versions_are_shown_as_they_were(self):
+        tables, results = [], sorted(PUBLISHED.glob("robustness/*.json"))
+        for path in results:
+            found = json.loads(path.read_text())
+            assert "blocks" not in found
+            tables.append(Robustness.section(found, []))
+        assert "\n".join(tables) == (PUBLISHED / "robustness/tables.md").read_text()
+
+
+def test_the_published_chain_is_attacked_in_blocks_of_its_batch(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(PAPER_SETTINGS, "mnist", PaperSetting(2, 0.1))  # 3 transitions of 20 steps
+    changes = {
+        "dataset": "fashion_mnist_subset", "num_images": 4, "images_per_cell": 2,
+        "paper": "mnist", "gradients": "recorded",
+        "targets": ("classification",), "attacks": ("bpda", "unroll"), "budget.num_steps": 2,
+        "budget.num_draws": (2,), "budget.persistent_transitions": 1, "budget.scoring_draws": 2,
+    }  # fmt: skip
+    name = "mnist_published_0.1"  # the model of other images than it was trained on
+    run = functools.partial(Robustness, name, tmp_path, models=models, progress=False)
+    result = run(overrides=changes).run()
+    blocks = result["blocks"]["classification/paper"]
+    assert list(blocks) == ["000", "001"]
+    assert blocks["000"]["defence"]["prepare"] == "Recorder()"
+    assert blocks["000"]["defence"]["keep_draws"] == 1
+    assert blocks["000"]["threat_model"]["reading"] == "last"
+    report = reports(result)["classification/paper"]
+    assert [a["name"] for a in report["attacks"]] == ["bpda", "unroll"]
+    assert report["reasons"] == ("no sanity check ran",)
+    assert report["cost"]["defence_gradients_per_image"] == 1 + 3 * 20
+    del changes["paper"]
+    with pytest.raises(ValueError, match="no published setting for 'mnist_subset'"):
+        run(overrides=changes).run()
+
+
+class TestCosts:
+    def test_the_estimate_is_the_time_that_published_results_took(self):
+        """Seconds of each attack per gradient of the model, the same for all within a factor 2."""
+        found = json.loads((PUBLISHED / "robustness/mnist_radius_0.1.json").read_text())
+        expected = gradients_per_image(RobustnessConfig("mnist_vae", 0.1), "hmc")
+        report = found["reports"]["classification/hmc"]
+        known = {a["name"]: a for a in report["attacks"]}
+        rates = {n: known[n]["seconds"] / expected[n] for n in known if n not in FEW}
+        assert len(rates) == 5
+        middle = sorted(rates.values())[2]
+        assert all(0.5 * middle < rate < 2 * middle for rate in rates.values()), rates
+        # And the evaluations that were counted, all of which are gradients or as dear as one.
+        for name in ("bpda", "equilibrium", "black_box"):
+            assert 0.75 < known[name]["evaluations"] / expected[name] < 1.1
+
+    @pytest.mark.parametrize("name", [n for n, c in Robustness.names.items() if c.images_per_cell])
+    def test_a_cell_of_the_large_evaluation_ends_in_time(self, name):
+        config = Robustness.names[name]
+        largest = max(
+            sum(gradients_per_image(config, defence).values()) * len(config.blocks[0])
+            for defence in config.defences
+        )
+        most = 120 if "large" in name else 400
+        assert largest / RATES[0] < most
+        assert f"largest cell: {len(config.blocks[0])} images" in estimate(config)
 
 
 def test_a_page_escapes_what_it_is_told_and_flags_what_is_unreliable(models, tmp_path):

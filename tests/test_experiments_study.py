@@ -224,7 +224,7 @@ FIRST = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(MEASUREMENTS.keys() - {"benchmark_attacks"}))
+@pytest.mark.parametrize("kind", sorted(FIRST))
 def test_what_an_interrupted_run_has_left_can_be_printed(kind, tmp_path):
     study = MEASUREMENTS[kind]
     paths = PUBLISHED.glob("*/*.json")

@@ -157,8 +157,8 @@ def test_a_metric_is_a_change_of_variables(name):
 
     (kernel_z, in_z), (kernel_y, in_y) = begin(anharmonic, z, inverse_mass), begin(whitened, y)
     for _ in range(4):
-        in_z, info_z = kernel_z._step(in_z, streams, step_size)
-        in_y, info_y = kernel_y._step(in_y, streams, step_size)
+        in_z, info_z = kernel_z._transition(in_z, streams, step_size)
+        in_y, info_y = kernel_y._transition(in_y, streams, step_size)
         assert torch.equal(info_z.num_steps, info_y.num_steps)
         assert torch.equal(info_z.accepted, info_y.accepted)
         for site in z:

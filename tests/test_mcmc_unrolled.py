@@ -20,6 +20,7 @@ KERNELS = {
         BatchedHMC, step_size=0.11, num_steps=4, jitter=0.0, adapt_step_size=False
     ),
     "nuts": functools.partial(BatchedNUTS, step_size=0.12, max_tree_depth=3),
+    "paper": functools.partial(BatchedHMC, step_size=0.1, preset="paper"),
 }
 BALLS = {"paper": None, "aware": Linf(0.1)}
 ROWS = 6
@@ -42,8 +43,12 @@ def matrix(start):
 
 
 CASES = [
-    (kind, ball, name) for kind in ("gaussian", "bernoulli") for ball in BALLS for name in KERNELS
-]
+    (kind, ball, name)
+    for kind in ("gaussian", "bernoulli")
+    for ball in BALLS
+    for name in KERNELS
+    if name != "paper"
+] + [("gaussian", "paper", "paper")]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,10 @@ def test_replay_follows_the_run_and_its_derivative_is_exact(float64, kind, ball,
         assert (moves == 0).any()
     if name == "nuts":
         assert moves.min() < 0 < moves.max()
+    if name == "paper":  # one step size for the batch, which goes on to adapt after warm-up
+        sizes = torch.stack([d.step_size for d in decisions])
+        assert (sizes == sizes[:, :1]).all()
+        assert len(set(sizes[:, 0].tolist())) == transitions
 
     # One direction in images and start at once, one derivative per row.
     directions = [torch.randn_like(x), *(torch.randn_like(v) for v in start.values())]
@@ -102,7 +111,7 @@ def test_graphs_built_again_give_the_gradient_of_graphs_kept_and_leave_parameter
         with monkeypatch.context() as patch:
             if not build_again:
                 patch.setattr(
-                    unrolled._Recomputed, "apply", lambda function, *values: function(*values)
+                    unrolled._Recomputed, "apply", lambda function, ends, *values: function(*values)
                 )
             z = replay(energy, leaf, z, streams, decisions)
         found.append(torch.autograd.grad(z["latent"].square().sum(), leaf)[0])
@@ -131,7 +140,46 @@ def test_a_rejected_or_diverged_row_is_its_start(float64):
     assert gradient_x.abs().max() == 0
 
 
-@pytest.mark.parametrize("name", ["hmc", "nuts"])
+def test_lengths_of_hmc_are_known_without_asking_the_device(float64):
+    vae, x, start, _ = case("gaussian", None)
+    streams = Streams.create(ROWS, seed=2)
+    kernel = BatchedHMC(vae.model, step_size=1e6, num_steps=4)  # everything is rejected
+    _, decisions = record(kernel, x, start, streams, 5)
+    lengths = [kernel.gradients_of(streams.seed, step) for step in range(5)]
+    assert [d.length for d in decisions] == lengths
+    assert len(set(lengths)) > 1
+    kernel = KERNELS["nuts"](vae.model)
+    _, decisions = record(kernel, x, start, streams, 5)
+    assert [d.length for d in decisions] == [int(d.offset.abs().max()) for d in decisions]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_recorded_ends_stand_for_the_forward_pass(float64, name):
+    """The values of the run bit by bit, nothing computed for them, and the same derivative."""
+    vae, x, start, energy = case("gaussian", None)
+    streams = Streams.create(ROWS, seed=4)
+    kernel = KERNELS[name](vae.model)
+    end, decisions = record(kernel, x, start, streams, 3, 1)
+    calls = []
+
+    def counted(x, z):
+        calls.append(len(x))
+        return energy(x, z)
+
+    found = []
+    for recorded in (True, False):
+        leaf, begin = x.clone().requires_grad_(), {"z": start["z"].clone().requires_grad_()}
+        calls.clear()
+        z = replay(counted, leaf, begin, streams, decisions, recorded=recorded)["z"]
+        assert (not calls) == recorded
+        assert torch.allclose(z, end["z"], atol=1e-12)
+        found.append([z, *torch.autograd.grad(z.sin().sum(), (leaf, begin["z"]))])
+    assert torch.equal(found[0][0], end["z"])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["hmc", "nuts", "paper"])
 def test_unrolled_kernel_is_a_chain(float64, name):
     vae, x, start, energy = case("gaussian", None)
     streams = Streams.create(ROWS, seed=5)
@@ -142,7 +190,9 @@ def test_unrolled_kernel_is_a_chain(float64, name):
     tracked = chain(leaf, start, streams)
     assert not plain["z"].requires_grad
     assert tracked["z"].requires_grad
-    assert torch.allclose(plain["z"], tracked["z"], atol=1e-10)
+    assert torch.equal(plain["z"], tracked["z"])
+    if name == "paper":  # whose rows see each other
+        return
     # Row by row as in the batch.
     alone = Streams(streams.seed, streams.image[2:3], streams.chain[2:3])
     single = chain(x[2:3], {"z": start["z"][2:3]}, alone)

@@ -83,6 +83,17 @@ def test_images_are_resampled_with_both_their_scores():
     assert shifted.high - shifted.low == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("count", [0, 1, 13, 40])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_interval_of_a_rate_is_wilsons(count, level):
+    alarms = torch.arange(40) < count
+    found = metrics.rate_interval(alarms, level)
+    expected = stats.binomtest(count, 40).proportion_ci(level, method="wilson")
+    assert found.estimate == count / 40
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.high > found.low
+
+
 @pytest.mark.parametrize("metric", [metrics.auroc, metrics.fpr_at_tpr])
 def test_stays_on_its_device(metric):
     placed = metric(torch.rand(4, device="meta"), torch.rand(3, device="meta"))
@@ -101,6 +112,8 @@ def test_stays_on_its_device(metric):
             "negatives has 5 scores and positives 4",
         ),
         (lambda s: metrics.detection_interval(metrics.auroc, s, s, level=2.0), "level=2.0"),
+        (lambda s: metrics.rate_interval(s), r"alarms has shape \(5,\) and dtype torch.float32"),
+        (lambda s: metrics.rate_interval(s > 0, level=1.0), "level=1.0 must lie between"),
         (
             lambda s: metrics.detection_interval(metrics.auroc, s, s, num_resamples=0),
             "num_resamples must be an integer of at least 1, got 0",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
@@ -142,10 +143,26 @@ class TestBalls:
         assert ball.inside(x, eps).shape == x.shape
 
 
-@pytest.mark.parametrize("radius", [0.0, -0.1, math.inf, math.nan, "0.1"])
+@pytest.mark.parametrize("radius", [0.0, -0.1, math.inf, math.nan, "0.1", True])
 def test_radius_must_be_positive(radius):
     with pytest.raises(ValueError, match="radius must be a positive finite number"):
         Linf(radius)
+
+
+@pytest.mark.parametrize(("radius", "mend"), [(8, "8/255"), (1.5, "1.5/255"), (255.0, "255/255")])
+def test_radius_in_grey_levels_is_refused(radius, mend):
+    with pytest.raises(ValueError, match=f"Linf must be at most 1.* write {mend}$"):
+        Linf(radius)
+    assert Linf(1.0).radius == 1
+    # The other norms grow with the image, and a bound that does not bind is a sanity check.
+    assert (L2(radius).radius, L1(radius).radius) == (radius, radius)
+
+
+def test_radius_of_numpy_is_a_number():
+    ball = Linf(np.float32(0.25))
+    assert type(ball.radius) is float
+    assert ball == Linf(0.25)
+    assert L1(np.int64(3)).radius == 3
 
 
 def _gaussian(loc, scale):

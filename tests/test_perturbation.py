@@ -150,7 +150,7 @@ def brute_force(objective, x, ball):
 @pytest.mark.parametrize("radius", [0.05, 0.4, 1.5])
 @pytest.mark.usefixtures("float64")
 def test_solvers_find_the_optimum_that_brute_force_finds(kind, radius):
-    ball = BALLS[kind](radius)
+    ball = BALLS[kind](min(radius, 1.0) if kind == "linf" else radius)
     x = torch.rand(3, 4)
     x[0, 0], x[1, 1] = 0.0, 1.0
     slope, target = torch.randn(3, 4) * 3, torch.rand(3, 4) * 2 - 0.5
@@ -170,7 +170,7 @@ def test_solvers_find_the_optimum_that_brute_force_finds(kind, radius):
 @pytest.mark.parametrize("kind", BALLS)
 @pytest.mark.parametrize("radius", [1e-3, 0.3, 4.0, 1e3])
 def test_solutions_are_inside_exactly_in_single_precision(kind, radius):
-    ball = BALLS[kind](radius)
+    ball = BALLS[kind](min(radius, 1.0) if kind == "linf" else radius)
     x = torch.rand(6, 3, 16, 16)
     x[0], x[1] = 0.0, 1.0
     slope = torch.randn_like(x) * torch.randn_like(x).mul(3).exp()
@@ -432,6 +432,7 @@ def test_unknown_radius_is_the_mixture_of_its_balls():
         ((Linf, (0.2, 0.1), (0.0, 0.0)), "radii must be finite, >= 0 and increasing"),
         ((Linf, (-0.1, 0.1), (0.0, 0.0)), "radii must be finite, >= 0 and increasing"),
         ((Linf, (0.1, math.inf), (0.0, 0.0)), "radii must be finite, >= 0 and increasing"),
+        ((Linf, (0.1, 8), (0.0, 0.0)), "Linf must be at most 1.*got 8.0; .* write 8/255"),
         ((Linf, (0.1, 0.2), (0.0,)), "penalties must be one finite number for each of the 2 radii"),
         (
             (Linf, (0.1,), (math.nan,)),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from programs import LinearGaussianVAE
 
+from pyro_vae_defence import data
 from pyro_vae_defence.defence import (
     DefendedClassifier,
     MCMCDefence,
@@ -21,9 +22,20 @@ from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.compiled import Recorder
+from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.robustness import CHECKS, KNOWLEDGE, Budget, WhiteBox, evaluate_robustness
+from pyro_vae_defence.robustness import (
+    CHECKS,
+    KNOWLEDGE,
+    Budget,
+    RobustnessReport,
+    WhiteBox,
+    evaluate_robustness,
+)
+from pyro_vae_defence.robustness.checks import Seen, join
+from pyro_vae_defence.robustness.scoring import fresh_generators, interval
 
 TINY = Budget(
     num_steps=8, num_restarts=2, num_draws=(1, 2), stable=0.0, num_chains=8, num_iterations=3,
@@ -217,7 +229,7 @@ def test_nuts_any_other_defence_and_readings():
 def test_a_report_without_a_gradient_attack_lists_every_check():
     vae, x, labels = problem(8)
     report = run(vae, NoDefence(vae), x, labels, SMALL, attacks=("black_box",))
-    assert [c.name for c in report.checks] == [c.__name__ for c in CHECKS]
+    assert [c.name for c in report.checks] == [c.name for c in CHECKS]
     assert {c.name for c in report.checks if c.passed is None} == {
         "black_box_is_not_stronger",
         "whole_range_leaves_chance",
@@ -248,6 +260,76 @@ def test_the_white_box_is_the_defence_in_parts():
     assert few.step_size == box.step_size != 0.04
     assert box.transitions(2, 0.01).make_kernel().step_size == 0.01
     assert isinstance(few.rule, FixedStepSize)
+
+
+PAPER = functools.partial(BatchedHMC, step_size=0.1, preset="paper")
+
+
+def test_the_white_box_of_the_published_chain_with_recorded_gradients():
+    vae, x, _ = problem(4)
+    boxes = [
+        WhiteBox(vae, MCMCDefence(vae, PAPER, 2, 1, prepare=prepare), x)
+        for prepare in (None, Recorder())
+    ]
+    streams = Streams.create(4, seed=3)
+    ends = []
+    for box in boxes:
+        assert box.unrollable
+        few = box.transitions(2).make_kernel()
+        assert isinstance(few.rule, FixedStepSize)  # at which the batch had arrived
+        assert few.step_size == box.step_size != 0.1
+        with torch.no_grad():
+            ends.append(box.chain(x, box.start(x, streams), streams)["z"])
+    assert torch.allclose(*ends, atol=1e-9)
+    # Recorded gradients are counted though the model does not run: 3 transitions of 20 steps.
+    recorded = boxes[1]
+    recorder = recorded.defence.prepare
+    assert all(recording is not None for recording, *_ in recorder.recordings.values())
+    number = len(recorder.recordings)
+    before = recorded.evaluations
+    with torch.no_grad():
+        recorded.chain(x, recorded.start(x, streams), streams)
+        recorded.transitions(2)(x, recorded.start(x, streams), streams)
+    assert recorded.evaluations == before + 4 * (1 + 3 * 20) + 4 * (1 + 2 * 20)
+    # The defence itself, and another box of it, find the same recordings.
+    recorded.defence(x)
+    other = WhiteBox(vae, recorded.defence, x)
+    with torch.no_grad():
+        other.chain(x, other.start(x, streams), streams)
+    assert len(recorder.recordings) == number
+
+
+@pytest.mark.slow
+def test_adaptive_attacks_on_the_published_chain_of_fewer_transitions():
+    """30 of 20 steps: BPDA whose chains go on, and the gradient through all of them."""
+    vae = load_pretrained("mnist_vae").requires_grad_(False)
+    images = data.load("mnist_subset", "test")
+    x = images.images(data.stratified(images, 4, torch.Generator().manual_seed(0)))
+    defence = MCMCDefence(vae, PAPER, 20, 10, keep_draws=1, prepare=Recorder())
+    budget = Budget(
+        num_steps=4, num_restarts=1, num_draws=(2,), persistent_transitions=3,
+        selection_draws=1, scoring_draws=2,
+    )  # fmt: skip
+    report = evaluate_robustness(
+        vae, defence, x, ball=Linf(0.2), budget=budget, attacks=("bpda", "unroll"), checks=False,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert [a.name for a in report.attacks] == ["bpda", "unroll"]
+    for attack in report.attacks:
+        assert attack.figure["estimate"] < report.random_noise["estimate"]
+    assert report.per_image.isfinite().all()
+
+    # Through all transitions a gradient is finite, and what it owes to the start fades.
+    box = WhiteBox(vae, defence, x)
+    streams = Streams.create(4, seed=1)
+    leaf = x.clone().requires_grad_()
+    with torch.no_grad():
+        start = box.start(x, streams)
+    begin = {"z": start["z"].clone().requires_grad_()}
+    z = box.chain(leaf, begin, streams)["z"]
+    of_x, of_start = torch.autograd.grad(z.square().sum(), (leaf, begin["z"]))
+    assert of_x.isfinite().all()
+    assert (of_start.norm(dim=1) < 2 * z.norm(dim=1)).all()
 
 
 def test_the_white_box_of_what_has_no_known_transitions():
@@ -281,6 +363,158 @@ def test_reconstructions_are_scored_by_similarity():
     assert report.random_noise["estimate"] < report.undefended_clean["estimate"]
     assert report.threat_model["target"] == "reconstruction"
     assert check(report, "finite_differences").passed
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Reports of 5, 3 and 6 images of one problem."""
+    torch.manual_seed(0)
+    vae, x, labels = problem(14)
+    return [
+        run(vae, NoDefence(vae), x[rows], labels[rows], SMALL)
+        for rows in (slice(0, 5), slice(5, 8), slice(8, 14))
+    ]
+
+
+class TestJoin:
+    """Reports of some images each are one report of all of them."""
+
+    def test_every_figure_is_that_of_all_values(self, parts):
+        joined = RobustnessReport.join(parts)
+        assert joined.values.keys() == parts[0].values.keys()
+        fresh = fresh_generators(parts[0].seed)
+        for shown, name, check in zip(joined.checks, joined.evidence, CHECKS, strict=True):
+            values = {
+                key: torch.cat([part.evidence[name].values[key] for part in parts])
+                for key in parts[0].evidence[name].values
+            }
+            seen = Seen(values, joined.evidence[name].facts)
+            verdict = check.judge(seen, lambda v: interval(v, fresh()))
+            assert (name, *verdict) == shown
+        # In the order of an evaluation, of which every interval draws a seed of its own.
+        places = [f"robust/{name}" for name in joined.robust]
+        places += [f"clean/{name}" for name in joined.clean]
+        places += ["undefended_clean", "random_noise", *(a.place for a in joined.attacks)]
+        shown = [
+            *joined.robust.values(), *joined.clean.values(), joined.undefended_clean,
+            joined.random_noise, *(a.figure for a in joined.attacks),
+        ]  # fmt: skip
+        assert set(places) == set(joined.values)
+        for place, entry in zip(places, shown, strict=True):
+            values = torch.cat([part.values[place] for part in parts])
+            assert torch.equal(joined.values[place], values)
+            assert entry == interval(values, fresh())
+            assert entry["num_images"] == 14
+        assert torch.equal(joined.per_image, torch.cat([part.per_image for part in parts]))
+        assert torch.equal(joined.x_adv, torch.cat([part.x_adv for part in parts]))
+        assert joined.strongest == sum((part.strongest for part in parts), ())
+
+    def test_of_one_it_is_that_one_and_an_evaluation_judges_as_a_join_does(self, parts):
+        one = parts[0]
+        assert RobustnessReport.join([one]) is one
+        # What stands in an evaluation's report follows from its own values.
+        for name, entry in one.robust.items():
+            assert entry["estimate"] == pytest.approx(float(one.values[f"robust/{name}"].mean()))
+        assert all(
+            check.judge(one.evidence[c.name], lambda v: {"low": 0, "high": 0, "estimate": 0})[0]
+            in (True, False, None)
+            for check, c in zip(CHECKS, one.checks, strict=True)
+        )
+
+    def test_json_in_between_changes_nothing(self, parts):
+        texts = [json.loads(part.to_json()) for part in parts]
+        read = [RobustnessReport.from_dict(text) for text in texts]
+        assert [json.loads(report.to_json()) for report in read] == texts
+        assert read[0].x_adv is None
+        through, joined = (RobustnessReport.join(each).to_dict() for each in (read, parts))
+        assert through == joined
+        values = parts[0].values["undefended_clean"]
+        again = read[0].values["undefended_clean"]
+        assert (again.dtype, again.tolist()) == (values.dtype, values.tolist())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_numbers_are_exact_as_text_and_short(self, parts, dtype):
+        values = torch.tensor([0.95, 1.0, 1 / 3, 1e-30, -0.0, float("inf")], dtype=dtype)
+        report = dataclasses.replace(parts[0], values={"a": values})
+        text = report.to_dict()["values"]["a"]
+        assert text.startswith(f"{str(dtype).removeprefix('torch.')} 0.95 1.0 0.333333")
+        again = RobustnessReport.from_dict(json.loads(report.to_json())).values["a"]
+        assert (again.dtype, again.tolist()) == (dtype, values.tolist())
+
+    def test_costs_are_means_over_images_and_time_is_a_sum(self, parts):
+        joined = RobustnessReport.join(parts)
+        assert joined.cost["seconds"] == sum(part.cost["seconds"] for part in parts)
+        name = "defence_seconds_per_image"
+        expected = sum(n * part.cost[name] for n, part in zip((5, 3, 6), parts, strict=True)) / 14
+        assert joined.cost[name] == pytest.approx(expected)
+        assert joined.attacks[0].seconds == sum(part.attacks[0].seconds for part in parts)
+
+    def test_an_attack_that_some_have_made_is_reported_on_their_images(self, parts):
+        last = parts[2].attacks[-1]
+        less = dataclasses.replace(
+            parts[2],
+            attacks=parts[2].attacks[:-1],
+            values={k: v for k, v in parts[2].values.items() if k != last.place},
+            skipped={last.name: "the budget was spent"},
+        )
+        joined = RobustnessReport.join([*parts[:2], less])
+        assert joined.attacks[-1].name == last.name
+        assert joined.attacks[-1].figure["num_images"] == 8
+        assert joined.skipped[last.name] == "the budget was spent (1 of 3 parts)"
+        # Those that an evaluation skips, all skip.
+        assert joined.skipped["bpda"].endswith("(2 of 3 parts)")
+
+    def test_verdicts_are_of_all_images(self, parts):
+        def agreeing(part, number):
+            agree = torch.arange(len(part.per_image)) < number
+            evidence = part.evidence | {"finite_differences": Seen({"agree": agree}, {})}
+            return dataclasses.replace(part, evidence=evidence)
+
+        # 2 of 5 would fail alone, 10 of 14 do not.
+        joined = RobustnessReport.join(list(map(agreeing, parts, (2, 3, 5))))
+        assert check(joined, "finite_differences").passed
+        joined = RobustnessReport.join(list(map(agreeing, parts, (2, 3, 4))))
+        assert not check(joined, "finite_differences").passed
+        assert "check finite_differences: 9 of 14 images agree" in joined.reasons[0]
+        # What is no check's stays.
+        alone = dataclasses.replace(parts[1], reasons=("no sanity check ran",))
+        assert "no sanity check ran" in RobustnessReport.join([parts[0], alone]).reasons
+
+    def test_objectives_of_two_kinds_are_judged_apart(self):
+        sizes = {"encoder": 1e3, "defence": 1e-3}
+        rising = {
+            f"{kind}, {n} steps": (torch.arange(4.0) + n) * size
+            for kind, size in sizes.items()
+            for n in (0, 1, 4)
+        }
+        facts = {"attack": "bpda", "num_steps": [1, 4]}
+        (rule,) = (c for c in CHECKS if c.name == "loss_increases_with_iterations")
+        generator = torch.Generator().manual_seed(0)
+        passed, said = rule.judge(Seen(rising, facts), lambda v: interval(v, generator))
+        assert passed
+        assert said.count(" and ") == 3
+        # The small numbers fall: the large ones do not hide it.
+        falling = rising | {"defence, 4 steps": -torch.arange(4.0)}
+        assert not rule.judge(Seen(falling, facts), lambda v: interval(v, generator))[0]
+        parts = [
+            Seen({k: v for k, v in rising.items() if k.startswith(kind)}, facts | {"attack": name})
+            for kind, name in (("encoder", "transfer"), ("defence", "bpda"))
+        ]
+        seen = join(parts)
+        assert seen.values.keys() == rising.keys()
+        assert seen.facts == {"attack": "transfer' or 'bpda", "num_steps": [1, 4]}
+
+    def test_mistakes(self, parts):
+        with pytest.raises(ValueError, match="reports is empty"):
+            RobustnessReport.join([])
+        other = dataclasses.replace(parts[1], figure="similarity")
+        with pytest.raises(ValueError, match="reports of different figure are not joined"):
+            RobustnessReport.join([parts[0], other])
+        old = {k: v for k, v in parts[1].to_dict().items() if k not in ("values", "evidence")}
+        read = RobustnessReport.from_dict(old)
+        assert read.robust == parts[1].robust
+        with pytest.raises(ValueError, match="no values per image, an earlier version"):
+            RobustnessReport.join([parts[0], read])
 
 
 def test_transfer_alone_is_not_an_evaluation_and_a_budget_is_kept():

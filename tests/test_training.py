@@ -13,7 +13,14 @@ from torch import nn
 from pyro_vae_defence import data
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.objectives import BetaELBO, linear_schedule
-from pyro_vae_defence.training import FitConfig, NonFiniteLossError, atomic_save, evaluate, fit
+from pyro_vae_defence.training import (
+    FitConfig,
+    NonFiniteLossError,
+    atomic_save,
+    batches,
+    evaluate,
+    fit,
+)
 
 
 class Killed(Exception):
@@ -322,3 +329,67 @@ class TestErrors:
         path.write_bytes(path.read_bytes()[:100])
         with pytest.raises(ValueError, match="cannot be read .* delete it"):
             fit(TutorialVAE(), Trace_ELBO(), loader(images), config(), checkpoint=path)
+
+
+# --- Device ---------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_there_already_changes_nothing(images):
+    weights = []
+    for where in ({}, {"device": "cpu"}):
+        torch.manual_seed(3)
+        pyro.clear_param_store()
+        vae = TutorialVAE()
+        fit(vae, Trace_ELBO(), loader(images), config(epochs=1), **where)
+        weights.append(vae.state_dict())
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name])
+
+
+def test_all_modules_and_batches_go_to_the_device(images, monkeypatch):
+    class Parts:  # no module itself
+        def __init__(self):
+            self.parts = [TutorialVAE(), nn.Linear(2, 2)]
+
+        def model(self, x, y):
+            return self.parts[0].model(x)
+
+        def guide(self, x, y):
+            return self.parts[0].guide(x)
+
+    vae = Parts()
+    # Nothing can be trained there, which shows as soon as a value is asked for.
+    with pytest.raises(RuntimeError, match="meta"):
+        fit(vae, Trace_ELBO(), [(images, images)], config(), device="meta")
+    assert {p.device.type for part in vae.parts for p in part.parameters()} == {"meta"}
+    for name in ("check_images", "_check_finite"):
+        monkeypatch.setattr(
+            batches.program if name[0] == "c" else batches, name, lambda *a, **k: a[0]
+        )
+    reader = batches.Reader(vae, device=torch.device("meta"))
+    assert {v.device.type for v in next(reader.read([(images, images)], "loader"))} == {"meta"}
+    plain = batches.Reader(FunctionalVAE())
+    assert next(plain.read([images], "loader"))[0].device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_goes_to_the_gpu_and_stays_there(images):
+    vae = TutorialVAE()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    batches_there = data.batches(
+        data.ImageDataset((images * 255).byte(), torch.zeros(40), "toy", "train", ["0"]),
+        8, labels=False, device="cuda",
+    )  # fmt: skip
+    fit(vae, Trace_ELBO(), batches_there, config(epochs=1), device="cuda")
+    for name, value in vae.state_dict().items():
+        assert value.device.type == "cuda"
+        assert not torch.equal(value.cpu(), before[name])
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99", 1.5])
+def test_a_device_that_is_not_there(images, device):
+    vae = TutorialVAE()
+    with pytest.raises(ValueError, match=f"device={device!r} is no device that this machine has"):
+        fit(vae, Trace_ELBO(), loader(images), config(), device=device)
+    with pytest.raises(ValueError, match=f"device={device!r} is no device that this machine has"):
+        data.batches(images, 8, device=device)

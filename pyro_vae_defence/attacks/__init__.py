@@ -19,10 +19,11 @@ from pyro_vae_defence.attacks.objectives import (
     targeted_output,
 )
 from pyro_vae_defence.attacks.pgd import PGD, MomentumPGD
+from pyro_vae_defence.ops.balls import L1, L2, Linf
 
 __all__ = [
-    "APGD", "LBFGS", "NES", "PGD", "Attack", "AttackResult", "MomentumPGD", "RMargin", "Square",
-    "cross_entropy", "dlr", "forward_kl", "maximum_damage", "mean_distance", "misclassified",
-    "r_margin", "random_noise", "reaches", "reverse_kl", "squared_wasserstein", "symmetric_kl",
-    "targeted_output",
+    "APGD", "L1", "L2", "LBFGS", "NES", "PGD", "Attack", "AttackResult", "Linf", "MomentumPGD",
+    "RMargin", "Square", "cross_entropy", "dlr", "forward_kl", "maximum_damage", "mean_distance",
+    "misclassified", "r_margin", "random_noise", "reaches", "reverse_kl", "squared_wasserstein",
+    "symmetric_kl", "targeted_output",
 ]  # fmt: skip

@@ -167,19 +167,21 @@ def _linf_move(problem: Problem, perturbation: Tensor, side: int, t: int) -> Ten
     return problem.project(torch.where(mask, problem.ball.radius * signs, perturbation))
 
 
-def _pyramid(height: int, width: int) -> Tensor:
+def _pyramid(height: int, width: int, device: torch.device) -> Tensor:
     """Concentric rectangles whose values grow towards the centre (eq. 2 of the Square attack)."""
     half = height // 2
-    down, across = torch.arange(height)[:, None] - half, torch.arange(width) - width // 2
+    down = torch.arange(height, device=device)[:, None] - half
+    across = torch.arange(width, device=device) - width // 2
     reach = half - torch.maximum(down.abs(), across.abs())
-    terms = 1.0 / (half + 1 - torch.arange(half + 1, dtype=torch.float64)) ** 2
+    order = torch.arange(half + 1, dtype=torch.float64, device=device)
+    terms = 1.0 / (half + 1 - order) ** 2
     return torch.where(reach >= 0, terms.cumsum(0)[reach.clamp(min=0)], terms[0])
 
 
 def _pattern(side: int, like: Tensor) -> Tensor:
     """Two pyramids of opposite signs side by side, ``(side, side)``, of unit norm."""
-    left = side // 2
-    pattern = torch.cat([_pyramid(side, left), -_pyramid(side, side - left)], 1)
+    left, device = side // 2, like.device
+    pattern = torch.cat([_pyramid(side, left, device), -_pyramid(side, side - left, device)], 1)
     return (pattern / pattern.norm()).to(like)
 
 

@@ -3,7 +3,7 @@
 from pyro_vae_defence.data.color_mnist import ColoredImages
 from pyro_vae_defence.data.datasets import SPLITS, ImageDataset, Images, default_root
 from pyro_vae_defence.data.files import ImageFiles, load_folder
-from pyro_vae_defence.data.loading import DATASETS, batches, load, stratified
+from pyro_vae_defence.data.loading import DATASETS, batches, load, random_split, stratified
 from pyro_vae_defence.data.variants import TexturedImages, TransformedImages, invert
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "invert",
     "load",
     "load_folder",
+    "random_split",
     "stratified",
 ]

@@ -85,3 +85,16 @@ class ImageDataset(Images):
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
         return self._images[slice(None) if index is None else index].float().div_(255)
+
+
+class PartOfImages(Images):
+    """The images of ``dataset`` at ``items``, int64 ``(M,)``, in that order; ``split`` is new."""
+
+    def __init__(self, dataset: Images, items: Tensor, split: str) -> None:
+        super().__init__(dataset.labels[items], dataset.name, split, dataset.class_names)
+        self._dataset, self.items = dataset, items
+        self.image_shape = dataset.image_shape
+
+    def images(self, index: Index | None = None) -> Tensor:
+        """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
+        return self._dataset.images(self.items[self._items(index)])

@@ -1,15 +1,22 @@
-"""Images that stay in their files and are decoded when they are asked for."""
+"""Images that stay in their files and are decoded when they are asked for.
+
+What Pillow would decode to something else than the file shows is refused, by the name of the file:
+grey values of more than 8 bits, which it clips; transparent pixels, whose hidden colours it
+uncovers; several images in one file, of which it takes the first; colours of printers (CMYK) and
+other spaces. The orientation that a camera notes (EXIF) is applied.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from pyro_vae_defence.data.datasets import Images, Index
@@ -21,6 +28,8 @@ SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 """Names of files that :func:`load_folder` takes for images end so, in either case."""
 
 _MODES = {1: "L", 3: "RGB"}
+_GREY_MODES = ("1", "L", "LA")
+_KNOWN_MODES = (*_GREY_MODES, "P", "PA", "RGB", "RGBA")
 
 
 class ImageFiles(Images):
@@ -68,42 +77,111 @@ class ImageFiles(Images):
 
     def _read(self, path: str) -> Tensor:
         channels, height, width = self.image_shape
-        try:
-            with Image.open(path) as file:
-                image = self._prepare(file.convert(_MODES[channels]))
-        except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
-            message = f"cannot read image {path} ({error}); restore or remove the file"
-            raise ValueError(message) from error
+        with _opened(path) as file:
+            if file.has_transparency_data and np.array(file.convert("RGBA"))[..., 3].min() < 255:
+                raise ValueError("it has transparent pixels: save it without, on a background")
+            upright = ImageOps.exif_transpose(file)
+            image = self._prepare(upright.convert(_MODES[channels]))
         return torch.from_numpy(np.array(image)).reshape(height, width, channels).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """The file's image, not decoded yet; whatever is wrong with it is raised with its name."""
+    try:
+        with Image.open(path) as file:
+            if file.mode not in _KNOWN_MODES:
+                raise ValueError(
+                    f"its pixels are {file.mode!r} to Pillow, known are {', '.join(_KNOWN_MODES)}: "
+                    "save it with 8 bits per channel, grey or RGB"
+                )
+            # Cameras put previews behind the picture of an "MPO", which is a JPEG otherwise.
+            if (count := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":
+                raise ValueError(f"it holds {count} images: save each in a file of its own")
+            yield file
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
+        message = f"cannot read image {path} ({error}); restore or remove the file"
+        raise ValueError(message) from error
+
+
+def _is_grey(file: Image.Image) -> bool:
+    """Whether the file stores shades of grey, not what its pixels happen to look like."""
+    if file.mode != "P":
+        return file.mode in _GREY_MODES
+    palette = np.array(file.getpalette("RGB")).reshape(-1, 3)
+    return bool((palette == palette[:, :1]).all())
+
+
+def _common_shape(
+    paths: Sequence[Path], size: tuple[int, int] | None, channels: int | None
+) -> tuple[int, int, int]:
+    """``(C, H, W)`` from the heads of the files, where it is not given; ``ValueError`` if mixed."""
+    first_of: dict[tuple[int, ...], Path] = {}
+    for path in paths:
+        with _opened(str(path)) as file:
+            found_channels = channels or (1 if _is_grey(file) else 3)
+            wide, high = file.size
+            if file.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by a quarter
+                wide, high = high, wide
+        first_of.setdefault((found_channels, *(size or (high, wide))), path)
+    if len(first_of) > 1:
+        (one, file_of_one), (other, file_of_other), *_ = first_of.items()
+        mend = []
+        if one[0] != other[0]:
+            mend.append("channels=1 (grey) or channels=3 (colour)")
+        if one[1:] != other[1:]:
+            mend.append("image_size=")
+        raise ValueError(
+            f"images differ: {file_of_one} has (C, H, W) = {one}, {file_of_other} has {other}; "
+            f"pass {' and '.join(mend)} to make them alike"
+        )
+    channels, high, wide = next(iter(first_of))
+    return channels, high, wide
 
 
 def load_folder(
     path: str | os.PathLike[str],
-    image_size: int | tuple[int, int],
-    channels: int = 3,
+    image_size: int | tuple[int, int] | None = None,
+    channels: int | None = None,
     split: str | None = None,
 ) -> ImageFiles:
     """The images of a folder and its subfolders, in the order of their paths.
 
-    They are decoded when asked for. Each is scaled (bilinear, with antialiasing) until it just
-    covers the target, whose centre is kept. Where all images lie in subfolders, the first level of
-    these names the classes; otherwise every label is 0.
+    They are decoded when asked for. Where a size is given, each is scaled (bilinear, with
+    antialiasing) until it just covers the target, whose centre is kept. Where all images lie in
+    subfolders, the first level of these names the classes; otherwise every label is 0.
 
     Args:
         path: the folder.
-        image_size: height and width, or one number for both.
-        channels: 1 for grey, 3 for colour; images are converted.
+        image_size: height and width, or one number for both; that of the files when ``None``, which
+            must then be the same for all.
+        channels: 1 for grey, 3 for colour: images are converted. When ``None``, files that store
+            shades of grey stay grey, of one channel, and colour stays colour; a folder with both is
+            refused. Grey pictures that are stored as colour, as many JPEGs are, are colour here.
         split: read the subfolder of this name only, e.g. ``"train"``; all of them when ``None``.
+            :func:`~pyro_vae_defence.data.random_split` divides a folder that has no such parts.
+
+    Without ``image_size`` or ``channels`` every file is opened once at the beginning.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        ValueError: if it holds no image, or a size or number of channels is out of range.
+        ValueError: if it holds no image, a size or number of channels is out of range, or, naming
+            the file, an image is one of those that the module's text refuses. What needs pixels to
+            be noticed is raised when the image is asked for.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in "abc":
+        ...         Image.new("L", (40, 40)).save(f"{folder}/{name}.png")
+        ...     load_folder(folder, image_size=32).image_shape
+        (1, 32, 32)
     """
     folder = Path(path) if split is None else Path(path) / split
     if not folder.is_dir():
         raise FileNotFoundError(f"path={str(folder)!r} is no folder: pass one that holds images")
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if height < 1 or width < 1:
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and min(size) < 1:
         raise ValueError(f"image_size={image_size} must be positive")
     files = sorted(
         file.relative_to(folder)
@@ -119,6 +197,11 @@ def load_folder(
     class_of = [file.parts[0] if nested else name for file in files]
     classes = sorted(set(class_of))
     labels = torch.tensor([classes.index(label) for label in class_of])
+    paths = [folder / file for file in files]
+    if size is None or channels is None:
+        channels, height, width = _common_shape(paths, size, channels)
+    else:
+        height, width = size
 
     def cover(image: Image.Image) -> Image.Image:
         scale = max(height / image.height, width / image.width)
@@ -128,5 +211,5 @@ def load_folder(
         resized = image.resize((wide, high), Image.Resampling.BILINEAR)
         return resized.crop((left, top, left + width, top + height))
 
-    paths, shape = [folder / file for file in files], (channels, height, width)
+    shape = (channels, height, width)
     return ImageFiles(paths, labels, name, split or "all", classes, shape, cover)

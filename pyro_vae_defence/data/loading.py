@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    default_convert,
+)
 
 from pyro_vae_defence.data.celeba import load_celeba
 from pyro_vae_defence.data.color_mnist import load_color_mnist
-from pyro_vae_defence.data.datasets import SPLITS, Images, Split, default_root
+from pyro_vae_defence.data.datasets import SPLITS, Images, PartOfImages, Split, default_root
 from pyro_vae_defence.data.fashion_mnist import FASHION_MNIST
 from pyro_vae_defence.data.mnist import MNIST
 from pyro_vae_defence.data.variants import ImageTransform, TexturedImages, TransformedImages, invert
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import as_device, check_integer
 
 # A new dataset is a file of this package and a line here: root, split, download -> images.
 _PLAIN: dict[str, Callable[[Path, str, bool], Images]] = {
@@ -82,6 +89,7 @@ def batches(
     generator: torch.Generator | None = None,
     drop_last: bool = False,
     labels: bool = True,
+    device: str | torch.device | None = None,
 ) -> DataLoader[Any]:
     """A loader that fetches whole batches with one index.
 
@@ -95,13 +103,20 @@ def batches(
         generator: source of the order.
         drop_last: leave out a last batch that is not full.
         labels: whether a batch is a pair of images and labels, or images alone.
+        device: where batches are put; where the dataset has them when ``None``.
+
+    Raises:
+        ValueError: if ``batch_size`` is below 1, or there is no such device.
     """
     check_integer("batch_size", batch_size)
+    place = None if device is None else as_device("device", device)
     order: Any = SequentialSampler(dataset)
     if shuffle:
         order = RandomSampler(dataset, generator=generator)
     sampler = BatchSampler(order, batch_size, drop_last)
-    collate = None if labels else images_alone
+    collate: Any = None if labels else images_alone
+    if place is not None:
+        collate = partial(_moved, place, collate or default_convert)
     return DataLoader(
         dataset, sampler=sampler, batch_size=None, generator=generator, collate_fn=collate
     )
@@ -110,6 +125,14 @@ def batches(
 def images_alone(batch: Any) -> Any:
     """The images of a batch, which is them or a tuple that starts with them."""
     return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _moved(place: torch.device, collate: Callable[[Any], Any], batch: Any) -> Any:
+    """What ``collate`` makes of a batch, on a device."""
+    batch = collate(batch)
+    if isinstance(batch, Tensor):
+        return batch.to(place)
+    return [entry.to(place) if isinstance(entry, Tensor) else entry for entry in batch]
 
 
 def stratified(
@@ -142,3 +165,39 @@ def stratified(
             )
         chosen.append(members[torch.randperm(len(members), generator=generator)[:rounds]])
     return torch.stack(chosen, 1).flatten()[:num]
+
+
+def random_split(
+    dataset: Images, fractions: Sequence[float], generator: torch.Generator | None = None
+) -> tuple[PartOfImages, ...]:
+    """Divide a dataset at random into parts, e.g. for training, validation and test.
+
+    Args:
+        dataset: any of this package's datasets, such as a folder of images.
+        fractions: share of each part, positive, 1 together.
+        generator: source of randomness; torch's global seed when ``None``. The same parts need the
+            same seed and the same files.
+
+    Raises:
+        ValueError: if fractions are out of range, or a part would be empty.
+
+    Example:
+        >>> digits = load("mnist_subset", "test")
+        >>> [len(part) for part in random_split(digits, (0.5, 0.3, 0.2))]
+        [500, 300, 200]
+    """
+    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions={fractions} must be positive and sum to 1, e.g. (0.8, 0.2)")
+    shuffled = torch.randperm(len(dataset), generator=generator)
+    ends = [round(len(dataset) * sum(fractions[: i + 1])) for i in range(len(fractions))]
+    parts = [shuffled[start:end] for start, end in zip([0, *ends], ends)]
+    if not all(len(part) for part in parts):
+        raise ValueError(
+            f"fractions={fractions} of {dataset!r} leave a part empty: use more images, or fewer "
+            "parts"
+        )
+    count = len(parts)
+    return tuple(
+        PartOfImages(dataset, part, f"{dataset.split}, part {number} of {count}")
+        for number, part in enumerate(parts, 1)
+    )

@@ -11,7 +11,8 @@ from pyro_vae_defence.defence.controls import (
     median_filter,
 )
 from pyro_vae_defence.defence.convergence import Convergence, ConvergenceRule
-from pyro_vae_defence.defence.detection import detection_scores
+from pyro_vae_defence.defence.detection import anomaly_scores, detection_scores
+from pyro_vae_defence.defence.detector import DetectionReport, Detector
 from pyro_vae_defence.defence.foreign import KernelFactory
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
@@ -32,6 +33,8 @@ __all__ = [
     "Defence",
     "DefenceResult",
     "DefendedClassifier",
+    "DetectionReport",
+    "Detector",
     "EncoderDefence",
     "KernelFactory",
     "MCMCDefence",
@@ -39,6 +42,7 @@ __all__ = [
     "PosteriorModeDefence",
     "RadiusChoice",
     "Reading",
+    "anomaly_scores",
     "calibrate_radius",
     "choose_radius",
     "clip_dark_pixels",

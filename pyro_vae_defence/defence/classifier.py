@@ -34,7 +34,8 @@ from pyro_vae_defence.defence.base import Defence
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.classifier import flatten_latents
-from pyro_vae_defence.models.conditions import bind
+from pyro_vae_defence.models.conditions import bind, split
+from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.program import Decoder, check_vae, evaluation_mode, posterior_mean
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
@@ -129,6 +130,7 @@ class DefendedClassifier:
 
         Arguments as those of the defence.
         """
+        check_networks_on_device("classifier", self.classifier, "x", split(x)[0])
         return self.log_probabilities(self.defence(x, generator))
 
     def predict(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:

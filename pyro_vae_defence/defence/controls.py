@@ -14,7 +14,7 @@ clipping*: the attacks of the paper live in the black background, where this und
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_vae_defence.defence.base import BaseDefence
-from pyro_vae_defence.defence.result import Chains, setting
-from pyro_vae_defence.models.program import check_images, encode, potential
+from pyro_vae_defence.defence.result import Chains, DefenceResult, setting
+from pyro_vae_defence.models.program import check_images, encode, evaluation_mode, potential
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Perturb
@@ -40,6 +40,9 @@ class EncoderDefence(BaseDefence):
         batch_size: most images at a time; results do not depend on it, unless the guide has latents
             of families unknown to :mod:`pyro_vae_defence.ops.draws`, such as ``VonMises``, which
             come from torch's global seed.
+
+    A result's ``initial`` is the undefended encoding: the first draw's, with the same noise, at the
+    image before the filter.
 
     Raises:
         ValueError: if an argument is out of range, or images, filtered or not, are not in [0, 1].
@@ -74,6 +77,15 @@ class EncoderDefence(BaseDefence):
                 f"{tuple(filtered.shape)}"
             )
         return check_images(filtered, "preprocess(x)")
+
+    def _defend(self, vae: VAE, x: Tensor, seed: int, first_image: int) -> DefenceResult:
+        result = super()._defend(vae, x, seed, first_image)
+        if self.preprocess is None:
+            return result
+        streams = Streams.create(len(x), seed=seed, first_image=first_image, device=x.device)
+        with torch.no_grad(), evaluation_mode(vae):
+            undefended = encode(vae, x, streams=streams)
+        return replace(result, initial={name: value[None] for name, value in undefended.items()})
 
     @torch.no_grad()
     def _run(self, vae: VAE, x: Tensor, streams: Streams) -> Chains:

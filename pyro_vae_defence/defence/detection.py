@@ -1,87 +1,194 @@
-r"""Suspicion: what a chain reveals about whether its image was attacked, one score per image.
+r"""Suspicion: what a defence reveals about whether its image was attacked, one score per image.
 
-An attacked encoding is a bad explanation of the image, so the chain moves far and downhill. With
-:math:`z_0` the start of a chain, :math:`z_t` its draws, U the energy it samples and v a variance of
-the latents per dimension:
+An attacked encoding is a bad explanation of the image, so a chain moves far and downhill. With
+:math:`z_0` the undefended encoding, where chains start, :math:`z_t` for :math:`t = 1, \dots, T` the
+draws of the defence, x the image that it looks at, :math:`U_0` the energy of the model and U that
+which the defence samples (:math:`U_\delta` if it assumes a perturbation, else :math:`U_0`), g the
+decoder, and v a variance of the latents per dimension, all averaged over chains:
 
-- ``energy_drop``: :math:`U(z_0) - \overline{U(z_t)}`, averaged over chains, in nats;
-- ``perturbation_gain``: :math:`U_0(z_T) - U_\delta(z_T)`, averaged over chains: how many nats the
-  assumption of a perturbation is worth; only where the defence makes it;
-- ``distance``: from the start of a chain to the mean of its draws, root mean square over the
-  dimensions in units of :math:`\sqrt v`, averaged over chains;
+- ``energy_drop``: :math:`U(z_0) - \overline{U(z_t)}`, in nats;
+- ``perturbation_gain``: :math:`U_0(z_T) - U_\delta(z_T)`: how many nats the assumption of a
+  perturbation is worth;
+- ``start_energy``, ``end_energy``: :math:`U_0(z_0)` and :math:`U_0(z_T)`;
+- ``start_error``, ``end_error``: :math:`\|x - g(z_0)\|^2` and :math:`\|x - g(z_T)\|^2` per pixel;
+- ``distance``: from :math:`z_0` to the mean of the draws, root mean square over the dimensions in
+  units of :math:`\sqrt v`;
 - ``disagreement``: root mean square distance of the chains' means from their common mean, in the
-  same units; only with two chains or more;
-- ``start_energy``: :math:`U_0(z_0)`, which needs no chain at all: the control among the scores.
+  same units. Draws of the guide are chains of one draw each.
 
-All are high where an attack is suspected. They are measured by
-:func:`pyro_vae_defence.metrics.auroc` and :func:`~pyro_vae_defence.metrics.fpr_at_tpr`, against
-clean images, and against random noise of the same size, which tells a detector of attacks from one
-of anything unusual.
+All are high where an attack is suspected. ``start_energy`` and ``start_error`` need no chain: they
+are the controls among the scores, and with ``disagreement`` all that :class:`EncoderDefence` and
+:class:`NoDefence` have without a filter. With a filter, :math:`z_0` is the encoding of the image
+before it, so that ``distance`` is what the filter changes (*feature squeezing*, Xu, Evans, Qi,
+2018, https://arxiv.org/abs/1704.01155). Latents are compared on the unconstrained scale.
+
+:class:`~pyro_vae_defence.defence.Detector` turns a score into an alarm whose rate on clean images
+is set beforehand. :func:`pyro_vae_defence.metrics.auroc` and
+:func:`~pyro_vae_defence.metrics.fpr_at_tpr` measure a score, against clean images, and against
+random noise of the same size, which tells a detector of attacks from one of anything unusual.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.mcmc import MCMCDefence
+from pyro_vae_defence.defence.base import BaseDefence, Defence
+from pyro_vae_defence.defence.controls import EncoderDefence
 from pyro_vae_defence.defence.result import DefenceResult
-from pyro_vae_defence.models.conditions import bind
-from pyro_vae_defence.models.program import evaluation_mode, potential
+from pyro_vae_defence.models.conditions import bind, split
+from pyro_vae_defence.models.program import Decoder, evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.types import Latents, LatentsLike
+from pyro_vae_defence.types import ImagesLike, Latents, LatentsLike
 
 
 @torch.no_grad()
 def detection_scores(
-    defence: MCMCDefence, result: DefenceResult, variance: LatentsLike | None = None
+    defence: Defence, result: DefenceResult, variance: LatentsLike | None = None
 ) -> dict[str, Tensor]:
     """Scores of every image from a run of ``defence``: name -> ``(N,)``, see the module's text.
 
     Args:
-        defence: the defence that made the run.
+        defence: the defence or control that made the run.
         result: what it returned.
         variance: site -> variances of one image's shape that define the unit of distance, e.g. the
             training set's ``mean_posterior_variance``, which an attacker cannot move; 1 by default.
 
+    Returns:
+        The scores that such a defence has: which ones depends on its settings, never on images.
+
     Raises:
         ValueError: if ``variance`` has other sites than the latents.
     """
-    if variance is None:
-        variance = {name: torch.ones_like(value[0]) for name, value in result.latents.items()}
-    if variance.keys() != result.samples.keys():
+    if variance is not None and variance.keys() != result.samples.keys():
         raise ValueError(
             f"variance must have the latents' sites {sorted(result.samples)}, got "
             f"{sorted(variance)}"
         )
-    num_chains = next(iter(result.initial.values())).shape[0]
+    perturbation = getattr(defence, "perturbation", None)
+    encoder = isinstance(defence, EncoderDefence)
+    moves = not (isinstance(defence, EncoderDefence) and defence.preprocess is None)
+    num_chains, num_draws = next(iter(result.samples.values())).shape[:2]
     vae = bind(defence.vae, result.x, result.conditions)
-    folded = result.x.repeat(num_chains, 1, 1, 1)
+    x = result.x.repeat(num_chains, 1, 1, 1)
+
+    def over_chains(values: Tensor) -> Tensor:
+        return lat.unfold(values, num_chains).mean(0)
+
+    def unfold(name: str, latents: Latents) -> Tensor:
+        return lat.unfold(latents[name], num_chains)
+
     with evaluation_mode(vae):
-        plain = potential(vae, folded)
-        sampled = potential(vae, folded, defence.perturbation)
-        start = sampled.unconstrain(_fold(result.initial))
-        end = sampled.unconstrain(_fold({n: v[:, -1] for n, v in result.samples.items()}))
-        before = lat.unfold(sampled(start), num_chains)
-        scores = {"energy_drop": (before + result.sample_stats["lp"].mean(1)).mean(0)}
-        if defence.perturbation is not None:
-            gain = plain(end) - sampled(end)
-            scores["perturbation_gain"] = lat.unfold(gain, num_chains).mean(0)
-        scores["start_energy"] = lat.unfold(plain(start), num_chains).mean(0)
-    means = {name: value.mean(1) for name, value in result.samples.items()}
-    moved = {name: means[name] - result.initial[name] for name in means}
-    scores["distance"] = _length(moved, variance).mean(0)
-    if num_chains > 1:
+        plain = potential(vae, x)
+        sampled = plain if perturbation is None else potential(vae, x, perturbation)
+        decode = Decoder(vae, x)
+
+        def error(latents: Latents) -> Tensor:
+            return over_chains((decode(latents, x).clamp(0.0, 1.0) - x).square().mean((1, 2, 3)))
+
+        def draw(number: int) -> Latents:
+            return _fold({name: value[:, number] for name, value in result.samples.items()})
+
+        initial = _fold(result.initial)
+        start = sampled.unconstrain(initial)
+        end = sampled.unconstrain(draw(-1))
+        samples = result.samples
+        if sampled.transforms:
+            draws = [sampled.unconstrain(draw(number)) for number in range(num_draws)]
+            samples = {n: torch.stack([unfold(n, z) for z in draws], 1) for n in samples}
+        scores = {}
+        if moves:
+            if "lp" in result.sample_stats:
+                after = -result.sample_stats["lp"].mean(1)
+            else:
+                energies = [sampled(sampled.unconstrain(draw(t))) for t in range(num_draws)]
+                after = lat.unfold(torch.stack(energies).mean(0), num_chains)
+            scores["energy_drop"] = (lat.unfold(sampled(start), num_chains) - after).mean(0)
+            end_energy = plain(end)
+            if perturbation is not None:
+                scores["perturbation_gain"] = over_chains(end_energy - sampled(end))
+        scores["start_energy"] = over_chains(plain(start))
+        scores["start_error"] = error(initial)
+        if moves:
+            scores["end_energy"] = over_chains(end_energy)
+            scores["end_error"] = error(draw(-1))
+    means = {name: value.mean(1) for name, value in samples.items()}
+    if moves:
+        moved = {name: means[name] - unfold(name, start) for name in means}
+        scores["distance"] = _length(moved, variance).mean(0)
+    if encoder:
+        means = {name: value.flatten(0, 1) for name, value in samples.items()}
+    if num_chains > 1 or (encoder and num_draws > 1):
         spread = {name: value - value.mean(0) for name, value in means.items()}
         scores["disagreement"] = _length(spread, variance).square().mean(0).sqrt()
     return scores
+
+
+@torch.no_grad()
+def anomaly_scores(
+    defence: Defence, x: ImagesLike, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    r"""How badly the model explains images, as detectors of anomalies by VAEs ask: ``(N,)`` each.
+
+    With :class:`NoDefence` these are the usual scores; compare them with those behind a defence. An
+    attack in the encoder can hide an anomaly, or make one of a normal image, by the latents that it
+    leads to; latents after a defence answer to the image alone. A chain explains every image better
+    than the encoder does, anomalies among them, so scores need thresholds of their own, and may
+    tell anomalies apart better or worse: measure it.
+
+    Args:
+        defence: any defence or control.
+        x: images ``(N, C, H, W)``, or ``(x, *conditions)``, as for the defence.
+        generator: as for the defence.
+
+    Returns:
+        ``error``, the reconstruction error :math:`\|x - g(z)\|^2` per pixel, and ``energy``,
+        :math:`U_0(z; x) = -\log p(x \mid z) - \log p(z)` in nats, both averaged over the draws z
+        of the defence and about the image that was passed, before any filter. For draws of the
+        guide the energy is -ELBO plus the guide's entropy; :func:`pyro_vae_defence.metrics.nll` is
+        -ELBO with ``num_samples=1``, and importance-weighted with more.
+    """
+    parts: dict[str, list[Tensor]] = {"error": [], "energy": []}
+    rest = split(x)[0]
+    for result in runs(defence, x, generator):
+        images, rest = rest[: len(result.x)], rest[len(result.x) :]
+        vae = bind(defence.vae, images, result.conditions)
+        with evaluation_mode(vae):
+            energy, decode = potential(vae, images), Decoder(vae, images)
+            draws = _draws(result)
+            decoded = torch.stack([decode(z, images).clamp(0.0, 1.0) for z in draws])
+            energies = torch.stack([energy(energy.unconstrain(z)) for z in draws])
+        parts["error"].append((decoded - images).square().mean((0, 2, 3, 4)))
+        parts["energy"].append(energies.mean(0))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def runs(
+    defence: Defence, x: ImagesLike, generator: torch.Generator | None
+) -> Iterator[DefenceResult]:
+    """What ``defence`` returns for images, in micro-batches whose chains can be forgotten."""
+    if isinstance(defence, BaseDefence):
+        yield from defence.stream([x], generator)
+    else:
+        yield defence(x, generator)
+
+
+def _draws(result: DefenceResult) -> list[Latents]:
+    """Every draw of every chain, one row per image each."""
+    samples = {name: value.flatten(0, 1) for name, value in result.samples.items()}
+    count = len(next(iter(samples.values())))
+    return [lat.index(samples, number) for number in range(count)]
 
 
 def _fold(latents: LatentsLike) -> Latents:
     return {name: value.flatten(0, 1) for name, value in latents.items()}
 
 
-def _length(latents: LatentsLike, variance: LatentsLike) -> Tensor:
+def _length(latents: LatentsLike, variance: LatentsLike | None) -> Tensor:
     """Root mean square over latent dimensions, in standard deviations: ``(chain, N)``."""
-    whitened = [(v / variance[n].to(v).sqrt()).flatten(2) for n, v in latents.items()]
+    if variance is not None:
+        latents = {name: v / variance[name].to(v).sqrt() for name, v in latents.items()}
+    whitened = [value.flatten(2) for value in latents.values()]
     return torch.cat(whitened, 2).square().mean(2).sqrt()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -25,6 +25,7 @@ from pyro_vae_defence.defence.convergence import MIN_CHAINS, ConvergenceRule
 from pyro_vae_defence.defence.foreign import KernelFactory, run_one_by_one
 from pyro_vae_defence.defence.result import Chains, setting
 from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.mcmc.captured import find_graph
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models.conditions import rows_of, split
 from pyro_vae_defence.models.contract import check_vae, run_on
@@ -101,12 +102,18 @@ class MCMCDefence(BaseDefence):
             the most transitions after warm-up. Needs at least 4 chains. An image whose every
             transition between two looks diverged, in all chains, stops too, unconverged. Images
             that are done leave the batch, which changes no result.
-        prepare: what makes the potential that kernels move on of the model's energy:
+        prepare: how the model's energy, or a whole transition, is evaluated.
             :class:`Recorder() <pyro_vae_defence.models.compiled.Recorder>` records energy and
             gradient once per shape of a batch instead of running the model's Python every time,
             ``Recorder(compile=True)`` compiles them as well, and
-            :class:`~pyro_vae_defence.models.compiled.ReducedForce` computes forces in bfloat16. One
-            recorder serves all micro-batches, and all calls.
+            :class:`~pyro_vae_defence.models.compiled.ReducedForce` computes forces in bfloat16,
+            float16 or TF32. ``"graph"``, which stands for
+            :class:`Graph() <pyro_vae_defence.mcmc.captured.Graph>`, launches each transition as one
+            CUDA graph, with forces in reduced precision where it is asked for them; on a CPU it is
+            a ``Recorder()``. One of these serves all micro-batches, and all calls; any other
+            callable from a ``ModelPotential`` to one will do. Where one cannot do what it is for,
+            the run goes on without, and ``settings["prepare_why_not"]`` of its result says why.
+            ``None`` runs the model's Python every time: recording takes longer than short runs do.
         batch_size: most chains (images times ``num_chains``) at a time. Results do not depend on
             it, unless the kernel couples images, as the paper's preset does, or noise comes from
             torch's global seed: that of other kernels, and of starts where the guide's latents are
@@ -128,7 +135,7 @@ class MCMCDefence(BaseDefence):
     keep_draws: int | None = None
     max_gradients: int | None = None
     until_converged: ConvergenceRule | None = None
-    prepare: Callable[[ModelPotential], ModelPotential] | None = None
+    prepare: Callable[[ModelPotential], ModelPotential] | Literal["graph"] | None = None
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -138,11 +145,8 @@ class MCMCDefence(BaseDefence):
                 f"kernel must be a callable from a Pyro model to an MCMCKernel, such as BatchedHMC "
                 f"or functools.partial(BatchedHMC, step_size=0.1), got {self.kernel!r}"
             )
-        if not (self.prepare is None or callable(self.prepare)):
-            raise ValueError(
-                "prepare must map a ModelPotential to another, such as Recorder(), got "
-                f"{self.prepare!r}"
-            )
+        self.prepare = find_graph(self.prepare)
+        self._why_not: str | None = None  # what the last run's `prepare` says
         if self.initial not in INITIALS:
             raise ValueError(f"initial must be one of {INITIALS}, got {self.initial!r}")
         check_integer("num_samples", self.num_samples, 1)
@@ -241,6 +245,9 @@ class MCMCDefence(BaseDefence):
             torch.Size([4, 10, 2, 64])
         """
         check_vae(vae)
+        given = {"perturbation": ball, **RECOMMENDED_LENGTHS, **options}
+        if "kernel" in given:
+            return cls(vae, **given)
         metric = getattr(vae, "mean_posterior_variance", None)
         if train_images is not None:
             metric = mean_posterior_variance(vae, _batches(vae, train_images))
@@ -251,8 +258,7 @@ class MCMCDefence(BaseDefence):
                 "train_images)"
             )
         kernel = functools.partial(BatchedHMC, inverse_mass_matrix=metric, **RECOMMENDED_KERNEL)
-        given = {"kernel": kernel, "perturbation": ball, **RECOMMENDED_LENGTHS, **options}
-        return cls(vae, **given)
+        return cls(vae, kernel, **given)
 
     @property
     def _fewest_draws(self) -> int:
@@ -286,7 +292,9 @@ class MCMCDefence(BaseDefence):
         if self.max_gradients is not None:
             spent = start.num_gradients + 1
             lengths = lengths.within(self.max_gradients, spent, kernel, streams.seed)
-        return run_batched(kernel, x, start, lengths, self.until_converged, self.progress)
+        chains = run_batched(kernel, x, start, lengths, self.until_converged, self.progress)
+        self._why_not = kernel.why_not
+        return chains
 
     def _settings(self) -> dict[str, Any]:
         kernel: Any = self.kernel
@@ -301,6 +309,7 @@ class MCMCDefence(BaseDefence):
             **{f"kernel_{name}": value for name, value in plain.items()},
             **{f.name: setting(getattr(self, f.name)) for f in fields(self) if f.name not in apart},
             "keep_draws": self._kept_draws,
+            **({} if self._why_not is None else {"prepare_why_not": self._why_not}),
         }
 
 

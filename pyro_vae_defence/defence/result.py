@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import diagnostics
-from pyro_vae_defence.types import Latents
+from pyro_vae_defence.models import program
+from pyro_vae_defence.types import VAE, Latents
 
 
 class Chains(NamedTuple):
@@ -77,26 +78,95 @@ class DefenceResult:
         """The result of all images from those of consecutive micro-batches."""
         if len(parts) == 1:
             return parts[0]
-        whole = {"seconds", "observation", "settings"}
-        fields = [{n: v for n, v in vars(part).items() if n not in whole} for part in parts]
         seconds = sum(part.seconds for part in parts)
-        return replace(parts[0], seconds=seconds, **_along_images(torch.cat, fields))
+        joined = _along_images(torch.cat, [_per_image(part) for part in parts])
+        return replace(parts[0], seconds=seconds, **joined)
 
-    def to_datatree(self) -> Any:
-        """The chains as an ``xarray.DataTree``; see :mod:`pyro_vae_defence.diagnostics`."""
-        return diagnostics.to_datatree(
-            _to_numpy(self.samples),
-            _to_numpy(self.sample_stats),
-            _to_numpy({self.observation: self.x}),
-            attrs={"inference_library": "pyro_vae_defence", **self.settings},
+    def to_datatree(self, image: int | None = None, *, log_likelihood: VAE | None = None) -> Any:
+        """The chains as an ``xarray.DataTree``; see :mod:`pyro_vae_defence.diagnostics`.
+
+        Args:
+            image: which image's chains, without a dimension of images, as ArviZ's energy and pair
+                plots want them; those of all when ``None``.
+            log_likelihood: the VAE that was defended, to add a group of that name with
+                log p(x_i | z) of each pixel and kept draw, in nats per value that the model
+                observes: what ``arviz.loo`` reads. A float for each pixel of each draw; with many
+                images take one at a time.
+
+        Raises:
+            ValueError: if there is no such image; and for ``log_likelihood`` if the draws are not
+                of the posterior p(z | x), or pixels are not independent given the latents.
+        """
+        part, attrs = self, {"inference_library": "pyro_vae_defence", **self.settings}
+        if image is not None:
+            attrs["image"] = image = diagnostics.check_image(image, len(self.x))
+            part = self._image(image)
+        pixels = {}
+        if log_likelihood is not None:
+            pixels = {self.observation: part._log_likelihood(log_likelihood)}
+        tree = diagnostics.to_datatree(
+            _to_numpy(part.samples),
+            _to_numpy(part.sample_stats),
+            _to_numpy({self.observation: part.x}),
+            attrs,
+            _to_numpy(pixels),
         )
+        return tree if image is None else diagnostics.select_image(tree, 0)
 
-    def to_arviz(self) -> Any:
-        """The chains for ArviZ: groups ``posterior``, ``sample_stats`` and ``observed_data``."""
-        return diagnostics.to_arviz(self.to_datatree())
+    def to_arviz(self, image: int | None = None, *, log_likelihood: VAE | None = None) -> Any:
+        """The chains for ArviZ: groups ``posterior``, ``sample_stats`` and ``observed_data``.
+
+        Arguments as for :meth:`to_datatree`.
+        """
+        return diagnostics.to_arviz(self.to_datatree(image, log_likelihood=log_likelihood))
+
+    def summary(self) -> Any:
+        """A ``pandas.DataFrame`` with a row per image: :func:`pyro_vae_defence.diagnostics.summary`
+        and ``num_gradients``."""
+        table = diagnostics.summary(self.to_datatree())
+        table["num_gradients"] = self.num_gradients.cpu().numpy()
+        return table
+
+    def _image(self, image: int) -> DefenceResult:
+        """The part of one image."""
+
+        def pick(tensors: list[Tensor], dim: int) -> Tensor:
+            return tensors[0].narrow(dim, image, 1)
+
+        return replace(self, **_along_images(pick, [_per_image(self)]))
+
+    def _log_likelihood(self, vae: VAE) -> Tensor:
+        """log p(x_i | z) of every pixel, ``(chain, draw, N, C, H, W)``, in nats."""
+        defence, assumed = self.settings.get("defence"), self.settings.get("perturbation")
+        if (defence, assumed) != ("mcmc", setting(None)):
+            raise ValueError(
+                "log_likelihood is about draws of the posterior p(z | x), which MCMCDefence makes "
+                f"without a perturbation; these are of defence={defence!r}, "
+                f"perturbation={assumed!r}: leave it out"
+            )
+        at_x, x = program.at_images(vae, (self.x, *self.conditions), "x", unit_interval=False)
+        shape = next(iter(self.samples.values())).shape[:2]
+        draws = {name: value.flatten(0, 1) for name, value in self.samples.items()}
+        at_once = max(1, _ROWS // len(x))
+        with torch.no_grad(), program.evaluation_mode(vae):
+            decode = program.Decoder(at_x, x)
+            parts = []
+            for start in range(0, shape.numel(), at_once):
+                some = {n: v[start : start + at_once].flatten(0, 1) for n, v in draws.items()}
+                copies = len(next(iter(some.values()))) // len(x)
+                parts.append(decode.log_likelihood(some, x.repeat(copies, 1, 1, 1)))
+        return torch.cat(parts).unflatten(0, (*shape, len(x)))
 
 
+# Most images whose pixels' log-likelihoods are computed at a time.
+_ROWS = 4096
+_OF_THE_WHOLE = ("seconds", "observation", "settings")
 _IMAGE_DIM = {"initial": 1, "samples": 2, "sample_stats": 2}  # 0 in all others
+
+
+def _per_image(result: DefenceResult) -> dict[str, Any]:
+    """The fields that have a dimension of images."""
+    return {n: v for n, v in vars(result).items() if n not in _OF_THE_WHOLE}
 
 
 def _along_images(
@@ -125,8 +195,9 @@ def setting(value: Any) -> int | float | str:
         return f"{setting(value.func)}({', '.join([*map(str, value.args), *bound])})"
     if isinstance(value, (int, float, str)):
         return int(value) if isinstance(value, bool) else value
-    if not hasattr(value, "__name__") and " object at 0x" in str(value):
-        value = type(value)  # where it stands in memory says nothing
+    default: object = object.__repr__  # says where a value stands in memory
+    if type(value).__repr__ is default:
+        value = type(value)
     return getattr(value, "__name__", str(value))
 
 

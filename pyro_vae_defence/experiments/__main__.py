@@ -31,16 +31,23 @@ STUDIES = {
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
-    "benchmark": ("benchmark.run:BenchmarkSamplers", "benchmark.attacks:BenchmarkAttacks"),
+    "benchmark": (
+        "benchmark.run:BenchmarkSamplers",
+        "benchmark.attacks:BenchmarkAttacks",
+        "benchmark.gpu.run:BenchmarkGPU",
+    ),
 }
 """Command -> studies that share it, each ``module:class``; imported when asked for."""
 
+_ALL_RESULTS = "directory of compare, robustness and benchmark; %(default)s by default"
 WEIGHTS = "directory of weights; by default those of the package and of a checkout"
 
 BESIDE = {
     "report": "write the tables, figures and pages of a directory of result files",
+    "summary": "write the page of results at a glance, from those of all studies",
     "table": "print a table of the paper beside our results",
     "models": "print what the cards of trained models say",
+    "front": "print the table of the README",
 }
 """Commands that compute nothing."""
 
@@ -213,11 +220,24 @@ def _beside(command: str, words: Sequence[str]) -> str:
 
         written = write_pages(measurements(), options.results, options.images)
         return "\n".join(f"wrote {path}" for path in written)
+    if command == "summary":
+        parser.add_argument("results", nargs="?", default="docs/results", help=_ALL_RESULTS)
+        parser.add_argument("--images", default="docs/images", help="directory for its picture")
+        options = parser.parse_args(words)
+        from pyro_vae_defence.experiments.summary import write_summary
+
+        written = write_summary(options.results, options.images)
+        return "\n".join(f"wrote {path}" for path in written)
     if command == "models":
         parser.add_argument("directory", nargs="?", help=WEIGHTS)
         from pyro_vae_defence.experiments.cards import trained_models
 
         return trained_models(parser.parse_args(words).directory)
+    if command == "front":
+        parser.add_argument("results", nargs="?", default="docs/results", help="result files")
+        from pyro_vae_defence.experiments.front import front_table
+
+        return front_table(Path(parser.parse_args(words).results))
     parser.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
     parser.add_argument("--results", help="directory of result files; docs/results/... by default")
     options = parser.parse_args(words)

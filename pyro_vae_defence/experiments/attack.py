@@ -215,7 +215,7 @@ def _table(title: str, by_model: Mapping[str, dict[str, Any] | None]) -> str:
         radii = [f"{radius:g}" for radius in config["radii"]]
         cells = [cell for each in found for cell in each["radii"].get("0", {}).values()]
         tasks = list(cells[0]["accuracy"]) if cells else tasks
-        notes = [_note(config), "", *(f"- {tables.source(each)}" for each in found), ""]
+        notes = [_note(config), "", *tables.sources(found)]
     columns = ["", *(f"{METRIC}, {radius}" for radius in radii)]
     for task in tasks:
         name = "" if len(tasks) == 1 else f" ({task})"
@@ -227,7 +227,9 @@ def _table(title: str, by_model: Mapping[str, dict[str, Any] | None]) -> str:
         for model, result in by_model.items()
         for defence in (_PRINTED.get(model, {}) if result is None else result["config"]["defences"])
     ]
-    return "\n".join([title, "", *tables.table(columns, rows), *notes])
+    kept = [name for name in columns if name.startswith("unchanged")][: len(radii)]
+    shown = [*columns[: 1 + len(radii)], *kept][: tables.MOST_COLUMNS]
+    return "\n".join([title, "", *tables.table(columns, rows, shown), *notes])
 
 
 def _check_alike(results: list[dict[str, Any]]) -> None:

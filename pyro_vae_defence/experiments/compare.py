@@ -40,6 +40,7 @@ from pyro_vae_defence.experiments.classify import CLASSIFIERS, LatentInputs, cla
 from pyro_vae_defence.experiments.defences import (
     KINDS,
     Setting,
+    colour,
     defence_spec,
     known_defence,
     label,
@@ -51,8 +52,18 @@ from pyro_vae_defence.experiments.train import DATASETS
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.files import write_atomically
 
 UNDEFENDED_READING = "guide's mean"
+
+ADVISED = ("hmc", "aware_0.2")
+"""What the table of verdicts compares with controls: neither knows the radius of the attack."""
+
+PICTURED = {
+    "defences": ("none", "hmc", "aware", "aware_0.2", "aware_unknown"),
+    "controls": ("dark_clip", "extreme_clip", "median", "gaussian", "mode"),
+}
+"""Curves over the radius, at most five in a panel; the tables have all."""
 
 CALIBRATION_RADII = (0.0, 0.05, 0.1, 0.2, 0.3)
 CALIBRATION_IMAGES = 100
@@ -322,7 +333,8 @@ class Compare(Measurement[CompareConfig]):
 
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
-        """A table per fully measured radius, ways of classifying, detection, figures."""
+        """Figures, a table per fully measured radius, ways of classifying, detection; between two
+        comments, by which a page takes one dataset from the file of all."""
         config, name = result["config"], result["name"]
         clean = ", ".join(
             f"{task} {tables.interval(value)}" for task, value in result["clean"].items()
@@ -338,9 +350,24 @@ class Compare(Measurement[CompareConfig]):
                 lines += _main_table(result, radius, cells)
                 lines += _readings_tables(radius, cells)
                 lines += _detection_table(radius, cells)
+        texts = {f"compare_{name}_cost": _cost_text(result)}
+        pictures = []
         for figure in figures:
-            lines += [f"![{name}: {Path(figure).stem}]({figure})", ""]
-        return tables.section(f"## {name}", note, lines, result)
+            text = texts.get(Path(figure).stem) or _radius_text(result)
+            pictures += [f"![{text}]({figure})", ""]
+        whole = tables.section(f"## {name}", note, [*pictures, *lines], result)
+        heading, _, rest = whole.partition("\n\n")
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        return f"{heading}\n\n{begin}\n\n{rest}\n{end}\n"
+
+    @classmethod
+    def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
+        """The verdicts on all datasets in one table, ``verdicts.md``, if there are any."""
+        path = directory / "verdicts.md"
+        if not any(map(headline, results.values())):
+            return []
+        write_atomically(path, verdicts(list(results.values())).encode())
+        return [path]
 
     @classmethod
     def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
@@ -382,6 +409,8 @@ def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) ->
         of = "" if len(tasks) == 1 else f" ({task})"
         columns += [f"{measure}{of}" for measure in measures.values()]
     columns += ["gradients / image", "seconds / image", "verdict"]
+    of = "" if len(tasks) == 1 else f" ({tasks[0]})"
+    shown = ["", "verdict", "mean of draws", f"correct, attacked{of}", f"correct, clean{of}"]
     rows = []
     for name, cell in cells.items():
         values = [label(name), *tables.intervals(cell, "ms_ssim", "ms_ssim_of_mean")]
@@ -396,9 +425,9 @@ def _main_table(result: dict[str, Any], radius: float, cells: dict[str, Any]) ->
         f"{some['num_classified']} images classified (reading `{result['config']['reading']}`; no "
         f"defence: by the {UNDEFENDED_READING}). 95% intervals over images. *Verdict*: against the "
         f"best control, on {result['metric']} of the mean of draws and on correct {tasks[0]} under "
-        "attack.",
+        f"attack: {_best_controls(result, cells)}.",
         "",
-        *tables.table(columns, rows),
+        *tables.table(columns, rows, shown),
     ]
 
 
@@ -408,24 +437,105 @@ def verdict(result: dict[str, Any], cells: dict[str, Any], name: str) -> str:
 
     *Better* and *worse* are said only where the 95% intervals do not overlap.
     """
-    controls = [cell for cell in cells if defence_spec(cell).role == "control"]
-    of_attack = "attacked" in _reading(result, cells[name], next(iter(result["clean"])))
-    if defence_spec(name).role != "defence" or not controls or not of_attack:
+    best = best_controls(result, cells)
+    if defence_spec(name).role != "defence" or not best:
         return ""
     words = []
-    for what, values in (
-        ("similarity", {cell: cells[cell]["ms_ssim_of_mean"] for cell in cells}),
-        ("accuracy", {cell: _accuracy(result, cells[cell]) for cell in cells}),
-    ):
-        best = max(controls, key=lambda control: values[control]["estimate"])
-        than = label(best).removeprefix("control: ")
-        if values[name]["low"] > values[best]["high"]:
-            words.append(f"{what}: better than {than}")
-        elif values[name]["high"] < values[best]["low"]:
-            words.append(f"{what}: **worse** than {than}")
+    for what, (control, values) in best.items():
+        if values[name]["low"] > values[control]["high"]:
+            word = "better"
+        elif values[name]["high"] < values[control]["low"]:
+            word = "**worse**"
         else:
-            words.append(f"{what}: not told apart from {than}")
+            word = "not told apart"
+        words.append(f"{what}: {word}")
     return "; ".join(words)
+
+
+def best_controls(
+    result: dict[str, Any], cells: dict[str, Any]
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """``"similarity"`` and ``"accuracy"`` under attack -> the best control, and the entries of all
+    cells; nothing where nothing is attacked or there is no control."""
+    controls = [cell for cell in cells if defence_spec(cell).role == "control"]
+    first = next(iter(result["clean"]))
+    if not all("attacked" in _reading(result, cell, first) for cell in cells.values()):
+        return {}
+    measured = {
+        "similarity": {cell: cells[cell]["ms_ssim_of_mean"] for cell in cells},
+        "accuracy": {cell: _accuracy(result, cells[cell]) for cell in cells},
+    }
+    return {
+        what: (max(controls, key=lambda control: values[control]["estimate"]), values)
+        for what, values in measured.items()
+        if controls
+    }
+
+
+def _best_controls(result: dict[str, Any], cells: dict[str, Any]) -> str:
+    """Which control is the best, by similarity and by accuracy."""
+    found = best_controls(result, cells)
+    words = [f"{_control(control)} by {what}" for what, (control, _) in found.items()]
+    return " and ".join(words) or "none was measured"
+
+
+def _control(name: str) -> str:
+    return label(name).removeprefix("control: ")
+
+
+class Headline(NamedTuple):
+    """What matters most of one dataset, at the radius of the comparison by cost.
+
+    Attributes:
+        name: the dataset and the radius.
+        accuracy: name of a defence -> how often the class is right under attack.
+        control: the control that is best at that.
+        verdicts: what is said of each of :data:`ADVISED` that was measured.
+    """
+
+    name: str
+    accuracy: dict[str, dict[str, float]]
+    control: str
+    verdicts: dict[str, str]
+
+
+def headline(result: dict[str, Any]) -> Headline | None:
+    """The headline of a result; ``None`` where there is no control or no attack."""
+    radius = f"{result['config']['cost_radius']:g}"
+    cells = result["radii"].get(radius, {})
+    best = best_controls(result, cells)
+    if not best:
+        return None
+    control, accuracy = best["accuracy"]
+    # What assumes the attack's radius goes by the name that fixes it.
+    measured = {_resolved(name, float(radius)): name for name in cells}
+    names = {name: measured.get(_resolved(name, float(radius))) for name in ADVISED}
+    return Headline(
+        f"{result['name'].replace('_', ' ')}, {radius}",
+        accuracy | {name: accuracy[cell] for name, cell in names.items() if cell},
+        control,
+        {name: verdict(result, cells, cell) for name, cell in names.items() if cell},
+    )
+
+
+def verdicts(results: list[dict[str, Any]]) -> str:
+    """A row per dataset and chain of :data:`ADVISED`."""
+    found = [(headline(result), result) for result in results]
+    rows = [
+        [
+            words,
+            line.name,
+            label(name),
+            tables.interval(line.accuracy[name]),
+            f"{tables.interval(line.accuracy[line.control])}, {_control(line.control)}",
+        ]
+        for line, _ in found
+        if line is not None
+        for name, words in line.verdicts.items()
+    ]
+    columns = ["verdict", "data set, radius", "defence", "correct, attacked", "best control"]
+    sources = tables.sources([result for line, result in found if line is not None])
+    return "\n".join([*tables.table(columns, rows), *sources])
 
 
 def _readings_tables(radius: float, cells: dict[str, Any]) -> Iterator[str]:
@@ -463,22 +573,23 @@ def _detection_table(radius: float, cells: dict[str, Any]) -> list[str]:
         return []
     columns = ["", "score"]
     for kind in ("clean images", "noise of equal radius"):
-        columns += [f"AUROC, {kind}", "FPR at 95% TPR"]
+        columns += [f"AUROC, {kind}", f"FPR at 95% TPR, {kind}"]
+    shown = [*columns[:3], columns[4]]
     return [
         f"Telling attacked images from others (radius {radius:g}); *start energy* needs no chain "
         "and is the control.",
         "",
-        *tables.table(columns, rows),
+        *tables.table(columns, rows, shown),
     ]
 
 
 def radius_figure(result: dict[str, Any]) -> Figure:
-    """Accuracy under attack and similarity over the radius, a line per defence, controls dashed."""
-    lines = {
-        name: [(float(r), cells[name]) for r, cells in result["radii"].items() if name in cells]
-        for name in result["config"]["defences"]
+    """Accuracy under attack and similarity over the radius: defences above, controls below."""
+    drawn = {
+        title: {name: _over_radii(result, name) for name in names}
+        for title, names in _pictured(result).items()
     }
-    return _panels(result, lines, "radius of the attack", 5, ", mean of draws")
+    return _panels(result, drawn, "radius of the attack", ", mean of draws")
 
 
 def cost_figure(result: dict[str, Any]) -> Figure:
@@ -487,37 +598,89 @@ def cost_figure(result: dict[str, Any]) -> Figure:
     lines: dict[str, list[tuple[float, Any]]] = {}
     for name, cell in result["costs"].items():
         lines.setdefault(name.partition("@")[0], []).append((cell["gradients_per_image"], cell))
-    free = {
-        name: cell
-        for name, cell in result["radii"].get(radius, {}).items()
-        if defence_spec(name).kind in ("none", "dark_clip", "median")
+    return _panels(result, {"": lines}, f"gradients per image, radius {radius}", free=_free(result))
+
+
+def _pictured(result: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Row of panels -> names of its curves, of what was measured."""
+    measured = result["config"]["defences"]
+    rows = {
+        title: tuple(name for name in names if name in measured)
+        for title, names in PICTURED.items()
     }
-    return _panels(result, lines, f"gradients per image, radius {radius}", 4.5, free=free)
+    return {title: names for title, names in rows.items() if names}
+
+
+def _over_radii(result: dict[str, Any], name: str) -> list[tuple[float, Any]]:
+    return [(float(r), cells[name]) for r, cells in result["radii"].items() if name in cells]
+
+
+def _free(result: dict[str, Any]) -> dict[str, Any]:
+    """What needs no gradient, at the radius of the comparison by cost."""
+    cells = result["radii"].get(f"{result['config']['cost_radius']:g}", {})
+    return {name: cells[name] for name in ("none", "dark_clip", "median") if name in cells}
 
 
 def _panels(
     result: dict[str, Any],
-    lines: dict[str, list[tuple[float, Any]]],
+    drawn: dict[str, dict[str, list[tuple[float, Any]]]],
     xlabel: str,
-    height: float,
     of: str = "",
     free: dict[str, Any] | None = None,
 ) -> Figure:
-    """A panel for accuracy and one for similarity: ``lines`` through cells, ``free`` across."""
-    figure = Figure(figsize=(11, height), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for axes, quality, value in (
-        (left, f"correct {next(iter(result['clean']))}", lambda cell: _accuracy(result, cell)),
-        (right, f"{result['metric']}{of}", lambda cell: cell["ms_ssim_of_mean"]),
-    ):
-        for name, points in lines.items():
-            if points:
-                x, cells = zip(*points, strict=True)
-                interval_curve(axes, x, list(map(value, cells)), label(name))
-                if defence_spec(name).role == "control":
-                    axes.lines[-1].set_linestyle("--")
-        for color, (name, cell) in enumerate(free.items() if free else (), start=4):
-            level = value(cell)["estimate"]
-            axes.axhline(level, ls="--", lw=1, color=f"C{color}", label=label(name))
-        axes.set(xlabel=xlabel, ylabel=quality, ylim=(0, 1.02))
-    return legend_below(figure, left)
+    """A row of panels per title, one for accuracy and one for similarity: lines through cells,
+    ``free`` across."""
+    figure = Figure(figsize=(8, 3.7 * len(drawn)), layout="constrained")
+    rows = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
+    for part, (title, lines) in zip(rows, drawn.items(), strict=True):
+        panels = part.subplots(1, 2)
+        for axes, quality, value in (
+            (panels[0], f"correct {next(iter(result['clean']))}", partial(_accuracy, result)),
+            (panels[1], f"{result['metric']}{of}", lambda cell: cell["ms_ssim_of_mean"]),
+        ):
+            for name, points in lines.items():
+                if points:
+                    x, cells = zip(*points, strict=True)
+                    interval_curve(axes, x, list(map(value, cells)), label(name), colour(name))
+            for name, cell in (free or {}).items():
+                level = value(cell)["estimate"]
+                style: dict[str, Any] = {
+                    "ls": "--",
+                    "lw": 1.5,
+                    "color": colour(name),
+                    "label": label(name),
+                }
+                axes.axhline(level, **style)
+            axes.set(xlabel=xlabel, ylabel=quality, ylim=(0, 1.02), title=title)
+        legend_below(part, panels[0], 2)
+    return figure
+
+
+def _radius_text(result: dict[str, Any]) -> str:
+    """What is seen in :func:`radius_figure`."""
+    radius = f"{result['config']['cost_radius']:g}"
+    found = result["radii"].get(radius, {})
+    ends = [
+        f"{label(name)} {_accuracy(result, found[name])['estimate']:.3f}"
+        for names in _pictured(result).values()
+        for name in names
+        if name in found
+    ]
+    return (
+        f"Curves over the radius of the attack on {result['name']}: correct classes on the left, "
+        "similarity on the right; defences above, controls below. "
+        f"Correct at radius {radius}: {', '.join(ends)}."
+    )
+
+
+def _cost_text(result: dict[str, Any]) -> str:
+    """What is seen in :func:`cost_figure`."""
+    ends = [
+        f"{label(name)} {_accuracy(result, cell)['estimate']:.3f}"
+        for name, cell in (result["costs"] | _free(result)).items()
+    ]
+    return (
+        f"Curves over the gradients per image on {result['name']}: correct classes on the left, "
+        f"similarity on the right; dashed across, what needs no gradient. Correct: "
+        f"{', '.join(ends)}."
+    )

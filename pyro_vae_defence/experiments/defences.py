@@ -235,6 +235,22 @@ def label(name: str) -> str:
     return text if transitions is None else f"{text}, {transitions} transitions"
 
 
+_COLOURS = {
+    "none": "tab:blue", "hmc": "tab:orange", "aware": "tab:green", "aware_unknown": "tab:red",
+    "aware_mode": "tab:purple", "aware_0.1": "yellowgreen", "aware_0.2": "darkolivegreen",
+    "paper": "gold", "nuts": "teal", "mode": "tab:pink", "encoder_samples": "navy",
+    "dark_clip": "tab:brown", "dark_clip_0.2": "peru", "extreme_clip": "black",
+    "median": "tab:cyan", "gaussian": "tab:gray",
+}  # fmt: skip
+
+
+def colour(name: str) -> str:
+    """The colour of a defence in every figure; names that have none of their own take that of
+    their kind."""
+    own = name.partition("@")[0]
+    return _COLOURS[own if own in _COLOURS else defence_spec(name).kind]
+
+
 def make_defence(name: str, setting: Setting) -> Any:
     """The defence or control of a name.
 

@@ -137,7 +137,9 @@ class Defend(Measurement[DefendConfig]):
         """A row per defence, and the noise floor."""
         rows = [score_cells(name, entry) for name, entry in result["defences"].items()]
         rows.append(["noise floor", tables.interval(result.get("noise_floor")), *[""] * 5])
-        return score_section(result, "", ["", *SCORE_COLUMNS], rows)
+        columns = ["", *SCORE_COLUMNS]
+        shown = [*columns[:4], "gradients per image"]
+        return score_section(result, "", columns, rows, shown)
 
 
 # --- Scores, also of hierarchical models ----------------------------------------------------------
@@ -194,13 +196,19 @@ def score_cells(name: str, entry: dict[str, Any]) -> list[str]:
 
 
 def score_section(
-    result: dict[str, Any], more: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    result: dict[str, Any],
+    more: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    shown: Sequence[str],
 ) -> str:
-    """The section of a result with scores; ``more`` ends its note."""
+    """The section of a result with scores; ``more`` ends its note, ``shown`` are the columns in the
+    text."""
     config = result["config"]
     note = (
         f"{config['num_references']} reference images x {config['num_restarts']} restarts, radius "
         f"{config['radius']:g}, model `{config['model']}`, seed {config['seed']}. 95% intervals "
         f"over reference images.{more}"
     )
-    return tables.section(f"### {result['name']}", note, tables.table(columns, rows), result)
+    lines = tables.table(columns, rows, shown)
+    return tables.section(f"### {result['name']}", note, lines, result)

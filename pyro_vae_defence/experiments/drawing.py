@@ -18,22 +18,25 @@ from pyro_vae_defence.ops.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
 
 def interval_curve(
-    axes: Axes, x: Sequence[float], entries: Sequence[dict[str, float]], label: str
+    axes: Axes,
+    x: Sequence[float],
+    entries: Sequence[dict[str, float]],
+    label: str,
+    color: str | None = None,
 ) -> Axes:
     """A line through entries of a result file, with their intervals as a band."""
     estimate, low, high = ([entry[key] for entry in entries] for key in ("estimate", "low", "high"))
-    return plots.curve(axes, x, estimate, low, high, label)
+    return plots.curve(axes, x, estimate, low, high, label, color)
 
 
-def legend_below(figure: Figure, axes: Axes, columns: int = 3) -> Figure:
-    """The figure with one legend for all panels, of what is labelled in ``axes``."""
+def legend_below(figure: FigureBase, axes: Axes, columns: int = 3) -> None:
+    """One legend for all panels of a figure or a part of it, of what is labelled in ``axes``."""
     handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
-    return figure
+    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:

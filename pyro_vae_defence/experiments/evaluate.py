@@ -253,4 +253,5 @@ def _table(dataset: str, results: Path) -> str:
     columns = ["", "NLL, paper", "NLL, ours", "MSE, paper", "MSE, ours", "test images"]
     note = "NLL in nats; MSE per pixel on the scale 0..255. 95% intervals over images."
     lines = [f"### Table 7, {DATASETS[dataset]}", "", *tables.table(columns, rows), note, ""]
-    return "\n".join([*lines, *sources, ""] if sources else lines)
+    folded = tables.folded("Commands, commits, importance samples", [*sources, ""])
+    return "\n".join([*lines, *folded] if sources else lines)

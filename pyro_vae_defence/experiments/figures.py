@@ -48,8 +48,8 @@ from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, Reading
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
-from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, picture
+from pyro_vae_defence.experiments.defences import Setting, colour, make_defence
+from pyro_vae_defence.experiments.drawing import interval_curve, picture
 from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import divergences
@@ -336,7 +336,9 @@ class Figures(Measurement[FiguresConfig]):
             f"`{config['reading']}`. {result['metric']} of reconstructions is to one undefended "
             "draw at the reference. 95% intervals over images. Heuristic, not certified."
         )
-        lines = [line for figure in figures for line in (f"![{Path(figure).stem}]({figure})", "")]
+        lines = []
+        for figure in figures:
+            lines += [f"![{_text(result, Path(figure).stem)}]({figure})", ""]
         lines += [*_knowledge_table(result), *_objectives_tables(result)]
         return tables.section(f"## {result['name']}", note, lines, result)
 
@@ -346,13 +348,14 @@ class Figures(Measurement[FiguresConfig]):
         return {
             "knowledge": knowledge_figure(result),
             "examples": examples_figure(result),
-            "objectives": objectives_figure(result),
+            **{f"objectives_{kind}": objectives_figure(result, kind) for kind in KINDS},
         }
 
 
 # --- Tables ---------------------------------------------------------------------------------------
 
 _DEFENCES = {"undefended": "no defence", "defended": "HMC"}
+_COLOURS = {"undefended": colour("none"), "defended": colour("hmc")}
 _SHOWN = {"images": "image", **_DEFENCES}
 
 # (attacker, reconstructions) -> where the paper shows it.
@@ -412,7 +415,7 @@ def _knowledge_table(result: dict[str, Any]) -> list[str]:
         f"the gradients {', '.join(config['gradients'])}, of whose results the one with the "
         "largest objective on fresh chains is kept, image by image.",
         "",
-        *tables.table(columns, rows),
+        *tables.table(columns, rows, [*columns[:2], *columns[3:6]]),
     ]
 
 
@@ -440,7 +443,7 @@ def _objectives_tables(result: dict[str, Any]) -> Iterator[str]:
                 for measure in _MEASURES:
                     found = measure.of(cell).values()
                     row += [tables.interval(entry, measure.digits) for entry in found]
-            yield from tables.table(["objective", *columns], rows)
+            yield from tables.table(["objective", *columns], rows, ["objective", *columns[1:5]])
 
 
 def _label(objective: str) -> str:
@@ -451,8 +454,8 @@ def _label(objective: str) -> str:
 
 
 def knowledge_figure(result: dict[str, Any]) -> Figure:
-    """Similarity of images (blue), reconstructions (orange) over the radius (Figures 5, 10, 11)."""
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    """Similarity of images (black) and reconstructions over the radius (Figures 5, 10, 11)."""
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
     for axes, ((attacker, defence), place) in zip(panels, _PANELS.items(), strict=True):
         found = {0.0: result["clean"]["reference"]} | {
@@ -460,19 +463,28 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
             for radius, cells in result["knowledge"].items()
             if attacker in cells
         }
-        for name, label in (("images", "images"), (defence, "reconstructions")):
+        for name, label, color in (
+            ("images", "images", "black"),
+            (defence, f"reconstructions, {_DEFENCES[defence]}", _COLOURS[defence]),
+        ):
             entries = [cell["ms_ssim"][name] for cell in found.values()]
-            interval_curve(axes, list(found), entries, label)
+            interval_curve(axes, list(found), entries, label, color)
         floor = result["clean"]["reference"]["ms_ssim"]["undefended"]["estimate"]
-        axes.axhline(floor, color="black", lw=0.8, ls=":", label="two draws at the reference")
+        axes.axhline(floor, color="gray", lw=1, ls=":", label="two draws at the reference")
         title = f"attacker {ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})"
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=10)
         axes.set_ylim(0, 1.02)
     for axes in figure.axes[2:]:
         axes.set_xlabel("radius of the attack")
     for axes in figure.axes[::2]:
         axes.set_ylabel(result["metric"])
-    return legend_below(figure, figure.axes[0])
+    shown = {
+        text: handle
+        for axes in figure.axes
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
 
 
 def examples_figure(result: dict[str, Any]) -> Figure:
@@ -487,46 +499,49 @@ def examples_figure(result: dict[str, Any]) -> Figure:
     for panels, (attacker, title) in zip(grid, ATTACKERS.items(), strict=True):
         for axes, (column, cells) in zip(panels, columns.items(), strict=True):
             axes.set(xticks=[], yticks=[])
-            axes.set_title(column, fontsize=7)
+            axes.set_title(column, fontsize=9)
             if attacker in cells:
                 pixels = imread(io.BytesIO(base64.b64decode(cells[attacker]["examples"])))
                 axes.imshow(pixels)
         tile = pixels.shape[0] / len(_SHOWN)
         centres = [(place + 0.5) * tile for place in range(len(_SHOWN))]
-        panels[0].set_yticks(centres, list(_SHOWN.values()), fontsize=7)
-        panels[0].set_ylabel(f"attacker\n{title}", fontsize=8)
+        panels[0].set_yticks(centres, list(_SHOWN.values()), fontsize=9)
+        panels[0].set_ylabel(f"attacker\n{title}", fontsize=9)
     return figure
 
 
-def objectives_figure(result: dict[str, Any]) -> Figure:
-    """What each objective does (Figure 16): a panel per metric, a row per kind of attack."""
+def objectives_figure(result: dict[str, Any], kind: str) -> Figure:
+    """What each objective of a kind does (Figure 16): a panel per measure."""
     objectives = result["config"]["objectives"]
     markers = dict(zip(result["objectives"], itertools.cycle("os^vD")))
-    figure = Figure(figsize=(3 * len(_MEASURES), 7), layout="constrained")
-    grid = figure.subplots(len(KINDS), len(_MEASURES), sharey=True, squeeze=False)
-    for kind, panels in zip(KINDS, grid, strict=True):
-        for measure, axes in zip(_MEASURES, panels, strict=True):
-            series = _series(result, kind, measure)
-            if not series:
-                axes.set_axis_off()
-                continue
-            for number, ((radius, name), points) in enumerate(series.items()):
-                shift = 0.6 * ((number + 0.5) / len(series) - 0.5)
-                low, estimate, high = (
-                    torch.tensor([entry[key] for entry in points.values()])
-                    for key in ("low", "estimate", "high")
-                )
-                error = torch.stack([estimate - low, high - estimate]).clamp(min=0)
-                color = {"undefended": "C0", "defended": "C1"}.get(name, "black")
-                text = ", ".join(filter(None, (_DEFENCES.get(name), f"radius {radius}")))
-                style = {"fmt": markers[radius], "color": color, "ms": 4, "lw": 1, "label": text}
-                places = [place + shift for place in points]
-                axes.errorbar(estimate, places, xerr=error, **style)
-            axes.set_title(f"{measure.title} {measure.direction}", fontsize=8)
-        panels[0].set_yticks(range(len(objectives)), [_label(name) for name in objectives])
-        panels[0].set_ylabel(kind)
-        panels[0].set_ylim(len(objectives) - 0.5, -0.5)
-    return legend_below(figure, grid[0, 1], 4)  # the first panel with both defences
+    found = {measure: _series(result, kind, measure) for measure in _MEASURES}
+    found = {measure: series for measure, series in found.items() if series}
+    rows = max(1, -(-len(found) // 2))
+    figure = Figure(figsize=(8, 0.6 + 3 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
+    labelled: dict[str, Any] = {}
+    for axes in grid.flat[len(found) :]:
+        axes.set_axis_off()
+    for (measure, series), axes in zip(found.items(), grid.flat):
+        for number, ((radius, name), points) in enumerate(series.items()):
+            shift = 0.6 * ((number + 0.5) / len(series) - 0.5)
+            low, estimate, high = (
+                torch.tensor([entry[key] for entry in points.values()])
+                for key in ("low", "estimate", "high")
+            )
+            error = torch.stack([estimate - low, high - estimate]).clamp(min=0)
+            text = ", ".join(filter(None, (_DEFENCES.get(name), f"radius {radius}")))
+            color = _COLOURS.get(name, "black")
+            style: dict[str, Any] = {"fmt": markers[radius], "color": color, "ms": 5, "lw": 1.2}
+            places = [place + shift for place in points]
+            bars = axes.errorbar(estimate, places, xerr=error, label=text, **style)
+            labelled.setdefault(text, bars)
+        axes.set_title(f"{measure.title} {measure.direction}", fontsize=10)
+        axes.set_yticks(range(len(objectives)), [_label(name) for name in objectives])
+        axes.set_ylim(len(objectives) - 0.5, -0.5)
+    if labelled:
+        figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=3, fontsize=9)
+    return figure
 
 
 def _series(
@@ -539,3 +554,31 @@ def _series(
             for name, entry in measure.of(kinds.get(kind, {}).get(objective, {})).items():
                 found.setdefault((radius, name), {})[place] = entry
     return found
+
+
+def _text(result: dict[str, Any], stem: str) -> str:
+    """What is seen in a figure, by the end of its name."""
+    name, radii = result["name"], [radius for radius, cells in result["knowledge"].items() if cells]
+    if stem.endswith("_examples"):
+        return (
+            f"Rows of small images of {name}: attacked images, and below each its reconstruction "
+            "without and with the defence; above by an attacker who does not know the defence, "
+            "below by one who does; from left to right the radius grows from 0."
+        )
+    if stem.endswith("_knowledge"):
+        ends = [
+            f"{_DEFENCES[defence]}, attacker {ATTACKERS[attacker]} "
+            f"{cells['ms_ssim'][defence]['estimate']:.3f}"
+            for attacker, cells in (result["knowledge"][radii[-1]] if radii else {}).items()
+            for defence in _DEFENCES
+        ]
+        return (
+            f"Four panels of curves over the radius on {name}: the similarity of images in black, "
+            "of reconstructions in blue without and in orange with the defence. "
+            f"Reconstructions at radius {radii[-1] if radii else 0}: {', '.join(ends)}."
+        )
+    return (
+        f"Points with intervals on {name}, one row per objective of the attack, one panel per "
+        "measure: blue without, orange with the defence, black what both share; circles for the "
+        "first radius, squares for the next."
+    )

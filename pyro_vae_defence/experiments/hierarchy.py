@@ -28,6 +28,7 @@ from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Setting,
+    colour,
     known_defence,
     label,
     make_defence,
@@ -264,7 +265,8 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         ]
         columns = ["attacked groups", "symmetric KL (nats)", "", *SCORE_COLUMNS]
         floor = f" Noise floor of {METRIC}: {tables.interval(result['noise_floor'])}."
-        return score_section(result, floor, columns, rows)
+        shown = [*columns[:4], "gradients per image"]
+        return score_section(result, floor, columns, rows, shown)
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
@@ -290,10 +292,11 @@ def groups_figure(results: list[dict[str, Any]]) -> Figure:
                 for k, entry in result["groups"].items()
                 if name in entry.get("defences", {})
             }
-            interval_curve(axes, list(points), list(points.values()), label(name))
+            entries = list(points.values())
+            interval_curve(axes, list(points), entries, label(name), colour(name))
         axes.axhline(result["noise_floor"]["estimate"], color="black", lw=0.8, ls=":")
-        axes.set_title(f"radius {result['config']['radius']:g}", fontsize=9)
+        axes.set_title(f"radius {result['config']['radius']:g}", fontsize=10)
         axes.set_xlabel("attacked groups, from the top")
     panels[0].set_ylabel(METRIC)
-    panels[-1].legend(fontsize=7)
+    panels[-1].legend(fontsize=8)
     return figure

@@ -36,7 +36,8 @@ def robustness_page(results: Sequence[dict[str, Any]]) -> str:
     """The result files of ``robustness`` as one self-contained page.
 
     Args:
-        results: result files; those of the same model are curves over the radius.
+        results: result files, blocks joined to ``reports``; those of the same model are curves over
+            the radius.
 
     Raises:
         ValueError: if there is none.
@@ -126,7 +127,8 @@ def _result(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
-    yield f"<h3>{escape(key)}</h3>"
+    number = report["robust"]["mean"]["num_images"]
+    yield f"<h3>{escape(key)}, {number} images</h3>"
     if report["unreliable"]:
         reasons = "".join(f"<li>{escape(reason)}</li>" for reason in report["reasons"])
         yield f'<p class="bad">Unreliable:</p><ul class="bad">{reasons}</ul>'

@@ -5,10 +5,18 @@ For each target (the similarity of reconstructions, the accuracy of a classifier
 report of :func:`~pyro_vae_defence.robustness.evaluate_robustness`: the worst case image by image
 over all attacks, scored on seeds that no attack has seen, with the checks that say whether to
 believe it.
+
+Many images are evaluated block by block, a cell each, and tables join the blocks that are there.
+The block is the unit: its draws depend on the seed and its number, its gradients stop to be
+averaged, and its checks choose their attack, by its own images. Hence a result does not depend on
+the number of processes, or on where runs were interrupted, but it is not that of one evaluation of
+all images at once.
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,18 +28,32 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
-from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
+from pyro_vae_defence.experiments.defences import (
+    PaperName,
+    Setting,
+    known_defence,
+    label,
+    make_defence,
+)
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
-from pyro_vae_defence.experiments.study import Cell, Measurement
+from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
+from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
-from pyro_vae_defence.robustness import KNOWLEDGE, Budget, evaluate_robustness
+from pyro_vae_defence.robustness import (
+    KNOWLEDGE,
+    Budget,
+    RobustnessReport,
+    evaluate_robustness,
+)
 
 Target = Literal["reconstruction", "classification"]
+Gradients = Literal["traced", "recorded", "graph"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,7 @@ class RobustnessConfig(conf.Configuration):
     Args:
         model: name of a trained model; the classifier is the one of its name.
         radius: L_inf radius of the attack, and what ``aware`` assumes.
+        dataset: name of its images; those it was trained on when ``None``.
         defences: names of :mod:`~pyro_vae_defence.experiments.defences`.
         targets: ``reconstruction`` (MSSSIM) and ``classification`` (accuracy).
         attacks: names of :data:`pyro_vae_defence.robustness.KNOWLEDGE`; unrolling whole chains is
@@ -50,15 +73,21 @@ class RobustnessConfig(conf.Configuration):
         engine: optimiser of :mod:`pyro_vae_defence.attacks`.
         reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`.
         num_images: class-stratified test images.
-        num_examples: of these, how many are kept as pictures.
-        chain: of the defences.
+        images_per_cell: most images that are evaluated at a time, at least 2; all when ``None``.
+        num_examples: of the first ones, how many are kept as pictures, each defended once more.
+        chain: of the defences, but for ``paper``.
+        paper: whose published setting the defence ``paper`` is; the dataset's when ``None``.
+        gradients: of chains that run forwards: ``traced`` runs the model's Python, ``recorded``
+            its recorded operations, ``graph`` captures transitions on a GPU.
         budget: how hard the suite tries.
+        checks: run the sanity checks, without which a report counts as unreliable.
         seed: seed of images, attacks and defences.
     """
 
     model: str
     radius: conf.AttackRadius
-    defences: tuple[Annotated[str, known_defence()], ...] = ("none", "hmc", "aware")
+    dataset: str | None = None
+    defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "aware")
     targets: tuple[Target, ...] = ("reconstruction", "classification")
     attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
         "transfer", "encoder", "bpda", "equilibrium", "black_box", "implicit", "truncated",
@@ -66,8 +95,11 @@ class RobustnessConfig(conf.Configuration):
     engine: conf.Engine = "APGD"
     reading: Reading = "reencoded"
     num_images: conf.Count = 32
-    num_examples: conf.Count = 8
+    images_per_cell: conf.Count | None = None
+    num_examples: conf.Natural = 8
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
+    paper: PaperName | None = None
+    gradients: Gradients = "traced"
     budget: Budget = Budget(
         num_restarts=1,
         num_draws=(1,),
@@ -81,7 +113,193 @@ class RobustnessConfig(conf.Configuration):
         selection_draws=2,
         scoring_draws=5,
     )
+    checks: bool = True
     seed: conf.Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images_per_cell is not None and min(map(len, self.blocks)) < 2:
+            raise ValueError(
+                f"images_per_cell={self.images_per_cell!r} leaves a block of {self.num_images} "
+                "images with less than 2, which an interval needs; choose a larger one"
+            )
+
+    @property
+    def blocks(self) -> list[range]:
+        """Numbers of the images of each block, as even as can be."""
+        size = self.images_per_cell or self.num_images
+        number = -(-self.num_images // size)
+        ends = [self.num_images * k // number for k in range(number + 1)]
+        return [range(*pair) for pair in itertools.pairwise(ends)]
+
+
+# --- What it costs ----------------------------------------------------------------------------
+
+RATES = (0.3e6, 1.0e6)
+"""Gradients of a decoder per second that estimates assume, of a slow and of a fast large GPU."""
+
+
+def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, float]:
+    """Decoder gradients per image and target: of the attacks, of ``scoring``, and of ``checks``.
+
+    A model of what :func:`~pyro_vae_defence.robustness.evaluate_robustness` does, in gradients of
+    an energy: the chain of a defence, one of a goal, two for a Hessian-vector product, four for a
+    gradient that is differentiated again. Runs of the network without gradient are left out, and
+    what a defence's name says beyond its kind.
+    """
+    budget, chain = config.budget, config.chain
+    transitions, length = chain.warmup_steps + chain.num_samples, chain.num_steps + 0.5
+    if defence == "paper":
+        count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
+        transitions, length = count // 2 + count, float(steps)
+    has_chain = defence != "none"
+    whole = (transitions * length + 2) * chain.num_chains if has_chain else 1.0
+    going_on = whole
+    if budget.persistent_transitions is not None:
+        going_on = budget.persistent_transitions * length + 2 if has_chain else 0.0
+    of_step = {
+        "transfer": 1.0,
+        "encoder": 1.0,
+        "bpda": going_on + 2,
+        "equilibrium": going_on + 3,
+        "implicit": going_on + 2 * budget.num_iterations + 3,
+        "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
+        "unroll": whole + 4 * transitions * length,
+    }
+
+    def attack(name: str, rows: int, num_steps: int) -> float:
+        if name == "black_box":
+            queries = budget.black_box_steps * (2 * budget.num_directions + 1) + 2
+            return rows * queries * whole
+        # Where it begins, and the value of what was found.
+        ends = 2 * whole if has_chain and name not in ("transfer", "encoder", "unroll") else 0.0
+        return rows * (num_steps * of_step[name] + ends)
+
+    found = {}
+    for name in config.attacks:
+        if not has_chain and name not in ("transfer", "encoder", "black_box"):
+            continue
+        draws = {"transfer": (1,), "equilibrium": (budget.num_chains,)}.get(name, budget.num_draws)
+        rows = budget.num_restarts * sum(draws)
+        found[name] = attack(name, rows, budget.num_steps)
+    per_attack = budget.num_restarts * budget.selection_draws + budget.scoring_draws
+    scored = 2 * budget.scoring_draws + budget.selection_draws + 1 + per_attack * len(found)
+    found["scoring"] = scored * whole
+    if config.checks:
+        # Five attacks by the strongest, at worst the most expensive, on a few images.
+        worst = max(
+            attack(name, max(budget.num_chains, *budget.num_draws), budget.check_steps)
+            for name in found.keys() - {"scoring", "black_box"}
+        )
+        again = 5 * worst + 3 * (budget.scoring_draws + max(5, budget.selection_draws)) * whole
+        size = len(config.blocks[0])
+        found["checks"] = again * min(budget.check_images, size) / size
+    return found
+
+
+def estimate(config: RobustnessConfig) -> str:
+    """What the largest cell of a configuration costs, and all of them, in words."""
+    size = max(map(len, config.blocks))
+    of = {name: sum(gradients_per_image(config, name).values()) for name in config.defences}
+    largest = max(of.values()) * size
+    total = sum(of.values()) * config.num_images * len(config.targets)
+    cell, whole = ([gradients / rate for rate in RATES] for gradients in (largest, total))
+    return (
+        f"largest cell: {size} images, {largest / 1e6:,.1f} million decoder gradients, "
+        f"{cell[1]:,.0f} to {cell[0]:,.0f} s at {RATES[1] / 1e6:g} to {RATES[0] / 1e6:g} million "
+        f"per second; all cells: {whole[1] / 60:,.0f} to {whole[0] / 60:,.0f} min"
+    )
+
+
+def large_configurations() -> dict[str, RobustnessConfig]:
+    """Many images, ``<dataset>_large_<radius>``: 1,000 of the test set, which is not packaged.
+
+    The full budget, 5 restarts, 20 draws and 50 chains, is 1.26 million gradients per image, target
+    and chain. Of it 50 chains, 100 steps and 20 scored draws are kept, with 2 restarts and 5 draws:
+    0.26 million. Of these the equilibrium gradient takes 118,000 (2 restarts of 50 chains, 100
+    steps of about 10 gradients, and twice a whole chain of 115), truncated unrolling 31,000, the
+    black box 27,000 in no more than 2 steps of 5 directions, implicit 22,000, BPDA 11,000, scoring
+    24,000 and the checks at most 27,000. A cell of 125 images is 33 million, or 33 to 109 seconds
+    of a large GPU at 1 to 0.3 million per second, and 1,000 images of one dataset and radius 17 to
+    58 minutes; the full budget would take 84 to 281. The largest batch has 125 x 2 x 50 = 12,500
+    rows.
+    """
+    budget = Budget(
+        num_restarts=2,
+        num_draws=(5,),
+        num_chains=50,
+        persistent_transitions=1,
+        unrolled_transitions=1,
+        num_iterations=5,
+        num_directions=5,
+        black_box_steps=2,
+        selection_draws=2,
+        scoring_draws=20,
+    )
+    return {
+        f"{dataset}_large_{radius:g}": RobustnessConfig(
+            f"{dataset}_vae",
+            radius,
+            num_images=1000,
+            images_per_cell=125,
+            gradients="graph",
+            budget=budget,
+        )
+        for dataset in ("mnist", "fashion_mnist")
+        for radius in (0.1, 0.2)
+    }
+
+
+def published_configurations() -> dict[str, RobustnessConfig]:
+    """Adaptive attacks on the published chain, 100 images of the whole test set.
+
+    ``<dataset>_published_<radius>`` is BPDA with 20 draws (and the paper's attack beside it),
+    ``<dataset>_published_unrolled_<radius>`` the gradient through all transitions, 750 of 20 steps
+    for MNIST and 1,500 for Fashion-MNIST. Classes are read at the last draw, as published. What is
+    defended together, rows of one step size (eq. 67), are the copies of a block's 50 images, as
+    many as the paper had: in the attack its draws and restarts, in scoring the scored draws.
+
+    A chain is 15,002 gradients one after the other (30,002). Run whole, a step of BPDA on 100
+    images would be 20 x 100 x 15,002 = 30 million gradients, 30 to 100 seconds. Chains therefore
+    go on from the attacker's last step by 10 transitions at the step size they had arrived at: 50
+    steps, with a whole chain at the first and at the end, are 0.8 million per image (1.4), scoring
+    0.36 (0.72). A cell of 50 images is 58 million (106), 58 to 194 seconds (106 to 354) if a GPU is
+    busy; few rows may not keep it so, and the eleven whole chains of a cell then take as long as
+    11 x 750 transitions one after the other.
+
+    Unrolled, a step is a whole chain forwards and four gradients' worth for each of its gradients
+    backwards, whose operations the host asks for one by one: 15,000 leapfrog steps differentiated
+    twice. That allows 2 steps, of 5 restarts at once.
+
+    Sanity checks would run some twenty whole chains more for each cell, and are left out.
+    """
+    draws = {"selection_draws": 1, "scoring_draws": 5}
+    forwards = Budget(
+        num_steps=50, num_restarts=1, num_draws=(20,), persistent_transitions=10, **draws
+    )
+    unrolled = Budget(num_steps=2, num_restarts=5, num_draws=(1,), **draws)
+    kinds: dict[str, tuple[tuple[str, ...], Budget]] = {
+        "published": (("transfer", "bpda"), forwards),
+        "published_unrolled": (("unroll",), unrolled),
+    }
+    return {
+        f"{dataset}_{kind}_{radius:g}": RobustnessConfig(
+            f"{dataset}_vae",
+            radius,
+            defences=("paper",),
+            attacks=tried,
+            reading="last",
+            num_images=100,
+            images_per_cell=50,
+            num_examples=0,
+            gradients="graph",
+            budget=budget,
+            checks=False,
+        )
+        for kind, (tried, budget) in kinds.items()
+        for dataset in ("mnist", "fashion_mnist")
+        for radius in (0.1, 0.2)
+    }
 
 
 class Robustness(Measurement[RobustnessConfig]):
@@ -90,50 +308,95 @@ class Robustness(Measurement[RobustnessConfig]):
     kind = command = "robustness"
     metric = None  # every report names its own figure
     names = {
-        name: RobustnessConfig(config.model, config.radius) for name, config in Defend.names.items()
+        **{name: RobustnessConfig(c.model, c.radius) for name, c in Defend.names.items()},
+        **large_configurations(),
+        **published_configurations(),
     }
     output = "runs/robustness"
-    parts = ("reports",)
+    parts = ("reports", "blocks")
 
     def load(self) -> None:
-        """The model, its classifier where one is a target, and images."""
+        """The model, its classifier where one is a target, and images.
+
+        Raises:
+            ValueError: for a published setting that is not known.
+        """
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
+        trained_on = card.training["dataset"]
+        self.paper = config.paper or trained_on
+        if "paper" in config.defences and self.paper not in PAPER_SETTINGS:
+            known = ", ".join(PAPER_SETTINGS)
+            raise ValueError(
+                f"no published setting for {trained_on!r}: set paper to one of {known}"
+            )
         if "classification" in config.targets:
             self.classifier = self.load_classifier(f"{config.model}_classifier")
-        self.x, labels = self.choose(card.training["dataset"], config.num_images, "images")
+        self.x, labels = self.choose(config.dataset or trained_on, config.num_images, "images")
         self.labels = labels[:, 0]
+        if self.progress and config.images_per_cell is not None:
+            print(estimate(config), file=sys.stderr)
 
     def cells(self) -> Iterator[Cell]:
-        """A report per target and defence."""
-        for target in self.config.targets:
-            for name in self.config.defences:
-                yield ("reports", f"{target}/{name}"), partial(self.report, target, name)
-
-    def report(self, target: Target, name: str) -> dict[str, Any]:
-        """One defence under the whole suite, and the first images under their worst attack."""
+        """A report per target and defence; in blocks, of one block after the other."""
         config = self.config
-        defence = make_defence(name, Setting(self.vae, config.chain, radius=config.radius))
+        for number, images in enumerate(config.blocks):
+            for target in config.targets:
+                for name in config.defences:
+                    key = f"{target}/{name}"
+                    if config.images_per_cell is None:
+                        yield ("reports", key), partial(self.report, target, name)
+                    else:
+                        compute = partial(self.report, target, name, images, number)
+                        yield ("blocks", key, f"{number:03d}"), compute
+
+    @remembered
+    def defence(self, name: str) -> Defence:
+        """A defence, whose recorded or captured gradients serve all cells."""
+        config = self.config
+        options: dict[str, Any] = {}
+        if config.gradients != "traced":
+            options["prepare"] = Recorder() if config.gradients == "recorded" else "graph"
+        if config.reading == "last":
+            options["keep_draws"] = 1  # nobody reads the others
+        setting = Setting(
+            self.vae, config.chain, radius=config.radius, paper=self.paper, options=options
+        )
+        return make_defence(name, setting)
+
+    def report(
+        self, target: Target, name: str, images: range | None = None, number: int | None = None
+    ) -> dict[str, Any]:
+        """One defence under the whole suite, and the first images under their worst attack."""
+        config, defence = self.config, self.defence(name)
         classify = None
         if target == "classification":
             classify = DefendedClassifier(defence, self.classifier, config.reading)
+        rows = slice(None) if images is None else slice(images.start, images.stop)
+        purpose = (f"{target}/{name}",) if number is None else (f"{target}/{name}", "block", number)
         report = evaluate_robustness(
             self.vae,
             defence,
-            self.x,
-            self.labels,
+            self.x[rows],
+            self.labels[rows],
             classifier=classify,
             ball=Linf(config.radius),
             budget=config.budget,
             attacks=config.attacks,
             engine=getattr(attacks, config.engine),
-            generator=self.generator(f"{target}/{name}"),
+            checks=config.checks,
+            generator=self.generator(*purpose),
         )
-        return {**report.to_dict(), "examples": self.examples(defence, report.x_adv)}
+        found = report.to_dict()
+        if not number and config.num_examples > 0:  # of all images, or of the first block
+            assert report.x_adv is not None
+            found["examples"] = self.examples(defence, report.x_adv)
+        return found
 
     def examples(self, defence: Defence, x_adv: Tensor) -> str:
         """The first images, not chosen: reference, worst attack, what the defence makes of it."""
-        x, x_adv = (images[: self.config.num_examples] for images in (self.x, x_adv))
+        number = min(self.config.num_examples, len(x_adv))
+        x, x_adv = self.x[:number], x_adv[:number]
         outcome = defence(x_adv, torch.Generator().manual_seed(0))
         return picture((x, x_adv, outcome.reconstruction))
 
@@ -141,6 +404,7 @@ class Robustness(Measurement[RobustnessConfig]):
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
         """The worst cases, and what each attack left."""
         config, budget = result["config"], result["config"]["budget"]
+        found = reports(result)
         columns = [
             "", "figure", "clean", "random noise", "robust, mean", "robust, averaged",
             f"worst of {budget['scoring_draws']} draws", "decoder evaluations per image",
@@ -148,36 +412,64 @@ class Robustness(Measurement[RobustnessConfig]):
         ]  # fmt: skip
         rows = [
             [
-                label(key.split("/")[1]),
+                label(key.split("/")[1]) + so_far(report, config),
                 report["figure"],
                 *tables.intervals(report, "clean/mean", "random_noise", *ROBUST),
                 f"{report['cost']['attack_evaluations_per_image']:,.0f}",
                 "no" if report["unreliable"] else "yes",
             ]
-            for key, report in result["reports"].items()
+            for key, report in found.items()
         ]
         note = (
-            f"{config['num_images']} images, L_inf radius {config['radius']:g}, model "
-            f"`{config['model']}`, classes read `{config['reading']}`, {budget['num_steps']} "
-            f"steps of {config['engine']}, {budget['num_restarts']} restart(s), seed "
-            f"{config['seed']}. Higher is more robust; per-image worst case over attacks on "
-            "fresh seeds, 95% intervals over images. Heuristic, not certified."
+            f"{config['num_images']} images{in_blocks(config)}, L_inf radius "
+            f"{config['radius']:g}, model `{config['model']}`, classes read "
+            f"`{config['reading']}`, {budget['num_steps']} steps of {config['engine']}, "
+            f"{budget['num_restarts']} restart(s), seed {config['seed']}. Higher is more robust; "
+            "per-image worst case over attacks on fresh seeds, 95% intervals over images. "
+            "Heuristic, not certified."
         )
-        lines = tables.table(columns, rows)
-        for key, report in result["reports"].items():
-            lines += [f"{key}, figure under each attack:", ""]
+        lines = tables.table(columns, rows, ["", "figure", "clean", "robust, mean", "reliable"])
+        for key, report in found.items():
             # What each attack left, those that were skipped, and why not to believe the report.
-            lines += [
+            each_one = [
                 f"- {each['name']} ({each['num_draws']} draws): {tables.interval(each['figure'])}"
                 for each in report["attacks"]
             ]
-            lines += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
-            lines += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
+            each_one += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
+            each_one += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
+            why = ", and why it is unreliable" if report["unreliable"] else ""
+            lines += tables.folded(f"{key}, figure under each attack{why}", each_one)
         return tables.section(f"### robustness {result['name']}", note, lines, result)
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
         """One self-contained page of all reports, ``report.html``."""
         path = directory / "report.html"
-        write_atomically(path, robustness_page(list(results.values())).encode())
+        joined = [{**result, "reports": reports(result)} for result in results.values()]
+        write_atomically(path, robustness_page(joined).encode())
         return [path]
+
+
+def reports(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The reports of a result by target and defence; blocks that are there are one report."""
+    found = dict(result["reports"])
+    for key, blocks in result.get("blocks", {}).items():
+        parts = [RobustnessReport.from_dict(blocks[number]) for number in sorted(blocks)]
+        pictures = [part["examples"] for part in blocks.values() if "examples" in part]
+        examples = {"examples": pictures[0]} if pictures else {}
+        found[key] = RobustnessReport.join(parts).to_dict() | examples
+    config = result["config"]
+    order = [f"{target}/{name}" for target in config["targets"] for name in config["defences"]]
+    return {key: found[key] for key in sorted(found, key=order.index)}
+
+
+def in_blocks(config: dict[str, Any]) -> str:
+    """How many images a cell of a result has, where that is not all."""
+    size = config.get("images_per_cell")
+    return "" if size is None else f" in blocks of at most {size}"
+
+
+def so_far(report: dict[str, Any], config: dict[str, Any]) -> str:
+    """How many images a report has where some are still to come."""
+    number = report["robust"]["mean"]["num_images"]
+    return "" if number >= config["num_images"] else f" ({number} images so far)"

@@ -43,7 +43,7 @@ from pyro_vae_defence.experiments.drawing import save_figure
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
-from pyro_vae_defence.ops.checks import check_device, check_positive
+from pyro_vae_defence.ops.checks import as_device, check_positive
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.ranks import Claims
@@ -126,7 +126,7 @@ class Study(ABC, Generic[C]):
         device: torch.device | str = "cpu",
     ) -> None:
         self.name = name
-        self.device = check_device("device", device)
+        self.device = as_device("device", device)
         self.config: C = override(self.configuration(name), overrides)
         self.directory = Path(output)
         self.root = root

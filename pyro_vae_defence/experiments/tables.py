@@ -7,6 +7,9 @@ from typing import Any
 
 NOT_MEASURED = "not measured"
 
+MOST_COLUMNS = 5
+"""Of a table in the text; a page has no room for more."""
+
 
 def interval(entry: dict[str, float] | None, digits: int = 3) -> str:
     """An entry of a result file, such as ``0.968 [0.951, 0.980]``; nothing for ``None``."""
@@ -32,9 +35,29 @@ def row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(columns: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a table, with an empty one behind it."""
-    return [row(columns), row(["---"] * len(columns)), *map(row, rows), ""]
+def table(
+    columns: Sequence[str], rows: Iterable[Iterable[str]], shown: Sequence[str] = ()
+) -> list[str]:
+    """The lines of a table, with an empty one behind it.
+
+    A table of more than :data:`MOST_COLUMNS` is folded away; before it stand the columns ``shown``,
+    the first ones by default.
+    """
+    every = [list(cells) for cells in rows]
+    whole = [row(columns), row(["---"] * len(columns)), *map(row, every), ""]
+    if len(columns) <= MOST_COLUMNS:
+        return whole
+    places = [list(columns).index(name) for name in shown] or list(range(MOST_COLUMNS))
+    some = [[cells[place] for place in places] for cells in every]
+    return [
+        *table([columns[place] for place in places], some),
+        *folded(f"All {len(columns)} columns", whole),
+    ]
+
+
+def folded(summary: str, lines: Iterable[str]) -> list[str]:
+    """Lines that are seen once their summary is clicked, in HTML that Markdown lets through."""
+    return [f"<details><summary>{summary}</summary>", "", *lines, "</details>", ""]
 
 
 def source(result: dict[str, Any]) -> str:
@@ -47,7 +70,12 @@ def source(result: dict[str, Any]) -> str:
     )
 
 
+def sources(results: Iterable[dict[str, Any]]) -> list[str]:
+    """Where results come from, folded away."""
+    return folded("Commands, commits, versions", [*(f"- {source(each)}" for each in results), ""])
+
+
 def section(title: str, note: str, lines: Iterable[str], result: dict[str, Any]) -> str:
     """A result in Markdown: its heading, a note if any, lines of tables, and its source."""
     notes = [note, ""] if note else []
-    return "\n".join([title, "", *notes, *lines, f"{source(result)}.", ""])
+    return "\n".join([title, "", *notes, *lines, *sources([result])])

@@ -210,7 +210,7 @@ class Train(Study[TrainConfig]):
         pyro.clear_param_store()
         training = dataclasses.asdict(config)
         if config.start_from is None:
-            vae = make_vae(config, train_set.image_shape[0])
+            vae = make_vae(config, train_set.image_shape)
         else:
             vae, start = self.load_vae(config.start_from)
             vae.train()
@@ -270,10 +270,10 @@ class Train(Study[TrainConfig]):
         return [images.images(some) for some in chosen.split(500)]
 
 
-def make_vae(config: TrainConfig, in_channels: int) -> TrainedVAE:
-    """The untrained model a configuration names, for images of ``in_channels`` channels."""
+def make_vae(config: TrainConfig, image_shape: tuple[int, int, int]) -> TrainedVAE:
+    """The untrained model a configuration names, for images ``(C, H, W)``."""
     if config.architecture is None:
-        return ConvVAE(in_channels)
+        return ConvVAE(image_shape[0], image_size=image_shape[-1])
     return NVAE(NVAEConfig.from_dict(config.architecture))
 
 

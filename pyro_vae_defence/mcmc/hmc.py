@@ -111,7 +111,7 @@ def energy_error(end: Tensor, start: Tensor) -> Tensor:
 
     That includes minus infinity: a chain that went there would never leave.
     """
-    return torch.where(end.isfinite(), end - start, torch.inf)
+    return (end - start).masked_fill(~end.isfinite(), torch.inf)
 
 
 def accept(

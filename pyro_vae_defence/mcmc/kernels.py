@@ -13,7 +13,7 @@ Options, adaptation and bookkeeping are here; a kernel adds its own arguments an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
@@ -22,7 +22,9 @@ from torch.distributions import Transform
 
 from pyro_vae_defence.mcmc import adaptation, hmc
 from pyro_vae_defence.mcmc.burn_in import burn_in as run_burn_in
+from pyro_vae_defence.mcmc.captured import Graph, Step, find_graph
 from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
+from pyro_vae_defence.models.compiled import RecordedPotential
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.streams import Streams
@@ -41,14 +43,17 @@ class KernelOptions(TypedDict, total=False):
 
 
 class _Run(NamedTuple):
-    """What a run carries from one transition to the next, one row per chain."""
+    """What a run carries from one transition to the next, one row per chain.
+
+    ``diverging`` is that of every draw, in a list that grows.
+    """
 
     streams: Streams
     state: Any
     info: HMCInfo | None
     rule_state: adaptation.StepSizeState
     acceptance_sum: Tensor
-    divergences: Tensor
+    diverging: list[Tensor]
 
 
 class BatchedKernel(MCMCKernel):
@@ -73,7 +78,9 @@ class BatchedKernel(MCMCKernel):
         streams: random streams of the chains, one row per chain; set them before a run to name
             images and chains, leave ``None`` for fresh ones drawn from ``generator``.
         prepare: what makes the run's potential of the model's energy, such as a
-            :class:`~pyro_vae_defence.models.compiled.Recorder`; set it before a run.
+            :class:`~pyro_vae_defence.models.compiled.Recorder`, or ``"graph"``, or a
+            :class:`~pyro_vae_defence.mcmc.captured.Graph`, for captured transitions; set it before
+            a run.
         inverse_mass: the inverse mass matrix as the run's latents have it; ``None`` for the
             identity.
 
@@ -83,6 +90,9 @@ class BatchedKernel(MCMCKernel):
 
     default_target = 0.8
     """Acceptance probability to adapt to where ``target_accept_prob`` is ``None``."""
+
+    asks_host: str | None = None
+    """What a transition asks the host for, because of which it cannot be captured."""
 
     def __init__(
         self,
@@ -116,19 +126,22 @@ class BatchedKernel(MCMCKernel):
         self.generator = generator
         self.transforms: dict[str, Transform] = {}
         self.streams: Streams | None = None
-        self.prepare: Callable[[ModelPotential], ModelPotential] | None = None
+        self.prepare: Callable[[ModelPotential], ModelPotential] | Literal["graph"] | None = None
         self.inverse_mass: Latents | None = None
         self._potential = potential_fn
         self._initial_params: Latents | None = None
         self._warmup_steps = 0
+        self._graph: Graph | None = None
         self._run: _Run | None = None
 
     # --- What a kernel adds ---
 
-    def _step(self, state: Any, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
-        """One transition of every chain, which counts ``state.step`` on.
+    def _step(self, num_gradients: int) -> Step:
+        """A transition of every chain, which counts ``state.step`` on, as a pure function.
 
-        The run's energy is :attr:`potential`, its metric :attr:`inverse_mass`.
+        It is called with potential, state, streams, step sizes ``(N,)`` and ``inverse_mass=``, and
+        may depend on nothing else but what this method binds. ``num_gradients`` is what
+        :meth:`_most_gradients` says of the transition.
         """
         raise NotImplementedError
 
@@ -146,12 +159,21 @@ class BatchedKernel(MCMCKernel):
         """Read the model's sites at its arguments, those of ``MCMC.run``; forget earlier runs.
 
         During ``warmup_steps`` transitions the step size adapts.
+
+        Raises:
+            ValueError: if :attr:`prepare` is of no use.
         """
         self._warmup_steps = warmup_steps
         self._run = None
+        self.prepare = prepare = find_graph(self.prepare)
+        if self.model is None and prepare is not None:
+            raise ValueError(
+                f"prepare={prepare!r} needs a model; prepare a potential_fn before it is given"
+            )
         if self.model is not None:
             potential = ModelPotential(self.model, *args, **kwargs)
-            self._potential = potential if self.prepare is None else self.prepare(potential)
+            self._potential = potential if prepare is None else prepare(potential)
+            self._graph = prepare if isinstance(prepare, Graph) else None
             # MCMC maps its samples back by the inverse of these.
             self.transforms = {name: t.inv for name, t in potential.transforms.items()}
 
@@ -188,6 +210,12 @@ class BatchedKernel(MCMCKernel):
         """Diagnostics of the last transition."""
         return None if self._run is None else self._run.info
 
+    @property
+    def why_not(self) -> str | None:
+        """Why :attr:`prepare` did not do all it is for in this run; ``None`` if it did."""
+        reason: str | None = getattr(self._graph or self._potential, "why_not", None)
+        return reason
+
     def sample(self, params: LatentsLike) -> Latents:
         """One transition of every chain from ``params`` (unconstrained, one row per chain).
 
@@ -197,7 +225,7 @@ class BatchedKernel(MCMCKernel):
         run = self._run
         if run is None or any(params[name] is not v for name, v in run.state.position.items()):
             run = self._start(params)
-        state, info = self._step(run.state, run.streams, run.rule_state.log_step_size.exp())
+        state, info = self._transition(run.state, run.streams, run.rule_state.log_step_size.exp())
         if state.step == 1 and self.burn_in > 0:
             # The gradients of the burn-in count with the first transition.
             info = info._replace(num_steps=info.num_steps + self.burn_in)
@@ -209,9 +237,8 @@ class BatchedKernel(MCMCKernel):
                 adapted = adapted._replace(log_step_size=adapted.log_average)
             run = run._replace(rule_state=adapted)
         if not warming:
-            acceptance_sum = run.acceptance_sum + info.acceptance_rate
-            divergences = run.divergences + info.diverging
-            run = run._replace(acceptance_sum=acceptance_sum, divergences=divergences)
+            run = run._replace(acceptance_sum=run.acceptance_sum + info.acceptance_rate)
+            run.diverging.append(info.diverging)
         self._run = run
         return dict(state.position)
 
@@ -228,15 +255,26 @@ class BatchedKernel(MCMCKernel):
         }
 
     def diagnostics(self) -> dict[str, Any]:
-        """Acceptance rate and number of divergences after warm-up, ``(N,)`` each."""
-        if self._run is None:
+        """What happened after warm-up, by Pyro's names.
+
+        ``"acceptance rate"`` and ``"divergences per image"``, their number, have shape ``(N,)``.
+        ``"divergences"`` is a list with the number of its draw for each divergence of an image:
+        ``MCMC.summary()`` counts them, and ``arviz.from_pyro`` marks the draws at which any image
+        diverged. It is read from the device, once.
+        """
+        run = self._run
+        if run is None:
             return {}
-        num_samples = max(1, self._run.state.step - self._warmup_steps)
-        return {
-            "acceptance rate": self._run.acceptance_sum / num_samples,
-            # Not "divergences": MCMC.summary() prints that entry's length as their number.
-            "divergences per image": self._run.divergences,
+        none = torch.empty_like(run.acceptance_sum, dtype=torch.bool).expand(0, -1)
+        diverging = torch.cat([none, *(draw[None] for draw in run.diverging)])
+        num_samples = max(1, run.state.step - self._warmup_steps)
+        found = {
+            "acceptance rate": run.acceptance_sum / num_samples,
+            "divergences per image": diverging.sum(0),
         }
+        if diverging.device.type != "meta":
+            found["divergences"] = diverging.nonzero()[:, 0].tolist()
+        return found
 
     def cleanup(self) -> None:
         """Let go of the start of the run; its last state and info stay readable."""
@@ -280,6 +318,17 @@ class BatchedKernel(MCMCKernel):
 
     # --- Inside ---
 
+    def _transition(self, state: Any, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
+        """One transition of every chain."""
+        step = self._step(self._most_gradients(streams.seed, state.step))
+        potential, metric = self.potential, self.inverse_mass
+        if self._graph is not None and self.asks_host is not None:
+            self._graph.refuse(self.asks_host)
+        elif self._graph is not None:
+            assert isinstance(potential, RecordedPotential)
+            return self._graph.transition(step, potential, state, streams, step_size, metric)
+        return step(potential, state, streams, step_size, inverse_mass=metric)
+
     def _start(self, params: LatentsLike) -> _Run:
         """The run at ``params``: a new one, or the present one moved there."""
         if isinstance(self._potential, ModelPotential):
@@ -304,16 +353,18 @@ class BatchedKernel(MCMCKernel):
             info=None,
             rule_state=self.rule.init(torch.full_like(energy, self.step_size)),
             acceptance_sum=torch.zeros_like(energy),
-            divergences=torch.zeros_like(energy, dtype=torch.long),
+            diverging=[],
         )
 
 
 def _take(nest: Any, rows: Tensor) -> Any:
-    """Rows of every tensor in a nest of mappings and named tuples; numbers stay as they are."""
+    """Rows of every tensor in a nest of mappings, lists and named tuples; numbers stay."""
     if isinstance(nest, Tensor):
         return nest[rows]
     if isinstance(nest, Mapping):
         return {name: _take(value, rows) for name, value in nest.items()}
+    if isinstance(nest, list):
+        return [_take(value, rows) for value in nest]
     if isinstance(nest, tuple):
         return type(nest)(*(_take(value, rows) for value in nest))
     return nest

@@ -7,15 +7,15 @@ whose keywords all of them take: ``step_size``, ``adapt_step_size``, ``target_ac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
 from pyro_vae_defence.mcmc import ghmc, hmc, langevin, mams, nuts
 from pyro_vae_defence.mcmc.adaptation import PaperStepSize
+from pyro_vae_defence.mcmc.captured import Step
 from pyro_vae_defence.mcmc.ghmc import GHMCState
-from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
+from pyro_vae_defence.mcmc.hmc import HMCState
 from pyro_vae_defence.mcmc.integrators import check_dimension
 from pyro_vae_defence.mcmc.kernels import BatchedKernel, KernelOptions
 from pyro_vae_defence.ops.checks import check_integer
@@ -100,9 +100,8 @@ class BatchedHMC(_JitteredKernel):
             target = options.get("target_accept_prob")
             self.rule = PaperStepSize() if target is None else PaperStepSize(target)
 
-    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
-        num_steps = self._most_gradients(streams.seed, state.step)
-        return hmc.step(self.potential, state, streams, step_size, num_steps, self.inverse_mass)
+    def _step(self, num_gradients: int) -> Step:
+        return functools.partial(hmc.step, num_steps=num_gradients)
 
 
 class BatchedNUTS(BatchedKernel):
@@ -114,6 +113,8 @@ class BatchedNUTS(BatchedKernel):
     Args:
         max_tree_depth: largest number of doublings, 1 to 20.
     """
+
+    asks_host = "NUTS asks the host once per leaf whether any tree still grows"
 
     def __init__(
         self,
@@ -131,9 +132,8 @@ class BatchedNUTS(BatchedKernel):
     def _most_gradients(self, seed: int, step: int) -> int:
         return 2**self.max_tree_depth - 1
 
-    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
-        depth = self.max_tree_depth
-        return nuts.step(self.potential, state, streams, step_size, depth, self.inverse_mass)
+    def _step(self, num_gradients: int) -> Step:
+        return functools.partial(nuts.step, max_tree_depth=self.max_tree_depth)
 
 
 class BatchedMALA(BatchedKernel):
@@ -147,8 +147,8 @@ class BatchedMALA(BatchedKernel):
     # https://doi.org/10.1111/1467-9868.00123
     default_target = 0.574
 
-    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
-        return hmc.step(self.potential, state, streams, step_size, 1, self.inverse_mass)
+    def _step(self, num_gradients: int) -> Step:
+        return functools.partial(hmc.step, num_steps=1)
 
 
 class BatchedGHMC(BatchedKernel):
@@ -189,9 +189,8 @@ class BatchedGHMC(BatchedKernel):
     def _most_gradients(self, seed: int, step: int) -> int:
         return self.num_steps
 
-    def _step(self, state: GHMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
-        length, kept = self.num_steps, self.persistence
-        return ghmc.step(self.potential, state, streams, step_size, length, kept, self.inverse_mass)
+    def _step(self, num_gradients: int) -> Step:
+        return functools.partial(ghmc.step, num_steps=num_gradients, persistence=self.persistence)
 
 
 class BatchedMAMS(_JitteredKernel):
@@ -209,9 +208,8 @@ class BatchedMAMS(_JitteredKernel):
         check_dimension(state.position, "MAMS")
         return state
 
-    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
-        num_steps = self._most_gradients(streams.seed, state.step)
-        return mams.step(self.potential, state, streams, step_size, num_steps, self.inverse_mass)
+    def _step(self, num_gradients: int) -> Step:
+        return functools.partial(mams.step, num_steps=num_gradients)
 
 
 class BatchedULA(BatchedKernel):
@@ -228,5 +226,5 @@ class BatchedULA(BatchedKernel):
 
     default_target = 0.9
 
-    def _step(self, state: HMCState, streams: Streams, step_size: Tensor) -> tuple[Any, HMCInfo]:
-        return langevin.step(self.potential, state, streams, step_size, self.inverse_mass)
+    def _step(self, num_gradients: int) -> Step:
+        return langevin.step

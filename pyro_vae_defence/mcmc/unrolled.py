@@ -15,10 +15,18 @@ that rows need no masks and discarded moves cannot spoil a gradient with NaN.
 
 The derivative is that of one trajectory. It omits how decisions, and step sizes that adapt, depend
 on x, and is therefore biased for the derivative of an expectation, by the flow of probability
-across the boundaries of decisions.
+across the boundaries of decisions. The published chain, whose step size follows the acceptance of
+its whole batch to the end (eq. 67), is no exception: its step sizes are recorded, and constants.
+
+Through many transitions a derivative may grow without bound although the chain mixes: frozen
+noise makes it a product of as many Jacobians as there are leapfrog steps, each of determinant one.
+Nothing is clipped here. What overflows is infinite or NaN, in its own row alone; attacks take such
+entries for zero, and those that step along signs see no scale.
 
 Memory is bounded by recomputing: a transition keeps where it started, and its graph is built again
-when its gradient is asked for.
+when its gradient is asked for. Until then nothing is computed where the run has recorded the end of
+every transition. Nothing is read back to the host, except that NUTS asks for the longest of its
+chains.
 """
 
 from __future__ import annotations
@@ -49,13 +57,16 @@ class Decision(NamedTuple):
         step_size: leapfrog step size, ``(N,)``.
         offset: leapfrog steps from the old state to the new one, int64 ``(N,)``: negative against
             time, 0 for a chain that stayed.
-        length: largest number of leapfrog steps of a chain.
+        length: a number of leapfrog steps that no chain exceeds, as small as is known without
+            asking the device.
+        end: where the transition ended, latents of ``N`` rows.
     """
 
     step: int
     step_size: Tensor
     offset: Tensor
     length: int
+    end: Latents
 
 
 def record(
@@ -88,10 +99,12 @@ def record(
         raise ValueError(f"kernel has {got}, which is not unrolled; use burn_in=0")
     end, decisions = lat.detach(start), []
     steps = _transitions(kernel, x, start, streams, num_transitions, warmup_steps)
-    for step, (position, info) in enumerate(steps):
-        length = int(info.offset.abs().max())
-        decisions.append(Decision(step, info.step_size, info.offset, length))
-        end = position
+    for step, (end, info) in enumerate(steps):
+        if isinstance(kernel, BatchedHMC):  # a chain stays, or goes the whole length
+            length = kernel.gradients_of(streams.seed, step)
+        else:
+            length = int(info.offset.abs().max())
+        decisions.append(Decision(step, info.step_size, info.offset, length, end))
     return end, decisions
 
 
@@ -136,11 +149,17 @@ def replay(
     streams: Streams,
     decisions: list[Decision],
     inverse_mass: LatentsLike | None = None,
+    recorded: bool = False,
 ) -> Latents:
     """Follow recorded decisions again: where the chains end, differentiable in ``x`` and ``start``.
 
-    ``energy`` is U(z; x) on the unconstrained scale, twice differentiable, and ``decisions`` are
-    those of :func:`record` or its last ones; the rest is as it was there.
+    Args:
+        energy: U(z; x) on the unconstrained scale, twice differentiable.
+        x, start: images and latents, of the run or others.
+        streams, inverse_mass: those of the run.
+        decisions: those of :func:`record`, or its last ones.
+        recorded: ``x`` and ``start`` have the values of the run, so that transitions end where they
+            did then, and are computed again for their gradients alone.
     """
     names = tuple(start)
 
@@ -159,7 +178,8 @@ def replay(
 
     values = tuple(start.values())
     for decision in decisions:
-        values = _Recomputed.apply(functools.partial(follow, decision), x, *values)
+        ends = tuple(decision.end[name] for name in names) if recorded else None
+        values = _Recomputed.apply(functools.partial(follow, decision), ends, x, *values)
     return dict(zip(names, values, strict=True))
 
 
@@ -182,16 +202,23 @@ class _Tracked(NamedTuple):
 
 
 class _Recomputed(torch.autograd.Function):
-    """A function without its graph, which is built again when a gradient is asked for.
+    """A function, or its values, without its graph, which is built when a gradient is asked for.
 
     ``torch.utils.checkpoint`` will not do: the function takes gradients itself, and the reentrant
     variant would leave gradients on a model's parameters.
     """
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any,
+        function: Callable[..., tuple[Tensor, ...]],
+        values: tuple[Tensor, ...] | None,
+        *inputs: Tensor,
+    ) -> Any:
         ctx.function = function
         ctx.save_for_backward(*inputs)
+        if values is not None:  # known; views, since an input cannot be an output of its own
+            return tuple(value.view_as(value) for value in values)
         with torch.no_grad():
             return function(*(value.detach() for value in inputs))
 
@@ -202,7 +229,7 @@ class _Recomputed(torch.autograd.Function):
             inputs = tuple(value.detach().requires_grad_() for value in ctx.saved_tensors)
             outputs = ctx.function(*inputs)
             found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
-        return (None, *found)
+        return (None, None, *found)
 
 
 @dataclass(eq=False, repr=False)
@@ -232,4 +259,5 @@ class UnrolledKernel:
             return run(kernel, x, start, streams, *numbers)
         with torch.no_grad():
             _, decisions = record(kernel, x, start, streams, *numbers)
-        return replay(self.energy, x, start, streams, decisions, kernel.inverse_mass)
+        metric = kernel.inverse_mass
+        return replay(self.energy, x, start, streams, decisions, metric, recorded=True)

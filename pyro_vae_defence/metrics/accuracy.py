@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_vae_defence.ops.checks import check_on_device
+
 
 def adversarial_accuracy(prediction_ref: Tensor, prediction_adv: Tensor) -> Tensor:
     """1 where the attack left the predicted class unchanged, 0 where it changed it; float ``(N,)``.
@@ -20,7 +22,7 @@ def adversarial_accuracy(prediction_ref: Tensor, prediction_adv: Tensor) -> Tens
             attacked ones, integers of shape ``(N,)``.
 
     Raises:
-        ValueError: an argument is not a vector of classes, or the lengths differ.
+        ValueError: an argument is not a vector of classes, or lengths or devices differ.
     """
     return _equal("prediction_ref", prediction_ref, "prediction_adv", prediction_adv)
 
@@ -39,4 +41,5 @@ def _equal(name_a: str, a: Tensor, name_b: str, b: Tensor) -> Tensor:
             )
     if len(a) != len(b):
         raise ValueError(f"{name_b} has {len(b)} classes: pass {len(a)}, one per image")
+    check_on_device(name_b, b, name_a, a.device)
     return (a == b).to(torch.get_default_dtype())

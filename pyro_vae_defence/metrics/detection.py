@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.metrics.intervals import Interval, check_bootstrap, tails
+from pyro_vae_defence.ops.checks import check_on_device
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
         positives: scores of attacked images, ``(M,)``, high where an attack is suspected.
 
     Raises:
-        ValueError: if an argument is not a vector of scores.
+        ValueError: if an argument is not a vector of scores, or devices differ.
     """
     _check(negatives, positives)
     ordered = negatives.sort().values
@@ -82,13 +83,43 @@ def detection_interval(
             f"negatives has {num_images} scores and positives {positives.shape[0]}: pass one of "
             "each for every image, of two images or more"
         )
-    check_bootstrap(level, num_resamples)
+    check_bootstrap(level, num_resamples, generator)
     negatives, positives = (v.detach().to("cpu", torch.float64) for v in (negatives, positives))
     drawn = torch.randint(num_images, (num_resamples, num_images), generator=generator)
     resampled = torch.stack([statistic(negatives[rows], positives[rows]) for rows in drawn])
     low, high = torch.quantile(resampled, tails(level))
     estimate = statistic(negatives, positives)
     return Interval(float(estimate), float(low), float(high), level, num_images, num_images)
+
+
+def rate_interval(alarms: Tensor, level: float = 0.95) -> Interval:
+    """Share of images that raise the alarm, with Wilson's score interval.
+
+    It has a width where none or all of them do, which the bootstrap has not.
+
+    Args:
+        alarms: bool ``(N,)``.
+        level: nominal coverage, between 0 and 1.
+
+    Raises:
+        ValueError: if ``alarms`` is no such vector, or ``level`` is out of range.
+
+    Reference: Wilson, "Probable inference, the law of succession, and statistical inference", 1927,
+    https://doi.org/10.1080/01621459.1927.10502953.
+    """
+    if alarms.ndim != 1 or alarms.shape[0] == 0 or alarms.dtype != torch.bool:
+        raise ValueError(
+            f"alarms has shape {tuple(alarms.shape)} and dtype {alarms.dtype}: pass one bool per "
+            "image, (N,)"
+        )
+    check_bootstrap(level, 1, None)
+    count = alarms.shape[0]
+    rate = float(alarms.double().mean())
+    z = float(torch.special.ndtri(tails(level)[1]))
+    centre = (rate + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(rate * (1 - rate) / count + (z / (2 * count)) ** 2) / (1 + z**2 / count)
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Interval(rate, low, high, level, count, count)
 
 
 def _check(negatives: Tensor, positives: Tensor) -> None:
@@ -100,3 +131,4 @@ def _check(negatives: Tensor, positives: Tensor) -> None:
             )
         if scores.device.type != "meta" and bool(scores.isnan().any()):
             raise ValueError(f"{name} has scores that are not a number: drop these images first")
+    check_on_device("positives", positives, "negatives", negatives.device)

@@ -23,6 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pyro_vae_defence.models.contract import check_networks_on_device
+from pyro_vae_defence.ops.checks import check_on_device
+
 Extractor = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` in [0, 1] -> features ``(N, F)``."""
 
@@ -34,7 +37,7 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
         features, other: shapes ``(N, F)`` and ``(M, F)``, two rows or more each.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or devices differ.
     """
     for name, value in (("features", features), ("other", other)):
         if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[1]:
@@ -42,6 +45,7 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
                 f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and "
                 "the same F in both"
             )
+    check_on_device("other", other, "features", features.device)
     (mean, covariance), (other_mean, other_covariance) = _moments(features), _moments(other)
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
@@ -60,6 +64,8 @@ def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tens
         extractor: images to features, e.g. ``models.classifier.ConvClassifier(...).features``.
         rows: images at once.
     """
+    check_on_device("y", y, "x", x.device)
+    check_networks_on_device("extractor", extractor, "x", x)
     sets = (torch.cat([extractor(batch) for batch in images.split(rows)]) for images in (x, y))
     return frechet_distance(*sets)
 

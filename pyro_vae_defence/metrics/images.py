@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_vae_defence.ops.checks import check_on_device
+
 MS_SSIM_VARIANTS = ("paper", "standard")
 """The variants of :func:`ms_ssim`."""
 
@@ -168,6 +170,7 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"y has shape {tuple(y.shape)} but x has shape {tuple(x.shape)}: pass one y for every x"
         )
+    check_on_device("y", y, "x", x.device)
     if x.dtype not in (torch.float32, torch.float64) or y.dtype != x.dtype:
         raise ValueError(
             f"x has dtype {x.dtype} and y has dtype {y.dtype}: convert both to float32 or float64, "

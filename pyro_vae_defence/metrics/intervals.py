@@ -90,7 +90,7 @@ def bootstrap_interval(
             f"groups has shape {tuple(groups.shape)} and dtype {groups.dtype}: "
             f"pass {len(values)} integers, one per value"
         )
-    check_bootstrap(level, num_resamples)
+    check_bootstrap(level, num_resamples, generator)
     if statistic not in ("mean", "median"):
         raise ValueError(f"statistic={statistic!r} is unknown: choose 'mean' or 'median'")
     sample = values.detach().to("cpu", torch.float64)
@@ -156,8 +156,13 @@ def tails(level: float) -> Tensor:
     return torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
 
 
-def check_bootstrap(level: float, num_resamples: int) -> None:
+def check_bootstrap(level: float, num_resamples: int, generator: torch.Generator | None) -> None:
     """``ValueError`` unless the options of a bootstrap interval are in range."""
+    if generator is not None and generator.device.type != "cpu":
+        raise ValueError(
+            f"generator is on {generator.device}, but images are resampled on the CPU; pass "
+            "torch.Generator()"
+        )
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1: use 0.95 for 95 percent")
     check_integer("num_resamples", num_resamples)

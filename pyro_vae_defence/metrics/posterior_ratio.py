@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.types import LatentsLike, Potential
 
 
@@ -41,13 +42,17 @@ def log_posterior_ratio(
         latents_1, latents_2: latents of ``N`` rows, of the same sites and shapes.
 
     Raises:
-        ValueError: sites or shapes differ between the two.
+        ValueError: sites, shapes or devices differ between the two.
     """
     shapes_1, shapes_2 = ({n: tuple(v.shape) for n, v in z.items()} for z in (latents_1, latents_2))
     if shapes_1 != shapes_2:
         raise ValueError(
             f"latents_2 has sites {shapes_2} but latents_1 has {shapes_1}: "
             "pass latents of one model for the same images"
+        )
+    for name, value in latents_2.items():
+        check_on_device(
+            f"latents_2[{name!r}]", value, f"latents_1[{name!r}]", latents_1[name].device
         )
     return potential(dict(latents_2)) - potential(dict(latents_1))
 

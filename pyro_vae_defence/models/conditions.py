@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae_defence.models.sites import aside, get_trace
+from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.types import VAE, ImagesLike, PyroProgram
 
 # --- Which arguments programs take ----------------------------------------------------------------
@@ -91,7 +92,7 @@ def split(images: ImagesLike, name: str = "x") -> tuple[Tensor, tuple[Tensor, ..
     """Images, which are not looked at, and their conditions.
 
     Raises:
-        ValueError: if a condition is no tensor with one row per image.
+        ValueError: if a condition is no tensor with one row per image, on the images' device.
     """
     if not isinstance(images, (tuple, list)):
         return cast(Tensor, images), ()
@@ -108,6 +109,8 @@ def split(images: ImagesLike, name: str = "x") -> tuple[Tensor, tuple[Tensor, ..
                 f"{name}[{number}] must be a tensor with one row per image, got "
                 f"{type(value).__name__}; wrap it in torch.as_tensor"
             )
+        if isinstance(x, Tensor):
+            check_on_device(f"{name}[{number}]", value, f"{name}[0]", x.device)
         if isinstance(x, Tensor) and value.shape[:1] != x.shape[:1]:
             raise ValueError(
                 f"{name}[{number}] must have one row for each of {len(x)} images, got shape "

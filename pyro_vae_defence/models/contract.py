@@ -85,19 +85,48 @@ def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tens
     return x
 
 
+def check_networks_on_device(what: str, program: Any, name: str, x: Any) -> None:
+    """Refuse images ``x`` that no network of a program is on the device of.
+
+    Programs without parameters and buffers have no device, and follow their images. Networks on
+    several devices are the program's own affair, as long as images come to one of them.
+
+    Args:
+        what: the program's name in messages.
+        program: a VAE, a classifier, or whatever else holds networks.
+        name: the images' name in messages.
+        x: the images, or what else the program is given; what is no tensor is not looked at.
+
+    Raises:
+        ValueError: if there is a network, and none on the images' device.
+    """
+    devices = {
+        tensor.device
+        for module in modules_of(program)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    if devices and isinstance(x, Tensor) and x.device not in devices:
+        there = str(min(devices, key=str))
+        raise ValueError(
+            f"{name} is on {x.device} but the parameters of {what} on {there}; pass "
+            f"{name}.to({there!r}), or move the networks, {what}.to({str(x.device)!r})"
+        )
+
+
 def at_images(
     vae: VAE, images: ImagesLike, name: str = "x", *, unit_interval: bool = True
 ) -> tuple[VAE, Tensor]:
     """A VAE at images that may come with conditions: a VAE of images alone, and the images.
 
     Raises:
-        ValueError: as :func:`check_vae` and :func:`check_images`, and if the programs do not take
-            the conditions, a condition has not one row per image, or the programs have other
-            latents than each other.
+        ValueError: as :func:`check_vae`, :func:`check_images` and
+            :func:`check_networks_on_device`, and if the programs do not take the conditions, a
+            condition has not one row per image, or the programs have other latents than each other.
     """
     check_vae(vae)
     x, conditions = split(images, name)
     check_images(x, name, unit_interval=unit_interval)
+    check_networks_on_device("vae", vae, name, x)
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
         few = slice(0, 3)

@@ -181,6 +181,13 @@ class ImageMap(NamedTuple):
             image_rows(site.to_pixels(read(sites[site.name])), sites[site.name])
             for site in self.sites
         ]
+        return self.arrange(rows, num_rows)
+
+    def arrange(self, rows: list[Tensor], num_rows: int) -> Tensor:
+        """Images ``(M, C, H, W)`` of rows ``(M, elements)`` of each image site.
+
+        ``ValueError`` if these are not ``num_rows``, M.
+        """
         if any(len(part) != num_rows for part in rows):
             raise ValueError(
                 f"the model's observation has {len(rows[0])} rows for latents of {num_rows}; make "

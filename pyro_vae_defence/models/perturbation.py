@@ -242,7 +242,8 @@ class UnknownRadius:
             of a prior probability if there is one. Only their differences matter to the posterior.
 
     Raises:
-        ValueError: if radii are not increasing, or there are not as many penalties.
+        ValueError: if radii are not increasing, or too large for the ball, or there are not as many
+            penalties.
 
     Example:
         >>> unknown = UnknownRadius(Linf, (0.0, 0.1, 0.2), (0.0, 20.0, 45.0))
@@ -267,6 +268,7 @@ class UnknownRadius:
                 f"penalties must be one finite number for each of the {len(self.radii)} radii, "
                 f"got {self.penalties}"
             )
+        _ = self.balls  # each refuses a radius that is too large for it
 
     def __str__(self) -> str:
         return f"UnknownRadius({self.ball.__name__}, {self.radii}, {self.penalties})"

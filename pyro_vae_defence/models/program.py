@@ -32,8 +32,10 @@ import pyro.distributions as dist
 import torch
 import torch.distributions as td
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from pyro_vae_defence.models.conditions import (
     BoundProgram,
@@ -48,6 +50,7 @@ from pyro_vae_defence.models.contract import at_images as at_images
 from pyro_vae_defence.models.contract import (
     check_guide_rows,
     check_latents,
+    check_networks_on_device,
     check_rows,
     check_untouched,
     run_on,
@@ -73,6 +76,7 @@ from pyro_vae_defence.models.sites import (
     check_density_everywhere,
     data_frame,
     get_trace,
+    image_rows,
     kind,
     latent_sites,
     log_prob_per_image,
@@ -433,6 +437,17 @@ class Decoder:
         self.images.check_known()
         return self._assemble(latents, lambda *_, site: _known(site)["fn"].sample(), None)
 
+    def log_likelihood(self, latents: LatentsLike, x: Tensor) -> Tensor:
+        """log p(x_i | z) of every value of images ``x``, ``(M, C, H, W)``, in nats.
+
+        ``latents`` have M rows. A density is one of the value that the model observes, in its
+        units. The values of an image must be independent given continuous latents: ``ValueError``
+        where the likelihood depends on discrete ones, or is one number for several values.
+        """
+        self.images.check_known()
+        sites = observed(self.vae.model, latents, x)
+        return self.images.arrange([_pointwise(sites[s.name]) for s in self.images.sites], len(x))
+
     def _assemble(
         self, latents: LatentsLike, read: Callable[..., Tensor], x: Tensor | None
     ) -> Tensor:
@@ -487,6 +502,26 @@ def _known(site: Site) -> Site:
             "outputs (attacks.maximum_damage)"
         )
     return site
+
+
+def _pointwise(site: Site) -> Tensor:
+    """The log-probability of every element of an observation, ``(M, elements)``."""
+    fn, value = site["fn"], site["value"]
+    while isinstance(fn, td.Independent):
+        fn = fn.base_dist
+    if fn.event_shape:
+        raise ValueError(
+            f"the likelihood at {site['name']!r} is {type(fn).__name__}, one number for several "
+            "values of an image; log-likelihoods of pixels need them independent given the latents"
+        )
+    if isinstance(fn, td.Bernoulli):
+        # Its own log_prob rounds to 0, for every z, where a pixel is all but certain.
+        logits, value = fn.logits.double(), value.double()
+        log_prob = value * logsigmoid(logits) + (1 - value) * logsigmoid(-logits)
+    else:
+        log_prob = fn.log_prob(value)
+    log_prob = scale_and_mask(log_prob, mask=site["mask"])
+    return image_rows(log_prob.expand(value.shape), site)
 
 
 def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tensor:
@@ -769,8 +804,8 @@ def mean_posterior_variance(
         Site name -> tensor of one image's shape, on the unconstrained scale.
 
     Raises:
-        ValueError: ``batches`` is empty, lacks conditions that the programs need, or a variance is
-            not finite (a ``Cauchy``'s).
+        ValueError: ``batches`` is empty, not on the VAE's device, or lacks conditions that the
+            programs need, or a variance is not finite (a ``Cauchy``'s).
     """
     totals: Latents = {}
     count = 0
@@ -778,6 +813,7 @@ def mean_posterior_variance(
     with torch.no_grad(), evaluation_mode(vae):
         for batch in batches:
             x, conditions = split(taken(batch, vae), "batches")
+            check_networks_on_device("vae", vae, "batches", x)
             at_x = bind(vae, x, conditions)
             streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
             for name, variance in _unconstrained_variances(at_x, x, streams).items():

@@ -109,9 +109,9 @@ class AVAESS(ImageELBO):
         self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """AVAE's terms on images made by the model, with a gradient for the guide only."""
-        model = poutine.block(model, hide_types=["param"])
+        frozen = poutine.block(model, hide_types=["param"])
         with torch.no_grad():
-            made = poutine.trace(model).get_trace(x, *args, **kwargs)
+            made = poutine.trace(frozen).get_trace(x, *args, **kwargs)
             x = self.mean_image(made, model, x, *args, **kwargs)
 
         def run_guide(x: Tensor) -> Trace:
@@ -127,7 +127,7 @@ class AVAESS(ImageELBO):
             leaf = site["value"].detach().requires_grad_()
             cut_trace.nodes[site["name"]] = {**site, "value": leaf}
             leaves.append(leaf)
-        replayed = poutine.replay(model, trace=cut_trace)
+        replayed = poutine.replay(frozen, trace=cut_trace)
         model_trace = poutine.trace(replayed).get_trace(x, *args, **kwargs)
         check_trainable(model_trace, guide_trace)
         check_mean_field(model_trace, guide_trace)

@@ -158,14 +158,15 @@ class ImageELBO(TraceMeanField_ELBO):
         self, model: PyroProgram, guide: PyroProgram, *args: Any, **kwargs: Any
     ) -> float:
         """Loss of the batch; adds its gradient to the parameters and one to :attr:`step`."""
-        total = 0.0
+        losses = []
         for _ in range(self.num_particles):
             terms = self.particle_terms(model, guide, *args, **kwargs)
             loss = terms["loss"].sum() / self.num_particles
             if loss.requires_grad:
                 # One particle at a time, so that only one graph is alive.
                 loss.backward(retain_graph=self.retain_graph)
-            total += torch_item(loss)
+            losses.append(loss.detach().double())
+        total = torch_item(sum(losses))  # the one number of a step that is read from the device
         warn_if_nan(torch.tensor(total), "loss")
         self.step += 1
         return total

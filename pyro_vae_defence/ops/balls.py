@@ -14,6 +14,7 @@ adversarial attacks on image classifiers", ICML 2021, https://arxiv.org/abs/2103
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,18 +35,35 @@ _ROUNDING_STEPS = 4
 class Ball:
     """A norm ball of perturbations; use one of :class:`Linf`, :class:`L2`, :class:`L1`.
 
-    ``radius`` > 0 is the largest norm of a perturbation, in units of the image range [0, 1].
+    ``radius`` > 0 is the largest norm of a perturbation, in units of the image range [0, 1]. Who
+    counts in grey levels writes ``Linf(8 / 255)``; a radius of ``Linf`` above 1 is refused. One of
+    ``L2`` or ``L1`` may cover all images, as a bound that does not bind.
+
+    Raises:
+        ValueError: if ``radius`` is no positive finite number, or above 1 in ``Linf``.
     """
 
     radius: float
     norm_name: ClassVar[str]
+    # Beyond which a radius is a mistake, whatever the images.
+    _largest: ClassVar[float] = math.inf
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.radius, (int, float)) and 0 < self.radius < math.inf):
+        radius = self.radius
+        number = isinstance(radius, numbers.Real) and not isinstance(radius, bool)
+        if not (number and 0 < radius < math.inf):
             raise ValueError(
                 f"radius must be a positive finite number in units of the image range [0, 1], "
-                f"got {self.radius!r}; the paper uses 0.1 and 0.2"
+                f"got {radius!r}; the paper uses 0.1 and 0.2"
             )
+        if radius > self._largest:
+            raise ValueError(
+                f"radius of {type(self).__name__} must be at most {self._largest:g}, in units of "
+                f"the image range [0, 1], got {radius!r}; if it counts the grey levels of 8-bit "
+                f"images, write {radius:g}/255"
+            )
+        if not isinstance(radius, (int, float)):  # numpy's scalars
+            object.__setattr__(self, "radius", float(radius))
 
     def norm(self, perturbation: Tensor) -> Tensor:
         """Norm of each perturbation, shape ``(N,)``."""
@@ -113,9 +131,10 @@ def check_ball(ball: Any) -> Ball:
 
 
 class Linf(Ball):
-    """Largest absolute value at most ``radius``."""
+    """Largest absolute value at most ``radius``, at most 1."""
 
     norm_name = "Linf"
+    _largest = 1.0
 
     def norm(self, perturbation: Tensor) -> Tensor:
         """Largest absolute value of each row."""

@@ -18,7 +18,8 @@ https://doi.org/10.1145/2063384.2063405 (constants and test vectors).
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -32,13 +33,23 @@ _ROUNDS = 10
 _MAX_PURPOSE = 4096
 
 
+def _schedule(word: Any, weyl: int) -> Sequence[Any]:
+    """A word of the key in each round."""
+    if isinstance(word, Tensor):
+        rounds = torch.arange(_ROUNDS, device=word.device)
+        return ((word + rounds * weyl) & _MASK).unbind()
+    return [(word + number * weyl) & _MASK for number in range(_ROUNDS)]
+
+
 def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+    counter: tuple[Tensor, Tensor | int, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four broadcastable int64 tensors of 32-bit words to four of random words."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
+    """Philox4x32-10: four broadcastable int64 tensors of 32-bit words to four of random words.
+
+    The second of them, and the two words of the key, may be numbers; the latter are scalars.
+    """
+    c0, c1, c2, c3 = counter[0], cast(Tensor, counter[1]), counter[2], counter[3]
+    for k0, k1 in zip(_schedule(key[0], _WEYL[0]), _schedule(key[1], _WEYL[1]), strict=True):
         # int64 products wrap, which leaves all 64 bits right; the mask undoes the sign extension.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
@@ -47,7 +58,6 @@ def philox(
             ((product0 >> 32) & _MASK) ^ c3 ^ k1,
             product0 & _MASK,
         )
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
 
@@ -61,7 +71,8 @@ class Streams(NamedTuple):
     """Random streams of a batch.
 
     Attributes:
-        seed: seed of the whole run, 0 to 2**64 - 1.
+        seed: seed of the whole run, 0 to 2**64 - 1; in a captured transition its 64 bits as int64
+            ``()``, so that one capture serves all seeds.
         image: int64 ``(N,)``, the identity of each row's image, 0 to 2**32 - 1.
         chain: int64 ``(N,)``, the chain of each row, 0 to 2**20 - 1.
     """
@@ -88,15 +99,22 @@ class Streams(NamedTuple):
         return cls(seed, image.repeat(num_chains), chain)
 
     def uniform(
-        self, step: int, purpose: int = 0, event_shape: Shape = (), dtype: torch.dtype | None = None
+        self,
+        step: int | Tensor,
+        purpose: int = 0,
+        event_shape: Shape = (),
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Uniforms on (0, 1], shape ``(N, *event_shape)``, a function of the arguments alone."""
+        """Uniforms on (0, 1], shape ``(N, *event_shape)``, a function of the arguments alone.
+
+        ``step`` is a number, or int64 ``()``.
+        """
         if not 0 <= purpose < _MAX_PURPOSE:
             raise ValueError(f"purpose must lie in 0..{_MAX_PURPOSE - 1}, got {purpose}")
         size = math.prod(event_shape)
         block = torch.arange(-(-size // 4), device=self.image.device)
         chain = (self.chain * _MAX_PURPOSE + purpose)[:, None]
-        counter = (block, torch.full_like(block, step & _MASK), chain, self.image[:, None])
+        counter = (block, step & _MASK, chain, self.image[:, None])
         four = philox(counter, (self.seed & _MASK, (self.seed >> 32) & _MASK))
         # One broadcast gathers the four words of each block: (N, blocks, 4).
         words = torch.stack(torch.broadcast_tensors(*four), -1).flatten(1)[:, :size]
@@ -104,7 +122,11 @@ class Streams(NamedTuple):
         return values.reshape((-1, *event_shape))
 
     def normal(
-        self, step: int, purpose: int = 0, event_shape: Shape = (), dtype: torch.dtype | None = None
+        self,
+        step: int | Tensor,
+        purpose: int = 0,
+        event_shape: Shape = (),
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Standard normals, shape ``(N, *event_shape)``, a function of the arguments alone."""
         size = math.prod(event_shape)

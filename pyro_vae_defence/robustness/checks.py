@@ -1,6 +1,9 @@
 """Symptoms of attacks that fail for want of a gradient, tested on the images at hand.
 
-A check is a function of the :class:`Evidence` and a line of :data:`CHECKS`.
+A check measures, image by image, and judges what it has measured. The two are apart, so that the
+images of many reports can be judged together: :func:`join` puts their measurements side by side,
+and the verdict is one on all of them. A check is a function of the :class:`Evidence`, a function of
+what that one has :class:`Seen`, and a line of :data:`CHECKS`.
 """
 
 from __future__ import annotations
@@ -8,8 +11,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +26,37 @@ from pyro_vae_defence.robustness.suite import Candidate, Suite, connected
 
 Verdict = tuple[bool | None, str]
 """Whether a check has passed, ``None`` where it does not apply, and what it saw."""
+
+Interval = Callable[[Tensor], dict[str, float]]
+"""Values per image to their mean with ``low`` and ``high``."""
+
+
+class Seen(NamedTuple):
+    """What a check has measured.
+
+    Attributes:
+        values: by name, one number per image it has looked at, ``(n,)``; empty where it does not
+            apply.
+        facts: by name, what holds for all of these images, as JSON knows it.
+    """
+
+    values: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def join(parts: Sequence[Seen]) -> Seen:
+    """What a check has seen of all images of several reports; facts that differ stand together."""
+    useful = [part for part in parts if part.values] or parts[:1]
+    names = dict.fromkeys(name for part in useful for name in part.values)
+    values = {
+        name: torch.cat([part.values[name] for part in useful if name in part.values])
+        for name in names
+    }
+    facts = {}
+    for name in useful[0].facts:
+        several = list(dict.fromkeys(map(str, (part.facts[name] for part in useful))))
+        facts[name] = useful[0].facts[name] if len(several) == 1 else "' or '".join(several)
+    return Seen(values, facts)
 
 
 @dataclass(frozen=True)
@@ -111,26 +146,37 @@ class Evidence:
             return agree, usable & (change <= bound + rounding)
 
 
-_NO_GRADIENT = (None, "no exact gradient of this defence is known")
-_NO_ATTACK = (None, "needs a gradient attack")
+def _nothing(why: str) -> Seen:
+    return Seen({}, {"why": why})
 
 
-def finite_differences(evidence: Evidence) -> Verdict:
+_NO_GRADIENT = _nothing("no exact gradient of this defence is known")
+_NO_ATTACK = _nothing("needs a gradient attack")
+
+
+# --- The checks: what each measures, and how it judges that -----------------------------------
+
+
+def finite_differences(evidence: Evidence) -> Seen:
     """They agree with the gradient."""
-    if evidence.probe is None:
-        return _NO_GRADIENT
-    agree, _ = evidence.probe
+    return _NO_GRADIENT if evidence.probe is None else Seen({"agree": evidence.probe[0]}, {})
+
+
+def _most_agree(seen: Seen, interval: Interval) -> Verdict:
+    agree = seen.values["agree"]
     return (
         bool(agree.double().mean() >= 0.7),
         f"{int(agree.sum())} of {len(agree)} images agree within a quarter (at least 70% must)",
     )
 
 
-def gradients_explain_changes(evidence: Evidence) -> Verdict:
+def gradients_explain_changes(evidence: Evidence) -> Seen:
     """The objective changes by no more than its gradient allows."""
-    if evidence.probe is None:
-        return _NO_GRADIENT
-    _, explained = evidence.probe
+    return _NO_GRADIENT if evidence.probe is None else Seen({"explained": evidence.probe[1]}, {})
+
+
+def _most_are_explained(seen: Seen, interval: Interval) -> Verdict:
+    explained = seen.values["explained"]
     return (
         bool(explained.double().mean() >= 0.8),
         f"on {int(explained.sum())} of {len(explained)} images a random step in the ball changes "
@@ -138,18 +184,22 @@ def gradients_explain_changes(evidence: Evidence) -> Verdict:
     )
 
 
-def black_box_is_not_stronger(evidence: Evidence) -> Verdict:
+def black_box_is_not_stronger(evidence: Evidence) -> Seen:
     """An attacker who sees more does more."""
     gradient, black = evidence.of(black_box=False), evidence.of(black_box=True)
     if not (gradient and black):
-        return None, "needs a black-box and a gradient attack"
+        return _nothing("needs a black-box and a gradient attack")
 
     def worst(indices: list[int]) -> Tensor:
         selection = torch.stack([evidence.found[i].selection for i in indices])
         first, *others = (evidence.scores[i] for i in indices)
         return first.choose(others, selection.argmin(0)).mean()
 
-    lead = evidence.suite.scorer.interval(worst(gradient) - worst(black))
+    return Seen({"gradient": worst(gradient), "black_box": worst(black)}, {})
+
+
+def _no_lead(seen: Seen, interval: Interval) -> Verdict:
+    lead = interval(seen.values["gradient"] - seen.values["black_box"])
     return (
         lead["low"] <= 0,
         "figure under gradient attacks minus figure under the black box: "
@@ -158,15 +208,24 @@ def black_box_is_not_stronger(evidence: Evidence) -> Verdict:
     )
 
 
-def whole_range_leaves_chance(evidence: Evidence) -> Verdict:
+def whole_range_leaves_chance(evidence: Evidence) -> Seen:
     """An attacker free to choose any image leaves what another image's prediction would."""
     if not evidence.by_radius:
         return _NO_ATTACK
     _, scores = evidence.by_radius[-1]
     scorer = evidence.few.scorer
     if isinstance(scorer, Accuracy):
-        chance = 1.0 / scorer.num_classes
-        right, of = int(scores.per_draw[0].sum()), scores.per_draw.shape[1]
+        return Seen({"right": scores.per_draw[0]}, {"chance": 1.0 / scorer.num_classes})
+    assert isinstance(scorer, Similarity)
+    reference = scorer.reference
+    unrelated = scorer.compare(reference.roll(1, 0), reference)
+    return Seen({"figure": scores.mean(), "unrelated": unrelated}, {})
+
+
+def _no_more_than_chance(seen: Seen, interval: Interval) -> Verdict:
+    if "right" in seen.values:
+        chance = seen.facts["chance"]
+        right, of = int(seen.values["right"].sum()), len(seen.values["right"])
         # Probability of so many right answers, or more, by chance.
         tail = sum(
             math.comb(of, k) * chance**k * (1 - chance) ** (of - k) for k in range(right, of + 1)
@@ -176,40 +235,42 @@ def whole_range_leaves_chance(evidence: Evidence) -> Verdict:
             f"{right} of {of} right where any image is allowed; by chance {chance * of:.1f} "
             f"(so many or more with probability {tail:.2g})",
         )
-    assert isinstance(scorer, Similarity)
-    reference = scorer.reference
-    unrelated = scorer.compare(reference.roll(1, 0), reference)
-    excess = scorer.interval(scores.mean() - unrelated)
+    figure, unrelated = seen.values["figure"], seen.values["unrelated"]
+    excess = interval(figure - unrelated)
     return (
         excess["low"] <= 0,
-        f"figure {float(scores.mean().mean()):.3f} where any image is allowed, unrelated images "
+        f"figure {float(figure.mean()):.3f} where any image is allowed, unrelated images "
         f"have {float(unrelated.mean()):.3f}; must not exceed it beyond noise",
     )
 
 
-def monotone_in_radius(evidence: Evidence) -> Verdict:
+def monotone_in_radius(evidence: Evidence) -> Seen:
     """A larger ball leaves no more."""
     strongest, tried = evidence.strongest, evidence.by_radius
     if strongest is None:
         return _NO_ATTACK
-    means = [scores.mean() for _, scores in tried]
-    shown = ", ".join(f"{radius:g}: {float(m.mean()):.3f}" for (radius, _), m in zip(tried, means))
-    interval = evidence.suite.scorer.interval
-    rises = [interval(after - before) for before, after in itertools.pairwise(means)]
+    facts = {"attack": strongest.row.name, "num_steps": evidence.suite.budget.check_steps}
+    return Seen({f"{radius:g}": scores.mean() for radius, scores in tried}, facts)
+
+
+def _no_rise(seen: Seen, interval: Interval) -> Verdict:
+    shown = ", ".join(f"{radius}: {float(m.mean()):.3f}" for radius, m in seen.values.items())
+    rises = [interval(after - before) for before, after in itertools.pairwise(seen.values.values())]
     return (
         all(rise["low"] <= 0 for rise in rises),
-        f"'{strongest.row.name}', {evidence.suite.budget.check_steps} steps, figure by radius: "
+        f"'{seen.facts['attack']}', {seen.facts['num_steps']} steps, figure by radius: "
         f"{shown}; must not rise beyond noise",
     )
 
 
-def loss_increases_with_iterations(evidence: Evidence) -> Verdict:
+def loss_increases_with_iterations(evidence: Evidence) -> Seen:
     """The attacker's objective, on noise of its own, after no, some, and all steps."""
     suite, strongest = evidence.few, evidence.strongest
     if strongest is None:
         return _NO_ATTACK
     budget, scorer, x_ref = suite.budget, suite.scorer, suite.x
-    if strongest.row.name == "transfer":
+    of_encoder = strongest.row.name == "transfer"
+    if of_encoder:
         prepared = suite.objective(strongest.row, 1)
     else:
         goal, draws = suite.goal(), max(5, budget.selection_draws)
@@ -221,21 +282,38 @@ def loss_increases_with_iterations(evidence: Evidence) -> Verdict:
     start = attacks.random_noise(x_ref, suite.ball, scorer.fresh())
     with torch.no_grad():
         values = [objective(each) for each in (start, few, many)]
-    rise = scorer.interval(values[2] - values[0])
-    later = scorer.interval(values[2] - values[1])
-    shown = ", ".join(f"{float(value.mean()):.4g}" for value in values)
+    # The encoder's divergence and what a defence leaves are numbers of two kinds.
+    kind = "encoder" if of_encoder else "defence"
+    named = {f"{kind}, {number} steps": v for number, v in zip((0, *steps), values, strict=True)}
+    return Seen(named, {"attack": strongest.row.name, "num_steps": list(steps)})
+
+
+def _rises(seen: Seen, interval: Interval) -> Verdict:
+    first, last = seen.facts["num_steps"]
+    passed, shown = True, []
+    in_turn = iter(seen.values.values())
+    for start, few, many in zip(in_turn, in_turn, in_turn, strict=True):
+        rise, later = interval(many - start), interval(many - few)
+        passed &= rise["low"] > 0 and later["high"] >= 0
+        shown.append(", ".join(f"{float(value.mean()):.4g}" for value in (start, few, many)))
     return (
-        rise["low"] > 0 and later["high"] >= 0,
-        f"'{strongest.row.name}' objective after 0, {steps[0]} and {steps[1]} steps: {shown}; must "
+        passed,
+        f"'{seen.facts['attack']}' objective after 0, {first} and {last} steps: "
+        f"{' and '.join(shown)}; must "
         "rise from the first to the last beyond noise, and not fall in between",
     )
 
 
-def random_noise_is_weaker(evidence: Evidence) -> Verdict:
+def random_noise_is_weaker(evidence: Evidence) -> Seen:
     """Half of what attacks do is more than noise does."""
-    clean = evidence.clean.mean()
-    drop_noise, drop = clean - evidence.noise.mean(), clean - evidence.worst.mean()
-    excess = evidence.suite.scorer.interval(drop_noise - 0.5 * drop)
+    scores = {"clean": evidence.clean, "noise": evidence.noise, "worst": evidence.worst}
+    return Seen({name: each.mean() for name, each in scores.items()}, {})
+
+
+def _does_less(seen: Seen, interval: Interval) -> Verdict:
+    clean, noise, worst = (seen.values[name] for name in ("clean", "noise", "worst"))
+    drop_noise, drop = clean - noise, clean - worst
+    excess = interval(drop_noise - 0.5 * drop)
     return (
         excess["low"] <= 0,
         f"random noise lowers the figure by {float(drop_noise.mean()):.3f}, the attacks by "
@@ -243,13 +321,29 @@ def random_noise_is_weaker(evidence: Evidence) -> Verdict:
     )
 
 
-CHECKS: tuple[Callable[[Evidence], Verdict], ...] = (
-    finite_differences,
-    gradients_explain_changes,
-    black_box_is_not_stronger,
-    whole_range_leaves_chance,
-    monotone_in_radius,
-    loss_increases_with_iterations,
-    random_noise_is_weaker,
+class SanityCheck(NamedTuple):
+    """What a check measures, and how that is judged where it has values."""
+
+    measure: Callable[[Evidence], Seen]
+    judge_values: Callable[[Seen, Interval], Verdict]
+
+    @property
+    def name(self) -> str:
+        """Under which it is reported."""
+        return self.measure.__name__
+
+    def judge(self, seen: Seen, interval: Interval) -> Verdict:
+        """Whether it has passed, and in words what it saw."""
+        return self.judge_values(seen, interval) if seen.values else (None, seen.facts["why"])
+
+
+CHECKS = (
+    SanityCheck(finite_differences, _most_agree),
+    SanityCheck(gradients_explain_changes, _most_are_explained),
+    SanityCheck(black_box_is_not_stronger, _no_lead),
+    SanityCheck(whole_range_leaves_chance, _no_more_than_chance),
+    SanityCheck(monotone_in_radius, _no_rise),
+    SanityCheck(loss_increases_with_iterations, _rises),
+    SanityCheck(random_noise_is_weaker, _does_less),
 )
-"""In the order in which they run; a check is reported under its function's name."""
+"""In the order in which they run; a check is reported under the name of what it measures."""

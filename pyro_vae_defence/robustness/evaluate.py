@@ -44,8 +44,8 @@ from pyro_vae_defence.models.conditions import split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
-from pyro_vae_defence.robustness.checks import CHECKS, Evidence
-from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport
+from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
+from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity, fresh_generators
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
@@ -141,12 +141,28 @@ def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> Robu
     strongest = ["none", *(each.row.name for each in found)]
     spent = box.evaluations / len(x)
     evidence = Evidence(suite, found, scores, clean, noise, worst)
-    seen = tuple(Check(c.__name__, *c(evidence)) for c in CHECKS if checks)
-    reasons = [f"check {c.name}: {c.detail}" for c in seen if c.passed is False]
+    measured, verdicts, reasons = {}, [], []
+    for check in CHECKS if checks else ():
+        measured[check.name] = check.measure(evidence)
+        verdict = check.judge(measured[check.name], scorer.interval)
+        verdicts.append(Check(check.name, *verdict))
     if not checks:
         reasons.append("no sanity check ran")
     if box.has_chain and all(each.row.transfers for each in found):
         reasons.append("only transfer attacks ran: no attacker knew the defence")
+    outcomes = [
+        AttackOutcome(
+            each.row.name, each.num_draws, {}, each.evaluations, each.seconds, each.row.knowledge
+        )
+        for each in found
+    ]
+    values = {
+        **{f"robust/{name}": value for name, value in worst.summaries().items()},
+        **{f"clean/{name}": value for name, value in clean.summaries().items()},
+        "undefended_clean": scorer.undefended,
+        "random_noise": noise.mean(),
+        **{each.place: score.mean() for each, score in zip(outcomes, scores, strict=True)},
+    }
     return RobustnessReport(
         figure=scorer.figure,
         threat_model={
@@ -155,24 +171,14 @@ def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> Robu
             "target": scorer.target,
             "reading": scorer.reading,
         },
-        robust=scorer.figures(worst),
-        clean=scorer.figures(clean),
-        undefended_clean=scorer.interval(scorer.undefended),
-        random_noise=scorer.interval(noise.mean()),
-        attacks=tuple(
-            AttackOutcome(
-                each.row.name,
-                each.num_draws,
-                scorer.interval(score.mean()),
-                each.evaluations,
-                each.seconds,
-                each.row.knowledge,
+        **conclude(values, outcomes, verdicts, reasons, scorer.interval),
+        evidence={
+            name: Seen(
+                {key: value.detach().cpu() for key, value in seen.values.items()}, seen.facts
             )
-            for each, score in zip(found, scores, strict=True)
-        ),
+            for name, seen in measured.items()
+        },
         skipped=skipped,
-        checks=seen,
-        reasons=tuple(reasons),
         cost={
             "defence_gradients_per_image": float(clean_result.num_gradients.double().mean()),
             "defence_seconds_per_image": clean_seconds,
@@ -187,6 +193,5 @@ def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> Robu
             **{name: metadata.version(name) for name in ("torch", "pyro-ppl")},
         },
         strongest=tuple(strongest[index] for index in winner.tolist()),
-        per_image=worst.mean().detach().cpu(),
         x_adv=x_adv[winner, torch.arange(len(x), device=x.device)],
     )

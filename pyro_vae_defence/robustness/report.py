@@ -1,13 +1,30 @@
-"""What an evaluation found, in Python and in JSON."""
+"""What an evaluation found, in Python and in JSON, and how reports of several images are one.
+
+A report holds its figures image by image, and what its checks have measured image by image. Means,
+intervals and verdicts are functions of these, so that :meth:`RobustnessReport.join` makes them anew
+for the images of many reports. In JSON such numbers are one text, ``"float32 0.95 1.0"``: their
+type, and each as short as it can be for that type, hence exact.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+
+from pyro_vae_defence.robustness.checks import CHECKS, Interval, Seen, join
+from pyro_vae_defence.robustness.scoring import fresh_generators, interval
+from pyro_vae_defence.robustness.suite import KNOWLEDGE
+
+SUMMARIES = ("mean", "single", "worst_of_n", "averaged")
+"""What a report says of the draws of an image."""
+
+_CHECK = "check "  # how the reasons of checks begin
 
 
 class Check(NamedTuple):
@@ -35,6 +52,11 @@ class AttackOutcome(NamedTuple):
     seconds: float
     knowledge: str
 
+    @property
+    def place(self) -> str:
+        """Where :attr:`RobustnessReport.values` has its figure, image by image."""
+        return f"attacks/{self.name}/{self.num_draws}"
+
 
 @dataclass(frozen=True)
 class RobustnessReport:
@@ -57,7 +79,11 @@ class RobustnessReport:
         seed, budget, defence, versions: what the run was made with.
         strongest: per image, the attack that was its worst.
         per_image: mean figure of the worst case, ``(N,)``.
-        x_adv: its images ``(N, C, H, W)``.
+        x_adv: its images ``(N, C, H, W)``; ``None`` for a report that was read from JSON.
+        values: every figure image by image, ``(N,)`` each, by where the report has its interval,
+            such as ``"robust/mean"`` or ``"attacks/bpda/20"`` for 20 draws. Empty for a report
+            that an earlier version has written.
+        evidence: what the checks have measured, by their names.
     """
 
     figure: str
@@ -77,7 +103,9 @@ class RobustnessReport:
     versions: dict[str, str]
     strongest: tuple[str, ...]
     per_image: Tensor
-    x_adv: Tensor
+    x_adv: Tensor | None
+    values: dict[str, Tensor]
+    evidence: dict[str, Seen]
 
     @property
     def reliable(self) -> bool:
@@ -91,6 +119,11 @@ class RobustnessReport:
         for name in ("attacks", "checks"):
             found[name] = [entry._asdict() for entry in found[name]]
         found["per_image"] = self.per_image.tolist()
+        found["values"] = _texts(self.values)
+        found["evidence"] = {
+            name: {"values": _texts(seen.values), "facts": seen.facts}
+            for name, seen in self.evidence.items()
+        }
         found["unreliable"] = not self.reliable
         found["note"] = "Heuristic, not certified: an upper bound of the true robustness."
         return found
@@ -98,3 +131,192 @@ class RobustnessReport:
     def to_json(self) -> str:
         """:meth:`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> RobustnessReport:
+        """The report of :meth:`to_dict`, also of one that has been through JSON, without images."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        own = {name: value for name, value in found.items() if name in names}
+        evidence = {
+            name: Seen(_tensors(seen["values"]), seen["facts"])
+            for name, seen in found.get("evidence", {}).items()
+        }
+        values = _tensors(found.get("values", {}))
+        own |= {
+            "attacks": tuple(AttackOutcome(**entry) for entry in found["attacks"]),
+            "checks": tuple(Check(**entry) for entry in found["checks"]),
+            "reasons": tuple(found["reasons"]),
+            "strongest": tuple(found["strongest"]),
+            "per_image": values.get("robust/mean", torch.tensor(found["per_image"])),
+            "values": values,
+            "evidence": evidence,
+            "x_adv": None,
+        }
+        return cls(**own)
+
+    @classmethod
+    def join(cls, reports: Sequence[RobustnessReport]) -> RobustnessReport:
+        """The report of all images of several reports on one defence, in their order.
+
+        Intervals are bootstrapped over all images, and the checks judge what they have measured in
+        all reports. An attack that only some have made is reported on their images alone. Costs
+        per image are means over images, seconds are sums; the seed is the first report's, from
+        which the bootstrap's are drawn.
+
+        Raises:
+            ValueError: for no report, reports of different figures, threat models, budgets or
+                defences, or one that an earlier version has written without values per image.
+        """
+        if not reports:
+            raise ValueError("reports is empty; join needs one at least")
+        first = reports[0]
+        if len(reports) == 1:
+            return first
+        for name in ("figure", "threat_model", "budget", "defence"):
+            several = [getattr(report, name) for report in reports]
+            if any(each != several[0] for each in several):
+                raise ValueError(f"reports of different {name} are not joined: {several[0]}, ...")
+        if not all(report.values for report in reports):
+            raise ValueError(
+                "a report holds no values per image, an earlier version has written it; evaluate "
+                "its images again"
+            )
+        fresh = fresh_generators(first.seed)
+
+        def of_fresh_seed(values: Tensor) -> dict[str, float]:
+            return interval(values, fresh())
+
+        evidence = _joined_evidence([report.evidence for report in reports])
+        verdicts = [
+            Check(check.name, *check.judge(evidence[check.name], of_fresh_seed))
+            for check in CHECKS
+            if check.name in evidence
+        ]
+        others = (r for report in reports for r in report.reasons if not r.startswith(_CHECK))
+        sizes = [len(report.per_image) for report in reports]
+        return dataclasses.replace(
+            first,
+            **conclude(
+                _joined_values([report.values for report in reports]),
+                _joined_attacks(reports, sizes),
+                verdicts,
+                tuple(dict.fromkeys(others)),
+                of_fresh_seed,
+            ),
+            skipped=_joined_skipped(reports),
+            cost={
+                name: sum(r.cost[name] for r in reports)
+                if name == "seconds"
+                else _weighted([r.cost[name] for r in reports], sizes)
+                for name in first.cost
+            },
+            versions={
+                name: ", ".join(dict.fromkeys(report.versions[name] for report in reports))
+                for name in first.versions
+            },
+            strongest=tuple(name for report in reports for name in report.strongest),
+            x_adv=_joined_images(reports),
+            evidence=evidence,
+        )
+
+
+def conclude(
+    values: dict[str, Tensor],
+    attacks: Sequence[AttackOutcome],
+    verdicts: Sequence[Check],
+    other_reasons: Sequence[str],
+    interval: Interval,
+) -> dict[str, Any]:
+    """What a report says of its ``values``: fields of :class:`RobustnessReport`, by name.
+
+    The figures of ``attacks`` are theirs; ``other_reasons`` not to believe the report are no
+    checks'.
+    """
+    of_draws = {
+        what: {name: interval(values[f"{what}/{name}"]) for name in SUMMARIES}
+        for what in ("robust", "clean")
+    }
+    failed = (f"{_CHECK}{c.name}: {c.detail}" for c in verdicts if c.passed is False)
+    return {
+        **of_draws,
+        "undefended_clean": interval(values["undefended_clean"]),
+        "random_noise": interval(values["random_noise"]),
+        "attacks": tuple(each._replace(figure=interval(values[each.place])) for each in attacks),
+        "checks": tuple(verdicts),
+        "reasons": (*failed, *other_reasons),
+        "per_image": values["robust/mean"].detach().cpu(),
+        "values": {name: value.detach().cpu() for name, value in values.items()},
+    }
+
+
+# --- Joining --------------------------------------------------------------------------------------
+
+
+def _joined_values(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+def _joined_evidence(parts: Sequence[dict[str, Seen]]) -> dict[str, Seen]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: join([part[name] for part in parts if name in part]) for name in names}
+
+
+def _joined_attacks(
+    reports: Sequence[RobustnessReport], sizes: Sequence[int]
+) -> list[AttackOutcome]:
+    """Every attack that a report has, in the suite's order."""
+    ran: dict[str, list[tuple[AttackOutcome, int]]] = {}
+    for report, size in zip(reports, sizes, strict=True):
+        for each in report.attacks:
+            ran.setdefault(each.place, []).append((each, size))
+    found = []
+    for made in ran.values():
+        of = [size for _, size in made]
+        evaluations = _weighted([each.evaluations for each, _ in made], of)
+        seconds = sum(each.seconds for each, _ in made)
+        found.append(made[0][0]._replace(evaluations=evaluations, seconds=seconds))
+    order = list(KNOWLEDGE)
+    return sorted(found, key=lambda each: (order.index(each.name), each.num_draws))
+
+
+def _joined_skipped(reports: Sequence[RobustnessReport]) -> dict[str, str]:
+    """What some have skipped, and why; in how many reports, unless in all."""
+    found = {}
+    for name in dict.fromkeys(name for report in reports for name in report.skipped):
+        why = [report.skipped[name] for report in reports if name in report.skipped]
+        some = "" if len(why) == len(reports) else f" ({len(why)} of {len(reports)} parts)"
+        found[name] = "; ".join(dict.fromkeys(why)) + some
+    return found
+
+
+def _joined_images(reports: Sequence[RobustnessReport]) -> Tensor | None:
+    images = [report.x_adv for report in reports if report.x_adv is not None]
+    return torch.cat(images) if len(images) == len(reports) else None
+
+
+def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
+    return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def _texts(values: dict[str, Tensor]) -> dict[str, str]:
+    return {name: _text(value) for name, value in values.items()}
+
+
+def _text(values: Tensor) -> str:
+    """Type and numbers, each as short as gives the same number of that type again."""
+    kind = str(values.dtype).removeprefix("torch.")
+    numbers = values.detach().cpu()
+    return " ".join([kind, *map(str, (numbers.int() if kind == "bool" else numbers).numpy())])
+
+
+def _tensors(texts: Mapping[str, str]) -> dict[str, Tensor]:
+    found = {}
+    for name, text in texts.items():
+        kind, *numbers = text.split()
+        exact = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        found[name] = exact.to(getattr(torch, kind))
+    return found

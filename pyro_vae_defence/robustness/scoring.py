@@ -31,6 +31,12 @@ def fresh_generators(seed: int) -> Fresh:
     return lambda: torch.Generator().manual_seed((seed + next(number)) % 2**63)
 
 
+def interval(values: Tensor, generator: torch.Generator) -> dict[str, float]:
+    """Mean over images of values ``(N,)`` with its 95% bootstrap interval, and their number."""
+    found = metrics.bootstrap_interval(values.detach(), generator=generator)
+    return {**found.to_dict(), "num_images": found.num_values}
+
+
 class Scores(NamedTuple):
     """Figures of one set of images: per draw ``(S, N)``, and of the draws' mean output ``(N,)``."""
 
@@ -40,6 +46,15 @@ class Scores(NamedTuple):
     def mean(self) -> Tensor:
         """Mean figure of each image, ``(N,)``."""
         return self.per_draw.mean(0)
+
+    def summaries(self) -> dict[str, Tensor]:
+        """The four summaries of draws that a report has, ``(N,)`` each."""
+        return {
+            "mean": self.mean(),
+            "single": self.per_draw[0],
+            "worst_of_n": self.per_draw.amin(0),
+            "averaged": self.averaged,
+        }
 
     def choose(self, others: list[Scores], winner: Tensor) -> Scores:
         """The scores of candidate ``winner[i]`` for image i; candidate 0 is this one."""
@@ -81,18 +96,8 @@ class Scorer:
         raise NotImplementedError
 
     def interval(self, values: Tensor) -> dict[str, float]:
-        """Mean over images of values ``(N,)`` with its 95% bootstrap interval."""
-        found = metrics.bootstrap_interval(values.detach(), generator=self.fresh())
-        return {**found.to_dict(), "num_images": found.num_values}
-
-    def figures(self, scores: Scores) -> dict[str, dict[str, float]]:
-        """The four summaries of a report."""
-        return {
-            "mean": self.interval(scores.mean()),
-            "single": self.interval(scores.per_draw[0]),
-            "worst_of_n": self.interval(scores.per_draw.amin(0)),
-            "averaged": self.interval(scores.averaged),
-        }
+        """As the function of this name, on a seed of its own."""
+        return interval(values, self.fresh())
 
 
 class Accuracy(Scorer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +24,44 @@ from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, fold, rows_of, split, take
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, ImagesLike, Latents
+from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
+
+
+def _make_kernel(
+    defence: MCMCDefence, model: Callable[..., Any], counted: Callable[..., Any]
+) -> Any:
+    """The defence's kernel, with the gradients that the defence has it use.
+
+    Its model is ``counted`` where it is run for each of them. Recorded gradients run it no more;
+    they are counted without, and their model is the defence's, so that recordings serve both.
+    """
+    if defence.prepare is not None:
+        kernel = defence.kernel(model)
+        if isinstance(kernel, BatchedHMC):  # the number of whose gradients the host knows
+            kernel.prepare = defence.prepare
+            return kernel
+    return defence.kernel(counted)
+
+
+@dataclass(eq=False, repr=False)
+class _CountedKernel(unrolled.UnrolledKernel):
+    """One that counts the gradients which are no runs of the model, but of its recording."""
+
+    evaluations: list[int] = field(default_factory=lambda: [0])
+
+    def __call__(self, x: Tensor, start: LatentsLike, streams: Streams) -> Latents:
+        kernel = self.make_kernel()
+        if kernel.prepare is not None:
+            per_row = (kernel.gradients_of(streams.seed, t) for t in range(self.num_transitions))
+            self.evaluations[0] += x.shape[0] * (1 + sum(per_row))
+        return super().__call__(x, start, streams)
 
 
 class WhiteBox:
     """A defence as its attacker sees it; called, it runs the defence.
+
+    Where the defence has recorded or captured gradients (its ``prepare``), chains that are run
+    forwards have them too; what is differentiated twice has not.
 
     Args:
         vae: any Pyro VAE; a conditional one bound to its conditions (``program.at_images``).
@@ -77,7 +111,7 @@ class WhiteBox:
         self._potential = ModelPotential(counted, self._x)
         self._make_kernel: Callable[[], Any] = lambda: None
         if isinstance(defence, MCMCDefence):
-            self._make_kernel = functools.partial(defence.kernel, counted)
+            self._make_kernel = functools.partial(_make_kernel, defence, model, counted)
 
     def at(self, rows: slice) -> WhiteBox:
         """The box of the images at ``rows``."""
@@ -145,7 +179,7 @@ class WhiteBox:
             kernel.step_size = self.step_size if step_size is None else step_size
             return kernel
 
-        return unrolled.UnrolledKernel(make, self.energy, number)
+        return _CountedKernel(make, self.energy, number, evaluations=self._evaluations)
 
     @functools.cached_property
     def step_size(self) -> float:
@@ -161,4 +195,6 @@ class WhiteBox:
     def _whole(self) -> unrolled.UnrolledKernel:
         defence: Any = self.defence
         total = defence.warmup_steps + defence.num_samples
-        return unrolled.UnrolledKernel(self._make_kernel, self.energy, total, defence.warmup_steps)
+        numbers = total, defence.warmup_steps
+        counter = self._evaluations
+        return _CountedKernel(self._make_kernel, self.energy, *numbers, evaluations=counter)

@@ -21,13 +21,14 @@ class Reader:
     Args:
         vae: whose programs are called with the batches.
         warn: whether to say, once, that a loader has entries which the programs do not take.
+        device: where batches go; to the VAE's first parameter when ``None``.
     """
 
-    def __init__(self, vae: VAE, warn: bool = False) -> None:
-        self.vae, self.warn = vae, warn
+    def __init__(self, vae: VAE, warn: bool = False, device: torch.device | None = None) -> None:
+        self.vae, self.warn, self.device = vae, warn, device
 
     def read(self, loader: Iterable[Any], name: str) -> Iterator[tuple[Tensor, ...]]:
-        """Batches ``(x, *conditions)`` on the device of the VAE's first parameter.
+        """Batches ``(x, *conditions)``, checked and moved.
 
         Args:
             loader: batches of images, or tuples that start with one.
@@ -37,10 +38,12 @@ class Reader:
             ValueError: for images or conditions that programs cannot take: all of it at the first
                 batch, what is not finite at any.
         """
-        networks = networks_of(self.vae).values()
-        parameters = (parameter for network in networks for parameter in network.parameters())
-        first = next(parameters, None)
-        device = None if first is None else first.device
+        device = self.device
+        if device is None:
+            networks = networks_of(self.vae).values()
+            parameters = (parameter for network in networks for parameter in network.parameters())
+            first = next(parameters, None)
+            device = None if first is None else first.device
         widths: dict[Any, int] = {}
         for number, batch in enumerate(loader):
             entries = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)

@@ -33,6 +33,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.modules import networks_of
+from pyro_vae_defence.ops.checks import as_device
 from pyro_vae_defence.ops.files import atomic_save, remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
@@ -61,6 +63,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     tensorboard: str | os.PathLike[str] | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
+    device: str | torch.device | None = None,
 ) -> FitResult:
     """Train ``vae`` by stochastic variational inference; its parameters change in place.
 
@@ -87,7 +90,7 @@ def fit(
             :mod:`pyro_vae_defence.objectives`.
         loader: batches of images ``(B, C, H, W)`` in [0, 1], or tuples ``(x, *conditions)`` of
             these and tensors with one row per image, with which the programs are called where they
-            take them. They are moved to the device of the first parameter of the VAE's modules.
+            take them. They are moved to ``device``.
         config: see :class:`FitConfig`.
         validation: batches to validate on after each epoch, as ``loader``'s; the plateau rule needs
             it.
@@ -98,6 +101,10 @@ def fit(
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
         on_epoch: called with each new entry of the history, the weights being those validated. What
             it draws from torch's generators does not change the run.
+        device: where to train, e.g. ``"cuda"``: all modules of the VAE are moved there, and stay
+            there, and so is every batch. Parameters of no module are made by the programs, where
+            the images are. ``None`` leaves the modules where they are and moves batches to the
+            first parameter's device.
 
     Warns:
         UserWarning: if the loader yields more than images and neither program takes it.
@@ -120,7 +127,11 @@ def fit(
             "or choose schedule='one_cycle' or 'constant'"
         )
     parallel.check_initialised()
-    run = _Run(vae, objective, loader, config, validation)
+    place = None if device is None else as_device("device", device)
+    if place is not None:
+        for network in networks_of(vae).values():
+            network.to(place)
+    run = _Run(vae, objective, loader, config, validation, place)
     path = None if checkpoint is None else Path(checkpoint)
     with contextlib.ExitStack() as stack:
         if config.compile:
@@ -223,6 +234,7 @@ class _Run:
         loader: Iterable[Any],
         config: FitConfig,
         validation: Iterable[Any] | None,
+        device: torch.device | None,
     ) -> None:
         self.vae, self.objective, self.config = vae, objective, config
         self.loader, self.validation = loader, validation
@@ -232,7 +244,7 @@ class _Run:
         # Where the run stands; see _POSITION.
         self.epoch, self.steps, self.batch, self.loss_sum, self.seen = 0, 0, 0, 0.0, 0
         self.history: list[dict[str, float]] = []
-        self.reader = Reader(vae, warn=parallel.is_first())
+        self.reader = Reader(vae, parallel.is_first(), device)
         self.parameters = Parameters(vae)
         self.optimiser: Any = None
         self.scheduler: Any = None

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import BoundVAE, bind, take
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.models.contract import check_networks_on_device
+from pyro_vae_defence.ops.checks import check_integer, check_on_device
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
 
@@ -73,6 +74,7 @@ def draws(streams: Streams, num_draws: int) -> list[Streams]:
 
 def of_rows(value: Tensor, streams: Streams, name: str) -> Tensor:
     """Each row's entry of ``value``, which has one per image of the attack, or a single one."""
+    check_on_device(name, value, "x_ref", streams.image.device)
     if value.shape[0] == 1:
         return value.expand(streams.image.shape[0], *value.shape[1:])
     if value.device.type != "meta" and int(streams.image.max()) >= value.shape[0]:
@@ -107,6 +109,7 @@ class GuideCheck:
         """As :func:`~pyro_vae_defence.models.program.check_guide`."""
         kind = (x.shape[1:], x.dtype, x.device)
         if kind not in self._seen:
+            check_networks_on_device("vae", vae, "x_ref", x)
             program.check_guide(vae, x, streams=streams)
             self._seen.add(kind)
 

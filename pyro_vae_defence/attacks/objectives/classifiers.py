@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from pyro_vae_defence.attacks.objectives import _rows
 from pyro_vae_defence.attacks.objectives._rows import Classifier, LatentsOf
+from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.program import check_vae, evaluation_mode
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
@@ -131,6 +132,8 @@ def _on_scores(
         streams = _rows.own_streams(x_ref, streams)
         rows = _rows.vae_of_rows(vae, x_ref, streams, conditions)
         noises = _rows.draws(streams, num_draws)
+
+        check_networks_on_device("classifier", classifier, "x_ref", x_ref)
 
         def scores(x: Tensor) -> list[Tensor]:
             with evaluation_mode(vae, classifier):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks.interop import EncoderAttackHead
+from pyro_vae_defence.experiments.benchmark.config import only_on_cpu
 from pyro_vae_defence.experiments.configuration import (
     AttackRadius,
     Configuration,
@@ -135,6 +136,10 @@ class BenchmarkAttacks(Measurement[AttackBenchmarkConfig]):
     names = {"attacks": AttackBenchmarkConfig()}
     output = "runs/benchmark"
     shared = False  # processes side by side would disturb what is timed
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        only_on_cpu(self)
 
     def load(self) -> None:
         """The model and references."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.configuration import (
@@ -12,6 +13,7 @@ from pyro_vae_defence.experiments.configuration import (
     Natural,
     Positive,
 )
+from pyro_vae_defence.experiments.study import Study
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,12 @@ class BenchmarkConfig(Configuration):
                 f"warmup_gradients must lie between 0 and max_gradients = {self.max_gradients}, "
                 f"got {self.warmup_gradients}"
             )
+
+
+def only_on_cpu(study: Study[Any]) -> None:
+    """Raise a ``ValueError`` if a benchmark of the CPU is to run elsewhere."""
+    if study.device.type != "cpu":
+        raise ValueError(
+            f"device={str(study.device)!r}: `benchmark {study.name}` measures a CPU; leave it out, "
+            "or run `benchmark gpu`"
+        )

@@ -12,7 +12,7 @@ import importlib.util
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.experiments.benchmark.chains import encodings
 from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
-from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, Layer, serve
+from pyro_vae_defence.experiments.benchmark.numpyro_engine import Job, Layer, Place, serve
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.integrators import energy_and_gradient
 from pyro_vae_defence.models import ConvVAE, program
@@ -61,12 +61,13 @@ def engines(
     }
     result: dict[str, Any] = {"images": len(x), "transitions": config.engine_transitions}
     runs: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
-    with _numpyro(vae, x, start["z"]) as numpyro:
+    missing = no_numpyro()
+    with nullcontext() if missing else numpyro_worker(vae, x, start["z"]) as numpyro:
         if numpyro is None:
             result["numpyro"] = NO_NUMPYRO
         else:
             versions = numpyro.recv()["versions"]
-            result["numpyro"] = {**versions, **_same_decoder(vae, x, start["z"], numpyro)}
+            result["numpyro"] = {**versions, **same_decoder(vae, x, start["z"], numpyro)}
         for turn in range(config.repeats):
             generator = torch.Generator().manual_seed(config.seed + turn)
             some = x[turn :: config.repeats][: -(-config.one_by_one_images // config.repeats)]
@@ -108,8 +109,8 @@ def decoder_layers(vae: ConvVAE) -> list[Layer]:
     for module in vae.decoder:
         if isinstance(module, nn.ConvTranspose2d):
             assert module.bias is not None
-            weight = module.weight.detach().flip(2, 3).permute(2, 3, 0, 1)
-            bias = module.bias.detach().numpy()
+            weight = module.weight.detach().cpu().flip(2, 3).permute(2, 3, 0, 1)
+            bias = module.bias.detach().cpu().numpy()
             # Both dimensions are alike in this decoder.
             (stride, _), (dilation, _) = module.stride, module.dilation
             padding = int(module.padding[0])
@@ -117,37 +118,74 @@ def decoder_layers(vae: ConvVAE) -> list[Layer]:
     return layers
 
 
+class Worker:
+    """A process that runs NumPyro, seen from this one.
+
+    Args:
+        connection: end of a pipe to it.
+        limit: longest wait for an answer in seconds; ``None`` for any.
+    """
+
+    def __init__(self, connection: Any, limit: float | None = None) -> None:
+        self.connection, self.limit = connection, limit
+
+    def send(self, request: Any) -> None:
+        """Ask for something."""
+        self.connection.send(request)
+
+    def recv(self) -> Any:
+        """The next answer.
+
+        Raises:
+            RuntimeError: if it does not come in time, the process has ended, or it says so.
+        """
+        if not self.connection.poll(self.limit):
+            raise RuntimeError(f"NumPyro did not answer within {self.limit:g} seconds")
+        try:
+            found = self.connection.recv()
+        except EOFError:
+            raise RuntimeError("the process that runs NumPyro has ended") from None
+        if isinstance(found, dict) and "error" in found:
+            raise RuntimeError(f"NumPyro failed: {found['error']}")
+        return found
+
+
+def no_numpyro() -> bool:
+    """Whether JAX or NumPyro is missing."""
+    return any(importlib.util.find_spec(name) is None for name in ("jax", "numpyro"))
+
+
 @contextmanager
-def _numpyro(vae: ConvVAE, x: Tensor, start: Tensor) -> Iterator[Any]:
-    """A connection to a process that runs NumPyro, or ``None`` when it is not installed."""
-    if any(importlib.util.find_spec(name) is None for name in ("jax", "numpyro")):
-        yield None
-        return
+def numpyro_worker(
+    vae: ConvVAE, x: Tensor, start: Tensor, limit: float | None = None
+) -> Iterator[Worker]:
+    """A process with NumPyro, the decoder, images and starts, on the same kind of device."""
     assert vae.mean_posterior_variance is not None
     # A fresh interpreter: JAX must not be forked into, nor inherit torch's threads.
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    metric = vae.mean_posterior_variance["z"].numpy()
-    images = x.permute(0, 2, 3, 1).contiguous().numpy()
-    model = torch.get_num_threads(), decoder_layers(vae), metric, images, start.numpy()
+    metric = vae.mean_posterior_variance["z"].cpu().numpy()
+    images = x.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    place = Place(x.device.type, x.device.index or 0, torch.get_num_threads())
+    model = place, decoder_layers(vae), metric, images, start.cpu().numpy()
     worker = context.Process(target=serve, args=(there, *model), daemon=True)
     worker.start()
     there.close()  # so that a worker that dies ends recv() by EOFError
     try:
-        yield here
+        yield Worker(here, limit)
     finally:
-        if worker.is_alive():
+        with suppress(OSError):  # it has ended
             here.send(None)
-        worker.join(10)
+        worker.join(5)
         worker.terminate()
         here.close()
 
 
-def _same_decoder(vae: ConvVAE, x: Tensor, z: Tensor, numpyro: Any) -> dict[str, float]:
+def same_decoder(vae: ConvVAE, x: Tensor, z: Tensor, numpyro: Any) -> dict[str, float]:
     """Relative differences of energies and gradients between torch and JAX; too large: an error."""
     energies, gradients = energy_and_gradient(program.potential(vae, x), {"z": z})
     numpyro.send("energy")
-    theirs = [torch.from_numpy(np.array(part)) for part in numpyro.recv()]
+    theirs = [torch.from_numpy(np.array(part)).to(x) for part in numpyro.recv()]
     errors = {
         f"{name}_difference": float((a - b).norm() / a.norm())
         for name, a, b in zip(("energy", "gradient"), (energies, gradients["z"]), theirs)

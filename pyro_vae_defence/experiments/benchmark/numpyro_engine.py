@@ -34,7 +34,8 @@ class Job(NamedTuple):
     """What is to be run: ``transitions`` of which the first ``warmup`` adapt the step size.
 
     ``algorithm`` is ``"HMC"`` (``steps`` leapfrog steps) or ``"NUTS"`` (trees of at most ``steps``
-    doublings).
+    doublings); ``precision`` is JAX's name of that of float32 products on a GPU, where its default
+    is TF32 and ``"highest"`` float32.
     """
 
     algorithm: str
@@ -43,11 +44,20 @@ class Job(NamedTuple):
     steps: int
     step_size: float
     seed: int
+    precision: str = "default"
+
+
+class Place(NamedTuple):
+    """Where to compute: ``"cpu"`` or ``"cuda"``, which card, and how many CPUs may be used."""
+
+    device: str
+    card: int
+    threads: int
 
 
 def serve(
     connection: Any,
-    threads: int,
+    place: Place,
     layers: list[Layer],
     inverse_mass: np.ndarray,
     x: np.ndarray,
@@ -56,39 +66,67 @@ def serve(
     """Answer requests until one is ``None``.
 
     The first message sent is ``{"versions": ...}``. The request ``"energy"`` is answered by
-    energies and gradients at ``start``; a :class:`Job` by its wall time, what compiling it took
-    the first time, and what was found.
+    energies and gradients at ``start``, in full precision; a :class:`Job` by its wall time, what
+    compiling it took the first time, and what was found. What fails is answered by
+    ``{"error": ...}``.
 
     Args:
         connection: end of a pipe.
-        threads: CPUs this process may use.
+        place: device and CPUs that this process may use.
         layers: the decoder; a ReLU follows each layer but the last, which gives Bernoulli logits.
         inverse_mass: diagonal of the inverse mass matrix, ``(D,)``.
         x: images ``(N, H, W, C)`` in [0, 1].
         start: latents ``(N, D)``.
     """
+    try:
+        _serve(connection, place, layers, inverse_mass, x, start)
+    except Exception as error:  # an answer rather than a trace in another process's output
+        connection.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def _serve(
+    connection: Any,
+    place: Place,
+    layers: list[Layer],
+    inverse_mass: np.ndarray,
+    x: np.ndarray,
+    start: np.ndarray,
+) -> None:
     # Before JAX starts its threads, of which it takes as many as there are CPUs to run on.
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-place.threads :])
+    # Before it looks for devices: this one or none, and memory as it is needed.
+    os.environ["JAX_PLATFORMS"] = place.device
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     import jax
     import numpyro
 
+    device = jax.devices()[place.card]
+    jax.config.update("jax_default_device", device)
+    x, start = jax.device_put((x, start), device)
     programs: dict[Job, tuple[Callable[[], dict[str, Any]], float]] = {}
     energy_and_gradient = jax.jit(
         jax.vmap(jax.value_and_grad(lambda z, image: energy(layers, z, image)))
     )
-    connection.send({"versions": {"jax": jax.__version__, "numpyro": numpyro.__version__}})
+    versions = {"jax": jax.__version__, "numpyro": numpyro.__version__}
+    connection.send({"versions": versions})
     while (request := connection.recv()) is not None:
         if request == "energy":
-            connection.send(tuple(np.asarray(part) for part in energy_and_gradient(start, x)))
+            with jax.default_matmul_precision("highest"):
+                found = energy_and_gradient(start, x)
+            connection.send(tuple(np.asarray(part) for part in found))
             continue
-        if request not in programs:
-            programs[request] = _compile(request, layers, inverse_mass, x, start)
-        call, compile_seconds = programs[request]
-        began = time.perf_counter()
-        found = call()
-        seconds = {"seconds": time.perf_counter() - began, "compile_seconds": compile_seconds}
-        connection.send({**seconds, **found})
+        try:
+            if request not in programs:
+                with jax.default_matmul_precision(request.precision):
+                    programs[request] = _compile(request, layers, inverse_mass, x, start)
+            call, compile_seconds = programs[request]
+            began = time.perf_counter()
+            found = call()
+            seconds = {"seconds": time.perf_counter() - began, "compile_seconds": compile_seconds}
+            connection.send({**seconds, **found})
+        except Exception as error:  # other jobs may do
+            connection.send({"error": f"{type(error).__name__}: {error}"})
 
 
 def energy(layers: list[Layer], z: Any, image: Any) -> Any:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pyro_vae_defence.experiments.benchmark.chains import chains, seconds_per_gradient
-from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
+from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig, only_on_cpu
 from pyro_vae_defence.experiments.benchmark.decoder import decoder
 from pyro_vae_defence.experiments.benchmark.engines import engines
 from pyro_vae_defence.experiments.benchmark.memory import memory
@@ -32,6 +32,10 @@ class BenchmarkSamplers(Measurement[BenchmarkConfig]):
     output = "runs/benchmark"
     shared = False  # processes side by side would disturb what is timed
     parts = ("sections",)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        only_on_cpu(self)
 
     def load(self) -> None:
         """The model, references, and images for the comparison with other libraries."""

@@ -1,0 +1,308 @@
+r"""An alarm whose rate on clean images is set beforehand, from any score of suspicion.
+
+With scores :math:`s_1, \dots, s_n` of clean images that the threshold is *calibrated* on (split
+conformal prediction), and a wanted rate of false alarms :math:`\alpha`, the alarm is raised where
+
+.. math:: s > s_{(k)}, \qquad k = \lceil (n + 1)(1 - \alpha) \rceil,
+
+the k-th smallest of them, or, which is the same, where the *p-value*
+:math:`p = (1 + \#\{i : s_i \ge s\}) / (n + 1)` is at most :math:`\alpha`.
+
+What that guarantees: if a new image is exchangeable with the calibration images, as one drawn from
+the same source is that none of them was chosen for, then it raises the alarm with a probability of
+at most :math:`\alpha`, whatever the score; with ties among scores less. Scores that depend on a
+chain's noise are covered too, since every image has noise of its own, as long as the seed is fresh
+at every call. The probability is over calibration and new images together: given *these*
+calibration images the rate varies around it, by about :math:`\sqrt{\alpha (1 - \alpha) / n}`.
+
+What it does not: the VAE's own training images are explained better than new ones, hence are no
+calibration images; images of another source, or of a class that was not among them, may raise the
+alarm more often; nothing is said of how many attacks are caught, least of all of attackers who know
+the detector and keep its score low while they attack.
+
+**Which score.** ``energy_drop`` where the defence assumes a perturbation, else ``start_error``,
+unless another is asked for. Both are fixed beforehand, because no rule that sees clean images and
+random noise alone was found to choose better: the score that noise moves least is one that attacks
+move little as well, and the one that noise moves most, the energy at the start, is the one that
+tells noise and attacks apart worst. :meth:`Detector.report` measures all scores, against clean
+images and against noise; a score that is chosen after such a look needs fresh calibration images
+only, but fresh attacks to be measured again.
+
+References: Vovk, Gammerman, Shafer, "Algorithmic learning in a random world", 2005; Bates, Candes,
+Lei, Romano, Sesia, "Testing for outliers with conformal p-values", 2023,
+https://arxiv.org/abs/2104.08279.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence import metrics
+from pyro_vae_defence.attacks.noise import random_noise
+from pyro_vae_defence.defence.base import Defence
+from pyro_vae_defence.defence.detection import detection_scores, runs
+from pyro_vae_defence.metrics.intervals import Interval
+from pyro_vae_defence.models.conditions import split
+from pyro_vae_defence.models.program import check_images, check_vae
+from pyro_vae_defence.ops.balls import Ball, check_ball
+from pyro_vae_defence.types import ImagesLike, LatentsLike
+
+
+@dataclass(eq=False, repr=False)
+class Detector:
+    """Raises the alarm where what a defence reveals of an image is unlike clean images.
+
+    Args:
+        defence: any defence or control.
+        score_name: one of :func:`~pyro_vae_defence.defence.detection_scores`; ``None`` for the
+            default of the module's text.
+        variance: unit of distances, see there; the VAE's ``mean_posterior_variance`` when ``None``,
+            where it has one, else 1.
+
+    Attributes:
+        threshold: the alarm is raised by scores above it; set by :meth:`fit`.
+        false_alarm: largest probability of a false alarm, set by :meth:`fit`.
+        clean_scores: scores of the calibration images, ascending, ``(n,)``; set by :meth:`fit`.
+
+    Raises:
+        ValueError: if an argument is not what it should be, or the defence has no such score.
+
+    Example:
+        >>> from pyro_vae_defence.defence import PosteriorModeDefence
+        >>> from pyro_vae_defence.models import ConvVAE
+        >>> detector = Detector(PosteriorModeDefence(ConvVAE(), num_steps=2))
+        >>> detector = detector.fit(torch.rand(19, 1, 28, 28), false_alarm=0.05)
+        >>> detector.predict(torch.zeros(3, 1, 28, 28)).dtype
+        torch.bool
+    """
+
+    defence: Defence
+    score_name: str | None = None
+    variance: LatentsLike | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.defence):
+            raise ValueError(f"defence must be callable, got {self.defence!r}")
+        check_vae(getattr(self.defence, "vae", None))
+        if self.variance is None:
+            self.variance = getattr(self.defence.vae, "mean_posterior_variance", None)
+        if self.score_name is None:
+            aware = getattr(self.defence, "perturbation", None) is not None
+            self.score_name = "energy_drop" if aware else "start_error"
+
+    def fit(
+        self,
+        x: ImagesLike,
+        false_alarm: float = 0.05,
+        generator: torch.Generator | None = None,
+    ) -> Detector:
+        """Set the threshold; returns the detector.
+
+        Args:
+            x: clean images ``(n, C, H, W)``, or ``(x, *conditions)``, which the VAE was not trained
+                on, from the source of those to come.
+            false_alarm: largest probability of an alarm for a clean image, in (0, 1).
+            generator: source of the defence's seed; torch's global seed when ``None``.
+
+        Raises:
+            ValueError: if images are too few for such a rate, or more of them than it have a score
+                that is not finite.
+        """
+        images, _ = split(x)
+        check_images(images)
+        rank = conformal_rank(len(images), false_alarm)
+        found = self.score(x, generator).sort().values
+        threshold = float(found[rank - 1])
+        if threshold == math.inf:
+            count = int(found.isinf().sum())
+            raise ValueError(
+                f"{count} of {len(found)} clean images have a {self.score_name} that is not "
+                f"finite, more than false_alarm={false_alarm} allows: choose another score_name, "
+                "or mend the VAE"
+            )
+        self.false_alarm, self.threshold, self.clean_scores = false_alarm, threshold, found
+        return self
+
+    def score(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
+        """Suspicion of each image, ``(N,)``, high where an attack is suspected.
+
+        Arguments are those of the defence. A score that is not finite becomes infinity, which
+        raises the alarm: an image that cannot be scored is not passed for a clean one.
+        """
+        return _worst_if_unknown(self._of(self._scores(x, generator)))
+
+    def predict(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
+        """Whether each image raises the alarm, bool ``(N,)``; arguments are those of the defence.
+
+        Raises:
+            ValueError: before :meth:`fit`.
+        """
+        self._check_fitted()
+        return self.score(x, generator) > self.threshold
+
+    def p_value(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
+        """Probability of such a score, or a higher one, for a clean image: float64 ``(N,)``.
+
+        At most ``false_alarm`` where :meth:`predict` raises the alarm, and only there. Otherwise as
+        :meth:`predict`.
+        """
+        self._check_fitted()
+        found, clean = self.score(x, generator), self.clean_scores
+        not_below = len(clean) - torch.searchsorted(clean.to(found), found)
+        return (1 + not_below).double() / (len(clean) + 1)
+
+    def report(
+        self,
+        x: ImagesLike,
+        x_adv: Tensor,
+        ball: Ball,
+        level: float = 0.95,
+        generator: torch.Generator | None = None,
+    ) -> DetectionReport:
+        """How many clean images, attacked ones, and ones with noise raise the alarm.
+
+        Args:
+            x: clean images ``(N, C, H, W)``, or ``(x, *conditions)``: neither training nor
+                calibration images.
+            x_adv: the same images, attacked.
+            ball: norm and radius of the attack, e.g. ``Linf(0.1)``, which are those of the noise.
+            level: of the intervals.
+            generator: source of the seeds of defence, noise and intervals.
+
+        Raises:
+            ValueError: before :meth:`fit`, if images do not fit each other, or are fewer than two.
+        """
+        self._check_fitted()
+        check_ball(ball)
+        clean, conditions = split(x)
+        check_images(clean)
+        check_images(x_adv, "x_adv")
+        if clean.shape != x_adv.shape or len(clean) < 2:
+            raise ValueError(
+                f"x and x_adv must be the same two or more images before and after the attack, got "
+                f"shapes {tuple(clean.shape)} and {tuple(x_adv.shape)}"
+            )
+        images = {
+            "clean": clean,
+            "attacked": x_adv,
+            "noise": random_noise(clean, ball, generator),
+        }
+        scores = {
+            kind: {
+                name: _worst_if_unknown(value)
+                for name, value in self._scores((of_kind, *conditions), generator).items()
+            }
+            for kind, of_kind in images.items()
+        }
+        alarms = {
+            kind: metrics.rate_interval(self._of(found) > self.threshold, level)
+            for kind, found in scores.items()
+        }
+        auroc = {
+            name: {
+                f"against_{kind}": metrics.detection_interval(
+                    metrics.auroc, scores[kind][name], attacked, level, generator=generator
+                )
+                for kind in ("clean", "noise")
+            }
+            for name, attacked in scores["attacked"].items()
+        }
+        return DetectionReport(
+            str(self.score_name), self.threshold, self.false_alarm, str(ball), alarms, auroc
+        )
+
+    def _scores(self, x: ImagesLike, generator: torch.Generator | None) -> dict[str, Tensor]:
+        parts = [
+            detection_scores(self.defence, result, self.variance)
+            for result in runs(self.defence, x, generator)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _of(self, scores: dict[str, Tensor]) -> Tensor:
+        if self.score_name not in scores:
+            raise ValueError(
+                f"score_name must be one of {', '.join(scores)}, which this defence has, got "
+                f"{self.score_name!r}"
+            )
+        return scores[self.score_name]
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "threshold"):
+            raise ValueError("the detector has no threshold yet: call fit(clean_images) first")
+
+
+@dataclass(frozen=True)
+class DetectionReport:
+    """What :meth:`Detector.report` found; ``print`` shows it as a table.
+
+    Attributes:
+        score_name, threshold, false_alarm: those of the detector.
+        ball: of the noise, and said to be the attack's.
+        alarms: ``clean``, ``attacked`` and ``noise`` -> share of these images that raise the alarm.
+        auroc: every score of the defence -> ``against_clean`` and ``against_noise`` -> how well it
+            tells attacked images from these, whatever the threshold: 1/2 is blind.
+    """
+
+    score_name: str
+    threshold: float
+    false_alarm: float
+    ball: str
+    alarms: dict[str, Interval]
+    auroc: dict[str, dict[str, Interval]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON knows it."""
+        return {
+            **vars(self),
+            "alarms": {kind: rate.to_dict() for kind, rate in self.alarms.items()},
+            "auroc": {
+                name: {kind: found.to_dict() for kind, found in of_score.items()}
+                for name, of_score in self.auroc.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        count = self.alarms["clean"].num_values
+        lines = [
+            f"Alarm: {self.score_name} above {self.threshold:.6g}, set for at most "
+            f"{self.false_alarm:.1%} of clean images; {count} images, {self.ball}",
+            "",
+            *(f"{kind:10s}{rate:.3f} raise the alarm" for kind, rate in self.alarms.items()),
+            "",
+            f"{'AUROC, attacked against':26s}{'clean images':24s}noise of equal size",
+        ]
+        for name, of_score in self.auroc.items():
+            mark = "* " if name == self.score_name else "  "
+            cells = [f"{found:.3f}" for found in of_score.values()]
+            lines.append(f"{mark + name:26s}{cells[0]:24s}{cells[1]}")
+        return "\n".join(lines)
+
+
+def conformal_rank(num_images: int, false_alarm: float) -> int:
+    """k of the module's text: the k-th smallest of that many scores is the threshold.
+
+    Raises:
+        ValueError: if ``false_alarm`` is not in (0, 1), or the images are too few for it.
+    """
+    if not 0 < false_alarm < 1:
+        raise ValueError(
+            f"false_alarm={false_alarm!r} must lie between 0 and 1: use 0.05 for 5 percent"
+        )
+    # How many of n + 1 may raise the alarm; rounding must not take one away (0.05 * 20 is 1).
+    allowed = math.floor((num_images + 1) * false_alarm + 1e-9)
+    if allowed < 1:
+        needed = math.ceil(1 / false_alarm - 1e-9) - 1
+        raise ValueError(
+            f"{num_images} clean images cannot set false_alarm={false_alarm}: the rarest alarm of "
+            f"so many has 1 in {num_images + 1}; pass at least {needed} images"
+        )
+    return num_images + 1 - allowed
+
+
+def _worst_if_unknown(scores: Tensor) -> Tensor:
+    return torch.where(scores.isfinite(), scores, math.inf)

@@ -1,0 +1,1 @@
+"""The benchmark of a GPU: one study, and a file per section."""

@@ -1,0 +1,106 @@
+"""``.ci/gpu``: which parts run, what becomes of them, and what the exit code says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# In the place of Python: notes its arguments, and fails or hangs where it is told to.
+STUB = f"""#!/usr/bin/env bash
+case "$*" in
+    "-m zipfile"*) exec {sys.executable} "$@" ;;
+    -) cat > "$CALLS.environment"; exit ;;
+    "-m pytest"*) part=tests ;;
+    *"benchmark gpu"*) part=benchmark ;;
+    *) part=evaluation ;;
+esac
+echo "$part $PYTHONPATH $*" >> "$CALLS"
+echo "output of $part"
+[ -z "$IMPORTS" ] || {sys.executable} -c "import $IMPORTS" || exit 5
+[ "$FAILS" != "$part" ] || exit 3
+[ "$HANGS" != "$part" ] || sleep 60
+"""
+
+
+@pytest.fixture
+def ci(tmp_path):
+    stub = tmp_path / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    calls = tmp_path / "calls"
+
+    def run(*arguments, fails="", hangs="", imports="", **settings):
+        calls.write_text("")
+        environment = {
+            **os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out"), "FAILS": fails,
+            "HANGS": hangs, "IMPORTS": imports, "CALLS": str(calls),
+            "WHEELS": str(tmp_path / "wheels"), **settings,
+        }  # fmt: skip
+        script = str(ROOT / ".ci" / "gpu")
+        done = subprocess.run([script, *arguments], env=environment, capture_output=True, text=True)
+        status = tmp_path / "out" / "status.txt"
+        found = status.read_text().splitlines() if status.exists() else []
+        return done.returncode, calls.read_text().splitlines(), found
+
+    return run
+
+
+def test_parts_run_in_order_and_leave_logs(ci, tmp_path):
+    code, calls, status = ci()
+    assert code == 0
+    assert [line.split()[0] for line in calls] == ["tests", "benchmark", "evaluation"]
+    assert [line.split(",")[0] for line in status] == [
+        "tests: ok", "benchmark: ok", "evaluation: ok",
+    ]  # fmt: skip
+    assert "output of benchmark" in (tmp_path / "out" / "benchmark.log").read_text()
+    assert (tmp_path / "out" / "environment.txt").exists()
+    assert all("--device cuda" in line for line in calls[1:])
+
+
+def test_parts_are_chosen_and_rehearsed_on_the_cpu(ci):
+    code, calls, _ = ci("--cpu", "evaluation", EVALUATION_ARGS="--set seed=3")
+    assert code == 0
+    assert len(calls) == 1
+    assert "--device cpu" in calls[0]
+    assert calls[0].endswith("--set seed=3")
+
+
+@pytest.mark.parametrize(("part", "bit"), [("tests", 1), ("benchmark", 2), ("evaluation", 4)])
+def test_a_failed_part_is_named_and_the_others_run(ci, part, bit):
+    code, calls, status = ci(fails=part)
+    assert code == bit
+    assert len(calls) == 3
+    assert sum("failed with 3" in line for line in status) == 1
+    assert next(line for line in status if line.startswith(part)).startswith(f"{part}: failed")
+
+
+def test_out_of_time_is_no_failure_of_the_code(ci):
+    code, calls, status = ci("benchmark", "evaluation", hangs="benchmark", BENCHMARK_LIMIT="1")
+    assert code == 8
+    assert len(calls) == 2
+    assert status[0].startswith("benchmark: out of time")
+    assert status[1].startswith("evaluation: ok")
+
+
+def test_wheels_are_importable(ci, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    with zipfile.ZipFile(tmp_path / "wheels" / "thing-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("thing.py", "")
+    code, calls, _ = ci("tests", imports="thing")
+    assert code == 0
+    repository, site = calls[0].split()[1].split(":")[:2]
+    assert repository == str(ROOT)
+    assert not Path(site).exists()  # cleaned up
+
+
+def test_an_unknown_part_is_refused(ci):
+    code, calls, _ = ci("trials")
+    assert code == 64
+    assert not calls
