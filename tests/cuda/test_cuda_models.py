@@ -41,7 +41,7 @@ def test_every_way_to_write_a_vae(device, name):
         made.model(*images), made.guide(*images)
 
     def run(place):
-        vae, given = case.given(to(made, place), to(images, place))
+        vae, given = case.given(to(made, place), *to(images, place))
         found = {}
         if not case.undecoded:
             found["chains"] = MCMCDefence(vae, HMC, 2, 2)(given, seeded())
