@@ -26,6 +26,7 @@ SMALL = {
         "num_samples": 4,
         "warmup_steps": 3,
     },
+    "anomaly_detection.md": {"epochs": 1, "num_pictures": 95},
     "classifiers.md": {"num_images": 5, "warmup_steps": 2},
     "detect_attacks.md": {"num_images": 5, "warmup_steps": 2},
     "evaluate_robustness.md": {

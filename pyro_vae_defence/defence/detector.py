@@ -35,9 +35,10 @@ https://arxiv.org/abs/2104.08279.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,10 +48,12 @@ from pyro_vae_defence.attacks.noise import random_noise
 from pyro_vae_defence.defence.base import Defence
 from pyro_vae_defence.defence.detection import detection_scores, runs
 from pyro_vae_defence.metrics.intervals import Interval
-from pyro_vae_defence.models.conditions import split
+from pyro_vae_defence.models.conditions import fold, split
 from pyro_vae_defence.models.program import check_images, check_vae
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.types import ImagesLike, LatentsLike
+
+_Score = TypeVar("_Score")
 
 
 @dataclass(eq=False, repr=False)
@@ -187,30 +190,25 @@ class Detector:
                 f"x and x_adv must be the same two or more images before and after the attack, got "
                 f"shapes {tuple(clean.shape)} and {tuple(x_adv.shape)}"
             )
-        images = {
-            "clean": clean,
-            "attacked": x_adv,
-            "noise": random_noise(clean, ball, generator),
-        }
-        scores = {
-            kind: {
-                name: _worst_if_unknown(value)
-                for name, value in self._scores((of_kind, *conditions), generator).items()
-            }
-            for kind, of_kind in images.items()
+        kinds = ("clean", "attacked", "noise")
+        images = torch.cat([clean, x_adv, random_noise(clean, ball, generator)])
+        repeated = tuple(fold(value, len(images)) for value in conditions)
+        found = {
+            name: dict(zip(kinds, _worst_if_unknown(value).split(len(clean))))
+            for name, value in self._scores((images, *repeated), generator).items()
         }
         alarms = {
-            kind: metrics.rate_interval(self._of(found) > self.threshold, level)
-            for kind, found in scores.items()
+            kind: metrics.rate_interval(value > self.threshold, level)
+            for kind, value in self._of(found).items()
         }
         auroc = {
             name: {
                 f"against_{kind}": metrics.detection_interval(
-                    metrics.auroc, scores[kind][name], attacked, level, generator=generator
+                    metrics.auroc, values[kind], values["attacked"], level, generator=generator
                 )
                 for kind in ("clean", "noise")
             }
-            for name, attacked in scores["attacked"].items()
+            for name, values in found.items()
         }
         return DetectionReport(
             str(self.score_name), self.threshold, self.false_alarm, str(ball), alarms, auroc
@@ -223,8 +221,8 @@ class Detector:
         ]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def _of(self, scores: dict[str, Tensor]) -> Tensor:
-        if self.score_name not in scores:
+    def _of(self, scores: dict[str, _Score]) -> _Score:
+        if self.score_name is None or self.score_name not in scores:
             raise ValueError(
                 f"score_name must be one of {', '.join(scores)}, which this defence has, got "
                 f"{self.score_name!r}"
@@ -265,6 +263,10 @@ class DetectionReport:
                 for name, of_score in self.auroc.items()
             },
         }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def __str__(self) -> str:
         count = self.alarms["clean"].num_values
