@@ -14,6 +14,7 @@ from programs import LinearGaussianVAE
 from pyro_vae_defence import data
 from pyro_vae_defence.defence import (
     DefendedClassifier,
+    EncoderDefence,
     MCMCDefence,
     NoDefence,
     PosteriorModeDefence,
@@ -21,7 +22,7 @@ from pyro_vae_defence.defence import (
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
@@ -35,6 +36,7 @@ from pyro_vae_defence.robustness import (
     evaluate_robustness,
 )
 from pyro_vae_defence.robustness.checks import Seen, join
+from pyro_vae_defence.robustness.cost import ChainCost, chain_cost, suite_gradients
 from pyro_vae_defence.robustness.scoring import fresh_generators, interval
 
 TINY = Budget(
@@ -573,3 +575,47 @@ def test_mistakes(change, message):
 def test_bad_budgets(change, message):
     with pytest.raises(ValueError, match=message):
         Budget(**change)
+
+
+class TestWithoutAManual:
+    """Budgets by name, what they cost, the progress bar, and the page."""
+
+    def test_budgets_rise(self):
+        chain = ChainCost(whole=25 * 4.5 + 2, transition=4.5, transitions=25)
+        budgets = (Budget.quick(), Budget.standard(), Budget.thorough())
+        costs = [suite_gradients(chain, budget, num_images=20) for budget in budgets]
+        attacks = [sum(v for k, v in c.items() if k not in ("scoring", "checks")) for c in costs]
+        assert attacks[0] < 0.25 * attacks[1]
+        assert 15_000 < attacks[1] < 25_000  # "about 20,000"
+        assert 2e6 < attacks[2] < 3e6
+        assert "unroll" not in costs[1]  # the budget is spent before
+
+    def test_what_a_defence_costs_is_what_it_takes(self):
+        vae, x = ConvVAE().eval(), torch.rand(2, 1, 28, 28)
+        kernel = functools.partial(BatchedHMC, num_steps=3, jitter=0.0, burn_in=7)
+        defence = MCMCDefence(vae, kernel, 2, 1, num_chains=2)
+        cost = chain_cost(defence)
+        assert cost == ChainCost(whole=2 * (7 + 1 + 9), transition=3.0, transitions=3)
+        assert defence(x).num_gradients.tolist() == [cost.whole] * 2
+        assert chain_cost(NoDefence(vae)) is None
+        assert chain_cost(EncoderDefence(vae)).transitions == 0
+        no_chain = suite_gradients(None, Budget.quick(), 2)
+        assert set(no_chain) == {"transfer", "encoder", "black_box", "scoring", "checks"}
+
+    def test_the_page_of_a_report_loads_nothing(self, tmp_path, capsys):
+        vae, x = ConvVAE().eval(), torch.rand(3, 1, 28, 28)
+        budget = dataclasses.replace(Budget.quick(), num_steps=2, check_images=2, check_steps=4)
+        report = evaluate_robustness(
+            vae, NoDefence(vae), x, budget=budget, attacks=("transfer", "encoder"), progress=True
+        )
+        assert "encoder" in capsys.readouterr().err
+        reference, attacked, _ = report.examples
+        assert reference.equal(x)
+        assert attacked.equal(report.x_adv)
+        page = report.save_html(tmp_path / "report.html").read_text()
+        estimate = report.robust["mean"]["estimate"]
+        for text in (f"{estimate:.3f} [", "transfer", report.checks[0].name, "data:image/png"):
+            assert text in page
+        assert "http" not in page
+        again = RobustnessReport.from_dict(json.loads(report.to_json()))
+        assert "data:image/png" not in again.save_html(tmp_path / "again.html").read_text()

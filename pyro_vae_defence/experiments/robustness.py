@@ -23,10 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor
-
-from pyro_vae_defence import attacks
+from pyro_vae_defence import attacks, plots
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments import configuration as conf
@@ -39,7 +36,6 @@ from pyro_vae_defence.experiments.defences import (
     make_defence,
 )
 from pyro_vae_defence.experiments.defend import Defend
-from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
 from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
 from pyro_vae_defence.models.compiled import Recorder
@@ -75,7 +71,7 @@ class RobustnessConfig(conf.Configuration):
         reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`.
         num_images: class-stratified test images.
         images_per_cell: most images that are evaluated at a time, at least 2; all when ``None``.
-        num_examples: of the first ones, how many are kept as pictures, each defended once more.
+        num_examples: of the first ones, how many are kept as pictures, at most 8.
         chain: of the defences, but for ``paper``.
         paper: whose published setting the defence ``paper`` is; the dataset's when ``None``.
         gradients: of chains that run forwards: ``traced`` runs the model's Python, ``recorded``
@@ -335,16 +331,9 @@ class Robustness(Measurement[RobustnessConfig]):
         )
         found = report.to_dict()
         if not number and config.num_examples > 0:  # of all images, or of the first block
-            assert report.x_adv is not None
-            found["examples"] = self.examples(defence, report.x_adv)
+            assert report.examples is not None
+            found["examples"] = plots.picture(report.examples[:, : config.num_examples])
         return found
-
-    def examples(self, defence: Defence, x_adv: Tensor) -> str:
-        """The first images, not chosen: reference, worst attack, what the defence makes of it."""
-        number = min(self.config.num_examples, len(x_adv))
-        x, x_adv = self.x[:number], x_adv[:number]
-        outcome = defence(x_adv, torch.Generator().manual_seed(0))
-        return picture((x, x_adv, outcome.reconstruction))
 
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
