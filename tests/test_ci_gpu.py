@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import shared_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -109,7 +110,9 @@ def test_wheels_are_importable(ci, tmp_path):
         ("evaluation", "evaluation/mnist_radius_0.2.json"),
     ],
 )
-def test_every_part_runs_without_a_gpu(part, result, tmp_path):
+def test_every_part_runs_without_a_gpu(part, result, tmp_path, monkeypatch):
+    if part == "evaluation":
+        monkeypatch.setenv("PYRO_VAE_DEFENCE_DATA", str(shared_path("data", "MNIST").parent))
     environment = {
         **os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "TEST_PROCESSES": "0",
         "TESTS_ARGS": "-k streams", "TESTS_LIMIT": "900", "BENCHMARK_LIMIT": "900",
