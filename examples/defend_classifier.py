@@ -19,10 +19,10 @@ import torch
 from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.defence import (
     DefendedClassifier,
+    Detector,
     EncoderDefence,
     MCMCDefence,
     clip_dark_pixels,
-    detection_scores,
 )
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models.classifier import load_classifier
@@ -76,19 +76,9 @@ def run(options):
         found = [correct(classify, images, labels) for images in inputs.values()]
         print(f"{name:20s}" + "".join(f"{text:24s}" for text in found))
 
-    runs = {kind: aware(images) for kind, images in inputs.items()}
-    scores = {
-        kind: detection_scores(aware, result, vae.mean_posterior_variance)
-        for kind, result in runs.items()
-    }
-    print("\nAUROC of attacked images against clean ones, and against noise of equal radius")
-    for score, attacked in scores["attacked"].items():
-        against = [
-            float(metrics.auroc(scores[kind][score], attacked)) for kind in ("clean", "noise")
-        ]
-        print(f"{score.replace('_', ' '):20s}" + "".join(f"{value:<24.3f}" for value in against))
-    gradients = runs["attacked"].num_gradients.double().mean()
-    print(f"\n{gradients:.0f} gradients per image")
+    calibration = data.load("mnist_subset", "validation").images(slice(options.num_images))
+    detector = Detector(aware).fit(calibration, false_alarm=0.1)
+    print(f"\n{detector.report(x, x_adv, attack_ball)}")
 
 
 def correct(classify, x, labels):

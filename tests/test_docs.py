@@ -28,7 +28,7 @@ SMALL = {
     },
     "anomaly_detection.md": {"epochs": 1, "num_pictures": 95},
     "classifiers.md": {"num_images": 5, "warmup_steps": 2},
-    "detect_attacks.md": {"num_images": 5, "warmup_steps": 2},
+    "detect_attacks.md": {"num_images": 10, "warmup_steps": 2},
     "evaluate_robustness.md": {
         "num_images": 2,
         "num_steps": 2,
