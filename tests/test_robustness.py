@@ -28,6 +28,7 @@ from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.robustness import (
+    ATTACKS,
     CHECKS,
     KNOWLEDGE,
     Budget,
@@ -334,12 +335,39 @@ def test_adaptive_attacks_on_the_published_chain_of_fewer_transitions():
     assert (of_start.norm(dim=1) < 2 * z.norm(dim=1)).all()
 
 
+def test_the_white_box_of_a_chain_with_a_burn_in():
+    """Its transitions are known to go on with; the chain as a whole has values, no derivative."""
+    vae, x, labels = problem(4)
+    kernel = functools.partial(HMC, burn_in=3)
+    defence = MCMCDefence(vae, kernel, 2, 1)
+    box = WhiteBox(vae, defence, x)
+    assert box.steps
+    assert not box.unrollable
+    found = defence(x, torch.Generator().manual_seed(1))
+    streams = Streams.create(4, generator=torch.Generator().manual_seed(1))
+    start = box.start(x, streams)
+    assert torch.equal(start["z"], found.initial["z"][0])
+    spent = box.evaluations
+    assert torch.equal(box.chain(x, start, streams)["z"], found.latents["z"])
+    assert box.evaluations >= spent + int(found.num_gradients.sum())
+    few = box.transitions(2).make_kernel()
+    assert (few.burn_in, kernel.keywords["burn_in"]) == (0, 3)
+    assert box.transitions(1)(x, found.latents, streams)["z"].shape == found.latents["z"].shape
+    table = {row.name: row.reason(box) for row in ATTACKS}
+    assert table["unroll"] == "the burn-in before the transitions is not unrolled"
+    assert {table[name] for name in ("equilibrium", "truncated", "implicit")} == {""}
+    report = evaluate_robustness(
+        vae, defence, x, labels, classifier=classify, ball=Linf(RADIUS), budget=SMALL,
+        attacks=("equilibrium", "truncated"), generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert [each.name for each in report.attacks] == ["equilibrium", "truncated"]
+    assert report.checks[0].passed is not None  # finite differences of its transitions
+
+
 def test_the_white_box_of_what_has_no_known_transitions():
     vae, x, _ = problem(4)
     undefended = WhiteBox(vae, NoDefence(vae), x)
     assert not undefended.has_chain
-    burn_in = MCMCDefence(vae, functools.partial(HMC, burn_in=3), 1, 1)
-    assert not WhiteBox(vae, burn_in, x).unrollable
     mode = PosteriorModeDefence(vae, num_steps=4, initial="mean", perturbation=Linf(0.1))
     box = WhiteBox(vae, mode, x)
     assert box.has_chain

@@ -116,7 +116,7 @@ class Evidence:
         """Whether finite differences under common noise agree with an image's gradient, and whether
         it explains a step of the ball's size, ``(n,)`` each; ``None`` without exact gradients."""
         suite, box, fresh = self.few, self.few.box, self.few.scorer.fresh
-        if box.has_chain and not box.unrollable:
+        if box.has_chain and not box.steps:
             return None
         encode = adaptive.transfer(box.start)
         if box.has_chain:
