@@ -204,7 +204,7 @@ class _Store:
             group.isel(image=slice(0)).to_zarr(
                 place, group=name, mode="a", encoding=encoding, consolidated=False, **version
             )
-        arrays = zarr.open_group(place, mode="r+")
+        arrays: Any = zarr.open_group(place, mode="r+")
         for name, group in groups.items():
             for variable, values in {**group.data_vars, "image": group["image"]}.items():
                 arrays[f"{name}/{variable}"].resize(tuple(_sizes(values, length)))
