@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 # An interpreter for `make test-gpu` with everything installed, instead of .venv: GPU_PYTHON=python3
 GPU_PYTHON ?=
+GPU_TESTS := tests/cuda tests/test_training.py tests/test_training_any_vae.py
 
 .PHONY: run test test-slow test-gpu test-lower-bounds gpu-wheels bench lint format docs clean help
 
@@ -42,7 +43,7 @@ test-slow: $(VENV)/.stamp-test
 
 # On one CUDA GPU; without one they are skipped. PVD_TEST_DEVICE=cpu compares the CPU with itself.
 test-gpu: $(if $(GPU_PYTHON),,$(VENV)/.stamp-test)
-	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda tests/cuda $(ARGS)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -m cuda $(GPU_TESTS) $(ARGS)
 
 # What .ci/gpu lacks on a machine with PyTorch but no network, to travel there beside the code.
 gpu-wheels: | $(BIN)/python

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -110,3 +113,16 @@ def _chains(draws: Any) -> np.ndarray:
     if values.ndim != 2:
         raise ValueError(f"draws must have shape (chain, draw), got {values.shape}")
     return values
+
+
+def picture(rows: Sequence[Tensor] | Tensor) -> str:
+    """Images ``(N, C, H, W)`` in [0, 1], one row per entry, as the base64 text of a PNG file."""
+    import matplotlib.image
+    from torchvision.utils import make_grid
+
+    tiles = torch.cat([row.detach().cpu() for row in rows]).clamp(0, 1)
+    grid = make_grid(tiles, nrow=len(rows[0]), padding=1, pad_value=0.5)
+    buffer = io.BytesIO()
+    plain: dict[str, Any] = {"Software": None}  # no version: equal images make equal text
+    matplotlib.image.imsave(buffer, grid.permute(1, 2, 0).numpy(), format="png", metadata=plain)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -53,7 +53,7 @@ class Tapes:
         self.device = device
 
     def __call__(self, function, inputs):
-        assert all(torch.equal(value, torch.zeros_like(value)) for value in inputs)
+        assert not any(bool((value > 0).any()) for value in inputs)  # nothing to hold on to
         with Tape() as tape:
             results = function(*inputs)
         Tapes.made += 1
@@ -113,12 +113,12 @@ def assert_captured(graph):
 @pytest.mark.parametrize("name", CAPTURABLE)
 def test_every_kernel_replayed_is_the_kernel(name, capturing):
     """Adaptation, jitter, burn-in and a metric of two sites included; one capture per length."""
-    vae, x, graph = HierarchicalVAE(), torch.rand(4, 1, 4, 4), Graph()
+    vae, x, graph, recorder = HierarchicalVAE(), torch.rand(4, 1, 4, 4), Graph(), Recorder()
     metric = {"top": torch.rand(2) + 0.5, "rate": torch.ones(1), "low": torch.rand(4, 3) + 0.5}
     run = functools.partial(draw, FACTORIES[name], vae.model, inverse_mass_matrix=metric)
     states, kernel = run(x, graph)
     assert_captured(graph)
-    expected, plain = run(x, Recorder())
+    expected, plain = run(x, recorder)
     assert_same(states, expected)
     assert (kernel.state.step, kernel.why_not) == (8, None)
     diagnostics = kernel.diagnostics()
@@ -128,7 +128,7 @@ def test_every_kernel_replayed_is_the_kernel(name, capturing):
     # Another seed and other images: the same captures.
     x, made = torch.rand(4, 1, 4, 4), capturing.made
     states, _ = run(x, graph, seed=2**64 - 7)
-    assert_same(states, run(x, Recorder(), seed=2**64 - 7)[0])
+    assert_same(states, run(x, recorder, seed=2**64 - 7)[0])
     if getattr(kernel, "jitter", 0.0) == 0.0:
         assert capturing.made == made == 1
     assert capturing.replayed >= 16
@@ -228,14 +228,9 @@ def test_mutant_an_input_that_is_not_written(stale, capturing, monkeypatch):
     metric = {"z": torch.rand(3) + 0.5}
     graph = Graph()
     run = functools.partial(draw, BatchedHMC, vae.model, x, jitter=0.0, warmup_steps=0)
-    states, _ = run(graph, inverse_mass_matrix=metric)
-    if stale == "step":  # the first transition has number 0, and zeros are what it is made on
-        expected, _ = run(None, inverse_mass_matrix=metric)
-        with pytest.raises(AssertionError):
-            assert_same(states, expected)
-    else:
-        assert graph.captured is False
-        assert "differ" in graph.why_not
+    run(graph, inverse_mass_matrix=metric)
+    assert graph.captured is False
+    assert "differ" in graph.why_not
 
 
 def test_mutant_results_that_the_next_replay_overwrites(capturing, monkeypatch):

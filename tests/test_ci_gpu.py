@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import shared_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -98,6 +99,30 @@ def test_wheels_are_importable(ci, tmp_path):
     repository, site = calls[0].split()[1].split(":")[:2]
     assert repository == str(ROOT)
     assert not Path(site).exists()  # cleaned up
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("part", "result"),
+    [
+        ("tests", "tests.log"),
+        ("benchmark", "benchmark/gpu.json"),
+        ("evaluation", "evaluation/mnist_radius_0.2.json"),
+    ],
+)
+def test_every_part_runs_without_a_gpu(part, result, tmp_path, monkeypatch):
+    if part == "evaluation":
+        monkeypatch.setenv("PYRO_VAE_DEFENCE_DATA", str(shared_path("data", "MNIST").parent))
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "TEST_PROCESSES": "0",
+        "TESTS_ARGS": "-k streams", "TESTS_LIMIT": "900", "BENCHMARK_LIMIT": "900",
+        "EVALUATION_LIMIT": "900",
+    }  # fmt: skip
+    done = subprocess.run([str(ROOT / ".ci" / "gpu"), "--cpu", part], env=environment)
+    assert done.returncode == 0
+    assert (tmp_path / "status.txt").read_text().startswith(f"{part}: ok")
+    assert (tmp_path / result).exists()
+    assert "torch" in (tmp_path / "environment.txt").read_text()
 
 
 def test_an_unknown_part_is_refused(ci):

@@ -154,11 +154,12 @@ class TestTakingUp:
         # What the dead process has left of the third chunk is not believed.
         (chunk,) = (partial / "posterior" / "z").glob("0.0.2.0")
         chunk.write_bytes(b"")
+        (tmp_path / ".a.123.new").mkdir()
         images = Pairs(x)
         assert defence.to_zarr(images, path, generator=seeded(), chunk_size=2) == path
         assert images.asked == [0, 0, 3, 6, 4, 5, 6]  # first to be looked at, then to be defended
         assert_same(whole, path)
-        assert not partial.exists()
+        assert sorted(os.listdir(tmp_path)) == ["a", "whole"]
 
     def test_a_finished_store_costs_nothing(self, defence, x, tmp_path, monkeypatch):
         path = defence.to_zarr(x, tmp_path / "a", generator=seeded(), chunk_size=2)
@@ -313,3 +314,4 @@ def test_settings_do_not_say_where_an_object_stands_in_memory():
         pass
 
     assert setting(Prepare()) == "Prepare"
+    assert setting([].append) == "append"

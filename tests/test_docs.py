@@ -1,11 +1,19 @@
-"""The code in docs/ runs as written, page by page, with smaller numbers."""
+"""The code in docs/ runs as written, page by page, with smaller numbers.
+
+``python tests/test_docs.py PAGE DIRECTORY`` runs a page with its own numbers, in a directory where
+the pictures that it draws are kept.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
+
+from pyro_vae_defence.experiments.defences import KINDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -27,6 +35,7 @@ SMALL = {
         "num_chains": 2,
         "warmup_steps": 2,
     },
+    "inspecting_chains.md": {"num_images": 2, "num_samples": 8, "warmup_steps": 2},
 }
 
 
@@ -56,15 +65,25 @@ def test_quickstart_is_tested():
     assert "quickstart.md" in PAGES
 
 
+def run(page: str, small: bool) -> None:
+    path = DOCS / page
+    source = program(page if small else "", path.read_text())
+    code = compile(source, str(path), "exec", dont_inherit=True)
+    exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.filterwarnings("ignore::matplotlib.MatplotlibDeprecationWarning")  # ArviZ's
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")  # few draws
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path = DOCS / page
-    source = program(page, path.read_text())
-    if "to_zarr(" in source:
+    if "to_zarr(" in (DOCS / page).read_text():
         pytest.importorskip("zarr")
-    code = compile(source, str(path), "exec", dont_inherit=True)
-    exec(code, {"__name__": "__main__"})
+    run(page, small=True)
+    # What it draws is what it shows, and lies beside it.
+    for picture in tmp_path.glob("*.png"):
+        assert f"](images/{picture.name})" in (DOCS / page).read_text()
+        assert (DOCS / "images" / picture.name).exists()
 
 
 def test_blocks_of_definition_lists_are_run():
@@ -79,3 +98,13 @@ def test_blocks_keep_their_lines_and_small_numbers_are_used():
         exec(program("other.md", text), {})
     with pytest.raises(AssertionError, match="epochs"):
         program("quickstart.md", text)
+
+
+def test_glossary_has_the_labels_of_all_defences():
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (.+) \|$", (DOCS / "glossary.md").read_text())
+    assert dict(rows) == {name: kind.label for name, kind in KINDS.items()}
+
+
+if __name__ == "__main__":
+    os.chdir(sys.argv[2])
+    run(sys.argv[1], small=False)

@@ -7,6 +7,7 @@ skip without one, and without Sphinx. ``DOCS_HTML`` names a site that is built a
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import http.server
 import json
@@ -50,11 +51,20 @@ class Browser:
         self._from, write = os.pipe()
         options = ["--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
         options += ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-        # The protocol's pipe is descriptors 3 and 4.
-        script = f'exec "$0" "$@" 3<&{read} 4>&{write}'
+        # Higher than the descriptors 3 and 4, which are the protocol's.
+        ends = read, write
+        read, write = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends)
+        for end in ends:
+            os.close(end)
+
+        def attach():
+            os.dup2(read, 3)
+            os.dup2(write, 4)
+
         self._process = subprocess.Popen(
-            ["sh", "-c", script, program, *options, "about:blank"],
-            pass_fds=(read, write),
+            [program, *options, "about:blank"],
+            preexec_fn=attach,
+            close_fds=False,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -166,9 +176,9 @@ def browser(tmp_path_factory):
 
 
 def pages(site):
-    """Every page, the sources of the modules aside."""
+    """Every page, the sources of modules and what is downloaded aside."""
     found = sorted(path.relative_to(site).as_posix() for path in site.rglob("*.html"))
-    return [page for page in found if not page.startswith(("_modules/", "_static/"))]
+    return [page for page in found if not page.startswith(("_modules/", "_static/", "_downloads/"))]
 
 
 # What stands out to the right, for the message.

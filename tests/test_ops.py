@@ -149,6 +149,16 @@ def test_radius_must_be_positive(radius):
         Linf(radius)
 
 
+@pytest.mark.parametrize("ball", [L2(0.01), L2(1e-3), L1(0.01), L1(1e-3)], ids=str)
+def test_small_balls_hold_whatever_the_rounding_of_pixels(ball):
+    x, away = torch.rand(50, 1, 28, 28), torch.randn(50, 1, 28, 28)
+    x_adv = x + ball.radius * away / ball.norm(away).reshape(-1, 1, 1, 1)
+    assert (ball.norm(x_adv - x) > ball.radius).any()
+    norm = ball.norm(ball.inside(x, x_adv) - x)
+    assert (norm <= ball.radius).all()
+    assert (norm > 0.95 * ball.radius).all()
+
+
 @pytest.mark.parametrize(("radius", "mend"), [(8, "8/255"), (1.5, "1.5/255"), (255.0, "255/255")])
 def test_radius_in_grey_levels_is_refused(radius, mend):
     with pytest.raises(ValueError, match=f"Linf must be at most 1.* write {mend}$"):

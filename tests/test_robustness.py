@@ -14,6 +14,7 @@ from programs import LinearGaussianVAE
 from pyro_vae_defence import data
 from pyro_vae_defence.defence import (
     DefendedClassifier,
+    EncoderDefence,
     MCMCDefence,
     NoDefence,
     PosteriorModeDefence,
@@ -21,12 +22,13 @@ from pyro_vae_defence.defence import (
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.robustness import (
+    ATTACKS,
     CHECKS,
     KNOWLEDGE,
     Budget,
@@ -35,6 +37,7 @@ from pyro_vae_defence.robustness import (
     evaluate_robustness,
 )
 from pyro_vae_defence.robustness.checks import Seen, join
+from pyro_vae_defence.robustness.cost import ChainCost, chain_cost, suite_gradients
 from pyro_vae_defence.robustness.scoring import fresh_generators, interval
 
 TINY = Budget(
@@ -316,7 +319,7 @@ def test_adaptive_attacks_on_the_published_chain_of_fewer_transitions():
     )  # fmt: skip
     assert [a.name for a in report.attacks] == ["bpda", "unroll"]
     for attack in report.attacks:
-        assert attack.figure["estimate"] < report.random_noise["estimate"]
+        assert attack.figure["estimate"] < report.clean["mean"]["estimate"] - 0.05
     assert report.per_image.isfinite().all()
 
     # Through all transitions a gradient is finite, and what it owes to the start fades.
@@ -332,12 +335,39 @@ def test_adaptive_attacks_on_the_published_chain_of_fewer_transitions():
     assert (of_start.norm(dim=1) < 2 * z.norm(dim=1)).all()
 
 
+def test_the_white_box_of_a_chain_with_a_burn_in():
+    """Its transitions are known to go on with; the chain as a whole has values, no derivative."""
+    vae, x, labels = problem(4)
+    kernel = functools.partial(HMC, burn_in=3)
+    defence = MCMCDefence(vae, kernel, 2, 1)
+    box = WhiteBox(vae, defence, x)
+    assert box.steps
+    assert not box.unrollable
+    found = defence(x, torch.Generator().manual_seed(1))
+    streams = Streams.create(4, generator=torch.Generator().manual_seed(1))
+    start = box.start(x, streams)
+    assert torch.equal(start["z"], found.initial["z"][0])
+    spent = box.evaluations
+    assert torch.equal(box.chain(x, start, streams)["z"], found.latents["z"])
+    assert box.evaluations >= spent + int(found.num_gradients.sum())
+    few = box.transitions(2).make_kernel()
+    assert (few.burn_in, kernel.keywords["burn_in"]) == (0, 3)
+    assert box.transitions(1)(x, found.latents, streams)["z"].shape == found.latents["z"].shape
+    table = {row.name: row.reason(box) for row in ATTACKS}
+    assert table["unroll"] == "the burn-in before the transitions is not unrolled"
+    assert {table[name] for name in ("equilibrium", "truncated", "implicit")} == {""}
+    report = evaluate_robustness(
+        vae, defence, x, labels, classifier=classify, ball=Linf(RADIUS), budget=SMALL,
+        attacks=("equilibrium", "truncated"), generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert [each.name for each in report.attacks] == ["equilibrium", "truncated"]
+    assert report.checks[0].passed is not None  # finite differences of its transitions
+
+
 def test_the_white_box_of_what_has_no_known_transitions():
     vae, x, _ = problem(4)
     undefended = WhiteBox(vae, NoDefence(vae), x)
     assert not undefended.has_chain
-    burn_in = MCMCDefence(vae, functools.partial(HMC, burn_in=3), 1, 1)
-    assert not WhiteBox(vae, burn_in, x).unrollable
     mode = PosteriorModeDefence(vae, num_steps=4, initial="mean", perturbation=Linf(0.1))
     box = WhiteBox(vae, mode, x)
     assert box.has_chain
@@ -510,6 +540,12 @@ class TestJoin:
         other = dataclasses.replace(parts[1], figure="similarity")
         with pytest.raises(ValueError, match="reports of different figure are not joined"):
             RobustnessReport.join([parts[0], other])
+        other = dataclasses.replace(parts[1], defence={"defence": "mcmc"})
+        with pytest.raises(ValueError, match="reports of different defence are not joined"):
+            RobustnessReport.join([parts[0], other])
+        # How gradients came about in a run is no other defence.
+        how = parts[1].defence | {"prepare_why_not": "no GPU"}
+        RobustnessReport.join([parts[0], dataclasses.replace(parts[1], defence=how)])
         old = {k: v for k, v in parts[1].to_dict().items() if k not in ("values", "evidence")}
         read = RobustnessReport.from_dict(old)
         assert read.robust == parts[1].robust
@@ -567,3 +603,47 @@ def test_mistakes(change, message):
 def test_bad_budgets(change, message):
     with pytest.raises(ValueError, match=message):
         Budget(**change)
+
+
+class TestWithoutAManual:
+    """Budgets by name, what they cost, the progress bar, and the page."""
+
+    def test_budgets_rise(self):
+        chain = ChainCost(whole=25 * 4.5 + 2, transition=4.5, transitions=25)
+        budgets = (Budget.quick(), Budget.standard(), Budget.thorough())
+        costs = [suite_gradients(chain, budget, num_images=20) for budget in budgets]
+        attacks = [sum(v for k, v in c.items() if k not in ("scoring", "checks")) for c in costs]
+        assert attacks[0] < 0.25 * attacks[1]
+        assert 15_000 < attacks[1] < 25_000  # "about 20,000"
+        assert 2e6 < attacks[2] < 3e6
+        assert "unroll" not in costs[1]  # the budget is spent before
+
+    def test_what_a_defence_costs_is_what_it_takes(self):
+        vae, x = ConvVAE().eval(), torch.rand(2, 1, 28, 28)
+        kernel = functools.partial(BatchedHMC, num_steps=3, jitter=0.0, burn_in=7)
+        defence = MCMCDefence(vae, kernel, 2, 1, num_chains=2)
+        cost = chain_cost(defence)
+        assert cost == ChainCost(whole=2 * (7 + 1 + 9), transition=3.0, transitions=3)
+        assert defence(x).num_gradients.tolist() == [cost.whole] * 2
+        assert chain_cost(NoDefence(vae)) is None
+        assert chain_cost(EncoderDefence(vae)).transitions == 0
+        no_chain = suite_gradients(None, Budget.quick(), 2)
+        assert set(no_chain) == {"transfer", "encoder", "black_box", "scoring", "checks"}
+
+    def test_the_page_of_a_report_loads_nothing(self, tmp_path, capsys):
+        vae, x = ConvVAE().eval(), torch.rand(3, 1, 28, 28)
+        budget = dataclasses.replace(Budget.quick(), num_steps=2, check_images=2, check_steps=4)
+        report = evaluate_robustness(
+            vae, NoDefence(vae), x, budget=budget, attacks=("transfer", "encoder"), progress=True
+        )
+        assert "encoder" in capsys.readouterr().err
+        reference, attacked, _ = report.examples
+        assert reference.equal(x)
+        assert attacked.equal(report.x_adv)
+        page = report.save_html(tmp_path / "report.html").read_text()
+        estimate = report.robust["mean"]["estimate"]
+        for text in (f"{estimate:.3f} [", "transfer", report.checks[0].name, "data:image/png"):
+            assert text in page
+        assert "http" not in page
+        again = RobustnessReport.from_dict(json.loads(report.to_json()))
+        assert "data:image/png" not in again.save_html(tmp_path / "again.html").read_text()

@@ -236,6 +236,7 @@ def test_batches_are_moved_to_the_device_of_the_vae(images):
     assert result.mean_posterior_variance["z"].shape == (64,)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_training_on_a_gpu_takes_batches_from_the_cpu(images, tmp_path):
     vae = ConvVAE().cuda()
@@ -372,6 +373,7 @@ def test_all_modules_and_batches_go_to_the_device(images, monkeypatch):
     assert next(plain.read([images], "loader"))[0].device.type == "cpu"
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_training_goes_to_the_gpu_and_stays_there(images):
     vae = TutorialVAE()

@@ -526,6 +526,7 @@ def test_batches_are_moved_to_the_device_of_plain_objects():
     assert x.asked == [torch.device("cpu")] * 2
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", [LatePlain, LateParam, MadePlain])
 def test_late_parameters_on_a_gpu(tmp_path, kind):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import importlib.util
 import json
@@ -46,7 +47,7 @@ from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.ranks import Claims
 
-_FINISHED = ".finished"
+_FINISHED, _NEW = ".finished", ".new"
 _POLL = 0.1  # seconds between looks at what another process is to make
 _PATIENCE = 60.0  # seconds until files of another machine must be seen
 
@@ -169,7 +170,8 @@ class _Store:
         except (OSError, ValueError) as error:
             raise ValueError(f"{place} is no store of to_zarr; choose another path") from error
         was, now = _flat(found), _flat(self.identity)
-        for name in sorted({*was, *now}, key=lambda name: (not name.startswith("settings"), name)):
+        # Hashes last: they say least.
+        for name in sorted({**now, **was}, key=lambda name: name.endswith("_hash")):
             if was.get(name) != now.get(name):
                 raise ValueError(
                     f"{place} holds another run: its {name} is {was.get(name)!r}, now it is "
@@ -189,7 +191,7 @@ class _Store:
 
         version: dict[str, Any] = {"zarr_format": 2} if int(zarr.__version__[0]) > 2 else {}
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(".new", f".{self.path.name}.", self.partial.parent))
+        new = Path(tempfile.mkdtemp(_NEW, f".{self.path.name}.", self.partial.parent))
         place = str(new)
         root = xarray.Dataset(attrs=dict(self.identity))
         root.to_zarr(place, mode="w", consolidated=False, **version)
@@ -202,7 +204,7 @@ class _Store:
             group.isel(image=slice(0)).to_zarr(
                 place, group=name, mode="a", encoding=encoding, consolidated=False, **version
             )
-        arrays = zarr.open_group(place, mode="r+")
+        arrays: Any = zarr.open_group(place, mode="r+")
         for name, group in groups.items():
             for variable, values in {**group.data_vars, "image": group["image"]}.items():
                 arrays[f"{name}/{variable}"].resize(tuple(_sizes(values, length)))
@@ -235,6 +237,8 @@ class _Store:
         """Give the store its name: all chunks are there."""
         self.partial.rename(self.path)
         shutil.rmtree(self.path / _FINISHED)
+        for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*{_NEW}"):
+            shutil.rmtree(left)  # of processes that were killed when they began
 
 
 def _flat(attributes: Mapping[str, Any]) -> dict[str, Any]:

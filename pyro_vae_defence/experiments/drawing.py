@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import matplotlib.image
-import torch
-from torch import Tensor
-from torchvision.utils import make_grid
+from typing import TYPE_CHECKING
 
 from pyro_vae_defence import plots
 from pyro_vae_defence.ops.files import write_atomically
@@ -44,13 +38,3 @@ def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=dpi, metadata={"Software": None})
     write_atomically(path, buffer.getvalue())
-
-
-def picture(rows: Sequence[Tensor]) -> str:
-    """Images ``(N, C, H, W)`` in [0, 1], one row per entry, as the base64 text of a PNG file."""
-    tiles = torch.cat([row.detach().cpu() for row in rows]).clamp(0, 1)
-    grid = make_grid(tiles, nrow=len(rows[0]), padding=1, pad_value=0.5)
-    buffer = io.BytesIO()
-    plain: dict[str, Any] = {"Software": None}  # no version: equal images make equal text
-    matplotlib.image.imsave(buffer, grid.permute(1, 2, 0).numpy(), format="png", metadata=plain)
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -43,13 +43,13 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from torch import Tensor
 
-from pyro_vae_defence import attacks, metrics
+from pyro_vae_defence import attacks, metrics, plots
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, Reading
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import Setting, colour, make_defence
-from pyro_vae_defence.experiments.drawing import interval_curve, picture
+from pyro_vae_defence.experiments.drawing import interval_curve
 from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import divergences
@@ -263,7 +263,7 @@ class Figures(Measurement[FiguresConfig]):
             cell["target_symmetric_kl"] = divergence(self.target)
         if examples:
             rows = [images[: self.config.num_examples] for images in (x, *after.values())]
-            cell["examples"] = picture(rows)
+            cell["examples"] = plots.picture(rows)
         return cell
 
     # --- What attackers maximise ---

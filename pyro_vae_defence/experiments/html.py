@@ -4,7 +4,7 @@ elsewhere."""
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -12,24 +12,10 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from pyro_vae_defence.experiments.drawing import interval_curve
-from pyro_vae_defence.experiments.tables import interval, intervals
-
-EXAMPLES = ("reference", "attacked", "defended")
-"""Rows of a report's picture of examples, from the top."""
+from pyro_vae_defence.robustness.html import INTRODUCTION, details, page, summary
 
 ROBUST = ("robust/mean", "robust/averaged", "robust/worst_of_n")
 """Where a report has its figures under attack."""
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
-table { border-collapse: collapse; margin: .8rem 0; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { font-weight: 600; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bad { color: #a40000; } .good { color: #1a6b1a; } .note { color: #555; }
-section { border-top: 2px solid #1c1c1c; margin-top: 2.5rem; }
-img.examples { image-rendering: pixelated; max-width: 100%; }
-"""  # noqa: E501
 
 
 def robustness_page(results: Sequence[dict[str, Any]]) -> str:
@@ -48,21 +34,12 @@ def robustness_page(results: Sequence[dict[str, Any]]) -> str:
     results = sorted(results, key=lambda r: (r["config"]["model"], r["config"]["radius"]))
     body = [
         "<h1>Robustness report</h1>",
-        "<p>Figures are means over images with 95% bootstrap intervals; higher is more robust. "
-        "<em>Robust</em> is the per-image worst case over all attacks, scored on seeds that no "
-        "attack has seen. "
-        "What attacks leave is an upper bound of the true robustness: heuristic, not certified. "
-        "A report whose checks fail, or that only transfer attacks have tested, is marked "
-        "unreliable.</p>",
+        INTRODUCTION,
         *_curves(results),
     ]
     for result in results:
         body += _result(result)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness '
-        "report</title>"
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return page(body)
 
 
 def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -107,83 +84,7 @@ def _result(result: dict[str, Any]) -> Iterator[str]:
         f"{config['num_images']} images, model <code>{escape(config['model'])}</code>, seed "
         f"{config['seed']}.</p>"
     )
-    head = (
-        "target/defence", "figure", "undefended, clean", "clean", "random noise", "robust, mean",
-        "robust, averaged", "robust, worst draw", "reliable",
-    )  # fmt: skip
-    rows = [
-        [
-            escape(key),
-            escape(report["figure"]),
-            *intervals(report, "undefended_clean", "clean/mean", "random_noise", *ROBUST),
-            '<span class="bad">no</span>' if report["unreliable"] else "yes",
-        ]
-        for key, report in result["reports"].items()
-    ]
-    yield _table(head, rows)
+    yield summary(result["reports"])
     for key, report in result["reports"].items():
-        yield from _report(key, report)
+        yield from details(key, report)
     yield "</section>"
-
-
-def _report(key: str, report: dict[str, Any]) -> Iterator[str]:
-    number = report["robust"]["mean"]["num_images"]
-    yield f"<h3>{escape(key)}, {number} images</h3>"
-    if report["unreliable"]:
-        reasons = "".join(f"<li>{escape(reason)}</li>" for reason in report["reasons"])
-        yield f'<p class="bad">Unreliable:</p><ul class="bad">{reasons}</ul>'
-    cost = {name.replace("_", " "): f"{value:,.4g}" for name, value in report["cost"].items()}
-    facts = {
-        "Threat model": report["threat_model"],
-        "Defence": report["defence"],
-        "Budget": report["budget"],
-        "Cost": cost,
-        "Seed": {"": report["seed"]},
-        "Versions": report["versions"],
-    }
-    table = ""
-    for what, values in facts.items():
-        text = ", ".join(f"{name} {value}".strip() for name, value in values.items())
-        table += f"<tr><th>{what}</th><td>{escape(text)}</td></tr>"
-    yield f"<table>{table}</table>"
-    strongest = report["strongest"]
-    yield _table(
-        ("attack", "what the attacker knows", "draws per step", report["figure"], "worst for",
-         "evaluations per image", "seconds"),
-        (
-            [
-                escape(attack["name"]),
-                escape(attack["knowledge"]),
-                str(attack["num_draws"]),
-                interval(attack["figure"]),
-                f"{strongest.count(attack['name'])} of {len(strongest)}",
-                f"{attack['evaluations']:,.0f}",
-                f"{attack['seconds']:,.0f}",
-            ]
-            for attack in report["attacks"]
-        ),
-    )  # fmt: skip
-    for name, why in report["skipped"].items():
-        yield f'<p class="note">Skipped {escape(name)}: {escape(why)}.</p>'
-    marks = {True: ("good", "passed"), False: ("bad", "failed"), None: ("note", "does not apply")}
-    rows = []
-    for check in report["checks"]:
-        mark = '<span class="{}">{}</span>'.format(*marks[check["passed"]])
-        rows.append([escape(check["name"]), mark, escape(check["detail"])])
-    yield _table(("check", "", "what it saw"), rows)
-    if "examples" in report:
-        yield (
-            "<p>The first images under their worst attack; rows from the top: "
-            f"{', '.join(EXAMPLES)}.</p>"
-            '<img class="examples" width="560" alt="examples" '
-            f'src="data:image/png;base64,{report["examples"]}">'
-        )
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    def cells(kind: str, texts: Iterable[str]) -> str:
-        tag = kind.split()[0]
-        return "<tr>" + "".join(f"<{kind}>{text}</{tag}>" for text in texts) + "</tr>"
-
-    lines = [cells("th", map(escape, head)), *(cells('td class="number"', row) for row in rows)]
-    return "<table>" + "\n".join(lines) + "</table>"

@@ -23,10 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from torch import Tensor
-
-from pyro_vae_defence import attacks
+from pyro_vae_defence import attacks, plots
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments import configuration as conf
@@ -39,7 +36,6 @@ from pyro_vae_defence.experiments.defences import (
     make_defence,
 )
 from pyro_vae_defence.experiments.defend import Defend
-from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
 from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
 from pyro_vae_defence.models.compiled import Recorder
@@ -51,6 +47,7 @@ from pyro_vae_defence.robustness import (
     RobustnessReport,
     evaluate_robustness,
 )
+from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
 
 Target = Literal["reconstruction", "classification"]
 Gradients = Literal["traced", "recorded", "graph"]
@@ -74,7 +71,7 @@ class RobustnessConfig(conf.Configuration):
         reading: how the classifier reads draws, see :mod:`pyro_vae_defence.defence.classifier`.
         num_images: class-stratified test images.
         images_per_cell: most images that are evaluated at a time, at least 2; all when ``None``.
-        num_examples: of the first ones, how many are kept as pictures, each defended once more.
+        num_examples: of the first ones, how many are kept as pictures, at most 8.
         chain: of the defences, but for ``paper``.
         paper: whose published setting the defence ``paper`` is; the dataset's when ``None``.
         gradients: of chains that run forwards: ``traced`` runs the model's Python, ``recorded``
@@ -100,19 +97,7 @@ class RobustnessConfig(conf.Configuration):
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     paper: PaperName | None = None
     gradients: Gradients = "traced"
-    budget: Budget = Budget(
-        num_restarts=1,
-        num_draws=(1,),
-        num_chains=8,
-        persistent_transitions=1,
-        unrolled_transitions=1,
-        num_iterations=5,
-        num_directions=5,
-        black_box_steps=2,
-        max_evaluations=20_000,
-        selection_draws=2,
-        scoring_draws=5,
-    )
+    budget: Budget = Budget.standard()
     checks: bool = True
     seed: conf.Natural = 0
 
@@ -140,61 +125,18 @@ RATES = (0.3e6, 1.0e6)
 
 
 def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, float]:
-    """Decoder gradients per image and target: of the attacks, of ``scoring``, and of ``checks``.
-
-    A model of what :func:`~pyro_vae_defence.robustness.evaluate_robustness` does, in gradients of
-    an energy: the chain of a defence, one of a goal, two for a Hessian-vector product, four for a
-    gradient that is differentiated again. Runs of the network without gradient are left out, and
-    what a defence's name says beyond its kind.
-    """
-    budget, chain = config.budget, config.chain
+    """Decoder gradients per image and target, without the model at hand, by
+    :func:`~pyro_vae_defence.robustness.cost.suite_gradients`; what a defence's name says beyond its
+    kind is left out."""
+    chain = config.chain
     transitions, length = chain.warmup_steps + chain.num_samples, chain.num_steps + 0.5
     if defence == "paper":
         count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
         transitions, length = count // 2 + count, float(steps)
-    has_chain = defence != "none"
-    whole = (transitions * length + 2) * chain.num_chains if has_chain else 1.0
-    going_on = whole
-    if budget.persistent_transitions is not None:
-        going_on = budget.persistent_transitions * length + 2 if has_chain else 0.0
-    of_step = {
-        "transfer": 1.0,
-        "encoder": 1.0,
-        "bpda": going_on + 2,
-        "equilibrium": going_on + 3,
-        "implicit": going_on + 2 * budget.num_iterations + 3,
-        "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
-        "unroll": whole + 4 * transitions * length,
-    }
-
-    def attack(name: str, rows: int, num_steps: int) -> float:
-        if name == "black_box":
-            queries = budget.black_box_steps * (2 * budget.num_directions + 1) + 2
-            return rows * queries * whole
-        # Where it begins, and the value of what was found.
-        ends = 2 * whole if has_chain and name not in ("transfer", "encoder", "unroll") else 0.0
-        return rows * (num_steps * of_step[name] + ends)
-
-    found = {}
-    for name in config.attacks:
-        if not has_chain and name not in ("transfer", "encoder", "black_box"):
-            continue
-        draws = {"transfer": (1,), "equilibrium": (budget.num_chains,)}.get(name, budget.num_draws)
-        rows = budget.num_restarts * sum(draws)
-        found[name] = attack(name, rows, budget.num_steps)
-    per_attack = budget.num_restarts * budget.selection_draws + budget.scoring_draws
-    scored = 2 * budget.scoring_draws + budget.selection_draws + 1 + per_attack * len(found)
-    found["scoring"] = scored * whole
-    if config.checks:
-        # Five attacks by the strongest, at worst the most expensive, on a few images.
-        worst = max(
-            attack(name, max(budget.num_chains, *budget.num_draws), budget.check_steps)
-            for name in found.keys() - {"scoring", "black_box"}
-        )
-        again = 5 * worst + 3 * (budget.scoring_draws + max(5, budget.selection_draws)) * whole
-        size = len(config.blocks[0])
-        found["checks"] = again * min(budget.check_images, size) / size
-    return found
+    whole = (transitions * length + 2) * chain.num_chains
+    cost = None if defence == "none" else ChainCost(whole, length, transitions)
+    size = len(config.blocks[0])
+    return suite_gradients(cost, config.budget, size, config.attacks, config.checks)
 
 
 def estimate(config: RobustnessConfig) -> str:
@@ -389,16 +331,9 @@ class Robustness(Measurement[RobustnessConfig]):
         )
         found = report.to_dict()
         if not number and config.num_examples > 0:  # of all images, or of the first block
-            assert report.x_adv is not None
-            found["examples"] = self.examples(defence, report.x_adv)
+            assert report.examples is not None
+            found["examples"] = plots.picture(report.examples[:, : config.num_examples])
         return found
-
-    def examples(self, defence: Defence, x_adv: Tensor) -> str:
-        """The first images, not chosen: reference, worst attack, what the defence makes of it."""
-        number = min(self.config.num_examples, len(x_adv))
-        x, x_adv = self.x[:number], x_adv[:number]
-        outcome = defence(x_adv, torch.Generator().manual_seed(0))
-        return picture((x, x_adv, outcome.reconstruction))
 
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:

@@ -13,7 +13,8 @@ made on zeros in place of all numbers, and its replay must then give what the tr
 cannot be captured runs as before on recorded gradients
 (:class:`~pyro_vae_defence.models.compiled.Recorder`), and :attr:`Graph.why_not` says why: NUTS
 asks the host whether a tree grows, a model may be no fixed sequence of operations, and there are
-CUDA graphs on CUDA only.
+CUDA graphs on CUDA only. A CPU has nothing to gain: there, a transition recorded as a whole took
+longer than one of recorded gradients.
 
 What stays outside: where a run starts, its burn-in included, which happens once; and the adaptation
 of step sizes, a few operations that the host asks for while the GPU is busy with the transition,
@@ -213,16 +214,11 @@ class _Inputs:
     """
 
     def __init__(self, arguments: Any, like: Tensor) -> None:
-        places: list[Tensor | None] = [
-            value
-            if value is None
-            else torch.zeros_like(value)
-            if isinstance(value, Tensor)
-            else like.new_zeros((), dtype=torch.long)
-            for value in _leaves(arguments)
-        ]
-        self.arguments: Any = _rebuilt(arguments, iter(places))
-        self.places = [place for place in places if place is not None]
+        number = functools.partial(like.new_zeros, (), dtype=torch.long)
+        leaves = [v for v in _leaves(arguments) if v is not None]
+        self.places = [torch.zeros_like(v) if isinstance(v, Tensor) else number() for v in leaves]
+        self._numbers = [p for p, v in zip(self.places, leaves) if not isinstance(v, Tensor)]
+        self.arguments: Any = _filled(arguments, self.places)
 
     def set(self, values: Sequence[Any]) -> None:
         """Write the leaves of other arguments; ``None`` among them is skipped."""
@@ -236,9 +232,11 @@ class _Inputs:
                     place.fill_(value - 2**64 if value >= 2**63 else value)
 
     def clear(self) -> None:
-        """Write zeros."""
+        """Write what no transition has: zeros, which are labels, too, and numbers below zero."""
         for place in self.places:
             place.zero_()
+        for place in self._numbers:
+            place.fill_(-1)
 
 
 class _Transition:
@@ -279,9 +277,7 @@ class _Transition:
 
 def _run(step: Step, potential: RecordedPotential, like: Any, *places: Tensor) -> tuple[Any, ...]:
     """A transition as a function of tensors alone."""
-    given = iter(places)
-    filled = (value if value is None else next(given) for value in _leaves(like))
-    state, streams, step_size, inverse_mass, tensors = _rebuilt(like, filled)
+    state, streams, step_size, inverse_mass, tensors = _filled(like, places)
     placed = potential.with_tensors(tensors)
     return tuple(_leaves(step(placed, state, streams, step_size, inverse_mass=inverse_mass)))
 
@@ -317,6 +313,13 @@ def _rebuilt(nest: Any, leaves: Iterator[Any]) -> Any:
         parts = [_rebuilt(part, leaves) for part in nest]
         return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
     return next(leaves)
+
+
+def _filled(nest: Any, values: Sequence[Any]) -> Any:
+    """The nest with other leaves but for those that are ``None``."""
+    given = iter(values)
+    leaves = [leaf if leaf is None else next(given) for leaf in _leaves(nest)]
+    return _rebuilt(nest, iter(leaves))
 
 
 def _difference(replayed: Sequence[Any], made: Sequence[Any]) -> str | None:

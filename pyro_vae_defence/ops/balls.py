@@ -115,10 +115,14 @@ class Ball:
         A projected perturbation may leave the ball again when it is added to an image and rounded.
         The result lies between the two images, hence in [0, 1] if they do.
         """
-        shrink = 1.0 - 16 * torch.finfo(x_adv.dtype).eps
-        for _ in range(_ROUNDING_STEPS):
+        eps = torch.finfo(x_adv.dtype).eps
+        for attempt in range(_ROUNDING_STEPS):
             difference = x_adv - x_ref
-            outside = rows(self.norm(difference) > self.radius, x_adv)
+            norm = self.norm(difference)
+            # In small balls it takes more: pixels are rounded by their own size, not the radius's.
+            excess = (norm - self.radius) / norm.clamp(min=1e-30) * (4**attempt - 1)
+            shrink = 1.0 - rows(excess.clamp(min=16 ** (attempt + 1) * eps, max=1.0), x_adv)
+            outside = rows(norm > self.radius, x_adv)
             x_adv = torch.where(outside, x_ref + shrink * difference, x_adv)
         return x_adv
 

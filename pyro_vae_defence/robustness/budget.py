@@ -33,6 +33,9 @@ class Budget:
             are reported, >= 1.
         check_images, check_steps: images and steps of the attacks that checks need, >= 2 and >= 4.
 
+    :meth:`quick`, :meth:`standard` and :meth:`thorough` are budgets to begin with;
+    :func:`~pyro_vae_defence.robustness.cost.suite_gradients` says what one costs.
+
     Raises:
         ValueError: if a number is out of range.
     """
@@ -65,3 +68,56 @@ class Budget:
             raise ValueError(f"num_draws must hold integers of at least 1, got {draws!r}")
         if not (isinstance(self.stable, (int, float)) and self.stable >= 0):
             raise ValueError(f"stable must not be negative, got {self.stable!r}")
+
+    @classmethod
+    def quick(cls) -> Budget:
+        """For seeing that everything runs: a quarter of :meth:`standard` or less.
+
+        Attacks of so few steps leave much more than stronger ones would; report no number of it.
+        """
+        return cls(
+            num_steps=20,
+            num_restarts=1,
+            num_draws=(1,),
+            num_chains=4,
+            persistent_transitions=1,
+            unrolled_transitions=1,
+            num_iterations=3,
+            num_directions=2,
+            black_box_steps=1,
+            max_evaluations=2_000,
+            selection_draws=1,
+            scoring_draws=3,
+            check_images=8,
+            check_steps=8,
+        )
+
+    @classmethod
+    def standard(cls) -> Budget:
+        """That of this library's published evaluations on one processor.
+
+        About 20,000 decoder gradients of attacks per image behind a chain of 25 transitions, half
+        as many again to score them, and the checks.
+        """
+        return cls(
+            num_restarts=1,
+            num_draws=(1,),
+            num_chains=8,
+            persistent_transitions=1,
+            unrolled_transitions=1,
+            num_iterations=5,
+            num_directions=5,
+            black_box_steps=2,
+            max_evaluations=17_000,
+            selection_draws=2,
+            scoring_draws=5,
+        )
+
+    @classmethod
+    def thorough(cls) -> Budget:
+        """For claims, on a GPU: restarts, rising numbers of draws, many chains.
+
+        Two to three million decoder gradients of attacks per image behind a chain of 25
+        transitions.
+        """
+        return cls(black_box_steps=2, max_evaluations=2_400_000)

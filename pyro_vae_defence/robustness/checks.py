@@ -3,7 +3,7 @@
 A check measures, image by image, and judges what it has measured. The two are apart, so that the
 images of many reports can be judged together: :func:`join` puts their measurements side by side,
 and the verdict is one on all of them. A check is a function of the :class:`Evidence`, a function of
-what that one has :class:`Seen`, and a line of :data:`CHECKS`.
+what that one has :class:`Seen`, and a line of their table.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Evidence:
         """Whether finite differences under common noise agree with an image's gradient, and whether
         it explains a step of the ball's size, ``(n,)`` each; ``None`` without exact gradients."""
         suite, box, fresh = self.few, self.few.box, self.few.scorer.fresh
-        if box.has_chain and not box.unrollable:
+        if box.has_chain and not box.steps:
             return None
         encode = adaptive.transfer(box.start)
         if box.has_chain:
@@ -322,28 +322,32 @@ def _does_less(seen: Seen, interval: Interval) -> Verdict:
 
 
 class SanityCheck(NamedTuple):
-    """What a check measures, and how that is judged where it has values."""
+    """What a check measures, and how that is judged where it has values.
 
+    Attributes:
+        name: under which it is reported, that of ``measure``.
+        measure: what it has seen of the evidence.
+        judge_values: whether that is as it should be.
+    """
+
+    name: str
     measure: Callable[[Evidence], Seen]
     judge_values: Callable[[Seen, Interval], Verdict]
-
-    @property
-    def name(self) -> str:
-        """Under which it is reported."""
-        return self.measure.__name__
 
     def judge(self, seen: Seen, interval: Interval) -> Verdict:
         """Whether it has passed, and in words what it saw."""
         return self.judge_values(seen, interval) if seen.values else (None, seen.facts["why"])
 
 
-CHECKS = (
-    SanityCheck(finite_differences, _most_agree),
-    SanityCheck(gradients_explain_changes, _most_are_explained),
-    SanityCheck(black_box_is_not_stronger, _no_lead),
-    SanityCheck(whole_range_leaves_chance, _no_more_than_chance),
-    SanityCheck(monotone_in_radius, _no_rise),
-    SanityCheck(loss_increases_with_iterations, _rises),
-    SanityCheck(random_noise_is_weaker, _does_less),
-)
-"""In the order in which they run; a check is reported under the name of what it measures."""
+_CHECKS: dict[Callable[[Evidence], Seen], Callable[[Seen, Interval], Verdict]] = {
+    finite_differences: _most_agree,
+    gradients_explain_changes: _most_are_explained,
+    black_box_is_not_stronger: _no_lead,
+    whole_range_leaves_chance: _no_more_than_chance,
+    monotone_in_radius: _no_rise,
+    loss_increases_with_iterations: _rises,
+    random_noise_is_weaker: _does_less,
+}
+
+CHECKS = tuple(SanityCheck(measure.__name__, measure, judge) for measure, judge in _CHECKS.items())
+"""In the order in which they run."""

@@ -29,12 +29,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
@@ -45,11 +46,14 @@ from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
+from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity, fresh_generators
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import VAE, ImagesLike
+
+_EXAMPLES = 8  # images that a report shows
 
 
 def evaluate_robustness(
@@ -66,6 +70,7 @@ def evaluate_robustness(
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
     checks: bool = True,
     generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> RobustnessReport:
     """Attack a defence with everything and report the worst case.
 
@@ -80,13 +85,16 @@ def evaluate_robustness(
             classes)``, asked about where the defence ends; or a
             :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
         ball: where perturbations live; ``Linf(0.1)`` by default.
-        budget: how hard to try.
+        budget: how hard to try; :meth:`Budget.standard` by default.
         attacks: names in :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; all by default.
         engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
             num_restarts=, batch_size=)``.
         similarity: of reconstructions in pairs, differentiable, 1 if equal; the paper's MSSSIM.
         checks: run the sanity checks; without them the report counts as unreliable.
         generator: source of the seed; torch's global seed when ``None``.
+        progress: show a progress bar, of decoder gradients per image: how many there will be at
+            most, by :mod:`~pyro_vae_defence.robustness.cost`, and how long they take at the present
+            rate.
 
     Raises:
         ValueError: if an argument does not fit.
@@ -116,11 +124,24 @@ def evaluate_robustness(
             if not isinstance(classifier, DefendedClassifier):
                 classifier = DefendedClassifier(box, classifier, "last")
             scorer = Accuracy(box, x, labels, classifier, fresh)
-        suite = Suite(box, scorer, x, ball, budget or Budget(), engine)
-        return _report(suite, attacks, checks, seed)
+        suite = Suite(box, scorer, x, ball, budget or Budget.standard(), engine)
+        chain = chain_cost(defence)
+        expected = suite_gradients(chain, suite.budget, len(x), attacks, checks)
+        total = sum(expected.values())
+        with tqdm(
+            total=total, unit="gradient", unit_scale=True, disable=not progress, leave=False
+        ) as bar:
+            return _report(suite, attacks, checks, seed, expected, bar)
 
 
-def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> RobustnessReport:
+def _report(
+    suite: Suite,
+    names: Sequence[str],
+    checks: bool,
+    seed: int,
+    expected: Mapping[str, float],
+    bar: Any,
+) -> RobustnessReport:
     """Run the suite; the order of these lines decides which seed is used for what."""
     box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
     started = time.perf_counter()
@@ -131,7 +152,11 @@ def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> Robu
     clean_seconds = (time.perf_counter() - clock) / (len(x) * budget.scoring_draws)
     clean_result = scorer.defence(x, scorer.fresh())
     noise = scorer.score(random_noise(x, suite.ball, scorer.fresh()), budget.scoring_draws)
-    found = list(suite.candidates(table, skipped))
+    found = []
+    for each in suite.candidates(table, skipped):
+        found.append(each)
+        bar.update(expected.get(each.row.name, 0.0) / len(each.row.draws(budget)))
+        bar.set_postfix_str(each.row.name)
     scores = [scorer.score(each.x_adv, budget.scoring_draws) for each in found]
     # Leaving an image alone is an attack too: it counts errors on clean images.
     clean_selection = scorer.score(x, budget.selection_draws).mean()
@@ -139,6 +164,7 @@ def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> Robu
     worst = clean.choose(scores, winner)
     x_adv = torch.stack([x, *(each.x_adv for each in found)])
     strongest = ["none", *(each.row.name for each in found)]
+    bar.update(expected["scoring"])
     spent = box.evaluations / len(x)
     evidence = Evidence(suite, found, scores, clean, noise, worst)
     measured, verdicts, reasons = {}, [], []
@@ -163,6 +189,9 @@ def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> Robu
         "random_noise": noise.mean(),
         **{each.place: score.mean() for each, score in zip(outcomes, scores, strict=True)},
     }
+    x_adv = x_adv[winner, torch.arange(len(x), device=x.device)]
+    few = slice(_EXAMPLES)
+    shown = box.at(few)(x_adv[few], scorer.fresh())
     return RobustnessReport(
         figure=scorer.figure,
         threat_model={
@@ -193,5 +222,6 @@ def _report(suite: Suite, names: Sequence[str], checks: bool, seed: int) -> Robu
             **{name: metadata.version(name) for name in ("torch", "pyro-ppl")},
         },
         strongest=tuple(strongest[index] for index in winner.tolist()),
-        x_adv=x_adv[winner, torch.arange(len(x), device=x.device)],
+        x_adv=x_adv,
+        examples=torch.stack([x[few], x_adv[few], shown.reconstruction]).cpu(),
     )

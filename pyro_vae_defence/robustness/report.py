@@ -10,13 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_vae_defence import plots
+from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.robustness import html
 from pyro_vae_defence.robustness.checks import CHECKS, Interval, Seen, join
 from pyro_vae_defence.robustness.scoring import fresh_generators, interval
 from pyro_vae_defence.robustness.suite import KNOWLEDGE
@@ -24,6 +29,7 @@ from pyro_vae_defence.robustness.suite import KNOWLEDGE
 SUMMARIES = ("mean", "single", "worst_of_n", "averaged")
 """What a report says of the draws of an image."""
 
+_OF_A_RUN = ("prepare_why_not",)
 _CHECK = "check "  # how the reasons of checks begin
 
 
@@ -80,6 +86,8 @@ class RobustnessReport:
         strongest: per image, the attack that was its worst.
         per_image: mean figure of the worst case, ``(N,)``.
         x_adv: its images ``(N, C, H, W)``; ``None`` for a report that was read from JSON.
+        examples: the first 8 images, not chosen, ``(3, n, C, H, W)``: reference, worst case, and
+            what the defence makes of that; ``None`` as ``x_adv``.
         values: every figure image by image, ``(N,)`` each, by where the report has its interval,
             such as ``"robust/mean"`` or ``"attacks/bpda/20"`` for 20 draws. Empty for a report
             that an earlier version has written.
@@ -104,6 +112,7 @@ class RobustnessReport:
     strongest: tuple[str, ...]
     per_image: Tensor
     x_adv: Tensor | None
+    examples: Tensor | None
     values: dict[str, Tensor]
     evidence: dict[str, Seen]
 
@@ -115,7 +124,7 @@ class RobustnessReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, as JSON knows it."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del found["x_adv"]
+        del found["x_adv"], found["examples"]
         for name in ("attacks", "checks"):
             found[name] = [entry._asdict() for entry in found[name]]
         found["per_image"] = self.per_image.tolist()
@@ -131,6 +140,16 @@ class RobustnessReport:
     def to_json(self) -> str:
         """:meth:`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one page that loads nothing from elsewhere; its path."""
+        found = self.to_dict()
+        if self.examples is not None and self.examples.shape[2] in (1, 3):
+            found["examples"] = plots.picture(self.examples)
+        title = f"{self.threat_model['target']}, {self.defence.get('defence', 'defence')}"
+        body = ["<h1>Robustness report</h1>", html.INTRODUCTION, html.summary({title: found})]
+        write_atomically(Path(path), html.page([*body, *html.details(title, found)]).encode())
+        return Path(path)
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> RobustnessReport:
@@ -151,6 +170,7 @@ class RobustnessReport:
             "values": values,
             "evidence": evidence,
             "x_adv": None,
+            "examples": None,
         }
         return cls(**own)
 
@@ -174,6 +194,8 @@ class RobustnessReport:
             return first
         for name in ("figure", "threat_model", "budget", "defence"):
             several = [getattr(report, name) for report in reports]
+            if name == "defence":  # what it is, and not how a run went
+                several = [{k: v for k, v in s.items() if k not in _OF_A_RUN} for s in several]
             if any(each != several[0] for each in several):
                 raise ValueError(f"reports of different {name} are not joined: {several[0]}, ...")
         if not all(report.values for report in reports):

@@ -87,8 +87,13 @@ def _with_chain(box: WhiteBox) -> str:
 
 
 def _with_transitions(box: WhiteBox) -> str:
-    unknown = "" if box.unrollable else "the defence is not a chain whose transitions are known"
+    unknown = "" if box.steps else "the defence is not a chain whose transitions are known"
     return _with_chain(box) or unknown
+
+
+def _with_whole_chain(box: WhiteBox) -> str:
+    burn_in = "" if box.unrollable else "the burn-in before the transitions is not unrolled"
+    return _with_transitions(box) or burn_in
 
 
 class Row(NamedTuple):
@@ -122,7 +127,7 @@ ATTACKS = (
     Row("black_box", "outputs of the defence", _black_box, black_box=True),
     Row("implicit", _DECODER, _implicit, _with_chain),
     Row("truncated", _DECODER, _truncated, _with_transitions),
-    Row("unroll", _DECODER, _unroll, _with_transitions),
+    Row("unroll", _DECODER, _unroll, _with_whole_chain),
 )
 """In the order in which they run: what every budget must allow first."""
 
@@ -196,7 +201,7 @@ class Suite:
     def objective(self, row: Row, num_draws: int) -> PreparedObjective:
         """What a row maximises, with gradient zero where it has none: attacks go on."""
         number, resume = self.budget.persistent_transitions, None
-        if self.box.unrollable and number is not None:
+        if self.box.steps and number is not None:
             resume = self.box.transitions(number)
         prepared = row.objective(self, Aim(self.goal(), num_draws, resume))
         return lambda x_ref: connected(prepared(x_ref))

@@ -73,7 +73,8 @@ class WhiteBox:
     Attributes:
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
-        unrollable: whether all its transitions are known: this library's HMC or NUTS, no burn-in.
+        steps: whether its transitions are known: this library's HMC or NUTS.
+        unrollable: whether the whole chain is: such transitions, without a burn-in before them.
         decoder: latents on the support of their sites to images.
     """
 
@@ -92,7 +93,8 @@ class WhiteBox:
         self._evaluations = [0]  # shared with the boxes of some rows
         self._read()
         kernel = self._make_kernel()
-        self.unrollable = isinstance(kernel, (BatchedHMC, BatchedNUTS)) and kernel.burn_in == 0
+        self.steps = isinstance(kernel, (BatchedHMC, BatchedNUTS))
+        self.unrollable = self.steps and kernel.burn_in == 0
 
     def _read(self) -> None:
         """What hinges on the conditions of the images."""
@@ -120,7 +122,7 @@ class WhiteBox:
         other = copy.copy(self)
         other.vae, other._x = take(self.vae, rows), self._x[rows]
         other._conditions = rows_of(self._conditions, rows)
-        if self.unrollable:
+        if self.steps:
             other.__dict__["step_size"] = self.step_size
         other.__dict__.pop("_whole", None)
         other._read()
@@ -163,18 +165,22 @@ class WhiteBox:
         """Where the defence ends; differentiable if unrollable. Others start by themselves."""
         if self.unrollable:
             return self._whole(x, start, streams)
+        if self.steps:
+            return self._run(self._make_kernel(), x, start, streams)
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
         self._evaluations[0] += int(result.num_gradients.sum())
         return self._potential.at(x).unconstrain(result.latents)
 
     def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:
-        """``number`` >= 1 transitions of an unrollable defence, to go on with where a chain ended.
+        """``number`` >= 1 transitions of a defence that :attr:`steps`, to go on with where a chain
+        ended; its burn-in is over by then.
 
         The ``step_size`` is kept throughout; it is :attr:`step_size` when ``None``.
         """
 
         def make() -> Any:
             kernel = self._make_kernel()
+            kernel.burn_in = 0
             kernel.rule = FixedStepSize()
             kernel.step_size = self.step_size if step_size is None else step_size
             return kernel
@@ -183,13 +189,19 @@ class WhiteBox:
 
     @functools.cached_property
     def step_size(self) -> float:
-        """The step size that an unrollable defence arrives at, median over images."""
-        x, whole, kernel = self._x, self._whole, self._make_kernel()
+        """The step size that a defence that :attr:`steps` arrives at, median over images."""
+        x, kernel = self._x, self._make_kernel()
         streams = Streams.create(len(x), generator=self._fresh(), device=x.device)
         with torch.no_grad():
             start = self.start(x, streams)
-        unrolled.run(kernel, x, start, streams, whole.num_transitions, whole.warmup_steps)
+        self._run(kernel, x, start, streams)
         return float(kernel.info.step_size.median())
+
+    def _run(self, kernel: Any, x: Tensor, start: Latents, streams: Streams) -> Latents:
+        """Where the whole chains end, burn-in included, without derivatives."""
+        defence: Any = self.defence
+        total = defence.warmup_steps + defence.num_samples
+        return unrolled.run(kernel, x, start, streams, total, defence.warmup_steps)
 
     @functools.cached_property
     def _whole(self) -> unrolled.UnrolledKernel:

@@ -41,7 +41,7 @@ def test_every_way_to_write_a_vae(device, name):
         made.model(*images), made.guide(*images)
 
     def run(place):
-        vae, given = case.given(to(made, place), to(images, place))
+        vae, given = case.given(to(made, place), *to(images, place))
         found = {}
         if not case.undecoded:
             found["chains"] = MCMCDefence(vae, HMC, 2, 2)(given, seeded())
@@ -106,9 +106,9 @@ def test_weights_are_written_from_the_device_and_read_to_it(device, tmp_path):
         assert torch.equal(again.state_dict()[name], value.cpu()), name
 
 
-def test_images_follow_the_batches(device):
-    loader = data.batches(data.load("mnist_subset", "test"), 4)
-    batch = next(iter(loader))
-    x = (batch[0] if isinstance(batch, (tuple, list)) else batch).to(device)
-    result = NoDefence(to(TutorialVAE().eval(), device).float())(x.float())
+def test_loaders_yield_on_the_device(device):
+    loader = data.batches(data.load("mnist_subset", "test"), 4, device=device)
+    x, labels = next(iter(loader))
+    assert x.device.type == labels.device.type == device.type
+    result = NoDefence(to(TutorialVAE().eval(), device).float())(x)
     assert result.reconstruction.device.type == device.type

@@ -40,6 +40,7 @@ class BenchmarkGPU(Measurement[GPUBenchmarkConfig]):
     metric = None
     names = {"gpu": GPUBenchmarkConfig()}
     output = "runs/benchmark"
+    shared = False  # processes side by side would disturb what is timed
     parts = ("sections",)
 
     def load(self) -> None:

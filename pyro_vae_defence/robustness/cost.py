@@ -1,0 +1,119 @@
+"""What the suite costs, in gradients of the decoder per image, before it runs.
+
+A model of what :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness` does: the chain of
+a defence, one gradient of a goal, two for a Hessian-vector product, four for a gradient that is
+differentiated again. Runs of the network without gradient are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pyro_vae_defence.defence import Defence, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.mode import PosteriorModeDefence
+from pyro_vae_defence.mcmc.kernels import BatchedKernel
+from pyro_vae_defence.models.program import target
+from pyro_vae_defence.robustness.budget import Budget
+from pyro_vae_defence.robustness.suite import KNOWLEDGE
+
+
+class ChainCost(NamedTuple):
+    """Gradients of a defence per image.
+
+    Attributes:
+        whole: of a run, with all its chains.
+        transition: of one transition of one chain, on average.
+        transitions: how many a chain makes; 0 for a defence that is none, such as a filter.
+    """
+
+    whole: float
+    transition: float = 0.0
+    transitions: int = 0
+
+
+def chain_cost(defence: Defence) -> ChainCost | None:
+    """What one image costs a defence; ``None`` for :class:`~pyro_vae_defence.defence.NoDefence`.
+
+    That of NUTS is an upper bound, its largest trees; what is not known counts as one.
+    """
+    if isinstance(defence, NoDefence):
+        return None
+    if isinstance(defence, PosteriorModeDefence):
+        return ChainCost(float(defence.num_steps + 1))
+    if not isinstance(defence, MCMCDefence):
+        return ChainCost(1.0)
+    kernel = defence.kernel(target(defence.vae, defence.perturbation))
+    number = defence.warmup_steps + defence.num_samples
+    if not isinstance(kernel, BatchedKernel):
+        length = float(getattr(kernel, "num_steps", None) or 1)
+        return ChainCost((number * length + 1) * defence.num_chains, length, number)
+    lengths = [kernel.gradients_of(0, step) for step in range(number)]
+    first = kernel.burn_in
+    whole = (sum(lengths) + 1) * defence.num_chains
+    return ChainCost(float(whole), (sum(lengths) - first) / number, number)
+
+
+def suite_gradients(
+    chain: ChainCost | None,
+    budget: Budget,
+    num_images: int,
+    attacks: Sequence[str] = tuple(KNOWLEDGE),
+    checks: bool = True,
+) -> dict[str, float]:
+    """Decoder gradients per image of each attack, of ``scoring``, and of ``checks``.
+
+    Args:
+        chain: what the defence costs; ``None`` if there is none.
+        budget: how hard the suite tries.
+        num_images: images that are evaluated together.
+        attacks: names in :data:`~pyro_vae_defence.robustness.suite.ATTACKS`.
+        checks: whether the sanity checks run.
+    """
+    whole = 1.0 if chain is None else chain.whole
+    length = 0.0 if chain is None else chain.transition
+    transitions = 0 if chain is None else chain.transitions
+    known = transitions > 0
+    going_on = whole
+    if budget.persistent_transitions is not None and (known or chain is None):
+        going_on = budget.persistent_transitions * length + 2 if known else 0.0
+    of_step = {
+        "transfer": 1.0,
+        "encoder": 1.0,
+        "bpda": going_on + 2,
+        "equilibrium": going_on + 3,
+        "implicit": going_on + 2 * budget.num_iterations + 3,
+        "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
+        "unroll": whole + 4 * transitions * length,
+    }
+
+    def attack(name: str, rows: int, num_steps: int) -> float:
+        if name == "black_box":
+            queries = budget.black_box_steps * (2 * budget.num_directions + 1) + 2
+            return rows * queries * whole
+        # Where it begins, and the value of what was found.
+        runs = chain is not None and name not in ("transfer", "encoder", "unroll")
+        return rows * (num_steps * of_step[name] + (2 * whole if runs else 0.0))
+
+    found: dict[str, float] = {}
+    for name in attacks:
+        if chain is None and name not in ("transfer", "encoder", "black_box"):
+            continue
+        if not known and name in ("equilibrium", "truncated", "unroll"):
+            continue
+        limit = budget.max_evaluations
+        if limit is not None and sum(found.values()) >= limit:
+            break
+        draws = {"transfer": (1,), "equilibrium": (budget.num_chains,)}.get(name, budget.num_draws)
+        found[name] = attack(name, budget.num_restarts * sum(draws), budget.num_steps)
+    per_attack = budget.num_restarts * budget.selection_draws + budget.scoring_draws
+    scored = 2 * budget.scoring_draws + budget.selection_draws + 1 + per_attack * len(found)
+    found["scoring"] = scored * whole
+    if checks:
+        # Five attacks by the strongest, at worst the most expensive, on a few images.
+        rows = max(budget.num_chains, *budget.num_draws)
+        kinds = found.keys() - {"scoring", "black_box"}
+        worst = max((attack(name, rows, budget.check_steps) for name in kinds), default=0.0)
+        again = 5 * worst + 3 * (budget.scoring_draws + max(5, budget.selection_draws)) * whole
+        found["checks"] = again * min(budget.check_images, num_images) / num_images
+    return found
