@@ -27,13 +27,11 @@ SMALL = {
         "warmup_steps": 3,
     },
     "anomaly_detection.md": {"epochs": 1, "num_pictures": 95},
-    "classifiers.md": {"num_images": 5, "warmup_steps": 2},
-    "detect_attacks.md": {"num_images": 10, "warmup_steps": 2},
+    "classifiers.md": {"num_images": 5},
+    "detect_attacks.md": {"num_images": 10},
     "evaluate_robustness.md": {
         "num_images": 2,
         "num_steps": 2,
-        "num_chains": 2,
-        "warmup_steps": 2,
     },
     "inspecting_chains.md": {"num_images": 2, "num_samples": 8, "warmup_steps": 2},
 }
