@@ -26,7 +26,12 @@ SMALL = {
         "num_samples": 4,
         "warmup_steps": 3,
     },
-    "anomaly_detection.md": {"epochs": 1, "num_pictures": 95},
+    "anomaly_detection.md": {
+        "epochs": 1,
+        "num_pictures": 95,
+        "num_samples": 2,
+        "warmup_steps": 2,
+    },
     "classifiers.md": {"num_images": 5},
     "detect_attacks.md": {"num_images": 10},
     "evaluate_robustness.md": {

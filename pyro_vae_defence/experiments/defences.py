@@ -240,7 +240,7 @@ _COLOURS = {
     "aware_mode": "tab:purple", "aware_0.1": "yellowgreen", "aware_0.2": "darkolivegreen",
     "paper": "gold", "nuts": "teal", "mode": "tab:pink", "encoder_samples": "navy",
     "dark_clip": "tab:brown", "dark_clip_0.2": "peru", "extreme_clip": "black",
-    "median": "tab:cyan", "gaussian": "tab:gray",
+    "median": "tab:cyan", "gaussian": "tab:gray", "recommended": "crimson",
 }  # fmt: skip
 
 
