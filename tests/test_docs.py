@@ -25,6 +25,7 @@ SMALL = {
         "num_steps": 2,
         "num_chains": 2,
         "warmup_steps": 2,
+        "check_steps": 4,
     },
 }
 
