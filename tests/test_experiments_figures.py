@@ -140,7 +140,7 @@ def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path, capsys):
     path.write_text(json.dumps(cut))
     # Pictures and tables leave out what is not there.
     assert main(["figures", "--output", str(tmp_path), "--images", str(tmp_path)]) == 0
-    assert "figures_mnist_objectives.png" in capsys.readouterr().out
+    assert "figures_mnist_objectives_supervised.png" in capsys.readouterr().out
     assert "| 1 | knows the defence" not in (tmp_path / "tables.md").read_text()
 
     again = study(tmp_path, models).run()
