@@ -20,12 +20,13 @@ INTRODUCTION = (
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
-table { border-collapse: collapse; margin: .8rem 0; }
+table { border-collapse: collapse; margin: .8rem 0; display: block; overflow-x: auto; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
 th { font-weight: 600; }
 td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .bad { color: #a40000; } .good { color: #1a6b1a; } .note { color: #555; }
 section { border-top: 2px solid #1c1c1c; margin-top: 2.5rem; }
+svg { max-width: 100%; height: auto; }
 img.examples { image-rendering: pixelated; max-width: 100%; }
 """  # noqa: E501
 
