@@ -1,9 +1,16 @@
-# make run   the main job: train, attack, defend, report (examples/mnist_svi.py)
-# make test  the test suite
-# make bench the sampler engine against the machine, stock Pyro and NumPyro (about 25 minutes)
-# make lint  format, lint and types
-# make test-gpu  the tests that need a CUDA GPU; .ci/gpu runs these, the benchmark and an evaluation
-# Each sets up .venv on its own when it is missing or setup.cfg has changed.
+## make run               the main job: train, attack, defend, report (examples/mnist_svi.py)
+## make test              the test suite
+## make lint              format, lint and types; make format mends the first two
+## make docs              the documentation, into docs/_build/html
+## make bench             the sampler engine against the machine, Pyro and NumPyro (25 minutes)
+## make test-slow         checks of minutes each, which a release waits for
+## make test-gpu          the tests that need a CUDA GPU; .ci/gpu has these and more
+## make test-lower-bounds the test suite with the oldest versions allowed
+## make gpu-wheels        what .ci/gpu needs on a machine without a network, into wheels/
+## make clean             remove what these made
+##
+## Each sets up .venv on its own when it is missing or setup.cfg has changed. ARGS="..." is passed
+## on, to pytest too; PYTHON=python3.12 is the Python that .venv is made with.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +22,7 @@ GPU_TESTS := tests/cuda tests/test_training.py tests/test_training_any_vae.py
 .PHONY: run test test-slow test-gpu test-lower-bounds gpu-wheels bench lint format docs clean help
 
 help:
-	@sed -n 's/^# //p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^##[ ]\{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
