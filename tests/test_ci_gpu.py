@@ -42,7 +42,7 @@ def ci(tmp_path):
         environment = {
             **os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out"), "FAILS": fails,
             "HANGS": hangs, "IMPORTS": imports, "CALLS": str(calls),
-            "WHEELS": str(tmp_path / "wheels"), **settings,
+            "WHEELS": str(tmp_path / "wheels"), "EVALUATION_NAMES": "mnist_large_0.1", **settings,
         }  # fmt: skip
         script = str(ROOT / ".ci" / "gpu")
         done = subprocess.run([script, *arguments], env=environment, capture_output=True, text=True)
@@ -63,6 +63,17 @@ def test_parts_run_in_order_and_leave_logs(ci, tmp_path):
     assert "output of benchmark" in (tmp_path / "out" / "benchmark.log").read_text()
     assert (tmp_path / "out" / "environment.txt").exists()
     assert all("--device cuda" in line for line in calls[1:])
+
+
+def test_evaluations_follow_each_other_until_their_time_is_up(ci):
+    names = "mnist_published_0.1 fashion_mnist_large_0.2"
+    _, calls, _ = ci("evaluation", EVALUATION_NAMES=names, EVALUATION_LIMIT="100")
+    assert [line.split(" robustness ")[1].split()[0] for line in calls] == names.split()
+    assert ["mnist_subset", "fashion_mnist_subset"] == [
+        line.split("--set dataset=")[1].split()[0] for line in calls
+    ]
+    assert all(80 <= int(line.split("--time-limit ")[1].split()[0]) <= 85 for line in calls)
+    assert ci("evaluation", EVALUATION_NAMES=names, EVALUATION_LIMIT="0")[1] == []
 
 
 def test_parts_are_chosen_and_rehearsed_on_the_cpu(ci):
