@@ -69,8 +69,9 @@ def test_evaluations_follow_each_other_until_their_time_is_up(ci):
     names = "mnist_published_0.1 fashion_mnist_large_0.2"
     _, calls, _ = ci("evaluation", EVALUATION_NAMES=names, EVALUATION_LIMIT="100")
     assert [line.split(" robustness ")[1].split()[0] for line in calls] == names.split()
-    assert ["mnist_subset", "fashion_mnist_subset"] == [
-        line.split("--set dataset=")[1].split()[0] for line in calls
+    assert [line.split("--set dataset=")[1].split()[0] for line in calls] == [
+        "mnist_subset",
+        "fashion_mnist_subset",
     ]
     assert all(80 <= int(line.split("--time-limit ")[1].split()[0]) <= 85 for line in calls)
     assert ci("evaluation", EVALUATION_NAMES=names, EVALUATION_LIMIT="0")[1] == []

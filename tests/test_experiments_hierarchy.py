@@ -67,7 +67,7 @@ def test_every_group_and_defence_is_scored(models, tmp_path):
     text = tables.read_text()
     estimate = result["groups"]["3"]["defences"]["aware"]["ms_ssim"]["estimate"]
     assert f"{estimate:.3f}" in text
-    assert text.count("HMC, perturbation-aware") == 2
+    assert text.count("HMC, perturbation-aware") == 4  # a row per group, in short and in full
     assert figure == tmp_path / "mnist_nvae_groups.png"
     with Image.open(figure) as image:
         assert image.width > 100

@@ -15,7 +15,6 @@ import torch
 
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, PaperSetting
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.drawing import picture
 from pyro_vae_defence.experiments.html import robustness_page
 from pyro_vae_defence.experiments.robustness import (
     RATES,
@@ -29,6 +28,7 @@ from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
+from pyro_vae_defence.plots import picture
 
 SETTINGS = {
     "num_images": 4, "chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 2,
