@@ -110,5 +110,5 @@ def test_loaders_yield_on_the_device(device):
     loader = data.batches(data.load("mnist_subset", "test"), 4, device=device)
     x, labels = next(iter(loader))
     assert x.device.type == labels.device.type == device.type
-    result = NoDefence(to(TutorialVAE().eval(), device).float())(x)
+    result = NoDefence(to(TutorialVAE().eval(), device))(x.to(torch.get_default_dtype()))
     assert result.reconstruction.device.type == device.type
