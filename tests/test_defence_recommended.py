@@ -77,6 +77,14 @@ def test_what_it_cannot_do_without_is_named(tutorial_vae, x):
         MCMCDefence.recommended(tutorial_vae, Linf(0.1))
     with pytest.raises(ValueError, match="is empty"):
         MCMCDefence.recommended(tutorial_vae, Linf(0.1), x[:0])
+    for wrong, message in (
+        (255 * x, "train_images must lie in .0, 1., got values from"),
+        (x.numpy(), "train_images must be a tensor of images"),
+        ("folder", "train_images must be a tensor of images"),
+        (torch.zeros(4), "train_images must have shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MCMCDefence.recommended(tutorial_vae, Linf(0.1), wrong)
     with pytest.raises(ValueError, match=r"perturbation.*Linf\(0.1\)"):
         MCMCDefence.recommended(tutorial_vae, 0.1, x)
     with pytest.raises(ValueError, match="model"):

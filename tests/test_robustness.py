@@ -630,6 +630,12 @@ class TestWithoutAManual:
         no_chain = suite_gradients(None, Budget.quick(), 2)
         assert set(no_chain) == {"transfer", "encoder", "black_box", "scoring", "checks"}
 
+    def test_a_budget_is_a_budget(self):
+        vae, x = ConvVAE().eval(), torch.rand(2, 1, 28, 28)
+        for wrong in ("quick", Budget.quick):
+            with pytest.raises(ValueError, match=r"budget must be a Budget such as Budget.quick"):
+                evaluate_robustness(vae, NoDefence(vae), x, budget=wrong)
+
     def test_the_page_of_a_report_loads_nothing(self, tmp_path, capsys):
         vae, x = ConvVAE().eval(), torch.rand(3, 1, 28, 28)
         budget = dataclasses.replace(Budget.quick(), num_steps=2, check_images=2, check_steps=4)

@@ -28,7 +28,7 @@ from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.mcmc.captured import find_graph
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models.conditions import rows_of, split
-from pyro_vae_defence.models.contract import check_vae, run_on
+from pyro_vae_defence.models.contract import check_images, check_vae, run_on
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.models.perturbation import Perturbation
 from pyro_vae_defence.models.program import (
@@ -325,4 +325,5 @@ def _batches(vae: VAE, images: Any) -> Iterator[Any]:
         images = DataLoader(images, batch_size=_ROWS)
     for batch in images:
         entries = batch if isinstance(batch, (tuple, list)) else (batch,)
+        check_images(entries[0] if entries else batch, "train_images")
         yield tuple(e.to(device) if isinstance(e, Tensor) and device else e for e in entries)

@@ -106,6 +106,8 @@ def evaluate_robustness(
     if len(x) < 2:
         raise ValueError(f"x holds {len(x)} image: intervals need two or more")
     ball = check_ball(Linf(0.1) if ball is None else ball)
+    if not (budget is None or isinstance(budget, Budget)):
+        raise ValueError(f"budget must be a Budget such as Budget.quick(), got {budget!r}")
     attacks = tuple(KNOWLEDGE) if attacks is None else attacks
     unknown = sorted(set(attacks) - set(KNOWLEDGE))
     if unknown or not attacks:
