@@ -389,10 +389,13 @@ def _fold(module: fx.GraphModule, device: torch.device) -> None:
             constant = operator.attrgetter(str(node.target))(module)
             if isinstance(constant, Tensor) and constant.device != device:
                 value = constant
-        elif _is_pure(node) and known.keys() >= set(inputs):
-            if inputs or node.kwargs.get("device", device) != device:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-                value = node.target(*args, **kwargs)
+        elif (
+            _is_pure(node)
+            and known.keys() >= set(inputs)
+            and (inputs or node.kwargs.get("device", device) != device)
+        ):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+            value = node.target(*args, **kwargs)
         if isinstance(value, Tensor) and all(map(_is_pure, node.users)):
             known[node] = value
     for number, (node, value) in enumerate(known.items()):
