@@ -233,7 +233,7 @@ def test_targets_follow_their_images_through_restarts_and_micro_batches():
     wanted = program.posterior_mean(vae, x_target)["z"]
     distances = (reached[:, None] - wanted[None]).square().sum(-1)
     assert distances.argmin(1).tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="x_target has 3 entries, but the attack has at least 5"):
+    with pytest.raises(ValueError, match="x_target has 3 entries, but the attack has 5 images"):
         attacks.PGD(attacks.mean_distance(vae, x_target[:3]), Linf(0.1), 1)(x)
 
 

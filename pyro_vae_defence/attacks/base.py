@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.attacks.objectives._rows import prepare
+from pyro_vae_defence.attacks.objectives._rows import check_entries, prepare
 from pyro_vae_defence.models.conditions import fold, rows_of, split
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.checks import check_integer, plain
 from pyro_vae_defence.ops.files import atomic_save
 from pyro_vae_defence.ops.latents import rows, unfold
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -105,6 +106,8 @@ class Problem:
     streams: Streams
     num_gradients: int = 0
     num_queries: int = 0
+    any_finite: Tensor | None = None
+    """Whether a number of any gradient was finite, bool ``()``; ``None`` before the first."""
 
     def start(self) -> Tensor:
         """A random point of the ball, clipped so that the image is valid."""
@@ -122,12 +125,16 @@ class Problem:
 
     def _evaluate(self, x: Tensor) -> Tensor:
         value = self.objective(x)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"objective must return a tensor with one value per image, got {value!r}"
+            )
         if value.shape != (len(x),):
             raise ValueError(
                 f"objective must return one value per image, shape ({len(x)},), "
                 f"got {tuple(value.shape)}; sum over pixels and latents, not over images"
             )
-        return value
+        return value if value.is_floating_point() else value.to(x.dtype)
 
     def value(self, perturbation: Tensor) -> Tensor:
         """The objective, ``(rows,)``; one query. Raises ``ValueError`` for one of another shape."""
@@ -163,7 +170,34 @@ class Problem:
                 "black-box attack such as attacks.Square, or a straight-through estimate there"
             )
         # A row whose gradient overflows stays where it is instead of leaving the ball as NaN.
-        return value.detach(), torch.where(gradient.isfinite(), gradient, 0.0)
+        finite = gradient.isfinite()
+        found = finite.any()
+        self.any_finite = found if self.any_finite is None else self.any_finite | found
+        return value.detach(), torch.where(finite, gradient, 0.0)
+
+    def judge(self, criterion: Criterion, perturbed: Tensor, value: Tensor) -> Tensor:
+        """What a criterion says of rows, bool. Raises ``ValueError`` if it does not say that."""
+        met = criterion(perturbed, value)
+        if not (
+            isinstance(met, Tensor) and met.dtype == torch.bool and met.shape == (len(perturbed),)
+        ):
+            said = f"{met.dtype} {tuple(met.shape)}" if isinstance(met, Tensor) else repr(met)
+            raise ValueError(
+                f"stop must say of every image whether it is met, bool ({len(perturbed)},), got "
+                f"{said}"
+            )
+        return met
+
+    def check_gradients(self, value: Tensor) -> None:
+        """``ValueError`` if no gradient had a finite number although the objective has a value."""
+        if self.any_finite is None or value.device.type == "meta":
+            return
+        if not bool(self.any_finite) and bool(value.isfinite().any()):
+            raise ValueError(
+                "the gradient of objective is not finite at any pixel of any image, so that no "
+                "image was moved by it; look for the root or the norm of zero, or an overflow, in "
+                "the objective and the encoder, or use a black-box attack such as attacks.Square"
+            )
 
 
 def keep_best(state: State, perturbation: Tensor, value: Tensor) -> State:
@@ -228,6 +262,8 @@ class Attack:
             )
         for name in ("num_steps", "num_restarts", "batch_size", "checkpoint_every"):
             check_integer(name, getattr(self, name))
+        for entry in dataclasses.fields(self):
+            object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
 
     # --- What an optimiser adds -------------------------------------------------------------------
 
@@ -245,16 +281,19 @@ class Attack:
 
     # --- The template -----------------------------------------------------------------------------
 
+    @public
     def __call__(self, x_ref: ImagesLike, generator: torch.Generator | None = None) -> AttackResult:
         """Attack reference images ``(N, C, H, W)`` in [0, 1] from ``num_restarts`` random starts.
 
         With a tuple ``(x_ref, *conditions)`` the objective's VAE is conditional, and attacked given
         its conditions. The run's seed comes from the ``generator``, or from torch's global seed.
 
-        Raises ``ValueError`` if the objective is not finite for a single row in the end.
+        Raises ``ValueError`` if the objective is not finite for a single row in the end, or no
+        gradient of it was.
         """
         x_ref, conditions = split(x_ref, "x_ref")
         check_images(x_ref, "x_ref")
+        self._check_entries(len(x_ref))
         image = torch.arange(len(x_ref), device=x_ref.device)
         result = self.attack_rows(x_ref, image, draw_seed(generator), conditions)
         value = result.objective
@@ -266,10 +305,18 @@ class Attack:
             )
         return result
 
+    def _check_entries(self, num_images: int) -> None:
+        """``ValueError`` if labels or targets are not of so many images."""
+        for prepared in (self.objective, self.stop):
+            if prepared is not None:
+                check_entries(prepared, num_images)
+
+    @public
     def attack_rows(
         self, x_ref: Tensor, image: Tensor, seed: int, conditions: tuple[Tensor, ...] = ()
     ) -> AttackResult:
         """Attack images, each with the random streams that ``image`` ``(N,)`` numbers."""
+        x_ref = x_ref.detach()  # or the result would hang on the references through all steps
         progress = _Progress(self, (x_ref, *conditions), seed)
         chain = torch.arange(self.num_restarts, device=x_ref.device).repeat_interleave(len(x_ref))
         streams = Streams(progress.seed, image.repeat(self.num_restarts), chain)
@@ -303,22 +350,31 @@ class Attack:
             state = _charge(self._step(problem, state, t), problem)
             if criterion is not None:
                 x = (problem.x_ref + state["result"]).clamp(0.0, 1.0)
-                solved = state["solved"] = criterion(x, state["result_value"])
+                solved = state["solved"] = problem.judge(criterion, x, state["result_value"])
                 if bool(solved.any()):
                     outcome = _put(outcome, active[solved], _select(state, solved))
                     active, state = active[~solved], _select(state, ~solved)
                     if len(active) == 0:
                         break
+                    seen = problem.any_finite
                     problem, criterion = self._prepare(images, streams, active)
+                    problem.any_finite = seen
             progress.step(t + 1, active, state, outcome)
         if len(active) > 0:
             state = _charge(self._finish(problem, state), problem)
             outcome = _put(outcome, active, state)
         x_adv = (x_ref + outcome.pop("result")).clamp(0.0, 1.0)
         x_adv = self.ball.inside(x_ref, x_adv)
+        seen = problem.any_finite
+        problem, criterion = self._prepare(images, streams)
+        problem.any_finite = seen
         with torch.no_grad():
-            value = prepare(self.objective, images, streams)(x_adv)
+            value = problem._evaluate(x_adv)
+        problem.check_gradients(value)
         outcome["num_queries"] = outcome["num_queries"] + 1
+        if criterion is not None:
+            # The last move was judged by no step, and what is returned was rounded into the ball.
+            outcome["solved"] = problem.judge(criterion, x_adv, value)
         return {"x_adv": x_adv, "objective": value, **outcome}
 
     def _prepare(

@@ -22,7 +22,10 @@ from torch import Tensor, nn
 
 from pyro_vae_defence.attacks.adaptive import straight_through
 from pyro_vae_defence.attacks.objectives import _rows, symmetric_kl
+from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode, posterior_mean
+from pyro_vae_defence.models.scope import drop_references
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.types import VAE, Encode, PreparedObjective
 
 
@@ -69,6 +72,11 @@ class LatentClassifier(nn.Module):
         # Libraries ask for eval mode; the modules inside are switched to it while they run.
         self.training = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        drop_references(*modules_of(self.vae, self.classifier))
+        return self.__dict__
+
+    @public
     def forward(self, x: Tensor) -> Tensor:
         """Scores of every image; the gradient is that of the surrogate when defended."""
         with evaluation_mode(self.vae, self.classifier):
@@ -107,7 +115,9 @@ class EncoderAttackHead(nn.Module):
         self.vae: Any = check_vae(vae)
         check_images(x_ref, "x_ref")
         self.num_images = x_ref.shape[0]
-        self._objective = (objective or symmetric_kl(vae))(x_ref)
+        objective = objective or symmetric_kl(vae)
+        _rows.check_entries(objective, len(x_ref))
+        self._objective = objective(x_ref)
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:

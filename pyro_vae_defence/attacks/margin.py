@@ -26,6 +26,7 @@ from pyro_vae_defence.attacks.base import Attack
 from pyro_vae_defence.attacks.objectives._rows import draws, reconstruct
 from pyro_vae_defence.models.conditions import rows_of, split, take
 from pyro_vae_defence.models.program import at_images, evaluation_mode
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike
@@ -44,6 +45,7 @@ class RMargin(NamedTuple):
     broken: Tensor
 
 
+@public
 def r_margin(
     vae: VAE,
     attack: Attack,
@@ -75,6 +77,7 @@ def r_margin(
     if not r > 0:
         raise ValueError(f"r must be positive, got {r!r}")
     check_integer("num_bisections", num_bisections, 0)
+    attack._check_entries(len(x_ref))
     references = x_ref
     num_images, largest = x_ref.shape[0], attack.ball.radius
     # The attack's noise is the same at every radius; that of the decisions is fresh.

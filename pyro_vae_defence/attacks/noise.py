@@ -14,9 +14,11 @@ from torch import Tensor
 
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 
 
+@public
 def random_noise(x: Tensor, ball: Ball, generator: torch.Generator | None = None) -> Tensor:
     """A random extreme point of the ball around every image: images, in [0, 1] and in the ball.
 

@@ -19,7 +19,10 @@ from pyro_vae_defence.defence import store
 from pyro_vae_defence.defence.result import Chains, DefenceResult
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import rows_of, split, take, taken
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.models.modules import modules_of
+from pyro_vae_defence.models.scope import drop_references
+from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.checks import check_finite, check_integer, plain
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents
 
@@ -52,6 +55,12 @@ class BaseDefence(ABC):
     def __post_init__(self) -> None:
         program.check_vae(self.vae)
         check_integer("batch_size", self.batch_size)
+        for entry in fields(self):
+            setattr(self, entry.name, plain(getattr(self, entry.name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        drop_references(*modules_of(self.vae))
+        return self.__dict__
 
     def encode(self, x: ImagesLike, generator: torch.Generator | None = None) -> Latents:
         """Latents of images ``(N, C, H, W)`` after the defence: site -> ``(N, *event)``."""
@@ -196,6 +205,7 @@ class BaseDefence(ABC):
     def _settings(self) -> dict[str, Any]:
         """What :attr:`DefenceResult.settings` are to say."""
 
+    @public
     def _defend(self, vae: VAE, x: Tensor, seed: int, first_image: int) -> DefenceResult:
         started = time.perf_counter()
         with program.evaluation_mode(vae):
@@ -210,6 +220,11 @@ class BaseDefence(ABC):
             with torch.no_grad():
                 # A Gaussian likelihood's mean may leave the range of images.
                 reconstruction = decode(latents, x).clamp(0.0, 1.0)
+        check_finite(
+            "the reconstruction",
+            reconstruction,
+            f"rows count from image {first_image}; see what guide and model return for these",
+        )
         return DefenceResult(
             latents=latents,
             reconstruction=reconstruction,

@@ -37,6 +37,8 @@ from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.models.conditions import bind, split
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.program import Decoder, check_vae, evaluation_mode, posterior_mean
+from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
 Reading = Literal["last", "draws", "mean", "reencoded"]
@@ -137,6 +139,7 @@ class DefendedClassifier:
         """The most probable class of each image, int64 ``(N,)``."""
         return self(x, generator).argmax(-1)
 
+    @public
     @torch.no_grad()
     def log_probabilities(self, result: DefenceResult) -> Tensor:
         """As a call, from a run of the defence that is at hand: ``(N, classes)``."""
@@ -145,4 +148,5 @@ class DefendedClassifier:
         folded = flatten_latents({name: value.flatten(0, 1) for name, value in latents.items()})
         with evaluation_mode(self.classifier):
             scores = self.classifier(folded)
+        check_finite("the score of classes", scores, "see what the classifier makes of latents")
         return scores.log_softmax(-1).unflatten(0, (num, rows)).logsumexp(0) - math.log(num)

@@ -79,12 +79,14 @@ class Convergence(NamedTuple):
 def split_r_hat(draws: Tensor) -> Tensor:
     """Split R-hat of draws ``(chain, draw, *rest)``: shape ``(*rest)``.
 
-    Equal to ``arviz.rhat(..., method="split")``. NaN where nothing moves.
+    Equal to ``arviz.rhat(..., method="split")``. NaN where nothing moves, and of one chain, whose
+    halves may agree on a mode that others do not share.
 
     Raises:
         ValueError: with fewer than 4 draws.
     """
-    return _r_hat(*_variances(draws))
+    found = _r_hat(*_variances(draws))
+    return found if draws.shape[0] > 1 else torch.full_like(found, torch.nan)
 
 
 def _variances(draws: Tensor) -> tuple[Tensor, int]:

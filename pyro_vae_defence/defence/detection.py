@@ -41,9 +41,11 @@ from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.conditions import bind, split
 from pyro_vae_defence.models.program import Decoder, evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.types import ImagesLike, Latents, LatentsLike
 
 
+@public
 @torch.no_grad()
 def detection_scores(
     defence: Defence, result: DefenceResult, variance: LatentsLike | None = None
@@ -126,6 +128,7 @@ def detection_scores(
     return scores
 
 
+@public
 @torch.no_grad()
 def anomaly_scores(
     defence: Defence, x: ImagesLike, generator: torch.Generator | None = None

@@ -147,7 +147,8 @@ def _run(
         hook_fn=collect,
         disable_progbar=True,
     )
-    mcmc.run(x)
+    with torch.enable_grad():  # which Pyro's kernels leave to the caller
+        mcmc.run(x)
     draws = {name: value[:, 0] for name, value in mcmc.get_samples().items()}
     with torch.no_grad():
         repeated = energy_of(start.vae, x.expand(lengths.num_samples, -1, -1, -1))

@@ -38,6 +38,7 @@ from pyro_vae_defence.models.conditions import split, take
 from pyro_vae_defence.models.perturbation import UnknownRadius, UnknownRadiusLikelihood
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike
 
@@ -62,6 +63,7 @@ def similarity_to_input(result: DefenceResult) -> Tensor:
     return metrics.ms_ssim(result.x, result.reconstruction, variant="paper")
 
 
+@public
 def calibrate_radius(
     vae: VAE,
     clean_images: ImagesLike,
@@ -123,6 +125,7 @@ def _gains(vae: VAE, x: Tensor, balls: Iterable[Ball | None], num_steps: int) ->
     return torch.stack(gains)
 
 
+@public
 def radius_probabilities(
     vae: VAE, latents: LatentsLike, x: ImagesLike, perturbation: UnknownRadius
 ) -> Tensor:
@@ -143,6 +146,7 @@ def radius_probabilities(
     raise AssertionError("a perturbation-aware model observes its image")
 
 
+@public
 def scores_by_radius(
     vae: VAE,
     x: ImagesLike,

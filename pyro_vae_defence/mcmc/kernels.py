@@ -12,6 +12,7 @@ Options, adaptation and bookkeeping are here; a kernel adds its own arguments an
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
 
@@ -26,7 +27,8 @@ from pyro_vae_defence.mcmc.captured import Graph, Step, find_graph
 from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
 from pyro_vae_defence.models.compiled import RecordedPotential
 from pyro_vae_defence.models.program import ModelPotential
-from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.checks import check_integer, check_positive, check_precision, plain
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
@@ -71,7 +73,8 @@ class BatchedKernel(MCMCKernel):
         burn_in: steps of :mod:`~pyro_vae_defence.mcmc.burn_in` from the start to where the first
             transition begins, >= 0, one gradient each. For a metric that whitens; about 30 for
             attacked encodings.
-        generator: source of the run's seed; torch's global seed when ``None``.
+        generator: source of the run's seed, and so of a start from the prior; torch's global seed
+            when ``None``. Chains that Pyro's ``MCMC`` runs in processes of their own differ.
 
     Attributes:
         rule: how step sizes adapt; may be replaced before a run, as ``step_size`` may.
@@ -111,7 +114,7 @@ class BatchedKernel(MCMCKernel):
         for name, value in (("model", model), ("potential_fn", potential_fn)):
             if value is not None and not callable(value):
                 raise ValueError(f"{name} must be callable, got {type(value).__name__}")
-        check_positive("step_size", step_size)
+        step_size = check_positive("step_size", step_size)
         check_integer("burn_in", burn_in, 0)
         if inverse_mass_matrix is not None:
             _check_inverse_mass(inverse_mass_matrix)
@@ -122,7 +125,7 @@ class BatchedKernel(MCMCKernel):
         self.step_size = step_size
         self.rule = rule if adapt_step_size else adaptation.FixedStepSize()
         self.inverse_mass_matrix = inverse_mass_matrix
-        self.burn_in = burn_in
+        self.burn_in = plain(burn_in)
         self.generator = generator
         self.transforms: dict[str, Transform] = {}
         self.streams: Streams | None = None
@@ -133,6 +136,7 @@ class BatchedKernel(MCMCKernel):
         self._warmup_steps = 0
         self._graph: Graph | None = None
         self._run: _Run | None = None
+        self._drawn: Streams | None = None  # from the generator, for this run
 
     # --- What a kernel adds ---
 
@@ -155,6 +159,7 @@ class BatchedKernel(MCMCKernel):
 
     # --- Pyro's contract ---
 
+    @public
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Read the model's sites at its arguments, those of ``MCMC.run``; forget earlier runs.
 
@@ -164,7 +169,7 @@ class BatchedKernel(MCMCKernel):
             ValueError: if :attr:`prepare` is of no use.
         """
         self._warmup_steps = warmup_steps
-        self._run = None
+        self._run = self._drawn = None
         self.prepare = prepare = find_graph(self.prepare)
         if self.model is None and prepare is not None:
             raise ValueError(
@@ -193,7 +198,11 @@ class BatchedKernel(MCMCKernel):
                     "initial_params must be given with potential_fn: "
                     "MCMC(kernel, ..., initial_params={site: tensor of shape (N, ...)})"
                 )
-            self._initial_params = self._potential.prototype
+            if self.generator is None:
+                self._initial_params = self._potential.prototype
+            else:
+                like = next(iter(self._potential.prototype.values()))
+                self._initial_params = self._potential.prior(self._draw_streams(like))
         return self._initial_params
 
     @initial_params.setter
@@ -216,6 +225,7 @@ class BatchedKernel(MCMCKernel):
         reason: str | None = getattr(self._graph or self._potential, "why_not", None)
         return reason
 
+    @public
     def sample(self, params: LatentsLike) -> Latents:
         """One transition of every chain from ``params`` (unconstrained, one row per chain).
 
@@ -329,6 +339,19 @@ class BatchedKernel(MCMCKernel):
             return self._graph.transition(step, potential, state, streams, step_size, metric)
         return step(potential, state, streams, step_size, inverse_mass=metric)
 
+    def _draw_streams(self, like: Tensor) -> Streams:
+        """Streams of the run, with a row for each of ``like``; drawn once."""
+        if self._drawn is None:
+            streams = self.streams
+            if streams is None:
+                streams = Streams.create(len(like), generator=self.generator, device=like.device)
+            # A forked copy of a generator draws the same seed.
+            if number := _chain_of_process():
+                first = number * (int(streams.chain.max()) + 1)
+                streams = streams._replace(chain=streams.chain + first)
+            self._drawn = streams
+        return self._drawn
+
     def _start(self, params: LatentsLike) -> _Run:
         """The run at ``params``: a new one, or the present one moved there."""
         if isinstance(self._potential, ModelPotential):
@@ -337,9 +360,7 @@ class BatchedKernel(MCMCKernel):
         energy, run = state.energy, self._run
         rows = next(iter(params.values())).shape[0]
         _check_energy(energy, rows)
-        streams = self.streams if run is None else run.streams
-        if streams is None:
-            streams = Streams.create(rows, generator=self.generator, device=energy.device)
+        streams = self._draw_streams(energy) if run is None else run.streams
         given = streams.image.shape[0]
         if given != rows:
             raise ValueError(f"streams has {given} rows but the latents have {rows}")
@@ -355,6 +376,12 @@ class BatchedKernel(MCMCKernel):
             acceptance_sum=torch.zeros_like(energy),
             diverging=[],
         )
+
+
+def _chain_of_process() -> int:
+    """The number of the chain for which Pyro's ``MCMC`` has started this process; 0 elsewhere."""
+    name = multiprocessing.current_process().name
+    return int(name) if multiprocessing.parent_process() and name.isdecimal() else 0
 
 
 def _take(nest: Any, rows: Tensor) -> Any:
@@ -376,6 +403,7 @@ def _check_energy(energy: Tensor, rows: int) -> None:
             f"potential_fn must return one energy per row, shape ({rows},), "
             f"got {tuple(energy.shape)}"
         )
+    check_precision("the energy", energy.dtype)
     if energy.device.type != "meta":
         bad = (~energy.isfinite()).nonzero().flatten().tolist()
         if bad:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from pyro_vae_defence.mcmc.integrators import energy_and_gradient
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
@@ -34,6 +35,7 @@ _EPSILON = 1e-8
 _SUFFICIENT_DECREASE = 1e-4  # Nocedal and Wright's value
 
 
+@public
 def search_mode(
     potential: Potential, start: LatentsLike, *, num_steps: int = 30, learning_rate: float = 0.3
 ) -> tuple[Latents, Tensor]:
@@ -82,6 +84,7 @@ def search_mode(
     return best, torch.full_like(best_energy, num_steps + 1, dtype=torch.long)
 
 
+@public
 def search_mode_lbfgs(
     potential: Potential, start: LatentsLike, *, num_steps: int = 30, memory: int = 10
 ) -> tuple[Latents, Tensor]:

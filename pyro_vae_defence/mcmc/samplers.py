@@ -8,6 +8,7 @@ whose keywords all of them take: ``step_size``, ``adapt_step_size``, ``target_ac
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from pyro_vae_defence.mcmc.ghmc import GHMCState
 from pyro_vae_defence.mcmc.hmc import HMCState
 from pyro_vae_defence.mcmc.integrators import check_dimension
 from pyro_vae_defence.mcmc.kernels import BatchedKernel, KernelOptions
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, plain
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Potential
 
@@ -42,7 +43,7 @@ class _JitteredKernel(BatchedKernel):
         check_integer("num_steps", num_steps)
         if not 0.0 <= jitter <= 1.0:
             raise ValueError(f"jitter must lie in [0, 1], got {jitter!r}; 0 keeps lengths fixed")
-        self.num_steps = num_steps
+        self.num_steps: int = plain(num_steps)
         self.jitter = jitter
 
     def _most_gradients(self, seed: int, step: int) -> int:
@@ -125,9 +126,9 @@ class BatchedNUTS(BatchedKernel):
         **options: Unpack[KernelOptions],
     ) -> None:
         super().__init__(model, potential_fn, **options)
-        if not (isinstance(max_tree_depth, int) and 1 <= max_tree_depth <= 20):
+        if not (isinstance(max_tree_depth, numbers.Integral) and 1 <= max_tree_depth <= 20):
             raise ValueError(f"max_tree_depth must be an integer in 1..20, got {max_tree_depth!r}")
-        self.max_tree_depth = max_tree_depth
+        self.max_tree_depth: int = plain(max_tree_depth)
 
     def _most_gradients(self, seed: int, step: int) -> int:
         return 2**self.max_tree_depth - 1
@@ -180,7 +181,7 @@ class BatchedGHMC(BatchedKernel):
             raise ValueError(
                 f"persistence must lie in [0, 1), got {persistence!r}; 0 draws the momentum anew"
             )
-        self.num_steps = num_steps
+        self.num_steps: int = plain(num_steps)
         self.persistence = persistence
 
     def _extend(self, state: HMCState, streams: Streams) -> GHMCState:

@@ -19,6 +19,7 @@ from pyro_vae_defence.metrics.likelihood import Transition, ais, importance_nll,
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
@@ -27,6 +28,7 @@ ROWS = 1000
 """Pairs of image and latents computed at once: some 100 MB for the paper's VAE."""
 
 
+@public
 @torch.no_grad()
 def nll(
     vae: VAE,
@@ -95,6 +97,7 @@ def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
     return weigh
 
 
+@public
 def ais_log_weights(
     vae: VAE,
     x: ImagesLike,
@@ -144,6 +147,7 @@ def ais_log_weights(
     return lat.unfold(log_weights, num_chains)
 
 
+@public
 @torch.no_grad()
 def simulate(vae: VAE, x: ImagesLike) -> tuple[Latents, Tensor]:
     """Latents of ``N`` rows from the prior, and images ``(N, C, H, W)`` from p(x | z).

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.models.contract import check_networks_on_device
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_on_device
 
 Extractor = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` in [0, 1] -> features ``(N, F)``."""
 
 
+@public
 def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
     """Squared Fréchet distance of two sets of features: a float64 scalar, not negative.
 
@@ -55,6 +57,7 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
     return (distance - 2 * overlap).clamp(min=0)
 
 
+@public
 @torch.no_grad()
 def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tensor:
     """Squared Fréchet distance of two sets of images; report it as ``frechet[<extractor>]``.
@@ -70,6 +73,7 @@ def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tens
     return frechet_distance(*sets)
 
 
+@public
 @torch.no_grad()
 def fid(
     x: Tensor, y: Tensor, weights_path: str | os.PathLike[str] | None = None, rows: int = 50

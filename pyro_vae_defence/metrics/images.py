@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_on_device
 
 MS_SSIM_VARIANTS = ("paper", "standard")
@@ -39,6 +40,7 @@ def metric_name(metric: str, variant: str) -> str:
     return f"{metric}[{variant}]"
 
 
+@public
 def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
     """Multi-scale structural similarity of each image pair, ``(N,)`` in [0, 1]; 1 if identical.
 
@@ -78,7 +80,7 @@ def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
                 f"x has shape {tuple(x.shape)}, but five scales need sides of at least "
                 f"{2**halvings} pixels: use ssim, or resize the images"
             )
-        return _paper_ms_ssim(x, y)
+        return _paper_ms_ssim(x, y).clamp(max=1.0)
     if variant == "standard":
         too_small = (_STANDARD_WINDOW - 1) * 2**halvings
         if smaller_side <= too_small:
@@ -86,10 +88,12 @@ def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
                 f"x has shape {tuple(x.shape)}, but variant='standard' needs sides above "
                 f"{too_small} pixels: use variant='paper' for small images, or ssim"
             )
-        return pytorch_msssim.ms_ssim(x, y, data_range=1.0, size_average=False)
+        value = pytorch_msssim.ms_ssim(x, y, data_range=1.0, size_average=False)
+        return value.clamp(max=1.0)
     raise ValueError(f"variant={variant!r} is unknown: choose one of {MS_SSIM_VARIANTS}")
 
 
+@public
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity at one scale, ``pytorch_msssim.ssim`` (window 11, sigma 1.5, range 1).
 
@@ -102,9 +106,10 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
             f"x has shape {tuple(x.shape)}, but ssim needs sides of at least {_STANDARD_WINDOW} "
             "pixels: resize the images"
         )
-    return pytorch_msssim.ssim(x, y, data_range=1.0, size_average=False)
+    return pytorch_msssim.ssim(x, y, data_range=1.0, size_average=False).clamp(max=1.0)
 
 
+@public
 def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
     """Squared difference of each image pair, averaged over pixels and channels, ``(N,)``.
 
@@ -158,9 +163,13 @@ def _window_matrix(length: int, size: int, like: Tensor) -> Tensor:
 
 
 def _relu_power(base: Tensor, exponent: float) -> Tensor:
-    """max(0, base)^exponent with gradient 0, not NaN, where the base is not positive."""
+    """max(0, base)^exponent with gradient 0, not NaN, where the base is not positive.
+
+    A base that is no number, of an image that is none, stays so.
+    """
     positive = base > 0
-    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, 0.0)
+    power = torch.where(positive, base, 1.0) ** exponent
+    return torch.where(positive, power, torch.where(base.isnan(), base, 0.0))
 
 
 def _check_pair(x: Tensor, y: Tensor) -> None:

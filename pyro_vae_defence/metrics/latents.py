@@ -23,11 +23,14 @@ def active_units(means: Tensor, threshold: float = ACTIVITY_THRESHOLD) -> Tensor
         threshold: smallest (unbiased) variance over images that counts as active, not negative.
 
     Raises:
-        ValueError: fewer than two rows, no latent dimension, or a negative threshold.
+        ValueError: fewer than two rows, no latent dimension, means that are not finite, or a
+            negative threshold.
     """
     if means.ndim < 2 or means.shape[0] < 2:
         shape = tuple(means.shape)
         raise ValueError(f"means has shape {shape}: pass (N, *event), one row per image, N >= 2")
+    if not bool(means.isfinite().all()):
+        raise ValueError("means has entries that are not finite: see what the guide returns there")
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold} is a variance: pass zero or more")
     return means.var(dim=0) > threshold

@@ -33,6 +33,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
@@ -44,6 +45,7 @@ visited, which would break the invariance: tune it on another run.
 """
 
 
+@public
 @torch.no_grad()
 def importance_nll(
     sample_and_weight: Callable[[int], Tensor], num_samples: int = 1000, chunk: int = 100
@@ -76,6 +78,7 @@ def importance_nll(
     return math.log(num_samples) - total
 
 
+@public
 @torch.no_grad()
 def ais(
     potential: Potential,

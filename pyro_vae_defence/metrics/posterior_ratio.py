@@ -26,10 +26,12 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.types import LatentsLike, Potential
 
 
+@public
 def log_posterior_ratio(
     potential: Potential, latents_1: LatentsLike, latents_2: LatentsLike
 ) -> Tensor:

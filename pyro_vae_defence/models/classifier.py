@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
+from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.types import VAE, LatentsLike
 
 
@@ -55,7 +56,9 @@ class LinearClassifier(nn.Module):
     def classify(self, vae: VAE, x: Tensor) -> Tensor:
         """Classes predicted from the guide's means at images ``x``: int64 ``(N,)``."""
         with torch.no_grad(), program.evaluation_mode(vae):
-            return self(program.posterior_mean(vae, x)).argmax(-1)
+            scores = self(program.posterior_mean(vae, x))
+        check_finite("the score of classes", scores, "see what the guide returns for these images")
+        return scores.argmax(-1)
 
 
 class ConvClassifier(nn.Module):

@@ -10,7 +10,7 @@ guide, with the images as rows; and draw no latents where the prior has no densi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -37,7 +37,8 @@ from pyro_vae_defence.models.sites import (
     sample_sites,
 )
 from pyro_vae_defence.ops import distributions
-from pyro_vae_defence.ops.checks import RefusalError
+from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.checks import RefusalError, check_precision
 from pyro_vae_defence.ops.distributions import innermost, is_point
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike, PyroProgram
 
@@ -64,7 +65,10 @@ def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tens
         unit_interval: whether to check the range (one synchronisation with the device).
     """
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor of images (N, C, H, W), got {type(x).__name__}")
+        mend = "; pass its images, as in batch['image']" if isinstance(x, Mapping) else ""
+        raise ValueError(
+            f"{name} must be a tensor of images (N, C, H, W), got {type(x).__name__}{mend}"
+        )
     if x.dim() != 4 or x.shape[0] == 0:
         raise ValueError(
             f"{name} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; "
@@ -75,14 +79,21 @@ def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tens
             f"{name} must be floating point with values in [0, 1], got {x.dtype}; "
             "for 8-bit images use x.float() / 255"
         )
+    check_precision(name, x.dtype)
     if unit_interval and x.device.type != "meta":
         low, high = (float(bound) for bound in x.detach().aminmax())
         if not (low >= 0.0 and high <= 1.0):
             raise ValueError(
-                f"{name} must lie in [0, 1], got values from {low:g} to {high:g}; "
+                f"{name} must lie in [0, 1], got values from {_bound(low)} to {_bound(high)}; "
                 "rescale it (x / 255 for 8-bit images) or clamp it"
             )
     return x
+
+
+def _bound(value: float) -> str:
+    """Six digits, or all where six would hide that the value is beyond 0 or 1."""
+    short = f"{value:g}"
+    return repr(value) if float(short) in (0.0, 1.0) and float(short) != value else short
 
 
 def check_networks_on_device(what: str, program: Any, name: str, x: Any) -> None:
@@ -113,6 +124,7 @@ def check_networks_on_device(what: str, program: Any, name: str, x: Any) -> None
         )
 
 
+@public
 def at_images(
     vae: VAE, images: ImagesLike, name: str = "x", *, unit_interval: bool = True
 ) -> tuple[VAE, Tensor]:

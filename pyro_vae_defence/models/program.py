@@ -88,6 +88,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.models.supports import transform_of
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.draws import Noise, draw
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
@@ -680,6 +681,12 @@ class ModelPotential:
         """A draw from the prior on the unconstrained scale, for its shapes, dtype and device."""
         return self.unconstrain(self._prototype)
 
+    def prior(self, streams: Streams) -> Latents:
+        """A draw from the prior on the unconstrained scale, from the rows' own streams."""
+        with torch.no_grad():
+            trace = get_trace(_StreamMessenger(streams)(self._model), *self._args, **self._kwargs)
+        return self.unconstrain(_latents(trace))
+
     def constrain(self, latents: LatentsLike) -> Latents:
         """Unconstrained latents to the support of each site."""
         transforms = self.transforms
@@ -700,7 +707,10 @@ class ModelPotential:
         return inside
 
     def check(self, latents: LatentsLike) -> Latents:
-        """Return ``latents`` if they fit the model's sites, else raise a ``ValueError``."""
+        """Return ``latents`` if they fit the model's sites, else raise a ``ValueError``.
+
+        Those of another dtype, as NumPy's numbers have, come in the model's own.
+        """
         expected = {site.name: (self.num_images, *site.shape) for site in self.sites}
         if latents.keys() != expected.keys():
             raise ValueError(
@@ -711,7 +721,7 @@ class ModelPotential:
                 raise ValueError(
                     f"latents[{name!r}] must have shape {shape} (one row per image), got {found}"
                 )
-        return dict(latents)
+        return {name: value.to(self._prototype[name].dtype) for name, value in latents.items()}
 
     def __call__(self, latents: LatentsLike) -> Tensor:
         """Energies of shape ``(N,)``, in nats."""
@@ -779,6 +789,7 @@ DRAWS_PER_IMAGE = 32
 """For a variance without a closed form; the average over images does the rest."""
 
 
+@public
 def mean_posterior_variance(
     vae: VAE,
     batches: Iterable[Any],
@@ -813,6 +824,7 @@ def mean_posterior_variance(
     with torch.no_grad(), evaluation_mode(vae):
         for batch in batches:
             x, conditions = split(taken(batch, vae), "batches")
+            check_images(x, "batches", unit_interval=False)
             check_networks_on_device("vae", vae, "batches", x)
             at_x = bind(vae, x, conditions)
             streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
@@ -822,6 +834,12 @@ def mean_posterior_variance(
             count += x.shape[0]
     if count == 0:
         raise ValueError("batches is empty; pass a loader of the training set")
+    for name, total in totals.items():
+        if total.device.type != "meta" and not bool(total.isfinite().all()):
+            raise ValueError(
+                f"the guide's variance of site {name!r} is not finite for some image of batches; "
+                "look for images that are not"
+            )
     return {name: total / count for name, total in totals.items()}
 
 

@@ -9,6 +9,17 @@ from typing import Any
 
 from torch import nn
 
+
+def drop_references(*modules: nn.Module) -> None:
+    """Take off what Pyro's store hangs on parameters at each use, a weak reference.
+
+    It is on the way of pickling and of ``torch.save``.
+    """
+    for module in modules:
+        for parameter in module.parameters():
+            vars(parameter).pop("unconstrained", None)
+
+
 _instances: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
@@ -22,6 +33,10 @@ class ScopedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scope = self._new_scope()
+
+    def __getstate__(self) -> dict[str, Any]:
+        drop_references(self)
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,15 +26,47 @@ def check_on_device(name: str, value: Tensor, other_name: str, device: torch.dev
 
 def check_integer(name: str, value: Any, least: int = 1) -> None:
     """``ValueError`` naming the argument unless ``value`` is an integer of at least ``least``."""
-    if not (isinstance(value, int) and value >= least):
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (integer and value >= least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> float:
     """``value``, or a ``ValueError`` naming the argument unless it is positive and finite."""
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number and 0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    return value
+    return plain(value)
+
+
+def plain(value: Any) -> Any:
+    """``value``, a scalar of NumPy as Python's number, so that settings compare and are stored."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def check_precision(name: str, dtype: torch.dtype) -> None:
+    """``ValueError`` naming the argument for half precision.
+
+    Energies and divergences are sums over pixels, of which it resolves no differences: noise
+    vanishes in them, and chains accept what they should not.
+    """
+    if dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{name} has dtype {dtype}, in which sums over pixels overflow or lose their "
+            "differences; convert the images and the VAE to float32, x.float() and vae.float()"
+        )
+
+
+def check_finite(name: str, value: Tensor, mend: str) -> None:
+    """``ValueError`` naming rows of ``value`` that are not finite; one look at the device."""
+    if value.device.type == "meta":
+        return
+    bad = (~value.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{name} is not finite for {len(bad)} of {len(value)} rows (first rows: {bad[:5]}); "
+            + mend
+        )
 
 
 def as_device(name: str, value: torch.device | str) -> torch.device:

@@ -118,7 +118,12 @@ class Streams(NamedTuple):
         four = philox(counter, (self.seed & _MASK, (self.seed >> 32) & _MASK))
         # One broadcast gathers the four words of each block: (N, blocks, 4).
         words = torch.stack(torch.broadcast_tensors(*four), -1).flatten(1)[:, :size]
-        values = (words.to(dtype or torch.get_default_dtype()) + 0.5) * 2.0**-32
+        dtype = dtype or torch.get_default_dtype()
+        # Half precision has neither the range nor the digits of a word: it is scaled before.
+        wide = torch.promote_types(dtype, torch.float32)
+        values = (words.to(wide) + 0.5) * 2.0**-32
+        if wide != dtype:
+            values = values.clamp(min=torch.finfo(dtype).tiny).to(dtype)
         return values.reshape((-1, *event_shape))
 
     def normal(
@@ -131,8 +136,10 @@ class Streams(NamedTuple):
         """Standard normals, shape ``(N, *event_shape)``, a function of the arguments alone."""
         size = math.prod(event_shape)
         half = -(-size // 2)
-        uniforms = self.uniform(step, purpose, (2 * half,), dtype)
+        dtype = dtype or torch.get_default_dtype()
+        wide = torch.promote_types(dtype, torch.float32)
+        uniforms = self.uniform(step, purpose, (2 * half,), wide)
         radius = (-2.0 * uniforms[:, :half].log()).sqrt()
         angle = (2.0 * math.pi) * uniforms[:, half:]
         values = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :size]
-        return values.reshape((-1, *event_shape))
+        return values.to(dtype).reshape((-1, *event_shape))

@@ -43,6 +43,7 @@ from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
@@ -56,6 +57,8 @@ from pyro_vae_defence.types import VAE, ImagesLike
 _EXAMPLES = 8  # images that a report shows
 
 
+@public
+@torch.enable_grad()
 def evaluate_robustness(
     vae: VAE,
     defence: Defence,
@@ -114,8 +117,7 @@ def evaluate_robustness(
         raise ValueError(
             f"attacks must be names among {', '.join(KNOWLEDGE)}, got {unknown or attacks}"
         )
-    if labels is not None and tuple(labels.shape) != (len(x),):
-        raise ValueError(f"labels must have shape ({len(x)},), got {tuple(labels.shape)}")
+    labels = _check_labels(labels, x, classifier)
     seed = draw_seed(generator)
     fresh = fresh_generators(seed)
     with program.evaluation_mode(vae, classifier):
@@ -134,6 +136,23 @@ def evaluate_robustness(
             total=total, unit="gradient", unit_scale=True, disable=not progress, leave=False
         ) as bar:
             return _report(suite, attacks, checks, seed, expected, bar)
+
+
+def _check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
+    """Labels as int64 on the device of the images ``x``."""
+    if labels is None:
+        return None
+    if classifier is None:
+        raise ValueError(
+            "labels are given without a classifier, so that nothing would be compared with them; "
+            "pass classifier too, or leave labels out to measure similarity"
+        )
+    found = torch.as_tensor(labels, device=x.device)
+    if tuple(found.shape) != (len(x),):
+        raise ValueError(f"labels must have shape ({len(x)},), got {tuple(found.shape)}")
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"labels must be classes, integers from 0 on, got dtype {found.dtype}")
+    return found.long()
 
 
 def _report(

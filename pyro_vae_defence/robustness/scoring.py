@@ -19,6 +19,7 @@ from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, NoDefenc
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 
 Fresh: TypeAlias = Callable[[], torch.Generator]
@@ -89,7 +90,9 @@ class Scorer:
     def score(self, x: Tensor, num_draws: int) -> Scores:
         """Run the defence ``num_draws`` times on images that stem from the references."""
         result = self.defence(x.repeat(num_draws, 1, 1, 1), self.fresh())
-        return self._scores(result, num_draws)
+        scores = self._scores(result, num_draws)
+        check_finite(f"the {self.figure}", scores.per_draw.T, "see what is compared there")
+        return scores
 
     def _scores(self, result: DefenceResult, num_draws: int) -> Scores:
         """Figures of runs that were folded into one batch."""
@@ -118,6 +121,14 @@ class Accuracy(Scorer):
             scores = classifier.classifier(flatten_latents(program.posterior_mean(box.vae, x)))
         self.classifier, self.reading = classifier, classifier.reading
         self.num_classes = scores.shape[-1]
+        if (
+            labels is not None
+            and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes
+        ):
+            raise ValueError(
+                f"labels must lie in 0..{self.num_classes - 1}, the classes of the classifier, got "
+                f"values from {int(labels.min())} to {int(labels.max())}"
+            )
         self.labels = scores.argmax(-1) if labels is None else labels
         self.undefended = metrics.correct(scores.argmax(-1), self.labels)
 

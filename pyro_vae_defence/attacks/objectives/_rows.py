@@ -85,6 +85,26 @@ def of_rows(value: Tensor, streams: Streams, name: str) -> Tensor:
     return value[streams.image]
 
 
+def with_entries(prepared: Callable[..., T], **values: Tensor | None) -> Callable[..., T]:
+    """``prepared``, which says how many entries each of these has per image, if it is there."""
+    entries = {name: value.shape[0] for name, value in values.items() if value is not None}
+    prepared.entries = entries  # type: ignore[attr-defined]
+    return prepared
+
+
+def check_entries(prepared: Callable[..., Any], num_images: int) -> None:
+    """``ValueError`` unless what ``prepared`` knows per image is of so many images, or of one.
+
+    Of more, those of the first images would be taken for these.
+    """
+    for name, number in getattr(prepared, "entries", {}).items():
+        if number not in (1, num_images):
+            raise ValueError(
+                f"{name} has {number} entries, but the attack has {num_images} images; give one "
+                "entry per image, or a single one"
+            )
+
+
 def encode_rows(vae: VAE, x: Tensor, of: LatentsOf, streams: Streams | None = None) -> Latents:
     """A draw from the guide with the rows' own noise, or its means."""
     if of == "sample":
@@ -157,7 +177,7 @@ def between(
 
         return objective
 
-    return prepare
+    return with_entries(prepare, x_target=x_target)
 
 
 def check_latents(of: str) -> None:

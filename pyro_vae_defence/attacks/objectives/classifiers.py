@@ -99,7 +99,7 @@ def misclassified(
 
         return criterion
 
-    return prepare
+    return _rows.with_entries(prepare, labels=labels, targets=targets)
 
 
 def _on_scores(
@@ -147,11 +147,24 @@ def _on_scores(
                 f"classifier must return scores (N, num_classes) of at least {least} classes for "
                 f"this objective, got shape {tuple(first.shape)} for {x_ref.shape[0]} images"
             )
+        for name, classes in (("labels", labels), ("targets", targets)):
+            _check_classes(name, classes, first.shape[1])
         label = first.argmax(1) if labels is None else _rows.of_rows(labels, streams, "labels")
         target = None if targets is None else _rows.of_rows(targets, streams, "targets")
         return lambda x: torch.stack([loss(s, label, target) for s in scores(x)]).mean(0)
 
-    return prepare
+    return _rows.with_entries(prepare, labels=labels, targets=targets)
+
+
+def _check_classes(name: str, classes: Tensor | None, num_classes: int) -> None:
+    if classes is None or classes.device.type == "meta":
+        return
+    low, high = (int(bound) for bound in classes.aminmax())
+    if not 0 <= low <= high < num_classes:
+        raise ValueError(
+            f"{name} must lie in 0..{num_classes - 1}, the classes of the classifier, got values "
+            f"from {low} to {high}"
+        )
 
 
 def _differs(scores: Tensor, label: Tensor, target: Tensor | None) -> Tensor:

@@ -1,0 +1,328 @@
+"""Public calls give the same whatever the caller's context, and refuse what is no number."""
+
+import io
+import pickle
+import threading
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pyro.infer
+import pytest
+import torch
+from programs import LinearGaussianVAE
+
+from pyro_vae_defence import attacks, defence, mcmc, metrics, models
+from pyro_vae_defence.attacks.interop import LatentClassifier
+from pyro_vae_defence.models import program
+from pyro_vae_defence.models.classifier import LinearClassifier
+from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.ops.streams import Streams
+
+
+def _generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def _images(count=3):
+    return torch.rand(count, 1, 4, 4, generator=_generator(1))
+
+
+VAE = LinearGaussianVAE()
+CALLS = {
+    "attack": lambda x: attacks.PGD(attacks.symmetric_kl(VAE), Linf(0.1), 3)(x, _generator()).x_adv,
+    "defence": lambda x: defence.MCMCDefence(VAE, num_samples=2, warmup_steps=1)(
+        x, _generator()
+    ).samples["z"],
+    "mode": lambda x: defence.PosteriorModeDefence(VAE)(x, _generator()).latents["z"],
+    "margin": lambda x: torch.stack(
+        attacks.r_margin(
+            VAE,
+            attacks.PGD(attacks.maximum_damage(VAE), L2(1.0), 2),
+            x,
+            0.1,
+            num_draws=3,
+            generator=_generator(),
+        )
+    ),
+    "nll": lambda x: metrics.nll(VAE, x, num_samples=3, generator=_generator()),
+    "metric": lambda x: program.mean_posterior_variance(VAE, [x])["z"],
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_results_do_not_depend_on_the_callers_context(call):
+    expected = call(_images())
+    with torch.no_grad():
+        assert torch.equal(call(_images()), expected)
+    with torch.inference_mode():
+        made_there = _images()
+        assert torch.equal(call(made_there), expected)
+    assert torch.equal(call(made_there), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(call(_images()), expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        images = _images().float()
+        expected = call(images)
+        assert expected.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(call(images), expected)
+
+
+def test_a_public_call_keeps_grad_mode_and_says_no_gradient_in_inference_mode():
+    modes = public(lambda: (torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+    assert modes() == (True, False)
+    with torch.no_grad():
+        assert modes() == (False, False)
+    with torch.inference_mode():
+        assert modes() == (False, False)
+        latents = {"z": torch.zeros(2)}
+        assert not public(lambda given: given["z"].is_inference())(latents)
+    kept = {"z": torch.zeros(2)}
+    assert public(lambda given: given)(kept) is kept
+
+
+def test_public_calls_of_threads_wait_for_each_other():
+    inside, most, met = [], [], threading.Barrier(4)
+
+    @public
+    def call():
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.005)
+        inside.pop()
+
+    def run():
+        met.wait()
+        call()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+
+
+def test_a_stock_kernel_runs_without_gradients():
+    def kernel(model):
+        return pyro.infer.HMC(model, num_steps=2, step_size=0.1)
+
+    guard = defence.MCMCDefence(VAE, kernel, num_samples=2, warmup_steps=1)
+    torch.manual_seed(0)
+    expected = guard(_images(2), _generator()).samples["z"]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        found = guard(_images(2), _generator()).samples["z"]
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+
+
+# --- Precision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_noise_is_that_of_float32_rounded(dtype):
+    streams = Streams.create(2, seed=3)
+    uniform = streams.uniform(0, 0, (4096,), dtype)
+    wide = streams.uniform(0, 0, (4096,), torch.float32).clamp(min=torch.finfo(dtype).tiny)
+    assert torch.equal(uniform, wide.to(dtype))
+    assert (uniform > 0).all()
+    assert (uniform <= 1).all()
+    normal = streams.normal(0, 0, (4097,), dtype)
+    assert torch.equal(normal, streams.normal(0, 0, (4097,), torch.float32).to(dtype))
+    assert normal.isfinite().all()
+
+
+def test_half_precision_is_refused_by_name():
+    x = _images().half()
+    with pytest.raises(ValueError, match="x has dtype torch.float16"):
+        defence.NoDefence(VAE)(x)
+    with pytest.raises(ValueError, match="x has dtype torch.bfloat16"):
+        attacks.random_noise(_images().bfloat16(), Linf(0.1))
+    energies = mcmc.BatchedHMC(potential_fn=lambda z: z["z"].square().sum(1))
+    with pytest.raises(ValueError, match="the energy has dtype torch.float16"):
+        energies.sample({"z": torch.zeros(2, 3, dtype=torch.float16)})
+
+
+def test_numbers_of_numpy_are_numbers_and_true_is_none():
+    attack = attacks.PGD(attacks.symmetric_kl(VAE), Linf(0.1), num_steps=np.int64(3))
+    assert type(attack.num_steps) is int
+    assert attack.num_steps == 3
+    guard = defence.MCMCDefence(VAE, num_samples=np.int64(2), warmup_steps=np.int32(1))
+    assert type(guard.num_samples) is int
+    assert guard(_images()).settings["num_samples"] == 2
+    kernel = mcmc.BatchedHMC(VAE.model, step_size=np.float32(0.5), num_steps=np.int64(2))
+    assert type(kernel.step_size) is float
+    assert type(kernel.num_steps) is int
+    for check in (check_integer, check_positive):
+        with pytest.raises(ValueError, match="got True"):
+            check("steps", True)
+
+
+def test_an_excess_by_rounding_is_shown():
+    x = _images(1)
+    x[0, 0, 0, 0] = 1 + 2.0**-20
+    with pytest.raises(ValueError, match=r"to 1\.00000095"):
+        defence.NoDefence(VAE)(x)
+
+
+# --- Not a number ---------------------------------------------------------------------------------
+
+
+class _Broken(LinearGaussianVAE):
+    """NaN out of the guide for the second image."""
+
+    def guide(self, x):
+        with pyro.plate("data", x.shape[0]):
+            mean = torch.where(x[:, 0, 0, :1] == 0.5, torch.nan, x.flatten(1)[:, :3])
+            pyro.sample("z", dist.Normal(mean, 0.1, validate_args=False).to_event(1))
+
+
+def test_reconstructions_and_scores_that_are_none_are_found():
+    x = _images()
+    x[:, 0, 0, 0] = torch.tensor([0.25, 0.5, 0.75])
+    vae = _Broken()
+    with pyro.validation_enabled(False):
+        with pytest.raises(ValueError, match=r"1 of 3 rows \(first rows: \[1\]\)"):
+            defence.NoDefence(vae)(x)
+        with pytest.raises(ValueError, match=r"score of classes .* 1 of 3 rows"):
+            LinearClassifier(3, 3).classify(vae, x)
+
+    def none(latents):
+        return latents[:, :1] * torch.tensor([torch.nan, 1.0])
+
+    defended = defence.DefendedClassifier(defence.NoDefence(VAE), none)
+    with pytest.raises(ValueError, match=r"score of classes .* 3 of 3 rows"):
+        defended.predict(x)
+
+
+def test_metrics_rank_no_nan():
+    y = torch.rand(2, 1, 28, 28, generator=_generator())
+    for value in (torch.nan, torch.inf):
+        broken = y.clone()
+        broken[0, 0, 3, 3] = value
+        for pair in ((broken, y), (y, broken)):
+            found = metrics.ms_ssim(*pair)
+            assert found[0].isnan()
+            assert found[1] == 1.0
+    with pytest.raises(ValueError, match="means has entries that are not finite"):
+        metrics.active_units(torch.tensor([[1.0, torch.nan], [2.0, 1.0]]))
+
+
+def test_an_attack_without_a_finite_gradient_says_so():
+    def objective(x_ref):
+        # The root of zero has an infinite slope, times zero.
+        return lambda x: (0.0 * x).flatten(1).sum(1).sqrt() + 1.0
+
+    with pytest.raises(ValueError, match="gradient of objective is not finite"):
+        attacks.PGD(objective, Linf(0.1), 2)(_images())
+    assert attacks.Square(objective, Linf(0.1), 2)(_images()).objective.eq(1).all()
+
+
+# --- Promises of attacks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [attacks.PGD, attacks.MomentumPGD, attacks.APGD, attacks.NES])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_solved_is_what_holds_for_the_result(make, steps):
+    def brightness(x_ref):
+        return lambda x: x.flatten(1).sum(1)
+
+    x = _images(8)
+    plain = make(brightness, Linf(0.2), num_steps=steps)(x, _generator()).objective[0]
+    goal = float(plain.median())
+    stop = attacks.reaches(goal)
+    result = make(brightness, Linf(0.2), num_steps=steps, stop=stop)(x, _generator())
+    assert torch.equal(result.solved, result.objective >= goal)
+    assert result.solved.any()
+
+
+def test_results_do_not_hang_on_references():
+    x = _images().requires_grad_()
+    for make in (attacks.PGD, attacks.APGD, attacks.LBFGS, attacks.Square):
+        result = make(attacks.symmetric_kl(VAE), L2(0.5), num_steps=2)(x, _generator())
+        assert not any(value.requires_grad for value in result)
+
+
+def test_what_is_known_per_image_is_of_these_images():
+    x, classifier = _images(2), LinearClassifier(3, 4)
+    with pytest.raises(ValueError, match="labels has 5 entries, but the attack has 2 images"):
+        attacks.PGD(attacks.dlr(VAE, classifier, torch.arange(5) % 4), Linf(0.1), 1)(x)
+    objective = attacks.cross_entropy(VAE, classifier)
+    stop = attacks.misclassified(VAE, classifier, targets=torch.arange(3))
+    with pytest.raises(ValueError, match="targets has 3 entries"):
+        attacks.PGD(objective, Linf(0.1), 1, stop=stop)(x)
+    outside = attacks.cross_entropy(VAE, classifier, torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.3.* from 0 to 4"):
+        attacks.PGD(outside, Linf(0.1), 1)(x)
+    repeated = attacks.PGD(attacks.cross_entropy(VAE, classifier, torch.tensor([1, 2])), Linf(0.1))
+    assert repeated(x).x_adv.shape == (1, 2, 1, 4, 4)
+
+
+def test_objectives_and_criteria_of_another_kind_are_refused():
+    for wrong in (lambda x: 1.0, lambda x: x.flatten(1).sum(1, keepdim=True)):
+        with pytest.raises(ValueError, match="objective must return"):
+            attacks.PGD(lambda x_ref, wrong=wrong: wrong, Linf(0.1), 1)(_images())
+    for wrong in (lambda x, v: True, lambda x, v: v, lambda x, v: v[:, None] > 0):
+        stop = lambda x_ref, wrong=wrong: wrong  # noqa: E731
+        with pytest.raises(ValueError, match="stop must say of every image"):
+            attacks.PGD(attacks.symmetric_kl(VAE), Linf(0.1), 1, stop=stop)(_images())
+
+
+# --- Pyro's contract ------------------------------------------------------------------------------
+
+
+def _draws(global_seed, **options):
+    torch.manual_seed(global_seed)
+    kernel = mcmc.BatchedHMC(VAE.model, generator=_generator(3))
+    run = pyro.infer.MCMC(kernel, num_samples=2, warmup_steps=1, disable_progbar=True, **options)
+    run.run(_images(2))
+    return run.get_samples(group_by_chain=True)["z"]
+
+
+def test_a_generator_governs_the_start_too():
+    assert torch.equal(_draws(1), _draws(2))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_forked_chains_with_a_generator_differ_and_repeat():
+    options = {"num_chains": 2, "mp_context": "fork"}
+    both = _draws(1, **options)
+    assert not torch.equal(both[0], both[1])
+    assert torch.equal(_draws(2, **options), both)
+    assert torch.equal(_draws(1)[0], both[0])
+
+
+def test_starts_of_another_dtype_come_in_the_models_own():
+    start = {"z": torch.full((2, 3), 0.5, dtype=torch.float64)}
+    found = []
+    for params in (start, {"z": start["z"].float()}):
+        kernel = mcmc.BatchedHMC(VAE.model, generator=_generator())
+        run = pyro.infer.MCMC(
+            kernel, num_samples=1, warmup_steps=1, initial_params=params, disable_progbar=True
+        )
+        run.run(_images(2))
+        found.append(run.get_samples()["z"])
+    assert found[0].dtype == torch.float32
+    assert torch.equal(*found)
+
+
+def test_networks_and_what_holds_them_can_be_pickled_after_use():
+    vae = models.ConvVAE().eval()
+    guard = defence.NoDefence(vae)
+    x = torch.rand(1, 1, 28, 28, generator=_generator())
+    for thing in (vae, guard, LatentClassifier(vae, LinearClassifier(64, 3))):
+        expected = guard(x, _generator()).reconstruction
+        pickle.dumps(thing)
+        guard(x)
+        stored = io.BytesIO()
+        torch.save(thing, stored)
+        again = pickle.loads(pickle.dumps(thing))
+        again = again if isinstance(again, defence.NoDefence) else getattr(again, "vae", again)
+        again = again if isinstance(again, defence.NoDefence) else defence.NoDefence(again)
+        assert torch.equal(again(x, _generator()).reconstruction, expected)
