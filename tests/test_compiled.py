@@ -87,7 +87,13 @@ def test_a_recording_is_bitwise_the_model(float64):
 
 def test_constants_elsewhere_are_moved_once(float64):
     """Seen from a GPU, all that a model computes of its tensors on the CPU is a constant."""
-    vae, x = LinearGaussianVAE(), torch.rand(3, 1, 4, 4)
+
+    class Shifting(LinearGaussianVAE):
+        def _to(self, x):
+            weight, bias = super()._to(x)
+            return weight, bias + torch.linspace(0.0, 1.0, 16).to(x)
+
+    vae, x = Shifting(), torch.rand(3, 1, 4, 4)
     energy, z = program.potential(vae, x), {"z": torch.randn(3, 3)}
     module = compiled._capture(compiled._BOTH, energy, z)
     before, expected = len(module.graph.nodes), module(x, z["z"])

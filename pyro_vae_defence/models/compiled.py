@@ -384,15 +384,19 @@ def _fold(module: fx.GraphModule, device: torch.device) -> None:
     """
     known: dict[fx.Node, Tensor] = {}
     for node in module.graph.nodes:
-        value: Any = None
+        inputs, value = node.all_input_nodes, None
         if node.op == "get_attr":
             constant = operator.attrgetter(str(node.target))(module)
             if isinstance(constant, Tensor) and constant.device != device:
                 value = constant
-        elif known.keys() >= set(node.all_input_nodes) != set() and not _writes(node):
+        elif (
+            _is_pure(node)
+            and known.keys() >= set(inputs)
+            and (inputs or node.kwargs.get("device", device) != device)
+        ):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
             value = node.target(*args, **kwargs)
-        if isinstance(value, Tensor) and not any(map(_writes, node.users)):
+        if isinstance(value, Tensor) and all(map(_is_pure, node.users)):
             known[node] = value
     for number, (node, value) in enumerate(known.items()):
         if node.op != "get_attr" and not known.keys() >= set(node.users):
@@ -404,10 +408,14 @@ def _fold(module: fx.GraphModule, device: torch.device) -> None:
         module.recompile()
 
 
-def _writes(node: fx.Node) -> bool:
-    """Whether an operation changes its arguments, or is none."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is None or schema.is_mutable
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a node is an operation that changes no argument and draws no random number."""
+    schema, tags = getattr(node.target, "_schema", None), getattr(node.target, "tags", ())
+    return (
+        schema is not None
+        and not schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in tags
+    )
 
 
 def _under(on: bool | None, recording: Recording) -> Recording:
