@@ -127,7 +127,8 @@ class Problem:
         value = self.objective(x)
         if not isinstance(value, Tensor):
             raise ValueError(
-                f"objective must return a tensor with one value per image, got {value!r}"
+                f"objective must return a tensor with one value per image, shape ({len(x)},), got "
+                f"a {type(value).__name__}"
             )
         if value.shape != (len(x),):
             raise ValueError(
@@ -181,7 +182,11 @@ class Problem:
         if not (
             isinstance(met, Tensor) and met.dtype == torch.bool and met.shape == (len(perturbed),)
         ):
-            said = f"{met.dtype} {tuple(met.shape)}" if isinstance(met, Tensor) else repr(met)
+            said = (
+                f"{met.dtype} {tuple(met.shape)}"
+                if isinstance(met, Tensor)
+                else f"a {type(met).__name__}"
+            )
             raise ValueError(
                 f"stop must say of every image whether it is met, bool ({len(perturbed)},), got "
                 f"{said}"

@@ -120,6 +120,7 @@ class EncoderAttackHead(nn.Module):
         self._objective = objective(x_ref)
         self.training = False
 
+    @public
     def forward(self, x: Tensor) -> Tensor:
         """Scores ``(N, 2)``."""
         if x.shape[0] != self.num_images:

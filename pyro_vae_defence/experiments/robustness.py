@@ -320,7 +320,7 @@ class Robustness(Measurement[RobustnessConfig]):
             self.vae,
             defence,
             self.x[rows],
-            self.labels[rows],
+            None if classify is None else self.labels[rows],
             classifier=classify,
             ball=Linf(config.radius),
             budget=config.budget,

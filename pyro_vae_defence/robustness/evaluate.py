@@ -142,14 +142,14 @@ def _check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
     """Labels as int64 on the device of the images ``x``."""
     if labels is None:
         return None
+    found = torch.as_tensor(labels, device=x.device)
+    if tuple(found.shape) != (len(x),):
+        raise ValueError(f"labels must have shape ({len(x)},), got {tuple(found.shape)}")
     if classifier is None:
         raise ValueError(
             "labels are given without a classifier, so that nothing would be compared with them; "
             "pass classifier too, or leave labels out to measure similarity"
         )
-    found = torch.as_tensor(labels, device=x.device)
-    if tuple(found.shape) != (len(x),):
-        raise ValueError(f"labels must have shape ({len(x)},), got {tuple(found.shape)}")
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise ValueError(f"labels must be classes, integers from 0 on, got dtype {found.dtype}")
     return found.long()
