@@ -244,3 +244,39 @@ def test_other_safetensors_are_refused(vae: NVAE, tmp_path: Path) -> None:
         load_safetensors(path)
     with pytest.raises(FileNotFoundError):
         load_safetensors(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_wrappers_are_stripped(vae: NVAE, tmp_path: Path, prefix: str) -> None:
+    content = checkpoint(vae)
+    content["state_dict"] = {prefix + k: v for k, v in content["state_dict"].items()}
+    assert same_weights(load_official(save(content, tmp_path / "c.pt")), vae)
+    content["state_dict"]["stem.bias"] = torch.zeros(4)
+    with pytest.raises(ValueError, match="holds weights twice"):
+        load_official(save(content, tmp_path / "c.pt"))
+
+
+@pytest.mark.parametrize("value", [torch.full((4,), float("nan")), torch.ones(4).long()])
+def test_weights_that_are_no_finite_floats_are_refused(
+    vae: NVAE, tmp_path: Path, value: Tensor
+) -> None:
+    content = checkpoint(vae)
+    content["state_dict"]["stem.bias"] = value
+    with pytest.raises(ValueError, match="not finite numbers of floating point: stem.bias"):
+        load_official(save(content, tmp_path / "c.pt"))
+
+
+def test_a_flipped_bit_is_refused(vae: NVAE, tmp_path: Path) -> None:
+    path = save(checkpoint(vae), tmp_path / "c.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.pt.*damaged"):
+        load_official(path)
+
+
+def test_no_message_advises_to_unpickle_anything(tmp_path: Path) -> None:
+    path = save({"state_dict": Surprise()}, tmp_path / "c.pt")
+    with pytest.raises(ValueError, match="Surprise") as caught:
+        load_official(path)
+    assert "weights_only" not in str(caught.value)

@@ -118,3 +118,13 @@ def test_bad_arguments(vae):
         NVAEObjective(vae, 10, kl_anneal=0)
     with pytest.raises(ValueError, match="penalty must be a positive finite number, got -1"):
         NVAEObjective(vae, 10, penalty=-1)
+
+
+def test_networks_without_batch_norm_have_no_penalty_on_it() -> None:
+    network = torch.nn.Conv2d(1, 1, 1).double()
+    penalty = batch_norm_penalty(network)
+    assert penalty.dtype == torch.float64
+    assert penalty.item() == 0
+    network = torch.nn.Sequential(network, torch.nn.BatchNorm2d(2))
+    torch.nn.init.constant_(network[1].weight, -3.0)
+    assert batch_norm_penalty(network).item() == 3

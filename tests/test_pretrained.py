@@ -64,3 +64,13 @@ def test_a_card_is_written_where_it_was_found(monkeypatch, tmp_path):
     assert load_card("a", second).metrics == {}  # the installed one comes first
     with pytest.raises(ValueError, match="no pretrained model named 'c'; available: a, b"):
         save_card(dataclasses.replace(load_card("a"), name="c"))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "a\\b", ""])
+def test_names_that_are_paths_are_refused(tmp_path, name):
+    place = tmp_path / "models"
+    with pytest.raises(ValueError, match="name must be a file's stem"):
+        load_card(name, place)
+    with pytest.raises(ValueError, match="name must be a file's stem"):
+        save_card(dataclasses.replace(load_card("mnist_vae"), name=name), place)
+    assert not list(tmp_path.iterdir())

@@ -424,3 +424,29 @@ def test_mean_posterior_variance_can_be_skipped_and_is_for_vaes_that_keep_it(ima
     other = TutorialVAE()
     assert fit(other, Trace_ELBO(), [images], config()).mean_posterior_variance is None
     assert not hasattr(other, "mean_posterior_variance")
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused(images, tmp_path):
+    path = tmp_path / "c.pt"
+    fit(TutorialVAE(), Trace_ELBO(), [images], config(), checkpoint=path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="the checksum of .* does not match"):
+        fit(TutorialVAE(), Trace_ELBO(), [images], config(), checkpoint=path)
+
+
+class SpoiledGradient(Trace_ELBO):
+    def loss_and_grads(self, model, guide, *args):
+        loss = super().loss_and_grads(model, guide, *args)
+        next(p for _, p in pyro.get_param_store().named_parameters()).grad.fill_(float("nan"))
+        return loss
+
+
+def test_a_nan_gradient_of_a_finite_loss_spoils_no_weights(images, tmp_path):
+    vae = TutorialVAE()
+    before = [p.detach().clone() for p in vae.parameters()]
+    with pytest.raises(NonFiniteLossError, match="gradient is nan at epoch 1, step 1"):
+        fit(vae, SpoiledGradient(), [images], config(), checkpoint=tmp_path / "c.pt")
+    assert all(torch.equal(a, b) for a, b in zip(before, vae.parameters()))
+    assert not (tmp_path / "c.pt").exists()

@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -77,6 +78,7 @@ def available(directory: str | os.PathLike[str] | None = None) -> list[str]:
 
 def find(name: str, directory: str | os.PathLike[str] | None = None) -> Path:
     """The place that has a model's card, the first one if several; ``ValueError`` if none has."""
+    _check_name(name)
     for place in _places(directory):
         if (place / f"{name}.json").is_file():
             return place
@@ -93,7 +95,8 @@ def load_card(name: str, directory: str | os.PathLike[str] | None = None) -> Wei
     """Read the card of a model; ``ValueError`` if there is no such model, or a damaged card."""
     path = find(name, directory) / f"{name}.json"
     try:
-        return WeightCard(**json.loads(path.read_text()))
+        # A copy under another name is another model: what is measured goes to its own card.
+        return replace(WeightCard(**json.loads(path.read_text())), name=name)
     except (TypeError, ValueError) as error:
         raise ValueError(f"card {path} is damaged ({error}); restore or train it again") from error
 
@@ -153,6 +156,8 @@ def rebuild(architecture: Callable[..., Any], card: WeightCard, tensors: dict[st
     Raises ``ValueError`` if the weights do not fit.
     """
     module = architecture(**card.architecture_config)
+    if spoiled := sorted(key for key, value in tensors.items() if not value.isfinite().all()):
+        raise ValueError(f"weights of {card.name!r} are not finite: {', '.join(spoiled[:5])}")
     try:
         module.load_state_dict({key: value.float() for key, value in tensors.items()})
     except RuntimeError as error:
@@ -184,6 +189,7 @@ def save_pretrained(
         mean_posterior_variance, mean_noise_variance: stored beside the weights, always in float32.
         dtype: precision of the stored weights.
     """
+    _check_name(name)
     directory = Path(directory)
     tensors: dict[str, Tensor] = {}
     for key, value in vae.state_dict().items():
@@ -206,9 +212,16 @@ def save_pretrained(
 
 def save_card(card: WeightCard, directory: str | os.PathLike[str] | None = None) -> None:
     """Write a card atomically, to ``directory`` or over the one that :func:`find` finds."""
+    _check_name(card.name)
     place = find(card.name) if directory is None else Path(directory)
     text = json.dumps(asdict(card), indent=2, sort_keys=False) + "\n"
     write_atomically(place / f"{card.name}.json", text.encode())
+
+
+def _check_name(name: Any) -> None:
+    """Refuse names that are paths: their files would lie outside the directory."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
+        raise ValueError(f"name must be a file's stem without directories, got {name!r}")
 
 
 def _places(directory: str | os.PathLike[str] | None) -> tuple[Path, ...]:

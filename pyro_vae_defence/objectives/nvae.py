@@ -107,7 +107,8 @@ class NVAEObjective(ImageELBO):
 def batch_norm_penalty(network: nn.Module) -> Tensor:
     """Sum over batch-norm layers of the largest absolute gain; a scalar."""
     gains = [m.weight.abs().amax() for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    return torch.stack(gains).sum()
+    # Cells of res_elu have no batch norm.
+    return torch.stack(gains).sum() if gains else next(network.parameters()).new_zeros(())
 
 
 class SpectralPenalty(nn.Module):

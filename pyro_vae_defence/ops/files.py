@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,22 @@ def atomic_save(contents: Any, path: str | os.PathLike[str]) -> None:
     # An open file: given a path, torch.save would write the temporary name into the archive.
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(contents, file)
+
+
+def check_archive(path: str | os.PathLike[str]) -> None:
+    """``ValueError`` if a file of ``torch.save`` fails its checksums, which torch does not check.
+
+    The old format, which is no archive, has none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} does not match")
 
 
 def remove_partial(path: Path) -> None:

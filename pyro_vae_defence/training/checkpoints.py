@@ -8,14 +8,20 @@ from typing import Any
 
 import torch
 
+from pyro_vae_defence.ops.files import check_archive
+
 FORMAT = 4
 
 
 def read(path: Path) -> dict[str, Any]:
     """Contents of a checkpoint; ``ValueError`` if it cannot be read or has another format."""
     try:
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["format"]
+    except OSError as error:
+        # Not the file's fault: nothing is to be deleted.
+        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
     except Exception as error:
         raise ValueError(
             f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); "

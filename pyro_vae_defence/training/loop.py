@@ -113,7 +113,8 @@ def fit(
         ValueError: if an argument does not fit, the checkpoint belongs to another configuration, or
             ``tensorboard`` is not installed; for data the programs cannot take; and for parameters
             that the loss depends on but that would not be trained, before they should have been.
-        NonFiniteLossError: as soon as a loss is not finite; the last checkpoint stays.
+        NonFiniteLossError: as soon as a loss or a gradient is not finite; the weights are those
+            before that step, and the last checkpoint stays.
     """
     program.check_vae(vae)
     if not isinstance(objective, ELBO):
@@ -370,7 +371,10 @@ class _Run:
         parallel.sum_gradients(trained)
         if self.config.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
-            self._check_finite(float(norm), "norm of the gradient")
+        else:
+            # The largest entry: unlike a sum of squares it overflows for no finite gradient.
+            norm = _largest_gradient(trained)
+        self._check_finite(float(norm), "norm of the gradient")
         self.optimiser.step()
         if self.config.schedule == "one_cycle":
             self.scheduler.step()
@@ -533,3 +537,13 @@ class _Run:
     def _set_objective_state(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.objective.load_state_dict(state)
+
+
+def _largest_gradient(parameters: Iterable[Tensor]) -> Tensor | float:
+    """The largest absolute entry of all gradients; NaN if one is NaN."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    if not gradients:
+        return 0.0
+    device = gradients[0].device
+    largest = [torch.linalg.vector_norm(g.detach(), math.inf).to(device) for g in gradients]
+    return torch.stack([each.float() for each in largest]).max()

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from pyro_vae_defence.models.nvae.config import NVAEConfig
 from pyro_vae_defence.models.nvae.nvae import NVAE
-from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.files import check_archive, write_atomically
 
 SAFETENSORS_FORMAT = "pyro_vae_defence.nvae.v1"
 
@@ -97,18 +98,28 @@ def _unpickle(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
+        check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Optimiser state makes up two thirds of a file; mapped, it is never read.
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        message = f"{path}: cannot be read as a checkpoint of plain tensors: {error}"
+    except Exception as error:  # a file that is no checkpoint makes torch raise anything
+        if isinstance(error, pickle.UnpicklingError):
+            # torch's own words advise to run whatever the file holds.
+            found = re.search(r"GLOBAL (\S+)|Unsupported \w+ (\S+)", str(error))
+            what = found[0] if found else "other things than tensors and containers"
+        else:
+            what = f"{type(error).__name__}: {error}"
+        message = f"{path}: cannot be read as a checkpoint of plain tensors: {what}"
         raise ValueError(message) from error
 
 
 def _without_aliases(network: NVAE, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The official state dict without duplicates, each of which must equal its original."""
-    state_dict = dict(state_dict)
+    named = {_plain_name(key): value for key, value in state_dict.items()}
+    if len(named) != len(state_dict):
+        raise ValueError("state_dict holds weights twice, with and without a prefix module.")
+    state_dict = named
     if others := sorted(str(k) for k, v in state_dict.items() if not isinstance(v, Tensor)):
         raise ValueError(f"state_dict holds other things than tensors: {_few(others)}")
     for name in [name for name, part in network.named_modules() if type(part) is nn.Conv2d]:
@@ -119,6 +130,11 @@ def _without_aliases(network: NVAE, state_dict: Mapping[str, Tensor]) -> dict[st
         if not torch.equal(duplicate, original):
             raise ValueError(f"state_dict[{alias!r}] differs from state_dict[{key!r}]")
     return state_dict
+
+
+def _plain_name(key: Any) -> str:
+    """A key without what ``DistributedDataParallel`` and ``torch.compile`` put before it."""
+    return re.sub(r"^(?:module\.|_orig_mod\.)+", "", str(key))
 
 
 def _load(network: NVAE, state_dict: Mapping[str, Tensor]) -> None:
@@ -136,6 +152,15 @@ def _load(network: NVAE, state_dict: Mapping[str, Tensor]) -> None:
     }
     if found := [f"{what}: {_few(items)}" for what, items in problems.items() if items]:
         raise ValueError("the weights do not fit the configuration; " + "; ".join(found))
+    if spoiled := [
+        key
+        for key, value in state_dict.items()
+        if value.is_floating_point() != expected[key].is_floating_point()
+        or not value.isfinite().all()
+    ]:
+        raise ValueError(
+            f"these weights are not finite numbers of floating point: {_few(sorted(spoiled))}"
+        )
     network.load_state_dict(expected | dict(state_dict))
 
 
