@@ -539,11 +539,11 @@ class _Run:
             self.objective.load_state_dict(state)
 
 
-def _largest_gradient(parameters: Iterable[Tensor]) -> Tensor | float:
+def _largest_gradient(parameters: Iterable[Tensor]) -> Tensor:
     """The largest absolute entry of all gradients; NaN if one is NaN."""
     gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
     if not gradients:
-        return 0.0
+        return torch.zeros(())
     device = gradients[0].device
     largest = [torch.linalg.vector_norm(g.detach(), math.inf).to(device) for g in gradients]
     return torch.stack([each.float() for each in largest]).max()
