@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=_commands(),
     )
     top.add_argument("command", choices=[*STUDIES, *BESIDE], metavar="COMMAND")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without Greek letters still gets the tables.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     command = top.parse_args(words[:1]).command
     # Imported late, so that mistakes in the command answer at once.
     from pyro_vae_defence.training import NonFiniteLossError

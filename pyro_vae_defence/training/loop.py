@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.checks import as_device
-from pyro_vae_defence.ops.files import atomic_save, remove_partial
+from pyro_vae_defence.ops.files import atomic_save, check_writable, remove_partial
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
 from pyro_vae_defence.training.averaging import WeightAverage
@@ -132,8 +132,16 @@ def fit(
     if place is not None:
         for network in networks_of(vae).values():
             network.to(place)
+    for name, batches in (("loader", loader), ("validation", validation)):
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                f"{name} can be read only once, and every epoch reads it; give a list of batches "
+                f"or a DataLoader, got {batches!r}"
+            )
     run = _Run(vae, objective, loader, config, validation, place)
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        _check_place(path)
     with contextlib.ExitStack() as stack:
         if config.compile:
             stack.enter_context(compiled_children(vae))
@@ -141,6 +149,13 @@ def fit(
         # The first process's answer holds for all: it has written whatever an earlier call saved.
         if path is not None and parallel.gather(path.exists())[0]:
             run.load(path)
+            if run.epoch < config.epochs and getattr(loader, "persistent_workers", False):
+                raise ValueError(
+                    f"checkpoint {path} cannot be continued with a loader of persistent_workers: "
+                    "the workers' random states are in no checkpoint; give a loader with "
+                    "persistent_workers=False (random transforms then differ from those of a "
+                    "run that was not interrupted, unless that one had no persistent workers)"
+                )
         else:
             run.start()
         if path is not None and parallel.is_first():
@@ -547,3 +562,15 @@ def _largest_gradient(parameters: Iterable[Tensor]) -> Tensor:
     device = gradients[0].device
     largest = [torch.linalg.vector_norm(g.detach(), math.inf).to(device) for g in gradients]
     return torch.stack([each.float() for each in largest]).max()
+
+
+def _check_place(path: Path) -> None:
+    """``ValueError`` in every process where the first one cannot write a checkpoint."""
+    problem = None
+    if parallel.is_first():
+        try:
+            check_writable(path)
+        except OSError as error:
+            problem = str(error)
+    if (problem := parallel.gather(problem)[0]) is not None:
+        raise ValueError(f"checkpoint {path} cannot be written: {problem}")
