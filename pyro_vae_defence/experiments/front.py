@@ -37,15 +37,18 @@ def front_table(results: Path) -> str:
         found = (reports.get(f"{target}/{name}") for target in ("reconstruction", "classification"))
         known = [tables.at(report, "robust/mean/estimate") for report in found]
         both = [_under_attack(result, name) for result in (black, textured)]
-        rows.append([label(name), *both, _pair(*known)])
+        mark = " (recommended)" if name == "aware" else ""
+        rows.append([label(name) + mark, *both, _pair(*known)])
     shown = [report for name, report in reports.items() if name.split("/")[1] in DEFENCES]
     note = (
         "Similarity (MSSSIM) of reconstructions / share of digits read right, on MNIST and on "
         f"ColorMNIST with textured backgrounds, under attacks of L_inf radius {RADIUS} = δ; 1 is "
         "best. The attacker of the first two columns does not know the defence. Without an attack: "
-        "two undefended reconstructions, and the undefended classifier. The last row is the "
-        "target of the recommended defence, with shorter chains; on the textured background its "
-        f"burn-in, too. 95% intervals of the first two columns are about {_width(black):.2f} wide; "
+        "two undefended reconstructions, and the undefended classifier. The last column counts the "
+        "worst of a suite of attacks for each image, also where there is no defence to know; it is "
+        "of other images, and not to be compared with the first. The last row has the recommended "
+        "target in shorter chains; on the textured background the burn-in, too. "
+        f"95% intervals of the first two columns are about {_width(black):.2f} wide; "
         f"the last rests on {shown[0]['clean']['mean']['num_images']} images, with intervals about "
         f"{_mean_width([report['robust']['mean'] for report in shown]):.1f} wide, and a stronger "
         "attack may lower it."
