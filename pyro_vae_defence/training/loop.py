@@ -387,8 +387,7 @@ class _Run:
         if self.config.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
         else:
-            # The largest entry: unlike a sum of squares it overflows for no finite gradient.
-            norm = _largest_gradient(trained)
+            norm = _finite_gradient(trained)
         self._check_finite(float(norm), "norm of the gradient")
         self.optimiser.step()
         if self.config.schedule == "one_cycle":
@@ -554,14 +553,14 @@ class _Run:
             self.objective.load_state_dict(state)
 
 
-def _largest_gradient(parameters: Iterable[Tensor]) -> Tensor:
-    """The largest absolute entry of all gradients; NaN if one is NaN."""
-    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
-    if not gradients:
-        return torch.zeros(())
-    device = gradients[0].device
-    largest = [torch.linalg.vector_norm(g.detach(), math.inf).to(device) for g in gradients]
-    return torch.stack([each.float() for each in largest]).max()
+def _finite_gradient(parameters: Iterable[Tensor]) -> float:
+    """0 if all gradients are finite, else NaN."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    # A sum is not finite if an entry is not, and quick; that of large entries may overflow.
+    total = sum(g.sum().to(gradients[0].device) for g in gradients)
+    if math.isfinite(float(total)) or all(bool(g.isfinite().all()) for g in gradients):
+        return 0.0
+    return math.nan
 
 
 def _check_place(path: Path) -> None:
