@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from programs import LinearGaussianVAE, TutorialVAE
 from pyro.infer import NUTS
+from torch import nn
 
 pytest.importorskip("zarr")
 import xarray
@@ -20,6 +22,7 @@ from pyro_vae_defence.defence import ConvergenceRule, MCMCDefence, NoDefence, st
 from pyro_vae_defence.defence.base import BaseDefence
 from pyro_vae_defence.defence.result import setting
 from pyro_vae_defence.mcmc import BatchedHMC
+from pyro_vae_defence.models import ConvVAE
 
 KERNEL = functools.partial(BatchedHMC, num_steps=2)
 
@@ -306,7 +309,7 @@ def test_fingerprints_tell_apart_what_differs():
     hashes = [store.fingerprint(value) for value in values]
     assert len(set(hashes)) == len(values)
     other.load_state_dict(network.state_dict())
-    assert store.fingerprint(network) == store.fingerprint(other)
+    assert store.fingerprint(network) == store.store.fingerprint(other)
 
 
 def test_settings_do_not_say_where_an_object_stands_in_memory():
@@ -315,3 +318,20 @@ def test_settings_do_not_say_where_an_object_stands_in_memory():
 
     assert setting(Prepare()) == "Prepare"
     assert setting([].append) == "append"
+
+
+def test_networks_with_equal_weights_that_do_something_else_are_others():
+    class Scaled(nn.Module):
+        def __init__(self, scale, kind="bernoulli"):
+            super().__init__()
+            self.scale, self.kind, self.inner = scale, kind, nn.Linear(2, 2, bias=False)
+            nn.init.ones_(self.inner.weight)
+
+    prints = [
+        store.fingerprint(network) for network in (Scaled(1.0), Scaled(2.0), Scaled(1.0, "normal"))
+    ]
+    assert len(set(prints)) == 3
+    assert store.fingerprint(Scaled(1.0).eval()) == prints[0]
+    vae = ConvVAE()
+    assert vae.scope != copy.deepcopy(vae).scope
+    assert store.fingerprint(vae) == store.fingerprint(copy.deepcopy(vae))

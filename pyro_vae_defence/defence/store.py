@@ -310,7 +310,11 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
         plain = value.detach().cpu().contiguous().reshape(-1)
         update(plain.view(torch.uint8).numpy().tobytes())
     elif isinstance(value, nn.Module):
-        word("module", type(value).__qualname__)
+        for name, module in value.named_modules():
+            # What the mode is, and a name in Pyro's store, differ between equal networks.
+            own = {k: v for k, v in vars(module).items() if k not in ("training", "scope")}
+            plain = {k: v for k, v in own.items() if _is_plain(v)}
+            word("module", name, type(module).__qualname__, sorted(plain.items()))
         _feed(update, dict(value.state_dict()))
     elif isinstance(value, functools.partial):
         word("partial")
@@ -330,6 +334,12 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
         word(value)
     else:
         word("object", getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def weights_fingerprint(vae: Any) -> str:
