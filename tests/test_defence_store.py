@@ -309,7 +309,7 @@ def test_fingerprints_tell_apart_what_differs():
     hashes = [store.fingerprint(value) for value in values]
     assert len(set(hashes)) == len(values)
     other.load_state_dict(network.state_dict())
-    assert store.fingerprint(network) == store.store.fingerprint(other)
+    assert store.fingerprint(network) == store.fingerprint(other)
 
 
 def test_settings_do_not_say_where_an_object_stands_in_memory():

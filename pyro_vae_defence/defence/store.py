@@ -312,9 +312,9 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
     elif isinstance(value, nn.Module):
         for name, module in value.named_modules():
             # What the mode is, and a name in Pyro's store, differ between equal networks.
-            own = {k: v for k, v in vars(module).items() if k not in ("training", "scope")}
-            plain = {k: v for k, v in own.items() if _is_plain(v)}
-            word("module", name, type(module).__qualname__, sorted(plain.items()))
+            apart = ("training", "scope")
+            own = [(k, v) for k, v in vars(module).items() if k not in apart and _is_plain(v)]
+            word("module", name, type(module).__qualname__, sorted(own))
         _feed(update, dict(value.state_dict()))
     elif isinstance(value, functools.partial):
         word("partial")

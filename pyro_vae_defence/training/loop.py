@@ -385,10 +385,10 @@ class _Run:
         trained = self.parameters.trained.values()
         parallel.sum_gradients(trained)
         if self.config.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(trained, self.config.clip_norm)
+            norm = float(torch.nn.utils.clip_grad_norm_(trained, self.config.clip_norm))
         else:
             norm = _finite_gradient(trained)
-        self._check_finite(float(norm), "norm of the gradient")
+        self._check_finite(norm, "norm of the gradient")
         self.optimiser.step()
         if self.config.schedule == "one_cycle":
             self.scheduler.step()
