@@ -243,7 +243,7 @@ class TestConfigurations:
         [
             ("number", 0, "number must be an integer of at least 1, got 0"),
             ("number", 1.5, "number must be an integer"),
-            ("number", True, "number must be of type int"),
+            ("number", True, "number must be an integer of at least 1, got True"),
             ("radii", 0.1, "radii must be a tuple"),
             ("radii", (0.1, 1.5), r"radii must lie in \[0, 1\].* got 1.5"),
             ("radii", ("a",), r"radii must lie in \[0, 1\].* got 'a'"),

@@ -56,13 +56,16 @@ def check_vae(vae: Any) -> VAE:
     return vae
 
 
-def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tensor:
+def check_images(
+    x: Any, name: str = "x", *, unit_interval: bool = True, half: bool = False
+) -> Tensor:
     """Return a batch of images ``x``, or raise a ``ValueError`` that names what is wrong with it.
 
     Args:
         x: floating-point tensor of shape ``(N, C, H, W)``, values in [0, 1].
         name: the argument's name in messages.
         unit_interval: whether to check the range (one synchronisation with the device).
+        half: whether they may be in half precision, for programs that convert them by themselves.
     """
     if not isinstance(x, Tensor):
         mend = "; pass its images, as in batch['image']" if isinstance(x, Mapping) else ""
@@ -79,7 +82,8 @@ def check_images(x: Any, name: str = "x", *, unit_interval: bool = True) -> Tens
             f"{name} must be floating point with values in [0, 1], got {x.dtype}; "
             "for 8-bit images use x.float() / 255"
         )
-    check_precision(name, x.dtype)
+    if not half:
+        check_precision(name, x.dtype)
     if unit_interval and x.device.type != "meta":
         low, high = (float(bound) for bound in x.detach().aminmax())
         if not (low >= 0.0 and high <= 1.0):

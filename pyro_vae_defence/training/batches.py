@@ -56,10 +56,10 @@ class Reader:
             )
             where = f"{name}'s first batch" if number == 0 else f"{name}'s batch {number + 1}"
             x, others = conditions.split(tuple(moved), where)
-            program.check_images(x, where, unit_interval=False)
+            program.check_images(x, where, unit_interval=False, half=True)
             _check_finite(x, where)
             if number == 0:
-                program.check_images(x, where)
+                program.check_images(x, where, half=True)
                 self._say_ignored(sum(given[widths[given] :]), name)
             yield (x, *others)
 
