@@ -696,13 +696,14 @@ def test_nan_in_a_later_batch_is_refused_before_it_changes_anything():
     bad[5, 0, 0, 1] = torch.nan
     seen = []
 
-    def batches():
-        yield images()
-        seen.append({n: v.clone() for n, v in vae.decoder.state_dict().items()})
-        yield bad
+    class Batches:
+        def __iter__(self):
+            yield images()
+            seen.append({n: v.clone() for n, v in vae.decoder.state_dict().items()})
+            yield bad
 
     with pytest.raises(NonFiniteLossError, match=r"loader's batch 2 has NaN .* \[5\]") as error:
-        fit(vae, Trace_ELBO(), batches(), config())
+        fit(vae, Trace_ELBO(), Batches(), config())
     assert isinstance(error.value, ValueError)
     assert_equal(seen[0], vae.decoder.state_dict())
 

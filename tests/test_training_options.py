@@ -19,7 +19,6 @@ from torch import nn
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.program import mean_posterior_variance
 from pyro_vae_defence.objectives import AVAE
-from pyro_vae_defence.ops.files import atomic_path, remove_partial
 from pyro_vae_defence.training import FitConfig, NonFiniteLossError, evaluate, fit
 from pyro_vae_defence.training.acceleration import in_bfloat16
 from pyro_vae_defence.training.averaging import WeightAverage
@@ -451,13 +450,6 @@ def test_a_nan_gradient_of_a_finite_loss_spoils_no_weights(images, tmp_path):
         fit(vae, SpoiledGradient(), [images], config(), checkpoint=tmp_path / "c.pt")
     assert all(torch.equal(a, b) for a, b in zip(before, vae.parameters()))
     assert not (tmp_path / "c.pt").exists()
-
-
-def test_a_file_that_is_being_written_is_not_removed(tmp_path):
-    with atomic_path(tmp_path / "c.pt") as temporary:
-        remove_partial(tmp_path / "c.pt")
-        assert temporary.exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
 
 
 def test_loaders_that_are_read_once_and_places_without_room_are_found_first(images, tmp_path):

@@ -29,11 +29,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(_PARTIAL, f".{path.name}.", path.parent)
     temporary = Path(name)
-    # Held while this process lives: remove_partial sees whose writer is dead.
-    held = _lock(descriptor)
-    if not held:
-        # Windows renames no open file.
-        os.close(descriptor)
+    os.close(descriptor)
     try:
         yield temporary
         with temporary.open("rb+") as file:
@@ -44,9 +40,6 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    finally:
-        if held:
-            os.close(descriptor)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -100,9 +93,7 @@ def check_archive(path: str | os.PathLike[str]) -> None:
 def remove_partial(path: Path) -> None:
     """Delete the temporary files that killed processes have left beside ``path``."""
     for name in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
-        with contextlib.suppress(FileNotFoundError), name.open("rb+") as file:
-            if _lock(file.fileno()):
-                name.unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -113,14 +104,3 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
-
-
-def _lock(descriptor: int) -> bool:
-    """Lock a file for this process; ``False`` if another holds it, or nothing can be locked."""
-    try:
-        import fcntl  # Windows has none
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
