@@ -12,6 +12,7 @@ import torch
 from devices import to
 from elsewhere import HERE, THERE, Elsewhere, waits
 from kernels import FACTORIES
+from optimisers import OPTIMISERS
 from programs import TutorialVAE
 from pyro.infer import SVI
 
@@ -140,16 +141,6 @@ def test_nuts_asks_once_per_leaf_whether_any_tree_grows(x):
 
 
 # --- Attacks --------------------------------------------------------------------------------------
-
-OPTIMISERS = {
-    "PGD": attacks.PGD,
-    "PGD-paper": functools.partial(attacks.PGD, preset="paper"),
-    "MomentumPGD": attacks.MomentumPGD,
-    "APGD": attacks.APGD,
-    "LBFGS": functools.partial(attacks.LBFGS, inner_steps=2),
-    "Square": attacks.Square,
-    "NES": functools.partial(attacks.NES, num_directions=2),
-}
 
 
 def steps(attack, x):

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from devices import agree, to
+from optimisers import OPTIMISERS
 from programs import TutorialVAE
 
 from pyro_vae_defence import attacks
@@ -22,15 +23,6 @@ pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("float64")]
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 BALLS = [Linf(0.1), L2(1.0), L1(3.0)]
-OPTIMISERS = {
-    "PGD": attacks.PGD,
-    "PGD-paper": functools.partial(attacks.PGD, preset="paper"),
-    "MomentumPGD": attacks.MomentumPGD,
-    "APGD": attacks.APGD,
-    "LBFGS": functools.partial(attacks.LBFGS, inner_steps=2),
-    "Square": attacks.Square,
-    "NES": functools.partial(attacks.NES, num_directions=2),
-}
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import torch
 from elsewhere import waits
 from kernels import FACTORIES
+from optimisers import OPTIMISERS
 from programs import TutorialVAE
 
 from pyro_vae_defence import attacks
@@ -77,17 +78,6 @@ def test_nuts_asks_whether_any_tree_grows(device, x):
 def test_energies_of_convolutions(device, perturbation, x):
     factory = functools.partial(BatchedHMC, num_steps=1)
     run_transitions(factory, ConvVAE().eval(), x, device, perturbation)
-
-
-OPTIMISERS = {
-    "PGD": attacks.PGD,
-    "PGD-paper": functools.partial(attacks.PGD, preset="paper"),
-    "MomentumPGD": attacks.MomentumPGD,
-    "APGD": attacks.APGD,
-    "LBFGS": functools.partial(attacks.LBFGS, inner_steps=2),
-    "Square": attacks.Square,
-    "NES": functools.partial(attacks.NES, num_directions=2),
-}
 
 
 @pytest.mark.parametrize("ball", [Linf(0.1), L2(1.0), L1(3.0)], ids=str)
