@@ -26,7 +26,7 @@ from pyro_vae_defence.experiments.paper import TABLE_7
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval, load
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.pretrained import save_card
+from pyro_vae_defence.models.pretrained import save_card, writable
 from pyro_vae_defence.ops.ranks import rank
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 
@@ -95,9 +95,12 @@ class Evaluate(Measurement[EvaluateConfig]):
         return self.directory / f"{self.name}{full}.json"
 
     def run(self) -> dict[str, Any]:
-        """Measure what is not measured yet, and write it into the card; the result."""
+        """Measure what is not measured yet, and write it into the card; the result.
+
+        The cards of an installed package stay as they are.
+        """
         result = super().run()
-        if rank() > 0:
+        if rank() > 0 or not writable(self.models):
             return result
         measured = {**self.card.metrics, "test": result["metrics"]}
         save_card(dataclasses.replace(self.card, metrics=measured), self.models)
@@ -108,7 +111,7 @@ class Evaluate(Measurement[EvaluateConfig]):
         config = self.config
         self.check_name()
         self.vae, self.card = self.load_vae(config.model)
-        dataset = self.result["dataset"] = self.card.training["dataset"]
+        dataset = self.result["dataset"] = self.card.dataset
         if config.num_images is None:
             self.x = self.images(dataset).images().to(self.device)
         else:

@@ -265,7 +265,7 @@ class Robustness(Measurement[RobustnessConfig]):
         """
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
-        trained_on = card.training["dataset"]
+        trained_on = card.dataset
         self.paper = config.paper or trained_on
         if "paper" in config.defences and self.paper not in PAPER_SETTINGS:
             known = ", ".join(PAPER_SETTINGS)

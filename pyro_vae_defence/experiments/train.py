@@ -226,7 +226,8 @@ class Train(Study[TrainConfig]):
                 schedule=config.schedule,
                 checkpoint_every=200,
                 progress=self.progress,
-                name=f"{self.name}: {config}",
+                # A training goes on from its own start alone, whatever --models says by then.
+                name=f"{self.name}: {config} {training.get('start_from_sha256', '')}".rstrip(),
             ),
             validation=validation,
             checkpoint=folder / "checkpoint.pt",
