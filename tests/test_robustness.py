@@ -543,6 +543,11 @@ class TestJoin:
         other = dataclasses.replace(parts[1], defence={"defence": "mcmc"})
         with pytest.raises(ValueError, match="reports of different defence are not joined"):
             RobustnessReport.join([parts[0], other])
+        again = RobustnessReport.from_dict(json.loads(parts[1].to_json()))
+        with pytest.raises(ValueError, match="reports 1 and 2 are of the same images"):
+            RobustnessReport.join([*parts[:2], again])
+        with pytest.raises(ValueError, match="reports 0 and 1 are of the same images"):
+            RobustnessReport.join([RobustnessReport.join(parts), again])
         # How gradients came about in a run is no other defence.
         how = parts[1].defence | {"prepare_why_not": "no GPU"}
         RobustnessReport.join([parts[0], dataclasses.replace(parts[1], defence=how)])
