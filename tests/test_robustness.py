@@ -601,8 +601,8 @@ def test_mistakes(change, message):
     [
         ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"num_chains": 1}, "num_chains must be an integer of at least 2, got 1"),
-        ({"num_draws": ()}, r"num_draws must hold integers of at least 1, got \(\)"),
-        ({"stable": -1.0}, "stable must not be negative, got -1.0"),
+        ({"num_draws": ()}, r"num_draws must be a tuple of integers, got \(\)"),
+        ({"stable": -1.0}, "stable must be finite and not negative, got -1.0"),
     ],
 )
 def test_bad_budgets(change, message):

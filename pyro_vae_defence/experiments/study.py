@@ -165,7 +165,7 @@ class Study(ABC, Generic[C]):
             OSError: if it cannot.
             ValueError: if another process is writing it.
         """
-        check_writable(self.path)
+        check_place(self.path)
         with sole_writer(self.path):
             yield
 
@@ -236,6 +236,7 @@ class Study(ABC, Generic[C]):
     ) -> tuple[Tensor, Tensor]:
         """Class-stratified images ``(N, C, H, W)`` and their labels, ``(N, columns)``."""
         images = self.images(dataset, split)
+        check_column(images, column)
         chosen = data.stratified(images, number, self.generator(purpose), column)
         labels = images.labels[chosen].reshape(len(chosen), -1)
         return images.images(chosen).to(self.device), labels.to(self.device)
@@ -546,6 +547,13 @@ class Measurement(Study[C]):
                 )
 
 
+def check_column(images: data.Images, column: int) -> None:
+    """Raise a ``ValueError`` if images have no label of this number."""
+    number = 1 if images.labels.dim() == 1 else images.labels.shape[1]
+    if column >= number:
+        raise ValueError(f"column={column!r} must be below {number}, the labels of {images!r}")
+
+
 def interval(
     values: Tensor, image: Tensor | None = None, statistic: str = "mean"
 ) -> dict[str, float]:
@@ -610,6 +618,14 @@ def check_finite(found: Any, place: str = "") -> None:
 # --- Result files and pages -----------------------------------------------------------------------
 
 
+def check_place(path: Path) -> None:
+    """Raise an ``OSError`` that names the file if it cannot be written; its directory is made."""
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def save(path: Path, result: dict[str, Any]) -> None:
     """Write a result file, whole or not at all."""
     write_json(path, result, indent=1)
@@ -642,6 +658,21 @@ def read(directory: _Path, run: str = "an experiment") -> dict[str, dict[str, An
     if not files:
         raise ValueError(f"no result files (*.json) in {directory}; run {run} first")
     return {path.stem: load(path, run) for path in files}
+
+
+def check_pages(directory: _Path, images: _Path | None = None) -> None:
+    """Find out before a run what would keep :func:`write_pages` from writing after it.
+
+    Raises:
+        OSError: if tables or figures cannot be written.
+        ValueError: if the directory holds a damaged result file.
+    """
+    directory = Path(directory)
+    check_place(directory / "tables.md")
+    if images is not None:
+        check_place(Path(images) / "figure.png")
+    for path in sorted(directory.glob("*.json")):
+        load(path)
 
 
 def write_pages(
