@@ -543,6 +543,11 @@ class TestJoin:
         other = dataclasses.replace(parts[1], defence={"defence": "mcmc"})
         with pytest.raises(ValueError, match="reports of different defence are not joined"):
             RobustnessReport.join([parts[0], other])
+        again = RobustnessReport.from_dict(json.loads(parts[1].to_json()))
+        with pytest.raises(ValueError, match="reports 1 and 2 are of the same images"):
+            RobustnessReport.join([*parts[:2], again])
+        with pytest.raises(ValueError, match="reports 0 and 1 are of the same images"):
+            RobustnessReport.join([RobustnessReport.join(parts), again])
         # How gradients came about in a run is no other defence.
         how = parts[1].defence | {"prepare_why_not": "no GPU"}
         RobustnessReport.join([parts[0], dataclasses.replace(parts[1], defence=how)])
@@ -596,8 +601,8 @@ def test_mistakes(change, message):
     [
         ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"num_chains": 1}, "num_chains must be an integer of at least 2, got 1"),
-        ({"num_draws": ()}, r"num_draws must hold integers of at least 1, got \(\)"),
-        ({"stable": -1.0}, "stable must not be negative, got -1.0"),
+        ({"num_draws": ()}, r"num_draws must be a tuple of integers, got \(\)"),
+        ({"stable": -1.0}, "stable must be finite and not negative, got -1.0"),
     ],
 )
 def test_bad_budgets(change, message):

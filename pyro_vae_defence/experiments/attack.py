@@ -67,9 +67,9 @@ class AttackConfig(conf.Configuration):
     model: str
     radii: _Radii = (0.1, 0.2)
     defences: _Names = ("none", "encoder_samples", "dark_clip_0.2", "hmc", "aware_0.2")
-    num_references: conf.Count = 50
+    num_references: conf.Several = 50
     num_restarts: conf.Count = 2
-    num_images: conf.Count = 100
+    num_images: conf.Several = 100
     attack_steps: conf.Count = 50
     reading: Reading = "reencoded"
     chain: conf.ChainConfig = conf.ChainConfig(step_size=0.2, burn_in=30)

@@ -30,8 +30,8 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
+    Published,
     Setting,
-    known_defence,
     label,
     make_defence,
 )
@@ -83,17 +83,17 @@ class RobustnessConfig(conf.Configuration):
 
     model: str
     radius: conf.AttackRadius
-    dataset: str | None = None
-    defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "aware")
-    targets: tuple[Target, ...] = ("reconstruction", "classification")
-    attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
+    dataset: conf.Dataset | None = None
+    defences: Annotated[tuple[Published, ...], conf.not_empty] = ("none", "hmc", "aware")
+    targets: Annotated[tuple[Target, ...], conf.not_empty] = ("reconstruction", "classification")
+    attacks: Annotated[tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...], conf.not_empty] = (
         "transfer", "encoder", "bpda", "equilibrium", "black_box", "implicit", "truncated",
     )  # fmt: skip
     engine: conf.Engine = "APGD"
     reading: Reading = "reencoded"
-    num_images: conf.Count = 32
+    num_images: conf.Several = 32
     images_per_cell: conf.Count | None = None
-    num_examples: conf.Natural = 8
+    num_examples: Annotated[int, conf.between(0, 8)] = 8
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     paper: PaperName | None = None
     gradients: Gradients = "traced"
@@ -103,6 +103,8 @@ class RobustnessConfig(conf.Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "paper" not in self.defences:
+            self.refuse_idle("without the defence 'paper'", "paper")
         if self.images_per_cell is not None and min(map(len, self.blocks)) < 2:
             raise ValueError(
                 f"images_per_cell={self.images_per_cell!r} leaves a block of {self.num_images} "

@@ -40,6 +40,7 @@ from tqdm.auto import tqdm
 import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
+from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
@@ -245,4 +246,5 @@ def _report(
         strongest=tuple(strongest[index] for index in winner.tolist()),
         x_adv=x_adv,
         examples=torch.stack([x[few], x_adv[few], shown.reconstruction]).cpu(),
+        images=(fingerprint(x),),
     )

@@ -36,6 +36,7 @@ from pyro_vae_defence.models import program
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.checks import as_device
 from pyro_vae_defence.ops.files import atomic_save, check_writable, remove_partial
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
 from pyro_vae_defence.training.averaging import WeightAverage
@@ -140,9 +141,9 @@ def fit(
             )
     run = _Run(vae, objective, loader, config, validation, place)
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None:
-        _check_place(path)
     with contextlib.ExitStack() as stack:
+        if path is not None:
+            _take_place(path, stack)
         if config.compile:
             stack.enter_context(compiled_children(vae))
         log = _open_log(tensorboard, stack)
@@ -281,15 +282,18 @@ class _Run:
         started = time.perf_counter()
         self._set_mode(training=True)
         _set_epoch(self.loader, self.epoch)
+        length = len(self.loader) if isinstance(self.loader, Sized) else None
         for batch in self._remaining_batches():
             if self.steps == 0:
-                length = len(self.loader) if isinstance(self.loader, Sized) else None
                 parallel.check_shares(length, batch[0])
             self._step(batch)
             self.batch += 1
             every = self.config.checkpoint_every
             if path is not None and every is not None and self.steps % every == 0:
                 self.save(path)
+        if self.steps == 0:
+            parallel.check_shares(length, None)
+        parallel.check_all_ended(self.batch)
         if self.seen == 0:
             raise ValueError("loader is empty; pass at least one batch")
         entry = {"epoch": float(self.epoch + 1), "train_loss": self.loss_sum / self.seen}
@@ -378,7 +382,7 @@ class _Run:
                     f"the programs failed on loader's first batch, of shapes {shapes}: {error}; "
                     + mend
                 ) from error
-        loss, count = parallel.total(loss, batch[0].shape[0])
+        loss, count = parallel.total_of_batch(loss, batch[0].shape[0])
         self._check_finite(loss, "loss")
         if self.parameters.take_new() or self.optimiser is None:
             self._optimise_all()
@@ -563,13 +567,15 @@ def _finite_gradient(parameters: Iterable[Tensor]) -> float:
     return math.nan
 
 
-def _check_place(path: Path) -> None:
-    """``ValueError`` in every process where the first one cannot write a checkpoint."""
+def _take_place(path: Path, stack: contextlib.ExitStack) -> None:
+    """Let the first process be the only one to write a checkpoint until ``stack`` closes;
+    ``ValueError`` in every process where it cannot."""
     problem = None
     if parallel.is_first():
         try:
             check_writable(path)
-        except OSError as error:
+            stack.enter_context(sole_writer(path))
+        except (OSError, ValueError) as error:
             problem = str(error)
     if (problem := parallel.gather(problem)[0]) is not None:
         raise ValueError(f"checkpoint {path} cannot be written: {problem}")
