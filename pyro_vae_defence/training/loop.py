@@ -378,6 +378,8 @@ class _Run:
         yield from batches
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
+        if self._statistics[0]:
+            torch._foreach_copy_(self._statistics[1], self._statistics[0])
         try:
             with self.parameters:
                 loss = _number(self.objective.loss_and_grads(self.model, self.guide, *batch))
@@ -577,8 +579,6 @@ class _Run:
         """Run the programs as a step does, and leave all random generators as they were."""
         rng = checkpoints.get_rng(self.loader)
         self._set_mode(training=True)
-        buffers = [b for network in self.parameters.networks.values() for b in network.buffers()]
-        self._statistics = buffers, [buffer.clone() for buffer in buffers]
         _set_epoch(self.loader, self.epoch)
         batch = next(self.reader.read(self.loader, "loader"))
         with self.parameters:
