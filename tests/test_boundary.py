@@ -12,7 +12,7 @@ import pytest
 import torch
 from programs import LinearGaussianVAE
 
-from pyro_vae_defence import attacks, defence, mcmc, metrics, models
+from pyro_vae_defence import attacks, defence, mcmc, metrics, models, training
 from pyro_vae_defence.attacks.interop import LatentClassifier
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import LinearClassifier
@@ -326,3 +326,136 @@ def test_networks_and_what_holds_them_can_be_pickled_after_use():
         again = again if isinstance(again, defence.NoDefence) else getattr(again, "vae", again)
         again = again if isinstance(again, defence.NoDefence) else defence.NoDefence(again)
         assert torch.equal(again(x, _generator()).reconstruction, expected)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+class _Trained(torch.nn.Module):
+    """A user's VAE with statistics, and a scale of which too much is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4)
+        )
+        self.decoder = torch.nn.Linear(2, 16)
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            mean = self.decoder(z).reshape(x.shape)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            mean, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+
+def _trained(x, loader=None, **config):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = _Trained()
+    config = training.FitConfig(schedule="constant", progress=False, **{"epochs": 2} | config)
+    result = training.fit(vae, pyro.infer.Trace_ELBO(), loader or [x, x], config)
+    return torch.cat([p.detach().flatten() for p in vae.state_dict().values()]), result
+
+
+def test_training_does_not_depend_on_the_callers_context():
+    x = _images(4)
+    expected, _ = _trained(x)
+    with torch.no_grad():
+        assert torch.equal(_trained(x)[0], expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(_trained(x)[0], expected)
+    with torch.inference_mode():
+        there = x.clone()
+    assert torch.equal(_trained(there)[0], expected)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = _Trained()
+    config = training.FitConfig(epochs=2, schedule="constant", progress=False)
+    with torch.inference_mode():
+        training.fit(vae, pyro.infer.Trace_ELBO(), [x, x], config)
+    found = torch.cat([p.detach().flatten() for p in vae.state_dict().values()])
+    assert torch.equal(found, expected)
+
+
+def test_networks_made_in_inference_mode_are_named():
+    with torch.inference_mode():
+        vae = _Trained()
+    config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+    with pytest.raises(ValueError, match=r"made in torch\.inference_mode: make or load them"):
+        training.fit(vae, pyro.infer.Trace_ELBO(), [_images(4)], config)
+    with pytest.raises(ValueError, match=r"made in torch\.inference_mode: make or load them"):
+        defence.NoDefence(vae)(_images(4))
+
+
+def test_images_of_another_dtype_than_the_networks():
+    match = r"parameters are torch.float32 and the images torch.float64: convert the images, x.to"
+    with pytest.raises(ValueError, match=match):
+        defence.NoDefence(_Trained())(_images(4).double())
+
+
+def test_settings_of_numpy_are_stored_as_numbers(tmp_path):
+    config = {"epochs": np.int64(1), "learning_rate": np.float64(1e-3), "clip_norm": np.float32(1)}
+    made = training.FitConfig(**config)
+    assert [type(getattr(made, name)) for name in config] == [int, float, float]
+
+
+def _diverge(x, **config):
+    with pytest.raises(training.NonFiniteLossError) as caught:
+        _trained(x, **config)
+    return str(caught.value)
+
+
+def test_divergence_is_one_line_that_names_epoch_step_and_learning_rate():
+    x = _images(4)
+    # Pyro's validation finds it before there is a loss.
+    said = _diverge(x, learning_rate=1e10)
+    assert said.startswith("the loss is nan at epoch 1, step 2 (learning rate 1e+10); lower the")
+    assert "\n" not in said
+    # Adam's step does not fit into a float32.
+    said = _diverge(x, learning_rate=1e38)
+    assert said.startswith(
+        "the step of the optimiser is inf at epoch 1, step 1 (learning rate 1e+3"
+    )
+    # After the last step nothing but the validation shows it.
+    pyro.clear_param_store()
+    config = training.FitConfig(epochs=1, schedule="constant", learning_rate=1e10, progress=False)
+    with pytest.raises(training.NonFiniteLossError, match="the validation loss is nan at epoch 1"):
+        training.fit(_Trained(), pyro.infer.Trace_ELBO(), [x], config, validation=[x])
+
+
+def test_statistics_are_not_spoiled_by_a_step_that_fails():
+    x = _images(4)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = _Trained().train()
+    config = training.FitConfig(epochs=1, schedule="constant", learning_rate=1e10, progress=False)
+    with pytest.raises(training.NonFiniteLossError):
+        training.fit(vae, pyro.infer.Trace_ELBO(), [x, x], config)
+    assert all(value.isfinite().all() for value in vae.state_dict().values())
+    # Statistics of the first step, which was made, alone.
+    torch.manual_seed(0)
+    first = _Trained().train()
+    first.encoder(x)
+    for name, value in first.encoder[2].named_buffers():
+        assert torch.equal(value, vae.encoder[2].get_buffer(name)), name
+    assert vae.training  # as before, since the call has failed
+
+
+def test_what_is_wrong_with_a_program_is_not_called_divergence():
+    class Binary(_Trained):
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+                logits = torch.zeros_like(x)
+                pyro.sample("obs", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+    with pytest.raises(ValueError, match="to be within the support"):
+        training.fit(Binary(), pyro.infer.Trace_ELBO(), [_images(4)], config)

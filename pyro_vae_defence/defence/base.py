@@ -20,8 +20,7 @@ from pyro_vae_defence.defence.result import Chains, DefenceResult
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import rows_of, split, take, taken
 from pyro_vae_defence.models.modules import modules_of
-from pyro_vae_defence.models.scope import drop_references
-from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.boundary import drop_references, public
 from pyro_vae_defence.ops.checks import check_finite, check_integer, plain
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents
@@ -59,7 +58,7 @@ class BaseDefence(ABC):
             setattr(self, entry.name, plain(getattr(self, entry.name)))
 
     def __getstate__(self) -> dict[str, Any]:
-        drop_references(*modules_of(self.vae))
+        drop_references(modules_of(self.vae))
         return self.__dict__
 
     def encode(self, x: ImagesLike, generator: torch.Generator | None = None) -> Latents:
