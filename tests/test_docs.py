@@ -6,6 +6,7 @@ the pictures that it draws are kept.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
@@ -15,7 +16,8 @@ import pytest
 
 from pyro_vae_defence.experiments.defences import KINDS
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 # Assignments of a page that are made smaller; each must be found there.
 SMALL = {
@@ -106,6 +108,28 @@ def test_blocks_keep_their_lines_and_small_numbers_are_used():
 def test_glossary_has_the_labels_of_all_defences():
     rows = re.findall(r"(?m)^\| `(\w+)` \| (.+) \|$", (DOCS / "glossary.md").read_text())
     assert dict(rows) == {name: kind.label for name, kind in KINDS.items()}
+
+
+def tests_of(file: Path) -> set[str]:
+    """What pytest collects of a file, without parameters."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            inside = (part.name for part in node.body if isinstance(part, ast.FunctionDef))
+            names |= {f"{node.name}::{name}" for name in inside}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+    return {name for name in names if name.split("::")[-1].startswith("test_")}
+
+
+def test_every_fault_that_is_survived_names_its_test():
+    text = (DOCS / "what_it_survives.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| (?!Fault \|)", line)]
+    assert len(rows) > 50
+    named = [re.fullmatch(r"\| .+ \| .+ \| `(tests/\w+\.py)::([\w:]+)` \|", row) for row in rows]
+    assert all(named), [row for row, found in zip(rows, named) if not found]
+    missing = [row for row, found in zip(rows, named) if found[2] not in tests_of(ROOT / found[1])]
+    assert not missing
 
 
 if __name__ == "__main__":
