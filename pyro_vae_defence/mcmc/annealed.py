@@ -67,15 +67,22 @@ class Point(NamedTuple):
     def where(self, rows: Tensor, other: Point) -> Point:
         """This one's ``rows``, bool, and the other's elsewhere."""
         return Point(
-            *(
-                lat.where(rows, a, b) if isinstance(a, dict) else torch.where(rows, a, b)
-                for a, b in zip(self, other, strict=True)
-            )
+            lat.where(rows, self.position, other.position),
+            torch.where(rows, self.target, other.target),
+            torch.where(rows, self.base, other.base),
+            lat.where(rows, self.target_force, other.target_force),
+            lat.where(rows, self.base_force, other.base_force),
         )
 
     def take(self, rows: Tensor) -> Point:
         """The rows of these numbers."""
-        return Point(*(lat.index(a, rows) if isinstance(a, dict) else a[rows] for a in self))
+        return Point(
+            lat.index(self.position, rows),
+            self.target[rows],
+            self.base[rows],
+            lat.index(self.target_force, rows),
+            lat.index(self.base_force, rows),
+        )
 
     def tempered(self, b: float) -> tuple[Tensor, Latents]:
         """Energy and its gradient at inverse temperature ``b``."""

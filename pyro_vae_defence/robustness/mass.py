@@ -69,7 +69,7 @@ from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 ROWS = 2000
 """Walks computed at once: some 200 MB for the paper's VAE."""
 
-_BASE_DRAWS = 1000  # draws of each class's Gaussian: where walks start
+_BASE_DRAWS = 300  # draws of each class's Gaussian: where walks start
 _PILOTS = 4  # clean images on which step sizes are tuned
 
 
@@ -311,7 +311,7 @@ class _Shapes(NamedTuple):
 
 
 class _Mixture:
-    """Energy -log q of a mixture of Gaussians whose log-weights ``(rows, classes)`` differ by row."""
+    """Energy -log q of a mixture of Gaussians, with log-weights ``(rows, classes)``."""
 
     def __init__(self, loc: Tensor, scale: Tensor, log_weights: Tensor, shapes: _Shapes) -> None:
         self.loc, self.precision, self.shapes = loc, scale**-2, shapes
@@ -358,7 +358,7 @@ class _Base(NamedTuple):
         drawn = program.encode(vae, x, streams=streams)
         classes, encodings = read(drawn), flatten_latents(energy.check(energy.unconstrain(drawn)))
         metric = program.mean_posterior_variance(vae, [x], torch.Generator().manual_seed(seed))
-        locs, scales, draws, reads = [], [], [], []
+        gaussians: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for number in range(scores.shape[-1]):
             own = encodings[classes == number]
             if len(own) < 2:
@@ -373,16 +373,11 @@ class _Base(NamedTuple):
             noise = streams.normal(0, number, tuple(loc.shape), loc.dtype)
             made = loc + scale * noise
             parts = made.split(len(x))
-            reads.append(torch.cat([read(energy.constrain(shapes.split(part))) for part in parts]))
-            locs, scales, draws = [*locs, loc], [*scales, scale], [*draws, made]
-        return cls(
-            torch.stack(locs),
-            torch.stack(scales),
-            torch.stack(draws),
-            torch.stack(reads),
-            flatten_latents({name: value[None] for name, value in metric.items()})[0],
-            scores.argmax(-1),
-        )
+            found = torch.cat([read(energy.constrain(shapes.split(part))) for part in parts])
+            gaussians.append((loc, scale, made, found))
+        variance = flatten_latents({name: value[None] for name, value in metric.items()})[0]
+        locs, scales, draws, reads = map(torch.stack, zip(*gaussians, strict=True))
+        return cls(locs, scales, draws, reads, variance, scores.argmax(-1))
 
     def inside(self, labels: Tensor, outside: bool) -> Tensor:
         """Share of each class's draws that lie in the set of each row, ``(rows, classes)``."""
@@ -398,7 +393,7 @@ class _Base(NamedTuple):
         if bool(((shares == 0) & (weights > 0)).any()):
             raise ValueError(
                 "no draw of a Gaussian fitted to the encodings of some class lies where it is "
-                "wanted; see what the classifier makes of decoded latents, or pass more clean_images"
+                "wanted; see how the classifier reads decoded latents, or pass more clean_images"
             )
         return torch.where(weights > 0, (weights / shares).log(), -torch.inf).to(self.loc.dtype)
 
