@@ -32,6 +32,7 @@ STUDIES = {
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
+    "bound": ("bound:Bound",),
     "benchmark": (
         "benchmark.run:BenchmarkSamplers",
         "benchmark.attacks:BenchmarkAttacks",

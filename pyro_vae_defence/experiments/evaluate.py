@@ -33,11 +33,7 @@ from pyro_vae_defence.experiments.paper import TABLE_7
 from pyro_vae_defence.experiments.study import Cell, Measurement, check_place, interval, load
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models import program
-<<<<<<< HEAD
-from pyro_vae_defence.models.pretrained import save_card, writable
-=======
 from pyro_vae_defence.models.pretrained import load_card, save_card
->>>>>>> w-studies
 from pyro_vae_defence.ops.ranks import rank
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 
@@ -112,17 +108,6 @@ class Evaluate(Measurement[EvaluateConfig]):
         return self.directory / f"{self.name}{full}.json"
 
     def run(self) -> dict[str, Any]:
-<<<<<<< HEAD
-        """Measure what is not measured yet, and write it into the card; the result.
-
-        The cards of an installed package stay as they are.
-        """
-        result = super().run()
-        if rank() > 0 or not writable(self.models):
-            return result
-        measured = {**self.card.metrics, "test": result["metrics"]}
-        save_card(dataclasses.replace(self.card, metrics=measured), self.models)
-=======
         """Measure what is not measured yet; the result.
 
         Raises:
@@ -135,7 +120,6 @@ class Evaluate(Measurement[EvaluateConfig]):
         result = super().run()
         if of_card and not self.remaining:
             self._write_card(result["metrics"])
->>>>>>> w-studies
         return result
 
     def _write_card(self, metrics: dict[str, Any]) -> None:

@@ -185,7 +185,7 @@ class Suite:
 
             def classify(latents: Latents) -> Tensor:
                 latents = box.constrain(latents)
-                if scorer.reading == "reencoded":
+                if scorer.reading in ("reencoded", "vote"):
                     latents = reencode(box.vae, latents, box.decoder)
                 return scorer.classifier.classifier(flatten_latents(latents))
 
