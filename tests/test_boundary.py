@@ -113,9 +113,7 @@ def test_a_stock_kernel_runs_without_gradients():
         return pyro.infer.HMC(model, num_steps=2, step_size=0.1)
 
     guard = defence.MCMCDefence(VAE, kernel, num_samples=2, warmup_steps=1)
-    torch.manual_seed(0)
     expected = guard(_images(2), _generator()).samples["z"]
-    torch.manual_seed(0)
     with torch.no_grad():
         found = guard(_images(2), _generator()).samples["z"]
     assert torch.equal(found, expected)
@@ -287,6 +285,36 @@ def _draws(global_seed, **options):
 
 def test_a_generator_governs_the_start_too():
     assert torch.equal(_draws(1), _draws(2))
+
+
+def test_a_generator_governs_what_comes_from_torchs_global_seed():
+    def kernel(model):
+        return pyro.infer.HMC(model, num_steps=2, step_size=0.1)
+
+    guard = defence.MCMCDefence(VAE, kernel, num_samples=2, warmup_steps=1)
+    x, drawn = _images(2), torch.Generator().manual_seed(3)
+    torch.manual_seed(1)
+    expected = guard(x, drawn).samples["z"]
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing of it was used
+    again = torch.Generator().manual_seed(3)
+    torch.manual_seed(2)
+    assert torch.equal(guard(x, again).samples["z"], expected)
+    # The generator goes on as ever, and so do later draws.
+    assert torch.equal(drawn.get_state(), again.get_state())
+    assert not torch.equal(guard(x, again).samples["z"], expected)
+    streamed = next(iter(guard.stream([x], torch.Generator().manual_seed(3))))
+    assert torch.equal(streamed.samples["z"], expected)
+    # Without one, and with torch's own, the global seed is what it was.
+    for own in (None, torch.default_generator):
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            found.append(guard(x, own).samples["z"])
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+        assert not torch.equal(guard(x, own).samples["z"], found[2])
 
 
 @pytest.mark.filterwarnings("ignore")
