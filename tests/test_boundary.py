@@ -16,7 +16,7 @@ from pyro_vae_defence import attacks, defence, mcmc, metrics, models, training
 from pyro_vae_defence.attacks.interop import LatentClassifier
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import LinearClassifier
-from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.streams import Streams
@@ -210,6 +210,26 @@ def test_metrics_rank_no_nan():
             assert found[1] == 1.0
     with pytest.raises(ValueError, match="means has entries that are not finite"):
         metrics.active_units(torch.tensor([[1.0, torch.nan], [2.0, 1.0]]))
+
+
+def test_images_and_features_that_are_none_are_named():
+    x = _images()
+    x[1, 0, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"x is not finite for 1 of 3 rows \(first rows: \[1\]\)"):
+        metrics.nll(VAE, x, num_samples=2)
+    features = torch.rand(4, 3, generator=_generator())
+    with pytest.raises(ValueError, match="other is not finite for 1 of 4 rows"):
+        metrics.frechet_distance(features, features.clone().fill_diagonal_(torch.inf)[[0, 3, 3, 3]])
+    with pytest.raises(ValueError, match="y is not finite for 1 of 3 rows"):
+        metrics.fid(_images(), x)
+
+
+def test_a_radius_that_float32_cannot_square_is_refused():
+    for ball in (L2, L1):
+        result = attacks.PGD(attacks.symmetric_kl(VAE), ball(1e12), 2)(_images(), _generator())
+        assert (result.x_adv != result.x_ref).flatten(2).any(2).all()
+        with pytest.raises(ValueError, match=r"must be at most 1e\+12"):
+            ball(1e20)
 
 
 def test_an_attack_without_a_finite_gradient_says_so():
