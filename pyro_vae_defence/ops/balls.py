@@ -40,13 +40,14 @@ class Ball:
     ``L2`` or ``L1`` may cover all images, as a bound that does not bind.
 
     Raises:
-        ValueError: if ``radius`` is no positive finite number, or above 1 in ``Linf``.
+        ValueError: if ``radius`` is no positive finite number, above 1 in ``Linf``, or larger than
+            any image and float32 allow in the others.
     """
 
     radius: float
     norm_name: ClassVar[str]
     # Beyond which a radius is a mistake, whatever the images.
-    _largest: ClassVar[float] = math.inf
+    _largest: ClassVar[float] = 1e12
 
     def __post_init__(self) -> None:
         radius = self.radius
