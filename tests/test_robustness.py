@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.compiled import Recorder
+from pyro_vae_defence.models.conditions import BoundVAE, same_vae
 from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.streams import Streams
@@ -594,6 +596,21 @@ def test_mistakes(change, message):
     settings = {"defence": NoDefence(vae), "x": torch.rand(4, 1, 4, 4), **change}
     with pytest.raises(ValueError, match=message):
         evaluate_robustness(vae, **settings)
+
+
+def test_the_attacker_knows_the_model_that_is_defended():
+    vae, other, x = LinearGaussianVAE(), LinearGaussianVAE(), torch.rand(4, 1, 4, 4)
+    defence = NoDefence(vae)
+    with pytest.raises(ValueError, match="defence defends another VAE, a LinearGaussianVAE"):
+        evaluate_robustness(other, defence, x)
+    behind = DefendedClassifier(NoDefence(vae), classify)
+    with pytest.raises(ValueError, match="classifier is a DefendedClassifier of another defence"):
+        evaluate_robustness(vae, defence, x, classifier=behind)
+    # The same programs are the same VAE, by whatever name, and with conditions bound.
+    same = types.SimpleNamespace(model=vae.model, guide=vae.guide)
+    run(same, defence, x.double(), None, SMALL, attacks=("encoder",), checks=False)
+    assert same_vae(BoundVAE(vae, lambda x: x, lambda x: x), vae)
+    assert not same_vae(BoundVAE(vae, lambda x: x, lambda x: x), other)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ from pyro_vae_defence.attacks import APGD, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.conditions import split
+from pyro_vae_defence.models.conditions import same_vae, split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.streams import draw_seed
@@ -79,15 +79,16 @@ def evaluate_robustness(
     """Attack a defence with everything and report the worst case.
 
     Args:
-        vae: any Pyro VAE.
+        vae: any Pyro VAE, which the attacker knows.
         defence: what the attacker attacks: :class:`~pyro_vae_defence.defence.NoDefence`,
-            :class:`~pyro_vae_defence.defence.MCMCDefence`, or images to a ``DefenceResult``.
+            :class:`~pyro_vae_defence.defence.MCMCDefence`, or images to a ``DefenceResult``. If it
+            has an attribute ``vae``, that is the one given here.
         x: reference images ``(N, C, H, W)`` in [0, 1], N >= 2, or ``(x, *conditions)``, which the
             attacker knows and does not change.
         labels: their classes, int64 ``(N,)``; those predicted undefended when ``None``.
         classifier: measures accuracy instead of similarity. Latents ``(M, D)`` to scores ``(M,
             classes)``, asked about where the defence ends; or a
-            :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
+            :class:`~pyro_vae_defence.defence.DefendedClassifier` of this very defence.
         ball: where perturbations live; ``Linf(0.1)`` by default.
         budget: how hard to try; :meth:`Budget.standard` by default.
         attacks: names in :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; all by default.
@@ -107,6 +108,7 @@ def evaluate_robustness(
     vae, x = program.at_images(vae, x)
     if not callable(defence):
         raise ValueError(f"defence must map images to a DefenceResult, got {defence!r}")
+    _check_same(vae, defence, classifier)
     if len(x) < 2:
         raise ValueError(f"x holds {len(x)} image: intervals need two or more")
     ball = check_ball(Linf(0.1) if ball is None else ball)
@@ -137,6 +139,21 @@ def evaluate_robustness(
             total=total, unit="gradient", unit_scale=True, disable=not progress, leave=False
         ) as bar:
             return _report(suite, attacks, checks, seed, expected, bar)
+
+
+def _check_same(vae: VAE, defence: Defence, classifier: Any) -> None:
+    """Refuse a defence of another VAE, and a classifier behind another defence."""
+    defended = getattr(defence, "vae", None)
+    if defended is not None and not same_vae(vae, defended):
+        raise ValueError(
+            f"defence defends another VAE, a {type(defended).__name__}, than vae, so that the "
+            "attacker would know the wrong model; pass defence.vae as vae"
+        )
+    if isinstance(classifier, DefendedClassifier) and classifier.defence is not defence:
+        raise ValueError(
+            "classifier is a DefendedClassifier of another defence than the one evaluated; make "
+            "it of this one, DefendedClassifier(defence, ...)"
+        )
 
 
 def _check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
