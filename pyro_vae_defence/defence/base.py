@@ -35,6 +35,20 @@ class Defence(Protocol):
         """Defend images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)``."""
 
 
+def check_defence(defence: Any, *, needs_vae: bool = True) -> Defence:
+    """``defence``, or a ``ValueError`` unless it can be called and, if it must, has a VAE."""
+    if not callable(defence):
+        raise ValueError(f"defence must be callable, images to a DefenceResult, got {defence!r}")
+    if not hasattr(defence, "vae") and callable(getattr(defence, "guide", None)):
+        raise ValueError(
+            f"defence is a VAE, a {type(defence).__name__}; pass NoDefence(vae) for what it does "
+            "without a defence"
+        )
+    if needs_vae:
+        program.check_vae(getattr(defence, "vae", None))
+    return defence
+
+
 @dataclass(eq=False, repr=False)
 class BaseDefence(ABC):
     """A defence of this package: its settings, and in ``_run`` what it does with a micro-batch.
@@ -72,7 +86,7 @@ class BaseDefence(ABC):
         ``generator`` is the source of the run's seed; torch's global seed when ``None``.
         """
         # Drawn before anything that consumes randomness in proportion to the batch.
-        parts = self._parts(x, "x", draw_seed(generator), 0)
+        parts = self.parts(x, "x", draw_seed(generator), 0)
         return DefenceResult.join(list(parts))
 
     def stream(
@@ -92,7 +106,7 @@ class BaseDefence(ABC):
         first = 0
         for batch in batches:
             images = taken(batch, self.vae)
-            yield from self._parts(images, "batches", seed, first)
+            yield from self.parts(images, "batches", seed, first)
             first += len(images[0])
 
     def to_zarr(
@@ -162,7 +176,7 @@ class BaseDefence(ABC):
         def defend(batch: Any, first: int) -> DefenceResult:
             images = given(batch)
             with _seeded(seed + first, images[0]):
-                return DefenceResult.join(list(self._parts(images, "dataset", seed, first)))
+                return DefenceResult.join(list(self.parts(images, "dataset", seed, first)))
 
         vae, x = program.at_images(self.vae, given(default_collate([dataset[0]])), "dataset")
         with _seeded(seed, x), torch.no_grad(), program.evaluation_mode(vae):
@@ -177,10 +191,12 @@ class BaseDefence(ABC):
         }
         return store.write(path, dataset, chunk_size, defend, identity, observed_data, progress)
 
-    def _parts(
+    def parts(
         self, images: ImagesLike, name: str, seed: int, first: int
     ) -> Iterator[DefenceResult]:
-        """One result per micro-batch of images, numbered from ``first``."""
+        """One result per micro-batch of images, which errors call ``name``; ``first`` is their first
+        number.
+        """
         conditions = split(images, name)[1]
         vae, x = program.at_images(self.vae, images, name)
         at_once = max(1, self.batch_size // self.num_chains)
