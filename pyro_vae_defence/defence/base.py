@@ -36,6 +36,20 @@ class Defence(Protocol):
         """Defend images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)``."""
 
 
+def check_defence(defence: Any, *, needs_vae: bool = True) -> Defence:
+    """``defence``, or a ``ValueError`` unless it can be called and, if it must, has a VAE."""
+    if not callable(defence):
+        raise ValueError(f"defence must be callable, images to a DefenceResult, got {defence!r}")
+    if not hasattr(defence, "vae") and callable(getattr(defence, "guide", None)):
+        raise ValueError(
+            f"defence is a VAE, a {type(defence).__name__}; pass NoDefence(vae) for what it does "
+            "without a defence"
+        )
+    if needs_vae:
+        program.check_vae(getattr(defence, "vae", None))
+    return defence
+
+
 @dataclass(eq=False, repr=False)
 class BaseDefence(ABC):
     """A defence of this package: its settings, and in ``_run`` what it does with a micro-batch.
@@ -74,7 +88,7 @@ class BaseDefence(ABC):
         ``generator`` is the source of the run's seed; torch's global seed when ``None``.
         """
         # Drawn before anything that consumes randomness in proportion to the batch.
-        parts = self._parts(x, "x", draw_seed(generator), 0, generator is not None)
+        parts = self.parts(x, "x", draw_seed(generator), 0, generator is not None)
         return DefenceResult.join(list(parts))
 
     def stream(
@@ -94,7 +108,7 @@ class BaseDefence(ABC):
         first = 0
         for batch in batches:
             images = taken(batch, self.vae)
-            yield from self._parts(images, "batches", seed, first, generator is not None)
+            yield from self.parts(images, "batches", seed, first, generator is not None)
             first += len(images[0])
 
     def to_zarr(
@@ -164,7 +178,7 @@ class BaseDefence(ABC):
         def defend(batch: Any, first: int) -> DefenceResult:
             images = given(batch)
             with _seeded(seed + first, images[0]):
-                return DefenceResult.join(list(self._parts(images, "dataset", seed, first)))
+                return DefenceResult.join(list(self.parts(images, "dataset", seed, first)))
 
         vae, x = program.at_images(self.vae, given(default_collate([dataset[0]])), "dataset")
         with _seeded(seed, x), torch.no_grad(), program.evaluation_mode(vae):
@@ -179,10 +193,11 @@ class BaseDefence(ABC):
         }
         return store.write(path, dataset, chunk_size, defend, identity, observed_data, progress)
 
-    def _parts(
+    def parts(
         self, images: ImagesLike, name: str, seed: int, first: int, governs: bool = False
     ) -> Iterator[DefenceResult]:
-        """One result per micro-batch of images, numbered from ``first``.
+        """One result per micro-batch of images, which errors call ``name``; ``first`` is their
+        first number.
 
         ``governs`` says whether what comes from torch's global generators is to follow the seed.
         """
