@@ -167,8 +167,9 @@ def _report(
     """Run the suite; the order of these lines decides which seed is used for what."""
     box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
     started = time.perf_counter()
-    table = [row for row in ATTACKS if row.name in names and not row.reason(box)]
-    skipped = {row.name: row.reason(box) or "not asked for" for row in ATTACKS if row not in table}
+    why_not = {row: suite.why_not(row) for row in ATTACKS}
+    table = [row for row in ATTACKS if row.name in names and not why_not[row]]
+    skipped = {row.name: why_not[row] or "not asked for" for row in ATTACKS if row not in table}
     clock = time.perf_counter()
     clean = scorer.score(x, budget.scoring_draws)
     clean_seconds = (time.perf_counter() - clock) / (len(x) * budget.scoring_draws)
