@@ -145,7 +145,7 @@ def test_a_set_without_a_candidate_pulls_nobody(vae, x, labels, defence):
 
 
 def test_attack_takes_mass_where_all_draws_agree(vae, x, labels, defence):
-    """Judged by the sums of the grid: most of what a random corner of the ball does not take."""
+    """Judged by the sums of the grid: more than nine of ten corners of the ball."""
     box, fresh = WhiteBox(vae, defence, x), torch.Generator().manual_seed(3)
     own = Constrained(box, functools.partial(margin, vae, labels), Linf(EPSILON), 8, number=1)
     objective = adaptive.evidence(own.right, own.wrong, box.energy, 8, generator=fresh)
@@ -154,7 +154,7 @@ def test_attack_takes_mass_where_all_draws_agree(vae, x, labels, defence):
         (x + EPSILON * (torch.rand(x.shape, generator=fresh) - 0.5).sign()).clamp(0, 1)
         for _ in range(30)
     ]
-    at_random = torch.stack([log_ratio(vae, corner, labels) for corner in corners]).amax(0)
+    at_random = torch.stack([log_ratio(vae, corner, labels) for corner in corners]).quantile(0.9, 0)
     taken, clean = log_ratio(vae, found, labels), log_ratio(vae, x, labels)
     assert bool((taken > clean + 0.5).all())
     assert bool((taken > at_random).all())
