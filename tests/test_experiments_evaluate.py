@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from programs import LinearGaussianVAE
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.experiments import attack
+from pyro_vae_defence.experiments import evaluate as evaluate_module
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.cards import trained_models
 from pyro_vae_defence.experiments.evaluate import Evaluate, EvaluateConfig, nll_name, table
@@ -20,8 +22,13 @@ from pyro_vae_defence.experiments.paper import TABLE_7
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.tables import NOT_MEASURED
 from pyro_vae_defence.experiments.train import MODELS
-from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained
+from pyro_vae_defence.models import ConvVAE, pretrained
+from pyro_vae_defence.models.pretrained import (
+    load_card,
+    load_pretrained,
+    save_card,
+    save_pretrained,
+)
 
 
 @pytest.fixture
@@ -61,7 +68,7 @@ def test_measured_numbers_are_those_of_the_exact_model(float64, tmp_path):
     assert found["active_units"] == {"z": {"active": 3, "all": 3}}
 
 
-def test_evaluate_writes_result_and_card(models, tmp_path):
+def test_evaluate_writes_a_result(models, tmp_path):
     changes = {"num_images": 20, "num_samples": 4, "rows": 30}
     result = measured(tmp_path / "out", models, **changes)
     assert json.loads((tmp_path / "out" / "mnist_vae.json").read_text()) == result
@@ -70,12 +77,11 @@ def test_evaluate_writes_result_and_card(models, tmp_path):
     entry = result["metrics"][nll_name(4)]
     assert entry["low"] < entry["estimate"] < entry["high"]
     card = load_card("mnist_vae", models)
-    assert card.metrics == {"validation_nelbo": 1.0, "test": result["metrics"]}
+    assert card.metrics == {"validation_nelbo": 1.0}  # a part of the test set says little
     assert result["weights"] == {"mnist_vae": card.sha256}
     written = write_pages({Evaluate.kind: Evaluate}, tmp_path / "out")[0].read_text()
     assert f"| nll[iwae 4] | {entry['estimate']:.2f} [" in written
     assert "| active units | " in written
-    load_pretrained("mnist_vae", models)  # a new card still fits its weights
     assert measured(tmp_path / "out", models, **changes) == result  # nothing is measured twice
     again = measured(tmp_path / "again", models, **{**changes, "rows": 7})
     assert again["metrics"][nll_name(4)]["estimate"] == pytest.approx(entry["estimate"], rel=1e-5)
@@ -87,6 +93,31 @@ def test_full_test_set_has_a_file_of_its_own(models, tmp_path):
     result = json.loads((tmp_path / "mnist_vae_full.json").read_text())
     assert result["metrics"]["mse[0..255]"]["num_images"] == 1000
     assert "--set num_images=None" in result["command"]
+    # It goes into the card, beside what was measured otherwise, whose weights it still fits.
+    test = load_card("mnist_vae", models).metrics["test"]
+    assert test == result["metrics"]
+    assert main([*arguments, "--full", "--set", "num_samples=2", "--output", f"{tmp_path}/2"]) == 0
+    both = load_card("mnist_vae", models).metrics["test"]
+    assert both.keys() - test.keys() == {nll_name(2)}
+    assert both[nll_name(1)] == test[nll_name(1)]
+    load_pretrained("mnist_vae", models)
+
+
+def test_cards_that_nobody_named_are_left_alone(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "PACKAGED_MODELS", models)
+    monkeypatch.setattr(evaluate_module, "save_card", None)
+    for settings in ({}, {"num_images": None}):
+        settings = {"num_samples": 1, "num_images": 10, **settings}
+        Evaluate("mnist_vae", tmp_path, overrides=settings, progress=False).run()
+
+
+def test_a_card_of_other_weights_is_left_alone(models, tmp_path):
+    study = Evaluate("mnist_vae", tmp_path, models=models, progress=False)
+    study.load()
+    card = replace(load_card("mnist_vae", models), sha256="of a training since then")
+    save_card(card, models)
+    study._write_card({"mse[0..255]": {}})
+    assert load_card("mnist_vae", models) == card
 
 
 def test_table_7_prints_files_and_says_what_is_missing(models, tmp_path, capsys):
