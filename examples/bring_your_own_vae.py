@@ -9,9 +9,9 @@ connected, sites `latent` and `obs`, images flattened inside the programs, train
 
 from __future__ import annotations
 
-import argparse
 import functools
 
+import command_line as cli
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -77,14 +77,15 @@ class VAE(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--radius", type=float, default=0.2)
-    parser.add_argument("--num-images", type=int, default=50)
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--epochs", type=cli.count, default=40, help="of training")
+    parser.add_argument("--radius", type=cli.radius, default=0.2, help="of the attack, L_inf")
+    parser.add_argument("--num-images", type=cli.count, default=50, help="to attack")
     options = parser.parse_args()
-    torch.manual_seed(0)
+    pyro.set_rng_seed(options.seed)
 
     train, test = (data.load("mnist_subset", split) for split in ("train", "test"))
+    x_ref = test.images(data.stratified(test, options.num_images))
     vae = VAE()
     svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     for epoch in range(options.epochs):
@@ -92,7 +93,6 @@ def main():
         if (epoch + 1) % 10 == 0:
             print(f"epoch {epoch + 1}: -ELBO {loss / len(train):.1f} nats")
 
-    x_ref = test.images(data.stratified(test, options.num_images))
     attack = attacks.PGD(attacks.symmetric_kl(vae), Linf(options.radius))
     x_adv = attack(x_ref).best()
 
@@ -117,4 +117,4 @@ def similarity(before, result):
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -12,10 +12,10 @@ Writes to --output: vae.pt (training checkpoint, resumed when it exists) and res
 
 from __future__ import annotations
 
-import argparse
 import functools
 from pathlib import Path
 
+import command_line as cli
 import pyro
 import pyro.distributions as dist
 import torch
@@ -62,25 +62,17 @@ class ConditionalVAE(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--radius", type=float, default=0.2, help="of the attack, L_inf")
-    parser.add_argument("--delta", type=float, default=0.2, help="radius the defender assumes")
-    parser.add_argument("--num-images", type=int, default=50)
-    parser.add_argument("--num-samples", type=int, default=30)
-    parser.add_argument("--warmup-steps", type=int, default=30)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="runs/conditional_vae")
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--epochs", type=cli.count, default=30, help="of training")
+    parser.add_argument("--radius", type=cli.radius, default=0.2, help="of the attack, L_inf")
+    parser.add_argument("--delta", type=cli.radius, default=0.2, help="radius the defender assumes")
+    parser.add_argument("--num-images", type=cli.count, default=50, help="to attack")
+    parser.add_argument("--num-samples", type=cli.count, default=30, help="draws per chain")
+    parser.add_argument("--warmup-steps", type=cli.unsigned, default=30, help="before them")
+    parser.add_argument("--device", type=cli.device, default="cpu", help="where to compute")
+    parser.add_argument("--output", default="runs/conditional_vae", help="directory")
     options = parser.parse_args()
-    try:
-        run(options)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def run(options):
-    torch.manual_seed(options.seed)
+    pyro.set_rng_seed(options.seed)
     attack_ball, assumed = Linf(options.radius), Linf(options.delta)
     train, test = (data.load("mnist_subset", split) for split in ("train", "test"))
     chosen = data.stratified(test, options.num_images)
@@ -124,4 +116,4 @@ def run(options):
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

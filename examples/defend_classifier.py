@@ -11,10 +11,10 @@ images from clean ones.
 
 from __future__ import annotations
 
-import argparse
 import functools
 
-import torch
+import command_line as cli
+import pyro
 
 from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.defence import (
@@ -31,21 +31,14 @@ from pyro_vae_defence.ops.balls import Linf
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--radius", type=float, default=0.2, help="of the attack, L_inf")
-    parser.add_argument("--delta", type=float, default=0.2, help="radius the defender assumes")
-    parser.add_argument("--num-images", type=int, default=100)
-    parser.add_argument("--num-samples", type=int, default=10)
-    parser.add_argument("--warmup-steps", type=int, default=15)
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--radius", type=cli.radius, default=0.2, help="of the attack, L_inf")
+    parser.add_argument("--delta", type=cli.radius, default=0.2, help="radius the defender assumes")
+    parser.add_argument("--num-images", type=cli.count, default=100, help="to attack")
+    parser.add_argument("--num-samples", type=cli.count, default=10, help="draws per chain")
+    parser.add_argument("--warmup-steps", type=cli.unsigned, default=15, help="before them")
     options = parser.parse_args()
-    try:
-        run(options)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def run(options):
-    torch.manual_seed(0)
+    pyro.set_rng_seed(options.seed)
     attack_ball, assumed = Linf(options.radius), Linf(options.delta)
     vae = load_pretrained("mnist_vae")
     classifier, _ = load_classifier("mnist_vae_classifier")
@@ -86,4 +79,4 @@ def correct(classify, x, labels):
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -11,9 +11,10 @@ others writes them to a file before the next batch is read.
 
 from __future__ import annotations
 
-import argparse
 import functools
 
+import command_line as cli
+import pyro
 import torch
 
 from pyro_vae_defence import data
@@ -30,22 +31,16 @@ def read(images, count, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--dataset", default="mnist_subset", help="of grey images of 28x28")
     parser.add_argument("--data-root", help="directory of the datasets")
-    parser.add_argument("--num-images", type=int, default=100)
-    parser.add_argument("--images-per-batch", type=int, default=50)
-    parser.add_argument("--delta", type=float, default=0.1, help="radius the defender assumes")
-    parser.add_argument("--max-gradients", type=int, default=4000, help="per image, of 4 chains")
+    parser.add_argument("--num-images", type=cli.count, default=100, help="to defend")
+    parser.add_argument("--images-per-batch", type=cli.count, default=50, help="read at once")
+    parser.add_argument("--delta", type=cli.radius, default=0.1, help="radius the defender assumes")
+    gradients = "per image, of 4 chains"
+    parser.add_argument("--max-gradients", type=cli.count, default=4000, help=gradients)
     options = parser.parse_args()
-    try:
-        run(options)
-    except ValueError as error:
-        parser.error(str(error))
-
-
-def run(options):
-    torch.manual_seed(0)
+    pyro.set_rng_seed(options.seed)
     vae = load_pretrained("mnist_vae")
     test = data.load(options.dataset, "test", options.data_root)
     count = min(options.num_images, len(test))
@@ -83,4 +78,4 @@ def run(options):
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -14,14 +14,12 @@ interrupted stays.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import math
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import command_line as cli
 import numpy as np
 import pyro.infer
 import torch
@@ -36,7 +34,7 @@ from pyro_vae_defence.objectives import BetaELBO
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import atomic_path, write_json
 from pyro_vae_defence.ops.provenance import provenance
-from pyro_vae_defence.training import FitConfig, NonFiniteLossError, fit
+from pyro_vae_defence.training import FitConfig, fit
 
 METRIC = metrics.metric_name("ms_ssim", "paper")
 DATASETS = ("mnist_subset", "fashion_mnist_subset", "mnist", "fashion_mnist", "color_mnist")
@@ -64,12 +62,14 @@ def main():
     options = parse_arguments()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
+    pyro.set_rng_seed(options.seed)
     train_set, validation_set, test_set = (
         data.load(options.dataset, split, options.data_root, options.download)
         for split in data.SPLITS
     )
     print(f"{train_set}, {test_set}")
+    # Too many are refused now, and drawn when the model is trained.
+    data.stratified(test_set, options.num_references, torch.Generator())
 
     vae = ConvVAE(train_set.image_shape[0]).to(options.device)
     nelbo = train(options, vae, train_set, validation_set, output)
@@ -233,65 +233,30 @@ def print_table(radii):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    count = number(int, lambda n: n >= 1, "an integer of at least 1")
-    unsigned = number(int, lambda n: n >= 0, "an integer of at least 0")
-    positive = number(float, lambda v: 0 < v < math.inf, "a positive number")
-    radius = number(positive, lambda v: v <= 1, "at most 1, the image range")
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--kernel", choices=KERNELS, default="hmc")
     parser.add_argument("--dataset", choices=DATASETS, default="mnist_subset")
     parser.add_argument("--data-root", help="directory of full datasets")
     parser.add_argument("--download", action="store_true", help="fetch a missing dataset")
-    parser.add_argument("--epochs", type=count, default=30)
-    parser.add_argument("--beta", type=positive, default=1.0, help="weight of the KL term")
-    parser.add_argument("--radius", type=radius, nargs="+", default=[0.1, 0.2])
-    parser.add_argument("--num-references", type=count, default=50)
-    parser.add_argument("--num-restarts", type=count, default=2)
-    parser.add_argument("--delta", type=radius, help="assumed radius; the attack's if not given")
-    for name, kind in (("num_chains", count), ("num_samples", count), ("warmup_steps", unsigned)):
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind, default=RECOMMENDED_LENGTHS[name])
-    parser.add_argument("--step-size", type=positive, help="initial step size")
-    parser.add_argument("--num-steps", type=count, help="leapfrog steps of HMC")
-    parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=cli.count, default=30)
+    parser.add_argument("--beta", type=cli.positive, default=1.0, help="weight of the KL term")
+    parser.add_argument("--radius", type=cli.radius, nargs="+", default=[0.1, 0.2])
+    parser.add_argument("--num-references", type=cli.count, default=50)
+    parser.add_argument("--num-restarts", type=cli.count, default=2)
+    parser.add_argument("--delta", type=cli.radius, help="assumed radius; the attack's by default")
+    for name, default in RECOMMENDED_LENGTHS.items():
+        kind = cli.unsigned if name == "warmup_steps" else cli.count
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default)
+    parser.add_argument("--step-size", type=cli.positive, help="initial step size")
+    parser.add_argument("--num-steps", type=cli.count, help="leapfrog steps of HMC")
+    parser.add_argument("--device", type=cli.device, default="cpu")
     parser.add_argument("--output", default="runs/mnist_svi")
     parser.add_argument("--checkpoint", help="training checkpoint; OUTPUT/vae.pt when not given")
-    return parser.parse_args()
-
-
-def number(kind, valid, wanted):
-    """An argparse type: a number, refused in one line unless it is valid."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not valid(value):
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text}")
-        return value
-
-    return parse
-
-
-def device(text):
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"no device {text}: {reason}") from error
-    return text
+    options = parser.parse_args()
+    if options.num_steps and options.kernel.endswith("nuts"):
+        parser.error(f"--num-steps has no effect on --kernel {options.kernel}; leave it out")
+    return options
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; finished work is in the output directory", file=sys.stderr)
-        sys.exit(130)
+    cli.call(main)

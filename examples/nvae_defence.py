@@ -14,9 +14,10 @@ The last one needs CelebA in --data-root.
 
 from __future__ import annotations
 
-import argparse
 import functools
 
+import command_line as cli
+import pyro
 import torch
 
 from pyro_vae_defence import attacks, data, metrics
@@ -52,19 +53,19 @@ def load_model(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = cli.make_parser(__doc__)
     parser.add_argument("--checkpoint", help="official NVAE checkpoint")
     parser.add_argument("--untrained", action="store_true", help="a small network as it starts")
     parser.add_argument("--models", help="directory of trained models; the packaged by default")
     parser.add_argument("--data-root", help="directory of the datasets")
-    parser.add_argument("--groups", type=int, default=2, help="attacked groups, from the top")
-    parser.add_argument("--radius", type=float, default=0.1, help="of the L_inf ball")
-    parser.add_argument("--num-images", type=int, default=20)
-    parser.add_argument("--attack-steps", type=int, default=50)
-    parser.add_argument("--warmup-steps", type=int, default=40)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--groups", type=cli.count, default=2, help="attacked groups, from the top")
+    parser.add_argument("--radius", type=cli.radius, default=0.1, help="of the L_inf ball")
+    parser.add_argument("--num-images", type=cli.count, default=20, help="to attack")
+    parser.add_argument("--attack-steps", type=cli.count, default=50, help="of the attacker")
+    parser.add_argument("--warmup-steps", type=cli.unsigned, default=40, help="of a chain")
+    parser.add_argument("--device", type=cli.device, default="cpu", help="where to compute")
     options = parser.parse_args()
-    torch.manual_seed(0)
+    pyro.set_rng_seed(options.seed)
 
     vae, dataset = load_model(options)
     vae = vae.requires_grad_(False).to(options.device)
@@ -116,4 +117,4 @@ def similarity(x, y):
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

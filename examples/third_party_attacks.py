@@ -9,9 +9,10 @@ encoder. The libraries see plain modules that map images to scores; nothing in t
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 
+import command_line as cli
+import pyro
 import torch
 
 from pyro_vae_defence import attacks, data
@@ -62,16 +63,17 @@ LIBRARIES = {"foolbox": with_foolbox, "torchattacks": with_torchattacks, "art": 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--radius", type=float, default=0.1)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--num-images", type=int, default=20)
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--radius", type=cli.radius, default=0.1, help="of the attacks, L_inf")
+    parser.add_argument("--steps", type=cli.count, default=50, help="of each attack")
+    parser.add_argument("--num-images", type=cli.count, default=20, help="to attack")
     options = parser.parse_args()
-    torch.manual_seed(0)
+    pyro.set_rng_seed(options.seed)  # NumPy, too, from which ART draws
 
     vae = load_pretrained("mnist_vae")
     classifier, _ = load_classifier("mnist_vae_classifier")
-    x = data.load("mnist_subset", "test").images(slice(0, options.num_images))
+    test = data.load("mnist_subset", "test")
+    x = test.images(data.stratified(test, options.num_images))
     predicted = classifier.classify(vae, x)
     symmetric_kl = attacks.symmetric_kl(vae)
     divergence = symmetric_kl(x)
@@ -95,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.call(main)

@@ -44,6 +44,7 @@ def run(script, *arguments):
         warnings.catch_warnings(),
     ):
         patch.setattr(sys, "argv", command)
+        patch.syspath_prepend(ROOT / "examples")  # as Python does for a script
         warnings.simplefilter("default")  # a user's own filter
         try:
             runpy.run_path(command[0], run_name="__main__")
@@ -114,24 +115,113 @@ def test_third_party_attacks():
         assert any(line.startswith(library) for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--radius", "-0.1"], "must be a positive number, got -0.1"),
-        (["--radius", "2"], "must be at most 1, the image range, got 2"),
-        (["--delta", "0"], "must be a positive number, got 0"),
-        (["--epochs", "0"], "must be an integer of at least 1, got 0"),
+NOWHERE = "error: mnist: no file /nowhere/MNIST"
+MISTAKES = {
+    "mnist_svi.py": [
+        (["--radius", -0.1], "must be a positive number of at most 1, the image range, got -0.1"),
+        (["--radius", 2], "at most 1, the image range, got 2"),
+        (["--delta", 0], "at most 1, the image range, got 0"),
+        (["--beta", "nan"], "must be a positive number, got nan"),
+        (["--epochs", 0], "must be an integer of at least 1, got 0"),
+        (["--warmup-steps", -1], "must be an integer of at least 0, got -1"),
+        (["--num-chains", 1.5], "must be an integer of at least 1, got 1.5"),
+        (["--seed", -1], "must be an integer from 0 to 2**32 - 1, got -1"),
         (["--kernel", "gibbs"], "invalid choice: 'gibbs'"),
+        (["--kernel", "nuts", "--num-steps", 3], "--num-steps has no effect on --kernel nuts"),
         (["--dataset", "cifar"], "invalid choice: 'cifar'"),
         (["--device", "tpu:9"], "no device tpu:9"),
-        (["--dataset", "mnist", "--data-root", "/nowhere"], "pass download=True"),
+        (["--device", "meta"], "no device meta"),
+        (["--num-references", 1001], "error: num=1001 needs 101 images of class 0"),
+        (["--dataset", "mnist", "--data-root", "/nowhere"], NOWHERE),
+        (["--output", "FILE"], "error: [Errno 17] File exists"),
+        (["--checkpoint", "FILE"], "error: checkpoint FILE cannot be read"),
+        (["--checkpoint", "DIRECTORY"], "DIRECTORY is a directory"),
     ],
+    "bring_your_own_vae.py": [
+        (["--epochs", "few"], "must be an integer of at least 1, got few"),
+        (["--num-images", 1001], "error: num=1001 needs 101 images of class 0"),
+    ],
+    "conditional_vae.py": [
+        (["--radius", "inf"], "at most 1, the image range, got inf"),
+        (["--num-samples", 0], "must be an integer of at least 1, got 0"),
+        (["--output", "FILE"], "error: checkpoint FILE/vae.pt cannot be written"),
+        (["--output", "/proc/new"], "error: checkpoint /proc/new/vae.pt cannot be written"),
+    ],
+    "defend_classifier.py": [
+        (["--radius", -1], "at most 1, the image range, got -1"),
+        (["--num-images", 1001], "error: num=1001 needs 101 images of class 0"),
+        (["more"], "unrecognized arguments: more"),
+    ],
+    "large_dataset.py": [
+        (["--max-gradients", 40], "error: max_gradients=40 leaves no transition"),
+        (["--images-per-batch", 0], "must be an integer of at least 1, got 0"),
+        (["--dataset", "none"], "error: name must be one of mnist"),
+        (["--dataset", "mnist", "--data-root", "/nowhere"], NOWHERE),
+    ],
+    "nvae_defence.py": [
+        (["--checkpoint", "/nowhere"], "error: /nowhere: no such file"),
+        (["--checkpoint", "FILE"], "error: FILE: cannot be read as a checkpoint"),
+        (["--models", "DIRECTORY"], "error: no pretrained model named 'mnist_nvae'"),
+        (["--untrained", "--groups", 9], "error: sites=9, but the guide has 3 latent sites"),
+    ],
+    "third_party_attacks.py": [
+        (["--steps", 0], "must be an integer of at least 1, got 0"),
+        (["--num-images", 1001], "error: num=1001 needs 101 images of class 0"),
+    ],
+}
+SCRIPTS = {path.name for path in (ROOT / "examples").glob("*.py")} - {"command_line.py"}
+
+
+def test_every_example_has_mistakes_and_a_seed():
+    assert set(MISTAKES) == SCRIPTS
+    for script in SCRIPTS:
+        shown = run(script, "--help")
+        assert shown.returncode == 0
+        assert "--seed SEED" in shown.stdout
+        assert "pyro.set_rng_seed(options.seed)" in (ROOT / "examples" / script).read_text()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [(script, *case) for script, cases in MISTAKES.items() for case in cases],
 )
-def test_mistakes_are_one_line(arguments, message, tmp_path):
-    done = run("mnist_svi.py", "--output", tmp_path, *arguments)
+def test_mistakes_are_one_line(script, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"FILE": tmp_path / "file", "DIRECTORY": tmp_path / "directory"}
+    places["FILE"].write_text("nothing that anyone could read")
+    places["DIRECTORY"].mkdir()
+    done = run(script, *(places.get(each, each) for each in arguments))
+    for name, place in places.items():
+        message = message.replace(name, str(place))
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+    assert set(tmp_path.rglob("*")) <= {
+        *places.values(),
+        tmp_path / "runs",
+        tmp_path / "runs/mnist_svi",
+    }
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import command_line
+
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        command_line.call(main)
+    assert left.value.code == 130
+    assert capsys.readouterr().err.strip().startswith("interrupted; what was finished")
+
+
+def test_a_seed_says_what_comes_out():
+    """ART draws from NumPy, everything else from PyTorch."""
+    small = ("--num-images", 4, "--steps", 2)
+    seeds = (1, 1, 2)
+    one, again, other = (run("third_party_attacks.py", *small, "--seed", n).stdout for n in seeds)
+    assert one == again != other
 
 
 def test_bring_your_own_vae():
@@ -148,10 +238,6 @@ def test_defend_classifier():
     assert sum("[" in line for line in lines[:6]) == 4
     assert sum(line.endswith("raise the alarm") for line in lines) == 3
     assert "perturbation_gain" in lines[-6] + lines[-7]
-    wrong = run("defend_classifier.py", *small, "--radius", -1)
-    assert wrong.returncode == 2
-    assert "radius must be a positive finite number" in wrong.stderr.splitlines()[-1]
-    assert "Traceback" not in wrong.stderr
 
 
 def test_nvae_defence():
@@ -172,9 +258,6 @@ def test_large_dataset():
     assert [int(batch[0]) for batch in batches] == [3, 2]
     assert all(0 < float(batch[2]) <= 600 for batch in batches)
     assert "5 images, 5 latents kept" in done.stdout
-    poor = run("large_dataset.py", *small, "--max-gradients", 40)
-    assert poor.returncode == 2
-    assert "max_gradients=40 leaves no transition" in poor.stderr.splitlines()[-1]
 
 
 def test_conditional_vae(tmp_path):
@@ -188,6 +271,3 @@ def test_conditional_vae(tmp_path):
         assert all(0 < entry[kind]["estimate"] <= 1 for kind in ("clean", "attacked"))
     nll = results["-log p(x | y), nats"]
     assert nll["attacked"]["low"] > nll["clean"]["high"]
-    wrong = run("conditional_vae.py", *small, "--output", tmp_path, "--radius", -1)
-    assert wrong.returncode == 2
-    assert "radius must be a positive finite number" in wrong.stderr.splitlines()[-1]

@@ -68,7 +68,7 @@ def test_measured_numbers_are_those_of_the_exact_model(float64, tmp_path):
     assert found["active_units"] == {"z": {"active": 3, "all": 3}}
 
 
-def test_evaluate_writes_a_result(models, tmp_path):
+def test_a_trial_is_written_and_leaves_the_card_alone(models, tmp_path):
     changes = {"num_images": 20, "num_samples": 4, "rows": 30}
     result = measured(tmp_path / "out", models, **changes)
     assert json.loads((tmp_path / "out" / "mnist_vae.json").read_text()) == result
@@ -77,7 +77,7 @@ def test_evaluate_writes_a_result(models, tmp_path):
     entry = result["metrics"][nll_name(4)]
     assert entry["low"] < entry["estimate"] < entry["high"]
     card = load_card("mnist_vae", models)
-    assert card.metrics == {"validation_nelbo": 1.0}  # a part of the test set says little
+    assert card.metrics == {"validation_nelbo": 1.0}  # a trial's figures are no model's
     assert result["weights"] == {"mnist_vae": card.sha256}
     written = write_pages({Evaluate.kind: Evaluate}, tmp_path / "out")[0].read_text()
     assert f"| nll[iwae 4] | {entry['estimate']:.2f} [" in written
@@ -87,7 +87,7 @@ def test_evaluate_writes_a_result(models, tmp_path):
     assert again["metrics"][nll_name(4)]["estimate"] == pytest.approx(entry["estimate"], rel=1e-5)
 
 
-def test_full_test_set_has_a_file_of_its_own(models, tmp_path):
+def test_full_test_set_has_a_file_of_its_own_and_the_card(models, tmp_path):
     arguments = ["evaluate", "mnist_vae", "--models", str(models), "--output", str(tmp_path)]
     assert main([*arguments, "--full", "--set", "num_samples=1"]) == 0
     result = json.loads((tmp_path / "mnist_vae_full.json").read_text())

@@ -32,6 +32,7 @@ STUDIES = {
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
+    "bound": ("bound:Bound",),
     "benchmark": (
         "benchmark.run:BenchmarkSamplers",
         "benchmark.attacks:BenchmarkAttacks",
@@ -41,6 +42,7 @@ STUDIES = {
 """Command -> studies that share it, each ``module:class``; imported when asked for."""
 
 _ALL_RESULTS = "directory of compare, robustness and benchmark; %(default)s by default"
+_SUITES = "directory of robustness, robustness_controls, ...; %(default)s by default"
 WEIGHTS = "directory of weights; by default those of the package and of a checkout"
 
 BESIDE = {
@@ -49,6 +51,7 @@ BESIDE = {
     "table": "print a table of the paper beside our results",
     "models": "print what the cards of trained models say",
     "front": "print the table of the README",
+    "leaderboard": "write the page that ranks defences by what adaptive attackers leave",
 }
 """Commands that compute nothing."""
 
@@ -241,6 +244,11 @@ def _beside(command: str, words: Sequence[str]) -> str:
         from pyro_vae_defence.experiments.cards import trained_models
 
         return trained_models(parser.parse_args(words).directory)
+    if command == "leaderboard":
+        parser.add_argument("results", nargs="?", default="docs/results", help=_SUITES)
+        from pyro_vae_defence.experiments.leaderboard import write_leaderboard
+
+        return f"wrote {write_leaderboard(parser.parse_args(words).results)}"
     if command == "front":
         parser.add_argument("results", nargs="?", default="docs/results", help="result files")
         from pyro_vae_defence.experiments.front import front_table

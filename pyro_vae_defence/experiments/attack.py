@@ -99,7 +99,7 @@ class Attack(Measurement[AttackConfig]):
             task: (CLASSIFIERS[name].column, self.load_classifier(name))
             for task, name in classifiers_of(config.model).items()
         }
-        dataset = card.training["dataset"]
+        dataset = card.dataset
         self.references, _ = self.choose(dataset, config.num_references, "references")
         self.images_, self.labels = self.choose(dataset, config.num_images, "images")
         # Once per restart, and which reference each row is of.

@@ -182,7 +182,7 @@ class Compare(Measurement[CompareConfig]):
                 for inputs in config.inputs
             }
             self.tasks[task] = CLASSIFIERS[plain].column, classifiers
-        self.dataset = card.training["dataset"]
+        self.dataset = card.dataset
         self.references, _ = self.choose(self.dataset, config.num_references, "references")
         self.x, self.labels = self.choose(self.dataset, config.num_images, "images")
         self._clean: dict[tuple[Any, ...], DefenceResult] = {}

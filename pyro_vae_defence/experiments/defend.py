@@ -79,7 +79,7 @@ class Defend(Measurement[DefendConfig]):
     def load(self) -> None:
         """The model, and references ``(N, C, H, W)`` of its dataset."""
         self.vae, card = self.load_vae(self.config.model)
-        dataset = card.training["dataset"]
+        dataset = card.dataset
         self.paper = self.config.paper or dataset
         if "paper" in self.config.defences and self.paper not in PAPER_SETTINGS:
             known = ", ".join(PAPER_SETTINGS)

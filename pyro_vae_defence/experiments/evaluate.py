@@ -134,7 +134,7 @@ class Evaluate(Measurement[EvaluateConfig]):
         config = self.config
         self.check_name()
         self.vae, self.card = self.load_vae(config.model)
-        dataset = self.result["dataset"] = self.card.training["dataset"]
+        dataset = self.result["dataset"] = self.card.dataset
         if config.num_images is None:
             self.x = self.images(dataset).images().to(self.device)
         else:

@@ -105,19 +105,29 @@ class RobustnessConfig(conf.Configuration):
         super().__post_init__()
         if "paper" not in self.defences:
             self.refuse_idle("without the defence 'paper'", "paper")
-        if self.images_per_cell is not None and min(map(len, self.blocks)) < 2:
-            raise ValueError(
-                f"images_per_cell={self.images_per_cell!r} leaves a block of {self.num_images} "
-                "images with less than 2, which an interval needs; choose a larger one"
-            )
+        _ = self.blocks  # refuses one that is too small
 
     @property
     def blocks(self) -> list[range]:
         """Numbers of the images of each block, as even as can be."""
-        size = self.images_per_cell or self.num_images
-        number = -(-self.num_images // size)
-        ends = [self.num_images * k // number for k in range(number + 1)]
-        return [range(*pair) for pair in itertools.pairwise(ends)]
+        return blocks(self.num_images, self.images_per_cell)
+
+
+def blocks(num_images: int, images_per_cell: int | None) -> list[range]:
+    """Numbers of images in blocks of at most so many, as even as can be.
+
+    Raises:
+        ValueError: if a block has less than the two that an interval needs.
+    """
+    number = -(-num_images // (images_per_cell or num_images))
+    ends = [num_images * k // number for k in range(number + 1)]
+    found = [range(*pair) for pair in itertools.pairwise(ends)]
+    if images_per_cell is not None and min(map(len, found)) < 2:
+        raise ValueError(
+            f"images_per_cell={images_per_cell!r} leaves a block of {num_images} images with less "
+            "than 2, which an interval needs; choose a larger one"
+        )
+    return found
 
 
 # --- What it costs ----------------------------------------------------------------------------
@@ -267,7 +277,7 @@ class Robustness(Measurement[RobustnessConfig]):
         """
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
-        trained_on = card.training["dataset"]
+        trained_on = card.dataset
         self.paper = config.paper or trained_on
         if "paper" in config.defences and self.paper not in PAPER_SETTINGS:
             known = ", ".join(PAPER_SETTINGS)
