@@ -277,7 +277,7 @@ def test_every_dataset_and_radius_has_an_experiment():
     ("change", "message"),
     [
         ({"defences": "none"}, "defences must be a tuple"),
-        ({"defences": ("latents",)}, "defences has no 'latents'"),
+        ({"defences": ("latents",)}, "no defence is called 'latents'"),
         ({"targets": "latents"}, "targets must be a tuple"),
         ({"targets": ("latents",)}, "targets must be one of"),
         ({"engine": "SGD"}, "engine must be APGD, PGD or MomentumPGD, got 'SGD'"),
