@@ -324,6 +324,14 @@ def test_checkpoint_of_another_attack(tmp_path):
             other(x)
     with pytest.raises(ValueError, match="belongs to other images or settings"):
         attack(x.flip(0))
+    content = path.read_bytes()
+    for damaged in (content[:100], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"progress\.pt of an attack .*; delete it"):
+            attack(x)
+    torch.save({"identity": 1}, path)
+    with pytest.raises(ValueError, match=r"progress\.pt of an attack .*'seed'.*; delete it"):
+        attack(x)
 
 
 def test_apgd_checkpoints_and_halving(float64):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from programs import LinearGaussianVAE
 
-from pyro_vae_defence import attacks, defence, mcmc, metrics, models
+from pyro_vae_defence import attacks, defence, mcmc, metrics, models, training
 from pyro_vae_defence.attacks.interop import LatentClassifier
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import LinearClassifier
-from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.streams import Streams
@@ -113,9 +113,7 @@ def test_a_stock_kernel_runs_without_gradients():
         return pyro.infer.HMC(model, num_steps=2, step_size=0.1)
 
     guard = defence.MCMCDefence(VAE, kernel, num_samples=2, warmup_steps=1)
-    torch.manual_seed(0)
     expected = guard(_images(2), _generator()).samples["z"]
-    torch.manual_seed(0)
     with torch.no_grad():
         found = guard(_images(2), _generator()).samples["z"]
     assert torch.equal(found, expected)
@@ -214,6 +212,26 @@ def test_metrics_rank_no_nan():
         metrics.active_units(torch.tensor([[1.0, torch.nan], [2.0, 1.0]]))
 
 
+def test_images_and_features_that_are_none_are_named():
+    x = _images()
+    x[1, 0, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"x is not finite for 1 of 3 rows \(first rows: \[1\]\)"):
+        metrics.nll(VAE, x, num_samples=2)
+    features = torch.rand(4, 3, generator=_generator())
+    with pytest.raises(ValueError, match="other is not finite for 1 of 4 rows"):
+        metrics.frechet_distance(features, features.clone().fill_diagonal_(torch.inf)[[0, 3, 3, 3]])
+    with pytest.raises(ValueError, match="y is not finite for 1 of 3 rows"):
+        metrics.fid(_images(), x)
+
+
+def test_a_radius_that_float32_cannot_square_is_refused():
+    for ball in (L2, L1):
+        result = attacks.PGD(attacks.symmetric_kl(VAE), ball(1e12), 2)(_images(), _generator())
+        assert (result.x_adv != result.x_ref).flatten(2).any(2).all()
+        with pytest.raises(ValueError, match=r"must be at most 1e\+12"):
+            ball(1e20)
+
+
 def test_an_attack_without_a_finite_gradient_says_so():
     def objective(x_ref):
         # The root of zero has an infinite slope, times zero.
@@ -289,6 +307,36 @@ def test_a_generator_governs_the_start_too():
     assert torch.equal(_draws(1), _draws(2))
 
 
+def test_a_generator_governs_what_comes_from_torchs_global_seed():
+    def kernel(model):
+        return pyro.infer.HMC(model, num_steps=2, step_size=0.1)
+
+    guard = defence.MCMCDefence(VAE, kernel, num_samples=2, warmup_steps=1)
+    x, drawn = _images(2), torch.Generator().manual_seed(3)
+    torch.manual_seed(1)
+    expected = guard(x, drawn).samples["z"]
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing of it was used
+    again = torch.Generator().manual_seed(3)
+    torch.manual_seed(2)
+    assert torch.equal(guard(x, again).samples["z"], expected)
+    # The generator goes on as ever, and so do later draws.
+    assert torch.equal(drawn.get_state(), again.get_state())
+    assert not torch.equal(guard(x, again).samples["z"], expected)
+    streamed = next(iter(guard.stream([x], torch.Generator().manual_seed(3))))
+    assert torch.equal(streamed.samples["z"], expected)
+    # Without one, and with torch's own, the global seed is what it was.
+    for own in (None, torch.default_generator):
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            found.append(guard(x, own).samples["z"])
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+        assert not torch.equal(guard(x, own).samples["z"], found[2])
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_forked_chains_with_a_generator_differ_and_repeat():
     options = {"num_chains": 2, "mp_context": "fork"}
@@ -326,3 +374,136 @@ def test_networks_and_what_holds_them_can_be_pickled_after_use():
         again = again if isinstance(again, defence.NoDefence) else getattr(again, "vae", again)
         again = again if isinstance(again, defence.NoDefence) else defence.NoDefence(again)
         assert torch.equal(again(x, _generator()).reconstruction, expected)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+class _Trained(torch.nn.Module):
+    """A user's VAE with statistics, and a scale of which too much is infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4)
+        )
+        self.decoder = torch.nn.Linear(2, 16)
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+            mean = self.decoder(z).reshape(x.shape)
+            pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            mean, log_scale = self.encoder(x).chunk(2, -1)
+            pyro.sample("z", dist.Normal(mean, log_scale.exp()).to_event(1))
+
+
+def _trained(x, loader=None, **config):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = _Trained()
+    config = training.FitConfig(schedule="constant", progress=False, **{"epochs": 2} | config)
+    result = training.fit(vae, pyro.infer.Trace_ELBO(), loader or [x, x], config)
+    return torch.cat([p.detach().flatten() for p in vae.state_dict().values()]), result
+
+
+def test_training_does_not_depend_on_the_callers_context():
+    x = _images(4)
+    expected, _ = _trained(x)
+    with torch.no_grad():
+        assert torch.equal(_trained(x)[0], expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(_trained(x)[0], expected)
+    with torch.inference_mode():
+        there = x.clone()
+    assert torch.equal(_trained(there)[0], expected)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = _Trained()
+    config = training.FitConfig(epochs=2, schedule="constant", progress=False)
+    with torch.inference_mode():
+        training.fit(vae, pyro.infer.Trace_ELBO(), [x, x], config)
+    found = torch.cat([p.detach().flatten() for p in vae.state_dict().values()])
+    assert torch.equal(found, expected)
+
+
+def test_networks_made_in_inference_mode_are_named():
+    with torch.inference_mode():
+        vae = _Trained()
+    config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+    with pytest.raises(ValueError, match=r"made in torch\.inference_mode: make or load them"):
+        training.fit(vae, pyro.infer.Trace_ELBO(), [_images(4)], config)
+    with pytest.raises(ValueError, match=r"made in torch\.inference_mode: make or load them"):
+        defence.NoDefence(vae)(_images(4))
+
+
+def test_images_of_another_dtype_than_the_networks():
+    match = r"parameters are torch.float32 and the images torch.float64: convert the images, x.to"
+    with pytest.raises(ValueError, match=match):
+        defence.NoDefence(_Trained())(_images(4).double())
+
+
+def test_settings_of_numpy_are_stored_as_numbers(tmp_path):
+    config = {"epochs": np.int64(1), "learning_rate": np.float64(1e-3), "clip_norm": np.float32(1)}
+    made = training.FitConfig(**config)
+    assert [type(getattr(made, name)) for name in config] == [int, float, float]
+
+
+def _diverge(x, **config):
+    with pytest.raises(training.NonFiniteLossError) as caught:
+        _trained(x, **config)
+    return str(caught.value)
+
+
+def test_divergence_is_one_line_that_names_epoch_step_and_learning_rate():
+    x = _images(4)
+    # Pyro's validation finds it before there is a loss.
+    said = _diverge(x, learning_rate=1e10)
+    assert said.startswith("the loss is nan at epoch 1, step 2 (learning rate 1e+10); lower the")
+    assert "\n" not in said
+    # Adam's step does not fit into a float32.
+    said = _diverge(x, learning_rate=1e38)
+    assert said.startswith(
+        "the step of the optimiser is inf at epoch 1, step 1 (learning rate 1e+3"
+    )
+    # After the last step nothing but the validation shows it.
+    pyro.clear_param_store()
+    config = training.FitConfig(epochs=1, schedule="constant", learning_rate=1e10, progress=False)
+    with pytest.raises(training.NonFiniteLossError, match="the validation loss is nan at epoch 1"):
+        training.fit(_Trained(), pyro.infer.Trace_ELBO(), [x], config, validation=[x])
+
+
+def test_statistics_are_not_spoiled_by_a_step_that_fails():
+    x = _images(4)
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    vae = _Trained().train()
+    config = training.FitConfig(epochs=1, schedule="constant", learning_rate=1e10, progress=False)
+    with pytest.raises(training.NonFiniteLossError):
+        training.fit(vae, pyro.infer.Trace_ELBO(), [x, x], config)
+    assert all(value.isfinite().all() for value in vae.state_dict().values())
+    # Statistics of the first step, which was made, alone.
+    torch.manual_seed(0)
+    first = _Trained().train()
+    first.encoder(x)
+    for name, value in first.encoder[2].named_buffers():
+        assert torch.equal(value, vae.encoder[2].get_buffer(name)), name
+    assert vae.training  # as before, since the call has failed
+
+
+def test_what_is_wrong_with_a_program_is_not_called_divergence():
+    class Binary(_Trained):
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+                logits = torch.zeros_like(x)
+                pyro.sample("obs", dist.Bernoulli(logits=logits).to_event(3), obs=x)
+
+    config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+    with pytest.raises(ValueError, match="to be within the support"):
+        training.fit(Binary(), pyro.infer.Trace_ELBO(), [_images(4)], config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -184,8 +186,12 @@ def test_bad_folders_and_arguments(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no image; names must end in .bmp"):
         data.load_folder(tmp_path / "empty", 28)
-    with pytest.raises(ValueError, match="image_size=0 must be positive"):
-        data.load_folder(folder, 0)
+    for size in (0, 32.0, "32", (8, 0.5)):
+        with pytest.raises(ValueError, match="image_size must be an integer of at least 1, got"):
+            data.load_folder(folder, size)
+    with pytest.raises(ValueError, match=r"image_size=\(3, 32, 32\) must be one number, or height"):
+        data.load_folder(folder, (3, 32, 32))
+    assert data.load_folder(folder, np.int64(28)).image_shape == (3, 28, 28)
     with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3"):
         data.load_folder(folder, 28, channels=2)
     with pytest.raises(ValueError, match="2 images but labels of shape"):
@@ -287,6 +293,76 @@ def test_a_broken_file_of_a_folder_is_named(tmp_path):
     (tmp_path / "a.png").write_text("cat")
     with pytest.raises(ValueError, match=r"cannot read image .*a\.png .*restore or remove"):
         data.load_folder(tmp_path)
+
+
+# --- What lies about in folders -------------------------------------------------------------------
+
+
+def put(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grey(value).save(path)
+
+
+def test_linked_classes_are_read_and_hidden_ones_are_not(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    for i in range(2):
+        put(elsewhere / f"{i}.png", i)
+    put(folder / "a" / "x.png", 7)
+    put(folder / ".ipynb_checkpoints" / "x.png")
+    put(folder / "a" / ".thumbnails" / "x.png")
+    put(folder / "a" / "y.png" / "z.txt.png")  # a folder that is called as an image is
+    (folder / "b").symlink_to(elsewhere)
+    (folder / "c").symlink_to(elsewhere)
+    found = data.load_folder(folder)
+    assert found.class_names == ("a", "b", "c")
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (found.images()[:, 0, 0, 0] * 255).round().tolist() == [7, 0, 0, 1, 0, 1]
+
+
+def test_a_link_that_leads_nowhere_or_in_circles_is_named(tmp_path):
+    put(tmp_path / "x.png")
+    (tmp_path / "y.png").symlink_to(tmp_path / "lost.png")
+    with pytest.raises(ValueError, match=r"cannot read image .*y\.png"):
+        data.load_folder(tmp_path, 4, 1).images()
+    (tmp_path / "y.png").unlink()
+    (tmp_path / "again").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="again is a link to a folder that holds it"):
+        data.load_folder(tmp_path)
+
+
+def test_a_label_means_the_same_in_every_split(tmp_path):
+    for name in ("train/ant", "train/bee", "train/cat", "test/ant", "test/cat", "new/dog"):
+        put(tmp_path / name / "x.png")
+    put(tmp_path / "unlabelled" / "x.png")
+    names = ("ant", "bee", "cat", "dog")
+    for split, labels in (("train", [0, 1, 2]), ("test", [0, 2]), ("new", [3])):
+        found = data.load_folder(tmp_path, split=split)
+        assert found.class_names == names
+        assert found.labels.tolist() == labels
+    assert data.load_folder(tmp_path, split="unlabelled").labels.tolist() == [0]
+
+
+def test_a_folder_in_spawned_workers(tmp_path):
+    for i in range(3):
+        put(tmp_path / f"{i}.png", i)
+    found = data.load_folder(tmp_path, (6, 5))
+    again = pickle.loads(pickle.dumps(found))
+    assert torch.equal(again.images(), found.images())
+    assert again.image_shape == (1, 6, 5)
+
+
+def test_what_decoders_raise_has_the_files_name(tmp_path, monkeypatch):
+    for i in range(3):
+        grey(i, (40, 40)).save(tmp_path / f"{i}.png")
+    found = data.load_folder(tmp_path)
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content[:45] + b"\xff" * 8 + content[53:])
+    with pytest.raises(ValueError, match=r"cannot read image .*1\.png"):
+        found.images()
+    assert found.images([0, 2]).shape == (2, 1, 40, 40)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # 1600 are more than twice as many
+    with pytest.raises(ValueError, match=r"cannot read image .*0\.png .*decompression bomb"):
+        data.load_folder(tmp_path, 4, 1).images()
 
 
 class TestRandomSplit:

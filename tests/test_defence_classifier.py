@@ -45,6 +45,7 @@ class TestReadings:
             "draws": softmax(classifier(draws)).mean((0, 1)),
             "mean": softmax(classifier(mean)),
             "reencoded": softmax(classifier(encoded)),
+            "vote": sum(self.votes(defence.vae, classifier, z) for z in draws.flatten(0, 1)) / 12,
         }
         assert set(expected) == set(READINGS)
         for reading, probabilities in expected.items():
@@ -54,6 +55,12 @@ class TestReadings:
             # Readings differ, or the options would be one.
             others = [p for name, p in expected.items() if name != reading]
             assert all((found.exp() - other).abs().max() > 1e-4 for other in others)
+
+    @staticmethod
+    def votes(vae, classifier, draw):
+        decoded = program.decode(vae, {"latent": draw}, (1, 28, 28))
+        chosen = classifier(program.posterior_mean(vae, decoded)["latent"]).argmax(-1)
+        return torch.eye(10)[chosen]
 
     def test_call_and_prediction_are_those_of_the_run(self, run):
         defence, classifier, _ = run

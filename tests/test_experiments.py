@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyro_vae_defence.experiments import train
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.paper import TABLE_7
@@ -216,6 +217,22 @@ def test_a_variant_starts_from_trained_weights(models, tmp_path):
             assert torch.equal(found, value.half().float())
         elif name.endswith("weight"):
             assert not torch.equal(found, value.half().float())
+
+
+def test_a_training_is_named_after_the_weights_that_it_started_from(models, tmp_path, monkeypatch):
+    """So that a checkpoint is not continued from other weights of the same name."""
+    names = []
+
+    def stop(vae, objective, loader, config, **options):
+        names.append(config.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "fit", stop)
+    for name in ("mnist_avae", "mnist_vae"):
+        with pytest.raises(KeyboardInterrupt):
+            Train(name, tmp_path, None, models, TINY, progress=False).run()
+    assert names[0].endswith(load_card("mnist_vae", models).sha256)
+    assert names[1].endswith(")")
 
 
 def test_avae_ss_needs_a_trained_model():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pyro_vae_defence.experiments import study as study_module
+from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.__main__ import STUDIES, load_studies, main
 from pyro_vae_defence.experiments.configuration import (
     ChainConfig,
@@ -149,19 +150,32 @@ class TestCells:
         with pytest.raises(ValueError, match="time_limit must be a positive finite number, got 0"):
             Toy("plain", tmp_path, time_limit=0)
 
-    def test_a_result_names_all_the_commits_it_is_of(self, tmp_path, monkeypatch):
+    def test_every_cell_says_which_version_has_made_it(self, tmp_path):
         first = toy(tmp_path).run()
         path = tmp_path / "plain.json"
-        cut = json.loads(path.read_text())
-        del cut["nested"]["three"]
-        cut["provenance"] = {"commit": "before"}
-        path.write_text(json.dumps(cut))
-        result = toy(tmp_path).run()
-        assert result["earlier"] == [{"commit": "before"}]
+
+        def change(**changes):
+            """As if other versions had made the file, but for its last cell."""
+            found = first | {"nested": {"two": 0.5}} | changes
+            path.write_text(json.dumps(found))
+            return toy(tmp_path).run()
+
+        before, long_before = ({"commit": c, "torch": "2", "threads": 1} for c in ("b", "a"))
+        result = change(provenance=before)
+        assert result["earlier"] == [{**before, "cells": ["one", "nested/two"]}]
         assert result["provenance"] == first["provenance"]
+        assert "; of `one`, `nested/two`: commit `b`, torch 2, 1 thread(s)" in tables.source(result)
+        result = change(provenance=before, earlier=[{**long_before, "cells": ["one"]}])
+        of = [(each["commit"], each["cells"]) for each in result["earlier"]]
+        assert of == [("a", ["one"]), ("b", ["nested/two"])]
+        # Files of versions that did not say so: nothing is guessed.
+        result = change(provenance=before, earlier=[long_before])
+        assert result["earlier"] == [long_before, before]
         # Nothing new is computed: nothing else is claimed.
-        path.write_text(json.dumps(first | {"provenance": {"commit": "before"}}))
-        assert toy(tmp_path).run()["provenance"] == {"commit": "before"}
+        path.write_text(json.dumps(first | {"provenance": before}))
+        result = toy(tmp_path).run()
+        assert result["provenance"] == before
+        assert "earlier" not in result
 
     def test_a_result_says_what_it_is_of(self, tmp_path):
         result = toy(tmp_path, **{"chain.step_size": 0.5}).run()
@@ -198,12 +212,12 @@ class TestCells:
 
     def test_pages_refuse_what_is_no_result(self, tmp_path):
         toy(tmp_path).run()
-        (tables,) = write_pages({"toy": Toy}, tmp_path)
-        assert tables.read_text().startswith("# plain 0.")
+        (page,) = write_pages({"toy": Toy}, tmp_path)
+        assert page.read_text().startswith("# plain 0.")
         (tmp_path / "card.json").write_text('{"name": "x"}')
         with pytest.raises(ValueError, match=r"card\.json is no result of a study"):
             write_pages({"toy": Toy}, tmp_path)
-        assert write_pages({"toy": Toy}, tmp_path, skip_foreign=True) == [tables]
+        assert write_pages({"toy": Toy}, tmp_path, skip_foreign=True) == [page]
         with pytest.raises(ValueError, match="no result files"):
             write_pages({"toy": Toy}, tmp_path / "none")
 
@@ -233,8 +247,8 @@ def test_what_an_interrupted_run_has_left_can_be_printed(kind, tmp_path):
     partial = {k: v for k, v in result.items() if k in {*header, FIRST[kind]}}
     partial = {part: {} for part in study.parts} | partial
     (tmp_path / "result.json").write_text(json.dumps(partial))
-    tables, *_ = write_pages({kind: study}, tmp_path)
-    assert result["command"] in tables.read_text()
+    page, *_ = write_pages({kind: study}, tmp_path)
+    assert result["command"] in page.read_text()
 
 
 class TestConfigurations:

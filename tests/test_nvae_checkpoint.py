@@ -17,6 +17,7 @@ from torch import Tensor
 from pyro_vae_defence.models.nvae import (
     NVAE,
     NVAEConfig,
+    from_official,
     load_official,
     load_safetensors,
     save_safetensors,
@@ -175,10 +176,10 @@ def test_altered_state_dicts_are_refused(vae: NVAE, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": {}}, "lacks 'state_dict'"),
-        ({"state_dict": {}}, "lacks 'args'"),
-        ([1, 2], "not an official checkpoint"),
-        ({"state_dict": {}, "args": 3}, "args and state_dict must be mappings"),
+        ({"model": {}}, "it lacks args and state_dict"),
+        ({"state_dict": {}}, "it lacks args"),
+        ([1, 2], "it holds a list, no dict"),
+        ({"state_dict": {}, "args": 3}, "args must be a mapping or a namespace, not a int"),
         ({"state_dict": {}, "args": {}, "extra": Surprise()}, "cannot be read .*Surprise"),
     ],
 )
@@ -192,7 +193,7 @@ def test_damaged_files_are_refused(vae: NVAE, tmp_path: Path) -> None:
     content = path.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"not a checkpoint"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        with pytest.raises(ValueError, match="cannot be read as an official checkpoint"):
             load_official(path)
     with pytest.raises(FileNotFoundError, match="absent"):
         load_official(tmp_path / "absent.pt")
@@ -232,7 +233,7 @@ def test_other_safetensors_are_refused(vae: NVAE, tmp_path: Path) -> None:
     save_safetensors(vae, path)
     content = path.read_bytes()
     path.write_bytes(content[:-100])
-    with pytest.raises(ValueError, match="not an NVAE safetensors file"):
+    with pytest.raises(ValueError, match="cannot be read as an NVAE safetensors file"):
         load_safetensors(path)
     tensors = dict(vae.state_dict())
     safetensors.torch.save_file(tensors, path)
@@ -252,7 +253,7 @@ def test_prefixes_of_wrappers_are_stripped(vae: NVAE, tmp_path: Path, prefix: st
     content["state_dict"] = {prefix + k: v for k, v in content["state_dict"].items()}
     assert same_weights(load_official(save(content, tmp_path / "c.pt")), vae)
     content["state_dict"]["stem.bias"] = torch.zeros(4)
-    with pytest.raises(ValueError, match="holds weights twice"):
+    with pytest.raises(ValueError, match="weights are there twice"):
         load_official(save(content, tmp_path / "c.pt"))
 
 
@@ -280,3 +281,72 @@ def test_no_message_advises_to_unpickle_anything(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Surprise") as caught:
         load_official(path)
     assert "weights_only" not in str(caught.value)
+
+
+def test_a_state_dict_in_memory(vae: NVAE) -> None:
+    content = checkpoint(vae)
+    assert same_weights(from_official(content["args"], content["state_dict"]), vae)
+    loaded = from_official(CONFIG.to_dict(), vae.state_dict())
+    assert same_weights(loaded, vae)
+    assert not loaded.training
+    for args, weights, message in (
+        (3, vae.state_dict(), "args must be a mapping or a namespace, not a int"),
+        (CONFIG.to_dict(), 3, "the weights are a int, not names and tensors"),
+        (CONFIG.to_dict(), {1: torch.ones(1)}, "other things than tensors: 1"),
+        ({"num_nf": 1}, {}, r"args lacks \['arch_instance'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_official(args, weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_groups_per_scale", 10**9),
+        ("num_preprocess_cells", 10**9),
+        ("num_nf", 10**9),
+        ("num_channels_enc", 10**12),
+        ("num_latent_per_group", 10**30),
+        ("num_latent_scales", 10**12),
+        ("num_channels_dec", "4"),
+        ("num_channels_dec", 4.0),
+        ("use_se", 1),
+    ],
+)
+def test_no_network_is_made_before_its_weights_are_compared(
+    vae: NVAE, tmp_path: Path, name: str, value: Any
+) -> None:
+    path = save(checkpoint(vae, **{name: value}), tmp_path / "c.pt")
+    with pytest.raises(ValueError, match=r"c\.pt cannot be read as an official checkpoint"):
+        load_official(path)
+
+
+def test_weights_of_other_kinds_are_refused(vae: NVAE) -> None:
+    stem = vae.state_dict()["stem.bias"]
+    for value in (stem.to_sparse(), stem.to("meta"), stem.to(torch.complex64), stem > 0):
+        with pytest.raises(ValueError, match=r"finite numbers of floating point: stem\.bias"):
+            from_official(CONFIG.to_dict(), {**vae.state_dict(), "stem.bias": value})
+    count = next(key for key in vae.state_dict() if key.endswith("num_batches_tracked"))
+    with pytest.raises(ValueError, match=f"counts are no torch.int64: {count}"):
+        from_official(CONFIG.to_dict(), {**vae.state_dict(), count: torch.tensor(1.0)})
+
+
+def test_a_flipped_bit_of_safetensors_is_refused(vae: NVAE, tmp_path: Path) -> None:
+    path = tmp_path / "nvae.safetensors"
+    save_safetensors(vae, path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="do not have the sha256 it names"):
+        load_safetensors(path)
+
+
+@pytest.mark.parametrize("config", ["", "[1]", "[" * 100_000, '{"num_nf": "1"}'])
+def test_safetensors_with_another_configuration_are_refused(
+    vae: NVAE, tmp_path: Path, config: str
+) -> None:
+    metadata = {"format": "pyro_vae_defence.nvae.v1", "config": config}
+    safetensors.torch.save_file(dict(vae.state_dict()), tmp_path / "n.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"n\.safetensors cannot be read as") as caught:
+        load_safetensors(tmp_path / "n.safetensors")
+    assert "\n" not in str(caught.value)

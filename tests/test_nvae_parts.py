@@ -89,7 +89,7 @@ def test_config_survives_a_round_trip() -> None:
         (dict(num_latent_scales=0), "num_latent_scales=0 must be at least 1"),
         (dict(num_x_bits=9), "num_x_bits=9 must lie in 1..8"),
         (dict(num_preprocess_blocks=1), "num_preprocess_blocks=1 and num_postprocess_blocks=2"),
-        (dict(num_latent_scales=5), "num_latent_scales=5 divide the image by 64"),
+        (dict(num_latent_scales=5), "num_latent_scales=5 halve the image 6 times"),
         (dict(num_channels_enc=1), "num_channels_enc=1"),
         (dict(num_groups_per_scale=1, num_channels_enc=16), "num_channels_enc=16"),
     ],

@@ -14,7 +14,14 @@ from pyro_vae_defence.metrics import Interval
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import L1, L2, Linf
-from pyro_vae_defence.ops.files import atomic_path, write_json
+from pyro_vae_defence.ops.files import (
+    atomic_path,
+    atomic_save,
+    load_tensors,
+    naming,
+    write_atomically,
+    write_json,
+)
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.streams import Streams, philox
 
@@ -282,6 +289,52 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
             fail(failure)
     assert json.loads(path.read_text()) == expected
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_full_disk_is_said_with_the_file(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "c.pt"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        for write in (
+            lambda: atomic_save(torch.zeros(100_000), path),
+            lambda: write_atomically(path, bytes(100_000)),
+        ):
+            with pytest.raises(OSError, match=rf"File too large: '{path}'"):
+                write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+class Anything:
+    """What no file of tensors holds."""
+
+
+def test_files_that_cannot_be_read_are_named_in_one_line_without_torchs_advice(tmp_path):
+    path = tmp_path / "c.pt"
+
+    def message(content=None):
+        if content is not None:
+            torch.save(content, path)
+        found = pytest.raises(ValueError, match=r"c\.pt is bad")
+        with found as caught, naming(f"{path} is bad", "mend it"):
+            load_tensors(path)
+        assert "weights_only" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "Anything" in message(Anything())
+    assert message(Anything()).endswith("; mend it")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(path))
+    assert message().endswith("; mend it")
+    path.write_bytes(b"no checkpoint")
+    assert message().endswith("; mend it")
+    path.unlink()  # what could not be opened is not to be mended
+    assert message().endswith("No such file or directory: '" + str(path) + "')")
+    torch.save({"a": torch.ones(2)}, path)
+    assert load_tensors(path)["a"].tolist() == [1, 1]
 
 
 def test_provenance_names_commit_versions_and_threads():

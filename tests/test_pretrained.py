@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from pyro_vae_defence.models import ConvVAE, pretrained
 from pyro_vae_defence.models.pretrained import available, load_card, save_card, save_pretrained
@@ -74,3 +79,130 @@ def test_names_that_are_paths_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match="name must be a file's stem"):
         save_card(dataclasses.replace(load_card("mnist_vae"), name=name), place)
     assert not list(tmp_path.iterdir())
+
+
+# --- Files that are not as they were written ------------------------------------------------------
+
+CARD = json.loads((pretrained.PACKAGED_MODELS / "mnist_vae.json").read_text())
+WEIGHTS = (pretrained.PACKAGED_MODELS / "mnist_vae.safetensors").read_bytes()
+CONFIG = CARD["architecture_config"]
+
+
+def altered(directory, change=None, weights=WEIGHTS, **entries):
+    """The packaged model with some tensors or entries of its card changed, its sha256 right."""
+    if change is not None:
+        tensors = safetensors.torch.load(weights)
+        change(tensors)
+        weights = safetensors.torch.save(tensors)
+    sha256 = hashlib.sha256(weights).hexdigest()
+    (directory / "mine.safetensors").write_bytes(weights)
+    (directory / "mine.json").write_text(json.dumps({**CARD, "sha256": sha256, **entries}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"architecture_config": [1]}, "its architecture_config is"),
+        ({"training": None}, "its training is None"),
+        ({"sha256": 3}, "its sha256 is 3"),
+        ({"more": 1}, "unexpected keyword argument 'more'"),
+        ({"architecture_config": {**CONFIG, "foo": 1}}, "no network.* argument 'foo'"),
+        ({"architecture_config": {**CONFIG, "in_channels": "1"}}, "no network"),
+        ({"architecture_config": {**CONFIG, "in_channels": 10**9}}, r"shapes are wrong: decoder"),
+        ({"architecture_config": {**CONFIG, "latent_dim": 10**20}}, "no network"),
+        ({"architecture_config": {**CONFIG, "latent_dim": 32}}, r"shapes are wrong: "),
+    ],
+)
+def test_cards_that_do_not_fit_are_refused_by_their_file(tmp_path, entries, message):
+    altered(tmp_path, **entries)
+    with pytest.raises(ValueError, match=message) as caught:
+        pretrained.load_pretrained("mine", tmp_path)
+    assert str(tmp_path / "mine.") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", "[" * 100_000, "\xff", '{"name": 1}'])
+def test_files_that_are_no_card_are_refused(tmp_path, text):
+    (tmp_path / "mine.json").write_text(text, "latin-1")
+    with pytest.raises(ValueError, match=rf"card {tmp_path}/mine.json is damaged \(.*\); restore"):
+        load_card("mine", tmp_path)
+
+
+KEY, VARIANCE = "encoder.0.weight", "mean_posterior_variance.z"
+
+
+def put(key, value):
+    return lambda tensors: tensors.update({key: value(tensors[key]).contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put(KEY, lambda v: v * math.nan), f"not finite numbers of floating point: {KEY}"),
+        (put(KEY, lambda v: v.long()), f"not finite numbers of floating point: {KEY}"),
+        (put(KEY, lambda v: v.double().fill_(1e300)), f"not finite numbers .*: {KEY}"),
+        (put(KEY, lambda v: v[None]), rf"shapes are wrong: {KEY} \(1, 32, 1, 3, 3\) instead of"),
+        (lambda tensors: tensors.pop(KEY), f"keys are missing: {KEY}"),
+        (put(VARIANCE, lambda v: v[:3]), r"mean_posterior_variance has shapes \{'z': \(3,\)\}"),
+        (put(VARIANCE, lambda v: -v), "mean_posterior_variance is not positive"),
+        (put(VARIANCE, lambda v: v * math.nan), f"not finite .*: {VARIANCE}"),
+        (lambda tensors: tensors.update({"mean_noise_variance.z": torch.ones(3)}), "has shapes"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_their_file(tmp_path, change, message):
+    altered(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        pretrained.load_pretrained("mine", tmp_path)
+    assert f"weights {tmp_path}/mine.safetensors do not fit" in str(caught.value)
+
+
+@pytest.mark.parametrize("weights", [b"", WEIGHTS[:50], b"no safetensors"])
+def test_files_that_are_no_weights_are_refused(tmp_path, weights):
+    altered(tmp_path, weights=weights)
+    with pytest.raises(ValueError, match=f"weights {tmp_path}/mine.safetensors cannot be read"):
+        pretrained.load_pretrained("mine", tmp_path)
+
+
+def test_nothing_is_written_that_could_not_be_read(tmp_path):
+    known = {"training": {}, "command": "none", "provenance": {}}
+    vae = ConvVAE()
+    with torch.no_grad():
+        vae.encoder[0].bias[0] = 1e5
+    for changes, message in (
+        ({"dtype": torch.float16}, "not finite numbers of floating point: encoder.0.bias"),
+        ({"dtype": torch.int32}, "dtype must be one of floating point"),
+        ({"provenance": {"when": object()}}, "holds what JSON does not know"),
+        ({"vae": torch.nn.DataParallel(vae)}, "wrapped in a DataParallel: pass what is inside"),
+    ):
+        arguments = {"vae": vae, "name": "a", "directory": tmp_path, **known, **changes}
+        with pytest.raises(ValueError, match=message):
+            save_pretrained(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_installed_package_is_not_written_into(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained, "PACKAGED_MODELS", tmp_path)
+    monkeypatch.setattr(pretrained, "CHECKOUT_MODELS", tmp_path / "absent")
+    altered(tmp_path)
+    before = (tmp_path / "mine.json").read_bytes()
+    with pytest.raises(ValueError, match="'mine' belongs to the installed package"):
+        save_card(dataclasses.replace(load_card("mine"), metrics={}))
+    assert (tmp_path / "mine.json").read_bytes() == before
+    assert not pretrained.writable(None)
+    assert pretrained.writable(tmp_path)
+
+
+def test_loading_draws_the_same_random_numbers_as_making_the_network(tmp_path):
+    altered(tmp_path)
+    torch.manual_seed(0)
+    ConvVAE(**CONFIG)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    pretrained.load_pretrained("mine", tmp_path)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_card_without_a_dataset_says_so():
+    card = dataclasses.replace(load_card("mnist_vae"), training={})
+    with pytest.raises(ValueError, match="'mnist_vae' does not say what the model was trained on"):
+        _ = card.dataset

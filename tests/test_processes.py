@@ -13,6 +13,8 @@ import resource
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,7 +197,16 @@ class Pretended(Claims):
     def leave(self):
         pass
 
-    def waiting(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def agree(self, what):
+        pass
+
+    def waiting(self, until=None):
         return iter(())
 
 
@@ -319,7 +330,8 @@ class TestStudies:
         toy(tmp_path).run()
         monkeypatch.undo()
         result = toy(tmp_path).run()
-        assert result["earlier"] == [{"commit": "before"}]
+        made = ["radii/0/aware/0.2", "radii/0.1/none", "radii/0.1/hmc", "radii/0.1/aware/0.2"]
+        assert result["earlier"] == [{"commit": "before", "cells": made}]
         assert "torch" in result["provenance"]
 
     def test_a_cell_that_fails_is_named(self, tmp_path, pretend):
@@ -394,6 +406,72 @@ class TestStudies:
         assert list((tmp_path / "plain.cells").iterdir())
 
 
+class TestWaiting:
+    """Two processes of one launch, both in this one."""
+
+    @pytest.fixture
+    def both(self, monkeypatch):
+        store = torch.distributed.HashStore()
+        monkeypatch.setattr(ranks, "_store", lambda: store)
+        monkeypatch.setattr(ranks, "world_size", lambda: 2)
+        monkeypatch.setattr(ranks, "_POLL", 0.0)
+        monkeypatch.setattr(ranks, "_BEAT", 0.01)
+        monkeypatch.setattr(ranks, "_PATIENCE", 0.2)
+        found = []
+        for rank in range(2):
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+            monkeypatch.setattr(Claims, "_made", Counter())
+            found.append(Claims("work"))
+        return found
+
+    def wait(self, claims, until=None):
+        start = time.monotonic()
+        for _ in claims.waiting(until):
+            assert time.monotonic() - start < 30
+
+    def test_a_process_at_work_is_waited_for(self, both):
+        first, second = both
+        with first, second:
+            start = time.monotonic()
+            for _ in first.waiting():
+                if time.monotonic() - start > 0.6:  # three times the patience
+                    second.leave()
+                    first.leave()
+
+    def test_a_process_that_stays_away_is_named(self, both):
+        first, second = both
+        with first, pytest.raises(RuntimeError, match="process 1 does not take part for 0.2 sec"):
+            self.wait(first)
+        second.__enter__()
+        second._ended.set()  # as if it had been stopped
+        with pytest.raises(RuntimeError, match="process 1 gives no sign of life any more"):
+            self.wait(first)
+
+    def test_a_process_that_failed_is_named_at_once(self, both, monkeypatch):
+        monkeypatch.setattr(ranks, "_PATIENCE", 1e9)
+        first, second = both
+        with pytest.raises(KeyError), second:
+            raise KeyError
+        with pytest.raises(RuntimeError, match="process 1 has failed"):
+            self.wait(first)
+
+    def test_what_an_ended_process_has_made_must_be_seen(self, both):
+        first, second = both
+        with second:
+            second.leave()
+        with pytest.raises(RuntimeError, match="process 1 has ended, and what it has made is not"):
+            self.wait(first, lambda: False)
+        first.leave()
+        self.wait(first)
+
+    def test_processes_at_different_work_are_told(self, both):
+        first, second = both
+        first.agree("seven cells")
+        first.agree("seven cells")
+        with pytest.raises(ValueError, match="process 1 .*: six cells instead of seven cells"):
+            second.agree("six cells")
+
+
 class TestCommandLine:
     @pytest.mark.parametrize(
         "words", [["train", "mnist_vae"], ["models"], ["benchmark", "attacks"]]
@@ -460,8 +538,8 @@ class TestStores:
         made = {number: file.stat().st_mtime_ns for number, file in files.items()}
         done = launch(__file__, tmp_path, "store", processes=3)
         assert done.returncode == 0, done.stderr[-4000:]
-        for number, time in made.items():
-            assert (path / files[number].relative_to(partial)).stat().st_mtime_ns == time
+        for number, when in made.items():
+            assert (path / files[number].relative_to(partial)).stat().st_mtime_ns == when
         assert_same(path, defend(tmp_path / "one"))
 
     @pytest.mark.slow

@@ -5,6 +5,7 @@ Run as a script, this file is what these processes execute.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from pyro_vae_defence.objectives import BetaELBO, linear_schedule
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.training import FitConfig, NonFiniteLossError, fit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -276,6 +278,16 @@ def train_late(rank, world_size, epochs, checkpoint=None, seed=0, random_scale=F
     return named
 
 
+class Uncounted:
+    """Batches whose number nobody can ask for, different ones in each process."""
+
+    def __init__(self, rank, number):
+        self.batches = [torch.full((2, 1, 28, 28), 0.1 * (1 + rank))] * number
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 def share_of(dataset, batch_size, rank, world_size, shuffle):
     sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=3)
     batches = BatchSampler(sampler, batch_size // world_size, False)
@@ -343,6 +355,14 @@ def take_part(folder, rank, size):
     constant = FitConfig(epochs=1, schedule="constant", progress=False)
     pyro.clear_param_store()
     vae = FixedNoiseVAE()
+
+    def unequal(*numbers):
+        pyro.clear_param_store()
+        loader = Uncounted(rank, numbers[rank])
+        return error(ValueError, fit, FixedNoiseVAE(), TraceMeanField_ELBO(), loader, constant)
+
+    with sole_writer(folder / "held.pt") if rank == 0 else contextlib.nullcontext():
+        held = error(ValueError, train_share, rank, size, 1, folder / "held.pt")
     late = train_late(rank, size, 4, seed=rank, random_scale=True)
     late_parts = folder / "late.pt"
     train_late(rank, size, 2, late_parts, seed=rank, random_scale=True)
@@ -359,6 +379,10 @@ def take_part(folder, rank, size):
         "resumed_noise": first.noise[:6] + second.noise[1:],
         "same": error(ValueError, fit, vae, TraceMeanField_ELBO(), same, constant),
         "uneven": error(ValueError, fit, vae, TraceMeanField_ELBO(), uneven, constant),
+        "fewer": unequal(3, 2),
+        "none": unequal(0, 2),
+        "empty": unequal(0, 0),
+        "held": held,
         "nan": error(NonFiniteLossError, train_share, rank, size, 1, None, NonFiniteInSecond()),
     }
     torch.save(report, folder / f"report{rank}.pt")
@@ -427,6 +451,10 @@ class TestTwoProcesses:
         for report in reports:
             assert "loader gives every process the same images" in report["same"]
             assert "loader has (1, 2) batches" in report["uneven"]
+            assert "(process 1 has 2, others more)" in report["fewer"]
+            assert "loader has (0, None) batches" in report["none"]
+            assert "loader is empty" in report["empty"]
+            assert "held.pt is being written by this very process" in report["held"]
             assert "the loss is nan at epoch 1, step 1" in report["nan"]
 
     def test_other_number_of_processes_is_refused(self, reports, tmp_path, float64):

@@ -30,7 +30,7 @@ from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, plain
-from pyro_vae_defence.ops.files import atomic_save
+from pyro_vae_defence.ops.files import atomic_save, load_tensors, naming
 from pyro_vae_defence.ops.latents import rows, unfold
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import (
@@ -428,14 +428,16 @@ class _Progress:
         self.finished: list[State] = []
         self.underway: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
-            saved = torch.load(self.path, map_location=images[0].device, weights_only=True)
-            if saved["identity"] != self.identity:
+            mend = "delete it to attack from the start"
+            with naming(f"checkpoint {self.path} of an attack cannot be read", mend):
+                saved = load_tensors(self.path, images[0].device)
+                identity, self.seed = saved["identity"], saved["seed"]
+                self.finished, self.underway = saved["finished"], saved["underway"]
+            if identity != self.identity:
                 raise ValueError(
                     f"checkpoint {str(self.path)!r} belongs to other images or settings; "
                     "delete it, or give this attack another file"
                 )
-            self.seed, self.finished = saved["seed"], saved["finished"]
-            self.underway = saved["underway"]
 
     def pop(self) -> tuple[int, Tensor, State, State]:
         """The micro-batch under way, once: next step, its rows, their state, others' outcome."""

@@ -24,8 +24,7 @@ from pyro_vae_defence.attacks.adaptive import straight_through
 from pyro_vae_defence.attacks.objectives import _rows, symmetric_kl
 from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode, posterior_mean
-from pyro_vae_defence.models.scope import drop_references
-from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.boundary import drop_references, public
 from pyro_vae_defence.types import VAE, Encode, PreparedObjective
 
 
@@ -73,7 +72,7 @@ class LatentClassifier(nn.Module):
         self.training = False
 
     def __getstate__(self) -> dict[str, Any]:
-        drop_references(*modules_of(self.vae, self.classifier))
+        drop_references(modules_of(self.vae, self.classifier))
         return self.__dict__
 
     @public

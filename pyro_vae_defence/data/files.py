@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from pyro_vae_defence.data.datasets import Images, Index
+from pyro_vae_defence.ops.checks import check_integer
 
 Prepare: TypeAlias = Callable[[Image.Image], Image.Image]
 """Cuts and scales a decoded image; raises ``ValueError`` for one that does not fit."""
@@ -99,7 +101,7 @@ def _opened(path: str) -> Iterator[Image.Image]:
             if (count := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":
                 raise ValueError(f"it holds {count} images: save each in a file of its own")
             yield file
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow's decoders raise
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         message = f"cannot read image {path} ({error}); restore or remove the file"
         raise ValueError(message) from error
 
@@ -139,6 +141,47 @@ def _common_shape(
     return channels, high, wide
 
 
+def _files_of(folder: Path) -> list[Path]:
+    """Images below a folder, relative to it and in the order of their paths; links are followed."""
+    found: list[Path] = []
+
+    def look(inside: Path, above: tuple[str, ...]) -> None:
+        place = os.path.realpath(folder / inside)
+        if place in above:
+            raise ValueError(f"{folder / inside} is a link to a folder that holds it; remove it")
+        try:
+            entries = sorted(os.listdir(place))
+        except OSError as error:
+            raise ValueError(f"cannot read folder {folder / inside} ({error})") from error
+        for name in entries:
+            path = inside / name
+            if name.startswith("."):
+                continue
+            if (folder / path).is_dir():
+                look(path, (*above, place))
+            elif path.suffix.lower() in SUFFIXES:
+                found.append(path)
+
+    look(Path(), ())
+    return sorted(found)
+
+
+def _classes_of(files: Sequence[Path]) -> set[str]:
+    """The folders of the first level, if all images lie in such."""
+    nested = all(len(file.parts) > 1 for file in files)
+    return {file.parts[0] for file in files} if nested else set()
+
+
+def _cover(height: int, width: int, image: Image.Image) -> Image.Image:
+    """Scale ``image`` until it just covers the target, and cut out that from its centre."""
+    scale = max(height / image.height, width / image.width)
+    wide = max(width, round(image.width * scale))
+    high = max(height, round(image.height * scale))
+    left, top = (wide - width) // 2, (high - height) // 2
+    resized = image.resize((wide, high), Image.Resampling.BILINEAR)
+    return resized.crop((left, top, left + width, top + height))
+
+
 def load_folder(
     path: str | os.PathLike[str],
     image_size: int | tuple[int, int] | None = None,
@@ -149,7 +192,8 @@ def load_folder(
 
     They are decoded when asked for. Where a size is given, each is scaled (bilinear, with
     antialiasing) until it just covers the target, whose centre is kept. Where all images lie in
-    subfolders, the first level of these names the classes; otherwise every label is 0.
+    subfolders, the first level of these names the classes; otherwise every label is 0. Links are
+    followed, and what is hidden (names that start with a dot) is left out.
 
     Args:
         path: the folder.
@@ -158,16 +202,19 @@ def load_folder(
         channels: 1 for grey, 3 for colour: images are converted. When ``None``, files that store
             shades of grey stay grey, of one channel, and colour stays colour; a folder with both is
             refused. Grey pictures that are stored as colour, as many JPEGs are, are colour here.
-        split: read the subfolder of this name only, e.g. ``"train"``; all of them when ``None``.
+        split: read the subfolder of this name only, e.g. ``"train"``; all when ``None``. Its
+            classes are those of all subfolders together, so that a label means the same in each,
+            also where one of them has no image of some class.
             :func:`~pyro_vae_defence.data.random_split` divides a folder that has no such parts.
 
     Without ``image_size`` or ``channels`` every file is opened once at the beginning.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        ValueError: if it holds no image, a size or number of channels is out of range, or, naming
-            the file, an image is one of those that the module's text refuses. What needs pixels to
-            be noticed is raised when the image is asked for.
+        ValueError: if it holds no image, or a link to itself; if a folder cannot be read; if a size
+            or number of channels is out of range; or, naming the file, if an image is one of those
+            that the module's text refuses. What needs pixels to be noticed is raised when the image
+            is asked for.
 
     Example:
         >>> import tempfile
@@ -180,36 +227,38 @@ def load_folder(
     folder = Path(path) if split is None else Path(path) / split
     if not folder.is_dir():
         raise FileNotFoundError(f"path={str(folder)!r} is no folder: pass one that holds images")
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and min(size) < 1:
-        raise ValueError(f"image_size={image_size} must be positive")
-    files = sorted(
-        file.relative_to(folder)
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    )
+    size = None if image_size is None else _size(image_size)
+    files = _files_of(folder)
     if not files:
         raise ValueError(
             f"path={str(folder)!r} holds no image; names must end in {', '.join(sorted(SUFFIXES))}"
         )
     name = Path(path).resolve().name
-    nested = all(len(file.parts) > 1 for file in files)
-    class_of = [file.parts[0] if nested else name for file in files]
-    classes = sorted(set(class_of))
-    labels = torch.tensor([classes.index(label) for label in class_of])
+    classes = _classes_of(files)
+    if classes and split is not None:
+        for other in Path(path).iterdir():
+            if other.is_dir() and other != folder and not other.name.startswith("."):
+                classes |= _classes_of(_files_of(other))
+    names = sorted(classes) or [name]
+    labels = torch.tensor([names.index(file.parts[0]) if classes else 0 for file in files])
     paths = [folder / file for file in files]
     if size is None or channels is None:
         channels, height, width = _common_shape(paths, size, channels)
     else:
         height, width = size
-
-    def cover(image: Image.Image) -> Image.Image:
-        scale = max(height / image.height, width / image.width)
-        wide = max(width, round(image.width * scale))
-        high = max(height, round(image.height * scale))
-        left, top = (wide - width) // 2, (high - height) // 2
-        resized = image.resize((wide, high), Image.Resampling.BILINEAR)
-        return resized.crop((left, top, left + width, top + height))
-
     shape = (channels, height, width)
-    return ImageFiles(paths, labels, name, split or "all", classes, shape, cover)
+    cover = partial(_cover, height, width)
+    return ImageFiles(paths, labels, name, split or "all", names, shape, cover)
+
+
+def _size(image_size: Any) -> tuple[int, int]:
+    """Height and width of one number or of both."""
+    sides = image_size if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(sides) != 2:
+        raise ValueError(
+            f"image_size={image_size!r} must be one number, or height and width; the number of "
+            "channels is channels="
+        )
+    for side in sides:
+        check_integer("image_size", side)
+    return int(sides[0]), int(sides[1])

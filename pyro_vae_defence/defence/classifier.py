@@ -1,7 +1,7 @@
 r"""Classification behind a defence: from the draws of a chain to class probabilities.
 
 A defence turns images into draws :math:`z_{c,t}` of chains c at times t. A classifier of latents
-reads them in one of four ways (:data:`Reading`),
+reads them in one of five ways (:data:`Reading`),
 
 .. math::
     \begin{aligned}
@@ -9,14 +9,18 @@ reads them in one of four ways (:data:`Reading`),
     \text{draws:} \quad & \tfrac{1}{CT} \textstyle\sum_{c,t} p(y \mid z_{c,t}), \\
     \text{mean:} \quad & p(y \mid \bar z), \qquad
         \bar z = \tfrac{1}{CT} \textstyle\sum_{c,t} z_{c,t}, \\
-    \text{reencoded:} \quad & p\bigl(y \mid E_q[z \mid g(\bar z)]\bigr), \qquad g(z) = E[x \mid z].
+    \text{reencoded:} \quad & p\bigl(y \mid E_q[z \mid g(\bar z)]\bigr),
+        \qquad g(z) = E[x \mid z], \\
+    \text{vote:} \quad & \tfrac{1}{CT} \textstyle\sum_{c,t}
+        1\bigl[y = \mathrm{argmax}_k\, p(k \mid E_q[z \mid g(z_{c,t})])\bigr].
     \end{aligned}
 
 *Last* is the paper's protocol. A draw is noisier than the means that the paper's classifier was
 trained on, which costs it dearly on clean images already: average over draws with a classifier that
 was trained on draws, or hand the classifier a mean. *Reencoded* decodes the mean and encodes the
 image that comes out, which has left the attack behind, so that the classifier reads what it was
-trained on.
+trained on. *Vote* does so with every draw and counts classes; how many votes an attack can take is
+bounded by :func:`pyro_vae_defence.robustness.mass_bound`.
 """
 
 from __future__ import annotations
@@ -30,18 +34,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.base import Defence
+from pyro_vae_defence.defence.base import Defence, check_defence
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.models.conditions import bind, split
 from pyro_vae_defence.models.contract import check_networks_on_device
-from pyro_vae_defence.models.program import Decoder, check_vae, evaluation_mode, posterior_mean
+from pyro_vae_defence.models.program import Decoder, evaluation_mode, posterior_mean
+from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
-Reading = Literal["last", "draws", "mean", "reencoded"]
+Reading = Literal["last", "draws", "mean", "reencoded", "vote"]
 """How a classifier reads the draws of a defence; see the module's text."""
 
 READINGS: tuple[Reading, ...] = get_args(Reading)
@@ -53,7 +58,8 @@ def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded"
     Args:
         vae: the VAE that was defended.
         result: what its defence returned.
-        reading: ``"draws"`` gives every draw of every chain, the others one value per image.
+        reading: ``"draws"`` gives every draw of every chain, ``"vote"`` every one re-encoded, the
+            others one value per image.
 
     Raises:
         ValueError: for an unknown reading.
@@ -61,14 +67,18 @@ def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded"
     _check_reading(reading)
     if reading == "last":
         return {name: value[None] for name, value in result.latents.items()}
-    if reading == "draws":
-        return {name: value.flatten(0, 1) for name, value in result.samples.items()}
-    mean = {name: value.mean((0, 1)) for name, value in result.samples.items()}
-    if reading == "reencoded":
+    if reading in ("draws", "vote"):
+        values = {name: value.flatten(0, 1) for name, value in result.samples.items()}
+    else:
+        values = {name: value.mean((0, 1))[None] for name, value in result.samples.items()}
+    if reading in ("reencoded", "vote"):
         with torch.no_grad(), evaluation_mode(vae):
             vae = bind(vae, result.x, result.conditions)
-            mean = reencode(vae, mean, functools.partial(Decoder(vae, result.x), x=result.x))
-    return {name: value[None] for name, value in mean.items()}
+            decode = functools.partial(Decoder(vae, result.x), x=result.x)
+            number = len(next(iter(values.values())))
+            every = [reencode(vae, lat.index(values, k), decode) for k in range(number)]
+            values = {name: torch.stack([each[name] for each in every]) for name in values}
+    return values
 
 
 def _check_reading(reading: Any) -> None:
@@ -111,10 +121,9 @@ class DefendedClassifier:
     reading: Reading = "reencoded"
 
     def __post_init__(self) -> None:
-        for name in ("defence", "classifier"):
-            if not callable(getattr(self, name)):
-                raise ValueError(f"{name} must be callable, got {getattr(self, name)!r}")
-        check_vae(getattr(self.defence, "vae", None))
+        check_defence(self.defence)
+        if not callable(self.classifier):
+            raise ValueError(f"classifier must be callable, got {self.classifier!r}")
         _check_reading(self.reading)
 
     @classmethod
@@ -130,7 +139,8 @@ class DefendedClassifier:
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
         """Log-probabilities of classes, ``(N, classes)`` in nats, of images ``(N, C, H, W)``.
 
-        Arguments as those of the defence.
+        For ``reading="vote"`` they are logarithms of shares of votes, -inf for none. Arguments as
+        those of the defence.
         """
         check_networks_on_device("classifier", self.classifier, "x", split(x)[0])
         return self.log_probabilities(self.defence(x, generator))
@@ -149,4 +159,8 @@ class DefendedClassifier:
         with evaluation_mode(self.classifier):
             scores = self.classifier(folded)
         check_finite("the score of classes", scores, "see what the classifier makes of latents")
-        return scores.log_softmax(-1).unflatten(0, (num, rows)).logsumexp(0) - math.log(num)
+        log_probs = scores.log_softmax(-1)
+        if self.reading == "vote":
+            votes = torch.nn.functional.one_hot(scores.argmax(-1), scores.shape[-1])
+            log_probs = votes.to(scores).log()
+        return log_probs.unflatten(0, (num, rows)).logsumexp(0) - math.log(num)

@@ -123,35 +123,38 @@ def write(
         return path
     if store.partial.exists():
         store.check(store.partial)
-    claims = Claims(f"store {path}")
     total = -(-length // chunk_size)
-    hidden = claims.rank > 0 or not progress
-    with tqdm(total=total, unit="chunk", disable=hidden, leave=False) as bar:
+    with Claims(f"store {path}") as claims:
+        claims.agree(json.dumps(identity, sort_keys=True))
+        hidden = claims.rank > 0 or not progress
+        with tqdm(total=total, unit="chunk", disable=hidden, leave=False) as bar:
 
-        def show() -> None:
-            bar.n = store.num_finished()
-            bar.refresh()
+            def show() -> None:
+                bar.n = store.num_finished()
+                bar.refresh()
 
-        for number in claims.order(total):
-            if store.is_finished(number) or not claims.claim(number):
-                continue
-            first = number * chunk_size
-            rows = range(first, min(first + chunk_size, length))
-            result = defend(default_collate([dataset[row] for row in rows]), first)
-            groups = _groups(result, observed_data)
-            if not store.partial.exists() and claims.claim("store"):
-                store.create(groups, length, chunk_size)
-            _wait_for(store.partial, None)
-            store.put(groups, number, first)
-            show()
-        claims.leave()
-        for _ in claims.waiting():
-            show()
-    if claims.rank == 0:
-        for number in range(total):
-            _wait_for(store.partial / _FINISHED / str(number), _PATIENCE)
-        store.close()
-    _wait_for(path, None)
+            for number in claims.order(total):
+                if store.is_finished(number) or not claims.claim(number):
+                    continue
+                first = number * chunk_size
+                rows = range(first, min(first + chunk_size, length))
+                result = defend(default_collate([dataset[row] for row in rows]), first)
+                groups = _groups(result, observed_data)
+                if not store.partial.exists() and claims.claim("store"):
+                    store.create(groups, length, chunk_size)
+                for _ in claims.waiting(store.partial.exists):
+                    pass
+                store.put(groups, number, first)
+                show()
+            claims.leave()
+            for _ in claims.waiting():
+                show()
+        if claims.rank == 0:
+            for number in range(total):
+                _wait_for(store.partial / _FINISHED / str(number))
+            store.close()
+        for _ in claims.waiting(path.exists):
+            pass
     return path
 
 
@@ -272,15 +275,15 @@ def _to_numpy(values: Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
 
 
-def _wait_for(path: Path, patience: float | None) -> None:
-    """Wait for a file that another process makes.
+def _wait_for(path: Path) -> None:
+    """Wait for a file that another machine has written.
 
     Raises:
-        ValueError: if it is not there after ``patience`` seconds.
+        ValueError: if it is not there after some time.
     """
-    until = None if patience is None else time.monotonic() + patience
+    until = time.monotonic() + _PATIENCE
     while not path.exists():
-        if until is not None and time.monotonic() > until:
+        if time.monotonic() > until:
             raise ValueError(f"{path} is missing; let path be on a disk that all machines share")
         time.sleep(_POLL)
 

@@ -32,6 +32,7 @@ STUDIES = {
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
+    "bound": ("bound:Bound",),
     "benchmark": (
         "benchmark.run:BenchmarkSamplers",
         "benchmark.attacks:BenchmarkAttacks",
@@ -121,7 +122,7 @@ def _study(command: str, words: Sequence[str]) -> None:
     if not all(study.shared for study in studies) and _superfluous(command):
         return
     settings = dict(map(parse_setting, options.set))
-    from pyro_vae_defence.experiments.study import write_pages
+    from pyro_vae_defence.experiments.study import check_pages, write_pages
     from pyro_vae_defence.ops import ranks
 
     if options.device == "cuda":
@@ -142,6 +143,8 @@ def _study(command: str, words: Sequence[str]) -> None:
             places["time_limit"] = options.time_limit
         quiet = options.quiet
         runs.append(study(name, options.output, overrides=settings, progress=not quiet, **places))
+    if _measured(studies) and first and runs:
+        check_pages(options.output, options.images)
     unfinished = False
     for run in runs:
         found = run.run()

@@ -67,9 +67,9 @@ class AttackConfig(conf.Configuration):
     model: str
     radii: _Radii = (0.1, 0.2)
     defences: _Names = ("none", "encoder_samples", "dark_clip_0.2", "hmc", "aware_0.2")
-    num_references: conf.Count = 50
+    num_references: conf.Several = 50
     num_restarts: conf.Count = 2
-    num_images: conf.Count = 100
+    num_images: conf.Several = 100
     attack_steps: conf.Count = 50
     reading: Reading = "reencoded"
     chain: conf.ChainConfig = conf.ChainConfig(step_size=0.2, burn_in=30)
@@ -99,7 +99,7 @@ class Attack(Measurement[AttackConfig]):
             task: (CLASSIFIERS[name].column, self.load_classifier(name))
             for task, name in classifiers_of(config.model).items()
         }
-        dataset = card.training["dataset"]
+        dataset = card.dataset
         self.references, _ = self.choose(dataset, config.num_references, "references")
         self.images_, self.labels = self.choose(dataset, config.num_images, "images")
         # Once per restart, and which reference each row is of.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from pyro_vae_defence.experiments.tables import NOT_MEASURED, interval, table
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models.pretrained import WeightCard, available, load_card
+from pyro_vae_defence.ops.files import naming
 
 _OBJECTIVES = {
     "beta": "β = {beta:g}",
@@ -45,13 +47,18 @@ def trained_models(directory: str | os.PathLike[str] | None = None) -> str:
     of_classifiers = "classifier|reads|predicts|epochs|minutes|test accuracy"
     return "\n".join(
         [
-            *table(of_vaes.split("|"), map(_vae, vaes)),
+            *table(of_vaes.split("|"), [_row(_vae, card) for card in vaes]),
             "Validation -ELBO in nats at β = 1, whatever was trained; *NLL*, in nats, and *MSE*, "
             "on the scale 0..255, of test images, with the metric's settings in the card.",
             "",
-            *table(of_classifiers.split("|"), map(_classifier, classifiers)),
+            *table(of_classifiers.split("|"), [_row(_classifier, card) for card in classifiers]),
         ]
     )
+
+
+def _row(make: Callable[[WeightCard], list[Any]], card: WeightCard) -> list[Any]:
+    with naming(f"card of {card.name!r} cannot be printed", "mend or remove it"):
+        return make(card)
 
 
 def _vae(card: WeightCard) -> list[str]:

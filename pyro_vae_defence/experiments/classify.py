@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +25,13 @@ from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import EncoderDefence
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.study import Study, interval
-from pyro_vae_defence.experiments.train import DATASETS, MODELS
+from pyro_vae_defence.experiments.study import Study, check_column, interval
+from pyro_vae_defence.experiments.train import DATASETS, MODELS, check_card
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier, flatten_latents
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
 from pyro_vae_defence.ops.provenance import provenance
+from pyro_vae_defence.training import NonFiniteLossError
 
 LatentInputs = Literal["mean", "guide", "posterior"]
 
@@ -47,7 +49,7 @@ class ClassifierConfig(conf.Configuration):
             ``"posterior"`` p(z|x) by HMC.
         num_draws: draws per image, where they are draws.
         num_images: class-stratified training images, and a tenth of that for validation and test,
-            all if ``None``.
+            so at least 20; all if ``None``.
         radius: L_inf radius of the perturbations that chains assume, 0 for the paper's posterior.
         column: which label, where there are several (ColorMNIST: 0 digit, 1 colour).
         optimiser: ``"sgd"`` or ``"adam"``.
@@ -59,11 +61,11 @@ class ClassifierConfig(conf.Configuration):
         seed: seed of initialisation and order.
     """
 
-    dataset: str
+    dataset: conf.Dataset
     model: str | None = None
     inputs: LatentInputs = "mean"
     num_draws: conf.Count = 4
-    num_images: conf.Count | None = None
+    num_images: Annotated[int, conf.at_least(20)] | None = None
     radius: conf.Radius = 0.0
     column: conf.Natural = 0
     optimiser: Literal["sgd", "adam"] = "sgd"
@@ -73,6 +75,16 @@ class ClassifierConfig(conf.Configuration):
     max_epochs: conf.Count = 200
     batch_size: conf.Count = 128
     seed: conf.Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None:
+            idle = ("inputs", "num_draws", "num_images", "radius")
+            self.refuse_idle("on a classifier of images, without a model", *idle)
+        if self.inputs == "mean":
+            self.refuse_idle("on inputs='mean'", "num_draws", "radius")
+        if self.inputs == "guide":
+            self.refuse_idle("on inputs='guide'", "radius")
 
 
 # --- Classifiers by name --------------------------------------------------------------------------
@@ -141,8 +153,14 @@ class TrainClassifier(Study[ClassifierConfig]):
         """Train the classifier; its card.
 
         Raises:
-            ValueError: for missing data or weights.
+            ValueError: for missing data or weights, or another card in the way.
+            NonFiniteLossError: if the loss is no number.
         """
+        check_card(self.path, self.config)
+        with self.writing():
+            return self._trained()
+
+    def _trained(self) -> WeightCard:
         config = self.config
         source = provenance()
         started = time.perf_counter()
@@ -153,6 +171,7 @@ class TrainClassifier(Study[ClassifierConfig]):
             training["weights"] = card.sha256
         splits: tuple[Split, ...] = ("train", "validation", "test")
         sets = [self.images(config.dataset, split) for split in splits]
+        check_column(sets[0], config.column)
         train, validation, test = (_inputs(each, vae, config, self.device) for each in sets)
         torch.manual_seed(config.seed)
         make: Any = ConvClassifier if vae is None else LinearClassifier
@@ -192,6 +211,9 @@ def fit_classifier(
 
     Returns:
         The mean cross-entropy on the validation set after every epoch, in nats.
+
+    Raises:
+        NonFiniteLossError: if that is no number.
     """
     make = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[config.optimiser]
     optimiser = make(classifier.parameters(), lr=config.learning_rate)
@@ -206,6 +228,11 @@ def fit_classifier(
             F.cross_entropy(classifier(x), labels).backward()
             optimiser.step()
         loss = _cross_entropy(classifier, data.batches(validation, _ROWS))
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the validation loss is {loss} after epoch {len(history) + 1}; choose a smaller "
+                f"learning_rate than {config.learning_rate:g}"
+            )
         if not history or loss < min(history):
             best = copy.deepcopy(classifier.state_dict())
         history.append(loss)

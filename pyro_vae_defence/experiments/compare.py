@@ -110,7 +110,7 @@ class CompareConfig(conf.Configuration):
     """
 
     model: str
-    defences: tuple[_Name, ...] = (
+    defences: Annotated[tuple[_Name, ...], conf.not_empty] = (
         "none", "hmc", "aware", "aware_0.1", "aware_0.2", "aware_unknown", "aware_mode", "mode",
         "encoder_samples", "dark_clip", "dark_clip_0.2", "extreme_clip", "median", "gaussian",
     )  # fmt: skip
@@ -119,14 +119,14 @@ class CompareConfig(conf.Configuration):
     )
     inputs: tuple[LatentInputs, ...] = ("mean",)
     reading: str = "reencoded/mean"
-    radii: tuple[conf.Radius, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+    radii: Annotated[tuple[conf.Radius, ...], conf.not_empty] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     full_radii: tuple[conf.Radius, ...] = (0.1, 0.2)
-    num_references: conf.Count = 50
+    num_references: conf.Several = 50
     num_restarts: conf.Count = 10
-    num_images: conf.Count = 1000
-    num_noise: conf.Count = 200
+    num_images: conf.Several = 1000
+    num_noise: conf.Several = 200
     curve_restarts: conf.Count = 1
-    curve_images: conf.Count = 100
+    curve_images: conf.Several = 100
     cost_radius: conf.Radius = 0.2
     chain: conf.ChainConfig = conf.ChainConfig()
     seed: conf.Natural = 0
@@ -139,6 +139,11 @@ class CompareConfig(conf.Configuration):
         known = [f"{how}/{inputs}" for inputs in self.inputs for how in _READINGS[inputs]]
         if self.reading not in known:
             raise ValueError(f"reading must be one of {', '.join(known)}, got {self.reading!r}")
+        if strange := set(self.full_radii) - set(self.radii):
+            raise ValueError(f"full_radii holds {min(strange)!r}, not one of radii={self.radii}")
+        self.refuse_above(
+            curve_restarts="num_restarts", curve_images="num_images", num_noise="num_images"
+        )
 
 
 class _Inputs(NamedTuple):
@@ -177,7 +182,7 @@ class Compare(Measurement[CompareConfig]):
                 for inputs in config.inputs
             }
             self.tasks[task] = CLASSIFIERS[plain].column, classifiers
-        self.dataset = card.training["dataset"]
+        self.dataset = card.dataset
         self.references, _ = self.choose(self.dataset, config.num_references, "references")
         self.x, self.labels = self.choose(self.dataset, config.num_images, "images")
         self._clean: dict[tuple[Any, ...], DefenceResult] = {}

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
+from pyro_vae_defence.data.loading import DATASETS
 from pyro_vae_defence.ops.checks import check_integer
 
 Mark = Callable[[str, Any], None]
@@ -28,6 +29,14 @@ Mark = Callable[[str, Any], None]
 def at_least(least: int) -> Mark:
     """An integer not below ``least``."""
     return lambda name, value: check_integer(name, value, least)
+
+
+def between(least: int, most: int) -> Mark:
+    """An integer of a range, both ends included."""
+    return must_be(
+        f"an integer of {least}..{most}",
+        lambda value: isinstance(value, int) and least <= value <= most,
+    )
 
 
 def within(low: float, high: float, of_images: bool = True, without_low: bool = False) -> Mark:
@@ -62,12 +71,18 @@ not_empty = must_be("a tuple that is not empty", lambda value: isinstance(value,
 
 Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
+Several = Annotated[int, at_least(2)]
+"""Of images whose figures get an interval."""
 _positive = must_be("positive and finite", lambda value: _is_number(value) and 0 < value < math.inf)
 Positive = Annotated[float, _positive]
+_not_negative = must_be("finite and not negative", lambda value: _is_finite(value) and value >= 0)
+NotNegative = Annotated[float, _not_negative]
 Radius = Annotated[float, within(0, 1)]
 """Of a ball of images; 0 is no attack."""
 AttackRadius = Annotated[float, within(0, 1, without_low=True)]
 Share = Annotated[float, within(0, 1, of_images=False)]
+Dataset = Annotated[str, one_of(DATASETS)]
+"""Of :func:`pyro_vae_defence.data.load`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,34 @@ class Configuration:
     def __post_init__(self) -> None:
         for name, hint in _hints(type(self)).items():  # type: ignore[arg-type]
             _check(name, getattr(self, name), hint)
+
+    def refuse_idle(self, why: str, *names: str) -> None:
+        """Raise a ``ValueError`` if a field without effect was given a value of its own.
+
+        Args:
+            why: where it has none, such as ``"without a model"``.
+            names: of the fields.
+        """
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in names and value != field.default:
+                raise ValueError(f"{field.name}={value!r} has no effect {why}; leave it out")
+
+    def refuse_above(self, **most: str) -> None:
+        """Raise a ``ValueError`` if a number is larger than one of which it is a part.
+
+        Args:
+            most: field -> the field that has the largest value it may have.
+        """
+        for name, other in most.items():
+            value, limit = getattr(self, name), getattr(self, other)
+            if limit is not None and value > limit:
+                raise ValueError(f"{name} must be at most {other} = {limit!r}, got {value!r}")
+
+
+def same_name(value: Any) -> str:
+    """What result files call a value of a tuple; radii may agree in that."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 @dataclass(frozen=True)
@@ -204,9 +247,12 @@ def _check(name: str, value: Any, hint: Any) -> None:
             raise ValueError(f"{name} must be a tuple such as ('a', 'b') or (1, 2), got {value!r}")
         for each in value:
             _check(name, each, inner[0])
+        names = list(map(same_name, value))
+        if twice := [each for each in names if names.count(each) > 1]:
+            raise ValueError(f"{name} must hold {twice[0]} once, got {value!r}")
     elif hint is float:
-        if not _is_number(value):
-            raise ValueError(f"{name} must be a number, got {value!r}")
+        if not _is_finite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
     elif hint is not Any:
         kind = origin or hint
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -220,6 +266,10 @@ def _check_any(name: str, value: Any, hints: Sequence[Any]) -> None:
         except ValueError:
             if number == len(hints):
                 raise
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _is_number(value: Any) -> bool:

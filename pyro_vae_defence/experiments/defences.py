@@ -193,7 +193,7 @@ def defence_spec(name: str) -> DefenceSpec:
             return DefenceSpec(found["kind"], radius, transitions)
     with_radius = ", ".join(f"{name}_RADIUS" for name, kind in KINDS.items() if kind.radius)
     raise ValueError(
-        f"defences has no {name!r}; known are {', '.join(KINDS)}, {with_radius} and "
+        f"no defence is called {name!r}; known are {', '.join(KINDS)}, {with_radius} and "
         "KIND@TRANSITIONS for chains"
     )
 
@@ -210,7 +210,10 @@ def known_defence(
     """
 
     def check(name: str, value: Any) -> None:
-        kind, radius, _ = defence_spec(value)
+        try:
+            kind, radius, _ = defence_spec(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         if kind == "paper" and not published:
             why = "'paper' is a setting per dataset, which the study defend knows"
             raise ValueError(f"{name}: {why}")
@@ -221,6 +224,9 @@ def known_defence(
 
     return check
 
+
+Published = Annotated[str, known_defence(published=True)]
+"""Name of a defence in a study that knows whose setting ``paper`` is."""
 
 PaperName = Annotated[str, one_of(PAPER_SETTINGS)]
 """Of a published setting of the defence."""

@@ -23,8 +23,8 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
+    Published,
     Setting,
-    known_defence,
     label,
     make_defence,
 )
@@ -51,12 +51,17 @@ class DefendConfig(conf.Configuration):
 
     model: str
     radius: conf.AttackRadius
-    num_references: conf.Count = 50
+    num_references: conf.Several = 50
     num_restarts: conf.Count = 10
-    defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "paper")
+    defences: Annotated[tuple[Published, ...], conf.not_empty] = ("none", "hmc", "paper")
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=20, warmup_steps=30)
     paper: PaperName | None = None
     seed: conf.Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "paper" not in self.defences:
+            self.refuse_idle("without the defence 'paper'", "paper")
 
 
 class Defend(Measurement[DefendConfig]):
@@ -74,7 +79,7 @@ class Defend(Measurement[DefendConfig]):
     def load(self) -> None:
         """The model, and references ``(N, C, H, W)`` of its dataset."""
         self.vae, card = self.load_vae(self.config.model)
-        dataset = card.training["dataset"]
+        dataset = card.dataset
         self.paper = self.config.paper or dataset
         if "paper" in self.config.defences and self.paper not in PAPER_SETTINGS:
             known = ", ".join(PAPER_SETTINGS)

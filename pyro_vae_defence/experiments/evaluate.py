@@ -3,15 +3,15 @@
 On test images of the model's own dataset, with 95% intervals over images: the negative
 log-likelihood by importance sampling, and by annealed importance sampling where asked for; the MSE
 of one-sample reconstructions; active units; a Fréchet distance to samples of the model. What was
-measured also goes into the model's card, under ``test``.
+measured of the full test set also goes into the model's card, under ``test``, if the directory of
+models was named.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,12 +21,19 @@ from torch import Tensor
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.experiments import annealing, tables
-from pyro_vae_defence.experiments.configuration import Configuration, Count, Natural, at_least
+from pyro_vae_defence.experiments.configuration import (
+    Configuration,
+    Count,
+    Natural,
+    Several,
+    at_least,
+    must_be,
+)
 from pyro_vae_defence.experiments.paper import TABLE_7
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval, load
+from pyro_vae_defence.experiments.study import Cell, Measurement, check_place, interval, load
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.pretrained import save_card
+from pyro_vae_defence.models.pretrained import load_card, save_card
 from pyro_vae_defence.ops.ranks import rank
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 
@@ -56,14 +63,20 @@ class EvaluateConfig(Configuration):
     """
 
     model: str
-    num_images: Count | None = 1000
+    num_images: Several | None = 1000
     num_samples: Count = 1000
     rows: Count = 1000
     features: str | None = None
-    ais_images: Natural = 0
+    ais_images: Annotated[Natural, must_be("0 or at least 2", lambda n: n != 1)] = 0
     ais_steps: Annotated[int, at_least(3)] = 100
     ais_chains: Count = 4
     seed: Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_above(ais_images="num_images")
+        if self.ais_images == 0:
+            self.refuse_idle("without ais_images", "ais_steps", "ais_chains")
 
 
 class Evaluate(Measurement[EvaluateConfig]):
@@ -95,20 +108,33 @@ class Evaluate(Measurement[EvaluateConfig]):
         return self.directory / f"{self.name}{full}.json"
 
     def run(self) -> dict[str, Any]:
-        """Measure what is not measured yet, and write it into the card; the result."""
+        """Measure what is not measured yet; the result.
+
+        Raises:
+            OSError: if the result or the card cannot be written.
+        """
+        # Never into the card of an installed model, nor for what a trial has found.
+        of_card = rank() == 0 and self.models is not None and self.config.num_images is None
+        if of_card:
+            check_place(Path(self.models or "") / f"{self.config.model}.json")
         result = super().run()
-        if rank() > 0:
-            return result
-        measured = {**self.card.metrics, "test": result["metrics"]}
-        save_card(dataclasses.replace(self.card, metrics=measured), self.models)
+        if of_card and not self.remaining:
+            self._write_card(result["metrics"])
         return result
+
+    def _write_card(self, metrics: dict[str, Any]) -> None:
+        """Write what was measured into the card, unless it is of other weights by now."""
+        card = load_card(self.config.model, self.models)
+        if card.sha256 == self.card.sha256:
+            test = {**card.metrics.get("test", {}), **metrics}
+            save_card(replace(card, metrics={**card.metrics, "test": test}), self.models)
 
     def load(self) -> None:
         """The model, and test images ``(N, C, H, W)`` of its dataset."""
         config = self.config
         self.check_name()
         self.vae, self.card = self.load_vae(config.model)
-        dataset = self.result["dataset"] = self.card.training["dataset"]
+        dataset = self.result["dataset"] = self.card.dataset
         if config.num_images is None:
             self.x = self.images(dataset).images().to(self.device)
         else:
@@ -222,7 +248,7 @@ def table(number: int, results: str | os.PathLike[str]) -> str:
         results: directory with the result files of ``evaluate``.
 
     Raises:
-        ValueError: for a damaged result file.
+        ValueError: for a damaged result file, or one of another study.
     """
     return "\n".join(_table(dataset, Path(results)) for dataset in DATASETS)
 
@@ -241,6 +267,8 @@ def _table(dataset: str, results: Path) -> str:
         nll, mse = tables.NOT_MEASURED, tables.NOT_MEASURED
         if path is not None:
             result = load(path, f"evaluate {name}")
+            if result.get("study") != Evaluate.kind:
+                raise ValueError(f"{path} is no result of evaluate; move it away")
             config, measured = result["config"], result["metrics"]
             entry = measured[nll_name(config["num_samples"])]
             nll = tables.interval(entry, 2)

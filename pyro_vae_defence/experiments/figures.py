@@ -165,7 +165,7 @@ class Figures(Measurement[FiguresConfig]):
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
         self.classifier = self.load_classifier(f"{config.model}_classifier")
-        dataset = card.training["dataset"]
+        dataset = card.dataset
         self.x_ref, labels = self.choose(dataset, config.num_images, "references")
         self.labels = labels[:, 0]
         # What supervised attacks aim at: of every image the image before it.

@@ -27,9 +27,9 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
+    Published,
     Setting,
     colour,
-    known_defence,
     label,
     make_defence,
 )
@@ -70,15 +70,15 @@ class HierarchyConfig(conf.Configuration):
     """
 
     model: str
-    dataset: str
+    dataset: conf.Dataset
     paper: PaperName
     radius: conf.AttackRadius
     groups: Annotated[tuple[conf.Count, ...], conf.not_empty]
-    num_references: conf.Count = 50
+    num_references: conf.Several = 50
     num_restarts: conf.Count = 10
     attack_steps: conf.Count = 50
     column: conf.Natural = 0
-    defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "aware")
+    defences: Annotated[tuple[Published, ...], conf.not_empty] = ("none", "hmc", "aware")
     noncentred: bool = True
     chain: conf.ChainConfig = conf.ChainConfig(warmup_steps=40, step_size=0.2)
     metric_images: conf.Count = 1000

@@ -30,8 +30,8 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
+    Published,
     Setting,
-    known_defence,
     label,
     make_defence,
 )
@@ -83,17 +83,17 @@ class RobustnessConfig(conf.Configuration):
 
     model: str
     radius: conf.AttackRadius
-    dataset: str | None = None
-    defences: tuple[Annotated[str, known_defence(published=True)], ...] = ("none", "hmc", "aware")
-    targets: tuple[Target, ...] = ("reconstruction", "classification")
-    attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
+    dataset: conf.Dataset | None = None
+    defences: Annotated[tuple[Published, ...], conf.not_empty] = ("none", "hmc", "aware")
+    targets: Annotated[tuple[Target, ...], conf.not_empty] = ("reconstruction", "classification")
+    attacks: Annotated[tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...], conf.not_empty] = (
         "transfer", "encoder", "bpda", "equilibrium", "black_box", "implicit", "truncated",
     )  # fmt: skip
     engine: conf.Engine = "APGD"
     reading: Reading = "reencoded"
-    num_images: conf.Count = 32
+    num_images: conf.Several = 32
     images_per_cell: conf.Count | None = None
-    num_examples: conf.Natural = 8
+    num_examples: Annotated[int, conf.between(0, 8)] = 8
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     paper: PaperName | None = None
     gradients: Gradients = "traced"
@@ -103,19 +103,31 @@ class RobustnessConfig(conf.Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.images_per_cell is not None and min(map(len, self.blocks)) < 2:
-            raise ValueError(
-                f"images_per_cell={self.images_per_cell!r} leaves a block of {self.num_images} "
-                "images with less than 2, which an interval needs; choose a larger one"
-            )
+        if "paper" not in self.defences:
+            self.refuse_idle("without the defence 'paper'", "paper")
+        _ = self.blocks  # refuses one that is too small
 
     @property
     def blocks(self) -> list[range]:
         """Numbers of the images of each block, as even as can be."""
-        size = self.images_per_cell or self.num_images
-        number = -(-self.num_images // size)
-        ends = [self.num_images * k // number for k in range(number + 1)]
-        return [range(*pair) for pair in itertools.pairwise(ends)]
+        return blocks(self.num_images, self.images_per_cell)
+
+
+def blocks(num_images: int, images_per_cell: int | None) -> list[range]:
+    """Numbers of images in blocks of at most so many, as even as can be.
+
+    Raises:
+        ValueError: if a block has less than the two that an interval needs.
+    """
+    number = -(-num_images // (images_per_cell or num_images))
+    ends = [num_images * k // number for k in range(number + 1)]
+    found = [range(*pair) for pair in itertools.pairwise(ends)]
+    if images_per_cell is not None and min(map(len, found)) < 2:
+        raise ValueError(
+            f"images_per_cell={images_per_cell!r} leaves a block of {num_images} images with less "
+            "than 2, which an interval needs; choose a larger one"
+        )
+    return found
 
 
 # --- What it costs ----------------------------------------------------------------------------
@@ -265,7 +277,7 @@ class Robustness(Measurement[RobustnessConfig]):
         """
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
-        trained_on = card.training["dataset"]
+        trained_on = card.dataset
         self.paper = config.paper or trained_on
         if "paper" in config.defences and self.paper not in PAPER_SETTINGS:
             known = ", ".join(PAPER_SETTINGS)

@@ -11,7 +11,10 @@ configurations, what a cell computes, the section of a page. :class:`Study` give
 - under ``torchrun`` the processes share the cells (:mod:`pyro_vae_defence.ops.ranks`). Each writes
   those that it has finished into ``NAME.cells``, a file each; the first process makes the result
   file of them when all are there, the same as that of one process but for wall times;
-- a result says what it is of: study, name, configuration, weights, command and provenance.
+- a result says what it is of: study, name, configuration, weights, command and provenance, and
+  where other versions of the code or other machines have made some of its cells, which ones;
+- one process at a time, or one launch of torchrun, writes a result; what would keep it from being
+  written is found before anything is computed.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -44,7 +48,8 @@ from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
 from pyro_vae_defence.ops.checks import as_device, check_positive
-from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.files import check_writable, write_atomically, write_json
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.ranks import Claims
 
@@ -147,6 +152,23 @@ class Study(ABC, Generic[C]):
             raise ValueError(f"no {cls.noun} named {name!r}; choose one of {', '.join(cls.names)}")
         return cls.names[name]
 
+    @property
+    def path(self) -> Path:
+        """The file that is written last: a result, or the card of weights."""
+        return self.directory / f"{self.name}.json"
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one to write :attr:`path`, which can be written.
+
+        Raises:
+            OSError: if it cannot.
+            ValueError: if another process is writing it.
+        """
+        check_place(self.path)
+        with sole_writer(self.path):
+            yield
+
     @abstractmethod
     def run(self) -> Any:
         """Compute what is not there yet; what was found."""
@@ -214,6 +236,7 @@ class Study(ABC, Generic[C]):
     ) -> tuple[Tensor, Tensor]:
         """Class-stratified images ``(N, C, H, W)`` and their labels, ``(N, columns)``."""
         images = self.images(dataset, split)
+        check_column(images, column)
         chosen = data.stratified(images, number, self.generator(purpose), column)
         labels = images.labels[chosen].reshape(len(chosen), -1)
         return images.images(chosen).to(self.device), labels.to(self.device)
@@ -246,7 +269,8 @@ class Measurement(Study[C]):
     """Whether a result holds the ``seconds`` of all its cells."""
     shared = True
     _sources: list[dict[str, Any]]  # provenance of all that has made cells, the latest last
-
+    _makers: dict[str, dict[str, Any]]  # provenance by cell, where it is known
+    _of_file: dict[str, Any] | None  # provenance of the file's cells that it attributes to no other
     remaining = 0
 
     def __init__(self, *arguments: Any, time_limit: float | None = None, **options: Any) -> None:
@@ -292,11 +316,6 @@ class Measurement(Study[C]):
         """What the result file holds, or will hold."""
         return self.header() | {part: {} for part in self.parts}
 
-    @property
-    def path(self) -> Path:
-        """The result file."""
-        return self.directory / f"{self.name}.json"
-
     def run(self) -> dict[str, Any]:
         """Compute the cells that the result file does not hold, within the time; the result.
 
@@ -305,19 +324,26 @@ class Measurement(Study[C]):
         Raises:
             ValueError: for weights or data that are missing, or a result file of another run.
         """
-        self.load()
-        self._resume()
-        cells = list(self.cells())
-        claims = Claims(f"{self.kind} {self.path}")
-        hidden = claims.rank > 0 or not self.progress
-        bar = tqdm(total=len(cells), unit="cell", disable=hidden, leave=False)
-        with bar as self._bar, self._watched(cells, claims):
-            self._compute(cells, claims)
-            claims.leave()
+        with contextlib.ExitStack() as stack:
+            claims = Claims(f"{self.kind} {self.path}")
+            stack.enter_context(claims)
             if claims.rank == 0:
-                for _ in claims.waiting():
-                    pass
-        self.remaining = self._join(cells, claims) if claims.rank == 0 else 0
+                stack.enter_context(self.writing())
+            self.load()
+            self._resume()
+            cells = list(self.cells())
+            self._attribute(cells)
+            claims.agree(json.dumps([self.result["config"], [key for key, _ in cells]]))
+            hidden = claims.rank > 0 or not self.progress
+            self._bar = tqdm(total=len(cells), unit="cell", disable=hidden, leave=False)
+            stack.enter_context(self._bar)
+            with self._watched(cells, claims):
+                self._compute(cells, claims)
+                claims.leave()
+                if claims.rank == 0:
+                    for _ in claims.waiting():
+                        pass
+            self.remaining = self._join(cells, claims) if claims.rank == 0 else 0
         return self.result
 
     def holds(self, key: Key) -> bool:
@@ -354,13 +380,14 @@ class Measurement(Study[C]):
         started = time.monotonic()
         try:
             found = compute()
+            check_finite(found)
         except Exception as error:
-            if claims.size == 1:
+            if claims.size == 1 and not isinstance(error, NotFiniteError):
                 raise
             # What the command line shows as one line stays so.
             kind = ValueError if isinstance(error, (ValueError, OSError)) else RuntimeError
-            place = f"process {claims.rank}, cell {'/'.join(key)}"
-            raise kind(f"{place}: {error}") from error
+            who = "" if claims.size == 1 else f"process {claims.rank}, "
+            raise kind(f"{who}cell {'/'.join(key)}: {error}") from error
         seconds = time.monotonic() - started
         self._put(key, found, seconds, self.provenance)
         if claims.size == 1:
@@ -382,11 +409,26 @@ class Measurement(Study[C]):
         self._place(key)[key[-1]] = found
         if self.timed:
             self.result["seconds"] = round(self.result.pop("seconds", 0.0) + seconds, 1)
-        earlier = [other for other in self._sources if other != source]
-        self._sources = [*earlier, source]
-        self.result["provenance"] = source
-        if earlier:
-            self.result["earlier"] = earlier
+        self._makers["/".join(key)] = source
+        self._sources = [*(other for other in self._sources if other != source), source]
+        self._name_sources()
+
+    def _attribute(self, cells: Sequence[Cell]) -> None:
+        """Note who has made the cells that the result file held."""
+        for key, _ in cells:
+            if self._of_file is not None and self.holds(key):
+                self._makers.setdefault("/".join(key), self._of_file)
+        if self._sources:
+            self._name_sources()
+
+    def _name_sources(self) -> None:
+        """Say in the result who has made it: its provenance, and which cells others have made."""
+        *others, self.result["provenance"] = self._sources
+        self.result.pop("earlier", None)
+        for other in others:
+            cells = [name for name, source in self._makers.items() if source == other]
+            entry = other | ({"cells": cells} if cells else {})
+            self.result.setdefault("earlier", []).append(entry)
 
     # --- Many processes ---
 
@@ -480,13 +522,20 @@ class Measurement(Study[C]):
 
     def _resume(self) -> None:
         """Take over what earlier runs have left, be it a result file or cells in files."""
-        self._sources = []
+        self._sources, self._makers, self._of_file = [], {}, None
         if self.path.exists():
             earlier = load(self.path)
             self._check(earlier, self.path)
             kept = self.header().keys() - {"provenance"}
             self.result |= {key: part for key, part in earlier.items() if key not in kept}
-            self._sources = [*earlier.get("earlier", []), earlier["provenance"]]
+            for other in earlier.get("earlier", []):
+                source = {key: part for key, part in other.items() if key != "cells"}
+                self._sources.append(source)
+                self._makers |= dict.fromkeys(other.get("cells", ()), source)
+            self._sources.append(earlier["provenance"])
+            # Earlier versions did not say whose each cell is.
+            if all("cells" in other for other in earlier.get("earlier", [])):
+                self._of_file = earlier["provenance"]
         self._take_pieces()
 
     def _check(self, earlier: dict[str, Any], path: Path) -> None:
@@ -496,6 +545,13 @@ class Measurement(Study[C]):
                     f"{path} belongs to another run (its {key} differs); "
                     "move it away, or choose another output directory"
                 )
+
+
+def check_column(images: data.Images, column: int) -> None:
+    """Raise a ``ValueError`` if images have no label of this number."""
+    number = 1 if images.labels.dim() == 1 else images.labels.shape[1]
+    if column >= number:
+        raise ValueError(f"column={column!r} must be below {number}, the labels of {images!r}")
 
 
 def interval(
@@ -543,12 +599,36 @@ def chain_statistics(stats: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
+class NotFiniteError(ValueError):
+    """What was measured is infinite or NaN, which no result file takes."""
+
+
+def check_finite(found: Any, place: str = "") -> None:
+    """:class:`NotFiniteError` naming a number that is infinite or NaN, within what a cell holds."""
+    if isinstance(found, Mapping):
+        for name, part in found.items():
+            check_finite(part, f"{place}/{name}" if place else str(name))
+    elif isinstance(found, (list, tuple)):
+        for part in found:
+            check_finite(part, place)
+    elif isinstance(found, float) and not math.isfinite(found):
+        raise NotFiniteError(f"{place or 'what was measured'} is {found}; nothing was written")
+
+
 # --- Result files and pages -----------------------------------------------------------------------
 
 
+def check_place(path: Path) -> None:
+    """Raise an ``OSError`` that names the file if it cannot be written; its directory is made."""
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write a result file atomically."""
-    write_atomically(path, (json.dumps(result, indent=1) + "\n").encode())
+    """Write a result file, whole or not at all."""
+    write_json(path, result, indent=1)
 
 
 def load(path: Path, run: str = "the experiment") -> dict[str, Any]:
@@ -578,6 +658,21 @@ def read(directory: _Path, run: str = "an experiment") -> dict[str, dict[str, An
     if not files:
         raise ValueError(f"no result files (*.json) in {directory}; run {run} first")
     return {path.stem: load(path, run) for path in files}
+
+
+def check_pages(directory: _Path, images: _Path | None = None) -> None:
+    """Find out before a run what would keep :func:`write_pages` from writing after it.
+
+    Raises:
+        OSError: if tables or figures cannot be written.
+        ValueError: if the directory holds a damaged result file.
+    """
+    directory = Path(directory)
+    check_place(directory / "tables.md")
+    if images is not None:
+        check_place(Path(images) / "figure.png")
+    for path in sorted(directory.glob("*.json")):
+        load(path)
 
 
 def write_pages(

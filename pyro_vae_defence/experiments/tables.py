@@ -61,12 +61,21 @@ def folded(summary: str, lines: Iterable[str]) -> list[str]:
 
 
 def source(result: dict[str, Any]) -> str:
-    """Where a result comes from: command, commit, version of torch, threads."""
-    versions = result["provenance"]
-    commit, dash, dirty = versions["commit"].partition("-")
+    """Where a result comes from: command, and commit, version of torch, threads; the same of the
+    cells that were computed otherwise."""
+    others = [
+        f"; of {', '.join(f'`{cell}`' for cell in each['cells'])}: {_versions(each)}"
+        for each in result.get("earlier", [])
+        if "cells" in each
+    ]
+    return f"`{result['command']}`, {_versions(result['provenance'])}{''.join(others)}"
+
+
+def _versions(provenance: dict[str, Any]) -> str:
+    commit, dash, dirty = provenance["commit"].partition("-")
     return (
-        f"`{result['command']}`, commit `{commit[:12]}{dash}{dirty}`, torch {versions['torch']}, "
-        f"{versions['threads']} thread(s)"
+        f"commit `{commit[:12]}{dash}{dirty}`, torch {provenance['torch']}, "
+        f"{provenance['threads']} thread(s)"
     )
 
 

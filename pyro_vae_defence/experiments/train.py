@@ -25,19 +25,32 @@ from pyro_vae_defence.attacks import PGD
 from pyro_vae_defence.attacks.objectives import squared_wasserstein
 from pyro_vae_defence.data.loading import images_alone
 from pyro_vae_defence.experiments import configuration as conf
-from pyro_vae_defence.experiments.study import Study
+from pyro_vae_defence.experiments.study import Study, load
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.provenance import provenance
-from pyro_vae_defence.training import FitConfig, evaluate, fit
+from pyro_vae_defence.training import FitConfig, checkpoints, evaluate, fit
 
 SE_STEPS = 20
 """Gradient steps of SE's inner maximisation (Cemgil et al. 2020)."""
 
 HALF_TOLERANCE = 0.01
 """Largest change of the validation -ELBO, in nats, for which weights are stored in float16."""
+
+
+# Fields of TrainConfig that some objectives alone read.
+_READ_BY = {
+    "beta": ("beta", "beta_tcvae"),
+    "estimator": ("beta_tcvae",),
+    "radius": ("se", "se_avae"),
+    "gamma": ("se", "se_avae"),
+    "rho": ("avae", "se_avae", "avae_ss"),
+    "kl_anneal": ("nvae",),
+    "penalty": ("nvae",),
+}
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,7 @@ class TrainConfig(conf.Configuration):
         seed: seed of initialisation, order and noise.
     """
 
-    dataset: str
+    dataset: conf.Dataset
     objective: Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"] = "beta"
     start_from: str | None = None
     beta: conf.Positive = 1.0
@@ -78,7 +91,7 @@ class TrainConfig(conf.Configuration):
     rho: conf.Share = 0.975
     architecture: dict[str, Any] | None = None
     kl_anneal: conf.Share = 0.3
-    penalty: float = 1e-2
+    penalty: conf.NotNegative = 1e-2
     epochs: conf.Count = 12
     learning_rate: conf.Positive = 2e-3
     schedule: Literal["plateau", "one_cycle", "constant"] = "one_cycle"
@@ -92,6 +105,25 @@ class TrainConfig(conf.Configuration):
         if self.objective == "avae_ss" and self.start_from is None:
             what = "trains the encoder of a trained model: set start_from=NAME"
             raise ValueError(f"objective 'avae_ss' {what}")
+        if self.rho == 1:
+            raise ValueError("rho=1 leaves no noise; it must be below 1")
+        if self.kl_anneal == 0:
+            raise ValueError("kl_anneal must lie in (0, 1], got 0; a small share is next to none")
+        for name, readers in _READ_BY.items():
+            if self.objective not in readers:
+                self.refuse_idle(f"on the objective {self.objective!r}", name)
+        if self.architecture is not None:
+            try:
+                NVAEConfig.from_dict(self.architecture)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"architecture: {error}") from error
+            if self.start_from is not None:
+                self.refuse_idle("with start_from, whose architecture it is", "architecture")
+        elif self.objective == "nvae" and self.start_from is None:
+            raise ValueError(
+                "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
+            )
+        self.refuse_above(batch_size="images_per_epoch")
 
 
 # --- Models by name -------------------------------------------------------------------------------
@@ -192,12 +224,22 @@ class Train(Study[TrainConfig]):
         """Train the model, or go on where an interrupted training stopped; its card.
 
         Raises:
-            ValueError: for missing data or weights to start from, or a checkpoint of another run.
+            ValueError: for missing data or weights to start from, or a checkpoint or card of
+                another run.
             NonFiniteLossError: if the loss is no number.
         """
+        check_card(self.path, self.config)
+        with self.writing():
+            return self._trained()
+
+    def _trained(self) -> WeightCard:
         config = self.config
         folder = self.directory / self.name
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoint, history = folder / "checkpoint.pt", folder / "history.jsonl"
+        # What stands in the checkpoint but not in the file, if the process was killed in between,
+        # gets there with the next epoch.
+        entries = checkpoints.read(checkpoint)["history"] if checkpoint.exists() else []
         train_set = self.images(config.dataset, "train")
         count = config.images_per_epoch or len(train_set)
         sampler = BatchSampler(RandomSampler(train_set, num_samples=count), config.batch_size, True)
@@ -209,12 +251,14 @@ class Train(Study[TrainConfig]):
         torch.manual_seed(config.seed)
         pyro.clear_param_store()
         training = dataclasses.asdict(config)
+        of = f"{self.name}: {config}"
         if config.start_from is None:
             vae = make_vae(config, train_set.image_shape)
         else:
             vae, start = self.load_vae(config.start_from)
             vae.train()
             training["start_from_sha256"] = start.sha256
+            of += f", from {start.sha256}"
         vae = vae.to(self.device)
         result = fit(
             vae,
@@ -226,12 +270,13 @@ class Train(Study[TrainConfig]):
                 schedule=config.schedule,
                 checkpoint_every=200,
                 progress=self.progress,
-                name=f"{self.name}: {config}",
+                name=of,
             ),
             validation=validation,
-            checkpoint=folder / "checkpoint.pt",
-            on_epoch=lambda entry: _append(folder / "history.jsonl", entry),
+            checkpoint=checkpoint,
+            on_epoch=lambda entry: _append(history, entries, entry),
         )
+        _write_lines(history, result.history)
         measured = {"validation_nelbo": result.history[-1]["validation_nelbo"]}
         dtype = torch.float32
         if config.half:
@@ -323,6 +368,26 @@ def _nelbo(vae: TrainedVAE, validation: list[Tensor]) -> float:
         return evaluate(vae, objectives.BetaELBO(1.0), validation)
 
 
-def _append(path: Path, entry: dict[str, float]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+def check_card(path: Path, config: Any) -> None:
+    """Raise a ``ValueError`` if there is something else than the card of such a training."""
+    if not path.exists():
+        return
+    before = load(path, "train").get("training")
+    ours = json.loads(json.dumps(dataclasses.asdict(config)))
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} is no card of weights; choose another output directory")
+    for name, value in ours.items():
+        if (theirs := before.get(name, value)) != value:
+            raise ValueError(
+                f"{path} is of weights that were trained with {name}={theirs!r}, not {value!r}; "
+                "move it away, or choose another output directory"
+            )
+
+
+def _append(path: Path, entries: list[dict[str, float]], entry: dict[str, float]) -> None:
+    entries.append(entry)
+    _write_lines(path, entries)
+
+
+def _write_lines(path: Path, entries: list[dict[str, float]]) -> None:
+    write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())

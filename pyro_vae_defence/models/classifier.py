@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
+from pyro_vae_defence.models.weights import fill
 from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.types import VAE, LatentsLike
 
@@ -96,7 +97,10 @@ class ConvClassifier(nn.Module):
         return self.linear(self.features(x).relu())
 
 
-_CLASSIFIERS = {"LinearClassifier": LinearClassifier, "ConvClassifier": ConvClassifier}
+_CLASSIFIERS: dict[str, Any] = {
+    "LinearClassifier": lambda config, weights: fill(lambda: LinearClassifier(**config), weights),
+    "ConvClassifier": lambda config, weights: fill(lambda: ConvClassifier(**config), weights),
+}
 
 
 def load_classifier(
@@ -113,4 +117,4 @@ def load_classifier(
             f"{name!r} is a {card.architecture}, no classifier; "
             f"this function loads {sorted(_CLASSIFIERS)}"
         )
-    return rebuild(_CLASSIFIERS[card.architecture], card, tensors), card
+    return rebuild(_CLASSIFIERS[card.architecture], card, tensors, directory), card

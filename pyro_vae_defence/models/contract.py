@@ -37,8 +37,8 @@ from pyro_vae_defence.models.sites import (
     sample_sites,
 )
 from pyro_vae_defence.ops import distributions
-from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import RefusalError, check_precision
+from pyro_vae_defence.ops.boundary import note, public
+from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_precision
 from pyro_vae_defence.ops.distributions import innermost, is_point
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike, PyroProgram
 
@@ -142,6 +142,8 @@ def at_images(
     check_vae(vae)
     x, conditions = split(images, name)
     check_images(x, name, unit_interval=unit_interval)
+    if not unit_interval:
+        check_finite(name, x, "repair these images or leave them out")
     check_networks_on_device("vae", vae, name, x)
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
@@ -206,6 +208,7 @@ def evaluation_mode(*programs: Any) -> Iterator[None]:
     energies random. Modes are restored module by module.
     """
     modules = modules_of(*programs)
+    note(modules)
     modes = [module.training for module in modules]
     try:
         for module in modules:
@@ -239,12 +242,32 @@ def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
         raise
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         call = name.rpartition(".")[2]
+        mend = mend_networks(program, x) or (
+            f"it must run on any number of images, as {call}(x), or as {call}(x, *conditions) "
+            f'where images come with conditions, with one pyro.plate("{DATA_PLATE}", x.shape[0]) '
+            "around all its sample sites"
+        )
         raise ValueError(
-            f"{name} failed on images of shape {tuple(x.shape)}: {error}; it must run on any "
-            f"number of images, as {call}(x), or as {call}(x, *conditions) where images come with "
-            f'conditions, with one pyro.plate("{DATA_PLATE}", x.shape[0]) around all its sample '
-            "sites"
+            f"{name} failed on images of shape {tuple(x.shape)}: {error}; {mend}"
         ) from error
+
+
+def mend_networks(program: Any, x: Tensor) -> str | None:
+    """What to do where a program failed since its networks do not fit images; ``None`` if they do.
+
+    A program may well convert its images, so that this is no error in itself.
+    """
+    parameters = [p for module in modules_of(program) for p in module.parameters(recurse=False)]
+    if any(parameter.is_inference() for parameter in parameters):
+        return "the networks were made in torch.inference_mode: make or load them outside of it"
+    dtypes = {parameter.dtype for parameter in parameters}
+    if len(dtypes) != 1 or x.dtype in dtypes:
+        return None
+    (dtype,) = dtypes
+    return (
+        f"the parameters are {dtype} and the images {x.dtype}: convert the images, x.to({dtype}), "
+        f"or the VAE, vae.to({x.dtype})"
+    )
 
 
 def check_rows(

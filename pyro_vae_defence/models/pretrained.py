@@ -2,7 +2,8 @@
 
 A model is two files: ``NAME.safetensors`` with the weights, and ``NAME.json``, its card, with their
 sha256, the architecture, how it was trained (command, commit, configuration, versions) and what was
-measured. Nothing is unpickled, and weights that do not match their card are refused.
+measured. Nothing is unpickled; weights that do not match their card, and files that are not as this
+module writes them, are refused by the path of the file. Names of models are never paths.
 
 Without a directory, models are looked for in two places: among the packaged ones, which examples
 and documentation load, and, in a checkout of the project, among the variants of its tables, which
@@ -11,26 +12,30 @@ lie beside the results (``docs/results/models``) and are not installed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae_defence.models.conv import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
-from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.models.nvae.checkpoint import from_weights
+from pyro_vae_defence.models.weights import check_finite, fill
+from pyro_vae_defence.ops.files import naming, write_atomically
 from pyro_vae_defence.types import Latents
 
 TrainedVAE: TypeAlias = ConvVAE | NVAE
+R = TypeVar("R")
 
 PACKAGED_MODELS = Path(__file__).parent / "weights"
 # Only a checkout has these.
@@ -40,9 +45,21 @@ CHECKOUT_MODELS = Path(__file__).parents[2] / "docs" / "results" / "models"
 _STATISTICS = ("mean_posterior_variance", "mean_noise_variance")
 
 
-_VAES: dict[str, Callable[..., TrainedVAE]] = {
-    "ConvVAE": ConvVAE,
-    "NVAE": lambda **config: NVAE(NVAEConfig.from_dict(config)),
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_RESTORE = "restore the file or train the model again"
+
+
+def _conv_vae(config: dict[str, Any], weights: dict[str, Tensor]) -> ConvVAE:
+    return fill(lambda: ConvVAE(**config), weights)
+
+
+def _nvae(config: dict[str, Any], weights: dict[str, Tensor]) -> NVAE:
+    return from_weights(NVAEConfig.from_dict(config), weights)
+
+
+_VAES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], TrainedVAE]] = {
+    "ConvVAE": _conv_vae,
+    "NVAE": _nvae,
 }
 
 
@@ -70,6 +87,17 @@ class WeightCard:
     provenance: dict[str, Any]
     metrics: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def dataset(self) -> str:
+        """What the model was trained on; ``ValueError`` if the card does not say."""
+        found = self.training.get("dataset")
+        if not isinstance(found, str):
+            raise ValueError(
+                f"card of {self.name!r} does not say what the model was trained on: add its "
+                '"dataset" to "training"'
+            )
+        return found
+
 
 def available(directory: str | os.PathLike[str] | None = None) -> list[str]:
     """Names of the models in ``directory``, or in all places of the module's text."""
@@ -94,11 +122,17 @@ def find(name: str, directory: str | os.PathLike[str] | None = None) -> Path:
 def load_card(name: str, directory: str | os.PathLike[str] | None = None) -> WeightCard:
     """Read the card of a model; ``ValueError`` if there is no such model, or a damaged card."""
     path = find(name, directory) / f"{name}.json"
-    try:
+    with naming(f"card {path} is damaged", _RESTORE):
+        entries = json.loads(path.read_text())
+        if not isinstance(entries, dict):
+            raise ValueError(f"it holds a {type(entries).__name__}, no entries by name")
         # A copy under another name is another model: what is measured goes to its own card.
-        return replace(WeightCard(**json.loads(path.read_text())), name=name)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"card {path} is damaged ({error}); restore or train it again") from error
+        card = replace(WeightCard(**entries), name=name)
+        for entry in fields(card):
+            kind, value = dict if "dict" in str(entry.type) else str, getattr(card, entry.name)
+            if not isinstance(value, kind):
+                raise ValueError(f"its {entry.name} is {value!r}, not of type {kind.__name__}")
+    return card
 
 
 def load_weights(
@@ -110,13 +144,13 @@ def load_weights(
     """
     card = load_card(name, directory)
     path = find(name, directory) / f"{name}.safetensors"
-    content = path.read_bytes() if path.exists() else b""
-    if hashlib.sha256(content).hexdigest() != card.sha256:
-        raise ValueError(
-            f"weights {path} do not match their card (sha256): the file is missing, truncated or "
-            "altered; restore it or train the model again"
-        )
-    return card, load_tensors(content)
+    with naming(f"weights {path} cannot be read", _RESTORE):
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != card.sha256:
+            raise ValueError(
+                "they do not match their card by sha256: the file is missing, truncated or altered"
+            )
+        return card, load_tensors(content)
 
 
 def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) -> TrainedVAE:
@@ -141,29 +175,53 @@ def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) 
             f"this version knows {sorted(_VAES)}"
         )
     statistics: dict[str, Latents] = {}
-    for key in [key for key in tensors if key.startswith(_STATISTICS)]:
+    for key in list(tensors):
         statistic, _, site = key.partition(".")
-        statistics.setdefault(statistic, {})[site] = tensors.pop(key).float()
-    vae = rebuild(_VAES[card.architecture], card, tensors)
-    for statistic, by_site in statistics.items():
-        setattr(vae, statistic, by_site)
+        if statistic in _STATISTICS:
+            statistics.setdefault(statistic, {})[site] = tensors.pop(key).float()
+    vae = rebuild(_VAES[card.architecture], card, tensors, directory)
+    with _misfit(card, directory):
+        for statistic, by_site in statistics.items():
+            _check_statistic(vae, statistic, by_site)
+            setattr(vae, statistic, by_site)
     return vae
 
 
-def rebuild(architecture: Callable[..., Any], card: WeightCard, tensors: dict[str, Tensor]) -> Any:
-    """A module of ``architecture`` with the card's configuration and these weights, in eval mode.
+def rebuild(
+    architecture: Callable[[dict[str, Any], dict[str, Tensor]], R],
+    card: WeightCard,
+    tensors: dict[str, Tensor],
+    directory: str | os.PathLike[str] | None = None,
+) -> R:
+    """What ``architecture`` makes of the card's configuration and these weights.
 
-    Raises ``ValueError`` if the weights do not fit.
+    Raises ``ValueError`` naming the file in ``directory`` if the weights do not fit.
     """
-    module = architecture(**card.architecture_config)
-    if spoiled := sorted(key for key, value in tensors.items() if not value.isfinite().all()):
-        raise ValueError(f"weights of {card.name!r} are not finite: {', '.join(spoiled[:5])}")
-    try:
-        module.load_state_dict({key: value.float() for key, value in tensors.items()})
-    except RuntimeError as error:
-        message = f"weights of {card.name!r} do not fit {card.architecture}: {error}"
-        raise ValueError(message) from error
-    return module.eval()
+    with _misfit(card, directory):
+        return architecture(card.architecture_config, tensors)
+
+
+def _misfit(
+    card: WeightCard, directory: str | os.PathLike[str] | None
+) -> contextlib.AbstractContextManager[None]:
+    path = find(card.name, directory) / f"{card.name}.safetensors"
+    return naming(f"weights {path} do not fit the {card.architecture} of their card", _RESTORE)
+
+
+def _check_statistic(vae: TrainedVAE, statistic: str, by_site: Latents) -> None:
+    """Refuse variances of other sites or shapes than the latents', and those that are not > 0."""
+    shapes: dict[str, tuple[int, ...]] = (
+        {"z": (vae.latent_dim,)} if isinstance(vae, ConvVAE) else {}
+    )
+    if isinstance(vae, NVAE):
+        programs = vae if statistic == "mean_posterior_variance" else vae.noncentred()
+        shapes = dict(zip(programs.sites, vae.config.latent_shapes))
+    found = {site: tuple(value.shape) for site, value in by_site.items()}
+    if found != shapes:
+        raise ValueError(f"{statistic} has shapes {found}, the latents {shapes}")
+    check_finite({f"{statistic}.{site}": value for site, value in by_site.items()})
+    if not all((value > 0).all() for value in by_site.values()):
+        raise ValueError(f"{statistic} is not positive everywhere")
 
 
 def save_pretrained(
@@ -188,9 +246,21 @@ def save_pretrained(
         training, command, provenance, metrics: see :class:`WeightCard`.
         mean_posterior_variance, mean_noise_variance: stored beside the weights, always in float32.
         dtype: precision of the stored weights.
+
+    Raises:
+        ValueError: before anything is written, for a name that is a path, a module inside a
+            wrapper, a card that JSON cannot hold, or weights that are not finite, be it in
+            ``dtype``.
     """
     _check_name(name)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be one of floating point, got {dtype}")
     directory = Path(directory)
+    if isinstance(vae, _WRAPPERS) or hasattr(vae, "_orig_mod"):
+        raise ValueError(
+            f"vae is wrapped in a {type(vae).__name__}: pass what is inside, vae.module or "
+            "vae._orig_mod"
+        )
     tensors: dict[str, Tensor] = {}
     for key, value in vae.state_dict().items():
         # Counters, as batch norm has one, stay whole numbers.
@@ -199,23 +269,45 @@ def save_pretrained(
     for statistic, by_site in zip(_STATISTICS, (mean_posterior_variance, mean_noise_variance)):
         for site, value in (by_site or {}).items():
             tensors[f"{statistic}.{site}"] = value.detach().cpu().float().contiguous()
+    check_finite({key: value for key, value in tensors.items() if value.is_floating_point()})
     content = save_tensors(tensors)
     sha256 = hashlib.sha256(content).hexdigest()
     config = vae.config if isinstance(vae.config, dict) else vae.config.to_dict()
     card = WeightCard(
         name, type(vae).__name__, config, sha256, training, command, provenance, metrics or {}
     )
+    text = _card_text(card)
     write_atomically(directory / f"{name}.safetensors", content)
-    save_card(card, directory)
+    write_atomically(directory / f"{name}.json", text)
     return card
 
 
 def save_card(card: WeightCard, directory: str | os.PathLike[str] | None = None) -> None:
-    """Write a card atomically, to ``directory`` or over the one that :func:`find` finds."""
+    """Write a card atomically, to ``directory`` or over the one that :func:`find` finds.
+
+    Raises ``ValueError`` for a name that is a path, or one of an installed package, which is not
+    written into (:func:`writable`).
+    """
     _check_name(card.name)
+    if not writable(directory):
+        raise ValueError(
+            f"{card.name!r} belongs to the installed package, which is not written into; copy its "
+            "two files into a directory of yours and pass that as directory"
+        )
     place = find(card.name) if directory is None else Path(directory)
-    text = json.dumps(asdict(card), indent=2, sort_keys=False) + "\n"
-    write_atomically(place / f"{card.name}.json", text.encode())
+    write_atomically(place / f"{card.name}.json", _card_text(card))
+
+
+def writable(directory: str | os.PathLike[str] | None) -> bool:
+    """Whether cards of ``directory`` may be changed; without one, those of a checkout alone."""
+    return directory is not None or CHECKOUT_MODELS.is_dir()
+
+
+def _card_text(card: WeightCard) -> bytes:
+    try:
+        return (json.dumps(asdict(card), indent=2, sort_keys=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"card of {card.name!r} holds what JSON does not know: {error}") from error
 
 
 def _check_name(name: Any) -> None:

@@ -158,6 +158,7 @@ class _StreamMessenger(Messenger):
             msg["value"] = draw(fn, self.noise)
 
 
+@public
 def posterior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> dict[str, td.Distribution]:
     """How q(z | x) spreads: site name -> distribution, batch shape ``(N,)`` or with plates.
 
@@ -216,6 +217,7 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
         check_guide_rows(vae, x)
 
 
+@public
 def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from the guide q(z | x) per image: site name -> ``(N, *event)``.
 
@@ -224,6 +226,7 @@ def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     return _latents(_draw(vae.guide, x, streams))
 
 
+@public
 def sample_with_log_prob(
     vae: VAE, x: Tensor, *, streams: Streams | None = None
 ) -> tuple[Latents, Tensor]:
@@ -325,6 +328,7 @@ def _check_log_density(vae: VAE, x: Tensor, made: list[str]) -> None:
         )
 
 
+@public
 def posterior_mean(vae: VAE, x: Tensor) -> Latents:
     """Mean of the guide's distribution of every site: site name -> ``(N, *event)``.
 
@@ -525,6 +529,7 @@ def _pointwise(site: Site) -> Tensor:
     return image_rows(log_prob.expand(value.shape), site)
 
 
+@public
 def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tensor:
     """Mean of p(x | z): latents with ``M`` rows to images ``(M, C, H, W)``; see :class:`Decoder`.
 

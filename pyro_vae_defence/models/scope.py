@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
+import pyro
 from torch import nn
 
-
-def drop_references(*modules: nn.Module) -> None:
-    """Take off what Pyro's store hangs on parameters at each use, a weak reference.
-
-    It is on the way of pickling and of ``torch.save``.
-    """
-    for module in modules:
-        for parameter in module.parameters():
-            vars(parameter).pop("unconstrained", None)
-
+from pyro_vae_defence.ops.boundary import drop_references
 
 _instances: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+_gone: deque[str] = deque()  # scopes of networks that are no more
 
 
 class ScopedModule(nn.Module):
     """A module with a name of its own, ``scope``, for Pyro's parameter store.
 
     The store is global and keyed by name: two networks under one name would share weights by
-    accident. So every instance has its own, copies and unpickled ones included.
+    accident. So every instance has its own, copies and unpickled ones included. One that is gone
+    leaves the store, which would keep its parameters for ever, when the next one is made.
     """
 
     def __init__(self) -> None:
@@ -35,7 +30,7 @@ class ScopedModule(nn.Module):
         self.scope = self._new_scope()
 
     def __getstate__(self) -> dict[str, Any]:
-        drop_references(self)
+        drop_references(self.modules())
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -44,4 +39,20 @@ class ScopedModule(nn.Module):
 
     def _new_scope(self) -> str:
         name = type(self).__name__
-        return f"{name}_{next(_instances[name])}"
+        scope = f"{name}_{next(_instances[name])}"
+        _forget_gone()
+        # Objects may go at any time, also while someone looks through the store.
+        weakref.finalize(self, _gone.append, scope).atexit = False
+        return scope
+
+
+def _forget_gone() -> None:
+    """Take the parameters of the networks that are gone out of Pyro's store."""
+    store = pyro.get_param_store()
+    gone = {_gone.popleft() for _ in range(len(_gone))}
+    for name in [name for name in store if name.partition(".")[0] in gone]:
+        tensor = store._params.pop(name)
+        store._constraints.pop(name)
+        # A tensor that several names have is known by the last of them.
+        if store._param_to_name.get(tensor) == name:
+            del store._param_to_name[tensor]

@@ -1,15 +1,25 @@
-"""What a public call takes of its caller's context: images and grad mode, nothing else.
+"""What a public call takes of its caller's context, and what it leaves behind.
 
-A serving process calls from :func:`torch.inference_mode`, from :func:`torch.autocast`, and from
-several threads; images may have been made in inference mode. Chains and attacks differentiate,
-their energies are sums over pixels that need the precision of the images, and Pyro's stack of
-handlers, its parameter store and the train mode of networks are one for the whole process. So a
-public call runs
+It takes images, grad mode and a generator, nothing else. A serving process calls from
+:func:`torch.inference_mode`, from :func:`torch.autocast`, and from several threads; images may have
+been made in inference mode. Chains and attacks differentiate, their energies are sums over pixels
+that need the precision of the images, and Pyro's stack of handlers, its parameter store and the
+train mode of networks are one for the whole process. So a public call runs
 
 - outside inference mode, on ordinary copies of tensors that were made in it; what it returns has no
   gradient there, as under :func:`torch.no_grad`;
 - without autocast, in the dtype of the images;
-- one at a time: calls from other threads wait.
+- one at a time: calls from other threads wait;
+- given a ``generator``, with torch's global generators seeded by it, and as they were afterwards.
+  What is not drawn from random streams, the noise of Pyro's kernels, of families that are not
+  transformed Gaussians, of a user's own programs, is then repeated with all the rest.
+
+It leaves the process as it was, however it ends. An interrupt (Ctrl-C) may come at any line, also
+while Pyro enters a plate or a network's mode is being set, so that no ``finally`` of theirs runs.
+Where the outermost public call ends, Pyro's handlers, plates and validation and torch's grad mode
+are what they were where it began. If it has failed, so are the modes of its networks: those among
+its arguments, and those that are :func:`noted <note>` before their mode changes. They can be
+pickled afterwards: what Pyro's store hangs on their parameters, a weak reference, is taken off.
 """
 
 from __future__ import annotations
@@ -18,27 +28,33 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
+import pyro.distributions as dist
 import torch
-from torch import Tensor
+from pyro import infer, poutine
+from pyro.nn import PyroModule
+from pyro.poutine import runtime
+from torch import Tensor, nn
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _DEVICES = ("cpu", "cuda")
+_VALIDATING = (dist, infer, poutine)
 _lock = threading.RLock()
+_begun: _Begun | None = None  # the outermost public call under way, or one that was cut off
 
 
-def _renew_lock() -> None:
+def _renew() -> None:
     """A child that is forked while another thread holds the lock would wait forever."""
-    global _lock
-    _lock = threading.RLock()
+    global _lock, _begun
+    _lock, _begun = threading.RLock(), None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_renew)
 
 
 def public(function: Callable[P, T]) -> Callable[P, T]:
@@ -46,28 +62,138 @@ def public(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _lock, contextlib.ExitStack() as stack:
-            if torch.is_inference_mode_enabled():
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())  # leaving inference mode turned it on
-            for device in _DEVICES:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            arguments = {name: _ordinary(value) for name, value in kwargs.items()}
-            return function(*map(_ordinary, args), **arguments)
+        if not _lock._is_owned():  # type: ignore[attr-defined]
+            run = _outermost
+        elif _begun is None:  # an interrupt came between the end of a call and this
+            _lock.release()
+            run = _outermost
+        else:
+            run = _inside
+        with _lock:
+            return run(function, args, kwargs)
 
     return cast("Callable[P, T]", call)
 
 
-def _ordinary(value: Any) -> Any:
+def note(modules: Iterable[nn.Module]) -> None:
+    """Remember the modes of networks before they change, for a call that fails."""
+    if _begun is not None:
+        for module in modules:
+            if module not in _begun.modes:
+                context = module._pyro_context if isinstance(module, PyroModule) else None
+                _begun.modes[module] = module.training, getattr(context, "active", 0)
+
+
+def drop_references(modules: Iterable[nn.Module]) -> None:
+    """Take off what Pyro's store hangs on parameters at each use, a weak reference.
+
+    It is on the way of pickling and of ``torch.save``. Pyro looks at it right after each use only.
+    """
+    for module in modules:
+        for parameter in vars(module).get("_parameters", {}).values():
+            if parameter is not None:
+                vars(parameter).pop("unconstrained", None)
+
+
+def ordinary(value: Any) -> Any:
     """``value`` with copies of the tensors made in inference mode, which cannot be saved."""
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
     if type(value) in (tuple, list):
-        return type(value)(map(_ordinary, value))
+        return type(value)(map(ordinary, value))
     # Anything else, such as a dict of a chain's latents, keeps its identity unless it has to go.
     if type(value) is dict and any(
         isinstance(v, Tensor) and v.is_inference() for v in value.values()
     ):
-        return {name: _ordinary(entry) for name, entry in value.items()}
+        return {name: ordinary(entry) for name, entry in value.items()}
     return value
+
+
+class _Begun:
+    """What an outermost call found, and the networks it has come across since."""
+
+    def __init__(self) -> None:
+        self.handlers = list(runtime._PYRO_STACK)
+        self.plates = list(runtime._DIM_ALLOCATOR._stack)
+        self.validation = [place.is_validation_enabled() for place in _VALIDATING]
+        self.grad = torch.is_grad_enabled()
+        # Whether a network trains, and how many calls of a PyroModule are under way.
+        self.modes: dict[nn.Module, tuple[bool, int]] = {}
+        self.failed = True
+
+    def end(self) -> None:
+        """Put things back; to do it twice does no harm."""
+        runtime._PYRO_STACK[:] = self.handlers
+        runtime._DIM_ALLOCATOR._stack[:] = self.plates
+        for place, enabled in zip(_VALIDATING, self.validation, strict=True):
+            if place.is_validation_enabled() != enabled:
+                place.enable_validation(enabled)
+        if torch.is_grad_enabled() != self.grad:
+            torch.set_grad_enabled(self.grad)
+        if not self.handlers:  # a handler such as that of SVI.step may want them still
+            drop_references(self.modes)
+        if self.failed:
+            for module, (training, active) in self.modes.items():
+                module.training = training
+                # A call that seems to be under way would keep the values of PyroSample.
+                if isinstance(module, PyroModule) and module._pyro_context.active > active:
+                    module._pyro_context.active = active
+                    module._pyro_context.cache.clear()
+
+
+def _outermost(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
+    global _begun
+    if _begun is not None:
+        _begun.end()  # interrupted while it ended
+    _begun = begun = _Begun()
+    try:
+        for value in args:
+            if isinstance(value, nn.Module):
+                note(value.modules())
+        result = _inside(function, args, kwargs)
+        begun.failed = False
+        return result
+    finally:
+        begun.end()
+        _begun = None
+
+
+def _inside(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
+    inference = torch.is_inference_mode_enabled()
+    casting = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+    generators = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Generator)]
+    if not (inference or casting or generators):
+        return _call(function, args, kwargs)
+    with contextlib.ExitStack() as stack:
+        if inference:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())  # leaving inference mode turned it on
+        for device in casting:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        for generator in generators:
+            stack.enter_context(_governed(generator))
+        return _call(function, args, kwargs)
+
+
+@contextlib.contextmanager
+def _governed(generator: torch.Generator) -> Iterator[None]:
+    """torch's global generators seeded by what ``generator`` would draw next; it draws nothing."""
+    everywhere = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    places = [(place, place.get_state()) for place in (torch.default_generator, *everywhere)]
+    if any(generator is place for place, _ in places):
+        yield
+        return
+    following = torch.Generator(generator.device)
+    following.set_state(generator.get_state())
+    seed = int(torch.randint(2**62, (), generator=following, device=generator.device))
+    try:
+        for place, _ in places:
+            place.manual_seed(seed)
+        yield
+    finally:
+        for place, state in places:
+            place.set_state(state)
+
+
+def _call(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
+    return function(*map(ordinary, args), **{name: ordinary(v) for name, v in kwargs.items()})

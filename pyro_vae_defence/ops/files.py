@@ -1,4 +1,7 @@
-"""Files that are whole or absent: written under a temporary name, then renamed."""
+"""Files that are whole or absent: written under a temporary name, then renamed.
+
+What reads a file of others says which one is wrong, in one line (:func:`naming`).
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,18 @@ import glob
 import json
 import math
 import os
+import pickle
+import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _PARTIAL = ".partial"
+_LONGEST_REASON = 500
 
 
 @contextlib.contextmanager
@@ -23,7 +29,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file for the block to write, which then takes the place of ``path``.
 
     No reader ever sees half a file, and an error within the block leaves ``path`` as it was.
-    Parent directories are made.
+    Parent directories are made. ``OSError`` naming ``path`` if it cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +43,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # mkstemp's files are readable by their owner alone.
         temporary.chmod(0o644)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # As of a full disk, which does not say where it is.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -70,8 +79,72 @@ def _plain(value: Any) -> Any:
 def atomic_save(contents: Any, path: str | os.PathLike[str]) -> None:
     """``torch.save``, whole or not at all."""
     # An open file: given a path, torch.save would write the temporary name into the archive.
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(contents, file)
+    with atomic_path(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(contents, file)
+        except RuntimeError as error:
+            # What torch makes of an error of writing, which it met first.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def load_tensors(
+    path: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    classes: Sequence[type] = (),
+    mmap: bool = False,
+) -> Any:
+    """Contents of a file of ``torch.save``: tensors, containers, and objects of ``classes``.
+
+    Nothing else is unpickled. ``mmap`` leaves tensors in the file until they are read.
+
+    Raises:
+        OSError: the file is missing or cannot be opened.
+        ValueError: it is damaged, no such file, or holds anything else.
+    """
+    with open(path, "rb"):
+        pass
+    check_archive(path)
+    mmap = mmap and zipfile.is_zipfile(path)
+    with torch.serialization.safe_globals(list(classes)):
+        try:
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        except Exception as error:  # a file that is no checkpoint makes torch raise anything
+            raise ValueError(reason(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, without torch's advice to unpickle whatever a file may hold."""
+    text = " ".join(str(error).split())
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
+        found = re.search(r"GLOBAL \S+|Unsupported \w+ \S+", text)
+        what = f" ({found[0]})" if found else ""
+        return f"it is damaged or holds other things than tensors and containers{what}"
+    if len(text) > _LONGEST_REASON:
+        text = text[:_LONGEST_REASON] + "..."
+    known = isinstance(error, (ValueError, OSError)) and not isinstance(error, UnicodeError)
+    return text if known else f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def naming(what: str, mend: str) -> Iterator[None]:
+    """Whatever fails in the block, which reads a file, is a ``ValueError`` in one line.
+
+    For files of others, where any damage may raise any error.
+
+    Args:
+        what: begins the message, with the file's path: ``"card a.json is damaged"``.
+        mend: ends it, unless the file could not even be opened.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Not the file's fault: nothing is to be deleted.
+        raise ValueError(f"{what} ({error})") from error
+    except Exception as error:
+        raise ValueError(f"{what} ({reason(error)}); {mend}") from error
 
 
 def check_archive(path: str | os.PathLike[str]) -> None:
@@ -85,9 +158,9 @@ def check_archive(path: str | os.PathLike[str]) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise ValueError(f"it is damaged ({error})") from error
     if damaged is not None:
-        raise ValueError(f"{path} is damaged: the checksum of {damaged} does not match")
+        raise ValueError(f"it is damaged: the checksum of {damaged} does not match")
 
 
 def remove_partial(path: Path) -> None:

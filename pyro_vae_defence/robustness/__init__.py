@@ -3,11 +3,12 @@
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS
 from pyro_vae_defence.robustness.evaluate import evaluate_robustness
+from pyro_vae_defence.robustness.mass import MassBound, mass_bound
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 
 __all__ = [
-    "ATTACKS", "CHECKS", "KNOWLEDGE", "AttackOutcome", "Budget", "Check", "RobustnessReport",
-    "WhiteBox", "evaluate_robustness",
+    "ATTACKS", "CHECKS", "KNOWLEDGE", "AttackOutcome", "Budget", "Check", "MassBound",
+    "RobustnessReport", "WhiteBox", "evaluate_robustness", "mass_bound",
 ]  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from pyro_vae_defence.ops.checks import check_integer
 
+_OPTIONAL = ("persistent_transitions", "max_evaluations")
 _LEAST = {"num_chains": 2, "check_images": 2, "check_steps": 4}
 
 
@@ -59,24 +61,29 @@ class Budget:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("num_draws", "stable") and value is not None:
+            no_limit = value is None and field.name in _OPTIONAL
+            if field.name not in ("num_draws", "stable") and not no_limit:
                 check_integer(field.name, value, _LEAST.get(field.name, 1))
         draws = self.num_draws
-        if not (
-            isinstance(draws, tuple) and draws and all(isinstance(n, int) and n >= 1 for n in draws)
-        ):
-            raise ValueError(f"num_draws must hold integers of at least 1, got {draws!r}")
-        if not (isinstance(self.stable, (int, float)) and self.stable >= 0):
-            raise ValueError(f"stable must not be negative, got {self.stable!r}")
+        if not (isinstance(draws, tuple) and draws):
+            raise ValueError(f"num_draws must be a tuple of integers, got {draws!r}")
+        for number in draws:
+            check_integer("num_draws", number)
+        if list(draws) != sorted(set(draws)):
+            raise ValueError(f"num_draws must rise, got {draws!r}")
+        stable = isinstance(self.stable, (int, float)) and not isinstance(self.stable, bool)
+        if not (stable and 0 <= self.stable < math.inf):
+            raise ValueError(f"stable must be finite and not negative, got {self.stable!r}")
 
     @classmethod
     def quick(cls) -> Budget:
-        """For seeing that everything runs: a quarter of :meth:`standard` or less.
+        """For seeing that everything runs: a third of :meth:`standard` or less, attack by attack.
 
+        Every attack that applies runs, whatever the chain costs, so that defences can be compared.
         Attacks of so few steps leave much more than stronger ones would; report no number of it.
         """
         return cls(
-            num_steps=20,
+            num_steps=10,
             num_restarts=1,
             num_draws=(1,),
             num_chains=4,
@@ -85,7 +92,6 @@ class Budget:
             num_iterations=3,
             num_directions=2,
             black_box_steps=1,
-            max_evaluations=2_000,
             selection_draws=1,
             scoring_draws=3,
             check_images=8,

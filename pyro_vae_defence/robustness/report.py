@@ -92,6 +92,8 @@ class RobustnessReport:
             such as ``"robust/mean"`` or ``"attacks/bpda/20"`` for 20 draws. Empty for a report
             that an earlier version has written.
         evidence: what the checks have measured, by their names.
+        images: a hash of the images, of each report that was joined; empty for a report that an
+            earlier version has written.
     """
 
     figure: str
@@ -115,10 +117,11 @@ class RobustnessReport:
     examples: Tensor | None
     values: dict[str, Tensor]
     evidence: dict[str, Seen]
+    images: tuple[str, ...] = ()
 
     @property
     def reliable(self) -> bool:
-        """Whether an attacker with access to the defence ran and no check failed."""
+        """Whether every attack that applies to the defence ran, and the checks, and none failed."""
         return not self.reasons
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,6 +174,7 @@ class RobustnessReport:
             "evidence": evidence,
             "x_adv": None,
             "examples": None,
+            "images": tuple(found.get("images", ())),
         }
         return cls(**own)
 
@@ -185,7 +189,8 @@ class RobustnessReport:
 
         Raises:
             ValueError: for no report, reports of different figures, threat models, budgets or
-                defences, or one that an earlier version has written without values per image.
+                defences, of the same images, which would count twice, or one that an earlier
+                version has written without values per image.
         """
         if not reports:
             raise ValueError("reports is empty; join needs one at least")
@@ -198,6 +203,7 @@ class RobustnessReport:
                 several = [{k: v for k, v in s.items() if k not in _OF_A_RUN} for s in several]
             if any(each != several[0] for each in several):
                 raise ValueError(f"reports of different {name} are not joined: {several[0]}, ...")
+        _check_apart(reports)
         if not all(report.values for report in reports):
             raise ValueError(
                 "a report holds no values per image, an earlier version has written it; evaluate "
@@ -239,6 +245,7 @@ class RobustnessReport:
             strongest=tuple(name for report in reports for name in report.strongest),
             x_adv=_joined_images(reports),
             evidence=evidence,
+            images=tuple(each for report in reports for each in report.images),
         )
 
 
@@ -272,6 +279,19 @@ def conclude(
 
 
 # --- Joining --------------------------------------------------------------------------------------
+
+
+def _check_apart(reports: Sequence[RobustnessReport]) -> None:
+    """Raise a ``ValueError`` if two of the reports are of the same images."""
+    known: dict[str, int] = {}
+    for number, report in enumerate(reports):
+        for images in report.images:
+            if images in known:
+                raise ValueError(
+                    f"reports {known[images]} and {number} are of the same images, which would "
+                    "count twice; join one of them"
+                )
+            known[images] = number
 
 
 def _joined_values(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

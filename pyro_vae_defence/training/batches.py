@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae_defence.models import conditions, program
 from pyro_vae_defence.models.modules import networks_of
+from pyro_vae_defence.ops.boundary import ordinary
 from pyro_vae_defence.training.config import NonFiniteImagesError
 from pyro_vae_defence.types import VAE
 
@@ -46,6 +47,7 @@ class Reader:
             device = None if first is None else first.device
         widths: dict[Any, int] = {}
         for number, batch in enumerate(loader):
+            batch = ordinary(batch)
             entries = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
             given = tuple(entry is not None for entry in entries)
             if given not in widths:

@@ -8,25 +8,17 @@ from typing import Any
 
 import torch
 
-from pyro_vae_defence.ops.files import check_archive
+from pyro_vae_defence.ops.files import load_tensors, naming
 
 FORMAT = 4
 
 
 def read(path: Path) -> dict[str, Any]:
     """Contents of a checkpoint; ``ValueError`` if it cannot be read or has another format."""
-    try:
-        check_archive(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    mend = "it is damaged or no checkpoint of fit: delete it to train from the start"
+    with naming(f"checkpoint {path} cannot be read", mend):
+        state = load_tensors(path)
         found = state["format"]
-    except OSError as error:
-        # Not the file's fault: nothing is to be deleted.
-        raise ValueError(f"checkpoint {path} cannot be read: {error}") from error
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint {path} cannot be read ({type(error).__name__}: {error}); "
-            "it is damaged or no checkpoint of fit: delete it to train from the start"
-        ) from error
     if found != FORMAT:
         raise ValueError(
             f"checkpoint {path} has format {found}, this version reads {FORMAT}; "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import inf
 from typing import Literal, get_args
 
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, plain
 from pyro_vae_defence.types import Latents
 
 LearningRateSchedule = Literal["plateau", "one_cycle", "constant"]
@@ -14,7 +14,7 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class NonFiniteLossError(RuntimeError):
-    """The training loss became infinite or NaN; the weights are those before that step."""
+    """The loss became infinite or NaN; weights and statistics are those before that step."""
 
 
 class NonFiniteImagesError(NonFiniteLossError, ValueError):
@@ -80,6 +80,8 @@ class FitConfig:
         for name, (holds, rule) in allowed.items():
             if not holds:
                 raise ValueError(f"{name} must {rule} got {getattr(self, name)!r}")
+        for entry in fields(self):
+            object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,19 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.modules import networks_of
+from pyro_vae_defence.models.contract import mend_networks
+from pyro_vae_defence.models.modules import modules_of, networks_of
+from pyro_vae_defence.models.sites import aside
+from pyro_vae_defence.ops.boundary import drop_references, note, public
 from pyro_vae_defence.ops.checks import as_device
 from pyro_vae_defence.ops.files import atomic_save, check_writable, remove_partial
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.training import checkpoints, parallel
 from pyro_vae_defence.training.acceleration import compiled_children, in_bfloat16
 from pyro_vae_defence.training.averaging import WeightAverage
@@ -53,6 +58,8 @@ _NOT_ANALYTIC = (AssertionError, KeyError, NotImplementedError, RuntimeError, Va
 _FREE_SETTINGS = {"progress", "checkpoint_every", "posterior_variance"}
 
 
+@public
+@torch.enable_grad()
 def fit(
     vae: VAE,
     objective: Any,
@@ -113,10 +120,12 @@ def fit(
         ValueError: if an argument does not fit, the checkpoint belongs to another configuration, or
             ``tensorboard`` is not installed; for data the programs cannot take; and for parameters
             that the loss depends on but that would not be trained, before they should have been.
-        NonFiniteLossError: as soon as a loss or a gradient is not finite; the weights are those
-            before that step, and the last checkpoint stays.
+        NonFiniteLossError: as soon as a loss or a gradient is not finite; weights and statistics
+            are those before that step, and the last checkpoint stays. After an epoch also for a
+            loss of ``validation`` or a variance of the guide that is not finite.
     """
     program.check_vae(vae)
+    note(modules_of(vae))
     if not isinstance(objective, ELBO):
         raise ValueError(
             f"objective must be a Pyro ELBO such as pyro.infer.Trace_ELBO(), got {objective!r}"
@@ -140,9 +149,9 @@ def fit(
             )
     run = _Run(vae, objective, loader, config, validation, place)
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None:
-        _check_place(path)
     with contextlib.ExitStack() as stack:
+        if path is not None:
+            _take_place(path, stack)
         if config.compile:
             stack.enter_context(compiled_children(vae))
         log = _open_log(tensorboard, stack)
@@ -179,6 +188,7 @@ def fit(
     return FitResult(list(run.history), run.steps, variance)
 
 
+@public
 def evaluate(vae: VAE, objective: Any, loader: Iterable[Any]) -> float:
     """Mean loss of ``objective`` per image, in nats; no parameter changes.
 
@@ -265,6 +275,8 @@ class _Run:
         self.optimiser: Any = None
         self.scheduler: Any = None
         self.average: WeightAverage | None = None
+        self._last: tuple[Tensor, ...] | None = None  # batch of this process
+        self._statistics: tuple[list[Tensor], list[Tensor]] = [], []  # and as they were
         self._resume_rng: dict[str, Any] | None = None
         self._epoch_rng: dict[str, Any] = {}
 
@@ -280,16 +292,22 @@ class _Run:
     def train_epoch(self, path: Path | None) -> dict[str, float]:
         started = time.perf_counter()
         self._set_mode(training=True)
+        buffers = [b for network in self.parameters.networks.values() for b in network.buffers()]
+        self._statistics = buffers, [buffer.clone() for buffer in buffers]
         _set_epoch(self.loader, self.epoch)
+        length = len(self.loader) if isinstance(self.loader, Sized) else None
         for batch in self._remaining_batches():
             if self.steps == 0:
-                length = len(self.loader) if isinstance(self.loader, Sized) else None
                 parallel.check_shares(length, batch[0])
             self._step(batch)
             self.batch += 1
+            self._last = batch
             every = self.config.checkpoint_every
             if path is not None and every is not None and self.steps % every == 0:
                 self.save(path)
+        if self.steps == 0:
+            parallel.check_shares(length, None)
+        parallel.check_all_ended(self.batch)
         if self.seen == 0:
             raise ValueError("loader is empty; pass at least one batch")
         entry = {"epoch": float(self.epoch + 1), "train_loss": self.loss_sum / self.seen}
@@ -298,8 +316,9 @@ class _Run:
         for network in self.parameters.networks.values():
             parallel.broadcast(network.buffers())
         if self.validation is not None:
-            with self._validated_weights():
+            with self._validated_weights(), self._finite("validation loss"):
                 entry["validation_loss"] = self._validate(self.objective, self.validation)
+                self._check_finite(entry["validation_loss"], "validation loss")
                 nelbo = self._analytic_nelbo(self.validation)
                 if nelbo is not None:
                     entry["validation_nelbo"] = nelbo
@@ -321,7 +340,8 @@ class _Run:
         if not (self.config.posterior_variance and hasattr(self.vae, name)):
             return None
         batches = self.reader.read(self.loader, "loader")
-        variance = program.mean_posterior_variance(self.vae, batches)
+        with self._finite("guide's variance"):
+            variance = program.mean_posterior_variance(self.vae, batches)
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
         return variance
@@ -334,6 +354,7 @@ class _Run:
 
     def report(self, on_epoch: Callable[[dict[str, float]], None], entry: dict[str, float]) -> None:
         """Call the user's function in a way that training does not depend on it."""
+        drop_references(modules_of(self.vae))  # it may store the VAE
         # A run resumed from the checkpoint of this epoch will not call it again.
         rng = checkpoints.get_rng(self.loader)
         with self._validated_weights():
@@ -361,24 +382,21 @@ class _Run:
         yield from batches
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
-        with self.parameters:
-            try:
+        if self._statistics[0]:
+            torch._foreach_copy_(self._statistics[1], self._statistics[0])
+        try:
+            with self.parameters:
                 loss = _number(self.objective.loss_and_grads(self.model, self.guide, *batch))
-            except (IndexError, RuntimeError, TypeError) as error:
-                if self.steps > 0 or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                shapes = [None if v is None else tuple(v.shape) for v in batch]
-                mend = "the programs must run on any number of images of one size"
-                if len(batch) > 1:
-                    mend = (
-                        "if what loader yields beside the images is not theirs, give a loader of "
-                        "images alone, e.g. data.batches(..., labels=False)"
-                    )
-                raise ValueError(
-                    f"the programs failed on loader's first batch, of shapes {shapes}: {error}; "
-                    + mend
-                ) from error
-        loss, count = parallel.total(loss, batch[0].shape[0])
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            if self._diverged(batch):
+                loss = math.nan  # Pyro has found it before the loss was there
+            elif self.steps > 0 or isinstance(error, ValueError):
+                raise
+            else:
+                raise self._failed(batch, error) from error
+        loss, count = parallel.total_of_batch(loss, batch[0].shape[0])
         self._check_finite(loss, "loss")
         if self.parameters.take_new() or self.optimiser is None:
             self._optimise_all()
@@ -389,7 +407,12 @@ class _Run:
         else:
             norm = _finite_gradient(trained)
         self._check_finite(norm, "norm of the gradient")
-        self.optimiser.step()
+        try:
+            self.optimiser.step()
+        except RuntimeError as error:
+            if "overflow" not in str(error):
+                raise
+            self._check_finite(math.inf, "step of the optimiser")
         if self.config.schedule == "one_cycle":
             self.scheduler.step()
         self.steps += 1
@@ -398,13 +421,50 @@ class _Run:
         self.loss_sum += loss
         self.seen += int(count)
 
+    def _failed(self, batch: tuple[Tensor, ...], error: Exception) -> ValueError:
+        shapes = [None if v is None else tuple(v.shape) for v in batch]
+        mend = "the programs must run on any number of images of one size"
+        if len(batch) > 1:
+            mend = (
+                "if what loader yields beside the images is not theirs, give a loader of images "
+                "alone, e.g. data.batches(..., labels=False)"
+            )
+        mend = mend_networks(self.vae, batch[0]) or mend
+        return ValueError(
+            f"the programs failed on loader's first batch, of shapes {shapes}: {error}; {mend}"
+        )
+
     def _check_finite(self, value: float, name: str) -> None:
         if not math.isfinite(value):
+            for buffer, kept in zip(*self._statistics, strict=True):
+                buffer.copy_(kept)
             raise NonFiniteLossError(
                 f"the {name} is {value} at epoch {self.epoch + 1}, step {self.steps + 1} (learning "
                 f"rate {self.config.learning_rate:g}); lower the learning rate, or look for "
                 "non-finite images or a degenerate likelihood"
             )
+
+    @contextlib.contextmanager
+    def _finite(self, name: str) -> Iterator[None]:
+        """Turn what Pyro or torch say of weights that have diverged into one error."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            known = isinstance(error, (NonFiniteLossError, torch.OutOfMemoryError))
+            if not known and self._last is not None and self._diverged(self._last):
+                self._check_finite(math.nan, name)
+            raise
+
+    def _diverged(self, batch: tuple[Tensor, ...]) -> bool:
+        """Whether the programs' densities are no numbers, as seen without Pyro's validation."""
+        with torch.no_grad(), pyro.validation_enabled(False), aside(batch[0].device):
+            try:
+                guide = poutine.trace(self.guide).get_trace(*batch)
+                model = poutine.trace(poutine.replay(self.model, guide)).get_trace(*batch)
+                densities = guide.log_prob_sum(), model.log_prob_sum()
+            except Exception:
+                return False
+        return not all(math.isfinite(value) for value in densities)
 
     def _validate(self, objective: Any, batches: Iterable[Any]) -> float:
         loss, count = parallel.total(
@@ -563,13 +623,15 @@ def _finite_gradient(parameters: Iterable[Tensor]) -> float:
     return math.nan
 
 
-def _check_place(path: Path) -> None:
-    """``ValueError`` in every process where the first one cannot write a checkpoint."""
+def _take_place(path: Path, stack: contextlib.ExitStack) -> None:
+    """Let the first process be the only one to write a checkpoint until ``stack`` closes;
+    ``ValueError`` in every process where it cannot."""
     problem = None
     if parallel.is_first():
         try:
             check_writable(path)
-        except OSError as error:
+            stack.enter_context(sole_writer(path))
+        except (OSError, ValueError) as error:
             problem = str(error)
     if (problem := parallel.gather(problem)[0]) is not None:
         raise ValueError(f"checkpoint {path} cannot be written: {problem}")

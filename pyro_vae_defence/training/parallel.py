@@ -51,22 +51,24 @@ def check_initialised() -> None:
         )
 
 
-def check_shares(length: int | None, x: Tensor) -> None:
+def check_shares(length: int | None, x: Tensor | None) -> None:
     """Raise ``ValueError`` unless the processes have as many batches each, and different images.
 
     Args:
         length: number of batches, where known.
-        x: the first batch.
+        x: the first batch; ``None`` if there is none.
     """
     if world_size() == 1:
         return
-    lengths, sums = zip(*gather((length, float(x.double().sum()))))
+    lengths, sums = zip(*gather((length, None if x is None else float(x.double().sum()))))
+    if None in sums:
+        lengths = tuple(0 if of is None else n for n, of in zip(lengths, sums, strict=True))
     if len(set(lengths)) > 1:
         raise ValueError(
             f"loader has {lengths} batches in the different processes; they must have the same "
             "number, as with torch.utils.data.DistributedSampler"
         )
-    if len(set(sums)) == 1:
+    if len(set(sums)) == 1 and x is not None:
         raise ValueError(
             "loader gives every process the same images; give each its share, e.g. by a "
             "torch.utils.data.DistributedSampler"
@@ -87,6 +89,38 @@ def total(*numbers: float) -> list[float]:
     values = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return values.tolist()
+
+
+def total_of_batch(loss: float, count: int) -> tuple[float, float]:
+    """Sums of loss and number of images over the processes, each of which has a batch.
+
+    Raises:
+        ValueError: in all processes, if one has none left; see :func:`check_all_ended`.
+    """
+    loss, total_count, ended = total(loss, count, 0)
+    if ended:
+        _refuse_unequal(False, 0)
+    return loss, total_count
+
+
+def check_all_ended(batches: int) -> None:
+    """Raise ``ValueError`` in all processes unless they have as many batches in an epoch.
+
+    The one that has ended an epoch of ``batches`` says so in the message in which others sum the
+    losses of their next one, so that nobody waits for what does not come.
+    """
+    *_, ended = total(0.0, 0, 1)
+    if ended != world_size():
+        _refuse_unequal(True, batches)
+
+
+def _refuse_unequal(ended: bool, batches: int) -> None:
+    found = [(r, n) for r, (done, n) in enumerate(gather((ended, batches))) if done]
+    few = ", ".join(f"process {number} has {count}" for number, count in found)
+    raise ValueError(
+        f"loader has more batches in some processes than in others ({few}, others more); they must "
+        "have the same number, as with torch.utils.data.DistributedSampler"
+    )
 
 
 @torch.no_grad()

@@ -25,8 +25,9 @@ from pyro_vae_defence.experiments.benchmark.config import only_on_cpu
 from pyro_vae_defence.experiments.configuration import (
     AttackRadius,
     Configuration,
-    Count,
+    Dataset,
     Natural,
+    Several,
     at_least,
 )
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
@@ -51,8 +52,8 @@ class AttackBenchmarkConfig(Configuration):
     """
 
     model: str = "mnist_vae"
-    dataset: str = "mnist_subset"
-    num_images: Count = 50
+    dataset: Dataset = "mnist_subset"
+    num_images: Several = 50
     radius: AttackRadius = 0.1
     num_gradients: Annotated[int, at_least(3)] = 50
     seed: Natural = 0

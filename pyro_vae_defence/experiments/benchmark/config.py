@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.configuration import (
     AttackRadius,
     Configuration,
     Count,
+    Dataset,
     Natural,
     Positive,
+    not_empty,
 )
 from pyro_vae_defence.experiments.study import Study
 
@@ -55,11 +57,11 @@ class BenchmarkConfig(Configuration):
     """
 
     model: str
-    dataset: str = "mnist_subset"
+    dataset: Dataset = "mnist_subset"
     radii: tuple[AttackRadius, ...] = (0.1, 0.2)
     num_images: Count = 40
     num_chains: Count = 4
-    samplers: tuple[str, ...] | None = None
+    samplers: Annotated[tuple[str, ...], not_empty] | None = None
     max_gradients: Count = 300
     warmup_gradients: Count = 120
     window: Count = 40
@@ -71,7 +73,7 @@ class BenchmarkConfig(Configuration):
     ess_gradients: Natural = 200
     timed_gradients: Count = 20
     matmul_size: Count = 2048
-    rows: tuple[Count, ...] = (1, 16, 128, 512)
+    rows: Annotated[tuple[Count, ...], not_empty] = (1, 16, 128, 512)
     repeats: Count = 3
     engine_images: Count = 500
     engine_transitions: Count = 12
@@ -89,6 +91,7 @@ class BenchmarkConfig(Configuration):
         unknown = [name for name in self.samplers or () if name not in SAMPLERS]
         if unknown:
             raise ValueError(f"unknown samplers {unknown}; choose from {', '.join(SAMPLERS)}")
+        self.refuse_above(ess_images="num_images", one_by_one_images="engine_images")
         if self.engine_warmup >= self.engine_transitions:
             raise ValueError(
                 f"engine_warmup must lie in 0..{self.engine_transitions - 1}, below "

@@ -1,6 +1,7 @@
 """NVAE, a deep hierarchical VAE, as Pyro programs, with a reader for official checkpoints."""
 
 from pyro_vae_defence.models.nvae.checkpoint import (
+    from_official,
     load_official,
     load_safetensors,
     save_safetensors,
@@ -14,6 +15,7 @@ __all__ = [
     "PUBLISHED",
     "NVAEConfig",
     "NonCentredNVAE",
+    "from_official",
     "load_official",
     "load_safetensors",
     "save_safetensors",

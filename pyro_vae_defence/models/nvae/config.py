@@ -114,15 +114,21 @@ class NVAEConfig:
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {choices}")
         if self.num_x_bits > 8:
             raise ValueError(f"num_x_bits={self.num_x_bits} must lie in 1..8")
+        if self.num_x_bits < 8 and (self.is_grey or self.num_mixture_dec == 1):
+            raise ValueError(
+                f"num_x_bits={self.num_x_bits} needs a likelihood of levels: a colour dataset, and "
+                "num_mixture_dec of at least 2"
+            )
         if self.num_preprocess_blocks != self.num_postprocess_blocks:
             raise ValueError(
                 f"num_preprocess_blocks={self.num_preprocess_blocks} and num_postprocess_blocks="
                 f"{self.num_postprocess_blocks} must be equal: output and input have one size"
             )
-        if self.input_size % self.downsampling:
+        halvings = self.num_preprocess_blocks + self.num_latent_scales - 1
+        if halvings > self.input_size or self.input_size % self.downsampling:
             raise ValueError(
                 f"num_preprocess_blocks={self.num_preprocess_blocks} and num_latent_scales="
-                f"{self.num_latent_scales} divide the image by {self.downsampling}, but images of "
+                f"{self.num_latent_scales} halve the image {halvings} times, but images of "
                 f"{self.dataset!r} have side {self.input_size}; take fewer blocks or scales"
             )
         encoder, decoder = self.num_channels_enc, self.num_channels_dec
@@ -140,7 +146,7 @@ class NVAEConfig:
             ValueError: unknown keys (named), or values the class refuses.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(map(str, set(values) - known)):
             raise ValueError(f"unknown NVAE configuration keys {unknown}; known: {sorted(known)}")
         return cls(**values)
 
@@ -161,7 +167,7 @@ class NVAEConfig:
             ValueError: an argument is missing, or neither known nor listed in ``ignore_args``.
         """
         known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(args) - known - _TRAINING_ARGS - set(ignore_args)):
+        if unknown := sorted(map(str, set(args) - known - _TRAINING_ARGS - set(ignore_args))):
             raise ValueError(
                 f"args holds {unknown}, which the official program does not have; if they do not "
                 f"change the network, name them in ignore_args"
@@ -225,6 +231,16 @@ class NVAEConfig:
     def num_groups(self) -> int:
         """Number of latent groups, i.e. of latent sites."""
         return sum(self.groups_per_scale)
+
+    @property
+    def num_parts(self) -> int:
+        """Number of cells and flows, a part of the layers, which have one weight each at least."""
+        pre, post = self.num_preprocess_cells, self.num_postprocess_cells
+        parts = self.num_preprocess_blocks * (pre + post) + self.num_groups * self.num_nf
+        if not self.is_flat:
+            parts += self.num_groups * self.num_cell_per_cond_enc
+            parts += (self.num_groups - 1) * self.num_cell_per_cond_dec
+        return parts
 
     @property
     def latent_shapes(self) -> tuple[tuple[int, int, int], ...]:

@@ -9,6 +9,7 @@ from pyro_vae_defence.experiments.configuration import (
     AttackRadius,
     Configuration,
     Count,
+    Dataset,
     Natural,
     Positive,
     at_least,
@@ -57,7 +58,7 @@ class GPUBenchmarkConfig(Configuration):
     """
 
     model: str = "mnist_vae"
-    dataset: str = "mnist_subset"
+    dataset: Dataset = "mnist_subset"
     seconds: Positive = 6.0
     repeats: Count = 5
     matmul_size: Count = 8192

@@ -1,0 +1,199 @@
+"""How much of the right class's posterior mass any attack can take, beside what attacks took.
+
+The bound of :func:`pyro_vae_defence.robustness.mass_bound` needs no attack: it is a function of
+clean images, for exact inference with the perturbation-aware posterior. Beside it stands the worst
+case of adaptive attacks on the same images and the same defence, whose classes are voted by draws.
+What lies between the two is not known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+
+from pyro_vae_defence.defence import DefendedClassifier
+from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments.defences import Setting, make_defence
+from pyro_vae_defence.experiments.robustness import blocks
+from pyro_vae_defence.experiments.study import Cell, Measurement, interval
+from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.robustness import (
+    KNOWLEDGE,
+    Budget,
+    RobustnessReport,
+    evaluate_robustness,
+    mass_bound,
+)
+
+
+@dataclass(frozen=True)
+class BoundConfig(conf.Configuration):
+    """Bounds of one model at several radii, and attacks on the same images.
+
+    Args:
+        model: name of a trained model; the classifier is the one of its name.
+        dataset: name of its images; those it was trained on when ``None``.
+        radii: L_inf radii of the attacker.
+        ratios: radii of the defender's ball over the attacker's, >= 1.
+        num_images: class-stratified test images.
+        images_per_cell: most images that are evaluated at a time, at least 2.
+        num_clean: training images that tell walks where to start.
+        num_temperatures, num_steps, num_walks, num_falling: as for
+            :func:`~pyro_vae_defence.robustness.mass_bound`.
+        attacks: names of :data:`pyro_vae_defence.robustness.KNOWLEDGE`, whose worst case stands
+            beside the bound; no defence is attacked when it is empty.
+        chain: of the defence that is attacked.
+        budget: of the attacks.
+        seed: seed of images, walks and attacks.
+    """
+
+    model: str
+    dataset: str | None = None
+    radii: tuple[conf.AttackRadius, ...] = (0.02, 0.05, 0.1, 0.2)
+    ratios: tuple[Annotated[float, conf.within(1, 100, of_images=False)], ...] = (1.0,)
+    num_images: Annotated[int, conf.at_least(2)] = 200
+    images_per_cell: conf.Count = 20
+    num_clean: conf.Count = 1000
+    num_temperatures: Annotated[int, conf.at_least(3)] = 100
+    num_steps: conf.Count = 5
+    num_walks: Annotated[int, conf.at_least(2)] = 16
+    num_falling: conf.Count = 4
+    attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
+        "transfer", "encoder", "bpda", "equilibrium",
+    )  # fmt: skip
+    chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
+    budget: Budget = Budget.standard()
+    seed: conf.Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.blocks  # refuses one that is too small
+
+    @property
+    def blocks(self) -> list[range]:
+        """Numbers of the images of each block, as even as can be."""
+        return blocks(self.num_images, self.images_per_cell)
+
+
+class Bound(Measurement[BoundConfig]):
+    """A bound without an attack, and attacks."""
+
+    kind = command = "bound"
+    metric = None
+    names = {dataset: BoundConfig(f"{dataset}_vae") for dataset in ("mnist", "fashion_mnist")}
+    output = "runs/bound"
+    parts = ("bounds", "attacks")
+
+    def load(self) -> None:
+        """The model, its classifier, test images, and clean ones of the training set."""
+        config = self.config
+        self.vae, card = self.load_conv_vae(config.model)
+        dataset = config.dataset or card.training["dataset"]
+        self.classifier = self.load_classifier(f"{config.model}_classifier")
+        self.x, labels = self.choose(dataset, config.num_images, "images")
+        self.labels = labels[:, 0]
+        self.clean, _ = self.choose(dataset, config.num_clean, "clean images", "train")
+
+    def cells(self) -> Iterator[Cell]:
+        """Block after block, so that every radius gains images alike."""
+        for number, images in enumerate(self.config.blocks):
+            rows = slice(images.start, images.stop)
+            for radius in self.config.radii:
+                for ratio in self.config.ratios:
+                    key, block = f"{radius:g} {ratio:g}", f"{number:03d}"
+                    given = (radius, ratio * radius, rows, f"{key} {block}")
+                    yield ("bounds", key, block), partial(self.bound, *given)
+                    if self.config.attacks:
+                        yield ("attacks", key, block), partial(self.attacked, *given)
+
+    def bound(self, radius: float, delta: float, rows: slice, purpose: str) -> dict[str, Any]:
+        """Masses around some images."""
+        config = self.config
+        found = mass_bound(
+            self.vae,
+            self.classifier,
+            self.x[rows],
+            self.labels[rows],
+            Linf(radius),
+            delta,
+            self.clean,
+            num_temperatures=config.num_temperatures,
+            num_steps=config.num_steps,
+            num_walks=config.num_walks,
+            num_falling=config.num_falling,
+            generator=self.generator("bound", purpose),
+        )
+        return found.to_dict()
+
+    def attacked(self, radius: float, delta: float, rows: slice, purpose: str) -> dict[str, Any]:
+        """The worst case of attacks on the same images, classes voted by draws."""
+        config = self.config
+        setting = Setting(self.vae, config.chain, radius=delta)
+        report = evaluate_robustness(
+            self.vae,
+            make_defence("aware", setting),
+            self.x[rows],
+            self.labels[rows],
+            classifier=DefendedClassifier(make_defence("aware", setting), self.classifier, "vote"),
+            ball=Linf(radius),
+            budget=config.budget,
+            attacks=config.attacks,
+            checks=False,
+            generator=self.generator("attacks", purpose),
+        )
+        return report.to_dict()
+
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """Bound, worst case, and what lies between."""
+        config = result["config"]
+        rows = [
+            row(key, bounds, result.get("attacks", {}).get(key, {}))
+            for key, bounds in result["bounds"].items()
+        ]
+        columns = [
+            "attack's radius", "defender's radius", "images", "votes kept under any attack",
+            "votes kept under these attacks", "share of draws kept under any attack",
+            "falling less rising, right, nats", "falling less rising, wrong, nats",
+        ]  # fmt: skip
+        note = (
+            f"Model `{config['model']}`, perturbation-aware, {config['num_walks']} rising "
+            f"and {config['num_falling']} falling walks of {config['num_temperatures']} "
+            f"temperatures for each image and set, seed {config['seed']}; attacks: "
+            f"{', '.join(config['attacks']) or 'none'}. Estimated, for exact inference: not "
+            "certified. 95% intervals over images; differences of walks are medians."
+        )
+        lines = tables.table(columns, rows, columns[:1] + columns[2:5])
+        return tables.section(f"## {result['name']}", note, lines, result)
+
+
+def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]:
+    """One radius of the table."""
+    radius, ratio = map(float, key.split())
+    every = [bounds[block] for block in sorted(bounds)]
+    log_ratio = torch.tensor([value for block in every for value in block["log_ratio"]])
+    differences = []
+    for of in ("right", "wrong"):
+        falling, rising = (
+            torch.tensor([value for block in every for value in block[of][way]])
+            for way in ("falling", "rising")
+        )
+        differences.append(f"{float((falling - rising).median()):.1f}")
+    worst = ""
+    if attacked:
+        parts = [RobustnessReport.from_dict(attacked[block]) for block in sorted(attacked)]
+        worst = tables.interval(RobustnessReport.join(parts).robust["averaged"])
+    return [
+        f"{radius:g}",
+        f"{ratio * radius:g}",
+        str(len(log_ratio)),
+        tables.interval(interval((log_ratio > 0).float())),
+        worst,
+        tables.interval(interval(log_ratio.sigmoid())),
+        *differences,
+    ]

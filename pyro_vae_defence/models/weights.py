@@ -1,0 +1,112 @@
+"""Weights of a file or a state dict into a network that fits them.
+
+Nothing is believed that was not compared: the network is made without memory first (on the device
+``meta``), its keys, shapes and types are compared with what was found, and only then is it made in
+earnest, as large as the weights are. A refusal says what does not fit; the caller names the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae_defence.ops.files import reason
+
+M = TypeVar("M", bound=nn.Module)
+
+# What DistributedDataParallel and torch.compile put before the names of what they wrap.
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
+
+def plain_names(weights: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """A state dict under the names of the network itself, without those of what wraps it.
+
+    Raises:
+        ValueError: it is no mapping of names to tensors, or has weights with and without a wrapper.
+    """
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"the weights are a {type(weights).__name__}, not names and tensors")
+    others = [k for k, v in weights.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
+    if others:
+        raise ValueError(f"the weights hold other things than tensors: {few(map(str, others))}")
+    named = {_WRAPPERS.sub("", key): value for key, value in weights.items()}
+    if len(named) != len(weights):
+        raise ValueError("the weights are there twice, with and without a prefix such as module.")
+    return named
+
+
+def fill(make: Callable[[], M], weights: Mapping[str, Tensor], optional: str = "") -> M:
+    """The network that ``make`` makes, with these weights, in eval mode on the CPU.
+
+    Args:
+        make: called twice, the first time on the device ``meta``.
+        weights: name -> tensor of floating point where the network has one, of any precision.
+        optional: end of the names that may be missing, and then keep their initial values.
+
+    Raises:
+        ValueError: the network cannot be made; names are missing or unknown; shapes or types
+            differ; or weights are not finite.
+    """
+    try:
+        with torch.device("meta"):
+            expected = make().state_dict()
+    except Exception as error:  # whatever a constructor makes of arguments from a file
+        raise ValueError(f"the configuration is that of no network: {reason(error)}") from error
+    check(expected, weights, optional)
+    network = make()
+    network.load_state_dict(network.state_dict() | dict(weights))
+    return network.eval()
+
+
+def check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: str) -> None:
+    """The comparison of :func:`fill`; ``expected`` may be on the device ``meta``."""
+    left_out = {key for key in expected if optional and key.endswith(optional)}
+    both = [key for key in weights if key in expected]
+    problems = {
+        "keys are missing": sorted(set(expected) - left_out - set(weights)),
+        "keys are unexpected": sorted(set(weights) - set(expected)),
+        "shapes are wrong": [
+            f"{key} {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in both
+            if _dense(weights[key]) and weights[key].shape != expected[key].shape
+        ],
+    }
+    if found := [f"{what}: {few(items)}" for what, items in problems.items() if items]:
+        raise ValueError("the weights do not fit the configuration; " + "; ".join(found))
+    check_finite({key: weights[key] for key in both if expected[key].is_floating_point()})
+    if counts := [
+        key
+        for key in both
+        if not expected[key].is_floating_point()
+        and (not _dense(weights[key]) or weights[key].dtype != expected[key].dtype)
+    ]:
+        raise ValueError(f"these counts are no {torch.int64}: {few(counts)}")
+
+
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """``ValueError`` naming those that are no dense tensors of finite floating-point numbers."""
+    if spoiled := [
+        key
+        for key, value in weights.items()
+        if not (_dense(value) and value.is_floating_point() and value.float().isfinite().all())
+    ]:
+        raise ValueError(
+            f"these weights are not finite numbers of floating point: {few(sorted(spoiled))}"
+        )
+
+
+def few(items: Sequence[str] | Any) -> str:
+    """The first of many names."""
+    items = list(items)
+    shown = ", ".join(items[:5])
+    return shown if len(items) <= 5 else f"{shown} and {len(items) - 5} more"
+
+
+def _dense(value: Tensor) -> bool:
+    """Whether a tensor has a plain number at each place of its shape."""
+    plain = value.layout is torch.strided and not (value.is_nested or value.is_quantized)
+    return plain and not value.is_meta
