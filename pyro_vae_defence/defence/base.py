@@ -194,9 +194,7 @@ class BaseDefence(ABC):
     def parts(
         self, images: ImagesLike, name: str, seed: int, first: int
     ) -> Iterator[DefenceResult]:
-        """One result per micro-batch of images, which errors call ``name``; ``first`` is their first
-        number.
-        """
+        """One result per micro-batch of images, numbered from ``first``; errors say ``name``."""
         conditions = split(images, name)[1]
         vae, x = program.at_images(self.vae, images, name)
         at_once = max(1, self.batch_size // self.num_chains)
