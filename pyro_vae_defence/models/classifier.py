@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
 from pyro_vae_defence.models.weights import fill
-from pyro_vae_defence.ops.checks import RefusalError, check_finite
+from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_integer
 from pyro_vae_defence.types import VAE, LatentsLike
 
 
@@ -76,10 +76,8 @@ class LinearClassifier(nn.Module):
 
     def __init__(self, num_latents: int, num_classes: int) -> None:
         super().__init__()
-        if num_latents < 1 or num_classes < 2:
-            raise ValueError(
-                f"need num_latents >= 1 and num_classes >= 2, got {num_latents} and {num_classes}"
-            )
+        check_integer("num_latents", num_latents)
+        check_integer("num_classes", num_classes, 2)
         self.linear = nn.Linear(num_latents, num_classes)
 
     @property
@@ -110,11 +108,9 @@ class ConvClassifier(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, num_features: int = 64) -> None:
         super().__init__()
-        if in_channels < 1 or num_classes < 2 or num_features < 1:
-            raise ValueError(
-                "need in_channels >= 1, num_classes >= 2 and num_features >= 1, got "
-                f"{in_channels}, {num_classes} and {num_features}"
-            )
+        check_integer("in_channels", in_channels)
+        check_integer("num_classes", num_classes, 2)
+        check_integer("num_features", num_features)
         self.config = dict(
             in_channels=in_channels, num_classes=num_classes, num_features=num_features
         )
