@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae_defence.models.scope import ScopedModule
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.types import Latents
 
 Likelihood = Literal["bernoulli", "gaussian"]
@@ -78,10 +79,9 @@ class ConvVAE(ScopedModule):
         image_size: int = 28,
     ) -> None:
         super().__init__()
-        if in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        check_integer("in_channels", in_channels)
+        check_integer("latent_dim", latent_dim)
+        check_integer("image_size", image_size)
         if likelihood is None:
             likelihood = "bernoulli" if in_channels == 1 else "gaussian"
         if likelihood not in ("bernoulli", "gaussian"):
