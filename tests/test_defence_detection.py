@@ -25,8 +25,9 @@ from pyro_vae_defence.defence import (
     detection_scores,
     median_filter,
 )
+from pyro_vae_defence.defence.detection import score_names
 from pyro_vae_defence.mcmc import BatchedHMC
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops.balls import Linf
 
 KERNEL = functools.partial(BatchedHMC, num_steps=2)
@@ -287,10 +288,10 @@ class TestDetector:
         with pytest.raises(ValueError, match="no threshold yet"):
             detector.report(x, x, AWARE)
         with pytest.raises(ValueError, match="score_name must be one of start_energy, start_error"):
-            Detector(NoDefence(linear_vae), "energy_drop").fit(x)
+            Detector(NoDefence(linear_vae), "energy_drop")
         with pytest.raises(ValueError, match="false_alarm=5 must lie between 0 and 1: use 0.05"):
             detector.fit(x, 5)
-        with pytest.raises(ValueError, match="defence must be callable, got 3"):
+        with pytest.raises(ValueError, match="defence must be callable, .* got 3"):
             Detector(3)
         with pytest.raises(ValueError, match="vae must have two Pyro programs"):
             Detector(lambda x: x)
@@ -299,6 +300,34 @@ class TestDetector:
             detector.report(x, x[:3], AWARE)
         with pytest.raises(ValueError, match="ball must be"):
             detector.report(x, x, 0.1)
+        new = torch.rand(20, 1, 4, 4)
+        with pytest.raises(ValueError, match="x_adv equals x: pass the images after the attack"):
+            detector.report(new, new, AWARE)
+        with pytest.raises(ValueError, match="x_adv leaves the ball around x for 1 of 20 images, "):
+            detector.report(new, torch.cat([1 - new[:1].round(), new[1:]]), Linf(0.4))
+        for adv in (random_noise(x, AWARE), random_noise(x, AWARE)):
+            half = torch.cat([x[:7], new[7:]]), torch.cat([adv[:7], new[7:]])
+            with pytest.raises(ValueError, match="7 of 20 images of x are among those that the"):
+                detector.report(*half, AWARE)
+        # Images of 8 bits are as near to the ball as rounding leaves them.
+        detector.report(new, (random_noise(new, AWARE) * 255).round() / 255, AWARE)
+
+    def test_mistakes_are_named_by_what_was_given(self, linear_vae):
+        x, labels = torch.rand(20, 1, 4, 4), torch.arange(20)
+        detector = Detector(NoDefence(linear_vae))
+        for call in (
+            detector.fit,
+            detector.score,
+            functools.partial(anomaly_scores, detector.defence),
+        ):
+            with pytest.raises(ValueError, match="vae takes fewer arguments than the 1 conditions"):
+                call((x, labels))
+        for call in (detector.score, functools.partial(anomaly_scores, detector.defence)):
+            with pytest.raises(ValueError, match=r"^x must "):
+                call(2 * x)
+        for call in (Detector, lambda vae: anomaly_scores(vae, x)):
+            with pytest.raises(ValueError, match=r"defence is a VAE, a ConvVAE; pass NoDefence"):
+                call(ConvVAE())
 
 
 class TestReport:
@@ -306,15 +335,17 @@ class TestReport:
     def test_has_every_score_of_the_defence(self, linear_vae, name):
         clean = torch.rand(20, 1, 4, 4)
         detector = Detector(DEFENCES[name][0](linear_vae)).fit(clean, 0.1)
+        clean = torch.rand(20, 1, 4, 4)
         report = detector.report(clean, random_noise(clean, AWARE), AWARE)
         assert report.auroc.keys() == DEFENCES[name][1]
+        assert tuple(report.auroc) == score_names(detector.defence)
         assert f"* {detector.score_name}" in str(report)
 
     @pytest.fixture
     def report(self, first_pixel):
         first_pixel.fit(images_of(torch.arange(19) / 38))  # the threshold is 18/38
         clean, adv = images_of([0.2, 0.4, 0.6, 0.3]), images_of([0.4, 0.8, 1.0, 0.9])
-        return first_pixel.report(clean, adv, Linf(0.25), generator=seeded())
+        return first_pixel.report(clean, adv, Linf(0.6), generator=seeded())
 
     def test_rates_and_areas_by_hand(self, report):
         assert report.alarms["clean"].estimate == 0.25
@@ -332,7 +363,7 @@ class TestReport:
 
     def test_noise_is_as_large_as_the_attack(self, report):
         clean = images_of([0.2, 0.4, 0.6, 0.3])
-        noise = random_noise(clean, Linf(0.25), seeded())[:, 0, 0, 0]
+        noise = random_noise(clean, Linf(0.6), seeded())[:, 0, 0, 0]
         assert report.alarms["noise"].estimate == (noise > 18 / 38).double().mean()
         adv = torch.tensor([0.4, 0.8, math.inf, 0.9])
         found = report.auroc["start_error"]["against_noise"].estimate
@@ -347,7 +378,7 @@ class TestReport:
         stored = json.loads(report.to_json())
         assert stored["alarms"]["attacked"]["estimate"] == 0.75
         assert stored["auroc"].keys() == {"start_error", "other"}
-        assert stored["ball"] == "Linf(radius=0.25)"
+        assert stored["ball"] == "Linf(radius=0.6)"
 
 
 class TestAnomalies:

@@ -185,7 +185,7 @@ def test_glossary_has_the_labels_of_all_defences():
     assert dict(rows) == {name: kind.label for name, kind in KINDS.items()}
 
 
-def tests_of(file: Path) -> set[str]:
+def collected(file: Path) -> set[str]:
     """What pytest collects of a file, without parameters."""
     names = set()
     for node in ast.parse(file.read_text()).body:
@@ -203,7 +203,7 @@ def test_every_fault_that_is_survived_names_its_test():
     assert len(rows) > 50
     named = [re.fullmatch(r"\| .+ \| .+ \| `(tests/\w+\.py)::([\w:]+)` \|", row) for row in rows]
     assert all(named), [row for row, found in zip(rows, named) if not found]
-    missing = [row for row, found in zip(rows, named) if found[2] not in tests_of(ROOT / found[1])]
+    missing = [row for row, found in zip(rows, named) if found[2] not in collected(ROOT / found[1])]
     assert not missing
 
 

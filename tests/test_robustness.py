@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.mcmc.unrolled import UnrolledKernel
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.compiled import Recorder
+from pyro_vae_defence.models.conditions import BoundVAE, same_vae
 from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.streams import Streams
@@ -212,7 +214,7 @@ def test_nuts_any_other_defence_and_readings():
     )  # fmt: skip
     assert [outcome.name for outcome in report.attacks] == ["equilibrium", "unroll"]
     assert report.threat_model["reading"] == "reencoded"
-    assert report.reasons == ("no sanity check ran",)
+    assert report.reasons[0] == "no sanity check ran"
 
     def somebodys(x, generator=None):
         return NoDefence(vae)((x + 0.01).clamp(0, 1), generator)
@@ -562,11 +564,23 @@ def test_transfer_alone_is_not_an_evaluation_and_a_budget_is_kept():
     vae, x, labels = problem(8)
     defence = MCMCDefence(vae, HMC, 1, 1)
     report = run(vae, defence, x, labels, SMALL, attacks=("transfer", "encoder"), checks=False)
-    assert "only transfer attacks ran: no attacker knew the defence" in report.reasons
+    assert report.reasons[:2] == (
+        "no sanity check ran", "only transfer attacks ran: no attacker knew the defence",
+    )  # fmt: skip
+    left_out = [name for name in KNOWLEDGE if name not in ("transfer", "encoder")]
+    assert report.reasons[2:] == tuple(f"attack {n} did not run: not asked for" for n in left_out)
     limited = dataclasses.replace(SMALL, max_evaluations=10)
     report = run(vae, defence, x, labels, limited, checks=False)
     assert report.skipped["unroll (1 draws)"] == "the budget was spent"
     assert {o.name for o in report.attacks} == {"transfer", "encoder", "bpda"}
+    assert "attack unroll (1 draws) did not run: the budget was spent" in report.reasons
+    assert not report.reliable
+    # What does not apply is no reason, and nothing at all has words of its own.
+    report = run(vae, NoDefence(vae), x, labels, SMALL, attacks=("bpda",), checks=False)
+    assert report.reasons == (
+        "no sanity check ran", "no attack ran",
+        *(f"attack {n} did not run: not asked for" for n in ("transfer", "encoder", "black_box")),
+    )  # fmt: skip
 
 
 def test_the_generator_decides():
@@ -582,7 +596,7 @@ def test_the_generator_decides():
     ("change", "message"),
     [
         ({"x": torch.rand(1, 1, 4, 4)}, "x holds 1 image: intervals need two or more"),
-        ({"defence": 3}, "defence must map images to a DefenceResult, got 3"),
+        ({"defence": 3}, "defence must be callable, images to a DefenceResult, got 3"),
         ({"ball": 0.1}, "ball must be a Ball such as Linf"),
         ({"attacks": ("fgsm",)}, r"attacks must be names among .*, got \['fgsm'\]"),
         ({"attacks": ()}, r"attacks must be names among .*, got \(\)"),
@@ -594,6 +608,21 @@ def test_mistakes(change, message):
     settings = {"defence": NoDefence(vae), "x": torch.rand(4, 1, 4, 4), **change}
     with pytest.raises(ValueError, match=message):
         evaluate_robustness(vae, **settings)
+
+
+def test_the_attacker_knows_the_model_that_is_defended():
+    vae, other, x = LinearGaussianVAE(), LinearGaussianVAE(), torch.rand(4, 1, 4, 4)
+    defence = NoDefence(vae)
+    with pytest.raises(ValueError, match="defence defends another VAE, a LinearGaussianVAE"):
+        evaluate_robustness(other, defence, x)
+    behind = DefendedClassifier(NoDefence(vae), classify)
+    with pytest.raises(ValueError, match="classifier is a DefendedClassifier of another defence"):
+        evaluate_robustness(vae, defence, x, classifier=behind)
+    # The same programs are the same VAE, by whatever name, and with conditions bound.
+    same = types.SimpleNamespace(model=vae.model, guide=vae.guide)
+    run(same, defence, x.double(), None, SMALL, attacks=("encoder",), checks=False)
+    assert same_vae(BoundVAE(vae, lambda x: x, lambda x: x), vae)
+    assert not same_vae(BoundVAE(vae, lambda x: x, lambda x: x), other)
 
 
 @pytest.mark.parametrize(
@@ -618,10 +647,15 @@ class TestWithoutAManual:
         budgets = (Budget.quick(), Budget.standard(), Budget.thorough())
         costs = [suite_gradients(chain, budget, num_images=20) for budget in budgets]
         attacks = [sum(v for k, v in c.items() if k not in ("scoring", "checks")) for c in costs]
-        assert attacks[0] < 0.25 * attacks[1]
+        assert attacks[0] - costs[0]["unroll"] < 0.25 * attacks[1]
+        assert all(costs[0][name] < costs[1][name] / 3 for name in KNOWLEDGE if name in costs[1])
         assert 15_000 < attacks[1] < 25_000  # "about 20,000"
         assert 2e6 < attacks[2] < 3e6
         assert "unroll" not in costs[1]  # the budget is spent before
+        # A quick one leaves no attack out, whatever the chain costs.
+        paper = ChainCost(whole=750 * 20 + 2, transition=20, transitions=750)
+        for each in (chain, paper):
+            assert {*KNOWLEDGE} <= set(suite_gradients(each, Budget.quick(), num_images=20))
 
     def test_what_a_defence_costs_is_what_it_takes(self):
         vae, x = ConvVAE().eval(), torch.rand(2, 1, 28, 28)

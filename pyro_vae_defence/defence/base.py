@@ -31,8 +31,23 @@ class Defence(Protocol):
 
     vae: VAE
 
+    @public
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
         """Defend images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)``."""
+
+
+def check_defence(defence: Any, *, needs_vae: bool = True) -> Defence:
+    """``defence``, or a ``ValueError`` unless it can be called and, if it must, has a VAE."""
+    if not callable(defence):
+        raise ValueError(f"defence must be callable, images to a DefenceResult, got {defence!r}")
+    if not hasattr(defence, "vae") and callable(getattr(defence, "guide", None)):
+        raise ValueError(
+            f"defence is a VAE, a {type(defence).__name__}; pass NoDefence(vae) for what it does "
+            "without a defence"
+        )
+    if needs_vae:
+        program.check_vae(getattr(defence, "vae", None))
+    return defence
 
 
 @dataclass(eq=False, repr=False)
@@ -65,6 +80,7 @@ class BaseDefence(ABC):
         """Latents of images ``(N, C, H, W)`` after the defence: site -> ``(N, *event)``."""
         return self(x, generator).latents
 
+    @public
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
         """Defend images ``(N, C, H, W)`` in [0, 1], attacked or not.
 
@@ -72,7 +88,7 @@ class BaseDefence(ABC):
         ``generator`` is the source of the run's seed; torch's global seed when ``None``.
         """
         # Drawn before anything that consumes randomness in proportion to the batch.
-        parts = self._parts(x, "x", draw_seed(generator), 0)
+        parts = self.parts(x, "x", draw_seed(generator), 0, generator is not None)
         return DefenceResult.join(list(parts))
 
     def stream(
@@ -92,7 +108,7 @@ class BaseDefence(ABC):
         first = 0
         for batch in batches:
             images = taken(batch, self.vae)
-            yield from self._parts(images, "batches", seed, first)
+            yield from self.parts(images, "batches", seed, first, generator is not None)
             first += len(images[0])
 
     def to_zarr(
@@ -162,7 +178,7 @@ class BaseDefence(ABC):
         def defend(batch: Any, first: int) -> DefenceResult:
             images = given(batch)
             with _seeded(seed + first, images[0]):
-                return DefenceResult.join(list(self._parts(images, "dataset", seed, first)))
+                return DefenceResult.join(list(self.parts(images, "dataset", seed, first)))
 
         vae, x = program.at_images(self.vae, given(default_collate([dataset[0]])), "dataset")
         with _seeded(seed, x), torch.no_grad(), program.evaluation_mode(vae):
@@ -177,16 +193,22 @@ class BaseDefence(ABC):
         }
         return store.write(path, dataset, chunk_size, defend, identity, observed_data, progress)
 
-    def _parts(
-        self, images: ImagesLike, name: str, seed: int, first: int
+    def parts(
+        self, images: ImagesLike, name: str, seed: int, first: int, governs: bool = False
     ) -> Iterator[DefenceResult]:
-        """One result per micro-batch of images, numbered from ``first``."""
+        """One result per micro-batch of images, which errors call ``name``; ``first`` is their
+        first number.
+
+        ``governs`` says whether what comes from torch's global generators is to follow the seed.
+        """
         conditions = split(images, name)[1]
         vae, x = program.at_images(self.vae, images, name)
         at_once = max(1, self.batch_size // self.num_chains)
         for start in range(0, x.shape[0], at_once):
             rows = slice(start, start + at_once)
-            result = self._defend(take(vae, rows), x[rows], seed, first + start)
+            number = first + start
+            generator = torch.Generator().manual_seed(seed + number) if governs else None
+            result = self._defend(take(vae, rows), x[rows], seed, number, generator)
             yield replace(result, conditions=rows_of(conditions, rows))
 
     def _filter(self, x: Tensor) -> Tensor:
@@ -205,7 +227,15 @@ class BaseDefence(ABC):
         """What :attr:`DefenceResult.settings` are to say."""
 
     @public
-    def _defend(self, vae: VAE, x: Tensor, seed: int, first_image: int) -> DefenceResult:
+    def _defend(
+        self,
+        vae: VAE,
+        x: Tensor,
+        seed: int,
+        first_image: int,
+        generator: torch.Generator | None,
+    ) -> DefenceResult:
+        # The generator is there for what :func:`public` does with it.
         started = time.perf_counter()
         with program.evaluation_mode(vae):
             x = self._filter(x)

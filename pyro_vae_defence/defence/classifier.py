@@ -34,13 +34,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.base import Defence
+from pyro_vae_defence.defence.base import Defence, check_defence
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.classifier import flatten_latents
 from pyro_vae_defence.models.conditions import bind, split
 from pyro_vae_defence.models.contract import check_networks_on_device
-from pyro_vae_defence.models.program import Decoder, check_vae, evaluation_mode, posterior_mean
+from pyro_vae_defence.models.program import Decoder, evaluation_mode, posterior_mean
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_finite
@@ -121,10 +121,9 @@ class DefendedClassifier:
     reading: Reading = "reencoded"
 
     def __post_init__(self) -> None:
-        for name in ("defence", "classifier"):
-            if not callable(getattr(self, name)):
-                raise ValueError(f"{name} must be callable, got {getattr(self, name)!r}")
-        check_vae(getattr(self.defence, "vae", None))
+        check_defence(self.defence)
+        if not callable(self.classifier):
+            raise ValueError(f"classifier must be callable, got {self.classifier!r}")
         _check_reading(self.reading)
 
     @classmethod

@@ -35,14 +35,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.base import BaseDefence, Defence
+from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence
 from pyro_vae_defence.defence.controls import EncoderDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.conditions import bind, split
 from pyro_vae_defence.models.program import Decoder, evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.types import ImagesLike, Latents, LatentsLike
+
+SCORES = (
+    "energy_drop", "perturbation_gain", "start_energy", "start_error", "end_energy", "end_error",
+    "distance", "disagreement",
+)  # fmt: skip
+"""Scores of the module's text, in the order of tables."""
 
 
 @public
@@ -70,8 +77,7 @@ def detection_scores(
             f"{sorted(variance)}"
         )
     perturbation = getattr(defence, "perturbation", None)
-    encoder = isinstance(defence, EncoderDefence)
-    moves = not (isinstance(defence, EncoderDefence) and defence.preprocess is None)
+    encoder, moves = isinstance(defence, EncoderDefence), _moves(defence)
     num_chains, num_draws = next(iter(result.samples.values())).shape[:2]
     vae = bind(defence.vae, result.x, result.conditions)
     x = result.x.repeat(num_chains, 1, 1, 1)
@@ -128,6 +134,29 @@ def detection_scores(
     return scores
 
 
+def score_names(defence: Defence) -> tuple[str, ...]:
+    """The scores that :func:`detection_scores` has of a defence, as far as its settings say.
+
+    Of somebody else's, whose number of chains is not known, ``disagreement`` is among them.
+    """
+    aware = getattr(defence, "perturbation", None) is not None
+    if isinstance(defence, EncoderDefence):
+        several = defence.num_samples > 1
+    else:
+        several = not isinstance(defence, BaseDefence) or defence.num_chains > 1
+    has = {
+        **dict.fromkeys(("energy_drop", "end_energy", "end_error", "distance"), _moves(defence)),
+        "perturbation_gain": aware and _moves(defence),
+        "disagreement": several,
+    }
+    return tuple(name for name in SCORES if has.get(name, True))
+
+
+def _moves(defence: Defence) -> bool:
+    """Whether latents may end elsewhere than the encoder has put them."""
+    return not (isinstance(defence, EncoderDefence) and defence.preprocess is None)
+
+
 @public
 @torch.no_grad()
 def anomaly_scores(
@@ -152,7 +181,11 @@ def anomaly_scores(
         of the defence and about the image that was passed, before any filter. For draws of the
         guide the energy is -ELBO plus the guide's entropy; :func:`pyro_vae_defence.metrics.nll` is
         -ELBO with ``num_samples=1``, and importance-weighted with more.
+
+    Raises:
+        ValueError: if ``defence`` is none, or as the defence for its images.
     """
+    check_defence(defence)
     parts: dict[str, list[Tensor]] = {"error": [], "energy": []}
     rest = split(x)[0]
     for result in runs(defence, x, generator):
@@ -173,7 +206,7 @@ def runs(
 ) -> Iterator[DefenceResult]:
     """What ``defence`` returns for images, in micro-batches whose chains can be forgotten."""
     if isinstance(defence, BaseDefence):
-        yield from defence.stream([x], generator)
+        yield from defence.parts(x, "x", draw_seed(generator), 0)
     else:
         yield defence(x, generator)
 

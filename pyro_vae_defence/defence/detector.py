@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -48,12 +49,14 @@ from torch import Tensor
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks.noise import random_noise
-from pyro_vae_defence.defence.base import Defence
-from pyro_vae_defence.defence.detection import detection_scores, runs
+from pyro_vae_defence.defence.base import Defence, check_defence
+from pyro_vae_defence.defence.detection import detection_scores, runs, score_names
+from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.metrics.intervals import Interval
 from pyro_vae_defence.models.conditions import fold, split
-from pyro_vae_defence.models.program import check_images, check_vae
+from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
+from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.types import ImagesLike, LatentsLike
 
 _Score = TypeVar("_Score")
@@ -92,14 +95,13 @@ class Detector:
     variance: LatentsLike | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.defence):
-            raise ValueError(f"defence must be callable, got {self.defence!r}")
-        check_vae(getattr(self.defence, "vae", None))
+        check_defence(self.defence)
         if self.variance is None:
             self.variance = getattr(self.defence.vae, "mean_posterior_variance", None)
         if self.score_name is None:
             aware = getattr(self.defence, "perturbation", None) is not None
             self.score_name = "energy_drop" if aware else "start_error"
+        _check_name(self.score_name, score_names(self.defence))
 
     def fit(
         self,
@@ -132,6 +134,7 @@ class Detector:
                 "or mend the VAE"
             )
         self.false_alarm, self.threshold, self.clean_scores = false_alarm, threshold, found
+        self._calibration = {fingerprint(image) for image in images}
         return self
 
     def score(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
@@ -174,14 +177,16 @@ class Detector:
 
         Args:
             x: clean images ``(N, C, H, W)``, or ``(x, *conditions)``: neither training nor
-                calibration images.
-            x_adv: the same images, attacked.
+                calibration images, which raise fewer alarms than new ones.
+            x_adv: the same images, attacked: inside the ball around ``x``, or next to it if they
+                were rounded to 8 bits.
             ball: norm and radius of the attack, e.g. ``Linf(0.1)``, which are those of the noise.
             level: of the intervals.
             generator: source of the seeds of defence, noise and intervals.
 
         Raises:
-            ValueError: before :meth:`fit`, if images do not fit each other, or are fewer than two.
+            ValueError: before :meth:`fit`, if images do not fit each other or the ball, are fewer
+                than two, or some of ``x`` were given to :meth:`fit`.
         """
         self._check_fitted()
         check_ball(ball)
@@ -192,6 +197,14 @@ class Detector:
             raise ValueError(
                 f"x and x_adv must be the same two or more images before and after the attack, got "
                 f"shapes {tuple(clean.shape)} and {tuple(x_adv.shape)}"
+            )
+        check_on_device("x_adv", x_adv, "x", clean.device)
+        _check_attack(clean, x_adv, ball)
+        known = sum(fingerprint(image) in self._calibration for image in clean)
+        if known:
+            raise ValueError(
+                f"{known} of {len(clean)} images of x are among those that the detector was fitted "
+                "on, which raise fewer alarms than new ones: pass images that it has not seen"
             )
         kinds = ("clean", "attacked", "noise")
         images = torch.cat([clean, x_adv, random_noise(clean, ball, generator)])
@@ -225,12 +238,7 @@ class Detector:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _of(self, scores: dict[str, _Score]) -> _Score:
-        if self.score_name is None or self.score_name not in scores:
-            raise ValueError(
-                f"score_name must be one of {', '.join(scores)}, which this defence has, got "
-                f"{self.score_name!r}"
-            )
-        return scores[self.score_name]
+        return scores[_check_name(self.score_name, scores)]
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "threshold"):
@@ -307,6 +315,32 @@ def conformal_rank(num_images: int, false_alarm: float) -> int:
             f"so many has 1 in {num_images + 1}; pass at least {needed} images"
         )
     return num_images + 1 - allowed
+
+
+def _check_name(name: Any, names: Iterable[str]) -> str:
+    """``name``, or a ``ValueError`` unless it is among the ``names`` of a defence's scores."""
+    if name not in (names := tuple(names)):
+        raise ValueError(
+            f"score_name must be one of {', '.join(names)}, which this defence has, got {name!r}"
+        )
+    return name
+
+
+def _check_attack(x: Tensor, x_adv: Tensor, ball: Ball) -> None:
+    """Refuse images that are no attack on ``x`` in ``ball``, but for rounding to 8 bits."""
+    if torch.equal(x, x_adv):
+        raise ValueError(
+            "x_adv equals x: pass the images after the attack, such as "
+            "attacks.PGD(attacks.symmetric_kl(vae), ball)(x).best()"
+        )
+    size = ball.norm(x_adv - x)
+    allowed = ball.radius + float(ball.norm(torch.full_like(x[:1], 0.5 / 255)))
+    if bool((size > allowed).any()):
+        raise ValueError(
+            f"x_adv leaves the ball around x for {int((size > allowed).sum())} of {len(x)} images, "
+            f"by a perturbation of norm {float(size.max()):.3g} in {ball}: pass the ball of the "
+            "attack, and the attacked images in the order of x"
+        )
 
 
 def _worst_if_unknown(scores: Tensor) -> Tensor:

@@ -207,6 +207,12 @@ class BoundVAE:
         return BoundVAE(self.vae, model, guide)
 
 
+def same_vae(one: VAE, other: VAE) -> bool:
+    """Whether two VAEs are of the same programs, whatever conditions they are bound to."""
+    one, other = (vae.vae if isinstance(vae, BoundVAE) else vae for vae in (one, other))
+    return one is other or (one.model, one.guide) == (other.model, other.guide)
+
+
 def take(vae: VAE, rows: Tensor | slice) -> VAE:
     """``vae`` at the images of ``rows``: itself unless it has per-image arguments."""
     return vae.take(rows) if isinstance(vae, BoundVAE) else vae

@@ -38,7 +38,7 @@ from pyro_vae_defence.models.sites import (
 )
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops.boundary import note, public
-from pyro_vae_defence.ops.checks import RefusalError, check_precision
+from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_precision
 from pyro_vae_defence.ops.distributions import innermost, is_point
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike, PyroProgram
 
@@ -142,6 +142,8 @@ def at_images(
     check_vae(vae)
     x, conditions = split(images, name)
     check_images(x, name, unit_interval=unit_interval)
+    if not unit_interval:
+        check_finite(name, x, "repair these images or leave them out")
     check_networks_on_device("vae", vae, name, x)
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":

@@ -17,7 +17,8 @@ minimum does not collect luck. Intervals are bootstrapped over images.
 What a suite of attacks leaves is an upper bound of the true robustness: heuristic, not certified.
 An attack that fails for want of a gradient looks like a robust defence, hence the *checks*:
 symptoms of such failures, tested on the images at hand and reported as passed or failed. One that
-fails makes the report unreliable.
+fails makes the report unreliable, and so does an attack that applies to the defence and did not
+run, by choice or for want of budget.
 
 References: Carlini et al., "On evaluating adversarial robustness", 2019,
 https://arxiv.org/abs/1902.06705; Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense
@@ -40,9 +41,10 @@ from tqdm.auto import tqdm
 import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
+from pyro_vae_defence.defence.base import check_defence
 from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.conditions import split
+from pyro_vae_defence.models.conditions import same_vae, split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.streams import draw_seed
@@ -79,18 +81,20 @@ def evaluate_robustness(
     """Attack a defence with everything and report the worst case.
 
     Args:
-        vae: any Pyro VAE.
+        vae: any Pyro VAE, which the attacker knows.
         defence: what the attacker attacks: :class:`~pyro_vae_defence.defence.NoDefence`,
-            :class:`~pyro_vae_defence.defence.MCMCDefence`, or images to a ``DefenceResult``.
+            :class:`~pyro_vae_defence.defence.MCMCDefence`, or images to a ``DefenceResult``. If it
+            has an attribute ``vae``, that is the one given here.
         x: reference images ``(N, C, H, W)`` in [0, 1], N >= 2, or ``(x, *conditions)``, which the
             attacker knows and does not change.
         labels: their classes, int64 ``(N,)``; those predicted undefended when ``None``.
         classifier: measures accuracy instead of similarity. Latents ``(M, D)`` to scores ``(M,
             classes)``, asked about where the defence ends; or a
-            :class:`~pyro_vae_defence.defence.DefendedClassifier` of this defence.
+            :class:`~pyro_vae_defence.defence.DefendedClassifier` of this very defence.
         ball: where perturbations live; ``Linf(0.1)`` by default.
         budget: how hard to try; :meth:`Budget.standard` by default.
         attacks: names in :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; all by default.
+            Without one that applies to the defence the report counts as unreliable.
         engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
             num_restarts=, batch_size=)``.
         similarity: of reconstructions in pairs, differentiable, 1 if equal; the paper's MSSSIM.
@@ -105,8 +109,8 @@ def evaluate_robustness(
     """
     conditions = split(x)[1]
     vae, x = program.at_images(vae, x)
-    if not callable(defence):
-        raise ValueError(f"defence must map images to a DefenceResult, got {defence!r}")
+    check_defence(defence, needs_vae=False)
+    _check_same(vae, defence, classifier)
     if len(x) < 2:
         raise ValueError(f"x holds {len(x)} image: intervals need two or more")
     ball = check_ball(Linf(0.1) if ball is None else ball)
@@ -139,6 +143,21 @@ def evaluate_robustness(
             return _report(suite, attacks, checks, seed, expected, bar)
 
 
+def _check_same(vae: VAE, defence: Defence, classifier: Any) -> None:
+    """Refuse a defence of another VAE, and a classifier behind another defence."""
+    defended = getattr(defence, "vae", None)
+    if defended is not None and not same_vae(vae, defended):
+        raise ValueError(
+            f"defence defends another VAE, a {type(defended).__name__}, than vae, so that the "
+            "attacker would know the wrong model; pass defence.vae as vae"
+        )
+    if isinstance(classifier, DefendedClassifier) and classifier.defence is not defence:
+        raise ValueError(
+            "classifier is a DefendedClassifier of another defence than the one evaluated; make "
+            "it of this one, DefendedClassifier(defence, ...)"
+        )
+
+
 def _check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
     """Labels as int64 on the device of the images ``x``."""
     if labels is None:
@@ -167,8 +186,9 @@ def _report(
     """Run the suite; the order of these lines decides which seed is used for what."""
     box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
     started = time.perf_counter()
-    table = [row for row in ATTACKS if row.name in names and not row.reason(box)]
-    skipped = {row.name: row.reason(box) or "not asked for" for row in ATTACKS if row not in table}
+    idle = {row.name: why for row in ATTACKS if (why := suite.why_not(row))}
+    table = [row for row in ATTACKS if row.name in names and row.name not in idle]
+    skipped = {row.name: idle.get(row.name, "not asked for") for row in ATTACKS if row not in table}
     clock = time.perf_counter()
     clean = scorer.score(x, budget.scoring_draws)
     clean_seconds = (time.perf_counter() - clock) / (len(x) * budget.scoring_draws)
@@ -196,8 +216,13 @@ def _report(
         verdicts.append(Check(check.name, *verdict))
     if not checks:
         reasons.append("no sanity check ran")
-    if box.has_chain and all(each.row.transfers for each in found):
+    if not found:
+        reasons.append("no attack ran")
+    elif box.has_chain and all(each.row.transfers for each in found):
         reasons.append("only transfer attacks ran: no attacker knew the defence")
+    reasons += [
+        f"attack {name} did not run: {why}" for name, why in skipped.items() if name not in idle
+    ]
     outcomes = [
         AttackOutcome(
             each.row.name, each.num_draws, {}, each.evaluations, each.seconds, each.row.knowledge

@@ -121,7 +121,7 @@ class RobustnessReport:
 
     @property
     def reliable(self) -> bool:
-        """Whether an attacker with access to the defence ran and no check failed."""
+        """Whether every attack that applies to the defence ran, and the checks, and none failed."""
         return not self.reasons
 
     def to_dict(self) -> dict[str, Any]:
