@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,6 +51,9 @@ from pyro_vae_defence.robustness import (
     evaluate_robustness,
 )
 from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
+
+PUBLISHED_BUDGET = replace(Budget.standard(), max_evaluations=17_000)
+"""That of the published reports, whose suite had no attack on the evidence yet."""
 
 Target = Literal["reconstruction", "classification"]
 Gradients = Literal["traced", "recorded", "graph"]
@@ -100,7 +103,7 @@ class RobustnessConfig(conf.Configuration):
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     paper: PaperName | None = None
     gradients: Gradients = "traced"
-    budget: Budget = Budget.standard()
+    budget: Budget = PUBLISHED_BUDGET
     checks: bool = True
     seed: conf.Natural = 0
 
