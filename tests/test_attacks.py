@@ -9,7 +9,7 @@ import torch
 from programs import BatchNormVAE, LinearGaussianVAE
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.streams import Streams
 
@@ -220,6 +220,7 @@ def test_the_encoder_is_attacked_in_eval_mode():
         ({"preset": "adam"}, "preset must be 'paper' or None, got 'adam'"),
         ({"ball": 0.1}, "ball must be a Ball such as Linf"),
         ({"objective": None}, "objective must be a prepared objective"),
+        ({"objective": ConvVAE()}, r"such as symmetric_kl\(vae\), got a VAE, ConvVAE"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -255,10 +255,11 @@ class Attack:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        if not callable(self.objective):
+        is_vae = callable(getattr(self.objective, "guide", None))
+        if is_vae or not callable(self.objective):
+            got = f"a VAE, {type(self.objective).__name__}" if is_vae else repr(self.objective)
             raise ValueError(
-                f"objective must be a prepared objective such as symmetric_kl(vae), "
-                f"got {self.objective!r}"
+                f"objective must be a prepared objective such as symmetric_kl(vae), got {got}"
             )
         check_ball(self.ball)
         if not (self.stop is None or callable(self.stop)):
