@@ -1,6 +1,7 @@
 ## make run               the main job: train, attack, defend, report (examples/mnist_svi.py)
 ## make test              the test suite
-## make lint              format, lint and types; make format mends the first two
+## make lint              format, lint and types, checked
+## make format            format and lint, mended where that can be done for you
 ## make docs              the documentation, into docs/_build/html
 ## make bench             the sampler engine against the machine, Pyro and NumPyro (25 minutes)
 ## make test-slow         checks of minutes each, which a release waits for
@@ -8,14 +9,20 @@
 ## make test-lower-bounds the test suite with the oldest versions allowed
 ## make gpu-wheels        what .ci/gpu needs on a machine without a network, into wheels/
 ## make clean             remove what these made
+## make help              this list
 ##
-## Each sets up .venv on its own when it is missing or setup.cfg has changed. ARGS="..." is passed
-## on, to pytest too; PYTHON=python3.12 is the Python that .venv is made with.
+## Each sets up .venv on its own when it is missing or setup.cfg has changed. What may be said:
+##
+## ARGS="..."             passed on to what runs: pytest, Sphinx, the example, the benchmark
+## PYTHON=python3.12      the Python that .venv is made with
+## VENV=DIR               an environment elsewhere, instead of .venv
+## DOCS_PYTHON=python3    for docs: an interpreter with everything installed, instead of .venv
+## GPU_PYTHON=python3     the same for test-gpu
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
-# An interpreter for `make test-gpu` with everything installed, instead of .venv: GPU_PYTHON=python3
+DOCS_PYTHON ?=
 GPU_PYTHON ?=
 GPU_TESTS := tests/cuda tests/test_training.py tests/test_training_any_vae.py
 
@@ -75,8 +82,8 @@ format: $(VENV)/.stamp-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(VENV)/.stamp-docs
-	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+docs: $(if $(DOCS_PYTHON),,$(VENV)/.stamp-docs)
+	$(or $(DOCS_PYTHON),$(BIN)/python) -m sphinx -W --keep-going -b html $(ARGS) docs docs/_build/html
 
 clean:
 	rm -rf $(VENV) .venv-lower-bounds build *.egg-info docs/_build

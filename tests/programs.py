@@ -121,3 +121,32 @@ class BatchNormVAE(ConvVAE):
 
     def posterior(self, x):
         return super().posterior(self.norm(x))
+
+
+class PlaneVAE(nn.Module):
+    """Two latents, Bernoulli images 1x2x4: whatever is an integral can be a sum over a grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.weight = 2.5 * torch.randn(8, 2, generator=generator, dtype=torch.float64)
+        self.back = torch.linalg.pinv(self.weight) * 5
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            zeros = x.new_zeros(len(x), 2)
+            z = pyro.sample("z", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
+            logits = (z @ self.weight.T).view(-1, 1, 2, 4)
+            image = dist.Bernoulli(logits=logits, validate_args=False).to_event(3)
+            pyro.sample("x", image, obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            mean = (x.flatten(1) - 0.5) @ self.back.T
+            pyro.sample("z", dist.Normal(mean, 0.4 * torch.ones_like(mean)).to_event(1))
+
+
+def plane_classifier(latents):
+    """Three classes: sectors of the plane."""
+    angles = torch.tensor([0.3, 2.4, 4.5])
+    return latents @ torch.stack([angles.cos(), angles.sin()]) * 2.0

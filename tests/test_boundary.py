@@ -16,7 +16,7 @@ from pyro_vae_defence import attacks, defence, mcmc, metrics, models, training
 from pyro_vae_defence.attacks.interop import LatentClassifier
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import LinearClassifier
-from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.streams import Streams
@@ -113,9 +113,7 @@ def test_a_stock_kernel_runs_without_gradients():
         return pyro.infer.HMC(model, num_steps=2, step_size=0.1)
 
     guard = defence.MCMCDefence(VAE, kernel, num_samples=2, warmup_steps=1)
-    torch.manual_seed(0)
     expected = guard(_images(2), _generator()).samples["z"]
-    torch.manual_seed(0)
     with torch.no_grad():
         found = guard(_images(2), _generator()).samples["z"]
     assert torch.equal(found, expected)
@@ -216,6 +214,26 @@ def test_metrics_rank_no_nan():
         metrics.active_units(torch.tensor([[1.0, torch.nan], [2.0, 1.0]]))
 
 
+def test_images_and_features_that_are_none_are_named():
+    x = _images()
+    x[1, 0, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"x is not finite for 1 of 3 rows \(first rows: \[1\]\)"):
+        metrics.nll(VAE, x, num_samples=2)
+    features = torch.rand(4, 3, generator=_generator())
+    with pytest.raises(ValueError, match="other is not finite for 1 of 4 rows"):
+        metrics.frechet_distance(features, features.clone().fill_diagonal_(torch.inf)[[0, 3, 3, 3]])
+    with pytest.raises(ValueError, match="y is not finite for 1 of 3 rows"):
+        metrics.fid(_images(), x)
+
+
+def test_a_radius_that_float32_cannot_square_is_refused():
+    for ball in (L2, L1):
+        result = attacks.PGD(attacks.symmetric_kl(VAE), ball(1e12), 2)(_images(), _generator())
+        assert (result.x_adv != result.x_ref).flatten(2).any(2).all()
+        with pytest.raises(ValueError, match=r"must be at most 1e\+12"):
+            ball(1e20)
+
+
 def test_an_attack_without_a_finite_gradient_says_so():
     def objective(x_ref):
         # The root of zero has an infinite slope, times zero.
@@ -289,6 +307,36 @@ def _draws(global_seed, **options):
 
 def test_a_generator_governs_the_start_too():
     assert torch.equal(_draws(1), _draws(2))
+
+
+def test_a_generator_governs_what_comes_from_torchs_global_seed():
+    def kernel(model):
+        return pyro.infer.HMC(model, num_steps=2, step_size=0.1)
+
+    guard = defence.MCMCDefence(VAE, kernel, num_samples=2, warmup_steps=1)
+    x, drawn = _images(2), torch.Generator().manual_seed(3)
+    torch.manual_seed(1)
+    expected = guard(x, drawn).samples["z"]
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing of it was used
+    again = torch.Generator().manual_seed(3)
+    torch.manual_seed(2)
+    assert torch.equal(guard(x, again).samples["z"], expected)
+    # The generator goes on as ever, and so do later draws.
+    assert torch.equal(drawn.get_state(), again.get_state())
+    assert not torch.equal(guard(x, again).samples["z"], expected)
+    streamed = next(iter(guard.stream([x], torch.Generator().manual_seed(3))))
+    assert torch.equal(streamed.samples["z"], expected)
+    # Without one, and with torch's own, the global seed is what it was.
+    for own in (None, torch.default_generator):
+        found = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            found.append(guard(x, own).samples["z"])
+        assert torch.equal(found[0], found[1])
+        assert not torch.equal(found[0], found[2])
+        assert not torch.equal(guard(x, own).samples["z"], found[2])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -47,7 +47,7 @@ def separable(num):
 
 def test_the_papers_rule_learns_halves_and_stops():
     classifier = LinearClassifier(2, 2)
-    config = ClassifierConfig("toy", learning_rate=1.0, early_stop=4, batch_size=50)
+    config = ClassifierConfig("mnist_subset", learning_rate=1.0, early_stop=4, batch_size=50)
     history = fit_classifier(classifier, separable(500), separable(200), config)
     assert min(history) < 0.1  # nats; a coin has 0.69
     x, y = separable(500).tensors

@@ -176,8 +176,8 @@ def test_tables_and_figures_come_from_the_files_alone(run, capsys):
     before = [path.read_bytes() for path in drawn]
     # Alt texts say what is seen.
     end = result["knowledge"]["1"]["with_mcmc"]["ms_ssim"]["defended"]["estimate"]
-    seen = f"HMC, attacker knows the defence {end:.3f}.](images/figures_mnist_knowledge.png)"
-    assert seen in text
+    picture = "images/figures_mnist_knowledge.png"
+    assert f"HMC, the paper's target, attacker knows the defence {end:.3f}.]({picture})" in text
     assert main(["report", str(output)]) == 0
     assert "tables.md" in capsys.readouterr().out
     assert [path.read_bytes() for path in drawn] == before

@@ -44,18 +44,56 @@ def test_every_figure_stands_in_its_place(results):
     change(black, ["radii", "0.2", "hmc", "ms_ssim"], similar)
     read = ["radii", "0.2", "hmc", "accuracy", "class", "reencoded/mean", "attacked", "correct"]
     change(black, read, similar | {"estimate": 0.22})
-    known = ["reports", "classification/hmc", "robust", "mean", "estimate"]
+    report = ["reports", "classification/hmc"]
+    known = [*report, "robust", "mean", "estimate"]
     change(results / "robustness/mnist_radius_0.2.json", known, 0.33)
-    rows = [line.split(" | ") for line in front_table(results).splitlines() if "paper's" in line]
-    assert [row[0] for row in rows] == ["| HMC, the paper's target"]
-    assert rows[0][1] == "0.11 / 0.22"
-    assert rows[0][3].startswith("0.36 / 0.33")
+    change(results / "robustness/fashion_mnist_radius_0.2.json", known, 0.44)
+    clean = ["reports", "classification/none", "undefended_clean", "estimate"]
+    change(results / "robustness/fashion_mnist_radius_0.2.json", clean, 0.55)
+    lines = front_table(results).splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| HMC, the paper")]
+    assert [row[:3] for row in rows] == [["HMC, the paper's target", "0.11 / 0.22", "0.93 / 0.91"]]
+    assert rows[0][3:] == ["0.36 *?* / 0.33 *?*", "0.26 *?* / 0.44 *?*"]
+    (row,) = (line for line in lines if line.startswith("| without"))
+    assert row.endswith("/ 0.55 |")
+
+
+def test_a_report_that_calls_itself_unreliable_is_marked_and_says_why(results):
+    suite, report = (
+        results / "robustness/mnist_radius_0.2.json",
+        ["reports", "classification/aware"],
+    )
+
+    def front():
+        lines = front_table(results).splitlines()
+        (row,) = (line for line in lines if "(recommended target)" in line)
+        (note,) = (line for line in lines if line.startswith("- *?* marks"))
+        return row.split(" | ")[3], note
+
+    cell, note = front()
+    assert cell.count("*?*") == 2
+    assert "9 of 16" in note
+    assert "`finite_differences` in 8" in note
+    change(suite, [*report, "unreliable"], False)
+    cell, note = front()
+    assert cell == "0.93 *?* / 0.88"
+    assert "8 of 16" in note
+    assert "`finite_differences` in 7" in note
+
+
+def test_chains_of_the_table_are_told_from_those_that_are_recommended(results):
+    change(results / "robustness/mnist_radius_0.2.json", ["config", "chain", "burn_in"], 7)
+    (note,) = (line for line in front_table(results).splitlines() if ".recommended" in line)
+    recommended, here = note.split("The chains of the table")
+    assert "4 chains of 15 + 10 transitions from step size 0.2, burn-in 30" in recommended
+    assert "1 chain of 20 + 5 transitions from step size 0.5, burn-in 7" in here
 
 
 def test_what_was_not_measured_is_said(results):
     shutil.rmtree(results / "robustness_controls")
-    rows = [line for line in front_table(results).splitlines() if "control" in line]
-    assert all(row.endswith("| not measured |") for row in rows)
+    rows = [line for line in front_table(results).splitlines() if line.startswith("| control")]
+    assert len(rows) == 2
+    assert all(row.endswith("| not measured | not measured |") for row in rows)
 
 
 def test_the_readmes_program_runs(capsys):

@@ -15,6 +15,7 @@ import torch
 
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, PaperSetting
 from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.defences import label
 from pyro_vae_defence.experiments.html import robustness_page
 from pyro_vae_defence.experiments.robustness import (
     RATES,
@@ -139,7 +140,7 @@ class TestBlocks:
         assert "5 images in blocks of at most 3, L_inf radius 0.2" in table
         assert "so far" not in table
         _, page = write_pages({"robustness": Robustness}, tmp_path)
-        assert "classification/aware, 5 images" in page.read_text()
+        assert f"classification, {label('aware')}, 5 images" in page.read_text()
         # A file of blocks is no larger than it has to be.
         assert len(json.dumps(blocks["001"]["values"])) < 1500
 
@@ -257,6 +258,41 @@ def test_a_page_escapes_what_it_is_told_and_flags_what_is_unreliable(models, tmp
         robustness_page([])
 
 
+def test_curves_of_a_page_say_what_they_are_and_mark_what_is_unreliable():
+    path = Path(__file__).resolve().parents[1] / "docs/results/robustness/mnist_radius_0.2.json"
+    result = json.loads(path.read_text())
+    page = robustness_page([result])
+    curves = page[: page.index("<section>")].split("<h2>")[1:]
+    assert len(curves) == 2
+    for curve in curves:
+        for name in ("none", "hmc", "aware"):
+            assert f">{label(name)}</text>" in curve
+            assert f">{name}</text>" not in curve
+        # One scale for all.
+        assert all(
+            f">{tick}</text>" in curve for tick in ("0.0", "0.2", "0.4", "0.6", "0.8", "1.0")
+        )
+        assert "Hollow points" in curve
+        assert ">unreliable report</text>" in curve
+        assert curve.count("fill: #ffffff; stroke") == 3  # two points and the legend
+    for report in result["reports"].values():
+        report["unreliable"] = False
+    page = robustness_page([result])
+    assert "Hollow points" not in page
+    assert "fill: #ffffff; stroke" not in page[: page.index("<section>")]
+    assert f"reconstruction, {label('hmc')}, 20 images</h3>" in page.replace("&#x27;", "'")
+
+
+def test_a_result_can_be_taken_from_the_file_of_all():
+    path = Path(__file__).resolve().parents[1] / "docs/results/robustness/mnist_radius_0.2.json"
+    section = Robustness.section(json.loads(path.read_text()), [])
+    heading, _, rest = section.partition("<!-- begin mnist_radius_0.2 -->")
+    assert heading == "### robustness mnist_radius_0.2\n\n"
+    taken = rest.partition("<!-- end mnist_radius_0.2 -->")[0]
+    assert "1 chain of 20 + 5 transitions from step size 0.5, burn-in 0; seed 0" in taken
+    assert "Commands, commits, versions" in taken
+
+
 def test_pictures_are_rows_of_images():
     dark, bright = torch.zeros(2, 1, 3, 3), torch.full((2, 1, 3, 3), 1.5)
     pixels = matplotlib.image.imread(io.BytesIO(base64.b64decode(picture((dark, bright)))))
@@ -277,7 +313,7 @@ def test_every_dataset_and_radius_has_an_experiment():
     ("change", "message"),
     [
         ({"defences": "none"}, "defences must be a tuple"),
-        ({"defences": ("latents",)}, "defences has no 'latents'"),
+        ({"defences": ("latents",)}, "no defence is called 'latents'"),
         ({"targets": "latents"}, "targets must be a tuple"),
         ({"targets": ("latents",)}, "targets must be one of"),
         ({"engine": "SGD"}, "engine must be APGD, PGD or MomentumPGD, got 'SGD'"),

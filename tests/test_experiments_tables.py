@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.summary import adaptive
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
@@ -46,15 +48,41 @@ def test_commands_and_commits_are_folded_away():
 
 
 def test_the_page_of_all_results_is_what_the_command_writes_now(tmp_path, capsys):
-    for folder in ("compare", "robustness"):
+    for folder in ("compare", "robustness", "robustness_controls"):
         (tmp_path / folder).mkdir()
         for path in (RESULTS / folder).glob("*.json"):
             shutil.copy(path, tmp_path / folder)
     (tmp_path / "benchmark").mkdir()
     shutil.copy(RESULTS / "benchmark" / "samplers.json", tmp_path / "benchmark")
     assert main(["summary", str(tmp_path), "--images", str(tmp_path.parent / "images")]) == 0
-    assert "summary.md" in capsys.readouterr().out
-    assert (tmp_path / "summary.md").read_text() == (RESULTS / "summary.md").read_text()
+    printed = capsys.readouterr().out
+    for page in ("summary.md", "adaptive.md"):
+        assert page in printed
+        assert (tmp_path / page).read_text() == (RESULTS / page).read_text()
+
+
+def test_what_adaptive_attackers_leave_stands_in_its_place_and_is_marked(tmp_path):
+    suites = []
+    for folder in ("robustness", "robustness_controls"):
+        path = RESULTS / folder / "mnist_radius_0.2.json"
+        suites.append(json.loads(path.read_text()))
+    found = {"estimate": 0.5, "low": 0.4, "high": 0.6, "num_images": 20}
+    suites[0]["reports"]["classification/aware"]["robust"]["mean"] = found
+    suites[1]["reports"]["classification/dark_clip"]["unreliable"] = True
+
+    def row(figure):
+        (line,) = (line for line in adaptive(suites) if f", {figure};" in line)
+        return line.strip("| ").split(" | ")
+
+    cells = row("accuracy")
+    assert cells[0] == "MNIST, 0.2, accuracy; clean 0.95"
+    assert cells[1] == "0.03 [0.01, 0.07]"
+    assert cells[2] == "0.80 [0.58, 0.95] *?*"
+    assert cells[4] == "0.50 [0.40, 0.60] *?*"
+    assert "*?*" not in row("similarity")[2]
+    # What was measured otherwise is another row.
+    suites[1]["config"]["seed"] = 1
+    assert sum(", accuracy;" in line for line in adaptive(suites)) == 2
 
 
 def test_a_summary_of_nothing_is_refused(tmp_path, capsys):

@@ -251,9 +251,9 @@ SMALL = {
 }  # fmt: skip
 
 
-def save_models(directory):
+def save_models(directory, seed=0):
     """Untrained ones, as if they had been trained on the packaged images."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
     variance = {"z": torch.rand(64) + 0.1}
     save_pretrained(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance, **common)
@@ -495,7 +495,7 @@ class TestCommandLine:
 
     @pytest.mark.slow
     def test_a_study_of_the_package(self, tmp_path):
-        """``evaluate``, two of whose cells need the same values, and which writes a card."""
+        """``evaluate``, two of whose cells need the same values."""
         texts = []
         vae = ConvVAE()
         for folder in (tmp_path / "one", tmp_path / "two"):
@@ -511,8 +511,8 @@ class TestCommandLine:
             assert done.returncode == 0, done.stderr[-4000:]
             assert done.stdout.count("wrote") == 1
             texts.append(without_times((folder / "mnist_vae.json").read_text()))
-            card = load_card("mnist_vae", folder / "models")
-            assert len(card.metrics["test"]) == 4
+            # Of a part of the test set: the card stays as it is.
+            assert load_card("mnist_vae", folder / "models").metrics == {}
         assert texts[0] == texts[1]
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import math
 
-import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import nn
+from programs import PlaneVAE, plane_classifier
 
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import most_likely_image
@@ -54,35 +53,6 @@ def test_inequality_holds_at_every_latent(float64, name, kind, ratio):
         assert float((energy(x, narrow) - energy(x, wide)).min()) > 1e-3  # it says something
 
 
-class PlaneVAE(nn.Module):
-    """Two latents, Bernoulli images 1x2x4: masses are sums over a grid."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(2)
-        self.weight = 2.5 * torch.randn(8, 2, generator=generator, dtype=torch.float64)
-        self.back = torch.linalg.pinv(self.weight) * 5
-
-    def model(self, x):
-        with pyro.plate("data", len(x)):
-            zeros = x.new_zeros(len(x), 2)
-            z = pyro.sample("z", dist.Normal(zeros, torch.ones_like(zeros)).to_event(1))
-            logits = (z @ self.weight.T).view(-1, 1, 2, 4)
-            image = dist.Bernoulli(logits=logits, validate_args=False).to_event(3)
-            pyro.sample("x", image, obs=x)
-
-    def guide(self, x):
-        with pyro.plate("data", len(x)):
-            mean = (x.flatten(1) - 0.5) @ self.back.T
-            pyro.sample("z", dist.Normal(mean, 0.4 * torch.ones_like(mean)).to_event(1))
-
-
-def classifier(latents):
-    """Three classes: sectors of the plane."""
-    angles = torch.tensor([0.3, 2.4, 4.5])
-    return latents @ torch.stack([angles.cos(), angles.sin()]) * 2.0
-
-
 class TestInThePlane:
     epsilon, delta = 0.06, 0.08
 
@@ -102,7 +72,7 @@ class TestInThePlane:
 
     @pytest.fixture
     def labels(self, vae, x):
-        return classifier(program.posterior_mean(vae, x)["z"]).argmax(-1)
+        return plane_classifier(program.posterior_mean(vae, x)["z"]).argmax(-1)
 
     GRID = torch.linspace(-6, 6, 121, dtype=torch.float64)
 
@@ -110,7 +80,7 @@ class TestInThePlane:
         """Log-masses of the right class and of the others around each image, ``(N,)`` each."""
         z = torch.cartesian_prod(self.GRID, self.GRID)
         decoded = (z @ vae.weight.T).sigmoid().view(-1, 1, 2, 4)
-        read = classifier(program.posterior_mean(vae, decoded)["z"]).argmax(-1)
+        read = plane_classifier(program.posterior_mean(vae, decoded)["z"]).argmax(-1)
         area = 2 * math.log(float(self.GRID[1] - self.GRID[0]))
         found = []
         for image, label in zip(x, labels, strict=True):
@@ -130,7 +100,15 @@ class TestInThePlane:
         options = {"num_temperatures": 16, "num_steps": 3, "num_walks": 16, **options}
         generator = torch.Generator().manual_seed(1)
         return mass_bound(
-            vae, classifier, x, labels, ball, self.delta, clean, generator=generator, **options
+            vae,
+            plane_classifier,
+            x,
+            labels,
+            ball,
+            self.delta,
+            clean,
+            generator=generator,
+            **options,
         )
 
     def test_masses_are_those_of_a_grid(self, vae, x, labels, clean):

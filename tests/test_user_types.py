@@ -84,7 +84,7 @@ chains = defence.MCMCDefence(vae, kernel, 10, 5, perturbation=pvd.Linf(0.1))
 recommended = defence.MCMCDefence.recommended(vae, pvd.Linf(0.1), x)
 print(similarity(vae, x, chains), similarity(vae, x, recommended))
 chains(x).to_arviz().to_netcdf("chains.nc")
-report = evaluate_robustness(vae, chains, x, pvd.Linf(0.1), budget=Budget.quick())
+report = evaluate_robustness(vae, chains, x, ball=pvd.Linf(0.1), budget=Budget.quick())
 report.save_html("report.html")
 """
 

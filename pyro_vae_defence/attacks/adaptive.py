@@ -3,7 +3,7 @@ r"""Gradients through a randomised, defended encoder for an attacker who knows i
 The defended encoder starts at :math:`z_0 \sim q(z|x)` and runs a chain to :math:`z_T = F(x, z_0;
 \xi)`; the attacker maximises :math:`E[f(z_T)]`, with f a distance of latents, damage to the
 reconstruction, or a classifier's loss. Nothing here knows what the chain is: it comes as a
-callable. Seven gradients, by what they take for known:
+callable. Eight gradients, by what they take for known:
 
 1. *transfer*: the chain is the identity. The paper's attack.
 2. *bpda*: the true :math:`z_T`, with :math:`dz_T/dz_0 = I` and :math:`\partial F/\partial x = 0`.
@@ -28,14 +28,22 @@ callable. Seven gradients, by what they take for known:
    own maximum does: there the defence does not see x move.
 7. *nes*: a black box, from values alone, by antithetic Gaussian smoothing,
    :math:`\frac{1}{2 \sigma n} \sum_j [f(x + \sigma u_j) - f(x - \sigma u_j)] u_j`.
+8. *evidence*, for classes: with A the latents that are read as the right one and :math:`M_A =
+   \int_A e^{-U(z; x)} dz`, what decides is :math:`\log M_{\neg A} - \log M_A`. Its gradient,
+
+   .. math:: E_A[\nabla_x U(z; x)] - E_{\neg A}[\nabla_x U(z; x)],
+
+   comes from two populations of chains, each kept in its set, and does not vanish where all draws
+   of a defence agree on a class, as every other gradient of the class does.
 
 Of these 1 to 5 are *pathwise*: a :class:`DefendedEncoder`, whose values are the defence's latents
 and whose derivative is the estimate; :func:`expected` makes an objective of it by averaging over
 draws (EOT). 6 and 7 are objectives whose value is the estimated :math:`E[f]` and whose derivative
-is the estimate. All take where chains start, ``start``, the ``chain``, called without gradient
-unless it is unrolled, and perhaps ``resume``, a few transitions that stand for the chain where it
-goes on from its end at the attacker's last step. An objective's noise is fresh with every call,
-unless ``resample=False`` freezes it (common random numbers).
+is the estimate; the value of 8 is the difference of mean energies. All take where chains start,
+``start``, the ``chain``, called without gradient unless it is unrolled, and perhaps ``resume``, a
+few transitions that stand for the chain where it goes on from its end at the attacker's last step.
+An objective's noise is fresh with every call, unless ``resample=False`` freezes it (common random
+numbers).
 
 Biases. Unroll is exact for one trajectory, not for how decisions depend on x. BPDA replaces
 :math:`\partial_x F + \partial_{z_0} F\, dz_0/dx` by :math:`dz_0/dx`: for a chain that has forgotten
@@ -351,6 +359,60 @@ def equilibrium(
             weight = (per_chain - per_chain.mean(0)) / (num_chains - 1)
             energies = lat.unfold(energy(images, latents), num_chains)
             return value + _derivative_only(-(weight * energies).sum(0))
+
+        return objective
+
+    return prepare
+
+
+Population: TypeAlias = Callable[[Tensor, Latents | None, Streams], tuple[Latents, Tensor]]
+"""Images ``(M, C, H, W)``, where chains were at the last step, and streams of their rows -> where
+they are, and whether the row has a chain, bool ``(M,)``."""
+
+
+def evidence(
+    right: Callable[[Tensor], Population],
+    wrong: Callable[[Tensor], Population],
+    energy: ImageEnergy,
+    num_chains: int = 8,
+    *,
+    generator: torch.Generator | None = None,
+) -> PreparedObjective:
+    """The evidence of the wrong classes against the right one, by chains kept in either set.
+
+    Its value is the mean energy of chains in the right set less that of chains in the wrong one, in
+    nats, and its derivative that of log M of the wrong set less log M of the right one, once chains
+    are stationary. A mean over no chain is 0.
+
+    Args:
+        right, wrong: reference images, in as many copies as there are chains, to what moves the
+            chains of either set.
+        energy: U(z; x), differentiable in the image.
+        num_chains: independent chains per image and set, >= 1.
+        generator: of the seed; the global one when ``None``.
+
+    Raises:
+        ValueError: if ``num_chains`` is out of range.
+    """
+    check_integer("num_chains", num_chains)
+
+    def prepare(x_ref: Tensor) -> Objective:
+        copies = x_ref.repeat(num_chains, 1, 1, 1)
+        populations = [population(copies) for population in (right, wrong)]
+        noise = _noise(num_chains, True, generator)
+        previous: list[Latents | None] = [None, None]
+
+        def objective(x: Tensor) -> Tensor:
+            images, streams = x.repeat(num_chains, 1, 1, 1), noise(x)
+            means = []
+            for number, population in enumerate(populations):
+                with torch.no_grad():
+                    latents, there = population(images.detach(), previous[number], streams)
+                previous[number] = lat.detach(latents)
+                energies = torch.where(there, energy(images, lat.detach(latents)), 0.0)
+                count = lat.unfold(there, num_chains).sum(0).clamp(min=1)
+                means.append(lat.unfold(energies, num_chains).sum(0) / count)
+            return means[0] - means[1]
 
         return objective
 

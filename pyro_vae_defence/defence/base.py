@@ -31,6 +31,7 @@ class Defence(Protocol):
 
     vae: VAE
 
+    @public
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
         """Defend images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)``."""
 
@@ -79,6 +80,7 @@ class BaseDefence(ABC):
         """Latents of images ``(N, C, H, W)`` after the defence: site -> ``(N, *event)``."""
         return self(x, generator).latents
 
+    @public
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
         """Defend images ``(N, C, H, W)`` in [0, 1], attacked or not.
 
@@ -86,7 +88,7 @@ class BaseDefence(ABC):
         ``generator`` is the source of the run's seed; torch's global seed when ``None``.
         """
         # Drawn before anything that consumes randomness in proportion to the batch.
-        parts = self.parts(x, "x", draw_seed(generator), 0)
+        parts = self.parts(x, "x", draw_seed(generator), 0, generator is not None)
         return DefenceResult.join(list(parts))
 
     def stream(
@@ -106,7 +108,7 @@ class BaseDefence(ABC):
         first = 0
         for batch in batches:
             images = taken(batch, self.vae)
-            yield from self.parts(images, "batches", seed, first)
+            yield from self.parts(images, "batches", seed, first, generator is not None)
             first += len(images[0])
 
     def to_zarr(
@@ -192,15 +194,20 @@ class BaseDefence(ABC):
         return store.write(path, dataset, chunk_size, defend, identity, observed_data, progress)
 
     def parts(
-        self, images: ImagesLike, name: str, seed: int, first: int
+        self, images: ImagesLike, name: str, seed: int, first: int, governs: bool = False
     ) -> Iterator[DefenceResult]:
-        """One result per micro-batch of images, numbered from ``first``; errors say ``name``."""
+        """One result per micro-batch of images, numbered from ``first``; errors say ``name``.
+
+        ``governs`` says whether what comes from torch's global generators is to follow the seed.
+        """
         conditions = split(images, name)[1]
         vae, x = program.at_images(self.vae, images, name)
         at_once = max(1, self.batch_size // self.num_chains)
         for start in range(0, x.shape[0], at_once):
             rows = slice(start, start + at_once)
-            result = self._defend(take(vae, rows), x[rows], seed, first + start)
+            number = first + start
+            generator = torch.Generator().manual_seed(seed + number) if governs else None
+            result = self._defend(take(vae, rows), x[rows], seed, number, generator)
             yield replace(result, conditions=rows_of(conditions, rows))
 
     def _filter(self, x: Tensor) -> Tensor:
@@ -219,7 +226,15 @@ class BaseDefence(ABC):
         """What :attr:`DefenceResult.settings` are to say."""
 
     @public
-    def _defend(self, vae: VAE, x: Tensor, seed: int, first_image: int) -> DefenceResult:
+    def _defend(
+        self,
+        vae: VAE,
+        x: Tensor,
+        seed: int,
+        first_image: int,
+        generator: torch.Generator | None,
+    ) -> DefenceResult:
+        # The generator is there for what :func:`public` does with it.
         started = time.perf_counter()
         with program.evaluation_mode(vae):
             x = self._filter(x)

@@ -102,8 +102,15 @@ class EncoderDefence(BaseDefence):
             )
         return check_images(filtered, "preprocess(x)")
 
-    def _defend(self, vae: VAE, x: Tensor, seed: int, first_image: int) -> DefenceResult:
-        result = super()._defend(vae, x, seed, first_image)
+    def _defend(
+        self,
+        vae: VAE,
+        x: Tensor,
+        seed: int,
+        first_image: int,
+        generator: torch.Generator | None,
+    ) -> DefenceResult:
+        result = super()._defend(vae, x, seed, first_image, generator)
         if self.preprocess is None:
             return result
         streams = Streams.create(len(x), seed=seed, first_image=first_image, device=x.device)

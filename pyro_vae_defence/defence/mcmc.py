@@ -116,8 +116,9 @@ class MCMCDefence(BaseDefence):
             ``None`` runs the model's Python every time: recording takes longer than short runs do.
         batch_size: most chains (images times ``num_chains``) at a time. Results do not depend on
             it, unless the kernel couples images, as the paper's preset does, or noise comes from
-            torch's global seed: that of other kernels, and of starts where the guide's latents are
-            of families unknown to :mod:`pyro_vae_defence.ops.draws`, such as ``VonMises``.
+            torch's global generators: that of other kernels, and of starts where the guide's
+            latents are of families unknown to :mod:`pyro_vae_defence.ops.draws`, such as
+            ``VonMises``.
         progress: show a progress bar.
 
     Raises:

@@ -40,6 +40,7 @@ from pyro_vae_defence.experiments.classify import CLASSIFIERS, LatentInputs, cla
 from pyro_vae_defence.experiments.defences import (
     KINDS,
     Setting,
+    chain_words,
     colour,
     defence_spec,
     known_defence,
@@ -539,8 +540,15 @@ def verdicts(results: list[dict[str, Any]]) -> str:
         for name, words in line.verdicts.items()
     ]
     columns = ["verdict", "data set, radius", "defence", "correct, attacked", "best control"]
-    sources = tables.sources([result for line, result in found if line is not None])
-    return "\n".join([*tables.table(columns, rows), *sources])
+    named = [result for line, result in found if line is not None]
+    chains: dict[str, list[str]] = {}
+    for result in named:
+        chains.setdefault(chain_words(result["config"]["chain"]), []).append(
+            result["name"].replace("_", " ")
+        )
+    words = "; ".join(f"{', '.join(names)}: {chain}" for chain, names in chains.items())
+    note = f"Chains, which are not those of `MCMCDefence.recommended`: {words}."
+    return "\n".join([*tables.table(columns, rows), note, "", *tables.sources(named)])
 
 
 def _readings_tables(radius: float, cells: dict[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ names none assumes the attack's own. A new defence or control is one entry of :d
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
@@ -239,6 +239,17 @@ def label(name: str) -> str:
     if KINDS[kind].radius:
         text += " δ = radius" if radius is None else f" δ = {radius:g}"
     return text if transitions is None else f"{text}, {transitions} transitions"
+
+
+def chain_words(chain: Mapping[str, Any]) -> str:
+    """Chains in words: from the fields of a
+    :class:`~pyro_vae_defence.experiments.configuration.ChainConfig` in a result file."""
+    number = chain["num_chains"]
+    return (
+        f"{number} chain{'' if number == 1 else 's'} of {chain['warmup_steps']} + "
+        f"{chain['num_samples']} transitions from step size {chain['step_size']:g}, burn-in "
+        f"{chain['burn_in']}"
+    )
 
 
 _COLOURS = {

@@ -48,7 +48,7 @@ from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefence, Reading
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
-from pyro_vae_defence.experiments.defences import Setting, colour, make_defence
+from pyro_vae_defence.experiments.defences import Setting, colour, label, make_defence
 from pyro_vae_defence.experiments.drawing import interval_curve
 from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.models import program
@@ -354,7 +354,7 @@ class Figures(Measurement[FiguresConfig]):
 
 # --- Tables ---------------------------------------------------------------------------------------
 
-_DEFENCES = {"undefended": "no defence", "defended": "HMC"}
+_DEFENCES = {"undefended": label("none"), "defended": label("hmc")}
 _COLOURS = {"undefended": colour("none"), "defended": colour("hmc")}
 _SHOWN = {"images": "image", **_DEFENCES}
 
@@ -396,8 +396,9 @@ _MEASURES = (
 def _knowledge_table(result: dict[str, Any]) -> list[str]:
     config, metric = result["config"], result["metric"]
     columns = [
-        "radius", "attacker", f"{metric}: images", "reconstructions, no defence",
-        "reconstructions, HMC", "class unchanged, no defence", "class unchanged, HMC",
+        "radius", "attacker", f"{metric}: images",
+        *(f"reconstructions, {name}" for name in _DEFENCES.values()),
+        *(f"class unchanged, {name}" for name in _DEFENCES.values()),
         "symmetric KL (nats)", "seconds per image of the attack", "best gradient, images",
     ]  # fmt: skip
     rows = [["0", "none", *_values(result["clean"]["reference"]), "", ""]]
@@ -463,15 +464,15 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
             for radius, cells in result["knowledge"].items()
             if attacker in cells
         }
-        for name, label, color in (
+        for name, text, color in (
             ("images", "images", "black"),
             (defence, f"reconstructions, {_DEFENCES[defence]}", _COLOURS[defence]),
         ):
             entries = [cell["ms_ssim"][name] for cell in found.values()]
-            interval_curve(axes, list(found), entries, label, color)
+            interval_curve(axes, list(found), entries, text, color)
         floor = result["clean"]["reference"]["ms_ssim"]["undefended"]["estimate"]
         axes.axhline(floor, color="gray", lw=1, ls=":", label="two draws at the reference")
-        title = f"attacker {ATTACKERS[attacker]}; {_DEFENCES[defence]}\n({place})"
+        title = f"attacker {ATTACKERS[attacker]};\n{_DEFENCES[defence]} ({place})"
         axes.set_title(title, fontsize=10)
         axes.set_ylim(0, 1.02)
     for axes in figure.axes[2:]:
@@ -483,7 +484,7 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
         for axes in figure.axes
         for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 
@@ -493,7 +494,7 @@ def examples_figure(result: dict[str, Any]) -> Figure:
     width, height = 0.6 * number + 0.1, 0.6 * len(_SHOWN) + 0.35
     columns = {"reference": dict.fromkeys(ATTACKERS, result["clean"]["reference"])}
     columns |= {f"radius {radius}": cells for radius, cells in result["knowledge"].items()}
-    size = (len(columns) * width + 1, len(ATTACKERS) * height)
+    size = (len(columns) * width + 2.2, len(ATTACKERS) * height)
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(ATTACKERS), len(columns), squeeze=False)
     for panels, (attacker, title) in zip(grid, ATTACKERS.items(), strict=True):

@@ -11,7 +11,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from pyro_vae_defence.experiments.drawing import interval_curve
+from pyro_vae_defence.experiments.defences import colour, label
+from pyro_vae_defence.experiments.drawing import interval_curve, legend_below
 from pyro_vae_defence.robustness.html import INTRODUCTION, details, page, summary
 
 ROBUST = ("robust/mean", "robust/averaged", "robust/worst_of_n")
@@ -43,7 +44,10 @@ def robustness_page(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """One picture per model and target: the figure against the radius, clean images at radius 0."""
+    """One picture per model and target: the figure against the radius, clean images at radius 0.
+
+    All have one scale. What a report that calls itself unreliable says is a hollow point.
+    """
     groups: dict[tuple[str, str], dict[str, list[tuple[float, dict[str, Any]]]]] = {}
     for result in results:
         for key, report in result["reports"].items():
@@ -51,19 +55,30 @@ def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
             lines = groups.setdefault((result["config"]["model"], target), {})
             lines.setdefault(defence, []).append((result["config"]["radius"], report))
     for (model, target), lines in groups.items():
-        figure = Figure(figsize=(5, 3.2), layout="constrained")
+        figure = Figure(figsize=(5.6, 4), layout="constrained")
         axes = figure.subplots()
+        hollow: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7, "mfc": "white", "zorder": 3}
+        unreliable = False
         for defence, points in lines.items():
             # The clean figure of a defence that assumes a radius depends on it: that of the
             # smallest.
             entries = [(0.0, points[0][1]["clean"]["mean"])]
             entries += [(radius, report["robust"]["mean"]) for radius, report in points]
             radii, figures = zip(*entries, strict=True)
-            interval_curve(axes, radii, figures, defence)
-        axes.set_xlabel("radius of the attack (0: clean images)")
+            interval_curve(axes, radii, figures, label(defence), colour(defence))
+            for (radius, report), entry in zip(points, figures[1:], strict=True):
+                if report["unreliable"]:
+                    unreliable = True
+                    axes.plot(radius, entry["estimate"], color=colour(defence), **hollow)
+        axes.set(xlabel="radius of the attack (0: clean images)", ylim=(-0.03, 1.03))
         axes.set_ylabel(f"robust {next(iter(lines.values()))[0][1]['figure']}")
-        axes.legend(fontsize=8)
-        yield f"<h2>{escape(model)}, {escape(target)}</h2>\n{_svg(figure)}"
+        text = "The worst case per image over all attacks, with 95% intervals over images."
+        if unreliable:
+            axes.plot([], [], color="dimgray", label="unreliable report", **hollow)
+            text += " Hollow points are of reports that call themselves unreliable."
+        legend_below(figure, axes, 2)
+        yield f"<h2>{escape(model)}, {escape(target)}</h2>"
+        yield f'<p class="note">{text}</p>\n{_svg(figure)}'
 
 
 def _svg(figure: Figure) -> str:
@@ -84,7 +99,12 @@ def _result(result: dict[str, Any]) -> Iterator[str]:
         f"{config['num_images']} images, model <code>{escape(config['model'])}</code>, seed "
         f"{config['seed']}.</p>"
     )
-    yield summary(result["reports"])
-    for key, report in result["reports"].items():
-        yield from details(key, report)
+    titles = {
+        f"{target}, {label(defence)}": report
+        for key, report in result["reports"].items()
+        for target, defence in [key.split("/")]
+    }
+    yield summary(titles)
+    for title, report in titles.items():
+        yield from details(title, report)
     yield "</section>"

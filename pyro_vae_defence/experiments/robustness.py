@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,9 +29,12 @@ from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import (
+    KINDS,
     PaperName,
     Published,
     Setting,
+    chain_words,
+    defence_spec,
     label,
     make_defence,
 )
@@ -48,6 +51,9 @@ from pyro_vae_defence.robustness import (
     evaluate_robustness,
 )
 from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
+
+PUBLISHED_BUDGET = replace(Budget.standard(), max_evaluations=17_000)
+"""That of the published reports, whose suite had no attack on the evidence yet."""
 
 Target = Literal["reconstruction", "classification"]
 Gradients = Literal["traced", "recorded", "graph"]
@@ -97,7 +103,7 @@ class RobustnessConfig(conf.Configuration):
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     paper: PaperName | None = None
     gradients: Gradients = "traced"
-    budget: Budget = Budget.standard()
+    budget: Budget = PUBLISHED_BUDGET
     checks: bool = True
     seed: conf.Natural = 0
 
@@ -349,7 +355,8 @@ class Robustness(Measurement[RobustnessConfig]):
 
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:
-        """The worst cases, and what each attack left."""
+        """The worst cases, and what each attack left; between two comments, by which a page takes
+        one result from the file of all."""
         config, budget = result["config"], result["config"]["budget"]
         found = reports(result)
         columns = [
@@ -367,12 +374,15 @@ class Robustness(Measurement[RobustnessConfig]):
             ]
             for key, report in found.items()
         ]
+        # Of a published chain the paper's table has the lengths.
+        moved = any(KINDS[defence_spec(name).kind].chain for name in config["defences"])
+        chains = f"chains: {chain_words(config['chain'])}; " if moved else ""
         note = (
             f"{config['num_images']} images{in_blocks(config)}, L_inf radius "
             f"{config['radius']:g}, model `{config['model']}`, classes read "
             f"`{config['reading']}`, {budget['num_steps']} steps of {config['engine']}, "
-            f"{budget['num_restarts']} restart(s), seed {config['seed']}. Higher is more robust; "
-            "per-image worst case over attacks on fresh seeds, 95% intervals over images. "
+            f"{budget['num_restarts']} restart(s); {chains}seed {config['seed']}. Higher is more "
+            "robust; per-image worst case over attacks on fresh seeds, 95% intervals over images. "
             "Heuristic, not certified."
         )
         lines = tables.table(columns, rows, ["", "figure", "clean", "robust, mean", "reliable"])
@@ -386,7 +396,10 @@ class Robustness(Measurement[RobustnessConfig]):
             each_one += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
             why = ", and why it is unreliable" if report["unreliable"] else ""
             lines += tables.folded(f"{key}, figure under each attack{why}", each_one)
-        return tables.section(f"### robustness {result['name']}", note, lines, result)
+        name = result["name"]
+        lines = [f"<!-- begin {name} -->", "", note, "", *lines]
+        whole = tables.section(f"### robustness {name}", "", lines, result)
+        return f"{whole}\n<!-- end {name} -->\n"
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:

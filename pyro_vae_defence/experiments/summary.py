@@ -10,11 +10,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.compare import ADVISED, Headline, headline
-from pyro_vae_defence.experiments.defences import colour, label
+from pyro_vae_defence.experiments.defences import chain_words, colour, label
 from pyro_vae_defence.experiments.drawing import save_figure
+from pyro_vae_defence.experiments.leaderboard import Entry
+from pyro_vae_defence.experiments.robustness import reports
+from pyro_vae_defence.experiments.train import DATASETS
 from pyro_vae_defence.ops.files import write_atomically
 
 _CONTROL = "best control"
@@ -23,11 +27,12 @@ _KERNELS = ("hmc_burn_in", "nuts", "paper")
 
 
 def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str]) -> list[Path]:
-    """Write ``summary.md`` into the directory of all results, and its picture.
+    """Write ``summary.md`` into the directory of all results, its picture, and ``adaptive.md``, the
+    part of it about attackers who know the defence.
 
     Args:
         results: directory with the folders ``compare``, ``robustness`` and ``benchmark``, each with
-            result files.
+            result files; further ones of ``robustness`` may lie in ``robustness_controls``.
         images: directory of the picture.
 
     Raises:
@@ -38,14 +43,19 @@ def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str
     headlines = [line for line in map(headline, found) if line is not None]
     save_figure(summary_figure(headlines), picture)
     link = Path(os.path.relpath(picture, results)).as_posix()
+    suites = list(study.read(results / "robustness", "robustness").values())
+    if (controls := results / "robustness_controls").exists():
+        suites += study.read(controls, "robustness").values()
+    known = list(adaptive(suites))
     lines = [
         *_defended(headlines, link),
-        *_adaptive(study.read(results / "robustness", "robustness")),
+        *known,
         *_kernels(study.load(results / "benchmark" / "samplers.json", "benchmark")),
     ]
-    page = results / "summary.md"
-    write_atomically(page, "\n".join(lines).encode())
-    return [page, picture]
+    pages = {"summary": lines, "adaptive": known}
+    for name, text in pages.items():
+        write_atomically(results / f"{name}.md", "\n".join(text).encode())
+    return [*(results / f"{name}.md" for name in pages), picture]
 
 
 def summary_figure(headlines: list[Headline]) -> Figure:
@@ -101,28 +111,50 @@ def _defended(headlines: list[Headline], link: str) -> Iterator[str]:
     yield from tables.table(["data set, radius", *heads], rows)
 
 
-def _adaptive(results: dict[str, dict[str, Any]]) -> Iterator[str]:
-    names = ("none", "hmc", "aware")
-    yield "Worst case per image over all attacks, those that know the defence among them:"
+def adaptive(suites: list[dict[str, Any]]) -> Iterator[str]:
+    """A row per setting and figure: what the worst of all attacks leaves of each defence."""
+    found: dict[tuple[Any, ...], dict[str, Entry]] = {}
+    for suite in suites:
+        config = suite["config"]
+        models = [f"{name}_vae" for name in DATASETS]
+        place = models.index(config["model"]) if config["model"] in models else len(models)
+        for key, report in reports(suite).items():
+            target, name = key.split("/")
+            entry = Entry(config, name, report)
+            row = (place, config["radius"], config["targets"].index(target), entry.setting)
+            found.setdefault(row, {})[name] = entry
+    names = ("none", "dark_clip", "hmc", "aware")
+    yield (
+        "Attackers who know the defence: the worst case per image over all attacks of the suite, "
+        "by data set, radius and figure (similarity is MSSSIM of reconstructions). *Clean* is "
+        "without attack and defence."
+    )
     yield ""
     rows = []
-    for result in results.values():
-        config = result["config"]
-        for target in config["targets"]:
-            reports = {name: result["reports"].get(f"{target}/{name}") for name in names}
-            some = next((report for report in reports.values() if report), None)
-            if some is not None:
-                what = f"`{config['model']}`, {config['radius']:g}, {some['figure']}"
-                rows.append([what, *map(_worst_case, reports.values())])
-    yield from tables.table(["model, radius, figure", *map(label, names)], rows)
-    yield "A *?* marks a report that calls itself unreliable."
+    for row in sorted(found):
+        config, _, report = next(iter(found[row].values()))
+        figure = "accuracy" if report["figure"] == "accuracy" else "similarity"
+        title = DATASETS.get(config["model"].removesuffix("_vae"), f"`{config['model']}`")
+        clean = report["undefended_clean"]["estimate"]
+        what = f"{title}, {config['radius']:g}, {figure}; clean {clean:.2f}"
+        rows.append([what, *(_worst_case(found[row].get(name)) for name in names)])
+    yield from tables.table(["data set, radius, figure", *map(label, names)], rows)
+    chains = dict.fromkeys(chain_words(suite["config"]["chain"]) for suite in suites)
+    own = chain_words(RECOMMENDED_KERNEL | RECOMMENDED_LENGTHS)
+    yield (
+        "*?* marks a report that calls itself unreliable: one of the checks of its attacks failed, "
+        "and they may be weaker than they look, so its figure is not shown to be better than one "
+        f"without the mark. Chains: {'; '.join(chains)}; `MCMCDefence.recommended`, on the target "
+        f"of the last column, runs {own}, which no adaptive attacker has met here."
+    )
     yield ""
 
 
-def _worst_case(report: dict[str, Any] | None) -> str:
-    if report is None:
+def _worst_case(entry: Entry | None) -> str:
+    if entry is None:
         return tables.NOT_MEASURED
-    return tables.interval(report["robust"]["mean"]) + (" *?*" if report["unreliable"] else "")
+    mark = " *?*" if entry.report["unreliable"] else ""
+    return tables.interval(entry.report["robust"]["mean"], 2) + mark
 
 
 def _kernels(result: dict[str, Any]) -> Iterator[str]:

@@ -142,11 +142,7 @@ def move(
     gradients. Arguments as those of :func:`walk`."""
     energy = _Tempered(target, base, b)
     state = hmc.HMCState(point.position, *point.tempered(b), step)
-    momentum = hmc.draw_momentum(streams, step, point.position, inverse_mass)
-    phase, start, end = hmc.trajectory(energy, state, momentum, step_size, num_steps, inverse_mass)
-    if allowed is not None:
-        end = end.masked_fill(~allowed(phase.position), torch.inf)
-    _, info = hmc.accept(state, phase, start, end, streams, step_size, num_steps)
+    _, info = hmc.step(energy, state, streams, step_size, num_steps, inverse_mass, allowed)
     assert energy.last is not None
     return energy.last.where(info.accepted, point), info.acceptance_rate
 

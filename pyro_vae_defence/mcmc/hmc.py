@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -190,6 +191,7 @@ def step(
     step_size: Tensor,
     num_steps: int,
     inverse_mass: LatentsLike | None = None,
+    allowed: Callable[[Latents], Tensor] | None = None,
 ) -> tuple[HMCState, HMCInfo]:
     """One transition of every chain: ``num_steps`` gradients.
 
@@ -200,7 +202,11 @@ def step(
         step_size: per chain ``(N,)``.
         num_steps: leapfrog steps L >= 1, common to the batch and independent of the state.
         inverse_mass: diagonal of M^-1 per site; identity when ``None``.
+        allowed: latents to bool ``(N,)``: the set in which chains stay, that of rows for which it
+            holds; a proposal outside is rejected, and the target is the density restricted to it.
     """
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
     phase, start, end = trajectory(potential, state, momentum, step_size, num_steps, inverse_mass)
+    if allowed is not None:
+        end = end.masked_fill(~allowed(phase.position), torch.inf)
     return accept(state, phase, start, end, streams, step_size, num_steps)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_on_device
+from pyro_vae_defence.ops.checks import check_finite, check_on_device
 
 Extractor = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` in [0, 1] -> features ``(N, F)``."""
@@ -39,7 +39,7 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
         features, other: shapes ``(N, F)`` and ``(M, F)``, two rows or more each.
 
     Raises:
-        ValueError: the shapes do not fit, or devices differ.
+        ValueError: the shapes do not fit, devices differ, or features are not finite.
     """
     for name, value in (("features", features), ("other", other)):
         if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[1]:
@@ -47,6 +47,7 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
                 f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and "
                 "the same F in both"
             )
+        check_finite(name, value, "see what the extractor does with these rows")
     check_on_device("other", other, "features", features.device)
     (mean, covariance), (other_mean, other_covariance) = _moments(features), _moments(other)
     values, vectors = torch.linalg.eigh(covariance)
@@ -100,6 +101,7 @@ def fid(
                 f"{name} has shape {tuple(images.shape)}: pass (N, C, H, W) with two images or "
                 "more and one or three channels"
             )
+        check_finite(name, images, "drop or repair these images first")
     path = None if weights_path is None else str(weights_path)
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance

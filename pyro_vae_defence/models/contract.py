@@ -157,6 +157,8 @@ def at_images(
     check_vae(vae)
     x, conditions = split(images, name)
     check_images(x, name, unit_interval=unit_interval)
+    if not unit_interval:
+        check_finite(name, x, "repair these images or leave them out")
     check_networks_on_device("vae", vae, name, x)
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":

@@ -86,6 +86,9 @@ class ConvVAE(ScopedModule):
             likelihood = "bernoulli" if in_channels == 1 else "gaussian"
         if likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(f"likelihood must be 'bernoulli' or 'gaussian', got {likelihood!r}")
+        number = isinstance(log_variance, (int, float)) and not isinstance(log_variance, bool)
+        if not (number and abs(log_variance) < 100):
+            raise ValueError(f"log_variance must be a number within +-100, got {log_variance!r}")
         if image_size not in IMAGE_SIZES:
             raise ValueError(
                 f"image_size must be one of {IMAGE_SIZES}, got {image_size!r}: scale or pad the "

@@ -40,13 +40,14 @@ class Ball:
     ``L2`` or ``L1`` may cover all images, as a bound that does not bind.
 
     Raises:
-        ValueError: if ``radius`` is no positive finite number, or above 1 in ``Linf``.
+        ValueError: if ``radius`` is no positive finite number, above 1 in ``Linf``, or larger than
+            any image and float32 allow in the others.
     """
 
     radius: float
     norm_name: ClassVar[str]
-    # Beyond which a radius is a mistake, whatever the images.
-    _largest: ClassVar[float] = math.inf
+    largest: ClassVar[float] = 1e12
+    """Beyond which a radius is a mistake, whatever the images."""
 
     def __post_init__(self) -> None:
         radius = self.radius
@@ -56,9 +57,9 @@ class Ball:
                 f"radius must be a positive finite number in units of the image range [0, 1], "
                 f"got {radius!r}; the paper uses 0.1 and 0.2"
             )
-        if radius > self._largest:
+        if radius > self.largest:
             raise ValueError(
-                f"radius of {type(self).__name__} must be at most {self._largest:g}, in units of "
+                f"radius of {type(self).__name__} must be at most {self.largest:g}, in units of "
                 f"the image range [0, 1], got {radius!r}; if it counts the grey levels of 8-bit "
                 f"images, write {radius:g}/255"
             )
@@ -138,7 +139,7 @@ class Linf(Ball):
     """Largest absolute value at most ``radius``, at most 1."""
 
     norm_name = "Linf"
-    _largest = 1.0
+    largest = 1.0
 
     def norm(self, perturbation: Tensor) -> Tensor:
         """Largest absolute value of each row."""

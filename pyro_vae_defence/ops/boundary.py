@@ -1,6 +1,6 @@
 """What a public call takes of its caller's context, and what it leaves behind.
 
-It takes images and grad mode, nothing else. A serving process calls from
+It takes images, grad mode and a generator, nothing else. A serving process calls from
 :func:`torch.inference_mode`, from :func:`torch.autocast`, and from several threads; images may have
 been made in inference mode. Chains and attacks differentiate, their energies are sums over pixels
 that need the precision of the images, and Pyro's stack of handlers, its parameter store and the
@@ -9,7 +9,10 @@ train mode of networks are one for the whole process. So a public call runs
 - outside inference mode, on ordinary copies of tensors that were made in it; what it returns has no
   gradient there, as under :func:`torch.no_grad`;
 - without autocast, in the dtype of the images;
-- one at a time: calls from other threads wait.
+- one at a time: calls from other threads wait;
+- given a ``generator``, with torch's global generators seeded by it, and as they were afterwards.
+  What is not drawn from random streams, the noise of Pyro's kernels, of families that are not
+  transformed Gaussians, of a user's own programs, is then repeated with all the rest.
 
 It leaves the process as it was, however it ends. An interrupt (Ctrl-C) may come at any line, also
 while Pyro enters a plate or a network's mode is being set, so that no ``finally`` of theirs runs.
@@ -25,7 +28,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import pyro.distributions as dist
@@ -168,7 +171,8 @@ def _outermost(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[
 def _inside(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
     inference = torch.is_inference_mode_enabled()
     casting = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
-    if not (inference or casting):
+    generators = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Generator)]
+    if not (inference or casting or generators):
         return _call(function, args, kwargs)
     with contextlib.ExitStack() as stack:
         if inference:
@@ -176,7 +180,29 @@ def _inside(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str
             stack.enter_context(torch.no_grad())  # leaving inference mode turned it on
         for device in casting:
             stack.enter_context(torch.autocast(device, enabled=False))
+        for generator in generators:
+            stack.enter_context(_governed(generator))
         return _call(function, args, kwargs)
+
+
+@contextlib.contextmanager
+def _governed(generator: torch.Generator) -> Iterator[None]:
+    """torch's global generators seeded by what ``generator`` would draw next; it draws nothing."""
+    everywhere = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    places = [(place, place.get_state()) for place in (torch.default_generator, *everywhere)]
+    if any(generator is place for place, _ in places):
+        yield
+        return
+    following = torch.Generator(generator.device)
+    following.set_state(generator.get_state())
+    seed = int(torch.randint(2**62, (), generator=following, device=generator.device))
+    try:
+        for place, _ in places:
+            place.manual_seed(seed)
+        yield
+    finally:
+        for place, state in places:
+            place.set_state(state)
 
 
 def _call(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:

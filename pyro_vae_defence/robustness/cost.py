@@ -82,6 +82,8 @@ def suite_gradients(
         "encoder": 1.0,
         "bpda": going_on + 2,
         "equilibrium": going_on + 3,
+        # Two populations, whose transitions each begin with a gradient.
+        "evidence": 2 * ((budget.persistent_transitions or 1) * length + 2),
         "implicit": going_on + 2 * budget.num_iterations + 3,
         "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
         "unroll": whole + 4 * transitions * length,
@@ -99,12 +101,15 @@ def suite_gradients(
     for name in attacks:
         if chain is None and name not in ("transfer", "encoder", "black_box"):
             continue
-        if not known and name in ("equilibrium", "truncated", "unroll"):
+        if not known and name in ("equilibrium", "evidence", "truncated", "unroll"):
             continue
         limit = budget.max_evaluations
         if limit is not None and sum(found.values()) >= limit:
             break
-        draws = {"transfer": (1,), "equilibrium": (budget.num_chains,)}.get(name, budget.num_draws)
+        chains = (budget.num_chains,)
+        draws = {"transfer": (1,), "equilibrium": chains, "evidence": chains}.get(
+            name, budget.num_draws
+        )
         found[name] = attack(name, budget.num_restarts * sum(draws), budget.num_steps)
     per_attack = budget.num_restarts * budget.selection_draws + budget.scoring_draws
     scored = 2 * budget.scoring_draws + budget.selection_draws + 1 + per_attack * len(found)

@@ -186,8 +186,8 @@ def _report(
     """Run the suite; the order of these lines decides which seed is used for what."""
     box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
     started = time.perf_counter()
-    table = [row for row in ATTACKS if row.name in names and not row.reason(box)]
-    idle = {row.name: row.reason(box) for row in ATTACKS if row.reason(box)}
+    idle = {row.name: why for row in ATTACKS if (why := suite.why_not(row))}
+    table = [row for row in ATTACKS if row.name in names and row.name not in idle]
     skipped = {row.name: idle.get(row.name, "not asked for") for row in ATTACKS if row not in table}
     clock = time.perf_counter()
     clean = scorer.score(x, budget.scoring_draws)

@@ -21,6 +21,7 @@ from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.models.classifier import class_scores
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.robustness.budget import Budget
+from pyro_vae_defence.robustness.populations import Constrained
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import Latents, Objective, PreparedObjective
@@ -52,6 +53,13 @@ def _bpda(suite: Suite, aim: Aim) -> PreparedObjective:
 def _equilibrium(suite: Suite, aim: Aim) -> PreparedObjective:
     parts = (suite.box.start, suite.box.chain, suite.box.energy, aim.goal, aim.num_draws)
     return adaptive.equilibrium(*parts, resume=aim.resume, **suite.options())
+
+
+def _evidence(suite: Suite, aim: Aim) -> PreparedObjective:
+    number = suite.budget.persistent_transitions or 1
+    chains = Constrained(suite.box, aim.goal, suite.ball, aim.num_draws, number)
+    parts = (chains.right, chains.wrong, suite.box.energy, aim.num_draws)
+    return adaptive.evidence(*parts, generator=suite.scorer.fresh())
 
 
 def _black_box(suite: Suite, aim: Aim) -> PreparedObjective:
@@ -106,6 +114,7 @@ class Row(NamedTuple):
         draws: averaged per step, one number after the other as :class:`Budget` says.
         black_box: whether it sees values alone.
         transfers: whether it attacks the undefended encoder.
+        classes: whether it attacks classes alone.
     """
 
     name: str
@@ -115,6 +124,7 @@ class Row(NamedTuple):
     draws: Callable[[Budget], tuple[int, ...]] = lambda budget: budget.num_draws
     black_box: bool = False
     transfers: bool = False
+    classes: bool = False
 
 
 _DECODER = "defence and decoder"
@@ -124,6 +134,9 @@ ATTACKS = (
     Row("encoder", "encoder and what is done with latents", _encoder, transfers=True),
     Row("bpda", "defence, run forwards", _bpda, _with_chain),
     Row("equilibrium", _DECODER, _equilibrium, _with_transitions, lambda b: (b.num_chains,)),
+    Row(
+        "evidence", _DECODER, _evidence, _with_transitions, lambda b: (b.num_chains,), classes=True
+    ),
     Row("black_box", "outputs of the defence", _black_box, black_box=True),
     Row("implicit", _DECODER, _implicit, _with_chain),
     Row("truncated", _DECODER, _truncated, _with_transitions),
@@ -172,6 +185,12 @@ class Suite:
         """Average over draws, which go on from step to step where they can."""
         options = {"persistent": aim.resume is not None, **self.options()}
         return adaptive.expected(encode, aim.goal, aim.num_draws, **options)
+
+    def why_not(self, row: Row) -> str:
+        """Why a row does not apply; empty where it does."""
+        if row.classes and not isinstance(self.scorer, Accuracy):
+            return "it attacks classes, and no classifier is given"
+        return row.reason(self.box)
 
     def at(self, rows: slice) -> Suite:
         """The suite of the images at ``rows`` alone."""

@@ -23,8 +23,10 @@ from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, fold, rows_of, split, take
 from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.ops.checks import RefusalError
 from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
+from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike, Potential
 
 
 def _make_kernel(
@@ -101,19 +103,22 @@ class WhiteBox:
         defence, model = self.defence, self.vae.model
         if isinstance(defence, (MCMCDefence, PosteriorModeDefence)):
             model = program.target(self.vae, defence.perturbation)
+        counted = self._counted(model)
+        self.decoder = program.Decoder(self.vae, self._x)
+        self._potential = ModelPotential(counted, self._x)
+        self._make_kernel: Callable[[], Any] = lambda: None
+        if isinstance(defence, MCMCDefence):
+            self._make_kernel = functools.partial(_make_kernel, defence, model, counted)
 
+    def _counted(self, model: Callable[..., Any]) -> Callable[..., Any]:
+        """The model, whose rows are counted as evaluations."""
         written = model.program if isinstance(model, BoundProgram) else model
 
         def count(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._evaluations[0] += x.shape[0]
             return written(x, *args, **kwargs)
 
-        counted = model.around(count) if isinstance(model, BoundProgram) else count
-        self.decoder = program.Decoder(self.vae, self._x)
-        self._potential = ModelPotential(counted, self._x)
-        self._make_kernel: Callable[[], Any] = lambda: None
-        if isinstance(defence, MCMCDefence):
-            self._make_kernel = functools.partial(_make_kernel, defence, model, counted)
+        return model.around(count) if isinstance(model, BoundProgram) else count
 
     def at(self, rows: slice) -> WhiteBox:
         """The box of the images at ``rows``."""
@@ -146,6 +151,31 @@ class WhiteBox:
     def energy(self, x: Tensor, latents: Latents) -> Tensor:
         """U(z; x) of the defence's target, ``(M,)``, in nats."""
         return self._potential.at(x)(latents)
+
+    def reachable(self, x: Tensor, ball: Ball) -> Potential:
+        """The energy that a latent has after the attack in ``ball`` that serves it best: the
+        target's in a ball larger by its radius; at the image as it is where that is not known."""
+        assumed = getattr(self.defence, "perturbation", None)
+        kind = type(ball)
+        if assumed is None or isinstance(assumed, kind):
+            radius = ball.radius + (assumed.radius if isinstance(assumed, kind) else 0.0)
+            wide = ball if radius == ball.radius else kind(min(radius, kind.largest))
+            try:
+                energy = ModelPotential(self._counted(program.target(self.vae, wide)), x)
+                energy(energy.prototype)
+                return energy
+            except RefusalError:
+                pass
+        return functools.partial(self.energy, x)
+
+    def prior(self, x: Tensor, streams: Streams) -> Latents:
+        """A draw from p(z) per image."""
+        return self._potential.at(x).prior(streams)
+
+    @property
+    def kernel(self) -> Any:
+        """The defence's kernel, for its settings."""
+        return self._make_kernel()
 
     def constrain(self, latents: Latents) -> Latents:
         """Latents on the support of each site, as classifiers read them."""
