@@ -237,3 +237,13 @@ def test_bad_images(tutorial_vae):
     with pytest.raises(ValueError, match="no callable attribute 'model'"):
         attacks.symmetric_kl(object())
     assert math.isfinite(float(attack(torch.ones(1, 1, 28, 28)).objective))
+
+
+def test_a_result_is_shown_in_a_line():
+    x = torch.rand(3, 1, 4, 4)
+    objective = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 0.0, 1.0]])
+    zero = torch.zeros(2, 3)
+    found = attacks.AttackResult(x.expand(2, 3, 1, 4, 4), objective, x, zero, zero, zero.bool())
+    assert repr(found) == (
+        "AttackResult(3 images (1, 4, 4), 2 restart(s), mean objective of the best 2)"
+    )

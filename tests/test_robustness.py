@@ -690,5 +690,13 @@ class TestWithoutAManual:
         for text in (f"{estimate:.3f} [", "transfer", report.checks[0].name, "data:image/png"):
             assert text in page
         assert "http" not in page
+        text = str(report)
+        for each in (report.robust["mean"], report.clean["mean"], report.attacks[1].figure):
+            assert f"{each['estimate']:.3f} [{each['low']:.3f}, {each['high']:.3f}]" in text
+        assert "worst for\ntransfer (1)" in text
+        assert "Unreliable:\n- " in text
+        assert "- attack black_box did not run: not asked for" in text
+        assert "tensor" not in text + repr(report)
+        assert len(repr(report)) < 150
         again = RobustnessReport.from_dict(json.loads(report.to_json()))
         assert "data:image/png" not in again.save_html(tmp_path / "again.html").read_text()

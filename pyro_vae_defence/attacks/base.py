@@ -76,6 +76,15 @@ class AttackResult(NamedTuple):
     num_queries: Tensor
     solved: Tensor
 
+    def __repr__(self) -> str:
+        num_restarts, num_images = self.objective.shape
+        reached = self.objective.nan_to_num(nan=-torch.inf).amax(0).double().mean()
+        best = "unknown" if reached.is_meta else f"{reached:.4g}"
+        return (
+            f"AttackResult({num_images} images {tuple(self.x_ref.shape[1:])}, {num_restarts} "
+            f"restart(s), mean objective of the best {best})"
+        )
+
     def best(self) -> Tensor:
         """The strongest restart of each image, ``(N, C, H, W)``; one without a value never wins."""
         winner = self.objective.nan_to_num(nan=-torch.inf).argmax(0)
