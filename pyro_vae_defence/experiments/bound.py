@@ -135,13 +135,13 @@ class Bound(Measurement[BoundConfig]):
     def attacked(self, radius: float, delta: float, rows: slice, purpose: str) -> dict[str, Any]:
         """The worst case of attacks on the same images, classes voted by draws."""
         config = self.config
-        setting = Setting(self.vae, config.chain, radius=delta)
+        defence = make_defence("aware", Setting(self.vae, config.chain, radius=delta))
         report = evaluate_robustness(
             self.vae,
-            make_defence("aware", setting),
+            defence,
             self.x[rows],
             self.labels[rows],
-            classifier=DefendedClassifier(make_defence("aware", setting), self.classifier, "vote"),
+            classifier=DefendedClassifier(defence, self.classifier, "vote"),
             ball=Linf(radius),
             budget=config.budget,
             attacks=config.attacks,
