@@ -246,8 +246,8 @@ def chain_words(chain: Mapping[str, Any]) -> str:
     :class:`~pyro_vae_defence.experiments.configuration.ChainConfig` in a result file."""
     number = chain["num_chains"]
     return (
-        f"{number} chain{'' if number == 1 else 's'} of {chain['warmup_steps']} + "
-        f"{chain['num_samples']} transitions from step size {chain['step_size']:g}, burn-in "
+        f"{number} chain{'' if number == 1 else 's'} of {chain['warmup_steps']} warm-up + "
+        f"{chain['num_samples']} kept transitions from step size {chain['step_size']:g}, burn-in "
         f"{chain['burn_in']}"
     )
 

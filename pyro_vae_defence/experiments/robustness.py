@@ -392,11 +392,13 @@ class Robustness(Measurement[RobustnessConfig]):
             each_one += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
             each_one += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
             why = ", and why it is unreliable" if report["unreliable"] else ""
-            lines += tables.folded(f"{key}, figure under each attack{why}", each_one)
-        name = result["name"]
-        lines = [f"<!-- begin {name} -->", "", note, "", *lines]
-        whole = tables.section(f"### robustness {name}", "", lines, result)
-        return f"{whole}\n<!-- end {name} -->\n"
+            target, name = key.split("/")
+            title = f"{target}, {label(name)}: figure under each attack{why}"
+            lines += tables.folded(title, each_one)
+        own = result["name"]
+        lines = [f"<!-- begin {own} -->", "", note, "", *lines]
+        whole = tables.section(f"### robustness {own}", "", lines, result)
+        return f"{whole}\n<!-- end {own} -->\n"
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
