@@ -81,6 +81,8 @@ def main():
     parser.add_argument("--epochs", type=cli.count, default=40, help="of training")
     parser.add_argument("--radius", type=cli.radius, default=0.2, help="of the attack, L_inf")
     parser.add_argument("--num-images", type=cli.count, default=50, help="to attack")
+    parser.add_argument("--num-samples", type=cli.count, default=30, help="draws per chain")
+    parser.add_argument("--warmup-steps", type=cli.unsigned, default=30, help="before them")
     options = parser.parse_args()
     pyro.set_rng_seed(options.seed)
 
@@ -107,7 +109,8 @@ def main():
     print(f"\n{name} of reconstructions, radius {options.radius:g}")
     print(f"no defence  {similarity(before, undefended(x_adv))}")
     for label, kernel in kernels.items():
-        result = MCMCDefence(vae, kernel, num_samples=30, warmup_steps=30, num_chains=4)(x_adv)
+        lengths = options.num_samples, options.warmup_steps
+        result = MCMCDefence(vae, kernel, *lengths, num_chains=4)(x_adv)
         rhat = np.median(diagnostics.rhat(result.to_datatree())["latent"])
         print(f"{label:10s}  {similarity(before, result)}, median R-hat {rhat:.2f}")
 

@@ -95,5 +95,5 @@ def one_pass(vae: NVAE, x: Tensor, noise: Sequence[Tensor] | None = None) -> One
         return z
 
     logits = vae.output(vae.walk(len(x), choose))
-    log_likelihood = image_likelihood(vae.config, logits).log_prob(vae.observed(x))
+    log_likelihood = image_likelihood(vae.config, logits).log_prob(x)
     return OnePass(tuple(groups), logits, -log_likelihood)

@@ -9,7 +9,7 @@ import torch
 from programs import BatchNormVAE, LinearGaussianVAE
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.streams import Streams
 
@@ -220,6 +220,7 @@ def test_the_encoder_is_attacked_in_eval_mode():
         ({"preset": "adam"}, "preset must be 'paper' or None, got 'adam'"),
         ({"ball": 0.1}, "ball must be a Ball such as Linf"),
         ({"objective": None}, "objective must be a prepared objective"),
+        ({"objective": ConvVAE()}, r"such as symmetric_kl\(vae\), got a VAE, ConvVAE"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -236,3 +237,13 @@ def test_bad_images(tutorial_vae):
     with pytest.raises(ValueError, match="no callable attribute 'model'"):
         attacks.symmetric_kl(object())
     assert math.isfinite(float(attack(torch.ones(1, 1, 28, 28)).objective))
+
+
+def test_a_result_is_shown_in_a_line():
+    x = torch.rand(3, 1, 4, 4)
+    objective = torch.tensor([[1.0, 2.0, torch.nan], [3.0, 0.0, 1.0]])
+    zero = torch.zeros(2, 3)
+    found = attacks.AttackResult(x.expand(2, 3, 1, 4, 4), objective, x, zero, zero, zero.bool())
+    assert repr(found) == (
+        "AttackResult(3 images (1, 4, 4), 2 restart(s), mean objective of the best 2)"
+    )

@@ -331,6 +331,8 @@ def test_modules_are_evaluated_in_eval_mode():
             "num_draws must be an integer of at least",
         ),
         (lambda v: attacks.forward_kl(v, 2 * images()), "x_target must lie in"),
+        (lambda v: attacks.symmetric_kl(v)(2 * images() - 1), "x_ref must lie in"),
+        (lambda v: attacks.dlr(v, flatten_latents)(images() * torch.nan), "x_ref is not finite"),
         (lambda v: attacks.targeted_output(v, images()[0]), "x_target must have shape"),
         (lambda v: attacks.maximum_damage(v, latents="mode"), "latents must be 'sample' or 'mean'"),
         (lambda v: attacks.dlr(v, None), "classifier must map latents to scores"),

@@ -135,8 +135,10 @@ def test_runs_on_meta():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
-        ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
+        ({"in_channels": 0}, "in_channels must be an integer of at least 1, got 0"),
+        ({"in_channels": "rgb"}, "in_channels must be an integer of at least 1, got 'rgb'"),
+        ({"image_size": "28"}, "image_size must be an integer of at least 1, got '28'"),
+        ({"latent_dim": 0}, "latent_dim must be an integer of at least 1, got 0"),
         ({"likelihood": "poisson"}, "likelihood must be 'bernoulli' or 'gaussian', got 'poisson'"),
         (
             {"image_size": 48},

@@ -143,6 +143,9 @@ def test_unknown_names():
         data.load("mnits", "train")
     with pytest.raises(ValueError, match="split must be one of train, validation, test; got 'val'"):
         data.load("mnist_subset", "val")
+    for call in (lambda x: data.random_split(x, (0.5, 0.5)), lambda x: data.stratified(x, 2)):
+        with pytest.raises(ValueError, match=r"dataset must be one of .* got a Tensor; images at"):
+            call(torch.rand(4, 1, 28, 28))
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         data.batches(data.load("mnist_subset", "test"), 0)
 

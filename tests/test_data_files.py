@@ -150,7 +150,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_of_images(folder):
-    dataset = data.load_folder(folder, 28, channels=1, split="train")
+    dataset = data.load_folder(folder, 28, channels=1, split="train", fit="crop")
     assert len(dataset) == 6
     assert dataset.image_shape == (1, 28, 28)
     assert dataset.class_names == ("cat", "dog")
@@ -171,11 +171,31 @@ def test_a_folder_keeps_the_centre_of_a_covering_image(tmp_path):
     pixels = np.zeros((10, 30), dtype=np.uint8)
     pixels[:, 10:20] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert data.load_folder(tmp_path, 10, channels=1)[0][0].min() == 1
+    assert data.load_folder(tmp_path, 10, channels=1, fit="crop")[0][0].min() == 1
     wide = data.load_folder(tmp_path, (10, 30), channels=1)[0][0]
     assert torch.equal((wide[0] * 255).byte(), torch.from_numpy(pixels))
     # 20 high: twice as large before the centre is cut out.
-    assert data.load_folder(tmp_path, (20, 10), channels=1)[0][0].min() == 1
+    assert data.load_folder(tmp_path, (20, 10), channels=1, fit="crop")[0][0].min() == 1
+
+    # All of it: with black above and below, or stretched to three times the height.
+    padded = data.load_folder(tmp_path, 30, channels=1, fit="pad")[0][0]
+    expected = torch.zeros(1, 30, 30)
+    expected[0, 10:20, 10:20] = 1
+    assert torch.equal(padded, expected)
+    stretched = data.load_folder(tmp_path, (30, 30), channels=1, fit="stretch")[0][0]
+    assert torch.equal((stretched[0] * 255).byte(), torch.from_numpy(pixels).repeat(3, 1))
+
+
+def test_what_is_cut_off_is_said_once(tmp_path):
+    for name in "ab":
+        Image.new("L", (30, 10)).save(tmp_path / f"{name}.png")
+    images = data.load_folder(tmp_path, 10, channels=1)
+    with pytest.warns(UserWarning, match=r"30x10 pixels .* loses 67% of its area at its sides"):
+        images.images(0)
+    images.images(1)
+    data.load_folder(tmp_path, (10, 29), channels=1).images(0)  # a pixel is rounding
+    with pytest.raises(ValueError, match="fit must be one of crop, pad, stretch, got 'cut'"):
+        data.load_folder(tmp_path, 10, fit="cut")
 
 
 def test_bad_folders_and_arguments(tmp_path, folder):
@@ -345,7 +365,7 @@ def test_a_label_means_the_same_in_every_split(tmp_path):
 def test_a_folder_in_spawned_workers(tmp_path):
     for i in range(3):
         put(tmp_path / f"{i}.png", i)
-    found = data.load_folder(tmp_path, (6, 5))
+    found = data.load_folder(tmp_path, (6, 5), fit="crop")
     again = pickle.loads(pickle.dumps(found))
     assert torch.equal(again.images(), found.images())
     assert again.image_shape == (1, 6, 5)
@@ -367,7 +387,7 @@ def test_what_decoders_raise_has_the_files_name(tmp_path, monkeypatch):
 
 class TestRandomSplit:
     def test_parts_are_disjoint_and_all(self, folder):
-        whole = data.load_folder(folder, 28, split="train")
+        whole = data.load_folder(folder, 28, split="train", fit="crop")
         parts = data.random_split(whole, (0.5, 1 / 3, 1 / 6), torch.Generator().manual_seed(1))
         assert [len(part) for part in parts] == [3, 2, 1]
         assert torch.cat([part.items for part in parts]).sort().values.tolist() == list(range(6))

@@ -249,6 +249,8 @@ def test_settings_survive_netcdf(tutorial_vae, tmp_path):
     result = MCMCDefence(tutorial_vae, kernel, 2, 0)(torch.rand(1, 1, 28, 28))
     result.to_arviz().to_netcdf(str(tmp_path / "chains.nc"))
     assert result.settings["kernel_adapt_step_size"] == 0
+    assert "tensor" not in repr(result)
+    assert len(repr(result)) < 150
 
 
 def test_train_mode_is_restored_and_not_used():

@@ -19,7 +19,7 @@ from pyro_vae_defence.defence import (
 )
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.classifier import LinearClassifier
+from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier
 
 KERNEL = functools.partial(BatchedHMC, num_steps=2)
 
@@ -117,6 +117,25 @@ def test_the_papers_protocol_is_one_setting():
     assert paper.reading == "last"
     assert isinstance(paper.defence, MCMCDefence)
     assert (paper.defence.num_samples, paper.defence.num_chains) == (500, 2)
+
+
+@pytest.mark.parametrize(
+    ("classifier", "message"),
+    [
+        (LinearClassifier(64, 10), "a LinearClassifier of num_latents=64 is given latents of"),
+        (torch.nn.Linear(64, 10), "classifier failed: mat1 and mat2 shapes cannot be multiplied"),
+        (ConvClassifier(1, 10), "classifier failed: .* not of images"),
+        (lambda z: z.sum(1), r"classifier must return scores \(2, classes\), got \(2,\)"),
+    ],
+)
+def test_a_classifier_of_something_else_is_told_what_it_is_given(classifier, message):
+    vae = HierarchicalVAE()
+    sites = program.posterior_mean(vae, x := torch.rand(2, 1, 4, 4))
+    named = ", ".join(rf"'{name}' \({value[0].numel()}\)" for name, value in sites.items())
+    total = sum(value[0].numel() for value in sites.values())
+    for match in (message, rf"shape \(2, {total}\), .* in their order, {named}"):
+        with pytest.raises(ValueError, match=match):
+            DefendedClassifier(NoDefence(vae), classifier, "last")(x)
 
 
 @pytest.mark.parametrize(

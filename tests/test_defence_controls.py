@@ -137,6 +137,11 @@ def test_noise_is_as_large_as_the_ball(ball):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda v, x: EncoderDefence(v, clip_dark_pixels), "got a function; pass a filter by name"),
+        (
+            lambda v, x: EncoderDefence(v, preprocess=clip_dark_pixels),
+            r"needs delta too; bind .*functools.partial\(clip_dark_pixels, delta=0.1\)",
+        ),
         (lambda v, x: EncoderDefence(v, 0), "num_samples must be an integer of at least 1, got 0"),
         (lambda v, x: EncoderDefence(v, batch_size=0), "batch_size must be an integer"),
         (lambda v, x: EncoderDefence(v, preprocess=3), "preprocess must map images to images"),

@@ -331,6 +331,15 @@ class TestDetector:
 
 
 class TestReport:
+    def test_the_page_has_all_numbers_and_loads_nothing(self, report, tmp_path):
+        page = report.save_html(tmp_path / "report.html").read_text()
+        for rate in (*report.alarms.values(), *report.auroc["other"].values()):
+            assert f"{rate.estimate:.3f} [{rate.low:.3f}, {rate.high:.3f}]" in page
+        assert "0.473684" in page  # the threshold
+        assert "http" not in page
+        assert "src=" not in page
+        assert repr(report).startswith("DetectionReport(start_error, alarms: clean 0.250 [")
+
     @pytest.mark.parametrize("name", ["none", "aware chains"])
     def test_has_every_score_of_the_defence(self, linear_vae, name):
         clean = torch.rand(20, 1, 4, 4)

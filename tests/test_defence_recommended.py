@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from programs import TutorialVAE
+from pyro.infer import HMC
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_vae_defence import data
@@ -68,8 +69,27 @@ def test_what_is_given_goes_before_what_is_recommended(x):
     assert defence(x).samples["z"].shape == (1, 1, 7, 64)
     own_kernel = MCMCDefence.recommended(TutorialVAE(), None, kernel=BatchedHMC)
     assert (own_kernel.kernel, own_kernel.num_chains) == (BatchedHMC, 4)
+    assert own_kernel._settings()["kernel_inverse_mass_matrix"] == "identity"
+    assert defence._settings()["kernel_inverse_mass_matrix"] == "diagonal"
     own = MCMCDefence.recommended(vae, Linf(0.2), x).kernel.keywords["inverse_mass_matrix"]
     assert not own["z"].equal(vae.mean_posterior_variance["z"])
+
+
+def test_a_kernel_of_ones_own_has_the_metric(tutorial_vae, x):
+    short = functools.partial(BatchedHMC, num_steps=3)
+    with_images = MCMCDefence.recommended(tutorial_vae, None, x, kernel=short).kernel
+    metric = MCMCDefence.recommended(tutorial_vae, None, x).kernel.keywords["inverse_mass_matrix"]
+    assert with_images.func is BatchedHMC
+    assert with_images.keywords.keys() == {"num_steps", "inverse_mass_matrix"}
+    assert with_images.keywords["inverse_mass_matrix"]["latent"].equal(metric["latent"])
+    known = load_pretrained("mnist_vae")
+    found = MCMCDefence.recommended(known, None, kernel=short).kernel.keywords
+    assert found["inverse_mass_matrix"] is known.mean_posterior_variance
+    # What has no use for training images is not given any.
+    for kernel in (HMC, functools.partial(short, inverse_mass_matrix=metric)):
+        with pytest.raises(ValueError, match="train_images are there for a metric, which kernel="):
+            MCMCDefence.recommended(tutorial_vae, None, x, kernel=kernel)
+        assert MCMCDefence.recommended(tutorial_vae, None, kernel=kernel).kernel is kernel
 
 
 def test_what_it_cannot_do_without_is_named(tutorial_vae, x):

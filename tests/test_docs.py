@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments.defences import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,9 @@ SMALL = {
     },
     "inspecting_chains.md": {"num_images": 2, "num_samples": 8, "warmup_steps": 2},
 }
+# So are recommended chains where a page does not say how long they are.
+SHORT = {"num_samples": 3, "warmup_steps": 2, "num_chains": 2}
+SHORT_KERNEL = {"burn_in": 3, "num_steps": 2}
 
 
 class Block(NamedTuple):
@@ -128,6 +132,9 @@ def differences(shown: str, printed: str, tolerance: float = 0.25) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for settings, short in ((RECOMMENDED_LENGTHS, SHORT), (RECOMMENDED_KERNEL, SHORT_KERNEL)):
+        for name, length in short.items():
+            monkeypatch.setitem(settings, name, length)
     if "to_zarr(" in (DOCS / page).read_text():
         pytest.importorskip("zarr")
     for block, printed in run(page, small=True):

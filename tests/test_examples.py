@@ -91,7 +91,8 @@ def test_mnist_svi_with_other_kernels(kernel, first, tmp_path):
     shutil.copy(first[0] / "vae.pt", tmp_path)
     extra = ["--num-steps", 2] if kernel.endswith("hmc") else []
     small = ["--num-references", 2] if kernel.startswith("pyro") else []
-    step = ["--step-size", 0.02] if kernel == "pyro-nuts" else []
+    # Larger steps, smaller trees.
+    step = ["--step-size", 0.02 if kernel == "pyro-nuts" else 0.8] if "nuts" in kernel else []
     done = run(
         "mnist_svi.py", *TINY, *extra, *small, *step,
         "--kernel", kernel, "--radius", 0.1, "--delta", 0.2, "--output", tmp_path,
@@ -101,7 +102,8 @@ def test_mnist_svi_with_other_kernels(kernel, first, tmp_path):
 
 def test_finished_training_is_not_repeated(first, tmp_path):
     shutil.copy(first[0] / "vae.pt", tmp_path)
-    again = run("mnist_svi.py", *TINY, "--num-steps", 1, "--output", tmp_path, "--radius", 0.2)
+    small = ("--num-references", 2, "--num-steps", 1)
+    again = run("mnist_svi.py", *TINY, *small, "--output", tmp_path, "--radius", 0.2)
     assert again.returncode == 0, again.stderr
     printed = (first[1].stdout, again.stdout)
     trained = [next(s for s in text.splitlines() if "trained" in s) for text in printed]
@@ -225,7 +227,8 @@ def test_a_seed_says_what_comes_out():
 
 
 def test_bring_your_own_vae():
-    done = run("bring_your_own_vae.py", "--epochs", 1, "--num-images", 10)
+    small = ("--epochs", 1, "--num-images", 10, "--num-samples", 4, "--warmup-steps", 4)
+    done = run("bring_your_own_vae.py", *small)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("median R-hat") == 2
 

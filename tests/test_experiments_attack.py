@@ -152,7 +152,7 @@ def test_paper_and_registry_agree_on_names():
     [
         ({"defences": "none"}, "defences must be a tuple that is not empty, got 'none'"),
         ({"defences": ()}, "defences must be a tuple that is not empty"),
-        ({"defences": ("nots",)}, "defences has no 'nots'"),
+        ({"defences": ("nots",)}, "no defence is called 'nots'"),
         ({"defences": ("paper",)}, "'paper' is a setting per dataset"),
         ({"defences": ("aware",)}, "'aware' assumes a radius; name it, as in 'aware_0.2'"),
         ({"radii": 0.1}, "radii must be a tuple that is not empty, got 0.1"),

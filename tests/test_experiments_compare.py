@@ -202,7 +202,7 @@ def test_names_of_defences():
     assert defence_spec("encoder_samples") == ("encoder_samples", None, None)
     assert label("hmc@10") == "HMC, the paper's target, 10 transitions"
     for name in ("nothing", "median_0.1", "median@3", "aware_2", "hmc@1", "hmc_0.1"):
-        with pytest.raises(ValueError, match=f"defences has no '{name}'"):
+        with pytest.raises(ValueError, match=f"no defence is called '{name}'"):
             defence_spec(name)
 
 
@@ -219,7 +219,7 @@ def test_registry_has_model_and_classifiers_of_every_comparison():
     ("changes", "message"),
     [
         ({"defences": "hmc"}, "defences must be a tuple"),
-        ({"defences": ("hcm",)}, "defences has no 'hcm'"),
+        ({"defences": ("hcm",)}, "no defence is called 'hcm'"),
         ({"radii": (0.1, 2.0)}, r"radii must lie in \[0, 1\]"),
         ({"chain.burn_in": -1}, "burn_in must be an integer of at least 0, got -1"),
         ({"inputs": ("guide",)}, "inputs must hold 'mean'"),

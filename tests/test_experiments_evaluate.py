@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from programs import LinearGaussianVAE
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.experiments import attack
+from pyro_vae_defence.experiments import evaluate as evaluate_module
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.cards import trained_models
 from pyro_vae_defence.experiments.evaluate import Evaluate, EvaluateConfig, nll_name, table
@@ -20,8 +22,13 @@ from pyro_vae_defence.experiments.paper import TABLE_7
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.tables import NOT_MEASURED
 from pyro_vae_defence.experiments.train import MODELS
-from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained
+from pyro_vae_defence.models import ConvVAE, pretrained
+from pyro_vae_defence.models.pretrained import (
+    load_card,
+    load_pretrained,
+    save_card,
+    save_pretrained,
+)
 
 
 @pytest.fixture
@@ -86,10 +93,31 @@ def test_full_test_set_has_a_file_of_its_own_and_the_card(models, tmp_path):
     result = json.loads((tmp_path / "mnist_vae_full.json").read_text())
     assert result["metrics"]["mse[0..255]"]["num_images"] == 1000
     assert "--set num_images=None" in result["command"]
-    card = load_card("mnist_vae", models)
-    assert card.metrics == {"validation_nelbo": 1.0, "test": result["metrics"]}
-    assert result["weights"] == {"mnist_vae": card.sha256}
-    load_pretrained("mnist_vae", models)  # a new card still fits its weights
+    # It goes into the card, beside what was measured otherwise, whose weights it still fits.
+    test = load_card("mnist_vae", models).metrics["test"]
+    assert test == result["metrics"]
+    assert main([*arguments, "--full", "--set", "num_samples=2", "--output", f"{tmp_path}/2"]) == 0
+    both = load_card("mnist_vae", models).metrics["test"]
+    assert both.keys() - test.keys() == {nll_name(2)}
+    assert both[nll_name(1)] == test[nll_name(1)]
+    load_pretrained("mnist_vae", models)
+
+
+def test_cards_that_nobody_named_are_left_alone(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "PACKAGED_MODELS", models)
+    monkeypatch.setattr(evaluate_module, "save_card", None)
+    for settings in ({}, {"num_images": None}):
+        settings = {"num_samples": 1, "num_images": 10, **settings}
+        Evaluate("mnist_vae", tmp_path, overrides=settings, progress=False).run()
+
+
+def test_a_card_of_other_weights_is_left_alone(models, tmp_path):
+    study = Evaluate("mnist_vae", tmp_path, models=models, progress=False)
+    study.load()
+    card = replace(load_card("mnist_vae", models), sha256="of a training since then")
+    save_card(card, models)
+    study._write_card({"mse[0..255]": {}})
+    assert load_card("mnist_vae", models) == card
 
 
 def test_table_7_prints_files_and_says_what_is_missing(models, tmp_path, capsys):

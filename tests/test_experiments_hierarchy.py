@@ -113,7 +113,7 @@ def test_the_attack_sees_the_chosen_groups_alone(models, tmp_path):
         ({"groups": ()}, "groups must be a tuple"),
         ({"groups": (0,)}, "groups must be an integer of at least 1, got 0"),
         ({"defences": "hmc"}, "defences must be a tuple"),
-        ({"defences": ("other",)}, "defences has no 'other'"),
+        ({"defences": ("other",)}, "no defence is called 'other'"),
         ({"defences": ("aware_unknown",)}, "assumes a radius; name it"),
         ({"dataset": "color_mnist"}, "shape"),
         ({"model": "flat"}, "has no latent groups"),

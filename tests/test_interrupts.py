@@ -20,7 +20,7 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.poutine import runtime
 from torch import nn
 
-from pyro_vae_defence import attacks, defence, metrics, training
+from pyro_vae_defence import attacks, defence, mcmc, metrics, training
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops import boundary
 from pyro_vae_defence.ops.balls import Linf
@@ -218,7 +218,17 @@ def test_a_cut_call_of_a_pyro_module_keeps_no_samples():
 # --- Pickling, memory, threads --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("use", [_defend, _attack, _encode], ids=["defend", "attack", "encode"])
+def _sample(vae):
+    kernel = mcmc.BatchedHMC(vae.eval().model, generator=_generator())
+    run = infer.MCMC(kernel, num_samples=1, warmup_steps=1, disable_progbar=True)
+    run.run(_images())
+    return run.get_samples()["z"]
+
+
+USES = {"defend": _defend, "attack": _attack, "encode": _encode, "sample": _sample}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_a_users_module_can_be_stored_after_use(use):
     vae = _vae()
     expected = use(vae)

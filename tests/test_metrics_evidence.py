@@ -42,32 +42,38 @@ def x(float64):
     return metrics.simulate(LinearGaussianVAE(), torch.zeros(6, 1, 4, 4))[1]
 
 
+@pytest.fixture
+def inside(x):
+    """Images that everybody may pass: in [0, 1]."""
+    return x.clamp(0, 1)
+
+
 def standard_errors(log_weights, log_mean):
     relative = (log_weights - metrics.log_mean_exp(log_weights)).exp()
     error = relative.std(dim=0) / math.sqrt(log_weights.shape[0])
     return (metrics.log_mean_exp(log_weights) - log_mean).abs() / error
 
 
-def test_nll_agrees_with_the_exact_evidence(wide, x):
-    log_weights = _weights(wide, x, Streams.create(6, seed=1))(2000)
-    exact = wide.evidence(x)
+def test_nll_agrees_with_the_exact_evidence(wide, inside):
+    log_weights = _weights(wide, inside, Streams.create(6, seed=1))(2000)
+    exact = wide.evidence(inside)
     assert (standard_errors(log_weights, exact) < 5).all()
     assert (standard_errors(log_weights, exact + 0.5) > 5).all()  # the power to see half a nat
     # The public function makes the same estimate in its own chunks.
     generator = torch.Generator().manual_seed(3)
-    assert (metrics.nll(wide, x, 2000, generator=generator) + exact).abs().max() < 0.5
+    assert (metrics.nll(wide, inside, 2000, generator=generator) + exact).abs().max() < 0.5
 
 
-def test_nll_does_not_depend_on_what_is_computed_at_once(wide, x):
+def test_nll_does_not_depend_on_what_is_computed_at_once(wide, inside):
     def run(rows):
-        return metrics.nll(wide, x, 50, rows, torch.Generator().manual_seed(0))
+        return metrics.nll(wide, inside, 50, rows, torch.Generator().manual_seed(0))
 
     for rows in (1, 4, 6, 17, 1000):
         torch.testing.assert_close(run(rows), run(300), rtol=0, atol=1e-10)
-    assert not torch.equal(run(300), metrics.nll(wide, x, 50, 300))
+    assert not torch.equal(run(300), metrics.nll(wide, inside, 50, 300))
 
 
-def test_nll_of_an_exact_guide_needs_one_draw(x):
+def test_nll_of_an_exact_guide_needs_one_draw(inside):
     class Exact(LinearGaussianVAE):
         def guide(self, x):
             mean, covariance = self.exact(x)
@@ -75,7 +81,9 @@ def test_nll_of_an_exact_guide_needs_one_draw(x):
                 pyro.sample("z", dist.MultivariateNormal(mean, covariance))
 
     vae = Exact()
-    torch.testing.assert_close(metrics.nll(vae, x, 1), -vae.evidence(x), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        metrics.nll(vae, inside, 1), -vae.evidence(inside), rtol=0, atol=1e-9
+    )
 
 
 def test_scaled_programs_have_the_same_nll():
@@ -165,13 +173,16 @@ def test_simulated_latents_are_posterior_draws(float64):
     assert images.shape == (4000, 1, 4, 4)
 
 
-def test_bad_arguments_are_refused(wide, x):
+def test_bad_arguments_are_refused(wide, x, inside):
     with pytest.raises(ValueError, match="rows must be an integer of at least 1, got 0"):
-        metrics.nll(wide, x, rows=0)
+        metrics.nll(wide, inside, rows=0)
     with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got 0"):
-        metrics.nll(wide, x, 0)
+        metrics.nll(wide, inside, 0)
     with pytest.raises(ValueError, match="x must have shape"):
         metrics.nll(wide, x[0])
+    for wrong in (2 * torch.rand(2, 1, 4, 4) - 1, torch.full((2, 1, 4, 4), torch.nan)):
+        with pytest.raises(ValueError, match=r"x must lie in \[0, 1\]|x is not finite for 2 of 2"):
+            metrics.nll(wide, wrong)
     with pytest.raises(ValueError, match="vae must have two Pyro programs"):
         metrics.nll(object(), x)
 

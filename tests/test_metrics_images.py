@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pyro_vae_defence.metrics import images as images_module
 from pyro_vae_defence.metrics import metric_name, ms_ssim, mse, ssim
 from pyro_vae_defence.metrics.images import _relu_power
+from pyro_vae_defence.ops.boundary import public
 
 # Eleven pairs of the complete file: digits against noisy and against other digits (one scores 0).
 PACKAGED = Path(__file__).parent / "data" / "paper_msssim_small.npz"
@@ -186,6 +188,30 @@ def test_pairs_that_do_not_fit_are_refused(metric):
         metric(images(2, 1, 28, 28, dtype=torch.uint8), images(2, 1, 28, 28, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"y has dtype torch\.float64"):
         metric(images(2, 1, 28, 28), images(2, 1, 28, 28, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("metric", [ms_ssim, ssim, mse])
+def test_values_that_are_no_images_are_refused(metric, monkeypatch):
+    x = torch.rand(3, 1, 28, 28)
+    nothing = x.clone()
+    nothing[1, 0, 3, 4] = torch.nan
+    for pair, message in {
+        (255 * x, x): r"x must lie in \[0, 1\], got values from .*x / 255 for 8-bit images",
+        (x, 2 * x - 1): r"y must lie in \[0, 1\], got .* pass \(x \+ 1\) / 2",
+        (x, nothing): r"y is not finite for 1 of 3 rows \(first rows: \[1\]\)",
+    }.items():
+        if metric is mse and pair[1].min() < 0:
+            continue  # a decoded image may leave the range
+        with pytest.raises(ValueError, match=message):
+            metric(*pair)
+
+    # Inside another call nothing waits for the device.
+    looked = []
+    monkeypatch.setattr(images_module, "check_range", lambda *args: looked.append(args))
+    found = public(lambda: metric(x, x.flip(0)))()
+    assert looked == []
+    assert torch.equal(metric(x, x.flip(0)), found)
+    assert len(looked) == (1 if metric is mse else 2)
 
 
 def test_sizes_variants_and_scales_out_of_range_are_refused():

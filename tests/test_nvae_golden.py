@@ -21,6 +21,7 @@ from nvae_reference import official_state_dict, one_pass
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyro_vae_defence.models.nvae import (
     NVAE,
@@ -48,7 +49,16 @@ Arrays = dict[str, Tensor]
 
 def read_arrays(path: Path) -> Arrays:
     with np.load(path) as file:
-        return {k: torch.from_numpy(v) for k, v in file.items() if v.dtype.kind in "fi"}
+        arrays = {k: torch.from_numpy(v) for k, v in file.items() if v.dtype.kind in "fi"}
+    if "x" in arrays and arrays["x"].shape[1:] == (
+        1,
+        32,
+        32,
+    ):  # the official program pads before the network
+        inside = arrays["x"][:, :, 2:30, 2:30]
+        assert torch.equal(F.pad(inside, (2, 2, 2, 2)), arrays["x"])
+        arrays["x"] = inside
+    return arrays
 
 
 @pytest.fixture(params=MODELS)
@@ -202,7 +212,7 @@ def test_one_pass(golden: tuple[NVAE, Arrays]) -> None:
     check(log_p - log_q - loss, expected["log_iw"])
     if vae.config.is_grey:
         full = torch.distributions.Bernoulli(logits=terms.logits, validate_args=False)
-        check(full.log_prob(expected["x"]), expected["log_prob"])
+        check(full.log_prob(F.pad(expected["x"], (2, 2, 2, 2))), expected["log_prob"])
         check(full.mean, expected["image_mean"])
     else:
         likelihood = image_likelihood(vae.config, terms.logits)
@@ -238,17 +248,6 @@ def test_programs(golden: tuple[NVAE, Arrays], share: bool) -> None:
     check(site_log_probs(model, vae.sites), expected["log_p_per_group"])
     check(-model.nodes["obs"]["log_prob"], expected["recon_loss"])
     assert tuple(model.nodes["obs"]["value"].shape[1:]) == vae.image_shape
-
-
-@needs_golden
-def test_padded_and_plain_images_are_the_same(golden: tuple[NVAE, Arrays]) -> None:
-    vae, expected = golden
-    if not vae.config.is_grey:
-        pytest.skip("colour images have one size")
-    _, padded = traces(vae, expected, expected["x"])
-    _, plain = traces(vae, expected, expected["x"][:, :, 2:30, 2:30])
-    assert torch.equal(padded.nodes["obs"]["log_prob"], plain.nodes["obs"]["log_prob"])
-    assert torch.equal(padded.nodes["z_04"]["log_prob"], plain.nodes["z_04"]["log_prob"])
 
 
 @needs_golden

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.nvae import NVAE, NonCentredNVAE, NVAEConfig
+from pyro_vae_defence.objectives import NVAEObjective
 from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.training import FitConfig, fit
 from pyro_vae_defence.types import VAE
 
 GREY = NVAEConfig(
@@ -486,3 +488,64 @@ def test_everything_follows_the_device() -> None:
             assert model.nodes["obs"]["log_prob"].device.type == "meta"
         assert one_pass(vae, x).kl.device.type == "meta"
         assert vae.sample(2).shape == x.shape
+
+
+# --- What the network makes of images -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noncentred", [False, True])
+def test_padded_images_are_refused_by_every_program(noncentred: bool) -> None:
+    vae = build(GREY)
+    programs = vae.noncentred() if noncentred else vae
+    for run_program in (programs.model, programs.guide):
+        with pytest.raises(ValueError, match=r"\(N, 1, 28, 28\); .* pass x\[\.\.\., 2:-2, 2:-2\]"):
+            run_program(torch.rand(2, 1, 32, 32))
+        with pytest.raises(ValueError, match=r"\(N, 1, 28, 28\)$"):
+            run_program(torch.rand(2, 1, 30, 30))
+
+
+@pytest.mark.parametrize("noncentred", [False, True])
+def test_a_network_of_five_bits_sees_five_bits(noncentred: bool) -> None:
+    vae = build(NVAEConfig.from_dict(COLOUR | {"num_mixture_dec": 2, "num_x_bits": 5}))
+    programs = vae.noncentred() if noncentred else vae
+    x = torch.randint(256, (2, 3, 32, 32)) / 255.0
+    x = x.double()
+    reduced = torch.div((255 * x).round(), 8, rounding_mode="floor") / 31
+    assert not torch.equal(reduced, x)
+    found = []
+    for images in (x, reduced):
+        torch.manual_seed(1)
+        guide, model = run(programs, images)
+        assert torch.equal(model.nodes["obs"]["value"], images)
+        found.append(torch.stack([model.nodes["obs"]["log_prob"], guide.log_prob_sum().expand(2)]))
+    assert torch.equal(*found)
+    # Attacks have a derivative to follow: that with respect to the levels.
+    latents = {site: value.detach() for site, value in programs.guide(x).items()}
+
+    def gradient(images: Tensor) -> Tensor:
+        images = images.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(joint(programs, images, latents).sum(), images)
+        return slope
+
+    assert gradient(x).abs().max() > 0
+    assert torch.equal(gradient(x), gradient(reduced))
+    eight = build(NVAEConfig.from_dict(COLOUR | {"num_mixture_dec": 2}))
+    assert not torch.equal(eight.bottom_up(x)[0], eight.bottom_up(reduced)[0])
+
+
+def test_levels_need_a_likelihood_of_levels() -> None:
+    for values in (GREY.to_dict(), COLOUR | {"num_mixture_dec": 1}):
+        with pytest.raises(ValueError, match="num_x_bits=5 needs a likelihood of levels"):
+            NVAEConfig.from_dict(values | {"num_x_bits": 5})
+
+
+def test_a_network_without_batch_norm_trains() -> None:
+    small = {"arch_instance": "res_elu", "num_latent_scales": 1, "ada_groups": False}
+    vae = NVAE(NVAEConfig.from_dict(GREY.to_dict() | small))
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in vae.modules())
+    x = (torch.rand(4, 1, 28, 28) < 0.1).float()
+    objective = NVAEObjective(vae, num_steps=12)
+    config = FitConfig(epochs=12, learning_rate=1e-2, schedule="constant", progress=False)
+    history = fit(vae, objective, [x], config).history
+    assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
+    assert vae.decode(vae.guide(x)).isfinite().all()

@@ -17,6 +17,8 @@ from scipy.optimize import minimize
 
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.compiled import Recorder
+from pyro_vae_defence.models.nvae.levels import TOLERANCE
 from pyro_vae_defence.models.nvae.likelihoods import DiscretisedLogisticMixture, GaussianImage
 from pyro_vae_defence.models.perturbation import (
     PerturbationAware,
@@ -207,42 +209,93 @@ def test_solvers_treat_rows_by_themselves_and_never_ask_the_device(kind):
     assert reach.nearest(meta, meta, meta, ball).device.type == "meta"
 
 
-def test_discretised_logistics_against_all_triples_of_levels():
-    bits, radius = 3, 0.3
-    levels = torch.arange(2**bits) / (2**bits - 1)
-    mixture = DiscretisedLogisticMixture(
-        1.5 * torch.randn(4, 100, 8, 8), num_bits=bits, validate_args=False
-    )
-    x_ref = levels[torch.randint(len(levels), (4, 3, 8, 8))]
-    x = (x_ref + radius * (2 * torch.rand_like(x_ref) - 1)).clamp(0, 1)
-    found = most_likely_image(mixture, x, Linf(radius))
-    start, best = (mixture.log_prob_map(x) for _ in range(2))
-    for triple in itertools.product(levels, repeat=3):
-        candidate = torch.stack(triple)[:, None, None].expand_as(x)
-        inside = ((candidate - x).abs() <= radius).all(1)
-        best = torch.where(inside, torch.maximum(best, mixture.log_prob_map(candidate)), best)
-    log_prob = mixture.log_prob_map(found)
-    on_grid = (found[..., None] == levels).any(-1) | (found == x)
-    assert on_grid.all()
-    assert (log_prob >= start).all()
-    assert (log_prob <= best + 1e-5).all()
-    # A search, not exhaustive: see its docstring.
-    assert (best - log_prob < 1e-5).float().mean() > 0.9
-    assert (best - log_prob).sum() < 0.02 * (best - start).sum()
-
-
-def test_logistics_of_one_component_without_coefficients_are_exact():
-    logits = torch.randn(3, 10, 4, 4)
-    logits[:, [3, 6, 9]] = 0.0
-    mixture = DiscretisedLogisticMixture(logits, num_bits=3, validate_args=False)
-    x, ball = torch.rand(3, 3, 4, 4), Linf(0.25)
+def best_of_all_triples(mixture, x, radius, candidates):
+    """The largest log-probability of each pixel over all triples of these values in reach."""
     best = mixture.log_prob_map(x)
-    for triple in itertools.product(torch.arange(8) / 7, repeat=3):
-        candidate = torch.stack(triple)[:, None, None].expand_as(x)
-        inside = ((candidate - x).abs() <= ball.radius).all(1)
-        best = torch.where(inside, torch.maximum(best, mixture.log_prob_map(candidate)), best)
-    found = most_likely_image(mixture, x, ball)
-    assert torch.allclose(mixture.log_prob_map(found), best, atol=1e-5)
+    for triple in itertools.product(*candidates):
+        y = torch.stack(triple, -3)
+        inside = ((y - x).abs() <= radius).all(-3)
+        best = torch.where(inside, torch.maximum(best, mixture.log_prob_map(y)), best)
+    return best
+
+
+def mixture_of(num_components, spread, log_scale, size=6):
+    """Components whose means lie anywhere, of a scale, with coefficients of either sign."""
+    shape = (2, 3, num_components, size, size)
+    colours = [spread * torch.randn(shape), log_scale + torch.randn(shape), torch.randn(shape)]
+    weights = 1.5 * torch.randn(2, num_components, size, size)
+    return torch.cat([weights, torch.stack(colours, 2).flatten(1, 3)], 1)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("log_scale", [-3.0, -1.0, 2.0])
+@pytest.mark.usefixtures("float64")
+def test_the_most_likely_levels_are_those_of_all_triples(bits, log_scale):
+    """With 8 bits at the edges of the range too, where levels own the tails of the components."""
+    radius = 0.3 if bits == 3 else 2.5 / 255
+    mixture = DiscretisedLogisticMixture(
+        mixture_of(10, 0.7, log_scale), num_bits=bits, validate_args=False
+    )
+    last = 2**bits - 1
+    x = torch.randint(256, (2, 3, 6, 6)) / 255.0
+    x[:, :, :2] = torch.randint(3, (2, 3, 2, 6)) / 255.0
+    x[:, :, -2:] = 1 - torch.randint(4, (2, 3, 2, 6)) / 255.0
+    x[0, :, 3] = torch.rand(3, 6)  # an attacked image is on no grid
+    found = most_likely_image(mixture, x, Linf(radius))
+    assert ((found - x).abs() <= radius).all()
+    assert ((found >= 0) & (found <= 1)).all()
+    if bits == 8:
+        near = [((x * last).round() + step).clamp(0, last) / last for step in range(-3, 4)]
+        candidates = [[value[:, c] for value in (x, *near)] for c in range(3)]
+    else:  # any value in reach falls into a level
+        steps = [(x + step / 4 * (radius - 1e-12)).clamp(0, 1) for step in range(-4, 5)]
+        candidates = [[value[:, c] for value in steps] for c in range(3)]
+    best = best_of_all_triples(mixture, x, radius, candidates)
+    log_prob = mixture.log_prob_map(found)
+    assert (log_prob <= best + 1e-9).all()
+    assert (best - log_prob).max() < TOLERANCE + 1e-9
+    assert (best - mixture.log_prob_map(x)).sum() > 1
+
+
+@pytest.mark.usefixtures("float64")
+def test_all_256_levels_of_a_channel_are_searched():
+    """Too many triples to try: no change of one channel is better, and none of many at random."""
+    mixture = DiscretisedLogisticMixture(mixture_of(10, 0.7, -3.0, size=3), validate_args=False)
+    x = torch.rand(2, 3, 3, 3)
+    found = most_likely_image(mixture, x, Linf(1.0))
+    log_prob = mixture.log_prob_map(found)
+    for channel in range(3):
+        for level in range(256):
+            other = found.clone()
+            other[:, channel] = level / 255
+            assert (mixture.log_prob_map(other) <= log_prob + TOLERANCE + 1e-9).all()
+    for _ in range(300):
+        other = torch.randint(256, x.shape) / 255.0
+        assert (mixture.log_prob_map(other) <= log_prob + TOLERANCE + 1e-9).all()
+
+
+def test_the_search_of_levels_treats_pixels_by_themselves():
+    mixture = DiscretisedLogisticMixture(mixture_of(3, 0.7, -2.0), validate_args=False)
+    x, ball = torch.rand(2, 3, 6, 6), Linf(0.1)
+    together = most_likely_image(mixture, x, ball)
+    alone = DiscretisedLogisticMixture(mixture.logits[1:, :, 2:3, 4:], validate_args=False)
+    assert torch.equal(most_likely_image(alone, x[1:, :, 2:3, 4:], ball), together[1:, :, 2:3, 4:])
+    several = most_likely_image(mixture.expand((3, 2)), x, ball)
+    assert torch.equal(several, together.expand(3, -1, -1, -1, -1))
+    broken = DiscretisedLogisticMixture(mixture.logits * math.nan, validate_args=False)
+    assert torch.equal(most_likely_image(broken, x, ball), x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_search_of_levels_is_not_recorded():
+    """Its number of steps is that of one run."""
+    potential = energy(RandomVAE(logistic_mixture), references(2), Linf(0.15))
+    recorded = Recorder()(potential)
+    z = {"z": torch.randn(2, 4)}
+    found, _ = recorded.energy_and_gradient(z)
+    assert not recorded.captured
+    assert recorded.why_not.startswith("recording failed")
+    assert torch.equal(found, potential(z))
 
 
 # --- The energy -----------------------------------------------------------------------------------
@@ -259,8 +312,9 @@ def test_no_attack_in_the_ball_raises_the_energy_of_any_latent(likelihood, kind)
             z = {"z": spread * torch.randn(20, 4)}
             reference = energy(vae, x_ref)(z)
             aware = energy(vae, x_adv, ball)(z)
-            # Up to rounding of sums of 48 terms.
-            assert (aware <= reference + 1e-9 * (1 + reference.abs())).all()
+            # Up to rounding of sums of 48 terms, and what a search of 16 pixels may miss.
+            slack = 16 * TOLERANCE if likelihood is logistic_mixture else 0.0
+            assert (aware <= reference + slack + 1e-9 * (1 + reference.abs())).all()
             strict += int((energy(vae, x_adv)(z) > reference).sum())
     # The paper's energy breaks it, or the test would say nothing.
     assert strict > 50
@@ -288,9 +342,9 @@ def test_minimiser_is_feasible_energy_falls_with_the_radius_and_starts_at_the_pa
         # The energy is that of the image found.
         assert torch.allclose(energies[-1], energy(vae, found.reshape_as(x))(z))
     assert torch.allclose(energies[1], paper, rtol=1e-5)
-    if likelihood is not logistic_mixture:  # a search promises no more than the first
-        for smaller, larger in itertools.pairwise(energies):
-            assert (larger <= smaller + 1e-9 * (1 + smaller.abs())).all()
+    for smaller, larger in itertools.pairwise(energies):
+        slack = 16 * TOLERANCE if likelihood is logistic_mixture else 0.0  # 16 pixels
+        assert (larger <= smaller + slack + 1e-9 * (1 + smaller.abs())).all()
     assert (energies[-1] <= paper).all()
     assert (energies[-1] < paper).any()
 

@@ -71,7 +71,9 @@ def test_a_card_is_written_where_it_was_found(monkeypatch, tmp_path):
         save_card(dataclasses.replace(load_card("a"), name="c"))
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "..", "a\\b", ""])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "/a", "..", "a\\b", "a\0b", "", "a" * 5000, None, 3]
+)
 def test_names_that_are_paths_are_refused(tmp_path, name):
     place = tmp_path / "models"
     with pytest.raises(ValueError, match="name must be a file's stem"):
@@ -111,6 +113,7 @@ def altered(directory, change=None, weights=WEIGHTS, **entries):
         ({"architecture_config": {**CONFIG, "in_channels": 10**9}}, r"shapes are wrong: decoder"),
         ({"architecture_config": {**CONFIG, "latent_dim": 10**20}}, "no network"),
         ({"architecture_config": {**CONFIG, "latent_dim": 32}}, r"shapes are wrong: "),
+        ({"architecture_config": {**CONFIG, "log_variance": "1"}}, "no network.* within ..100"),
     ],
 )
 def test_cards_that_do_not_fit_are_refused_by_their_file(tmp_path, entries, message):
@@ -146,7 +149,7 @@ def put(key, value):
         (put(VARIANCE, lambda v: v[:3]), r"mean_posterior_variance has shapes \{'z': \(3,\)\}"),
         (put(VARIANCE, lambda v: -v), "mean_posterior_variance is not positive"),
         (put(VARIANCE, lambda v: v * math.nan), f"not finite .*: {VARIANCE}"),
-        (lambda tensors: tensors.update({"mean_noise_variance.z": torch.ones(3)}), "has shapes"),
+        (lambda tensors: tensors.update({"mean_noise_variance.z": torch.ones(64)}), "has shapes"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_their_file(tmp_path, change, message):

@@ -361,7 +361,9 @@ class TestErrors:
             (torch.rand(1, 28, 28), r"must have shape \(N, C, H, W\)"),
             (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), "x.float"),
             (torch.full((1, 1, 2, 2), 1.5), r"must lie in \[0, 1\], got values from 1.5 to 1.5"),
-            (torch.full((1, 1, 2, 2), torch.nan), r"must lie in \[0, 1\]"),
+            (torch.full((1, 1, 2, 2), torch.nan), r"x is not finite for 1 of 1 rows \(first rows"),
+            (torch.full((1, 1, 2, 2), 200.0), r"got values from 200 to 200; rescale it \(x / 255"),
+            (torch.full((1, 1, 2, 2), -0.5), r"itself, obs=2 \* x - 1"),
         ],
     )
     def test_images(self, x, message):

@@ -76,6 +76,15 @@ class AttackResult(NamedTuple):
     num_queries: Tensor
     solved: Tensor
 
+    def __repr__(self) -> str:
+        num_restarts, num_images = self.objective.shape
+        reached = self.objective.nan_to_num(nan=-torch.inf).amax(0).double().mean()
+        best = "unknown" if reached.is_meta else f"{reached:.4g}"
+        return (
+            f"AttackResult({num_images} images {tuple(self.x_ref.shape[1:])}, {num_restarts} "
+            f"restart(s), mean objective of the best {best})"
+        )
+
     def best(self) -> Tensor:
         """The strongest restart of each image, ``(N, C, H, W)``; one without a value never wins."""
         winner = self.objective.nan_to_num(nan=-torch.inf).argmax(0)
@@ -255,10 +264,11 @@ class Attack:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        if not callable(self.objective):
+        is_vae = callable(getattr(self.objective, "guide", None))
+        if is_vae or not callable(self.objective):
+            got = f"a VAE, {type(self.objective).__name__}" if is_vae else repr(self.objective)
             raise ValueError(
-                f"objective must be a prepared objective such as symmetric_kl(vae), "
-                f"got {self.objective!r}"
+                f"objective must be a prepared objective such as symmetric_kl(vae), got {got}"
             )
         check_ball(self.ball)
         if not (self.stop is None or callable(self.stop)):

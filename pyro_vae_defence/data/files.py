@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from pyro_vae_defence.ops.checks import check_integer
 
 Prepare: TypeAlias = Callable[[Image.Image], Image.Image]
 """Cuts and scales a decoded image; raises ``ValueError`` for one that does not fit."""
+
+Fit: TypeAlias = Literal["crop", "pad", "stretch"]
+"""What :func:`load_folder` does with images of other proportions."""
 
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 """Names of files that :func:`load_folder` takes for images end so, in either case."""
@@ -101,6 +105,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
             if (count := getattr(file, "n_frames", 1)) > 1 and file.format != "MPO":
                 raise ValueError(f"it holds {count} images: save each in a file of its own")
             yield file
+    except UserWarning:  # of what is cut off, where warnings are errors
+        raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         message = f"cannot read image {path} ({error}); restore or remove the file"
         raise ValueError(message) from error
@@ -172,14 +178,37 @@ def _classes_of(files: Sequence[Path]) -> set[str]:
     return {file.parts[0] for file in files} if nested else set()
 
 
-def _cover(height: int, width: int, image: Image.Image) -> Image.Image:
-    """Scale ``image`` until it just covers the target, and cut out that from its centre."""
-    scale = max(height / image.height, width / image.width)
-    wide = max(width, round(image.width * scale))
-    high = max(height, round(image.height * scale))
-    left, top = (wide - width) // 2, (high - height) // 2
-    resized = image.resize((wide, high), Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + width, top + height))
+@dataclass
+class _Fitted:
+    """Scales an image to ``height`` and ``width`` as :func:`load_folder` says of ``fit``."""
+
+    height: int
+    width: int
+    fit: Fit | None
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The scaled image; warns of the first that loses more than a pixel, if ``fit`` is open."""
+        height, width = self.height, self.width
+        if self.fit == "stretch":
+            return image.resize((width, height), Image.Resampling.BILINEAR)
+        bound = min if self.fit == "pad" else max
+        scale = bound(height / image.height, width / image.width)
+        wide, high = (max(1, round(side * scale)) for side in image.size)
+        if self.fit != "pad":
+            wide, high = max(width, wide), max(height, high)
+        if self.fit is None and max(wide - width, high - height) > 1:
+            self.fit = "crop"  # said once
+            warnings.warn(
+                f"an image of {image.width}x{image.height} pixels (width x height) loses "
+                f"{1 - width * height / (wide * high):.0%} of its area at its sides to become "
+                f'{width}x{height}, and others may; pass fit="pad" or fit="stretch" to keep all of '
+                'it, or fit="crop" if its centre is what matters',
+                UserWarning,
+                stacklevel=2,
+            )
+        left, top = (wide - width) // 2, (high - height) // 2
+        resized = image.resize((wide, high), Image.Resampling.BILINEAR)
+        return resized.crop((left, top, left + width, top + height))  # black beyond the borders
 
 
 def load_folder(
@@ -187,13 +216,14 @@ def load_folder(
     image_size: int | tuple[int, int] | None = None,
     channels: int | None = None,
     split: str | None = None,
+    fit: Fit | None = None,
 ) -> ImageFiles:
     """The images of a folder and its subfolders, in the order of their paths.
 
-    They are decoded when asked for. Where a size is given, each is scaled (bilinear, with
-    antialiasing) until it just covers the target, whose centre is kept. Where all images lie in
-    subfolders, the first level of these names the classes; otherwise every label is 0. Links are
-    followed, and what is hidden (names that start with a dot) is left out.
+    They are decoded when asked for. Where a size is given, each is scaled to it (bilinear, with
+    antialiasing) as ``fit`` says. Where all images lie in subfolders, the first level of these
+    names the classes; otherwise every label is 0. Links are followed, and what is hidden (names
+    that start with a dot) is left out.
 
     Args:
         path: the folder.
@@ -206,6 +236,10 @@ def load_folder(
             classes are those of all subfolders together, so that a label means the same in each,
             also where one of them has no image of some class.
             :func:`~pyro_vae_defence.data.random_split` divides a folder that has no such parts.
+        fit: what becomes of images of other proportions than ``image_size``. ``"crop"`` scales
+            until they just cover the target and keeps its centre, ``"pad"`` until they fit in and
+            surrounds them with black, ``"stretch"`` scales sides apart. ``None`` is ``"crop"`` with
+            a warning, at the first image that loses more than a pixel, of the share that is cut.
 
     Without ``image_size`` or ``channels`` every file is opened once at the beginning.
 
@@ -228,6 +262,8 @@ def load_folder(
     if not folder.is_dir():
         raise FileNotFoundError(f"path={str(folder)!r} is no folder: pass one that holds images")
     size = None if image_size is None else _size(image_size)
+    if fit not in (None, *get_args(Fit)):
+        raise ValueError(f"fit must be one of {', '.join(get_args(Fit))}, got {fit!r}")
     files = _files_of(folder)
     if not files:
         raise ValueError(
@@ -247,8 +283,8 @@ def load_folder(
     else:
         height, width = size
     shape = (channels, height, width)
-    cover = partial(_cover, height, width)
-    return ImageFiles(paths, labels, name, split or "all", names, shape, cover)
+    fitted = _Fitted(height, width, fit)
+    return ImageFiles(paths, labels, name, split or "all", names, shape, fitted)
 
 
 def _size(image_size: Any) -> tuple[int, int]:

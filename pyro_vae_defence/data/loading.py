@@ -135,6 +135,16 @@ def _moved(place: torch.device, collate: Callable[[Any], Any], batch: Any) -> An
     return [entry.to(place) if isinstance(entry, Tensor) else entry for entry in batch]
 
 
+def _check_dataset(dataset: Any) -> None:
+    """``ValueError`` unless images and labels can be taken from it by their numbers."""
+    if not isinstance(dataset, Images):
+        raise ValueError(
+            f"dataset must be one of this package's, as load or load_folder return, got a "
+            f"{type(dataset).__name__}; images at hand are an ImageDataset((255 * x).byte(), "
+            'labels, name, "all", class_names), or are chosen by torch.randperm(len(x))'
+        )
+
+
 def stratified(
     dataset: Images, num: int, generator: torch.Generator | None = None, column: int = 0
 ) -> Tensor:
@@ -151,6 +161,7 @@ def stratified(
     Returns:
         int64 ``(num,)``, ordered by class in turn: any leading part is as balanced as it can be.
     """
+    _check_dataset(dataset)
     labels = dataset.labels if dataset.labels.dim() == 1 else dataset.labels[:, column]
     classes = labels.unique()
     check_integer("num", num)
@@ -186,6 +197,7 @@ def random_split(
         >>> [len(part) for part in random_split(digits, (0.5, 0.3, 0.2))]
         [500, 300, 200]
     """
+    _check_dataset(dataset)
     if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions={fractions} must be positive and sum to 1, e.g. (0.8, 0.2)")
     shuffled = torch.randperm(len(dataset), generator=generator)

@@ -196,8 +196,7 @@ class BaseDefence(ABC):
     def parts(
         self, images: ImagesLike, name: str, seed: int, first: int, governs: bool = False
     ) -> Iterator[DefenceResult]:
-        """One result per micro-batch of images, which errors call ``name``; ``first`` is their
-        first number.
+        """One result per micro-batch of images, numbered from ``first``; errors say ``name``.
 
         ``governs`` says whether what comes from torch's global generators is to follow the seed.
         """

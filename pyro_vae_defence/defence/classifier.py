@@ -37,7 +37,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.base import Defence, check_defence
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
-from pyro_vae_defence.models.classifier import flatten_latents
+from pyro_vae_defence.models.classifier import class_scores
 from pyro_vae_defence.models.conditions import bind, split
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.program import Decoder, evaluation_mode, posterior_mean
@@ -99,8 +99,11 @@ class DefendedClassifier:
     Args:
         defence: any defence or control, e.g. ``MCMCDefence(vae, perturbation=Linf(0.1))``.
         classifier: latents ``(M, D)`` of all sites together to scores ``(M, classes)``, such as a
-            :class:`~pyro_vae_defence.models.classifier.LinearClassifier`. For ``reading="draws"``
-            it should be one trained on draws, else one trained on the guide's means.
+            :class:`~pyro_vae_defence.models.classifier.LinearClassifier`, not a classifier of
+            images. Sites are joined in the guide's order, as
+            :func:`~pyro_vae_defence.models.classifier.flatten_latents` does; no check can tell
+            another order of the same D. For ``reading="draws"`` it should be one trained on draws,
+            else one trained on the guide's means.
         reading: what the classifier is asked about, see the module's text.
 
     Raises:
@@ -155,9 +158,9 @@ class DefendedClassifier:
         """As a call, from a run of the defence that is at hand: ``(N, classes)``."""
         latents = read_latents(self.defence.vae, result, self.reading)
         num, rows = next(iter(latents.values())).shape[:2]
-        folded = flatten_latents({name: value.flatten(0, 1) for name, value in latents.items()})
+        folded = {name: value.flatten(0, 1) for name, value in latents.items()}
         with evaluation_mode(self.classifier):
-            scores = self.classifier(folded)
+            scores = class_scores(self.classifier, folded)
         check_finite("the score of classes", scores, "see what the classifier makes of latents")
         log_probs = scores.log_softmax(-1)
         if self.reading == "vote":

@@ -13,7 +13,9 @@ clipping*: the attacks of the paper live in the black background, where this und
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +29,18 @@ from pyro_vae_defence.models.program import check_images, encode, evaluation_mod
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Perturb
+
+_HOW = "preprocess=functools.partial(clip_dark_pixels, delta=0.1)"
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """Arguments that a function needs beside its first; none where that is not known."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[1:]
+    except (TypeError, ValueError):
+        return []
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
 
 
 @dataclass(eq=False, repr=False)
@@ -60,11 +74,21 @@ class EncoderDefence(BaseDefence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if callable(self.num_samples):
+            raise ValueError(
+                "num_samples must be an integer of at least 1, got a function; pass a filter by "
+                f"name, EncoderDefence(vae, {_HOW})"
+            )
         check_integer("num_samples", self.num_samples)
         if not (self.preprocess is None or callable(self.preprocess)):
             raise ValueError(
                 f"preprocess must map images to images, such as median_filter, got "
                 f"{self.preprocess!r}"
+            )
+        if self.preprocess is not None and (needed := _needed(self.preprocess)):
+            raise ValueError(
+                f"preprocess is called with images alone, but needs {', '.join(needed)} too; bind "
+                f"the rest beforehand, such as {_HOW}"
             )
 
     def _filter(self, x: Tensor) -> Tensor:

@@ -166,9 +166,11 @@ def anomaly_scores(
 
     With :class:`NoDefence` these are the usual scores; compare them with those behind a defence. An
     attack in the encoder can hide an anomaly, or make one of a normal image, by the latents that it
-    leads to; latents after a defence answer to the image alone. A chain explains every image better
-    than the encoder does, anomalies among them, so scores need thresholds of their own, and may
-    tell anomalies apart better or worse: measure it.
+    leads to; latents after a defence answer to the image alone. A chain of the paper's target
+    lowers ``error`` for nearly every image, anomalies among them; one that assumes a perturbation
+    gives up part of the image, and its ``energy``, which assumes none, may be above the encoder's.
+    So scores need thresholds of their own, and may tell anomalies apart better or worse: measure
+    it.
 
     Args:
         defence: any defence or control.

@@ -40,8 +40,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -55,8 +58,10 @@ from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.metrics.intervals import Interval
 from pyro_vae_defence.models.conditions import fold, split
 from pyro_vae_defence.models.program import check_images
+from pyro_vae_defence.ops import html
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.checks import check_on_device
+from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.types import ImagesLike, LatentsLike
 
 _Score = TypeVar("_Score")
@@ -278,6 +283,36 @@ class DetectionReport:
     def to_json(self) -> str:
         """:meth:`to_dict` as text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def __repr__(self) -> str:
+        rates = ", ".join(f"{kind} {rate:.3f}" for kind, rate in self.alarms.items())
+        return f"DetectionReport({self.score_name}, alarms: {rates}; print shows more)"
+
+    def save_html(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report as one page that loads nothing from elsewhere; its path."""
+        found = self.to_dict()
+        count = self.alarms["clean"].num_values
+        set_for = f"set for at most {self.false_alarm:.1%} of clean images"
+        body = [
+            "<h1>Detection report</h1>",
+            f"<p>Alarm: {escape(self.score_name)} above {self.threshold:.6g}, {set_for}; {count} "
+            f"images of each kind; attack and noise in {escape(self.ball)}.</p>",
+            html.table(
+                ("images", "raise the alarm"),
+                ([kind, html.interval(rate)] for kind, rate in found["alarms"].items()),
+            ),
+            "<p>How well each score tells attacked images from others, whatever the threshold: "
+            "area under the ROC curve, 1/2 is blind.</p>",
+            html.table(
+                ("score", "against clean images", "against noise of equal size"),
+                (
+                    [escape(name), *(html.interval(each) for each in of_score.values())]
+                    for name, of_score in found["auroc"].items()
+                ),
+            ),
+        ]
+        write_atomically(Path(path), html.page("Detection report", body).encode())
+        return Path(path)
 
     def __str__(self) -> str:
         count = self.alarms["clean"].num_values

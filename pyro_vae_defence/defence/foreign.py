@@ -74,7 +74,7 @@ def run_one_by_one(
 ) -> Chains:
     """Run a fresh kernel for each chain of each image of ``x``, a row of ``streams`` each.
 
-    These decide on starts alone; the kernels' own noise comes from torch's global seed.
+    These decide on starts alone; the kernels' own noise comes from torch's global generators.
 
     Raises:
         ValueError: if a chain would start at a non-finite energy.

@@ -73,6 +73,14 @@ class DefenceResult:
     convergence: dict[str, Tensor] = field(default_factory=dict)
     conditions: tuple[Tensor, ...] = ()
 
+    def __repr__(self) -> str:
+        num_chains, num_draws = next(iter(self.samples.values())).shape[:2]
+        latents = ", ".join(f"{n!r} {tuple(v.shape[1:])}" for n, v in self.latents.items())
+        return (
+            f"DefenceResult({len(self.x)} images {tuple(self.x.shape[1:])}, latents {latents}, "
+            f"{num_chains} chain(s) of {num_draws} draw(s), {self.seconds:.3g} s)"
+        )
+
     @classmethod
     def join(cls, parts: Sequence[DefenceResult]) -> DefenceResult:
         """The result of all images from those of consecutive micro-batches."""

@@ -76,13 +76,14 @@ def measurements() -> dict[str, type[Measurement[Any]]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors in the arguments are one line and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    commands = [*STUDIES, *BESIDE]
     top = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Studies and what is printed of their results; COMMAND --help says more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_commands(),
+        epilog=None if words[:1] and words[0] in commands else _commands(),
     )
-    top.add_argument("command", choices=[*STUDIES, *BESIDE], metavar="COMMAND")
+    top.add_argument("command", choices=commands, metavar="COMMAND")
     for stream in (sys.stdout, sys.stderr):
         # A terminal without Greek letters still gets the tables.
         if isinstance(stream, io.TextIOWrapper):

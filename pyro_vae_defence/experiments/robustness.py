@@ -18,14 +18,18 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pyro_vae_defence import attacks, plots
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
-from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
+from pyro_vae_defence.defence.mcmc import (
+    PAPER_SETTINGS,
+    RECOMMENDED_KERNEL,
+    RECOMMENDED_LENGTHS,
+)
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import (
@@ -51,6 +55,9 @@ from pyro_vae_defence.robustness import (
     evaluate_robustness,
 )
 from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
+
+PUBLISHED_BUDGET = replace(Budget.standard(), max_evaluations=17_000)
+"""That of the published reports, whose suite had no attack on the evidence yet."""
 
 Target = Literal["reconstruction", "classification"]
 Gradients = Literal["traced", "recorded", "graph"]
@@ -100,7 +107,7 @@ class RobustnessConfig(conf.Configuration):
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     paper: PaperName | None = None
     gradients: Gradients = "traced"
-    budget: Budget = Budget.standard()
+    budget: Budget = PUBLISHED_BUDGET
     checks: bool = True
     seed: conf.Natural = 0
 
@@ -144,11 +151,13 @@ def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, flo
     :func:`~pyro_vae_defence.robustness.cost.suite_gradients`; what a defence's name says beyond its
     kind is left out."""
     chain = config.chain
+    if defence.startswith("recommended"):
+        chain = conf.ChainConfig(**RECOMMENDED_LENGTHS, **RECOMMENDED_KERNEL)
     transitions, length = chain.warmup_steps + chain.num_samples, chain.num_steps + 0.5
     if defence == "paper":
         count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
         transitions, length = count // 2 + count, float(steps)
-    whole = (transitions * length + 2) * chain.num_chains
+    whole = (chain.burn_in + transitions * length + 2) * chain.num_chains
     cost = None if defence == "none" else ChainCost(whole, length, transitions)
     size = len(config.blocks[0])
     return suite_gradients(cost, config.budget, size, config.attacks, config.checks)
@@ -259,6 +268,23 @@ def published_configurations() -> dict[str, RobustnessConfig]:
     }
 
 
+def recommended_configurations() -> dict[str, RobustnessConfig]:
+    """The defence that the library recommends, as it is, ``<dataset>_recommended_<radius>``.
+
+    A run of it is 4 chains, each of a burn-in and 25 transitions: 578 gradients, five times those
+    of ``aware`` by default. The budget is the default one, but for the evaluations after which no
+    attack begins, so that it is attacked by as many as ``aware`` is.
+    """
+    budget = replace(Budget.standard(), max_evaluations=60_000)
+    return {
+        f"{dataset}_recommended_{radius:g}": RobustnessConfig(
+            f"{dataset}_vae", radius, defences=("recommended",), num_images=20, budget=budget
+        )
+        for dataset in ("mnist", "fashion_mnist", "color_mnist")
+        for radius in (0.1, 0.2)
+    }
+
+
 class Robustness(Measurement[RobustnessConfig]):
     """Every adaptive attack against the models of ``defend``, undefended and defended."""
 
@@ -266,6 +292,7 @@ class Robustness(Measurement[RobustnessConfig]):
     metric = None  # every report names its own figure
     names = {
         **{name: RobustnessConfig(c.model, c.radius) for name, c in Defend.names.items()},
+        **recommended_configurations(),
         **large_configurations(),
         **published_configurations(),
     }

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 
 from pyro_vae_defence.mcmc import adaptation, hmc
@@ -26,8 +26,9 @@ from pyro_vae_defence.mcmc.burn_in import burn_in as run_burn_in
 from pyro_vae_defence.mcmc.captured import Graph, Step, find_graph
 from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
 from pyro_vae_defence.models.compiled import RecordedPotential
+from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.program import ModelPotential
-from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.boundary import drop_references, note, public
 from pyro_vae_defence.ops.checks import check_integer, check_positive, check_precision, plain
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
@@ -134,6 +135,7 @@ class BatchedKernel(MCMCKernel):
         self._potential = potential_fn
         self._initial_params: Latents | None = None
         self._warmup_steps = 0
+        self._networks: list[nn.Module] = []  # of the model, which MCMC takes as it is
         self._graph: Graph | None = None
         self._run: _Run | None = None
         self._drawn: Streams | None = None  # from the generator, for this run
@@ -170,6 +172,8 @@ class BatchedKernel(MCMCKernel):
         """
         self._warmup_steps = warmup_steps
         self._run = self._drawn = None
+        self._networks = modules_of(self.model)
+        note(self._networks)
         self.prepare = prepare = find_graph(self.prepare)
         if self.model is None and prepare is not None:
             raise ValueError(
@@ -232,6 +236,7 @@ class BatchedKernel(MCMCKernel):
         Raises:
             ValueError: if the first state has the wrong shape or a non-finite energy.
         """
+        note(self._networks)
         run = self._run
         if run is None or any(params[name] is not v for name, v in run.state.position.items()):
             run = self._start(params)
@@ -289,6 +294,7 @@ class BatchedKernel(MCMCKernel):
     def cleanup(self) -> None:
         """Let go of the start of the run; its last state and info stay readable."""
         self._initial_params = None
+        drop_references(self._networks)
 
     # --- Runs that end before all chains do ---
 

@@ -43,7 +43,8 @@ def nll(
 
     Args:
         vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``, or ``(x, *conditions)`` for a conditional VAE's -log p(x | c).
+        x: images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)`` for a conditional VAE's
+            -log p(x | c). Which units the model observes them in is its own affair.
         num_samples: draws from the guide per image; 1000 in the paper.
         rows: pairs of image and draw computed at once: bounds the memory, not the result.
         generator: source of randomness; torch's global seed when ``None``.
@@ -51,7 +52,7 @@ def nll(
     Raises:
         ValueError: ``vae`` or ``x`` is unsuitable, or a number is not positive.
     """
-    vae, x = program.at_images(vae, x, unit_interval=False)
+    vae, x = program.at_images(vae, x)
     check_integer("rows", rows)
     seed = draw_seed(generator)
     results = []
@@ -115,7 +116,8 @@ def ais_log_weights(
 
     Args:
         vae: any Pyro VAE.
-        x: images ``(N, C, H, W)``, or ``(x, *conditions)``.
+        x: images ``(N, C, H, W)``, or ``(x, *conditions)``; as drawn by :func:`simulate`, which a
+            Gaussian likelihood does not keep in [0, 1].
         transition: moves ``num_chains * N`` rows of unconstrained latents, chains folded in.
         schedule: inverse temperatures; 100 of :func:`sigmoid_schedule` when ``None``.
         num_chains: M, independent chains per image.

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_on_device
+from pyro_vae_defence.models.contract import check_range
+from pyro_vae_defence.ops.boundary import nested, public
+from pyro_vae_defence.ops.checks import check_finite, check_on_device
 
 MS_SSIM_VARIANTS = ("paper", "standard")
 """The variants of :func:`ms_ssim`."""
@@ -70,7 +71,8 @@ def ms_ssim(x: Tensor, y: Tensor, variant: str = "paper") -> Tensor:
 
     Raises:
         ValueError: shapes or dtypes differ or are unsuitable, the images are too small for the
-            variant, or the variant is unknown. The range of the values is not checked.
+            variant, or the variant is unknown; or values are not in [0, 1], which is not looked at
+            inside of another call of this library, such as an attack whose objective this is.
     """
     _check_pair(x, y)
     smaller_side, halvings = min(x.shape[-2:]), len(_WEIGHTS) - 1
@@ -114,9 +116,10 @@ def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
     """Squared difference of each image pair, averaged over pixels and channels, ``(N,)``.
 
     A difference of 1 counts for ``scale``, positive; the paper (Table 7) reports the 0..255 scale.
-    Images and errors are those of :func:`ms_ssim`, of any size.
+    Images and errors are those of :func:`ms_ssim`, of any size; but ``y`` may leave [0, 1], as a
+    decoded image does where its likelihood is Gaussian.
     """
-    _check_pair(x, y)
+    _check_pair(x, y, any_range=True)
     if not scale > 0:
         raise ValueError(f"scale={scale} must be positive: use 255 for the paper's units")
     return (scale * (x - y)).square().mean(dim=(1, 2, 3))
@@ -172,7 +175,7 @@ def _relu_power(base: Tensor, exponent: float) -> Tensor:
     return torch.where(positive, power, torch.where(base.isnan(), base, 0.0))
 
 
-def _check_pair(x: Tensor, y: Tensor) -> None:
+def _check_pair(x: Tensor, y: Tensor, *, any_range: bool = False) -> None:
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}: reshape the images to (N, C, H, W)")
     if x.shape != y.shape:
@@ -185,3 +188,9 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
             f"x has dtype {x.dtype} and y has dtype {y.dtype}: convert both to float32 or float64, "
             "as variances cancel in lower precision"
         )
+    if not nested():
+        check_range(x)
+        if any_range:
+            check_finite("y", y, "see where these rows come from")
+        else:
+            check_range(y, "y")

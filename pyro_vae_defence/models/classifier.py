@@ -17,6 +17,7 @@ with MCMC", NeurIPS 2022, section 5.1.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,24 +26,58 @@ from torch import Tensor, nn
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
 from pyro_vae_defence.models.weights import fill
-from pyro_vae_defence.ops.checks import check_finite
+from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_integer
 from pyro_vae_defence.types import VAE, LatentsLike
 
 
 def flatten_latents(latents: LatentsLike) -> Tensor:
-    """All latents of an image as one vector, sites in their order: ``(N, D)``."""
+    """All latents of an image as one vector ``(N, D)``: sites one after the other, in their order.
+
+    That of what this library returns is the order in which the guide samples them, so that a
+    classifier trained on ``flatten_latents(posterior_mean(vae, x))`` reads each where it was.
+    """
     return torch.cat([value.flatten(1) for value in latents.values()], 1)
 
 
+def class_scores(classifier: Callable[[Tensor], Tensor], latents: LatentsLike) -> Tensor:
+    """Scores ``(N, classes)`` that a classifier of latents ``(N, D)`` gives to all sites together.
+
+    Raises:
+        ValueError: if it fails, or returns something else, naming D and the sites in their order.
+    """
+    flat = flatten_latents(latents)
+    problem, cause = "", None
+    try:
+        scores = classifier(flat)
+    except (torch.OutOfMemoryError, RefusalError):
+        raise
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        problem, cause = f"failed: {error}", error
+    else:
+        if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != len(flat):
+            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            problem = f"must return scores ({len(flat)}, classes), got {got}"
+    if problem:
+        sites = ", ".join(f"{name!r} ({value[0].numel()})" for name, value in latents.items())
+        raise ValueError(
+            f"classifier {problem}; it is given latents of shape {tuple(flat.shape)}, which is "
+            f"(M, D) of the guide's sites in their order, {sites}: pass a classifier of these, not "
+            "of images"
+        ) from cause
+    return scores
+
+
 class LinearClassifier(nn.Module):
-    """Class scores from the latents of any VAE, ``num_latents`` of all sites together."""
+    """Class scores from the latents of any VAE, ``num_latents`` of all sites together.
+
+    Sites are joined in the guide's order (:func:`flatten_latents`): weights trained on another
+    order fit in shape and mean nothing.
+    """
 
     def __init__(self, num_latents: int, num_classes: int) -> None:
         super().__init__()
-        if num_latents < 1 or num_classes < 2:
-            raise ValueError(
-                f"need num_latents >= 1 and num_classes >= 2, got {num_latents} and {num_classes}"
-            )
+        check_integer("num_latents", num_latents)
+        check_integer("num_classes", num_classes, 2)
         self.linear = nn.Linear(num_latents, num_classes)
 
     @property
@@ -52,7 +87,13 @@ class LinearClassifier(nn.Module):
 
     def forward(self, latents: Tensor | LatentsLike) -> Tensor:
         """Latents ``(N, D)``, or site -> ``(N, *event)``, to scores ``(N, num_classes)``."""
-        return self.linear(latents if isinstance(latents, Tensor) else flatten_latents(latents))
+        flat = latents if isinstance(latents, Tensor) else flatten_latents(latents)
+        if flat.shape[-1] != self.linear.in_features:
+            raise ValueError(
+                f"a LinearClassifier of num_latents={self.linear.in_features} is given latents of "
+                f"shape {tuple(flat.shape)}; make it of as many as all sites have together"
+            )
+        return self.linear(flat)
 
     def classify(self, vae: VAE, x: Tensor) -> Tensor:
         """Classes predicted from the guide's means at images ``x``: int64 ``(N,)``."""
@@ -67,11 +108,9 @@ class ConvClassifier(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, num_features: int = 64) -> None:
         super().__init__()
-        if in_channels < 1 or num_classes < 2 or num_features < 1:
-            raise ValueError(
-                "need in_channels >= 1, num_classes >= 2 and num_features >= 1, got "
-                f"{in_channels}, {num_classes} and {num_features}"
-            )
+        check_integer("in_channels", in_channels)
+        check_integer("num_classes", num_classes, 2)
+        check_integer("num_features", num_features)
         self.config = dict(
             in_channels=in_channels, num_classes=num_classes, num_features=num_features
         )

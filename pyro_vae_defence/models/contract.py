@@ -84,14 +84,29 @@ def check_images(
         )
     if not half:
         check_precision(name, x.dtype)
-    if unit_interval and x.device.type != "meta":
-        low, high = (float(bound) for bound in x.detach().aminmax())
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(
-                f"{name} must lie in [0, 1], got values from {_bound(low)} to {_bound(high)}; "
-                "rescale it (x / 255 for 8-bit images) or clamp it"
-            )
+    if unit_interval:
+        check_range(x, name)
     return x
+
+
+def check_range(x: Tensor, name: str = "x") -> None:
+    """``ValueError`` naming the argument unless all values of ``x`` are in [0, 1]; one look at the
+    device."""
+    if x.device.type == "meta" or x.numel() == 0:
+        return
+    low, high = (float(bound) for bound in x.detach().aminmax())
+    if low >= 0.0 and high <= 1.0:
+        return
+    check_finite(name, x, "images have values in [0, 1]; see where these rows come from")
+    mend = "rescale it (x / 255 for 8-bit images) or clamp it"
+    if low < 0.0:
+        mend = (
+            "clamp it, or, if it was rescaled to [-1, 1], pass (x + 1) / 2: a VAE that observes "
+            "[-1, 1] is given images in [0, 1] and converts them itself, obs=2 * x - 1"
+        )
+    raise ValueError(
+        f"{name} must lie in [0, 1], got values from {_bound(low)} to {_bound(high)}; {mend}"
+    )
 
 
 def _bound(value: float) -> str:
@@ -264,10 +279,15 @@ def mend_networks(program: Any, x: Tensor) -> str | None:
     if len(dtypes) != 1 or x.dtype in dtypes:
         return None
     (dtype,) = dtypes
+    to_images = _CONVERSIONS.get(x.dtype, f"to({x.dtype})")
+    to_vae = _CONVERSIONS.get(dtype, f"to({dtype})")
     return (
-        f"the parameters are {dtype} and the images {x.dtype}: convert the images, x.to({dtype}), "
-        f"or the VAE, vae.to({x.dtype})"
+        f"the parameters are {dtype} and the images {x.dtype}: convert the images, x.{to_vae}, or "
+        f"the VAE, vae.{to_images}"
     )
+
+
+_CONVERSIONS = {torch.float32: "float()", torch.float64: "double()"}
 
 
 def check_rows(

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae_defence.models.scope import ScopedModule
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.types import Latents
 
 Likelihood = Literal["bernoulli", "gaussian"]
@@ -78,14 +79,16 @@ class ConvVAE(ScopedModule):
         image_size: int = 28,
     ) -> None:
         super().__init__()
-        if in_channels < 1:
-            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        check_integer("in_channels", in_channels)
+        check_integer("latent_dim", latent_dim)
+        check_integer("image_size", image_size)
         if likelihood is None:
             likelihood = "bernoulli" if in_channels == 1 else "gaussian"
         if likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(f"likelihood must be 'bernoulli' or 'gaussian', got {likelihood!r}")
+        number = isinstance(log_variance, (int, float)) and not isinstance(log_variance, bool)
+        if not (number and abs(log_variance) < 100):
+            raise ValueError(f"log_variance must be a number within +-100, got {log_variance!r}")
         if image_size not in IMAGE_SIZES:
             raise ValueError(
                 f"image_size must be one of {IMAGE_SIZES}, got {image_size!r}: scale or pad the "

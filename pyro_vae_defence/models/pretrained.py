@@ -178,12 +178,12 @@ def load_pretrained(name: str, directory: str | os.PathLike[str] | None = None) 
     for key in list(tensors):
         statistic, _, site = key.partition(".")
         if statistic in _STATISTICS:
-            statistics.setdefault(statistic, {})[site] = tensors.pop(key).float()
+            statistics.setdefault(statistic, {})[site] = tensors.pop(key)
     vae = rebuild(_VAES[card.architecture], card, tensors, directory)
     with _misfit(card, directory):
         for statistic, by_site in statistics.items():
             _check_statistic(vae, statistic, by_site)
-            setattr(vae, statistic, by_site)
+            setattr(vae, statistic, {site: value.float() for site, value in by_site.items()})
     return vae
 
 
@@ -210,12 +210,12 @@ def _misfit(
 
 def _check_statistic(vae: TrainedVAE, statistic: str, by_site: Latents) -> None:
     """Refuse variances of other sites or shapes than the latents', and those that are not > 0."""
-    shapes: dict[str, tuple[int, ...]] = (
-        {"z": (vae.latent_dim,)} if isinstance(vae, ConvVAE) else {}
-    )
+    shapes: dict[str, tuple[int, ...]] = {}
     if isinstance(vae, NVAE):
         programs = vae if statistic == "mean_posterior_variance" else vae.noncentred()
         shapes = dict(zip(programs.sites, vae.config.latent_shapes))
+    elif statistic == "mean_posterior_variance":
+        shapes = {"z": (vae.latent_dim,)}
     found = {site: tuple(value.shape) for site, value in by_site.items()}
     if found != shapes:
         raise ValueError(f"{statistic} has shapes {found}, the latents {shapes}")
@@ -312,8 +312,9 @@ def _card_text(card: WeightCard) -> bytes:
 
 def _check_name(name: Any) -> None:
     """Refuse names that are paths: their files would lie outside the directory."""
-    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", ".."):
-        raise ValueError(f"name must be a file's stem without directories, got {name!r}")
+    stem = isinstance(name, str) and re.fullmatch(r"[^/\\\0]{1,200}", name)
+    if not stem or name in (".", ".."):
+        raise ValueError(f"name must be a file's stem without directories, got {name!r:.200}")
 
 
 def _places(directory: str | os.PathLike[str] | None) -> tuple[Path, ...]:

@@ -65,7 +65,7 @@ def fill(make: Callable[[], M], weights: Mapping[str, Tensor], optional: str = "
 def check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: str) -> None:
     """The comparison of :func:`fill`; ``expected`` may be on the device ``meta``."""
     left_out = {key for key in expected if optional and key.endswith(optional)}
-    both = [key for key in weights if key in expected]
+    both = sorted(key for key in weights if key in expected)
     problems = {
         "keys are missing": sorted(set(expected) - left_out - set(weights)),
         "keys are unexpected": sorted(set(weights) - set(expected)),

@@ -75,6 +75,15 @@ def public(function: Callable[P, T]) -> Callable[P, T]:
     return cast("Callable[P, T]", call)
 
 
+def nested() -> bool:
+    """Whether the public call that asks was made inside another, as metrics are by attacks.
+
+    What an outermost call checks of its arguments at the cost of a look at the device is left to
+    the call around it.
+    """
+    return _lock._is_owned() and _begun is not None and _begun.depth > 1  # type: ignore[attr-defined]
+
+
 def note(modules: Iterable[nn.Module]) -> None:
     """Remember the modes of networks before they change, for a call that fails."""
     if _begun is not None:
@@ -120,6 +129,7 @@ class _Begun:
         # Whether a network trains, and how many calls of a PyroModule are under way.
         self.modes: dict[nn.Module, tuple[bool, int]] = {}
         self.failed = True
+        self.depth = 0  # public calls inside each other
 
     def end(self) -> None:
         """Put things back; to do it twice does no harm."""
@@ -196,4 +206,10 @@ def _governed(generator: torch.Generator) -> Iterator[None]:
 
 
 def _call(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
-    return function(*map(ordinary, args), **{name: ordinary(v) for name, v in kwargs.items()})
+    begun = _begun
+    assert begun is not None
+    begun.depth += 1
+    try:
+        return function(*map(ordinary, args), **{name: ordinary(v) for name, v in kwargs.items()})
+    finally:
+        begun.depth -= 1

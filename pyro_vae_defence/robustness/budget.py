@@ -100,10 +100,10 @@ class Budget:
 
     @classmethod
     def standard(cls) -> Budget:
-        """That of this library's published evaluations on one processor.
+        """What one processor can do.
 
-        About 20,000 decoder gradients of attacks per image behind a chain of 25 transitions, half
-        as many again to score them, and the checks.
+        About 30,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
+        third as many again to score them, and the checks.
         """
         return cls(
             num_restarts=1,
@@ -114,7 +114,7 @@ class Budget:
             num_iterations=5,
             num_directions=5,
             black_box_steps=2,
-            max_evaluations=17_000,
+            max_evaluations=28_000,
             selection_draws=2,
             scoring_draws=5,
         )
@@ -123,7 +123,7 @@ class Budget:
     def thorough(cls) -> Budget:
         """For claims, on a GPU: restarts, rising numbers of draws, many chains.
 
-        Two to three million decoder gradients of attacks per image behind a chain of 25
+        About three million decoder gradients of attacks per image behind a chain of 25
         transitions.
         """
-        return cls(black_box_steps=2, max_evaluations=2_400_000)
+        return cls(black_box_steps=2, max_evaluations=2_950_000)

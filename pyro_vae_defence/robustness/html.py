@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from typing import Any
+
+from pyro_vae_defence.ops import html
 
 EXAMPLES = ("reference", "attacked", "defended")
 """Rows of a report's picture of examples, from the top."""
@@ -18,26 +20,10 @@ INTRODUCTION = (
     "unreliable.</p>"
 )
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #1c1c1c; }
-table { border-collapse: collapse; margin: .8rem 0; display: block; overflow-x: auto; }
-th, td { padding: .2rem .7rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-th { font-weight: 600; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.bad { color: #a40000; } .good { color: #1a6b1a; } .note { color: #555; }
-section { border-top: 2px solid #1c1c1c; margin-top: 2.5rem; }
-svg { max-width: 100%; height: auto; }
-img.examples { image-rendering: pixelated; max-width: 100%; }
-"""  # noqa: E501
-
 
 def page(body: Iterable[str]) -> str:
     """A whole page."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Robustness '
-        "report</title>"
-        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    return html.page("Robustness report", body)
 
 
 def summary(reports: Mapping[str, Mapping[str, Any]]) -> str:
@@ -51,7 +37,7 @@ def summary(reports: Mapping[str, Mapping[str, Any]]) -> str:
             escape(title),
             escape(report["figure"]),
             *(
-                _interval(entry)
+                html.interval(entry)
                 for entry in (
                     report["undefended_clean"],
                     report["clean"]["mean"],
@@ -63,7 +49,7 @@ def summary(reports: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         for title, report in reports.items()
     ]
-    return _table(head, rows)
+    return html.table(head, rows)
 
 
 def details(title: str, report: Mapping[str, Any]) -> Iterator[str]:
@@ -88,7 +74,7 @@ def details(title: str, report: Mapping[str, Any]) -> Iterator[str]:
         table += f"<tr><th>{what}</th><td>{escape(text)}</td></tr>"
     yield f"<table>{table}</table>"
     strongest = report["strongest"]
-    yield _table(
+    yield html.table(
         ("attack", "what the attacker knows", "draws per step", report["figure"], "worst for",
          "evaluations per image", "seconds"),
         (
@@ -96,7 +82,7 @@ def details(title: str, report: Mapping[str, Any]) -> Iterator[str]:
                 escape(attack["name"]),
                 escape(attack["knowledge"]),
                 str(attack["num_draws"]),
-                _interval(attack["figure"]),
+                html.interval(attack["figure"]),
                 f"{strongest.count(attack['name'])} of {len(strongest)}",
                 f"{attack['evaluations']:,.0f}",
                 f"{attack['seconds']:,.0f}",
@@ -111,7 +97,7 @@ def details(title: str, report: Mapping[str, Any]) -> Iterator[str]:
     for check in report["checks"]:
         mark = '<span class="{}">{}</span>'.format(*marks[check["passed"]])
         rows.append([escape(check["name"]), mark, escape(check["detail"])])
-    yield _table(("check", "", "what it saw"), rows)
+    yield html.table(("check", "", "what it saw"), rows)
     if "examples" in report:
         yield (
             "<p>The first images under their worst attack; rows from the top: "
@@ -119,16 +105,3 @@ def details(title: str, report: Mapping[str, Any]) -> Iterator[str]:
             '<img class="examples" width="560" alt="examples" '
             f'src="data:image/png;base64,{report["examples"]}">'
         )
-
-
-def _interval(entry: Mapping[str, float]) -> str:
-    return f"{entry['estimate']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    def cells(kind: str, texts: Iterable[str]) -> str:
-        tag = kind.split()[0]
-        return "<tr>" + "".join(f"<{kind}>{text}</{tag}>" for text in texts) + "</tr>"
-
-    lines = [cells("th", map(escape, head)), *(cells('td class="number"', row) for row in rows)]
-    return "<table>" + "\n".join(lines) + "</table>"

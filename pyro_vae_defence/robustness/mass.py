@@ -57,7 +57,7 @@ from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.mcmc import annealed
 from pyro_vae_defence.metrics.likelihood import sigmoid_schedule
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.classifier import flatten_latents
+from pyro_vae_defence.models.classifier import class_scores, flatten_latents
 from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.ops.balls import Ball, check_ball
@@ -351,7 +351,7 @@ class _Base(NamedTuple):
     @torch.no_grad()
     def fit(cls, vae: VAE, x: Tensor, classifier: Callable[[Tensor], Tensor], seed: int) -> _Base:
         """To encodings of clean images."""
-        scores = classifier(flatten_latents(program.posterior_mean(vae, x)))
+        scores = class_scores(classifier, program.posterior_mean(vae, x))
         energy, read = program.potential(vae, x), _reader(vae, x, classifier)
         shapes = _Shapes(tuple((site.name, site.shape) for site in energy.sites))
         streams = Streams.create(len(x), seed=seed, device=x.device)

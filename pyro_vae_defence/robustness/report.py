@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_vae_defence import plots
 from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.html import interval as interval_text
 from pyro_vae_defence.robustness import html
 from pyro_vae_defence.robustness.checks import CHECKS, Interval, Seen, join
 from pyro_vae_defence.robustness.scoring import fresh_generators, interval
@@ -66,7 +67,8 @@ class AttackOutcome(NamedTuple):
 
 @dataclass(frozen=True)
 class RobustnessReport:
-    """What :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness` found.
+    """What :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness` found; ``print`` shows
+    a table.
 
     Attributes:
         figure: what is measured, e.g. ``"accuracy"`` or ``"ms_ssim[paper]"``; higher is better.
@@ -123,6 +125,40 @@ class RobustnessReport:
     def reliable(self) -> bool:
         """Whether every attack that applies to the defence ran, and the checks, and none failed."""
         return not self.reasons
+
+    def __repr__(self) -> str:
+        mean, kind = self.robust["mean"], "" if self.reliable else ", unreliable"
+        return (
+            f"RobustnessReport({self.figure} {mean['estimate']:.3f} [{mean['low']:.3f}, "
+            f"{mean['high']:.3f}] under {len(self.attacks)} attacks, {len(self.strongest)} images"
+            f"{kind}; print shows more)"
+        )
+
+    def __str__(self) -> str:
+        threat, number = self.threat_model, len(self.strongest)
+        figures = {
+            "undefended, clean": self.undefended_clean,
+            "clean": self.clean["mean"],
+            "random noise": self.random_noise,
+            "robust, mean": self.robust["mean"],
+            "robust, averaged": self.robust["averaged"],
+            "robust, worst draw": self.robust["worst_of_n"],
+        }
+        lines = [
+            f"{self.figure} of {threat['target']}, {threat['norm']} radius {threat['radius']:g}, "
+            f"{number} images, defence {self.defence.get('defence', 'unknown')}; higher is more "
+            "robust; heuristic, not certified",
+            "",
+            *(f"{what:24s}{interval_text(found)}" for what, found in figures.items()),
+            "",
+            f"{'attack (draws per step)':24s}{'figure':24s}worst for",
+        ]
+        for each in self.attacks:
+            name, worst = f"{each.name} ({each.num_draws})", self.strongest.count(each.name)
+            lines.append(f"{name:24s}{interval_text(each.figure):24s}{worst} of {number}")
+        if self.reasons:
+            lines += ["", "Unreliable:", *(f"- {reason}" for reason in self.reasons)]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, as JSON knows it."""

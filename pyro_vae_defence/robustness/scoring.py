@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_vae_defence import metrics
 from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, NoDefence, Reading
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.classifier import flatten_latents
+from pyro_vae_defence.models.classifier import class_scores
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
@@ -118,7 +118,7 @@ class Accuracy(Scorer):
     ) -> None:
         super().__init__(box, fresh)
         with torch.no_grad():
-            scores = classifier.classifier(flatten_latents(program.posterior_mean(box.vae, x)))
+            scores = class_scores(classifier.classifier, program.posterior_mean(box.vae, x))
         self.classifier, self.reading = classifier, classifier.reading
         self.num_classes = scores.shape[-1]
         if (

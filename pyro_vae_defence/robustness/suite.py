@@ -18,7 +18,7 @@ from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import Chain, DefendedEncoder, PreparedGoal
 from pyro_vae_defence.defence.classifier import reencode
-from pyro_vae_defence.models.classifier import flatten_latents
+from pyro_vae_defence.models.classifier import class_scores
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.populations import Constrained
@@ -206,7 +206,7 @@ class Suite:
                 latents = box.constrain(latents)
                 if scorer.reading in ("reencoded", "vote"):
                     latents = reencode(box.vae, latents, box.decoder)
-                return scorer.classifier.classifier(flatten_latents(latents))
+                return class_scores(scorer.classifier.classifier, latents)
 
             return adaptive.misclassification(classify, scorer.labels)
         assert isinstance(scorer, Similarity)

@@ -71,7 +71,7 @@ def test_losses_and_gradients(device, name):
 
 
 def test_nvae(device):
-    network, x = build(CONFIGS["grey"]), torch.rand(2, 1, 32, 32)
+    network, x = build(CONFIGS["grey"]), torch.rand(2, 1, 28, 28)
     # Singular vectors start at random: those of the CPU.
     vectors = NVAEObjective(network, 100).state_dict()
 

@@ -120,13 +120,14 @@ def reconstruct(of: LatentsOf, vae: VAE, like: Tensor) -> Callable[[Tensor, Stre
 
 
 class GuideCheck:
-    """Checks a guide once for images of each shape: an attack prepares its objective many times."""
+    """Checks references, and a guide once for those of each shape: attacks prepare many times."""
 
     def __init__(self) -> None:
         self._seen: set[Any] = set()
 
     def __call__(self, vae: VAE, x: Tensor, streams: Streams) -> None:
         """As :func:`~pyro_vae_defence.models.program.check_guide`."""
+        program.check_images(x, "x_ref")
         kind = (x.shape[1:], x.dtype, x.device)
         if kind not in self._seen:
             check_networks_on_device("vae", vae, "x_ref", x)

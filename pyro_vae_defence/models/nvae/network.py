@@ -33,7 +33,7 @@ from pyro_vae_defence.models.nvae.config import NVAEConfig
 from pyro_vae_defence.models.nvae.flows import FlowPair, ShiftTransform
 from pyro_vae_defence.models.nvae.gaussian import from_noise, gaussian
 from pyro_vae_defence.models.nvae.layers import Conv2d
-from pyro_vae_defence.models.nvae.likelihoods import crop, image_likelihood, pad
+from pyro_vae_defence.models.nvae.likelihoods import image_likelihood, pad, quantise
 from pyro_vae_defence.models.scope import ScopedModule
 from pyro_vae_defence.types import Latents, LatentsLike
 
@@ -73,8 +73,11 @@ class NVAENetwork(ScopedModule):
     """The layers of an NVAE and the passes through them, without programs.
 
     Images have shape ``(N, *image_shape)`` and values in [0, 1] (not checked: that would wait for
-    the device at every call). Grey images are 28x28 and padded to 32x32 for the encoder; images
-    already padded to 32x32 are taken as they are, and cropped to 28x28 for the likelihood.
+    the device at every call). Grey images are 28x28 and padded to 32x32 inside; images that are
+    padded already are refused, since an attack would change a border that no likelihood sees. A
+    network of fewer than 8 bits per channel (``num_x_bits``) reduces images to its levels itself,
+    for the encoder and the likelihood; the derivative goes straight through
+    (:func:`~pyro_vae_defence.models.nvae.likelihoods.quantise`).
 
     Args:
         config: the architecture.
@@ -151,17 +154,16 @@ class NVAENetwork(ScopedModule):
 
     # --- Parts of a pass --------------------------------------------------------------------------
 
-    def observed(self, x: Tensor) -> Tensor:
-        """What the likelihood sees of images ``x``; ``ValueError`` for a wrong shape."""
-        channels, height, width = self.image_shape
-        size = self.config.input_size
+    def check_images(self, x: Tensor) -> None:
+        """``ValueError`` for images of a wrong shape."""
         if x.shape[1:] == self.image_shape:
-            return x
-        if x.shape[1:] == (channels, size, size):
-            return crop(self.config, x)
+            return
+        channels, height, width = self.image_shape
+        padded = x.shape[1:] == (channels, *2 * (self.config.input_size,))
+        mend = "; the network pads them itself: pass x[..., 2:-2, 2:-2]" if padded else ""
         raise ValueError(
             f"x has shape {tuple(x.shape)}; images of dataset {self.config.dataset!r} have shape "
-            f"(N, {channels}, {height}, {width})"
+            f"(N, {channels}, {height}, {width}){mend}"
         )
 
     def in_order(self, latents: LatentsLike, sites: Sequence[str]) -> list[Tensor]:
@@ -183,8 +185,8 @@ class NVAENetwork(ScopedModule):
 
     def bottom_up(self, x: Tensor) -> list[Tensor]:
         """The encoder's features of images ``x`` at every group, from the top down."""
-        if self.observed(x) is x:
-            x = pad(self.config, x)
+        self.check_images(x)
+        x = pad(self.config, quantise(x, self.config.num_x_bits))
         features = self._segment(lambda image: self.pre_process(self.stem(2 * image - 1)), x)
         top, at_combiners = self.enc_tower(features, self._segment)
         return [self.enc0(top), *at_combiners]

@@ -50,7 +50,7 @@ class NonCentredNVAE:
 
     def model(self, x: Tensor) -> TorchDistribution:
         """Generative program p(x, noise), as :meth:`NVAE.model`."""
-        image = self.vae.observed(x)
+        self.vae.check_images(x)
         self.vae.register()
 
         def choose(group: int, state: TopDownState) -> Tensor:
@@ -61,7 +61,7 @@ class NonCentredNVAE:
 
         with pyro.plate("data", x.shape[0]):
             observation = self.vae.likelihood(self.vae.walk(x.shape[0], choose))
-            pyro.sample("obs", observation, obs=image)
+            pyro.sample("obs", observation, obs=x)
         return observation
 
     def guide(self, x: Tensor) -> Latents:

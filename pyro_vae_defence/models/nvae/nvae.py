@@ -69,7 +69,7 @@ class NVAE(NVAENetwork):
 
         Returns p(x | z), batch shape ``(N,)``; ``ValueError`` for images of the wrong shape.
         """
-        image = self.observed(x)
+        self.check_images(x)
         self.register()
         known = None
         if self._shared is not None:
@@ -82,7 +82,7 @@ class NVAE(NVAENetwork):
 
         with pyro.plate("data", x.shape[0]):
             observation = self.likelihood(self.walk(x.shape[0], choose, known))
-            pyro.sample("obs", observation, obs=image)
+            pyro.sample("obs", observation, obs=x)
         return observation
 
     def guide(self, x: Tensor) -> Latents:
