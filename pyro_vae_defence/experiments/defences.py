@@ -241,6 +241,11 @@ def label(name: str) -> str:
     return text if transitions is None else f"{text}, {transitions} transitions"
 
 
+def chained(name: str) -> bool:
+    """Whether a defence runs the chains of a configuration."""
+    return KINDS[defence_spec(name).kind].chain
+
+
 def chain_words(chain: Mapping[str, Any]) -> str:
     """Chains in words: from the fields of a
     :class:`~pyro_vae_defence.experiments.configuration.ChainConfig` in a result file."""

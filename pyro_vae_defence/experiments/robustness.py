@@ -33,12 +33,11 @@ from pyro_vae_defence.defence.mcmc import (
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import (
-    KINDS,
     PaperName,
     Published,
     Setting,
     chain_words,
-    defence_spec,
+    chained,
     label,
     make_defence,
 )
@@ -398,8 +397,7 @@ class Robustness(Measurement[RobustnessConfig]):
             ]
             for key, report in found.items()
         ]
-        # Of a published chain the paper's table has the lengths.
-        moved = any(KINDS[defence_spec(name).kind].chain for name in config["defences"])
+        moved = any(map(chained, config["defences"]))  # others have chains of their own
         chains = f"chains: {chain_words(config['chain'])}; " if moved else ""
         note = (
             f"{config['num_images']} images{in_blocks(config)}, L_inf radius "
