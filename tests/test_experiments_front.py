@@ -84,8 +84,10 @@ def test_chains_of_the_table_are_told_from_those_that_are_recommended(results):
     change(results / "robustness/mnist_radius_0.2.json", ["config", "chain", "burn_in"], 7)
     (note,) = (line for line in front_table(results).splitlines() if ".recommended" in line)
     recommended, here = note.split("The chains of the table")
-    assert "4 chains of 15 + 10 transitions from step size 0.2, burn-in 30" in recommended
-    assert "1 chain of 20 + 5 transitions from step size 0.5, burn-in 7" in here
+    assert (
+        "4 chains of 15 warm-up + 10 kept transitions from step size 0.2, burn-in 30" in recommended
+    )
+    assert "1 chain of 20 warm-up + 5 kept transitions from step size 0.5, burn-in 7" in here
 
 
 def test_what_was_not_measured_is_said(results):

@@ -320,7 +320,9 @@ def test_a_result_can_be_taken_from_the_file_of_all():
     heading, _, rest = section.partition("<!-- begin mnist_radius_0.2 -->")
     assert heading == "### robustness mnist_radius_0.2\n\n"
     taken = rest.partition("<!-- end mnist_radius_0.2 -->")[0]
-    assert "1 chain of 20 + 5 transitions from step size 0.5, burn-in 0; seed 0" in taken
+    assert (
+        "1 chain of 20 warm-up + 5 kept transitions from step size 0.5, burn-in 0; seed 0" in taken
+    )
     assert "Commands, commits, versions" in taken
 
 

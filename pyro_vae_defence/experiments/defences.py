@@ -241,13 +241,18 @@ def label(name: str) -> str:
     return text if transitions is None else f"{text}, {transitions} transitions"
 
 
+def chained(name: str) -> bool:
+    """Whether a defence runs the chains of a configuration."""
+    return KINDS[defence_spec(name).kind].chain
+
+
 def chain_words(chain: Mapping[str, Any]) -> str:
     """Chains in words: from the fields of a
     :class:`~pyro_vae_defence.experiments.configuration.ChainConfig` in a result file."""
     number = chain["num_chains"]
     return (
-        f"{number} chain{'' if number == 1 else 's'} of {chain['warmup_steps']} + "
-        f"{chain['num_samples']} transitions from step size {chain['step_size']:g}, burn-in "
+        f"{number} chain{'' if number == 1 else 's'} of {chain['warmup_steps']} warm-up + "
+        f"{chain['num_samples']} kept transitions from step size {chain['step_size']:g}, burn-in "
         f"{chain['burn_in']}"
     )
 

@@ -33,12 +33,11 @@ from pyro_vae_defence.defence.mcmc import (
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import (
-    KINDS,
     PaperName,
     Published,
     Setting,
     chain_words,
-    defence_spec,
+    chained,
     label,
     make_defence,
 )
@@ -398,8 +397,7 @@ class Robustness(Measurement[RobustnessConfig]):
             ]
             for key, report in found.items()
         ]
-        # Of a published chain the paper's table has the lengths.
-        moved = any(KINDS[defence_spec(name).kind].chain for name in config["defences"])
+        moved = any(map(chained, config["defences"]))  # others have chains of their own
         chains = f"chains: {chain_words(config['chain'])}; " if moved else ""
         note = (
             f"{config['num_images']} images{in_blocks(config)}, L_inf radius "
@@ -419,11 +417,13 @@ class Robustness(Measurement[RobustnessConfig]):
             each_one += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
             each_one += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
             why = ", and why it is unreliable" if report["unreliable"] else ""
-            lines += tables.folded(f"{key}, figure under each attack{why}", each_one)
-        name = result["name"]
-        lines = [f"<!-- begin {name} -->", "", note, "", *lines]
-        whole = tables.section(f"### robustness {name}", "", lines, result)
-        return f"{whole}\n<!-- end {name} -->\n"
+            target, name = key.split("/")
+            title = f"{target}, {label(name)}: figure under each attack{why}"
+            lines += tables.folded(title, each_one)
+        own = result["name"]
+        lines = [f"<!-- begin {own} -->", "", note, "", *lines]
+        whole = tables.section(f"### robustness {own}", "", lines, result)
+        return f"{whole}\n<!-- end {own} -->\n"
 
     @classmethod
     def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:

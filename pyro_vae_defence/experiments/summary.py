@@ -14,7 +14,7 @@ from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTH
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.compare import ADVISED, Headline, headline
-from pyro_vae_defence.experiments.defences import chain_words, colour, label
+from pyro_vae_defence.experiments.defences import chain_words, chained, colour, label
 from pyro_vae_defence.experiments.drawing import save_figure
 from pyro_vae_defence.experiments.leaderboard import Entry
 from pyro_vae_defence.experiments.robustness import reports
@@ -139,13 +139,14 @@ def adaptive(suites: list[dict[str, Any]]) -> Iterator[str]:
         what = f"{title}, {config['radius']:g}, {figure}; clean {clean:.2f}"
         rows.append([what, *(_worst_case(found[row].get(name)) for name in names)])
     yield from tables.table(["data set, radius, figure", *map(label, names)], rows)
-    chains = dict.fromkeys(chain_words(suite["config"]["chain"]) for suite in suites)
+    moved = [s for s in suites if any(chained(name) for name in s["config"]["defences"])]
+    chains = dict.fromkeys(chain_words(suite["config"]["chain"]) for suite in moved)
     own = chain_words(RECOMMENDED_KERNEL | RECOMMENDED_LENGTHS)
     yield (
         "*?* marks a report that calls itself unreliable: one of the checks of its attacks failed, "
         "and they may be weaker than they look, so its figure is not shown to be better than one "
-        f"without the mark. Chains: {'; '.join(chains)}; `MCMCDefence.recommended`, on the target "
-        f"of the last column, runs {own}, which no adaptive attacker has met here."
+        f"without the mark. Chains: {'; '.join(chains)}. `MCMCDefence.recommended` has the target "
+        f"of the last column and other chains, {own}."
     )
     yield ""
 
