@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from docutils import nodes
 
 import pyro_vae_defence
@@ -57,6 +59,22 @@ def anchor_terms(app, doctree):
             term += nodes.reference("", "¶", refuri=f"#{own}", classes=["headerlink"])
 
 
+INTERVAL = re.compile(r"-?[\d.,]+ \[-?[\d.,]+, -?[\d.,]+\]")
+
+
+def keep_intervals(app, doctree):
+    """Intervals in tables, such as 0.968 [0.951, 0.980], are not broken over lines."""
+    for entry in doctree.findall(nodes.entry):
+        for text in list(entry.findall(nodes.Text)):
+            found = INTERVAL.search(text)
+            if found and isinstance(text.parent, nodes.paragraph):
+                before, inside, after = text[: found.start()], found[0], text[found.end() :]
+                kept = nodes.inline(inside, inside, classes=["interval"])
+                parts = [*map(nodes.Text, filter(None, [before])), kept]
+                text.parent.replace(text, [*parts, *map(nodes.Text, filter(None, [after]))])
+
+
 def setup(app):
     app.connect("autodoc-skip-member", skip_member)
     app.connect("doctree-read", anchor_terms)
+    app.connect("doctree-read", keep_intervals)

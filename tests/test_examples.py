@@ -162,7 +162,7 @@ MISTAKES = {
     ],
     "nvae_defence.py": [
         (["--checkpoint", "/nowhere"], "error: /nowhere: no such file"),
-        (["--checkpoint", "FILE"], "error: FILE: cannot be read as a checkpoint"),
+        (["--checkpoint", "FILE"], "error: FILE cannot be read as an official checkpoint"),
         (["--models", "DIRECTORY"], "error: no pretrained model named 'mnist_nvae'"),
         (["--untrained", "--groups", 9], "error: sites=9, but the guide has 3 latent sites"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import io
 import json
@@ -13,7 +14,13 @@ import matplotlib.image
 import pytest
 import torch
 
-from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, PaperSetting
+from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.defence.mcmc import (
+    PAPER_SETTINGS,
+    RECOMMENDED_KERNEL,
+    RECOMMENDED_LENGTHS,
+    PaperSetting,
+)
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.defences import label
 from pyro_vae_defence.experiments.html import robustness_page
@@ -29,6 +36,7 @@ from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
+from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.plots import picture
 from pyro_vae_defence.robustness import KNOWLEDGE
 
@@ -109,6 +117,21 @@ def test_a_result_is_written_resumed_and_printed(models, tmp_path, capsys):
     assert "belongs to another run (its config differs)" in capsys.readouterr().err
     assert main([*command, "--set", "radius=7"]) == 2
     assert "radius must lie in (0, 1], the range of images, got 7" in capsys.readouterr().err
+
+
+def test_the_recommended_defence_is_evaluated_as_it_is(models, tmp_path, monkeypatch):
+    monkeypatch.setitem(RECOMMENDED_LENGTHS, "warmup_steps", 1)
+    monkeypatch.setitem(RECOMMENDED_LENGTHS, "num_samples", 1)
+    monkeypatch.setitem(RECOMMENDED_KERNEL, "burn_in", 2)
+    settings = {name: value for name, value in SETTINGS.items() if name != "defences"}
+    settings |= {"attacks": ("encoder", "bpda"), "checks": False}
+    study = Robustness("mnist_recommended_0.1", tmp_path, models=models, overrides=settings)
+    study.progress = False
+    (report,) = study.run()["reports"].values()
+    made = MCMCDefence.recommended(study.vae, Linf(0.1))(study.x[:1])
+    assert report["defence"] == made.settings
+    assert made.settings["num_chains"] == 4
+    assert [attack["name"] for attack in report["attacks"]] == ["encoder", "bpda"]
 
 
 class TestBlocks:
@@ -236,6 +259,14 @@ class TestCosts:
         # And the evaluations that were counted, all of which are gradients or as dear as one.
         for name in ("bpda", "equilibrium", "black_box"):
             assert 0.75 < known[name]["evaluations"] / expected[name] < 1.1
+
+    def test_a_recommended_chain_is_that_of_its_settings(self):
+        """Four chains of 25 transitions of 4 + 1/2 gradients, two at the ends, and the burn-in."""
+        config = Robustness.names["mnist_recommended_0.1"]
+        config = dataclasses.replace(config, attacks=("bpda",), checks=False)
+        runs = 4 * config.budget.scoring_draws  # of clean, noisy, and twice of attacked images
+        expected = runs * 4 * (30 + 25 * 4.5 + 2)
+        assert gradients_per_image(config, "recommended")["scoring"] == expected
 
     @pytest.mark.parametrize("name", [n for n, c in Robustness.names.items() if c.images_per_cell])
     def test_a_cell_of_the_large_evaluation_ends_in_time(self, name):

@@ -287,7 +287,7 @@ MEANT = {
     "architecture": {"{}"},  # all defaults
     # What is left out is not computed.
     "costs": {"()"}, "full_radii": {"()"}, "radii": {"()"}, "objective_radii": {"()"},
-    "compiled_rows": {"()"}, "memory_images": {"()"},
+    "compiled_rows": {"()"}, "memory_images": {"()"}, "attacks": {"()"},
 }  # fmt: skip
 
 

@@ -133,7 +133,10 @@ def test_official_state_dict_has_the_duplicates(vae: NVAE) -> None:
         ({"attention": 1}, r"args holds \['attention'\]"),
         ({"use_se": False}, "keys are unexpected: .*se.se.0.bias"),
         ({"num_cell_per_cond_enc": 2}, "keys are missing: enc_tower.1._ops"),
-        ({"num_channels_dec": 8}, r"shapes are wrong: prior_ftr0 \(16, 8, 8\) instead of"),
+        (
+            {"num_channels_dec": 8},
+            r"shapes are wrong: dec_sampler.0.1.weight \(4, 16, 1, 1\) instead of \(4, 32, 1, 1\)",
+        ),
         ({"num_latent_per_group": 3}, "shapes are wrong: "),
     ],
 )

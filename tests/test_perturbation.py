@@ -17,6 +17,7 @@ from scipy.optimize import minimize
 
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.models.nvae.levels import TOLERANCE
 from pyro_vae_defence.models.nvae.likelihoods import DiscretisedLogisticMixture, GaussianImage
 from pyro_vae_defence.models.perturbation import (
@@ -283,6 +284,18 @@ def test_the_search_of_levels_treats_pixels_by_themselves():
     assert torch.equal(several, together.expand(3, -1, -1, -1, -1))
     broken = DiscretisedLogisticMixture(mixture.logits * math.nan, validate_args=False)
     assert torch.equal(most_likely_image(broken, x, ball), x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_search_of_levels_is_not_recorded():
+    """Its number of steps is that of one run."""
+    potential = energy(RandomVAE(logistic_mixture), references(2), Linf(0.15))
+    recorded = Recorder()(potential)
+    z = {"z": torch.randn(2, 4)}
+    found, _ = recorded.energy_and_gradient(z)
+    assert not recorded.captured
+    assert recorded.why_not.startswith("recording failed")
+    assert torch.equal(found, potential(z))
 
 
 # --- The energy -----------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import load_card, save_pretrained
 from pyro_vae_defence.ops import ranks
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.ranks import Claims
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,10 +138,10 @@ def defend(path, length=20, chunk_size=3, dies=None):
     if dies is not None:
         before = defence._defend
 
-        def killed(vae, x, seed, first_image):
+        def killed(vae, x, seed, first_image, *more):
             if first_image == dies and restarts() < 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return before(vae, x, seed, first_image)
+            return before(vae, x, seed, first_image, *more)
 
         defence._defend = killed
     generator = torch.Generator().manual_seed(7)
@@ -153,6 +154,10 @@ def take_part(folder, *what):
         Toy.dies = "radii/0.1/hmc"
     if "failing" in what:
         Toy.fails = "radii/0.1/hmc"
+    if "absent" in what:
+        ranks._PATIENCE, ranks._BEAT = 3.0, 0.5
+        if ranks.rank() == 1:
+            return
     if "study" in what:
         study = toy(folder)
         study.run()
@@ -397,6 +402,20 @@ class TestStudies:
         done = launch(__file__, tmp_path, "study", processes=3)
         assert done.returncode == 0, done.stderr[-4000:]
         assert without_times((tmp_path / "plain.json").read_text()) == expected
+
+    @pytest.mark.slow
+    def test_nobody_waits_for_a_process_that_stays_away(self, tmp_path):
+        done = launch(__file__, tmp_path, "study", "absent")
+        assert done.returncode != 0
+        assert "process 1 does not take part for 3 seconds" in done.stderr
+
+    @pytest.mark.slow
+    def test_a_launch_does_not_meet_another_of_the_same_result(self, tmp_path):
+        with sole_writer(tmp_path / "plain.json"):
+            done = launch(__file__, tmp_path, "study")
+        assert done.returncode != 0
+        assert "plain.json is being written by process" in done.stderr
+        assert not (tmp_path / "plain.json").exists()
 
     @pytest.mark.slow
     def test_a_process_that_fails_ends_all(self, tmp_path):

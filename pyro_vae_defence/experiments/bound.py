@@ -53,10 +53,12 @@ class BoundConfig(conf.Configuration):
     """
 
     model: str
-    dataset: str | None = None
-    radii: tuple[conf.AttackRadius, ...] = (0.02, 0.05, 0.1, 0.2)
-    ratios: tuple[Annotated[float, conf.within(1, 100, of_images=False)], ...] = (1.0,)
-    num_images: Annotated[int, conf.at_least(2)] = 200
+    dataset: conf.Dataset | None = None
+    radii: Annotated[tuple[conf.AttackRadius, ...], conf.not_empty] = (0.02, 0.05, 0.1, 0.2)
+    ratios: Annotated[
+        tuple[Annotated[float, conf.within(1, 100, of_images=False)], ...], conf.not_empty
+    ] = (1.0,)
+    num_images: conf.Several = 200
     images_per_cell: conf.Count = 20
     num_clean: conf.Count = 1000
     num_temperatures: Annotated[int, conf.at_least(3)] = 100
@@ -133,13 +135,13 @@ class Bound(Measurement[BoundConfig]):
     def attacked(self, radius: float, delta: float, rows: slice, purpose: str) -> dict[str, Any]:
         """The worst case of attacks on the same images, classes voted by draws."""
         config = self.config
-        setting = Setting(self.vae, config.chain, radius=delta)
+        defence = make_defence("aware", Setting(self.vae, config.chain, radius=delta))
         report = evaluate_robustness(
             self.vae,
-            make_defence("aware", setting),
+            defence,
             self.x[rows],
             self.labels[rows],
-            classifier=DefendedClassifier(make_defence("aware", setting), self.classifier, "vote"),
+            classifier=DefendedClassifier(defence, self.classifier, "vote"),
             ball=Linf(radius),
             budget=config.budget,
             attacks=config.attacks,

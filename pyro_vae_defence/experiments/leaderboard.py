@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyro_vae_defence.experiments import study, tables
-from pyro_vae_defence.experiments.defences import label
+from pyro_vae_defence.experiments.defences import KINDS, defence_spec, label
 from pyro_vae_defence.experiments.robustness import reports
 from pyro_vae_defence.ops.files import write_atomically
 
@@ -119,10 +119,11 @@ def _settings(results: Iterable[dict[str, Any]]) -> Iterator[str]:
         config = result["config"]
         budget, chain = config["budget"], config["chain"]
         names = "; ".join(label(name) for name in config["defences"])
+        chains = f"chains of {chain['num_samples']} draws after {chain['warmup_steps']} transitions"
+        moved = any(KINDS[defence_spec(name).kind].chain for name in config["defences"])
         yield (
             f"- `{config['model']}`, {config['radius']:g} ({names}): {config['num_images']} "
             f"class-stratified test images, {budget['num_steps']} steps of {config['engine']}, "
-            f"{budget['num_restarts']} restart(s), {budget['scoring_draws']} scored draws; chains "
-            f"of {chain['num_samples']} draws after {chain['warmup_steps']} transitions, classes "
-            f"read `{config['reading']}`"
+            f"{budget['num_restarts']} restart(s), {budget['scoring_draws']} scored draws, classes "
+            f"read `{config['reading']}`{f', {chains}' if moved else ''}"
         )

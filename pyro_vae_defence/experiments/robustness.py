@@ -25,7 +25,11 @@ from typing import Annotated, Any, Literal
 
 from pyro_vae_defence import attacks, plots
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
-from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
+from pyro_vae_defence.defence.mcmc import (
+    PAPER_SETTINGS,
+    RECOMMENDED_KERNEL,
+    RECOMMENDED_LENGTHS,
+)
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import (
@@ -147,11 +151,13 @@ def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, flo
     :func:`~pyro_vae_defence.robustness.cost.suite_gradients`; what a defence's name says beyond its
     kind is left out."""
     chain = config.chain
+    if defence.startswith("recommended"):
+        chain = conf.ChainConfig(**RECOMMENDED_LENGTHS, **RECOMMENDED_KERNEL)
     transitions, length = chain.warmup_steps + chain.num_samples, chain.num_steps + 0.5
     if defence == "paper":
         count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
         transitions, length = count // 2 + count, float(steps)
-    whole = (transitions * length + 2) * chain.num_chains
+    whole = (chain.burn_in + transitions * length + 2) * chain.num_chains
     cost = None if defence == "none" else ChainCost(whole, length, transitions)
     size = len(config.blocks[0])
     return suite_gradients(cost, config.budget, size, config.attacks, config.checks)
@@ -262,6 +268,23 @@ def published_configurations() -> dict[str, RobustnessConfig]:
     }
 
 
+def recommended_configurations() -> dict[str, RobustnessConfig]:
+    """The defence that the library recommends, as it is, ``<dataset>_recommended_<radius>``.
+
+    A run of it is 4 chains, each of a burn-in and 25 transitions: 578 gradients, five times those
+    of ``aware`` by default. The budget is the default one, but for the evaluations after which no
+    attack begins, so that it is attacked by as many as ``aware`` is.
+    """
+    budget = replace(Budget.standard(), max_evaluations=60_000)
+    return {
+        f"{dataset}_recommended_{radius:g}": RobustnessConfig(
+            f"{dataset}_vae", radius, defences=("recommended",), num_images=20, budget=budget
+        )
+        for dataset in ("mnist", "fashion_mnist", "color_mnist")
+        for radius in (0.1, 0.2)
+    }
+
+
 class Robustness(Measurement[RobustnessConfig]):
     """Every adaptive attack against the models of ``defend``, undefended and defended."""
 
@@ -269,6 +292,7 @@ class Robustness(Measurement[RobustnessConfig]):
     metric = None  # every report names its own figure
     names = {
         **{name: RobustnessConfig(c.model, c.radius) for name, c in Defend.names.items()},
+        **recommended_configurations(),
         **large_configurations(),
         **published_configurations(),
     }

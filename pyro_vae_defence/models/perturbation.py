@@ -21,11 +21,11 @@ Bernoulli                     Linf, L2, L1  exact: the log-likelihood is linear 
 ContinuousBernoulli           Linf, L2, L1  exact, likewise
 Normal, GaussianImage         Linf, L2, L1  exact: weighted projection of the mean
 Laplace                       Linf          exact
-DiscretisedLogisticMixture    Linf          search over grid levels
+DiscretisedLogisticMixture    Linf          grid levels, up to 1e-4 nats a pixel
 ============================  ============  ========================================
 
-A search that misses the minimum gives a larger energy, never one of an image out of reach; the
-inequality above is then no longer proved.
+For the last one the inequality above holds up to as much. Its images are those of grid levels, and
+the observed values; what lies between two levels is not searched.
 
 Ball and range are those of images in [0, 1], whatever units the model observes them in: a
 likelihood of rescaled pixels is read as one of pixels, which is known for Bernoulli,

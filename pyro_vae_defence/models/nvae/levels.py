@@ -84,14 +84,6 @@ class Components(NamedTuple):
         log_mass = torch.where(y[..., None] < LOWER_EDGE, F.logsigmoid(upper), log_mass)
         return (self.log_weights + log_mass.sum(1)).logsumexp(-1)
 
-    def rounding(self) -> Tensor:
-        """Errors of :meth:`log_prob` in units of the type's resolution, ``(P,)``.
-
-        A level's mass is a difference of sigmoids, the less precise the wider the component.
-        """
-        of_mass = (2 / self.scaled_half_width).clamp(max=2 / MIN_DELTA).sum(1)
-        return 8 + (self.log_weights.exp() * of_mass).sum(-1)
-
     def box_bound(self, low: Tensor, high: Tensor) -> Tensor:
         """Bounds of the log-probability, ``(P,)``, with colours in ``[low, high]``, ``(P, 3)``.
 
@@ -253,7 +245,7 @@ def most_likely(components: Components, choices: Choices) -> Tensor:
 
 def _search(components: Components, choices: Choices) -> Tensor:
     best, best_value = _start(components, choices)
-    rounding = torch.finfo(best.dtype).eps * components.rounding()
+    rounding = 8 * torch.finfo(best.dtype).eps
     edges = choices.edges
     pixel = torch.arange(len(best), device=best.device)
     low, high = torch.zeros_like(best), choices.highest - choices.lowest + 1
@@ -275,7 +267,7 @@ def _search(components: Components, choices: Choices) -> Tensor:
         mixed = [(low < edge[pixel]) & (edge[pixel] <= high) for edge in edges]
         is_mixed = (mixed[0] | mixed[1]).any(1)
         least = best_value[pixel]
-        least = least + TOLERANCE + rounding[pixel] * (1 + least.abs())
+        least = least + TOLERANCE + rounding * (1 + least.abs())
         kept = ~single & (is_mixed | (colours.box_bound(y_low, y_high) > least))
         kept = kept.nonzero().flatten()
         bound = colours.at(kept).tangent_bound(y_low[kept], y_high[kept])
