@@ -445,11 +445,18 @@ def test_networks_made_in_inference_mode_are_named():
 
 
 def test_images_of_another_dtype_than_the_networks():
+    """NumPy's float64 comes in the networks' float32; what would lose more is the caller's."""
+    vae, x = _Trained(), _images(4)
+    given = [
+        defence.NoDefence(vae)(each, torch.Generator().manual_seed(0)) for each in (x, x.double())
+    ]
+    assert torch.equal(given[0].reconstruction, given[1].reconstruction)
+    assert given[1].reconstruction.dtype == torch.float32
     match = (
-        r"parameters are torch.float32 and the images torch.float64: convert the images, x.float"
+        r"parameters are torch.float64 and the images torch.float32: convert the images, x.double"
     )
     with pytest.raises(ValueError, match=match):
-        defence.NoDefence(_Trained())(_images(4).double())
+        defence.NoDefence(vae.double())(x)
 
 
 def test_settings_of_numpy_are_stored_as_numbers(tmp_path):

@@ -149,6 +149,8 @@ def at_images(
 ) -> tuple[VAE, Tensor]:
     """A VAE at images that may come with conditions: a VAE of images alone, and the images.
 
+    Images in float64, as NumPy makes them, come in float32 for networks of float32.
+
     Raises:
         ValueError: as :func:`check_vae`, :func:`check_images` and
             :func:`check_networks_on_device`, and if the programs do not take the conditions, a
@@ -160,6 +162,8 @@ def at_images(
     if not unit_interval:
         check_finite(name, x, "repair these images or leave them out")
     check_networks_on_device("vae", vae, name, x)
+    if x.dtype == torch.float64 and _dtypes(_parameters(vae)) == {torch.float32}:
+        x = x.float()
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
         few = slice(0, 3)
@@ -272,10 +276,10 @@ def mend_networks(program: Any, x: Tensor) -> str | None:
 
     A program may well convert its images, so that this is no error in itself.
     """
-    parameters = [p for module in modules_of(program) for p in module.parameters(recurse=False)]
+    parameters = _parameters(program)
     if any(parameter.is_inference() for parameter in parameters):
         return "the networks were made in torch.inference_mode: make or load them outside of it"
-    dtypes = {parameter.dtype for parameter in parameters}
+    dtypes = _dtypes(parameters)
     if len(dtypes) != 1 or x.dtype in dtypes:
         return None
     (dtype,) = dtypes
@@ -285,6 +289,14 @@ def mend_networks(program: Any, x: Tensor) -> str | None:
         f"the parameters are {dtype} and the images {x.dtype}: convert the images, x.{to_vae}, or "
         f"the VAE, vae.{to_images}"
     )
+
+
+def _parameters(program: Any) -> list[Tensor]:
+    return [p for module in modules_of(program) for p in module.parameters(recurse=False)]
+
+
+def _dtypes(tensors: list[Tensor]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in tensors}
 
 
 _CONVERSIONS = {torch.float32: "float()", torch.float64: "double()"}

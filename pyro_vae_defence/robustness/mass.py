@@ -182,18 +182,6 @@ def mass_bound(
     Raises:
         ValueError: if an argument does not fit, or hardly an encoding of ``clean_images`` is read
             as some class.
-
-    Example:
-        >>> from pyro_vae_defence.models import ConvVAE
-        >>> from pyro_vae_defence.models.classifier import LinearClassifier
-        >>> from pyro_vae_defence.ops.balls import Linf
-        >>> x, labels = torch.rand(2, 1, 28, 28), torch.tensor([0, 1])
-        >>> bound = mass_bound(
-        ...     ConvVAE(), LinearClassifier(64, 2), x, labels, Linf(0.05), 0.1,
-        ...     clean_images=torch.rand(40, 1, 28, 28), num_temperatures=3, num_steps=1,
-        ... )  # fmt: skip
-        >>> bound.probability.shape
-        torch.Size([2])
     """
     at_x, x = program.at_images(vae, x)
     at_clean, clean = program.at_images(vae, clean_images, name="clean_images")
