@@ -29,6 +29,7 @@ from pyro_vae_defence.robustness import (
     evaluate_robustness,
     mass_bound,
 )
+from pyro_vae_defence.robustness.mass import reaches
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class BoundConfig(conf.Configuration):
     num_walks: Annotated[int, conf.at_least(2)] = 16
     num_falling: conf.Count = 4
     attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
-        "transfer", "encoder", "bpda", "equilibrium",
+        "transfer", "encoder", "bpda", "equilibrium", "evidence",
     )  # fmt: skip
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     budget: Budget = Budget.standard()
@@ -75,6 +76,9 @@ class BoundConfig(conf.Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.blocks  # refuses one that is too small
+        for radius in self.radii:
+            for ratio in self.ratios:
+                reaches(Linf(radius), ratio * radius)  # refuses one beyond all images
 
     @property
     def blocks(self) -> list[range]:

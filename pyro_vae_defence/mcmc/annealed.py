@@ -111,7 +111,9 @@ class WalkResult(NamedTuple):
     Attributes:
         log_mass: estimate of log of the integral of exp(-U) over the set, ``(N,)``, in nats.
         variance: of that estimate relative to the mass, from which walks the present ones stem,
-            ``(N,)``; at most 1, which says that it is larger.
+            ``(N,)``: Lee and Whiteley's without its factor for the number of times that walks were
+            drawn anew, which systematic drawing does not need. At most 1, which says that it is
+            larger.
         effective: effective number of walks at the end, 1 to R, ``(N,)``.
         end: where the walks are; rows drawn anew by their weights if they rose.
         acceptance_rate: of each transition, ``(K - 1, R * N)``.
@@ -208,6 +210,8 @@ def walk(
     effective = _effective(log_weights)
     families = torch.zeros_like(log_weights).scatter_add(0, ancestors, log_weights.softmax(0))
     variance = (families - 1 / num_walks).square().sum(0) * num_walks / max(1, num_walks - 1)
+    if num_walks == 1:
+        variance = torch.ones_like(variance)
     if rising:
         point = point.take(_rows(_redraw(log_weights, streams, len(temperatures))))
     else:

@@ -372,7 +372,7 @@ class BatchedKernel(MCMCKernel):
             raise ValueError(f"streams has {given} rows but the latents have {rows}")
         if run is not None:
             return run._replace(state=self._extend(state._replace(step=run.state.step), streams))
-        self.inverse_mass = _inverse_mass(self.inverse_mass_matrix, state.position)
+        self.inverse_mass = inverse_mass_like(self.inverse_mass_matrix, state.position)
         state = run_burn_in(self.potential, state, streams, self.burn_in, self.inverse_mass)
         return _Run(
             streams,
@@ -433,7 +433,7 @@ def _check_inverse_mass(matrix: LatentsLike) -> None:
             )
 
 
-def _inverse_mass(matrix: LatentsLike | None, like: LatentsLike) -> Latents | None:
+def inverse_mass_like(matrix: LatentsLike | None, like: LatentsLike) -> Latents | None:
     """The matrix where its sites and shapes fit latents, on their device and in their dtype."""
     if matrix is None:
         return None

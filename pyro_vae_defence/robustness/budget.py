@@ -22,7 +22,8 @@ class Budget:
         num_draws: draws averaged per step (EOT), rising: the next is tried unless the last has
             changed the figure by less than ``stable``.
         stable: see ``num_draws``.
-        num_chains: chains per image of the equilibrium gradient, >= 2.
+        num_chains: chains per image of the equilibrium gradient, and of either set of *evidence*,
+            >= 2.
         persistent_transitions: transitions per step of chains that go on from the attacker's last
             step; ``None`` runs the whole defence, with which chains start anyway, at every step.
         unrolled_transitions: K of the truncated gradient, >= 1.

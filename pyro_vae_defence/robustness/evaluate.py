@@ -122,7 +122,7 @@ def evaluate_robustness(
         raise ValueError(
             f"attacks must be names among {', '.join(KNOWLEDGE)}, got {unknown or attacks}"
         )
-    labels = _check_labels(labels, x, classifier)
+    labels = check_labels(labels, x, classifier)
     seed = draw_seed(generator)
     fresh = fresh_generators(seed)
     with program.evaluation_mode(vae, classifier):
@@ -158,7 +158,7 @@ def _check_same(vae: VAE, defence: Defence, classifier: Any) -> None:
         )
 
 
-def _check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
+def check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
     """Labels as int64 on the device of the images ``x``."""
     if labels is None:
         return None

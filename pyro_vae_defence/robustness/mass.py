@@ -26,9 +26,8 @@ too uneven, the walks are drawn anew by their weights. Such an estimate is the m
 so its logarithm falls short of the mass's: the error is on the safe side for the right class, but
 not for the others. *Falling* walks are therefore made as well, from where rising ones have ended
 and gone on in the set for a while, back to the Gaussians: as far as these are draws from the
-target, the logarithm of their estimate exceeds the mass's. The bound takes the rising walks for the
-right class, and for the others whichever of the two says more. The difference of the two is how far
-the masses are known.
+target, the logarithm of their estimate exceeds the mass's. The bound takes the less favourable of
+the two for either set. Their difference is how far the masses are known.
 
 It is a bound for exact inference, and not for a chain of finite length; that no walk has overlooked
 a region of large mass is not proved. Estimated, not certified. The perturbation-aware energy must
@@ -46,6 +45,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -58,18 +58,24 @@ from pyro_vae_defence.mcmc import annealed
 from pyro_vae_defence.metrics.likelihood import sigmoid_schedule
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import class_scores, flatten_latents
-from pyro_vae_defence.models.conditions import take
+from pyro_vae_defence.models.conditions import BoundVAE
 from pyro_vae_defence.models.contract import check_networks_on_device
+from pyro_vae_defence.models.enumeration import enumerable
+from pyro_vae_defence.models.sites import get_trace
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer, check_on_device
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
+from pyro_vae_defence.robustness.evaluate import check_labels
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
 ROWS = 2000
 """Walks computed at once: some 200 MB for the paper's VAE."""
 
 _BASE_DRAWS = 300  # draws of each class's Gaussian: where walks start
+_LEAST_DRAWS = 30  # of these in a set, below which their share is not known well enough
+_LEAST_SCALE = 1e-3  # of a Gaussian, for a guide that has no variance
+_START, _CHOICE = 3, 4  # purposes of the streams, beside those of HMC and of redrawing
 _PILOTS = 4  # clean images on which step sizes are tuned
 
 
@@ -78,7 +84,8 @@ class Masses(NamedTuple):
 
     Attributes:
         rising, falling: by rising and by falling walks.
-        standard_error: of the rising ones; at most 1, which says that it is larger.
+        standard_error: of the rising ones; 1 and more says that it is larger. It has the error of
+            the Gaussians' shares in the set, which both walks have in common.
         effective: effective number of rising walks at the end.
         acceptance_rate: of the rising walks' moves.
     """
@@ -114,9 +121,12 @@ class MassBound:
 
     @property
     def log_ratio(self) -> Tensor:
-        """Log-mass of the right set less that of the wrong one, ``(N,)``, in nats: by rising walks
-        less the larger of two estimates."""
-        return self.right.rising - torch.maximum(self.wrong.rising, self.wrong.falling)
+        """Log-mass of the right set less that of the wrong one, ``(N,)``, in nats: the smaller
+        estimate of the first less the larger of the second; -inf where no walk has found a mass."""
+        right = torch.minimum(self.right.rising, self.right.falling)
+        wrong = torch.maximum(self.wrong.rising, self.wrong.falling)
+        known = right.isfinite() & self.wrong.rising.isfinite() & self.wrong.falling.isfinite()
+        return torch.where(known, right - wrong, -torch.inf)
 
     @property
     def standard_error(self) -> Tensor:
@@ -163,10 +173,11 @@ def mass_bound(
     """Estimate the share of draws of the right class that no attack within ``ball`` can take.
 
     Args:
-        vae: any Pyro VAE with a perturbation-aware posterior.
+        vae: any Pyro VAE with a perturbation-aware posterior, without discrete latents and without
+            conditions.
         classifier: latents ``(M, D)`` of all sites to scores ``(M, classes)``, which reads the
             guide's means.
-        x: clean images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)``.
+        x: clean images ``(N, C, H, W)`` in [0, 1].
         labels: their classes, int64 ``(N,)``.
         ball: where the attacker's perturbations live; its radius is epsilon.
         delta: radius of the ball of the same kind that the defender assumes, >= epsilon.
@@ -175,7 +186,7 @@ def mass_bound(
         num_temperatures: steps of a walk, >= 3; more bring rising and falling walks together.
         num_steps: leapfrog steps per temperature, one gradient each.
         num_walks: rising walks per image and set, 2 or more.
-        num_falling: falling walks per image and set.
+        num_falling: falling walks per image and set, at most ``num_walks``.
         rows: walks computed at once: bounds the memory, not the result.
         generator: source of the seed; torch's global seed when ``None``.
 
@@ -184,7 +195,17 @@ def mass_bound(
             as some class.
     """
     at_x, x = program.at_images(vae, x)
-    at_clean, clean = program.at_images(vae, clean_images, name="clean_images")
+    _, clean = program.at_images(vae, clean_images, name="clean_images")
+    if isinstance(at_x, BoundVAE) or isinstance(clean_images, tuple):
+        raise ValueError(
+            "vae is conditional: latents are then read by each image's own condition, for which no "
+            "bound is known here"
+        )
+    if enumerable(get_trace(vae.model, x[:1])):
+        raise ValueError(
+            "vae has discrete latents: a decoded image then depends on the one that was attacked, "
+            "and so does the class that is read, for which no bound is known"
+        )
     check_networks_on_device("classifier", classifier, "x", x)
     right, wrong = reaches(check_ball(ball), delta)
     for name, value, least in (
@@ -195,39 +216,36 @@ def mass_bound(
         ("rows", rows, 1),
     ):
         check_integer(name, value, least)
+    if num_falling > num_walks:
+        raise ValueError(f"num_falling={num_falling} must be at most num_walks={num_walks}")
+    found = check_labels(labels, x, classifier)
+    if found is None:
+        raise ValueError("labels must be the classes of x, got None")
     seed = draw_seed(generator)
     settings = _Settings(sigmoid_schedule(num_temperatures), num_steps, num_walks, num_falling)
     with program.evaluation_mode(vae), program.evaluation_mode(classifier):
-        base = _Base.fit(at_clean, clean, classifier, seed)
-        labels = _check_labels(labels, x, len(base.loc))
+        base = _Base.fit(vae, clean, classifier, found, seed)
         # On clean images, so that no image's walk depends on who is beside it.
         few = slice(0, min(_PILOTS, len(clean)))
-        pilots = _Walks(take(at_clean, few), clean[few], base.labels[few], classifier, base)
-        streams = Streams.create(len(clean[few]), num_walks, seed=seed + 1, device=x.device)
-        tuned = [
-            pilots.tune(reach, outside, settings, streams)
-            for reach, outside in ((right, False), (wrong, True))
-        ]
-        found = []
+        pilots = _Walks(vae, clean[few], base.labels[few], classifier, base)
+        # A set has three seeds of its own, and one for its pilots.
+        sets = [(right, False, seed + 1), (wrong, True, seed + 5)]
+        tuned = []
+        for reach, outside, own in sets:
+            streams = Streams.create(len(clean[few]), num_walks, seed=own + 3, device=x.device)
+            tuned.append(pilots.tune(reach, outside, settings, streams))
+        parts: list[list[Masses]] = [[], []]
         size = max(1, rows // num_walks)
         for first in range(0, len(x), size):
             part = slice(first, first + size)
-            walks = _Walks(take(at_x, part), x[part], labels[part], classifier, base)
-            streams = Streams.create(
-                len(x[part]), num_walks, seed=seed + 2, first_image=first, device=x.device
-            )
-            found.append(
-                [
-                    walks.masses(reach, outside, step_sizes, settings, streams)
-                    for reach, outside, step_sizes in (
-                        (right, False, tuned[0]),
-                        (wrong, True, tuned[1]),
-                    )
-                ]
-            )
-    of_right, of_wrong = (
-        Masses(*map(torch.cat, zip(*parts, strict=True))) for parts in zip(*found, strict=True)
-    )
+            walks = _Walks(vae, x[part], found[part], classifier, base)
+            for number, (reach, outside, own) in enumerate(sets):
+                streams = Streams.create(
+                    len(x[part]), num_walks, seed=own, first_image=first, device=x.device
+                )
+                masses = walks.masses(reach, outside, tuned[number], settings, streams)
+                parts[number].append(masses)
+    of_right, of_wrong = (Masses(*map(torch.cat, zip(*each, strict=True))) for each in parts)
     return MassBound(ball.radius, float(delta), of_right, of_wrong)
 
 
@@ -238,28 +256,14 @@ def reaches(ball: Ball, delta: float) -> tuple[Ball | None, Ball]:
         ValueError: if delta is below epsilon, the radius of ``ball``, or the larger ball is none.
     """
     epsilon = ball.radius
-    number = isinstance(delta, (int, float)) and not isinstance(delta, bool)
+    number = isinstance(delta, numbers.Real) and not isinstance(delta, bool)
     if not number or not epsilon <= delta < math.inf:
         raise ValueError(
             f"delta must be a radius of at least the attacker's {epsilon:g}, got {delta!r}: from a "
             "smaller ball an attack leads out, and no mass can be promised"
         )
-    kind = type(ball)
+    kind, delta = type(ball), float(delta)
     return kind(delta - epsilon) if delta > epsilon else None, kind(delta + epsilon)
-
-
-def _check_labels(labels: Tensor, x: Tensor, num_classes: int) -> Tensor:
-    integers = isinstance(labels, Tensor) and not labels.is_floating_point()
-    if not integers or labels.shape != x.shape[:1]:
-        got = tuple(labels.shape) if isinstance(labels, Tensor) else labels
-        raise ValueError(f"labels must be int64 classes of shape ({len(x)},), got {got!r}")
-    check_on_device("labels", labels, "x", x.device)
-    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}, the classes of the classifier, got values "
-            f"from {int(labels.min())} to {int(labels.max())}"
-        )
-    return labels.long()
 
 
 class _Settings(NamedTuple):
@@ -285,9 +289,13 @@ def _reader(vae: VAE, x: Tensor, classifier: Callable[[Tensor], Tensor]) -> Call
 
 
 class _Shapes(NamedTuple):
-    """Unconstrained latents as vectors, and back."""
+    """Unconstrained latents as vectors, sites in the model's order, and back."""
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def join(self, latents: LatentsLike) -> Tensor:
+        """Site -> ``(N, *event)`` to ``(N, D)``."""
+        return flatten_latents({name: latents[name] for name, _ in self.shapes})
 
     def split(self, flat: Tensor) -> Latents:
         """``(N, D)`` to site -> ``(N, *event)``."""
@@ -310,7 +318,7 @@ class _Mixture:
         return self.energy_and_gradient(latents)[0]
 
     def energy_and_gradient(self, latents: LatentsLike) -> tuple[Tensor, Latents]:
-        away = flatten_latents(latents)[:, None] - self.loc
+        away = self.shapes.join(latents)[:, None] - self.loc
         pull = away * self.precision
         log_q = self.log_weights - 0.5 * (away * pull).sum(-1)
         force = (log_q.softmax(-1)[..., None] * pull).sum(1)
@@ -337,59 +345,86 @@ class _Base(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, vae: VAE, x: Tensor, classifier: Callable[[Tensor], Tensor], seed: int) -> _Base:
-        """To encodings of clean images."""
+    def fit(
+        cls, vae: VAE, x: Tensor, classifier: Callable[[Tensor], Tensor], labels: Tensor, seed: int
+    ) -> _Base:
+        """To encodings of clean images ``x``, for the sets of ``labels``."""
         scores = class_scores(classifier, program.posterior_mean(vae, x))
+        number = scores.shape[-1]
+        if not 0 <= int(labels.min()) <= int(labels.max()) < number or number < 2:
+            raise ValueError(
+                f"labels must lie in 0..{number - 1}, the classes of the classifier, of which two "
+                f"or more are needed, got values from {int(labels.min())} to {int(labels.max())}"
+            )
         energy, read = program.potential(vae, x), _reader(vae, x, classifier)
         shapes = _Shapes(tuple((site.name, site.shape) for site in energy.sites))
-        streams = Streams.create(len(x), seed=seed, device=x.device)
-        drawn = program.encode(vae, x, streams=streams)
-        classes, encodings = read(drawn), flatten_latents(energy.check(energy.unconstrain(drawn)))
+        drawn = program.encode(vae, x, streams=Streams.create(len(x), seed=seed, device=x.device))
+        classes, encodings = read(drawn), shapes.join(energy.check(energy.unconstrain(drawn)))
         metric = program.mean_posterior_variance(vae, [x], torch.Generator().manual_seed(seed))
+        variance = shapes.join({name: value[None] for name, value in metric.items()})[0]
         gaussians: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for number in range(scores.shape[-1]):
-            own = encodings[classes == number]
+        for each in range(number):
+            own = encodings[classes == each]
             if len(own) < 2:
                 raise ValueError(
                     f"clean_images holds {len(own)} images whose encodings are read as class "
-                    f"{number}, and at least 2 are needed: pass more images of that class"
+                    f"{each}, and at least 2 are needed: pass more images of that class"
                 )
-            loc, scale = own.mean(0), own.std(0).clamp(min=1e-3)
-            # As many at a time as there are clean images, whose conditions they take.
-            chains = -(-_BASE_DRAWS // len(x))
-            streams = Streams.create(len(x), chains, seed=seed, device=x.device)
-            noise = streams.normal(0, number, tuple(loc.shape), loc.dtype)
-            made = loc + scale * noise
-            parts = made.split(len(x))
-            found = torch.cat([read(energy.constrain(shapes.split(part))) for part in parts])
+            loc, scale = own.mean(0), own.std(0).clamp(min=_LEAST_SCALE)
+            streams = Streams.create(_BASE_DRAWS, seed=seed, device=x.device)
+            made = loc + scale * streams.normal(each, _START, tuple(loc.shape), loc.dtype)
+            like = x[:1].expand(_BASE_DRAWS, -1, -1, -1)
+            found = _reader(vae, like, classifier)(energy.constrain(shapes.split(made)))
             gaussians.append((loc, scale, made, found))
-        variance = flatten_latents({name: value[None] for name, value in metric.items()})[0]
         locs, scales, draws, reads = map(torch.stack, zip(*gaussians, strict=True))
-        return cls(locs, scales, draws, reads, variance, scores.argmax(-1))
+        variance = variance.clamp(min=_LEAST_SCALE**2)
+        base = cls(locs, scales, draws, reads, variance, scores.argmax(-1))
+        base._check_sets(labels.unique())
+        return base
 
-    def inside(self, labels: Tensor, outside: bool) -> Tensor:
+    def _check_sets(self, labels: Tensor) -> None:
+        """Refuse sets of which too few draws are at hand to know their share."""
+        for outside in (False, True):
+            shares, weights = self.shares(labels, outside), self.weights(labels, outside)
+            few = (shares * _BASE_DRAWS < _LEAST_DRAWS) & (weights > 0)
+            if bool(few.any()):
+                row, component = few.nonzero()[0].tolist()
+                where = "outside the class" if outside else "in the class"
+                raise ValueError(
+                    f"less than {_LEAST_DRAWS} of {_BASE_DRAWS} draws of the Gaussian fitted to "
+                    f"encodings of class {component} lie {where} {int(labels[row])}; see how the "
+                    "classifier reads decoded latents, or pass more clean_images"
+                )
+
+    def shares(self, labels: Tensor, outside: bool) -> Tensor:
         """Share of each class's draws that lie in the set of each row, ``(rows, classes)``."""
-        read = self.read == labels[:, None, None]
-        return (~read if outside else read).double().mean(-1)
+        table = torch.nn.functional.one_hot(self.read, len(self.loc)).double().mean(1)
+        inside = table.T[labels]
+        return 1 - inside if outside else inside
+
+    def weights(self, labels: Tensor, outside: bool) -> Tensor:
+        """Of the components of each row's mixture, ``(rows, classes)``."""
+        own = torch.nn.functional.one_hot(labels, len(self.loc)).double()
+        return (1 - own) / (len(self.loc) - 1) if outside else own
 
     def log_weights(self, labels: Tensor, outside: bool) -> Tensor:
-        """Of the mixture of each row, whose components, restricted to its set, are normalised."""
-        number = len(self.loc)
-        own = torch.nn.functional.one_hot(labels, number).bool()
-        shares = self.inside(labels, outside)
-        weights = (~own).double() / (number - 1) if outside else own.double()
-        if bool(((shares == 0) & (weights > 0)).any()):
-            raise ValueError(
-                "no draw of a Gaussian fitted to the encodings of some class lies where it is "
-                "wanted; see how the classifier reads decoded latents, or pass more clean_images"
-            )
-        return torch.where(weights > 0, (weights / shares).log(), -torch.inf).to(self.loc.dtype)
+        """Their logarithms, where a component is normalised in the row's set."""
+        weights = self.weights(labels, outside)
+        normalised = weights / self.shares(labels, outside)
+        return torch.where(weights > 0, normalised.log(), -torch.inf).to(self.loc.dtype)
+
+    def variance_of_shares(self, labels: Tensor, outside: bool) -> Tensor:
+        """What not knowing the shares exactly adds to the relative variance of a mass, ``(N,)``,
+        were all components to matter alike."""
+        shares, weights = self.shares(labels, outside), self.weights(labels, outside)
+        each = torch.where(weights > 0, (1 - shares) / (shares * _BASE_DRAWS), 0.0)
+        return (weights.square() * each).sum(-1).to(self.loc.dtype)
 
     def starts(self, labels: Tensor, outside: bool, streams: Streams, num_walks: int) -> Tensor:
         """A draw of each row's restricted mixture, ``(rows, D)``; walks of one image start in
         different classes in turn."""
         number = len(self.loc)
-        uniform = streams.uniform(0, 3, (2,)).double().clamp(max=1 - 1e-9)
+        uniform = streams.uniform(0, _START, (2,)).double().clamp(max=1 - 1e-9)
         component = labels
         if outside:
             turn = (uniform[:, 0].view(num_walks, -1)[:1] * (number - 1)).long()
@@ -483,11 +518,10 @@ class _Walks:
         """Both estimates of the log-mass of the set."""
         risen = self.rising(reach, outside, step_sizes, settings, streams)
         images, number = len(self.x), settings.num_falling
-        # Of the walks, drawn anew by their weights, some at random.
-        chosen = (streams.uniform(0, 4).view(-1, images)[:1] * settings.num_walks).long()
-        chosen = (chosen + torch.arange(number, device=chosen.device)[:, None]).remainder(
-            settings.num_walks
-        )
+        # Of the walks, drawn anew by their weights, some at random: neighbours may be copies.
+        first = (streams.uniform(0, _CHOICE).view(-1, images)[:1] * settings.num_walks).long()
+        apart = settings.num_walks // number * torch.arange(number, device=first.device)
+        chosen = (first + apart[:, None]).remainder(settings.num_walks)
         rows = (chosen * images + torch.arange(images, device=chosen.device)).flatten()
         labels = self.labels.repeat(number)
         target, base = self.densities(reach, outside, labels)
@@ -514,7 +548,7 @@ class _Walks:
         return Masses(
             risen.log_mass,
             fallen.log_mass,
-            risen.variance.sqrt(),
+            (risen.variance + self.base.variance_of_shares(self.labels, outside)).sqrt(),
             risen.effective,
             risen.acceptance_rate.mean(0).view(-1, images).mean(0),
         )

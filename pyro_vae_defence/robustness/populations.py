@@ -5,7 +5,8 @@ latents of its set that explain the reference best, or would once it is attacked
 the defence's, in a ball larger by the attacker's radius. Candidates are encodings of all references
 at hand and draws from the prior. From step to step it goes on by transitions of the defence's
 metric, which are rejected where they leave the set. Its step sizes begin with the defence's and
-follow the acceptance, by less and less: chains at the edge of their set need smaller ones.
+follow the acceptance, by less and less: chains at the edge of their set need smaller ones. Where
+modes of a set do not mix, their weights are those of the starts, not of their masses.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks.adaptive import Goal, Population
 from pyro_vae_defence.mcmc import hmc
+from pyro_vae_defence.mcmc.kernels import inverse_mass_like
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.streams import Streams
@@ -27,6 +29,7 @@ from pyro_vae_defence.types import Latents
 
 _ENCODINGS, _PRIOR_DRAWS = 64, 32  # most candidates of either kind
 _TARGET, _GAIN = 0.7, 0.5  # acceptance, and the first change of the log step size per deviation
+_NATS = 10.0  # above the best candidate where chains may start
 _STEPS = 5  # of a trajectory, where the defence's kernel has no number of its own
 
 
@@ -75,9 +78,10 @@ class Constrained:
         ) -> tuple[Latents, Tensor]:
             nonlocal there, size, made
             if previous is None:
-                previous, there = self.search(x_ref, goal, wrong, streams)
+                previous, there = self.search(x_ref, wrong, streams)
             energy = functools.partial(self.box.energy, x)
-            state, metric = hmc.init(energy, previous), kernel.inverse_mass_matrix
+            state = hmc.init(energy, previous)
+            metric = inverse_mass_like(kernel.inverse_mass_matrix, state.position)
             for _ in range(self.number):
                 state, info = hmc.step(energy, state, streams, size, num_steps, metric, inside)
                 made += 1
@@ -87,34 +91,30 @@ class Constrained:
         return population
 
     @torch.no_grad()
-    def search(
-        self, x_ref: Tensor, goal: Goal, wrong: bool, streams: Streams
-    ) -> tuple[Latents, Tensor]:
+    def search(self, x_ref: Tensor, wrong: bool, streams: Streams) -> tuple[Latents, Tensor]:
         """Latents of the set, the best of each reference's candidates for its chains, and which
         rows have one."""
         images = len(x_ref) // self.num_chains
-        energy = self.box.reachable(x_ref[:images], self.ball)
+        x_ref = x_ref[:images]
+        energy, goal = self.box.reachable(x_ref, self.ball), self.margin(x_ref)
         one = Streams(streams.seed, streams.image[:images], streams.chain[:images])
-        encoded = self.box.start(x_ref[:images], one)
+        encoded = self.box.start(x_ref, one)
         candidates = [
-            lat.index(encoded, torch.full((images,), k)) for k in range(min(images, _ENCODINGS))
+            lat.index(encoded, one.image.new_full((images,), k))
+            for k in range(min(images, _ENCODINGS))
         ]
+        # Further draws of an image's own encoding, and of the prior.
+        draws = [self.box.start] * self.num_chains + [self.box.prior] * _PRIOR_DRAWS
         candidates += [
-            self.box.prior(x_ref[:images], one._replace(chain=one.chain + 1 + k))
-            for k in range(_PRIOR_DRAWS)
+            draw(x_ref, one._replace(chain=one.chain + 1 + k)) for k, draw in enumerate(draws)
         ]
-        candidates += [  # of the image itself
-            self.box.start(x_ref[:images], one._replace(chain=one.chain + 1 + k))
-            for k in range(self.num_chains)
+        candidates = [{name: each[name] for name in encoded} for each in candidates]
+        energies = [
+            torch.where((goal(each) > 0) == wrong, energy(each), torch.inf) for each in candidates
         ]
-        copies = len(x_ref) // images
-        energies = []
-        for each in candidates:
-            margin = goal(lat.repeat(each, copies))[:images]
-            energies.append(torch.where((margin > 0) == wrong, energy(each), torch.inf))
         values, order = torch.stack(energies).sort(0)
-        # Chains of one image start at different ones, or at the last that there is.
-        found = values.isfinite().sum(0)
+        # Chains of one image start at different ones, but not far above the best.
+        found = (values < values[0] + _NATS).sum(0)
         rank = torch.arange(self.num_chains, device=order.device)[:, None]
         rank = torch.minimum(rank, (found - 1).clamp(min=0))
         chosen = order.gather(0, rank)
