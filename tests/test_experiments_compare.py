@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -20,6 +21,7 @@ from pyro_vae_defence.experiments.compare import (
     verdict,
     verdicts,
 )
+from pyro_vae_defence.experiments.configuration import ChainConfig
 from pyro_vae_defence.experiments.defences import KINDS, colour, defence_spec, label
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.train import MODELS
@@ -167,7 +169,8 @@ def test_a_defence_that_does_not_beat_the_best_control_is_told_so():
             "accuracy": {"class": {"reencoded/mean": {"attacked": attacked, "clean": attacked}}},
         }
 
-    result = {"clean": {"class": {}}, "config": {"reading": "reencoded/mean"}}
+    chain = dataclasses.asdict(ChainConfig())
+    result = {"clean": {"class": {}}, "config": {"reading": "reencoded/mean", "chain": chain}}
     cells = {
         "aware": cell(0.9, 0.5),
         "hmc": cell(0.8, 0.615),

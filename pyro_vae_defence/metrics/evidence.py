@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from pyro_vae_defence.metrics.likelihood import Transition, ais, importance_nll, sigmoid_schedule
 from pyro_vae_defence.models import program
@@ -21,6 +22,7 @@ from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.distributions import innermost
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
@@ -43,8 +45,8 @@ def nll(
 
     Args:
         vae: any Pyro VAE.
-        x: images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)`` for a conditional VAE's
-            -log p(x | c). Which units the model observes them in is its own affair.
+        x: images ``(N, C, H, W)``, or ``(x, *conditions)`` for a conditional VAE's -log p(x | c).
+            In [0, 1], unless the model's likelihood knows other values, as a Gaussian's does.
         num_samples: draws from the guide per image; 1000 in the paper.
         rows: pairs of image and draw computed at once: bounds the memory, not the result.
         generator: source of randomness; torch's global seed when ``None``.
@@ -52,8 +54,9 @@ def nll(
     Raises:
         ValueError: ``vae`` or ``x`` is unsuitable, or a number is not positive.
     """
-    vae, x = program.at_images(vae, x)
+    vae, x = program.at_images(vae, x, unit_interval=False)
     check_integer("rows", rows)
+    _check_intensities(vae, x)
     seed = draw_seed(generator)
     results = []
     with program.evaluation_mode(vae):
@@ -70,6 +73,27 @@ def nll(
             "guide is none there; look at their parameters, and at x"
         )
     return result
+
+
+@torch.no_grad()
+def _check_intensities(vae: VAE, x: Tensor) -> None:
+    """Refuse images out of [0, 1] that a Bernoulli observes: its formula has a value there, which
+    is no log-probability."""
+    if x.device.type == "meta":
+        return
+    with program.evaluation_mode(vae):
+        sites = program.image_map(vae, x).sites
+        for site in program.observed(vae.model, program.prior(vae, x), x).values():
+            bounded = isinstance(innermost(site["fn"]), (td.Bernoulli, td.ContinuousBernoulli))
+            value = site["value"]
+            if site["name"] not in {each.name for each in sites} or not bounded:
+                continue
+            low, high = float(value.min()), float(value.max())
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"x must lie in [0, 1] where site {site['name']!r} observes it, whose "
+                    f"likelihood is of intensities; got values from {low:g} to {high:g}"
+                )
 
 
 def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
