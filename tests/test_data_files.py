@@ -362,6 +362,18 @@ def test_a_label_means_the_same_in_every_split(tmp_path):
     assert data.load_folder(tmp_path, split="unlabelled").labels.tolist() == [0]
 
 
+@pytest.mark.parametrize("split", ["images/train", "images/train/"])
+def test_a_nested_split_has_the_classes_of_the_folders_beside_it(tmp_path, split):
+    for name in ("train/cat", "train/zebra", "val/dog"):
+        put(tmp_path / "images" / name / "x.png")
+    put(tmp_path / "masks" / "train" / "x.png")
+    found = data.load_folder(tmp_path, split=split)
+    assert found.class_names == ("cat", "dog", "zebra")
+    assert found.labels.tolist() == [0, 2]
+    whole = data.load_folder(tmp_path / "images", split=".")
+    assert whole.class_names == ("train", "val")
+
+
 def test_a_folder_in_spawned_workers(tmp_path):
     for i in range(3):
         put(tmp_path / f"{i}.png", i)

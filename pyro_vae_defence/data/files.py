@@ -232,9 +232,11 @@ def load_folder(
         channels: 1 for grey, 3 for colour: images are converted. When ``None``, files that store
             shades of grey stay grey, of one channel, and colour stays colour; a folder with both is
             refused. Grey pictures that are stored as colour, as many JPEGs are, are colour here.
-        split: read the subfolder of this name only, e.g. ``"train"``; all when ``None``. Its
-            classes are those of all subfolders together, so that a label means the same in each,
-            also where one of them has no image of some class.
+        split: read the subfolder of this name only, e.g. ``"train"`` or ``"images/train"``; all
+            when ``None``. Its classes are those of it and the folders beside it together, so that a
+            label means the same in each, also where one of them has no image of some class. Where
+            images of the split lie in it directly, every label is 0 and the only class has the name
+            of ``path``, whatever classes the folders beside it have.
             :func:`~pyro_vae_defence.data.random_split` divides a folder that has no such parts.
         fit: what becomes of images of other proportions than ``image_size``. ``"crop"`` scales
             until they just cover the target and keeps its centre, ``"pad"`` until they fit in and
@@ -271,8 +273,8 @@ def load_folder(
         )
     name = Path(path).resolve().name
     classes = _classes_of(files)
-    if classes and split is not None:
-        for other in Path(path).iterdir():
+    if classes and folder != Path(path):
+        for other in folder.parent.iterdir():
             if other.is_dir() and other != folder and not other.name.startswith("."):
                 classes |= _classes_of(_files_of(other))
     names = sorted(classes) or [name]
