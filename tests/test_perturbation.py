@@ -257,6 +257,25 @@ def test_the_most_likely_levels_are_those_of_all_triples(bits, log_scale):
     assert (best - mixture.log_prob_map(x)).sum() > 1
 
 
+@pytest.mark.parametrize("radius", [1e-9, 3e-6, 1e-5, 0.1 / 255])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_search_ends_where_a_ball_holds_one_level_or_none(radius, dtype):
+    """With values beside a level, on it, between two and at the ends of the range."""
+    beside = torch.tensor([-0.5, -9e-4, -5e-4, -1e-6, 0.0, 1e-6, 5e-4, 9e-4], dtype=torch.float64)
+    levels = torch.tensor([0.0, 1.0, 11.0, 254.0, 255.0], dtype=torch.float64)
+    values = ((levels[:, None] + beside) / 255).clamp(0, 1).to(dtype)
+    x = values.flatten()[torch.stack([torch.arange(40).roll(3 * c) for c in range(3)])]
+    logits = torch.zeros(10, 1, 40, dtype=dtype)
+    logits[1::3], logits[2::3] = 0.9, -7.0
+    mixture = DiscretisedLogisticMixture(logits, validate_args=False)
+    found = most_likely_image(mixture, x[:, None], Linf(radius))[:, 0]
+    assert ((found - x).abs() <= radius).all()
+    level = torch.round(x * 255) / 255
+    assert ((found == x) | (found == level)).all()
+    is_better = mixture.log_prob_map(found[:, None]) >= mixture.log_prob_map(x[:, None])
+    assert is_better.all()
+
+
 @pytest.mark.usefixtures("float64")
 def test_all_256_levels_of_a_channel_are_searched():
     """Too many triples to try: no change of one channel is better, and none of many at random."""

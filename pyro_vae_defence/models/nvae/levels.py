@@ -186,7 +186,8 @@ class Choices(NamedTuple):
     value behind those that are not above it.
 
     Attributes:
-        lowest, highest: first and last level in reach, ``(P, 3)``.
+        lowest, highest: first and last level in reach, ``(P, 3)``; where none is, ``below + 1`` and
+            ``below``.
         below: last level that is not above the observed value.
         observed: the observed value as the likelihood sees it, in [0, 1].
         last: the highest level there is.

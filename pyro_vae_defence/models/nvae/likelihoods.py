@@ -277,6 +277,9 @@ class _Reach(NamedTuple):
             ends = (down, up, observed)
             lowest, highest, below = ((quantise(end, bits) * last).round() for end in ends)
         lowest, highest = lowest + self._misses(lowest), highest - 1.0 * self._misses(highest)
+        # No level is in reach, and each end may have stepped over it: the observed value alone.
+        none = highest < lowest
+        lowest, highest = torch.where(none, below + 1, lowest), torch.where(none, below, highest)
         return Choices(lowest, highest, below, observed, last)
 
     def images(self, level: Tensor) -> Tensor:
