@@ -14,6 +14,7 @@ import pytest
 import torch
 from mcmc_reference import assert_moments
 from scipy.optimize import minimize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
@@ -255,6 +256,24 @@ def test_the_most_likely_levels_are_those_of_all_triples(bits, log_scale):
     assert (log_prob <= best + 1e-9).all()
     assert (best - log_prob).max() < TOLERANCE + 1e-9
     assert (best - mixture.log_prob_map(x)).sum() > 1
+
+
+def test_the_search_multiplies_no_matrices():
+    """A GPU may be told to round their entries to 10 bits, which no bound would survive."""
+
+    class Products(TorchDispatchMode):
+        found = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in function.__name__:
+                self.found.append(function)
+            return function(*args, **(kwargs or {}))
+
+    mixture = DiscretisedLogisticMixture(mixture_of(3, 0.7, -2.0), validate_args=False)
+    with Products() as products:
+        torch.rand(2, 2) @ torch.rand(2, 2)
+        most_likely_image(mixture, torch.rand(2, 3, 6, 6), Linf(0.1))
+    assert products.found == [torch.ops.aten.mm.default]
 
 
 @pytest.mark.parametrize("radius", [1e-9, 3e-6, 1e-5, 0.1 / 255])

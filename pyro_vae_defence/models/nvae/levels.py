@@ -125,7 +125,9 @@ class Components(NamedTuple):
         red = red - on_red * green - blue_on_red * blue
         slope = torch.stack([red, green - blue_on_green * blue, blue], 1)
         signs = torch.cartesian_prod(*3 * [low.new_tensor([-1.0, 1.0])])
-        change = (signs * half[:, None]) @ slope
+        corners = (signs * half[:, None])[..., None]
+        # No matrix product, which a GPU may be told to take in TF32: the bound would be none.
+        change = sum(corners[:, :, c] * slope[:, None, c] for c in range(3))
         return ((self.log_weights + log_mass)[:, None] + change).logsumexp(-1).amax(1)
 
     def _means(self, y: Tensor) -> Tensor:
