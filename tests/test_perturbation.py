@@ -295,6 +295,22 @@ def test_the_search_ends_where_a_ball_holds_one_level_or_none(radius, dtype):
     assert is_better.all()
 
 
+@pytest.mark.parametrize("log_scale", [-3.0, 4.0])
+def test_the_most_likely_levels_in_float32_are_so_up_to_rounding(log_scale):
+    """Narrow components, and wide ones, whose levels have so little mass that digits are lost."""
+    mixture = DiscretisedLogisticMixture(mixture_of(10, 0.7, log_scale), validate_args=False)
+    x, radius = torch.randint(256, (2, 3, 6, 6)) / 255, 1.5 / 255
+    found = most_likely_image(mixture, x, Linf(radius))
+    near = [((x * 255).round() + step).clamp(0, 255) / 255 for step in (-1, 0, 1)]
+    best = best_of_all_triples(mixture, x, radius, [[v[:, c] for v in near] for c in range(3)])
+    log_prob = mixture.log_prob_map(found)
+    assert (best - log_prob).max() < TOLERANCE + 3 * 0.01
+    exact = DiscretisedLogisticMixture(mixture.logits.double(), validate_args=False)
+    assert (exact.log_prob_map(found.double()) - log_prob).abs().max() < 3 * 0.01
+    if log_scale < 0:
+        assert (best - mixture.log_prob_map(x)).max() > 1
+
+
 @pytest.mark.usefixtures("float64")
 def test_all_256_levels_of_a_channel_are_searched():
     """Too many triples to try: no change of one channel is better, and none of many at random."""
