@@ -350,6 +350,18 @@ def test_a_link_that_leads_nowhere_or_in_circles_is_named(tmp_path):
         data.load_folder(tmp_path)
 
 
+def test_short_memory_is_no_damage(tmp_path, monkeypatch):
+    put(tmp_path / "x.png")
+
+    def decoded(_):
+        raise MemoryError
+
+    images = data.load_folder(tmp_path, 8, channels=3)
+    monkeypatch.setattr(files.ImageOps, "exif_transpose", decoded)
+    with pytest.raises(MemoryError):
+        images.images(0)
+
+
 def test_a_label_means_the_same_in_every_split(tmp_path):
     for name in ("train/ant", "train/bee", "train/cat", "test/ant", "test/cat", "new/dog"):
         put(tmp_path / name / "x.png")

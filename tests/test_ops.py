@@ -350,6 +350,29 @@ def test_provenance_names_commit_versions_and_threads():
     assert set(source) >= {"commit", "python", "pyro-ppl", "machine"}
 
 
+def out_of_memory():
+    """What torch raises on the CPU."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), out_of_memory()]
+)
+def test_short_memory_is_no_damage(tmp_path, monkeypatch, error):
+    """Or a good file would be deleted."""
+    atomic_save(torch.zeros(3), tmp_path / "a.pt")
+
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)) as raised, naming("it is damaged", "delete it"):
+        load_tensors(tmp_path / "a.pt")
+    assert raised.value is error
+
+
 class TestSoleWriter:
     def test_links_lead_to_the_same_file(self, tmp_path):
         (tmp_path / "real").mkdir()
@@ -384,9 +407,10 @@ class TestSoleWriter:
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        with monkeypatch.context() as patch:
             patch.setattr(os, "open", full)
-            sole_writer(tmp_path / "a.json").__enter__()
+            with pytest.raises(OSError, match="No space"):
+                sole_writer(tmp_path / "a.json").__enter__()
         with sole_writer(tmp_path / "a.json"):
             pass
 

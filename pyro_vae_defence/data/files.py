@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_vae_defence.data.datasets import Images, Index
 from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.files import is_out_of_memory
 
 Prepare: TypeAlias = Callable[[Image.Image], Image.Image]
 """Cuts and scales a decoded image; raises ``ValueError`` for one that does not fit."""
@@ -108,6 +109,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
     except UserWarning:  # of what is cut off, where warnings are errors
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        if is_out_of_memory(error):
+            raise
         message = f"cannot read image {path} ({error}); restore or remove the file"
         raise ValueError(message) from error
 
