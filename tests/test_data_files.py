@@ -186,13 +186,15 @@ def test_a_folder_keeps_the_centre_of_a_covering_image(tmp_path):
     assert torch.equal((stretched[0] * 255).byte(), torch.from_numpy(pixels).repeat(3, 1))
 
 
-def test_what_is_cut_off_is_said_once(tmp_path):
+def test_what_is_cut_off_is_said_once_in_a_process(tmp_path):
     for name in "ab":
         Image.new("L", (30, 10)).save(tmp_path / f"{name}.png")
     images = data.load_folder(tmp_path, 10, channels=1)
-    with pytest.warns(UserWarning, match=r"30x10 pixels .* loses 67% of its area at its sides"):
-        images.images(0)
-    images.images(1)
+    in_a_worker = pickle.loads(pickle.dumps(images))
+    for copy in (images, in_a_worker):
+        with pytest.warns(UserWarning, match=r"30x10 pixels .* loses 67% of its area at its side"):
+            copy.images(0)
+        copy.images(1)
     data.load_folder(tmp_path, (10, 29), channels=1).images(0)  # a pixel is rounding
     with pytest.raises(ValueError, match="fit must be one of crop, pad, stretch, got 'cut'"):
         data.load_folder(tmp_path, 10, fit="cut")
@@ -371,7 +373,8 @@ def test_a_label_means_the_same_in_every_split(tmp_path):
         found = data.load_folder(tmp_path, split=split)
         assert found.class_names == names
         assert found.labels.tolist() == labels
-    assert data.load_folder(tmp_path, split="unlabelled").labels.tolist() == [0]
+    unlabelled = data.load_folder(tmp_path, split="unlabelled")
+    assert (unlabelled.labels.tolist(), unlabelled.class_names) == ([0], (tmp_path.name,))
 
 
 @pytest.mark.parametrize("split", ["images/train", "images/train/"])

@@ -190,7 +190,10 @@ class _Fitted:
     fit: Fit | None
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The scaled image; warns of the first that loses more than a pixel, if ``fit`` is open."""
+        """The scaled image; warns of the first that loses more than a pixel, if ``fit`` is open.
+
+        A copy in another process warns of its own first.
+        """
         height, width = self.height, self.width
         if self.fit == "stretch":
             return image.resize((width, height), Image.Resampling.BILINEAR)
@@ -200,7 +203,7 @@ class _Fitted:
         if self.fit != "pad":
             wide, high = max(width, wide), max(height, high)
         if self.fit is None and max(wide - width, high - height) > 1:
-            self.fit = "crop"  # said once
+            self.fit = "crop"  # said once in this process
             warnings.warn(
                 f"an image of {image.width}x{image.height} pixels (width x height) loses "
                 f"{1 - width * height / (wide * high):.0%} of its area at its sides to become "
@@ -244,7 +247,8 @@ def load_folder(
         fit: what becomes of images of other proportions than ``image_size``. ``"crop"`` scales
             until they just cover the target and keeps its centre, ``"pad"`` until they fit in and
             surrounds them with black, ``"stretch"`` scales sides apart. ``None`` is ``"crop"`` with
-            a warning, at the first image that loses more than a pixel, of the share that is cut.
+            a warning, at the first image that loses more than a pixel, of the share that is cut. It
+            comes once in each process that decodes: each worker of a ``DataLoader`` gives its own.
 
     Without ``image_size`` or ``channels`` every file is opened once at the beginning.
 
