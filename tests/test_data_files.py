@@ -186,13 +186,15 @@ def test_a_folder_keeps_the_centre_of_a_covering_image(tmp_path):
     assert torch.equal((stretched[0] * 255).byte(), torch.from_numpy(pixels).repeat(3, 1))
 
 
-def test_what_is_cut_off_is_said_once(tmp_path):
+def test_what_is_cut_off_is_said_once_in_a_process(tmp_path):
     for name in "ab":
         Image.new("L", (30, 10)).save(tmp_path / f"{name}.png")
     images = data.load_folder(tmp_path, 10, channels=1)
-    with pytest.warns(UserWarning, match=r"30x10 pixels .* loses 67% of its area at its sides"):
-        images.images(0)
-    images.images(1)
+    in_a_worker = pickle.loads(pickle.dumps(images))
+    for copy in (images, in_a_worker):
+        with pytest.warns(UserWarning, match=r"30x10 pixels .* loses 67% of its area at its side"):
+            copy.images(0)
+        copy.images(1)
     data.load_folder(tmp_path, (10, 29), channels=1).images(0)  # a pixel is rounding
     with pytest.raises(ValueError, match="fit must be one of crop, pad, stretch, got 'cut'"):
         data.load_folder(tmp_path, 10, fit="cut")
@@ -350,6 +352,18 @@ def test_a_link_that_leads_nowhere_or_in_circles_is_named(tmp_path):
         data.load_folder(tmp_path)
 
 
+def test_short_memory_is_no_damage(tmp_path, monkeypatch):
+    put(tmp_path / "x.png")
+
+    def decoded(_):
+        raise MemoryError
+
+    images = data.load_folder(tmp_path, 8, channels=3)
+    monkeypatch.setattr(files.ImageOps, "exif_transpose", decoded)
+    with pytest.raises(MemoryError):
+        images.images(0)
+
+
 def test_a_label_means_the_same_in_every_split(tmp_path):
     for name in ("train/ant", "train/bee", "train/cat", "test/ant", "test/cat", "new/dog"):
         put(tmp_path / name / "x.png")
@@ -359,7 +373,20 @@ def test_a_label_means_the_same_in_every_split(tmp_path):
         found = data.load_folder(tmp_path, split=split)
         assert found.class_names == names
         assert found.labels.tolist() == labels
-    assert data.load_folder(tmp_path, split="unlabelled").labels.tolist() == [0]
+    unlabelled = data.load_folder(tmp_path, split="unlabelled")
+    assert (unlabelled.labels.tolist(), unlabelled.class_names) == ([0], (tmp_path.name,))
+
+
+@pytest.mark.parametrize("split", ["images/train", "images/train/"])
+def test_a_nested_split_has_the_classes_of_the_folders_beside_it(tmp_path, split):
+    for name in ("train/cat", "train/zebra", "val/dog"):
+        put(tmp_path / "images" / name / "x.png")
+    put(tmp_path / "masks" / "train" / "x.png")
+    found = data.load_folder(tmp_path, split=split)
+    assert found.class_names == ("cat", "dog", "zebra")
+    assert found.labels.tolist() == [0, 2]
+    whole = data.load_folder(tmp_path / "images", split=".")
+    assert whole.class_names == ("train", "val")
 
 
 def test_a_folder_in_spawned_workers(tmp_path):

@@ -248,6 +248,17 @@ class TestWriters:
             toy(tmp_path).run()
         toy(tmp_path).run()
 
+    def test_a_study_removes_what_a_killed_one_left(self, tmp_path):
+        """Of its own result, and of weights that training writes; others may be at work."""
+        for name in (".plain.json.abc.partial", ".plain.safetensors.abc.partial"):
+            (tmp_path / name).write_bytes(b"half a file")
+        (tmp_path / ".other.json.abc.partial").write_bytes(b"another run's")
+        with sole_writer(tmp_path / "plain.json"), pytest.raises(ValueError, match="written"):
+            toy(tmp_path).run()
+        assert len(list(tmp_path.glob(".plain.*.partial"))) == 2
+        toy(tmp_path).run()
+        assert [path.name for path in tmp_path.glob(".*")] == [".other.json.abc.partial"]
+
     def test_training_overwrites_nothing_of_others(self, tmp_path, models):
         toy(tmp_path).run()
         (tmp_path / "plain.json").rename(tmp_path / "mnist_vae.json")

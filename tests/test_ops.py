@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -22,6 +27,7 @@ from pyro_vae_defence.ops.files import (
     write_atomically,
     write_json,
 )
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.streams import Streams, philox
 
@@ -342,3 +348,103 @@ def test_provenance_names_commit_versions_and_threads():
     assert torch.__version__.startswith(source["torch"])
     assert source["threads"] == torch.get_num_threads()
     assert set(source) >= {"commit", "python", "pyro-ppl", "machine"}
+
+
+def out_of_memory():
+    """What torch raises on the CPU."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), out_of_memory()]
+)
+def test_short_memory_is_no_damage(tmp_path, monkeypatch, error):
+    """Or a good file would be deleted."""
+    atomic_save(torch.zeros(3), tmp_path / "a.pt")
+
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(type(error)) as raised, naming("it is damaged", "delete it"):
+        load_tensors(tmp_path / "a.pt")
+    assert raised.value is error
+
+
+class TestSoleWriter:
+    def test_links_lead_to_the_same_file(self, tmp_path):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        with sole_writer(tmp_path / "real" / "a.json"):
+            with pytest.raises(ValueError, match="is being written by this very process"):
+                sole_writer(tmp_path / "link" / "a.json").__enter__()
+            assert (tmp_path / "real" / ".a.json.lock").exists()
+        with sole_writer(tmp_path / "link" / "a.json"):
+            pass
+        assert not list((tmp_path / "real").iterdir())
+
+    def test_one_of_many_threads_writes(self, tmp_path):
+        start, end = threading.Barrier(8), threading.Barrier(8)
+
+        def write(_):
+            start.wait(10)
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(sole_writer(tmp_path / "a.json"))
+                    return True
+                except ValueError:
+                    return False
+                finally:
+                    end.wait(10)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert sum(pool.map(write, range(8))) == 1
+        assert not list(tmp_path.iterdir())
+
+    def test_a_failure_holds_nothing(self, tmp_path, monkeypatch):
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "open", full)
+            with pytest.raises(OSError, match="No space"):
+                sole_writer(tmp_path / "a.json").__enter__()
+        with sole_writer(tmp_path / "a.json"):
+            pass
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_a_forked_process_holds_nothing_and_ends_nothing(self, tmp_path):
+        """It meets its parent's lock as any other process does, and leaves the file of it."""
+        path, said = tmp_path / "a.json", tmp_path / "said"
+        block = sole_writer(path)
+        block.__enter__()
+        child = os.fork()
+        if not child:
+            try:
+                with sole_writer(path):
+                    pass
+            except ValueError as error:
+                said.write_text(str(error))
+            block.__exit__(None, None, None)
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert f"is being written by process {os.getpid()} on" in said.read_text()
+        assert (tmp_path / ".a.json.lock").exists()
+        block.__exit__(None, None, None)
+        assert [p.name for p in tmp_path.iterdir()] == ["said"]
+
+    def test_the_lock_of_another_user_is_named(self, tmp_path, monkeypatch):
+        def refused(*_):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        (tmp_path / ".a.json.lock").touch()
+        monkeypatch.setattr(os, "open", refused)
+        with pytest.raises(
+            ValueError, match=r"\.a\.json\.lock is another user's.* delete that file"
+        ):
+            sole_writer(tmp_path / "a.json").__enter__()
+        with pytest.raises(PermissionError):
+            sole_writer(tmp_path / "b.json").__enter__()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from mcmc_reference import assert_moments
 from scipy.optimize import minimize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
@@ -255,6 +256,59 @@ def test_the_most_likely_levels_are_those_of_all_triples(bits, log_scale):
     assert (log_prob <= best + 1e-9).all()
     assert (best - log_prob).max() < TOLERANCE + 1e-9
     assert (best - mixture.log_prob_map(x)).sum() > 1
+
+
+def test_the_search_multiplies_no_matrices():
+    """A GPU may be told to round their entries to 10 bits, which no bound would survive."""
+
+    class Products(TorchDispatchMode):
+        found = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "mm" in function.__name__:
+                self.found.append(function)
+            return function(*args, **(kwargs or {}))
+
+    mixture = DiscretisedLogisticMixture(mixture_of(3, 0.7, -2.0), validate_args=False)
+    with Products() as products:
+        torch.rand(2, 2) @ torch.rand(2, 2)
+        most_likely_image(mixture, torch.rand(2, 3, 6, 6), Linf(0.1))
+    assert products.found == [torch.ops.aten.mm.default]
+
+
+@pytest.mark.parametrize("radius", [1e-9, 3e-6, 1e-5, 0.1 / 255])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_search_ends_where_a_ball_holds_one_level_or_none(radius, dtype):
+    """With values beside a level, on it, between two and at the ends of the range."""
+    beside = torch.tensor([-0.5, -9e-4, -5e-4, -1e-6, 0.0, 1e-6, 5e-4, 9e-4], dtype=torch.float64)
+    levels = torch.tensor([0.0, 1.0, 11.0, 254.0, 255.0], dtype=torch.float64)
+    values = ((levels[:, None] + beside) / 255).clamp(0, 1).to(dtype)
+    x = values.flatten()[torch.stack([torch.arange(40).roll(3 * c) for c in range(3)])]
+    logits = torch.zeros(10, 1, 40, dtype=dtype)
+    logits[1::3], logits[2::3] = 0.9, -7.0
+    mixture = DiscretisedLogisticMixture(logits, validate_args=False)
+    found = most_likely_image(mixture, x[:, None], Linf(radius))[:, 0]
+    assert ((found - x).abs() <= radius).all()
+    level = torch.round(x * 255) / 255
+    assert ((found == x) | (found == level)).all()
+    is_better = mixture.log_prob_map(found[:, None]) >= mixture.log_prob_map(x[:, None])
+    assert is_better.all()
+
+
+@pytest.mark.parametrize("log_scale", [-3.0, 4.0])
+def test_the_most_likely_levels_in_float32_are_so_up_to_rounding(log_scale):
+    """Narrow components, and wide ones, whose levels have so little mass that digits are lost."""
+    mixture = DiscretisedLogisticMixture(mixture_of(10, 0.7, log_scale), validate_args=False)
+    x, radius = torch.randint(256, (2, 3, 6, 6)) / 255, 1.5 / 255
+    found = most_likely_image(mixture, x, Linf(radius))
+    near = [((x * 255).round() + step).clamp(0, 255) / 255 for step in (-1, 0, 1)]
+    best = best_of_all_triples(mixture, x, radius, [[v[:, c] for v in near] for c in range(3)])
+    log_prob = mixture.log_prob_map(found)
+    assert (best - log_prob).max() < TOLERANCE + 3 * 0.01
+    exact = DiscretisedLogisticMixture(mixture.logits.double(), validate_args=False)
+    assert (exact.log_prob_map(found.double()) - log_prob).abs().max() < 3 * 0.01
+    if log_scale < 0:
+        assert (best - mixture.log_prob_map(x)).max() > 1
 
 
 @pytest.mark.usefixtures("float64")

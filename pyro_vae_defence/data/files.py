@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pyro_vae_defence.data.datasets import Images, Index
 from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.files import is_out_of_memory
 
 Prepare: TypeAlias = Callable[[Image.Image], Image.Image]
 """Cuts and scales a decoded image; raises ``ValueError`` for one that does not fit."""
@@ -108,6 +109,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
     except UserWarning:  # of what is cut off, where warnings are errors
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        if is_out_of_memory(error):
+            raise
         message = f"cannot read image {path} ({error}); restore or remove the file"
         raise ValueError(message) from error
 
@@ -187,7 +190,10 @@ class _Fitted:
     fit: Fit | None
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The scaled image; warns of the first that loses more than a pixel, if ``fit`` is open."""
+        """The scaled image; warns of the first that loses more than a pixel, if ``fit`` is open.
+
+        A copy in another process warns of its own first.
+        """
         height, width = self.height, self.width
         if self.fit == "stretch":
             return image.resize((width, height), Image.Resampling.BILINEAR)
@@ -197,7 +203,7 @@ class _Fitted:
         if self.fit != "pad":
             wide, high = max(width, wide), max(height, high)
         if self.fit is None and max(wide - width, high - height) > 1:
-            self.fit = "crop"  # said once
+            self.fit = "crop"  # said once in this process
             warnings.warn(
                 f"an image of {image.width}x{image.height} pixels (width x height) loses "
                 f"{1 - width * height / (wide * high):.0%} of its area at its sides to become "
@@ -232,14 +238,17 @@ def load_folder(
         channels: 1 for grey, 3 for colour: images are converted. When ``None``, files that store
             shades of grey stay grey, of one channel, and colour stays colour; a folder with both is
             refused. Grey pictures that are stored as colour, as many JPEGs are, are colour here.
-        split: read the subfolder of this name only, e.g. ``"train"``; all when ``None``. Its
-            classes are those of all subfolders together, so that a label means the same in each,
-            also where one of them has no image of some class.
+        split: read the subfolder of this name only, e.g. ``"train"`` or ``"images/train"``; all
+            when ``None``. Its classes are those of it and the folders beside it together, so that a
+            label means the same in each, also where one of them has no image of some class. Where
+            images of the split lie in it directly, every label is 0 and the only class has the name
+            of ``path``, whatever classes the folders beside it have.
             :func:`~pyro_vae_defence.data.random_split` divides a folder that has no such parts.
         fit: what becomes of images of other proportions than ``image_size``. ``"crop"`` scales
             until they just cover the target and keeps its centre, ``"pad"`` until they fit in and
             surrounds them with black, ``"stretch"`` scales sides apart. ``None`` is ``"crop"`` with
-            a warning, at the first image that loses more than a pixel, of the share that is cut.
+            a warning, at the first image that loses more than a pixel, of the share that is cut. It
+            comes once in each process that decodes: each worker of a ``DataLoader`` gives its own.
 
     Without ``image_size`` or ``channels`` every file is opened once at the beginning.
 
@@ -271,8 +280,8 @@ def load_folder(
         )
     name = Path(path).resolve().name
     classes = _classes_of(files)
-    if classes and split is not None:
-        for other in Path(path).iterdir():
+    if classes and folder != Path(path):
+        for other in folder.parent.iterdir():
             if other.is_dir() and other != folder and not other.name.startswith("."):
                 classes |= _classes_of(_files_of(other))
     names = sorted(classes) or [name]

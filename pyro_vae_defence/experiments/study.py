@@ -48,7 +48,7 @@ from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
 from pyro_vae_defence.ops.checks import as_device, check_positive
-from pyro_vae_defence.ops.files import check_writable, write_atomically, write_json
+from pyro_vae_defence.ops.files import check_writable, remove_partial, write_atomically, write_json
 from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.ranks import Claims
@@ -159,7 +159,9 @@ class Study(ABC, Generic[C]):
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the only one to write :attr:`path`, which can be written.
+        """Be the only one to write :attr:`path`, which can be written, and weights beside it.
+
+        What killed processes left of them is removed.
 
         Raises:
             OSError: if it cannot.
@@ -167,6 +169,8 @@ class Study(ABC, Generic[C]):
         """
         check_place(self.path)
         with sole_writer(self.path):
+            for suffix in (".json", ".safetensors"):
+                remove_partial(self.path.with_suffix(suffix))
             yield
 
     @abstractmethod

@@ -21,11 +21,13 @@ Bernoulli                     Linf, L2, L1  exact: the log-likelihood is linear 
 ContinuousBernoulli           Linf, L2, L1  exact, likewise
 Normal, GaussianImage         Linf, L2, L1  exact: weighted projection of the mean
 Laplace                       Linf          exact
-DiscretisedLogisticMixture    Linf          grid levels, up to 1e-4 nats a pixel
+DiscretisedLogisticMixture    Linf          grid levels, up to rounding (below)
 ============================  ============  ========================================
 
-For the last one the inequality above holds up to as much. Its images are those of grid levels, and
-the observed values; what lies between two levels is not searched.
+The last one is exact up to 1e-4 nats a pixel in float64; in float32, in which its log-probability
+is no more exact, up to about 0.01 nats per channel. The inequality above holds up to as much. Its
+images are those of grid levels, and the observed values; what lies between two levels is not
+searched.
 
 Ball and range are those of images in [0, 1], whatever units the model observes them in: a
 likelihood of rescaled pixels is read as one of pixels, which is known for Bernoulli,

@@ -112,6 +112,8 @@ def load_tensors(
         try:
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
         except Exception as error:  # a file that is no checkpoint makes torch raise anything
+            if is_out_of_memory(error):
+                raise
             raise ValueError(reason(error)) from error
 
 
@@ -128,11 +130,19 @@ def reason(error: BaseException) -> str:
     return text if known else f"{type(error).__name__}: {text}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, which is no fault of what was read."""
+    # On the CPU torch raises a plain RuntimeError.
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
 @contextlib.contextmanager
 def naming(what: str, mend: str) -> Iterator[None]:
     """Whatever fails in the block, which reads a file, is a ``ValueError`` in one line.
 
-    For files of others, where any damage may raise any error.
+    For files of others, where any damage may raise any error. That memory is short is no such
+    failure, and is raised as it is.
 
     Args:
         what: begins the message, with the file's path: ``"card a.json is damaged"``.
@@ -144,6 +154,8 @@ def naming(what: str, mend: str) -> Iterator[None]:
         # Not the file's fault: nothing is to be deleted.
         raise ValueError(f"{what} ({error})") from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{what} ({reason(error)}); {mend}") from error
 
 

@@ -6,10 +6,23 @@ import contextlib
 import errno
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 _held: set[Path] = set()  # by this process, whose own locks do not stop it
+_looking = threading.Lock()
+
+
+def _forget() -> None:
+    """A forked process holds none of its parent's locks, nor those of its parent's threads."""
+    global _looking
+    _held.clear()
+    _looking = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # Windows does not fork
+    os.register_at_fork(after_in_child=_forget)
 
 
 @contextlib.contextmanager
@@ -21,37 +34,56 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     is kept out.
 
     Raises:
-        ValueError: if another process, or another part of this one, is writing it.
+        ValueError: if another process, or another part of this one, is writing it; or if the lock
+            is a file of another user.
     """
-    path = Path(path).absolute()
-    place = path.with_name(f".{path.name}.lock")
-    if path in _held:
-        raise ValueError(f"{path} is being written by this very process; choose another place")
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _locked(place)
-    _held.add(path)
+    path = path.parent.resolve() / path.name  # one name, whatever links lead there
+    place = path.with_name(f".{path.name}.lock")
+    with _looking:
+        if path in _held:
+            raise ValueError(f"{path} is being written by this very process; choose another place")
+        _held.add(path)
+    owner = os.getpid()
+    descriptor = None
     try:
+        descriptor = _locked(place)
         yield
     finally:
-        _held.discard(path)
-        if descriptor is not None:
-            # Before it is closed: a file that is not locked may be another's by now.
-            place.unlink(missing_ok=True)
-            os.close(descriptor)
+        if os.getpid() == owner:  # a process forked within the block has no lock to end
+            try:
+                if descriptor is not None:
+                    # Before it is closed: a file that is not locked may be another's by now.
+                    place.unlink(missing_ok=True)
+            finally:
+                # Closing any descriptor of a file ends all locks on it: before others may look.
+                if descriptor is not None:
+                    os.close(descriptor)
+                _held.discard(path)
 
 
 def _locked(place: Path) -> int | None:
     """A descriptor of the file with this process's lock on it; ``None`` where there are no locks.
 
     Raises:
-        ValueError: if another process has locked it.
+        ValueError: if another process has locked it, or it cannot be opened.
     """
     try:
         import fcntl  # Windows has none
     except ImportError:
         return None
     while True:
-        descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o644)
+        except PermissionError as error:
+            if not place.exists():  # the directory is what cannot be written
+                raise
+            name = place.name.removeprefix(".").removesuffix(".lock")
+            raise ValueError(
+                f"{place} is another user's: {place.with_name(name)} is being written, or a writer "
+                "was killed; wait, delete that file if nobody writes, or choose another place"
+            ) from error
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
