@@ -9,7 +9,8 @@ train mode of networks are one for the whole process. So a public call runs
 - outside inference mode, on ordinary copies of tensors that were made in it; what it returns has no
   gradient there, as under :func:`torch.no_grad`;
 - without autocast, in the dtype of the images;
-- one at a time: calls from other threads wait;
+- one at a time: calls from other threads wait. What reads a caller's batches lets them run while
+  it fetches one, which may need them in a thread of its own, and training also between epochs;
 - given a ``generator``, with torch's global generators seeded by it, and as they were afterwards.
   What is not drawn from random streams, the noise of Pyro's kernels, of families that are not
   transformed Gaussians, of a user's own programs, is then repeated with all the rest.
@@ -43,6 +44,7 @@ T = TypeVar("T")
 
 _DEVICES = ("cpu", "cuda")
 _VALIDATING = (dist, infer, poutine)
+_END: Any = object()
 _lock = threading.RLock()
 _begun: _Begun | None = None  # the outermost public call under way, or one that was cut off
 
@@ -84,6 +86,40 @@ def nested() -> bool:
     return _lock._is_owned() and _begun is not None and _begun.depth > 1  # type: ignore[attr-defined]
 
 
+class Pause:
+    """``with pause:`` lets other threads' public calls run, for what is a caller's own.
+
+    They leave Pyro's handlers and everything else as they find it. It is of the public call that
+    makes it, and does nothing unless that is an outermost one. No generator, whose ``finally``
+    could come after the call when an interrupt cuts it off.
+    """
+
+    def __init__(self) -> None:
+        self._begun = None if _begun is None or nested() else _begun
+
+    def __enter__(self) -> None:
+        global _begun
+        if self._begun is not None:
+            _begun = None
+            self._begun.lock.release()
+
+    def __exit__(self, *error: object) -> None:
+        if self._begun is not None:
+            self._begun.go_on()
+
+
+def fetched(batches: Iterable[T], pause: Pause) -> Iterator[T]:
+    """``batches``, where other threads may run while one is waited for."""
+    with pause:
+        following = iter(batches)
+    while True:
+        with pause:
+            batch = next(following, _END)
+        if batch is _END:
+            return
+        yield batch
+
+
 def note(modules: Iterable[nn.Module]) -> None:
     """Remember the modes of networks before they change, for a call that fails."""
     if _begun is not None:
@@ -122,6 +158,7 @@ class _Begun:
     """What an outermost call found, and the networks it has come across since."""
 
     def __init__(self) -> None:
+        self.lock = _lock
         self.handlers = list(runtime._PYRO_STACK)
         self.plates = list(runtime._DIM_ALLOCATOR._stack)
         self.validation = [place.is_validation_enabled() for place in _VALIDATING]
@@ -130,6 +167,15 @@ class _Begun:
         self.modes: dict[nn.Module, tuple[bool, int]] = {}
         self.failed = True
         self.depth = 0  # public calls inside each other
+
+    def go_on(self) -> None:
+        """Be the call under way again, after a pause or an interrupt of one."""
+        global _begun
+        if not self.lock._is_owned():  # type: ignore[attr-defined]
+            self.lock.acquire()
+        if _begun is not None and _begun is not self:
+            _begun.end()  # a call in the pause, interrupted while it ended
+        _begun = self
 
     def end(self) -> None:
         """Put things back; to do it twice does no harm."""
@@ -164,6 +210,7 @@ def _outermost(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[
         begun.failed = False
         return result
     finally:
+        begun.go_on()
         begun.end()
         _begun = None
 

@@ -91,6 +91,10 @@ def fit(
     the first process's weights and draw their own noise; the first one alone writes files and calls
     back.
 
+    Public calls of other threads run while a batch is fetched and in ``on_epoch``, and wait
+    otherwise: ``loader`` may have a thread that defends or attacks images. Where it draws from
+    torch's global seed while others do, give it a ``generator`` of its own: the seed is shared.
+
     Args:
         vae: any Pyro VAE. Its modules are trained in train mode and left in eval mode.
         objective: a Pyro ELBO, e.g. ``pyro.infer.Trace_ELBO()`` or one of
@@ -357,7 +361,7 @@ class _Run:
         drop_references(modules_of(self.vae))  # it may store the VAE
         # A run resumed from the checkpoint of this epoch will not call it again.
         rng = checkpoints.get_rng(self.loader)
-        with self._validated_weights():
+        with self._validated_weights(), self.reader.pause:
             on_epoch(entry)
         checkpoints.set_rng(rng, self.loader)
 
