@@ -239,6 +239,17 @@ def test_a_users_module_can_be_stored_after_use(use):
     assert torch.equal(use(again), expected)
 
 
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_a_trace_of_the_caller_holds_stays_usable(use):
+    vae = _vae()
+    with poutine.trace(param_only=True) as captured:
+        vae.guide(_images())
+    use(vae)
+    sites = list(captured.trace.nodes.values())
+    assert len(sites) == 4
+    assert all(site["value"].unconstrained() is site["value"] for site in sites)
+
+
 def test_a_vae_can_be_stored_while_it_is_trained_and_afterwards():
     vae, stored = _vae(), []
     pyro.clear_param_store()

@@ -20,7 +20,8 @@ while Pyro enters a plate or a network's mode is being set, so that no ``finally
 Where the outermost public call ends, Pyro's handlers, plates and validation and torch's grad mode
 are what they were where it began. If it has failed, so are the modes of its networks: those among
 its arguments, and those that are :func:`noted <note>` before their mode changes. They can be
-pickled afterwards: what Pyro's store hangs on their parameters, a weak reference, is taken off.
+pickled afterwards: what Pyro's store hangs on their parameters, a weak reference, is taken off
+where it was not before.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import pyro.distributions as dist
@@ -122,22 +123,33 @@ def fetched(batches: Iterable[T], pause: Pause) -> Iterator[T]:
 
 def note(modules: Iterable[nn.Module]) -> None:
     """Remember the modes of networks before they change, for a call that fails."""
-    if _begun is not None:
+    if _begun is not None and _lock._is_owned():  # type: ignore[attr-defined]
         for module in modules:
             if module not in _begun.modes:
+                _begun.referenced |= referenced([module])
                 context = module._pyro_context if isinstance(module, PyroModule) else None
                 _begun.modes[module] = module.training, getattr(context, "active", 0)
 
 
-def drop_references(modules: Iterable[nn.Module]) -> None:
+def drop_references(modules: Iterable[nn.Module], but: Container[Tensor] = ()) -> None:
     """Take off what Pyro's store hangs on parameters at each use, a weak reference.
 
-    It is on the way of pickling and of ``torch.save``. Pyro looks at it right after each use only.
+    It is in the way of pickling and of ``torch.save``. Pyro looks at it right after each use only;
+    a caller may look at it in a trace of his own, so the parameters in ``but`` keep it.
     """
-    for module in modules:
-        for parameter in vars(module).get("_parameters", {}).values():
-            if parameter is not None:
-                vars(parameter).pop("unconstrained", None)
+    for parameter in referenced(modules):
+        if parameter not in but:
+            del vars(parameter)["unconstrained"]
+
+
+def referenced(modules: Iterable[nn.Module]) -> set[Tensor]:
+    """The parameters that have such a reference."""
+    return {
+        parameter
+        for module in modules
+        for parameter in vars(module).get("_parameters", {}).values()
+        if parameter is not None and "unconstrained" in vars(parameter)
+    }
 
 
 def ordinary(value: Any) -> Any:
@@ -165,6 +177,7 @@ class _Begun:
         self.grad = torch.is_grad_enabled()
         # Whether a network trains, and how many calls of a PyroModule are under way.
         self.modes: dict[nn.Module, tuple[bool, int]] = {}
+        self.referenced: set[Tensor] = set()  # parameters with a reference of Pyro's store
         self.failed = True
         self.depth = 0  # public calls inside each other
 
@@ -187,7 +200,7 @@ class _Begun:
         if torch.is_grad_enabled() != self.grad:
             torch.set_grad_enabled(self.grad)
         if not self.handlers:  # a handler such as that of SVI.step may want them still
-            drop_references(self.modes)
+            drop_references(self.modes, self.referenced)
         if self.failed:
             for module, (training, active) in self.modes.items():
                 module.training = training
