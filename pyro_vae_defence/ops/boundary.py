@@ -61,7 +61,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def public(function: Callable[P, T]) -> Callable[P, T]:
-    """Make a function, but no generator, a public call as the module's text describes it."""
+    """Make a function, but no generator, a public call as the module's text describes it.
+
+    A function that is given a ``generator`` must draw from it: what torch's global seed governs
+    follows from the generator's state, and a second call would repeat it.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
