@@ -485,8 +485,78 @@ def test_divergence_is_one_line_that_names_epoch_step_and_learning_rate():
     # After the last step nothing but the validation shows it.
     pyro.clear_param_store()
     config = training.FitConfig(epochs=1, schedule="constant", learning_rate=1e10, progress=False)
-    with pytest.raises(training.NonFiniteLossError, match="the validation loss is nan at epoch 1"):
+    match = r"^the validation loss is nan at epoch 1 \(learning rate 1e\+10\)"
+    with pytest.raises(training.NonFiniteLossError, match=match):
         training.fit(_Trained(), pyro.infer.Trace_ELBO(), [x], config, validation=[x])
+
+
+class _Improbable(_Trained):
+    """Some images have no density when they are validated."""
+
+    def model(self, x):
+        super().model(x)
+        if not self.decoder.training:
+            pyro.factor("scored", torch.where(x[:, 0, 0, 0] == 1.0, -torch.inf, 0.0).sum())
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
+def test_a_validation_loss_that_is_infinite_loses_no_epoch(tmp_path):
+    x, path = _images(4), tmp_path / "c.pt"
+    white = x.clone()
+    white[0, 0, 0, 0] = 1.0
+
+    def train(validation, path=None, learning_rate=1e-3, steps=2):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        vae = _Improbable()
+        config = training.FitConfig(
+            epochs=2, schedule="constant", progress=False, learning_rate=learning_rate
+        )
+        options = {"validation": [validation], "checkpoint": path}
+        try:
+            training.fit(vae, pyro.infer.Trace_ELBO(), [x] * steps, config, **options)
+        except training.NonFiniteLossError as error:
+            return vae, str(error)
+        return vae, None
+
+    expected, _ = train(x)
+    vae, said = train(white, path)
+    assert said.startswith("the validation loss is inf at epoch 1 (learning rate")
+    # Weights and statistics are those after the epoch, in the VAE as in the file.
+    saved = torch.load(path, weights_only=False)
+    assert (saved["epoch"], saved["batch"], saved["steps"]) == (0, 2, 2)
+    assert all(map(torch.equal, saved["weights"].values(), vae.state_dict().values()))
+    assert saved["weights"]["encoder.2.num_batches_tracked"] == 2
+    # With other images to validate on it goes on from there.
+    resumed, said = train(x, path)
+    assert said is None
+    assert all(map(torch.equal, resumed.state_dict().values(), expected.state_dict().values()))
+    # Weights that have diverged are not saved.
+    with pyro.validation_enabled(False):
+        _, said = train(x, tmp_path / "diverged.pt", learning_rate=1e10, steps=1)
+    assert said.startswith("the validation loss is nan at epoch 1 (")
+    assert not (tmp_path / "diverged.pt").exists()
+
+
+def test_one_process_of_several_does_not_run_programs_alone(monkeypatch):
+    class Failing(_Trained):
+        runs = 0
+
+        def guide(self, x):
+            Failing.runs += 1
+            if Failing.runs > 1:
+                raise ValueError("the programs' own")
+            super().guide(x)
+
+    monkeypatch.setattr(training.loop.parallel, "world_size", lambda: 2)
+    for name in ("broadcast", "sum_gradients", "check_shares"):
+        monkeypatch.setattr(training.loop.parallel, name, lambda *_: None)
+    monkeypatch.setattr(training.loop.parallel, "total", lambda *numbers: list(numbers))
+    pyro.clear_param_store()
+    config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+    with pytest.raises(ValueError, match="the programs' own"):
+        training.fit(Failing(), pyro.infer.Trace_ELBO(), [_images(4)] * 2, config)
+    assert Failing.runs == 2
 
 
 def test_statistics_are_not_spoiled_by_a_step_that_fails():

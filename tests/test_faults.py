@@ -153,7 +153,7 @@ class TestDisks:
     @pytest.mark.parametrize(
         "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
     )
-    def test_training_goes_on_after_any_fault(self, kind, models, tmp_path):
+    def test_training_goes_on_after_a_fault(self, kind, models, tmp_path):
         settings = {"dataset": "mnist_subset", "epochs": 2, "images_per_epoch": 64}
         settings |= {"batch_size": 32}
 

@@ -239,6 +239,17 @@ def test_a_users_module_can_be_stored_after_use(use):
     assert torch.equal(use(again), expected)
 
 
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_a_trace_of_the_caller_holds_stays_usable(use):
+    vae = _vae()
+    with poutine.trace(param_only=True) as captured:
+        vae.guide(_images())
+    use(vae)
+    sites = list(captured.trace.nodes.values())
+    assert len(sites) == 4
+    assert all(site["value"].unconstrained() is site["value"] for site in sites)
+
+
 def test_a_vae_can_be_stored_while_it_is_trained_and_afterwards():
     vae, stored = _vae(), []
     pyro.clear_param_store()
@@ -302,3 +313,78 @@ def test_calls_and_training_in_threads_give_what_they_give_alone():
             for result, right in zip(results, expected if number else expected[::-1], strict=True):
                 assert torch.equal(result, right)
     assert len(found) == 2
+
+
+class _Threaded:
+    """Batches that a thread makes with public calls while they are waited for."""
+
+    def __init__(self, work):
+        self.work, self.done = work, []
+
+    def __iter__(self):
+        for _ in range(2):
+            thread = threading.Thread(target=lambda: self.done.append(self.work()), daemon=True)
+            thread.start()
+            thread.join(20)
+            yield _images()
+
+
+@pytest.mark.parametrize("reads", ["fit", "evaluate", "mean_posterior_variance"])
+def test_batches_may_be_made_by_a_thread_that_defends(reads):
+    vae, guard = _vae(), defence.NoDefence(_vae())
+    expected = guard(_images(), _generator()).reconstruction
+    loader = _Threaded(lambda: guard(_images(), _generator()).reconstruction)
+    before, met = _state(vae), []
+
+    def on_epoch(entry):
+        thread = threading.Thread(target=lambda: met.append(loader.work()), daemon=True)
+        thread.start()
+        thread.join(20)
+
+    def call(batches):
+        torch.manual_seed(0)
+        vae = _vae()
+        vae.mean_posterior_variance = None
+        if reads == "mean_posterior_variance":
+            return program.mean_posterior_variance(vae, batches)["z"]
+        if reads == "evaluate":
+            return torch.tensor(training.evaluate(vae, TraceMeanField_ELBO(), batches))
+        vae.name = f"fitted{next(_numbers)}"
+        config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+        objective = TraceMeanField_ELBO()
+        options = {"validation": batches, "on_epoch": on_epoch}
+        training.fit(vae, objective, batches, config, **options)
+        return torch.cat([parameter.detach().flatten() for parameter in vae.parameters()])
+
+    found = call(loader)
+    # An epoch, its loss twice, and the variance: each time the thread has ended in between.
+    times = {"fit": 8, "evaluate": 2, "mean_posterior_variance": 2}[reads]
+    assert len(loader.done) == times
+    assert len(met) == (reads == "fit")
+    assert all(torch.equal(done, expected) for done in loader.done + met)
+    assert torch.equal(found, call([_images(), _images()]))
+    assert _state(vae) == before
+    assert not boundary._lock._is_owned()
+    assert boundary._begun is None
+
+
+def test_ctrl_c_in_a_pause_ends_the_call_that_paused():
+    def cut():
+        raise KeyboardInterrupt
+        yield
+
+    vae = _vae().eval()
+    expected, before = _encode(vae), _state(vae)
+
+    def call():
+        program.mean_posterior_variance(vae, [_images()])
+
+    with pytest.raises(KeyboardInterrupt):
+        program.mean_posterior_variance(vae, cut())
+    total = _interrupted(call, 0, (boundary.__file__,))
+    assert total > 20
+    for at in range(1, total + 1):
+        _interrupted(call, at, (boundary.__file__,))
+        assert torch.equal(_encode(vae), expected), at
+        assert not boundary._lock._is_owned()
+        assert _state(vae) == before, at

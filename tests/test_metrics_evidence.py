@@ -254,3 +254,19 @@ def test_nan_is_no_estimate(float64):
 
     with pytest.raises(ValueError, match=r"log p\(x\) of images \[0, 1\] is not a number"):
         metrics.nll(Broken(), torch.rand(2, 1, 4, 4), 10)
+
+
+def test_a_generator_goes_on_where_starts_are_given(wide, x):
+    def noisy(latents, *_):
+        return {name: value + 0.1 * torch.randn_like(value) for name, value in latents.items()}
+
+    def draw(generator):
+        start = {"z": torch.zeros(6, 3)}
+        return metrics.ais_log_weights(
+            wide, x, noisy, torch.tensor([1.0, 0.5, 0.0]), 1, start, generator
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    first, second = draw(generator), draw(generator)
+    assert not torch.equal(first, second)
+    assert torch.equal(draw(torch.Generator().manual_seed(0)), first)

@@ -31,7 +31,6 @@ class Defence(Protocol):
 
     vae: VAE
 
-    @public
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
         """Defend images ``(N, C, H, W)`` in [0, 1], or ``(x, *conditions)``."""
 

@@ -28,7 +28,7 @@ from pyro_vae_defence.mcmc.hmc import HMCInfo, HMCState
 from pyro_vae_defence.models.compiled import RecordedPotential
 from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.program import ModelPotential
-from pyro_vae_defence.ops.boundary import drop_references, note, public
+from pyro_vae_defence.ops.boundary import drop_references, note, public, referenced
 from pyro_vae_defence.ops.checks import check_integer, check_positive, check_precision, plain
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
@@ -136,6 +136,7 @@ class BatchedKernel(MCMCKernel):
         self._initial_params: Latents | None = None
         self._warmup_steps = 0
         self._networks: list[nn.Module] = []  # of the model, which MCMC takes as it is
+        self._referenced: set[Tensor] = set()  # their parameters that a trace of the caller has
         self._graph: Graph | None = None
         self._run: _Run | None = None
         self._drawn: Streams | None = None  # from the generator, for this run
@@ -174,6 +175,7 @@ class BatchedKernel(MCMCKernel):
         self._run = self._drawn = None
         self._networks = modules_of(self.model)
         note(self._networks)
+        self._referenced = referenced(self._networks)
         self.prepare = prepare = find_graph(self.prepare)
         if self.model is None and prepare is not None:
             raise ValueError(
@@ -294,7 +296,7 @@ class BatchedKernel(MCMCKernel):
     def cleanup(self) -> None:
         """Let go of the start of the run; its last state and info stay readable."""
         self._initial_params = None
-        drop_references(self._networks)
+        drop_references(self._networks, self._referenced)
 
     # --- Runs that end before all chains do ---
 

@@ -146,7 +146,8 @@ def ais_log_weights(
         schedule: inverse temperatures; 100 of :func:`sigmoid_schedule` when ``None``.
         num_chains: M, independent chains per image.
         initial: latents of ``num_chains * N`` rows on their support; by default the guide's draws.
-        generator: source of the draws from the guide; torch's global seed when ``None``.
+        generator: source of the draws from the guide, and of what ``transition`` draws from torch's
+            global seed; that seed itself when ``None``.
 
     Raises:
         ValueError: an argument does not fit, or a falling schedule comes without ``initial``.
@@ -166,6 +167,8 @@ def ais_log_weights(
             streams = Streams.create(len(x), num_chains, generator=generator, device=x.device)
             with torch.no_grad():
                 initial = program.encode(vae, repeated, streams=streams)
+        elif generator is not None:
+            draw_seed(generator)  # or the next call's transition would meet the same noise
         start = potential.check(potential.unconstrain(initial))
         log_weights = ais(
             potential, lambda latents: -guide(latents), lat.detach(start), transition, schedule

@@ -88,7 +88,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.models.supports import transform_of
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.boundary import Pause, fetched, public
 from pyro_vae_defence.ops.draws import Noise, draw
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
@@ -827,7 +827,7 @@ def mean_posterior_variance(
     count = 0
     seed = draw_seed(generator)
     with torch.no_grad(), evaluation_mode(vae):
-        for batch in batches:
+        for batch in fetched(batches, Pause()):
             x, conditions = split(taken(batch, vae), "batches")
             check_images(x, "batches", unit_interval=False)
             check_networks_on_device("vae", vae, "batches", x)

@@ -9,7 +9,8 @@ train mode of networks are one for the whole process. So a public call runs
 - outside inference mode, on ordinary copies of tensors that were made in it; what it returns has no
   gradient there, as under :func:`torch.no_grad`;
 - without autocast, in the dtype of the images;
-- one at a time: calls from other threads wait;
+- one at a time: calls from other threads wait. What reads a caller's batches lets them run while
+  it fetches one, which may need them in a thread of its own, and training also between epochs;
 - given a ``generator``, with torch's global generators seeded by it, and as they were afterwards.
   What is not drawn from random streams, the noise of Pyro's kernels, of families that are not
   transformed Gaussians, of a user's own programs, is then repeated with all the rest.
@@ -19,7 +20,8 @@ while Pyro enters a plate or a network's mode is being set, so that no ``finally
 Where the outermost public call ends, Pyro's handlers, plates and validation and torch's grad mode
 are what they were where it began. If it has failed, so are the modes of its networks: those among
 its arguments, and those that are :func:`noted <note>` before their mode changes. They can be
-pickled afterwards: what Pyro's store hangs on their parameters, a weak reference, is taken off.
+pickled afterwards: what Pyro's store hangs on their parameters, a weak reference, is taken off
+where it was not before.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import pyro.distributions as dist
@@ -43,6 +45,7 @@ T = TypeVar("T")
 
 _DEVICES = ("cpu", "cuda")
 _VALIDATING = (dist, infer, poutine)
+_END: Any = object()
 _lock = threading.RLock()
 _begun: _Begun | None = None  # the outermost public call under way, or one that was cut off
 
@@ -58,7 +61,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def public(function: Callable[P, T]) -> Callable[P, T]:
-    """Make a function, but no generator, a public call as the module's text describes it."""
+    """Make a function, but no generator, a public call as the module's text describes it.
+
+    A function that is given a ``generator`` must draw from it: what torch's global seed governs
+    follows from the generator's state, and a second call would repeat it.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -84,24 +91,69 @@ def nested() -> bool:
     return _lock._is_owned() and _begun is not None and _begun.depth > 1  # type: ignore[attr-defined]
 
 
+class Pause:
+    """``with pause:`` lets other threads' public calls run, for what is a caller's own.
+
+    They leave Pyro's handlers and everything else as they find it. It is of the public call that
+    makes it, and does nothing unless that is an outermost one. No generator, whose ``finally``
+    could come after the call when an interrupt cuts it off.
+    """
+
+    def __init__(self) -> None:
+        self._begun = None if _begun is None or nested() else _begun
+
+    def __enter__(self) -> None:
+        global _begun
+        if self._begun is not None:
+            _begun = None
+            self._begun.lock.release()
+
+    def __exit__(self, *error: object) -> None:
+        if self._begun is not None:
+            self._begun.go_on()
+
+
+def fetched(batches: Iterable[T], pause: Pause) -> Iterator[T]:
+    """``batches``, where other threads may run while one is waited for."""
+    with pause:
+        following = iter(batches)
+    while True:
+        with pause:
+            batch = next(following, _END)
+        if batch is _END:
+            return
+        yield batch
+
+
 def note(modules: Iterable[nn.Module]) -> None:
     """Remember the modes of networks before they change, for a call that fails."""
-    if _begun is not None:
+    if _begun is not None and _lock._is_owned():  # type: ignore[attr-defined]
         for module in modules:
             if module not in _begun.modes:
+                _begun.referenced |= referenced([module])
                 context = module._pyro_context if isinstance(module, PyroModule) else None
                 _begun.modes[module] = module.training, getattr(context, "active", 0)
 
 
-def drop_references(modules: Iterable[nn.Module]) -> None:
+def drop_references(modules: Iterable[nn.Module], but: Container[Tensor] = ()) -> None:
     """Take off what Pyro's store hangs on parameters at each use, a weak reference.
 
-    It is on the way of pickling and of ``torch.save``. Pyro looks at it right after each use only.
+    It is in the way of pickling and of ``torch.save``. Pyro looks at it right after each use only;
+    a caller may look at it in a trace of his own, so the parameters in ``but`` keep it.
     """
-    for module in modules:
-        for parameter in vars(module).get("_parameters", {}).values():
-            if parameter is not None:
-                vars(parameter).pop("unconstrained", None)
+    for parameter in referenced(modules):
+        if parameter not in but:
+            del vars(parameter)["unconstrained"]
+
+
+def referenced(modules: Iterable[nn.Module]) -> set[Tensor]:
+    """The parameters that have such a reference."""
+    return {
+        parameter
+        for module in modules
+        for parameter in vars(module).get("_parameters", {}).values()
+        if parameter is not None and "unconstrained" in vars(parameter)
+    }
 
 
 def ordinary(value: Any) -> Any:
@@ -122,14 +174,25 @@ class _Begun:
     """What an outermost call found, and the networks it has come across since."""
 
     def __init__(self) -> None:
+        self.lock = _lock
         self.handlers = list(runtime._PYRO_STACK)
         self.plates = list(runtime._DIM_ALLOCATOR._stack)
         self.validation = [place.is_validation_enabled() for place in _VALIDATING]
         self.grad = torch.is_grad_enabled()
         # Whether a network trains, and how many calls of a PyroModule are under way.
         self.modes: dict[nn.Module, tuple[bool, int]] = {}
+        self.referenced: set[Tensor] = set()  # parameters with a reference of Pyro's store
         self.failed = True
         self.depth = 0  # public calls inside each other
+
+    def go_on(self) -> None:
+        """Be the call under way again, after a pause or an interrupt of one."""
+        global _begun
+        if not self.lock._is_owned():  # type: ignore[attr-defined]
+            self.lock.acquire()
+        if _begun is not None and _begun is not self:
+            _begun.end()  # a call in the pause, interrupted while it ended
+        _begun = self
 
     def end(self) -> None:
         """Put things back; to do it twice does no harm."""
@@ -141,7 +204,7 @@ class _Begun:
         if torch.is_grad_enabled() != self.grad:
             torch.set_grad_enabled(self.grad)
         if not self.handlers:  # a handler such as that of SVI.step may want them still
-            drop_references(self.modes)
+            drop_references(self.modes, self.referenced)
         if self.failed:
             for module, (training, active) in self.modes.items():
                 module.training = training
@@ -164,6 +227,7 @@ def _outermost(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[
         begun.failed = False
         return result
     finally:
+        begun.go_on()
         begun.end()
         _begun = None
 

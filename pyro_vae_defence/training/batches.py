@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_vae_defence.models import conditions, program
 from pyro_vae_defence.models.modules import networks_of
-from pyro_vae_defence.ops.boundary import ordinary
+from pyro_vae_defence.ops.boundary import Pause, fetched, ordinary
 from pyro_vae_defence.training.config import NonFiniteImagesError
 from pyro_vae_defence.types import VAE
 
@@ -23,10 +23,14 @@ class Reader:
         vae: whose programs are called with the batches.
         warn: whether to say, once, that a loader has entries which the programs do not take.
         device: where batches go; to the VAE's first parameter when ``None``.
+
+    Attributes:
+        pause: of the public call that makes the reader, while it waits for a batch.
     """
 
     def __init__(self, vae: VAE, warn: bool = False, device: torch.device | None = None) -> None:
         self.vae, self.warn, self.device = vae, warn, device
+        self.pause = Pause()
 
     def read(self, loader: Iterable[Any], name: str) -> Iterator[tuple[Tensor, ...]]:
         """Batches ``(x, *conditions)``, checked and moved.
@@ -46,7 +50,7 @@ class Reader:
             first = next(parameters, None)
             device = None if first is None else first.device
         widths: dict[Any, int] = {}
-        for number, batch in enumerate(loader):
+        for number, batch in enumerate(fetched(loader, self.pause)):
             batch = ordinary(batch)
             entries = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
             given = tuple(entry is not None for entry in entries)

@@ -91,6 +91,10 @@ def fit(
     the first process's weights and draw their own noise; the first one alone writes files and calls
     back.
 
+    Public calls of other threads run while a batch is fetched and in ``on_epoch``, and wait
+    otherwise: ``loader`` may have a thread that defends or attacks images. Where it draws from
+    torch's global seed while others do, give it a ``generator`` of its own: the seed is shared.
+
     Args:
         vae: any Pyro VAE. Its modules are trained in train mode and left in eval mode.
         objective: a Pyro ELBO, e.g. ``pyro.infer.Trace_ELBO()`` or one of
@@ -122,7 +126,8 @@ def fit(
             that the loss depends on but that would not be trained, before they should have been.
         NonFiniteLossError: as soon as a loss or a gradient is not finite; weights and statistics
             are those before that step, and the last checkpoint stays. After an epoch also for a
-            loss of ``validation`` or a variance of the guide that is not finite.
+            loss of ``validation`` or a variance of the guide that is not finite; where that loss is
+            infinite by the fault of ``validation``, the epoch is in the checkpoint first.
     """
     program.check_vae(vae)
     note(modules_of(vae))
@@ -316,12 +321,19 @@ class _Run:
         for network in self.parameters.networks.values():
             parallel.broadcast(network.buffers())
         if self.validation is not None:
-            with self._validated_weights(), self._finite("validation loss"):
-                entry["validation_loss"] = self._validate(self.objective, self.validation)
-                self._check_finite(entry["validation_loss"], "validation loss")
-                nelbo = self._analytic_nelbo(self.validation)
-                if nelbo is not None:
-                    entry["validation_nelbo"] = nelbo
+            where, rng = f"epoch {self.epoch + 1}", checkpoints.get_rng(self.loader)
+            with self._validated_weights(), self._finite("validation loss", where):
+                loss = entry["validation_loss"] = self._validate(self.objective, self.validation)
+                if finite := math.isfinite(loss):
+                    nelbo = self._analytic_nelbo(self.validation)
+                    if nelbo is not None:
+                        entry["validation_nelbo"] = nelbo
+            if not finite:
+                # The loss is that of all processes, which take part in this.
+                checkpoints.set_rng(rng, self.loader)
+                if path is not None and not any(parallel.gather(self._spoiled())):
+                    self.save(path)
+                raise self._not_finite(loss, "validation loss", where)
         if self.config.schedule == "plateau":
             self.scheduler.step(entry["validation_loss"])
         entry["seconds"] = time.perf_counter() - started
@@ -340,7 +352,7 @@ class _Run:
         if not (self.config.posterior_variance and hasattr(self.vae, name)):
             return None
         batches = self.reader.read(self.loader, "loader")
-        with self._finite("guide's variance"):
+        with self._finite("guide's variance", f"the end of epoch {self.epoch}"):
             variance = program.mean_posterior_variance(self.vae, batches)
         parallel.average(variance.values())
         setattr(self.vae, name, variance)
@@ -357,7 +369,7 @@ class _Run:
         drop_references(modules_of(self.vae))  # it may store the VAE
         # A run resumed from the checkpoint of this epoch will not call it again.
         rng = checkpoints.get_rng(self.loader)
-        with self._validated_weights():
+        with self._validated_weights(), self.reader.pause:
             on_epoch(entry)
         checkpoints.set_rng(rng, self.loader)
 
@@ -390,7 +402,7 @@ class _Run:
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            if self._diverged(batch):
+            if parallel.world_size() == 1 and self._diverged(batch):
                 loss = math.nan  # Pyro has found it before the loss was there
             elif self.steps > 0 or isinstance(error, ValueError):
                 raise
@@ -435,28 +447,42 @@ class _Run:
         )
 
     def _check_finite(self, value: float, name: str) -> None:
+        """End a step that has come to no number, with the statistics from before it."""
         if not math.isfinite(value):
             for buffer, kept in zip(*self._statistics, strict=True):
                 buffer.copy_(kept)
-            raise NonFiniteLossError(
-                f"the {name} is {value} at epoch {self.epoch + 1}, step {self.steps + 1} (learning "
-                f"rate {self.config.learning_rate:g}); lower the learning rate, or look for "
-                "non-finite images or a degenerate likelihood"
-            )
+            raise self._not_finite(value, name, f"epoch {self.epoch + 1}, step {self.steps + 1}")
+
+    def _not_finite(self, value: float, name: str, where: str) -> NonFiniteLossError:
+        return NonFiniteLossError(
+            f"the {name} is {value} at {where} (learning rate {self.config.learning_rate:g}); "
+            "lower the learning rate, or look for non-finite images or a degenerate likelihood"
+        )
 
     @contextlib.contextmanager
-    def _finite(self, name: str) -> Iterator[None]:
+    def _finite(self, name: str, where: str) -> Iterator[None]:
         """Turn what Pyro or torch say of weights that have diverged into one error."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
             known = isinstance(error, (NonFiniteLossError, torch.OutOfMemoryError))
-            if not known and self._last is not None and self._diverged(self._last):
-                self._check_finite(math.nan, name)
+            if not known and parallel.world_size() == 1 and self._spoiled():
+                raise self._not_finite(math.nan, name, where) from error
             raise
 
+    def _spoiled(self) -> bool:
+        """Whether the weights, as they are validated, have diverged at this process's last batch.
+
+        A checkpoint of such weights would take the place of a good one.
+        """
+        with program.evaluation_mode(self.vae):
+            return self._last is not None and self._diverged(self._last)
+
     def _diverged(self, batch: tuple[Tensor, ...]) -> bool:
-        """Whether the programs' densities are no numbers, as seen without Pyro's validation."""
+        """Whether the programs' densities are no numbers, as seen without Pyro's validation.
+
+        Programs may talk to other processes (``SyncBatchNorm``): not for one process alone.
+        """
         with torch.no_grad(), pyro.validation_enabled(False), aside(batch[0].device):
             try:
                 guide = poutine.trace(self.guide).get_trace(*batch)
