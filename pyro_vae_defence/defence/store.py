@@ -31,12 +31,11 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
 import torch
-import xarray
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
@@ -46,6 +45,9 @@ from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.ranks import Claims
+
+if TYPE_CHECKING:
+    import xarray
 
 _FINISHED, _NEW = ".finished", ".new"
 _POLL = 0.1  # seconds between looks at what another process is to make
@@ -196,6 +198,8 @@ class _Store:
         self.partial.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(_NEW, f".{self.path.name}.", self.partial.parent))
         place = str(new)
+        import xarray
+
         root = xarray.Dataset(attrs=dict(self.identity))
         root.to_zarr(place, mode="w", consolidated=False, **version)
         for name, group in groups.items():
@@ -260,6 +264,8 @@ def _groups(result: DefenceResult, observed_data: bool) -> dict[str, xarray.Data
         del groups["observed_data"]
     once = {"num_gradients": result.num_gradients, **result.convergence}
     images = (("image", "channel", "height", "width"), _to_numpy(result.reconstruction))
+    import xarray
+
     groups["defence"] = xarray.Dataset(
         {"reconstruction": images, **{n: (("image",), _to_numpy(v)) for n, v in once.items()}},
         {"image": groups["posterior"]["image"]},

@@ -18,10 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae_defence import attacks, metrics
@@ -47,13 +46,16 @@ from pyro_vae_defence.experiments.defences import (
     label,
     make_defence,
 )
-from pyro_vae_defence.experiments.drawing import interval_curve, legend_below
+from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, new_figure
 from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.experiments.train import DATASETS
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 UNDEFENDED_READING = "guide's mean"
 
@@ -643,7 +645,7 @@ def _panels(
 ) -> Figure:
     """A row of panels per title, one for accuracy and one for similarity: lines through cells,
     ``free`` across."""
-    figure = Figure(figsize=(8, 3.7 * len(drawn)), layout="constrained")
+    figure = new_figure(8, 3.7 * len(drawn))
     rows = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
     for part, (title, lines) in zip(rows, drawn.items(), strict=True):
         panels = part.subplots(1, 2)

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches. Who only computes does not wait for matplotlib."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def interval_curve(
     axes: Axes,
     x: Sequence[float],

@@ -36,11 +36,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 from torch import Tensor
 
 from pyro_vae_defence import attacks, metrics, plots
@@ -49,7 +47,7 @@ from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefe
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import Setting, colour, label, make_defence
-from pyro_vae_defence.experiments.drawing import interval_curve
+from pyro_vae_defence.experiments.drawing import interval_curve, new_figure
 from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import divergences
@@ -57,6 +55,9 @@ from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness import WhiteBox
 from pyro_vae_defence.types import PreparedObjective
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ATTACKERS = {"without_mcmc": "does not know the defence", "with_mcmc": "knows the defence"}
 KINDS = ("unsupervised", "supervised")
@@ -456,7 +457,7 @@ def _label(objective: str) -> str:
 
 def knowledge_figure(result: dict[str, Any]) -> Figure:
     """Similarity of images (black) and reconstructions over the radius (Figures 5, 10, 11)."""
-    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    figure = new_figure(8, 6.5)
     panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
     for axes, ((attacker, defence), place) in zip(panels, _PANELS.items(), strict=True):
         found = {0.0: result["clean"]["reference"]} | {
@@ -495,7 +496,9 @@ def examples_figure(result: dict[str, Any]) -> Figure:
     columns = {"reference": dict.fromkeys(ATTACKERS, result["clean"]["reference"])}
     columns |= {f"radius {radius}": cells for radius, cells in result["knowledge"].items()}
     size = (len(columns) * width + 2.2, len(ATTACKERS) * height)
-    figure = Figure(figsize=size, layout="constrained")
+    from matplotlib.image import imread
+
+    figure = new_figure(*size)
     grid = figure.subplots(len(ATTACKERS), len(columns), squeeze=False)
     for panels, (attacker, title) in zip(grid, ATTACKERS.items(), strict=True):
         for axes, (column, cells) in zip(panels, columns.items(), strict=True):
@@ -518,7 +521,7 @@ def objectives_figure(result: dict[str, Any], kind: str) -> Figure:
     found = {measure: _series(result, kind, measure) for measure in _MEASURES}
     found = {measure: series for measure, series in found.items() if series}
     rows = max(1, -(-len(found) // 2))
-    figure = Figure(figsize=(8, 0.6 + 3 * rows), layout="constrained")
+    figure = new_figure(8, 0.6 + 3 * rows)
     grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
     labelled: dict[str, Any] = {}
     for axes in grid.flat[len(found) :]:

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from pyro_vae_defence import attacks
@@ -34,13 +33,16 @@ from pyro_vae_defence.experiments.defences import (
     make_defence,
 )
 from pyro_vae_defence.experiments.defend import SCORE_COLUMNS, score, score_cells, score_section
-from pyro_vae_defence.experiments.drawing import interval_curve, save_figure
+from pyro_vae_defence.experiments.drawing import interval_curve, new_figure, save_figure
 from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.nvae import NVAE, load_official
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.types import Latents, Potential
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
 def groups_figure(results: list[dict[str, Any]]) -> Figure:
     """Similarity against the number of attacked groups (Figure 4), one panel per result."""
     results = sorted(results, key=lambda result: result["config"]["radius"])
-    figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
+    figure = new_figure(3.6 * len(results), 3.2)
     panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axes, result in zip(panels, results, strict=True):
         for name in result["config"]["defences"]:

@@ -6,14 +6,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import Any
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from pyro_vae_defence.experiments.defences import colour, label
-from pyro_vae_defence.experiments.drawing import interval_curve, legend_below
+from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, new_figure
 from pyro_vae_defence.robustness.html import INTRODUCTION, details, page, summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROBUST = ("robust/mean", "robust/averaged", "robust/worst_of_n")
 """Where a report has its figures under attack."""
@@ -55,7 +55,7 @@ def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
             lines = groups.setdefault((result["config"]["model"], target), {})
             lines.setdefault(defence, []).append((result["config"]["radius"], report))
     for (model, target), lines in groups.items():
-        figure = Figure(figsize=(5.6, 4), layout="constrained")
+        figure = new_figure(5.6, 4)
         axes = figure.subplots()
         hollow: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7, "mfc": "white", "zorder": 3}
         unreliable = False
@@ -82,6 +82,8 @@ def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _svg(figure: Figure) -> str:
+    import matplotlib
+
     buffer = io.StringIO()
     # Without a date and with a fixed salt, equal results make equal files.
     with matplotlib.rc_context({"svg.hashsalt": "robustness", "svg.fonttype": "none"}):

@@ -6,20 +6,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.compare import ADVISED, Headline, headline
 from pyro_vae_defence.experiments.defences import chain_words, chained, colour, label
-from pyro_vae_defence.experiments.drawing import save_figure
+from pyro_vae_defence.experiments.drawing import new_figure, save_figure
 from pyro_vae_defence.experiments.leaderboard import Entry
 from pyro_vae_defence.experiments.robustness import reports
 from pyro_vae_defence.experiments.train import DATASETS
 from pyro_vae_defence.ops.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CONTROL = "best control"
 _SERIES = ("none", *ADVISED, _CONTROL)
@@ -60,7 +61,7 @@ def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str
 
 def summary_figure(headlines: list[Headline]) -> Figure:
     """Correct classes under attack: a row per dataset, a point with its interval per defence."""
-    figure = Figure(figsize=(8, 1.2 + 0.6 * len(headlines)), layout="constrained")
+    figure = new_figure(8, 1.2 + 0.6 * len(headlines))
     axes = figure.subplots()
     for number, series in enumerate(_SERIES):
         shift = 0.6 * ((number + 0.5) / len(_SERIES) - 0.5)
