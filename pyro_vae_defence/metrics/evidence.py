@@ -19,6 +19,7 @@ from torch import distributions as td
 from pyro_vae_defence.metrics.likelihood import Transition, ais, importance_nll, sigmoid_schedule
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import take
+from pyro_vae_defence.models.sites import get_trace, sample_sites
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
@@ -82,18 +83,17 @@ def _check_intensities(vae: VAE, x: Tensor) -> None:
     if x.device.type == "meta":
         return
     with program.evaluation_mode(vae):
-        sites = program.image_map(vae, x).sites
-        for site in program.observed(vae.model, program.prior(vae, x), x).values():
-            bounded = isinstance(innermost(site["fn"]), (td.Bernoulli, td.ContinuousBernoulli))
-            value = site["value"]
-            if site["name"] not in {each.name for each in sites} or not bounded:
-                continue
-            low, high = float(value.min()), float(value.max())
-            if low < 0 or high > 1:
-                raise ValueError(
-                    f"x must lie in [0, 1] where site {site['name']!r} observes it, whose "
-                    f"likelihood is of intensities; got values from {low:g} to {high:g}"
-                )
+        names = {site.name for site in program.image_map(vae, x).sites}
+        observed = [sample_sites(get_trace(vae.model, x))[name] for name in sorted(names)]
+    for site in observed:
+        value = site["value"]
+        low, high = float(value.min()), float(value.max())
+        of_intensities = isinstance(innermost(site["fn"]), (td.Bernoulli, td.ContinuousBernoulli))
+        if of_intensities and (low < 0 or high > 1):
+            raise ValueError(
+                f"x must lie in [0, 1] where site {site['name']!r} observes it, whose likelihood "
+                f"is of intensities; got values from {low:g} to {high:g}"
+            )
 
 
 def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
