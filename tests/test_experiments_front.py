@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from result_files import change
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.front import front_table
@@ -26,15 +26,6 @@ def results(tmp_path):
     for name in ("compare", "robustness", "robustness_controls"):
         shutil.copytree(RESULTS / name, tmp_path / name)
     return tmp_path
-
-
-def change(path, places, value):
-    found = json.loads(path.read_text())
-    entry = found
-    for place in places[:-1]:
-        entry = entry[place]
-    entry[places[-1]] = value
-    path.write_text(json.dumps(found))
 
 
 def test_every_figure_stands_in_its_place(results):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
+from result_files import change
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.leaderboard import write_leaderboard
@@ -20,15 +20,6 @@ def results(tmp_path):
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
         shutil.copy(path, tmp_path / path.parent.name)
     return tmp_path
-
-
-def change(path, places, value):
-    found = json.loads(path.read_text())
-    entry = found
-    for place in places[:-1]:
-        entry = entry[place]
-    entry[places[-1]] = value
-    path.write_text(json.dumps(found))
 
 
 def ranking(results, model="`mnist_vae`, 0.2"):

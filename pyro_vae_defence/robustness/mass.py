@@ -293,6 +293,11 @@ class _Shapes(NamedTuple):
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
 
+    @classmethod
+    def of(cls, energy: program.ModelPotential) -> _Shapes:
+        """Those of a model."""
+        return cls(tuple((site.name, site.shape) for site in energy.sites))
+
     def join(self, latents: LatentsLike) -> Tensor:
         """Site -> ``(N, *event)`` to ``(N, D)``."""
         return flatten_latents({name: latents[name] for name, _ in self.shapes})
@@ -357,11 +362,13 @@ class _Base(NamedTuple):
                 f"or more are needed, got values from {int(labels.min())} to {int(labels.max())}"
             )
         energy, read = program.potential(vae, x), _reader(vae, x, classifier)
-        shapes = _Shapes(tuple((site.name, site.shape) for site in energy.sites))
+        shapes = _Shapes.of(energy)
         drawn = program.encode(vae, x, streams=Streams.create(len(x), seed=seed, device=x.device))
         classes, encodings = read(drawn), shapes.join(energy.check(energy.unconstrain(drawn)))
         metric = program.mean_posterior_variance(vae, [x], torch.Generator().manual_seed(seed))
         variance = shapes.join({name: value[None] for name, value in metric.items()})[0]
+        streams = Streams.create(_BASE_DRAWS, seed=seed, device=x.device)
+        read_draws = _reader(vae, x[:1].expand(_BASE_DRAWS, -1, -1, -1), classifier)
         gaussians: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for each in range(number):
             own = encodings[classes == each]
@@ -371,10 +378,8 @@ class _Base(NamedTuple):
                     f"{each}, and at least 2 are needed: pass more images of that class"
                 )
             loc, scale = own.mean(0), own.std(0).clamp(min=_LEAST_SCALE)
-            streams = Streams.create(_BASE_DRAWS, seed=seed, device=x.device)
             made = loc + scale * streams.normal(each, _START, tuple(loc.shape), loc.dtype)
-            like = x[:1].expand(_BASE_DRAWS, -1, -1, -1)
-            found = _reader(vae, like, classifier)(energy.constrain(shapes.split(made)))
+            found = read_draws(energy.constrain(shapes.split(made)))
             gaussians.append((loc, scale, made, found))
         locs, scales, draws, reads = map(torch.stack, zip(*gaussians, strict=True))
         variance = variance.clamp(min=_LEAST_SCALE**2)
@@ -454,7 +459,7 @@ class _Walks:
         self.vae, self.x, self.labels, self.base = vae, x, labels, base
         self.read = _reader(vae, x, classifier)
         self.energy = program.potential(vae, x)
-        self.shapes = _Shapes(tuple((site.name, site.shape) for site in self.energy.sites))
+        self.shapes = _Shapes.of(self.energy)
 
     def allowed(self, labels: Tensor, outside: bool) -> Callable[[Latents], Tensor]:
         """Whether latents lie in the set of their row."""
