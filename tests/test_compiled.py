@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from elsewhere import Elsewhere
 from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
 from pyro.infer import MCMC
 from torch import nn
@@ -19,6 +20,7 @@ from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, compiled, program
 from pyro_vae_defence.models.compiled import Recorder, ReducedForce
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops import precision
 from pyro_vae_defence.ops.balls import Linf
 
 
@@ -99,9 +101,15 @@ def test_constants_elsewhere_are_moved_once(float64):
     before, expected = len(module.graph.nodes), module(x, z["z"])
     compiled._fold(module, x.device)
     assert len(module.graph.nodes) == before
-    compiled._fold(module, torch.device("cuda"))
+    with Elsewhere():
+        there = torch.device("lazy")
+        compiled._fold(module, there)
+        got = module(x.to(there), z["z"].to(there))
     assert len(module.graph.nodes) < before
-    assert all(torch.equal(one, other) for one, other in zip(module(x, z["z"]), expected))
+    assert all(torch.equal(one.cpu(), other) for one, other in zip(got, expected))
+    # Compilers want them there, too, where torch takes a number from the host.
+    read = {n.target for n in module.graph.nodes if n.op == "get_attr"}
+    assert {getattr(module, name).device for name in read} == {there}
     made = [n for n in module.graph.nodes if n.op == "call_function"]
     assert all(
         any(i.op != "get_attr" for i in n.all_input_nodes) for n in made if n.all_input_nodes
@@ -282,7 +290,7 @@ class Seeing(LinearGaussianVAE):
     """Remembers how torch is set when its model runs."""
 
     def model(self, x):
-        self.seen = compiled.tf32_settings()
+        self.seen = precision.tf32_settings()
         super().model(x)
 
 
@@ -290,14 +298,14 @@ def test_energies_are_full_and_forces_tf32_whatever_torch_is_set_to():
     vae = Seeing()
     energy = program.potential(vae, torch.rand(2, 1, 4, 4))
     z = {"z": torch.randn(2, 3)}
-    with compiled.tf32(True):
-        rounding = compiled.tf32_settings()
-    with compiled.tf32(False):
-        full = compiled.tf32_settings()
+    with precision.tf32(True):
+        rounding = precision.tf32_settings()
+    with precision.tf32(False):
+        full = precision.tf32_settings()
     assert set(rounding).isdisjoint(full)
     reduced = ReducedForce(energy, "tf32")
     for on, set_to in ((True, rounding), (False, full)):
-        with compiled.tf32(on):
+        with precision.tf32(on):
             energy(z)
             assert vae.seen == set_to  # else the test shows nothing
             reduced(z)
@@ -305,7 +313,7 @@ def test_energies_are_full_and_forces_tf32_whatever_torch_is_set_to():
             reduced.force(z)
             assert vae.seen == rounding
             reduced.energy_and_gradient(z)
-            assert compiled.tf32_settings() == set_to
+            assert precision.tf32_settings() == set_to
 
 
 def test_settings_come_back_after_an_interrupt():
@@ -316,11 +324,11 @@ def test_settings_come_back_after_an_interrupt():
 
     ready = False
     reduced = ReducedForce(program.ModelPotential(interrupted, torch.rand(2, 1, 4, 4)), "tf32")
-    ready, before = True, compiled.tf32_settings()
+    ready, before = True, precision.tf32_settings()
     for ask in (reduced, reduced.force):
         with pytest.raises(KeyboardInterrupt):
             ask({"z": torch.zeros(2, 3)})
-        assert compiled.tf32_settings() == before
+        assert precision.tf32_settings() == before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "tf32"])
@@ -352,11 +360,11 @@ def test_recordings_run_with_the_settings_they_are_for(monkeypatch):
     monkeypatch.setattr(
         torch.fx.GraphModule,
         "__call__",
-        lambda *args: seen.append(compiled.tf32_settings()) or forward(*args),
+        lambda *args: seen.append(precision.tf32_settings()) or forward(*args),
     )
     recorded.energy_and_gradient(z)
-    with compiled.tf32(True):
-        rounding = compiled.tf32_settings()
+    with precision.tf32(True):
+        rounding = precision.tf32_settings()
     assert [settings == rounding for settings in seen] == [False, True]
 
 

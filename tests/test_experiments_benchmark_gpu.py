@@ -28,9 +28,9 @@ from pyro_vae_defence.experiments.benchmark.gpu.run import BenchmarkGPU
 from pyro_vae_defence.experiments.benchmark.gpu.tables import gpu_tables
 from pyro_vae_defence.experiments.benchmark.gpu.ways import CAPTURED, EAGER, Way
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.compiled import tf32_settings
 from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.precision import tf32_settings
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results" / "benchmark_gpu"

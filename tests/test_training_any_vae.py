@@ -31,7 +31,7 @@ def config(**changes):
 
 
 def images(count=8):
-    return torch.rand(count, 1, 1, 2, generator=torch.Generator().manual_seed(1))
+    return torch.rand(count, 1, 1, 2, generator=torch.Generator().manual_seed(1), device="cpu")
 
 
 class Steps(nn.Module):

@@ -23,8 +23,10 @@ and whose weights are numbers that change with it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,9 +43,9 @@ from pyro_vae_defence.models.compiled import (
     Recorder,
     ReducedForce,
     check_force_type,
-    tf32_settings,
 )
 from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.ops.precision import tf32_settings
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import LatentsLike
 
@@ -375,11 +377,20 @@ class CUDAGraphs:
         # The stream is named once more, since torch leaves it current where a capture fails. Only
         # this thread's calls matter: others may pin memory, as loaders do.
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            function(*inputs)  # libraries choose their algorithms and allocate their own memory
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                outputs = function(*inputs)
+            # Libraries choose their algorithms and allocate their own memory; and what waits for
+            # the device is found while nothing is captured yet.
+            with _no_waiting():
+                function(*inputs)
+            try:
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    outputs = function(*inputs)
+            except Exception:
+                # Torch's generator goes on believing in a capture until one has succeeded.
+                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()):
+                    torch.zeros((), device=self.device)
+                raise
         current.wait_stream(self.stream)
 
         def replay() -> Sequence[Tensor]:
@@ -387,6 +398,19 @@ class CUDAGraphs:
             return outputs
 
         return replay
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """A ``RuntimeError`` where torch makes the host wait for the device, instead of waiting."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 CAPTURES: dict[str, Callable[[torch.device], Callable[[Function, Sequence[Tensor]], Replay]]] = {

@@ -65,7 +65,7 @@ def importance_nll(
     """
     check_integer("num_samples", num_samples)
     check_integer("chunk", chunk)
-    total = torch.tensor(-torch.inf)
+    sums: list[Tensor] = []  # per call, in logarithms
     for start in range(0, num_samples, chunk):
         rows = min(chunk, num_samples - start)
         log_weights = sample_and_weight(rows)
@@ -74,8 +74,8 @@ def importance_nll(
                 f"sample_and_weight({rows}) has shape {tuple(log_weights.shape)}: "
                 f"return log-weights of shape ({rows}, N), one per sample and image"
             )
-        total = torch.logaddexp(total, log_weights.logsumexp(dim=0))
-    return math.log(num_samples) - total
+        sums.append(log_weights.logsumexp(dim=0))
+    return math.log(num_samples) - torch.stack(sums).logsumexp(dim=0)
 
 
 @public

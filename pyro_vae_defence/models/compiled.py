@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor, fx
 
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.types import Latents, LatentsLike
 
 # Largest difference taken for rounding, in units of the type's resolution and of the largest value.
@@ -50,33 +51,6 @@ ForceType: TypeAlias = torch.dtype | Literal["tf32"]
 
 
 # --- Precision ------------------------------------------------------------------------------------
-
-
-def _switches() -> list[tuple[Any, str]]:
-    """Where torch keeps whether products of float32 round to TF32: convolutions, matrices."""
-    if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9
-        name = "fp32_precision"
-        return [(torch.backends.cudnn.conv, name), (torch.backends.cuda.matmul, name)]
-    return [(torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32")]
-
-
-def tf32_settings() -> tuple[Any, ...]:
-    """How torch is set for convolutions and matrix products of float32 on CUDA."""
-    return tuple(getattr(place, name) for place, name in _switches())
-
-
-@contextlib.contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    """Let float32 products on CUDA round their factors to TF32, or not, inside this block."""
-    switches, before = _switches(), tf32_settings()
-    values = {"allow_tf32": on, "fp32_precision": "tf32" if on else "ieee"}
-    try:
-        for place, name in switches:
-            setattr(place, name, values[name])
-        yield
-    finally:
-        for (place, name), value in zip(switches, before, strict=True):
-            setattr(place, name, value)
 
 
 def check_force_type(name: str, value: Any) -> None:
@@ -378,9 +352,10 @@ def _capture(what: _Function, potential: ModelPotential, start: LatentsLike) -> 
 
 
 def _fold(module: fx.GraphModule, device: torch.device) -> None:
-    """Compute once what is made of constants on other devices alone, such as their copies here.
+    """Compute once what is made of constants on other devices alone, and keep it on ``device``.
 
-    A copy from the host waits for it, which no replay of a CUDA graph may.
+    A copy from the host waits for it, which no replay of a CUDA graph may. Compiled programs copy
+    even the numbers, tensors without dimensions, that torch's own kernels take from the host.
     """
     known: dict[fx.Node, Tensor] = {}
     for node in module.graph.nodes:
@@ -400,7 +375,7 @@ def _fold(module: fx.GraphModule, device: torch.device) -> None:
             known[node] = value
     for number, (node, value) in enumerate(known.items()):
         if node.op != "get_attr" and not known.keys() >= set(node.users):
-            module.register_buffer(f"_folded{number}", value)
+            module.register_buffer(f"_folded{number}", value.to(device))
             with module.graph.inserting_before(node):
                 node.replace_all_uses_with(module.graph.get_attr(f"_folded{number}"))
     if known:

@@ -155,11 +155,15 @@ class ConvVAE(ScopedModule):
 
     def observation(self, z: Tensor) -> dist.TorchDistribution:
         """p(x | z): latents ``(N, D)`` to a likelihood with event shape ``(C, H, W)``."""
-        first, _, second, *middle, last = self.decoder
-        output = self._layout(_first_two_layers(z, first, second))
-        for layer in middle:
+        first, _, second, relu, third, *others, last = self.decoder
+        output = relu(_first_two_layers(z, first, second))
+        if z.is_cuda:
+            output = _third_layer(output.contiguous(), third)
+        else:
+            output = third(self._layout(output))
+        for layer in others:
             output = layer(output)
-        output = _last_layer(output, last)
+        output = last(output) if z.is_cuda else _last_layer(output, last)
         if self.likelihood == "bernoulli":
             # Intensities are no outcomes of a coin; their log-likelihood is defined all the same.
             return dist.Bernoulli(logits=output, validate_args=False).to_event(3)
@@ -229,8 +233,21 @@ def _first_two_layers(z: Tensor, first: Any, second: Any) -> Tensor:
     return F.conv_transpose2d(moving, second.weight, stride=2) + share
 
 
+def _third_layer(x: Tensor, layer: Any) -> Tensor:
+    """``layer(x)`` for a stride of 1, as the convolution with the kernel turned round.
+
+    On CUDA in float32 and with gradients, in half the time on an H200.
+    """
+    weight = layer.weight.flip(2, 3).transpose(0, 1)
+    padding = layer.kernel_size[0] - 1 - layer.padding[0]
+    return F.conv2d(x, weight, layer.bias, padding=padding)
+
+
 def _last_layer(x: Tensor, layer: Any) -> Tensor:
-    """``layer(x)`` for 4x4 kernels of stride 2: a matrix product, then overlapping sums."""
+    """``layer(x)`` for 4x4 kernels of stride 2: a matrix product, then overlapping sums.
+
+    Not on CUDA, where the gradient of such sums is one launch per image.
+    """
     count, channels, height, width = x.shape
     taps = x.permute(0, 2, 3, 1).reshape(-1, channels) @ layer.weight.reshape(channels, -1)
     columns = taps.reshape(count, height * width, -1).transpose(1, 2)

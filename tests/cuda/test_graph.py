@@ -20,8 +20,9 @@ from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, captured, hmc
 from pyro_vae_defence.mcmc.captured import Graph
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.compiled import Recorder, ReducedForce, tf32, tf32_settings
+from pyro_vae_defence.models.compiled import Recorder, ReducedForce
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.precision import tf32, tf32_settings
 from pyro_vae_defence.ops.streams import Streams
 
 pytestmark = [

@@ -23,8 +23,8 @@ from pyro_vae_defence.experiments.benchmark.gpu.config import GPUBenchmarkConfig
 from pyro_vae_defence.experiments.benchmark.gpu.timing import Call, turns
 from pyro_vae_defence.experiments.benchmark.gpu.ways import Note, cycled
 from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.models.compiled import tf32
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.precision import tf32
 
 
 def card(vae: ConvVAE, x: Tensor, config: GPUBenchmarkConfig, note: Note) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from pyro_vae_defence.experiments.benchmark.gpu.tables import gpu_tables
 from pyro_vae_defence.experiments.benchmark.gpu.timing import failure, release, wait
 from pyro_vae_defence.experiments.benchmark.gpu.ways import COMPILED, PLAIN, cycled
 from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
-from pyro_vae_defence.models.compiled import tf32
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.precision import tf32
 
 
 class BenchmarkGPU(Measurement[GPUBenchmarkConfig]):

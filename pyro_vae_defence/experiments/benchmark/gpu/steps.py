@@ -31,9 +31,9 @@ from pyro_vae_defence.experiments.benchmark.gpu.timing import (
 )
 from pyro_vae_defence.experiments.benchmark.gpu.ways import CAPTURED, EAGER, Note, Way
 from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.compiled import tf32
 from pyro_vae_defence.objectives import BetaELBO
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.training import FitConfig, fit
 from pyro_vae_defence.types import PreparedObjective
