@@ -212,6 +212,37 @@ def test_a_transition_that_holds_on_to_something_is_refused(capturing):
     assert "a replay and the transition differ in 100% of the rows" in kernel.why_not
 
 
+@pytest.mark.parametrize("name", ["hmc-fixed", "mala", "ghmc", "ula"])
+def test_one_capture_serves_the_first_transition_and_the_others(name, capturing):
+    """Three dimensions: normals come in pairs, of which one is left over."""
+    draw(FACTORIES[name], LinearGaussianVAE().model, torch.rand(4, 1, 4, 4), Graph())
+    assert capturing.made == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "captured"),
+    [(None, 1e-3, False), (torch.bfloat16, 1e-3, True), (torch.bfloat16, 0.1, False)],
+)
+def test_replays_may_differ_as_forces_may(dtype, off, captured, capturing):
+    """Libraries choose other algorithms while they are captured, which round differently."""
+    numbers = iter(range(100))
+
+    def drifting(potential, state, streams, step_size, inverse_mass=None):
+        moved, info = hmc.step(potential, state, streams, step_size, 1, inverse_mass)
+        rate = info.acceptance_rate.mul(1 + off * next(numbers))
+        factor = 1 + off * next(numbers)
+        position = {name: value * factor for name, value in moved.position.items()}
+        return moved._replace(position=position), info._replace(acceptance_rate=rate)
+
+    class Drifting(BatchedKernel):
+        def _step(self, num_gradients):
+            return drifting
+
+    graph = Graph(force_dtype=dtype)
+    draw(Drifting, LinearGaussianVAE().model, torch.rand(4, 1, 4, 4), graph, num_samples=0)
+    assert graph.captured is captured
+
+
 @pytest.mark.parametrize("stale", ["state", "seed", "step", "step_size", "images", "metric"])
 def test_mutant_an_input_that_is_not_written(stale, capturing, monkeypatch):
     """Such a replay differs from the transition it was made beside, and is refused."""

@@ -116,6 +116,24 @@ def test_constants_elsewhere_are_moved_once(float64):
     )
 
 
+def test_what_is_changed_in_place_is_no_constant(float64):
+    class Marking(LinearGaussianVAE):
+        def _to(self, x):
+            weight, bias = super()._to(x)
+            marks = torch.zeros(16)
+            marks.view(4, 4)[::2] += bias.mean()
+            return weight, bias + marks + torch.linspace(0.0, 1.0, 16)
+
+    vae, x = Marking(), torch.rand(3, 1, 4, 4)
+    energy, z = program.potential(vae, x), {"z": torch.randn(3, 3)}
+    module = compiled._capture(compiled._BOTH, energy, z)
+    before, expected = len(module.graph.nodes), module(x, z["z"])
+    compiled._fold(module, torch.device("cpu", 0))  # another device by its name alone
+    assert len(module.graph.nodes) < before
+    for _ in range(2):
+        assert all(torch.equal(one, other) for one, other in zip(module(x, z["z"]), expected))
+
+
 class CountOperations(TorchDispatchMode):
     """Names of operations; convolutions' backward passes with what they were asked for."""
 

@@ -225,6 +225,11 @@ class RecordedPotential(ModelPotential):
         """Energies ``(N,)``, in nats, traced."""
         return self._potential(latents)
 
+    @property
+    def slack(self) -> float:
+        """Largest relative difference, beyond rounding, that two ways to a gradient may have."""
+        return self._recorder.slack(self._potential)
+
     def record(self, latents: LatentsLike) -> tuple[Recorded, ...] | None:
         """All that gradients at latents like these need, made or checked; ``None`` if refused."""
         found = tuple(self._find(what, latents) for what in _functions(self._potential))
@@ -315,6 +320,10 @@ class Recorder:
     def _slack(self, what: _Function) -> float:
         return max(what.slack, _KINKS if self.compile else 0.0)
 
+    def slack(self, potential: ModelPotential) -> float:
+        """Largest relative difference, beyond rounding, between two ways to a gradient."""
+        return max(map(self._slack, _functions(potential)))
+
     def _record(self, what: _Function, potential: ModelPotential, start: LatentsLike) -> Recorded:
         if next(iter(start.values())).device.type == "meta":
             return Recorded(None, "latents on the meta device have no values to compare")
@@ -358,29 +367,49 @@ def _fold(module: fx.GraphModule, device: torch.device) -> None:
     even the numbers, tensors without dimensions, that torch's own kernels take from the host.
     """
     known: dict[fx.Node, Tensor] = {}
+    elsewhere: set[fx.Node] = set()
+    written = _written(module.graph)
     for node in module.graph.nodes:
-        inputs, value = node.all_input_nodes, None
+        inputs, place, value = node.all_input_nodes, node.kwargs.get("device"), None
         if node.op == "get_attr":
-            constant = operator.attrgetter(str(node.target))(module)
-            if isinstance(constant, Tensor) and constant.device != device:
-                value = constant
-        elif (
-            _is_pure(node)
-            and known.keys() >= set(inputs)
-            and (inputs or node.kwargs.get("device", device) != device)
-        ):
+            value = operator.attrgetter(str(node.target))(module)
+            away = isinstance(value, Tensor) and value.device != device
+        elif place is None:
+            away = bool(inputs) and elsewhere >= set(inputs)
+        else:
+            away = place != device
+        if away:
+            elsewhere.add(node)
+        if _is_pure(node) and known.keys() >= set(inputs) and (inputs or away):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
-            value = node.target(*args, **kwargs)
-        if isinstance(value, Tensor) and all(map(_is_pure, node.users)):
+            value, away = node.target(*args, **kwargs), True
+        if away and isinstance(value, Tensor) and node not in written:
             known[node] = value
     for number, (node, value) in enumerate(known.items()):
-        if node.op != "get_attr" and not known.keys() >= set(node.users):
+        users = {u for u in node.users if u.op == "call_function"} - known.keys() - elsewhere
+        if users:
             module.register_buffer(f"_folded{number}", value.to(device))
             with module.graph.inserting_before(node):
-                node.replace_all_uses_with(module.graph.get_attr(f"_folded{number}"))
+                moved = module.graph.get_attr(f"_folded{number}")
+            node.replace_all_uses_with(moved, delete_user_cb=users.__contains__)
     if known:
         module.graph.eliminate_dead_code()
         module.recompile()
+
+
+def _written(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose values are changed in place, be it through a view of them."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        for argument in schema.arguments if schema is not None else ():
+            position = len(node.args) if argument.kwarg_only else schema.arguments.index(argument)
+            given = node.args[position] if position < len(node.args) else None
+            given = node.kwargs.get(argument.name, given)
+            aliased = argument.alias_info is not None
+            if aliased and (argument.is_write or node in found):
+                fx.node.map_arg(given, found.add)
+    return found
 
 
 def _is_pure(node: fx.Node) -> bool:

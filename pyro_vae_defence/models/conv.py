@@ -226,9 +226,10 @@ def _first_two_layers(z: Tensor, first: Any, second: Any) -> Tensor:
     weight = first.weight.permute(0, 2, 3, 1).reshape(first.in_channels, -1)
     hidden = torch.addmm(first.bias.repeat(9), z, weight).relu()
     moving = hidden.reshape(-1, 3, 3, first.out_channels).permute(0, 3, 1, 2)
-    even = torch.zeros(5, 5, dtype=torch.bool, device=z.device)
-    even[::2, ::2] = True
-    constant = first.bias.relu()[:, None, None].expand(-1, 5, 5).masked_fill(even, 0.0)
+    even = torch.arange(5, device=z.device) % 2 == 0
+    constant = (
+        first.bias.relu()[:, None, None].expand(-1, 5, 5).masked_fill(even[:, None] & even, 0.0)
+    )
     share = F.conv_transpose2d(constant[None], second.weight, second.bias)
     return F.conv_transpose2d(moving, second.weight, stride=2) + share
 

@@ -142,4 +142,4 @@ class Streams(NamedTuple):
         radius = (-2.0 * uniforms[:, :half].log()).sqrt()
         angle = (2.0 * math.pi) * uniforms[:, half:]
         values = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :size]
-        return values.to(dtype).reshape((-1, *event_shape))
+        return values.to(dtype).contiguous().reshape((-1, *event_shape))
