@@ -401,9 +401,8 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose values are changed in place, be it through a view of them."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        for argument in schema.arguments if schema is not None else ():
-            position = len(node.args) if argument.kwarg_only else schema.arguments.index(argument)
+        arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
+        for position, argument in enumerate(arguments):
             given = node.args[position] if position < len(node.args) else None
             given = node.kwargs.get(argument.name, given)
             aliased = argument.alias_info is not None
