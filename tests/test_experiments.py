@@ -11,7 +11,7 @@ import torch
 from pyro_vae_defence.experiments import train
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.defend import Defend
-from pyro_vae_defence.experiments.paper import TABLE_7
+from pyro_vae_defence.experiments.paper.printed import TABLE_7
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.train import (
     HALF_TOLERANCE,

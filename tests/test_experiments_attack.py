@@ -9,7 +9,7 @@ import pytest
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.attack import Attack, AttackConfig, table
 from pyro_vae_defence.experiments.configuration import override
-from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3, TABLE_7
+from pyro_vae_defence.experiments.paper.printed import TABLE_2, TABLE_3, TABLE_7
 from pyro_vae_defence.experiments.tables import NOT_MEASURED
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models.classifier import load_classifier

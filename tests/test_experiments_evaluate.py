@@ -18,7 +18,7 @@ from pyro_vae_defence.experiments import evaluate as evaluate_module
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.cards import trained_models
 from pyro_vae_defence.experiments.evaluate import Evaluate, EvaluateConfig, nll_name, table
-from pyro_vae_defence.experiments.paper import TABLE_7
+from pyro_vae_defence.experiments.paper.printed import TABLE_7
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.tables import NOT_MEASURED
 from pyro_vae_defence.experiments.train import MODELS

@@ -48,6 +48,7 @@ WEIGHTS = "directory of weights; by default those of the package and of a checko
 BESIDE = {
     "report": "write the tables, figures and pages of a directory of result files",
     "summary": "write the page of results at a glance, from those of all studies",
+    "paper": "list the tables and figures of the paper, or make some: paper table_2",
     "table": "print a table of the paper beside our results",
     "models": "print what the cards of trained models say",
     "front": "print the table of the README",
@@ -94,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if command in BESIDE:
+            if command == "paper":
+                return _paper(words[1:])
             if _superfluous(command):
                 return 0
             print(_beside(command, words[1:]))
@@ -221,6 +224,23 @@ def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.Argum
     return parser
 
 
+def _paper(words: Sequence[str]) -> int:
+    """List the items of the paper, or run the commands that make some, in all processes."""
+    from pyro_vae_defence.experiments.paper.items import listing, make
+    from pyro_vae_defence.ops import ranks
+
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} paper", description=BESIDE["paper"])
+    parser.add_argument("items", nargs="*", metavar="ITEM", help="without one, the list of all")
+    parser.add_argument("--results", default="docs/results", help="of the list; %(default)s")
+    parser.add_argument("--output", default="runs/paper", help="directory; %(default)s by default")
+    options = parser.parse_args(words)
+    if options.items:
+        return make(options.items, options.output, main)
+    if ranks.rank() == 0:
+        print(listing(Path(options.results)))
+    return 0
+
+
 def _beside(command: str, words: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {command}", description=BESIDE[command])
     if command == "report":
@@ -254,12 +274,12 @@ def _beside(command: str, words: Sequence[str]) -> str:
         from pyro_vae_defence.experiments.front import front_table
 
         return front_table(Path(parser.parse_args(words).results))
-    parser.add_argument("number", type=int, help="number of the table: 2, 3 or 7")
+    parser.add_argument("number", type=int, help="number of the table: 2, 3, 4 or 7")
     parser.add_argument("--results", help="directory of result files; docs/results/... by default")
     options = parser.parse_args(words)
     from pyro_vae_defence.experiments import attack, evaluate
 
-    tables = {2: attack.table, 3: attack.table, 7: evaluate.table}
+    tables = {2: attack.table, 3: attack.table, 4: attack.table, 7: evaluate.table}
     if options.number not in tables:
         known = ", ".join(map(str, tables))
         raise ValueError(f"no generator for table {options.number}; choose one of {known}")

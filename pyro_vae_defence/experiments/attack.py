@@ -15,6 +15,7 @@ right or wrong. Attacks do not know the defence; where there is none they have t
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.classify import CLASSIFIERS, classifiers_of
 from pyro_vae_defence.experiments.defences import Setting, known_defence, label, make_defence
-from pyro_vae_defence.experiments.paper import TABLE_2, TABLE_3
+from pyro_vae_defence.experiments.paper.printed import TABLE_2, TABLE_3, TABLE_4
 from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models.classifier import LinearClassifier
@@ -170,14 +171,14 @@ class Attack(Measurement[AttackConfig]):
         return _table(f"### {result['name']}", {result["name"]: result})
 
 
-# --- Tables 2 and 3 -------------------------------------------------------------------------------
+# --- Tables 2, 3 and 4 ----------------------------------------------------------------------------
 
 
 def table(number: int, results: str | os.PathLike[str]) -> str:
-    """Table 2 or 3 of the paper in Markdown, printed and measured numbers side by side.
+    """Table 2, 3 or 4 of the paper in Markdown, printed and measured numbers side by side.
 
     Args:
-        number: 2 or 3.
+        number: 2, 3 or 4.
         results: directory with the result files of ``attack``.
 
     Raises:
@@ -188,6 +189,8 @@ def table(number: int, results: str | os.PathLike[str]) -> str:
     for name, result in found.items():
         if result.get("study") != Attack.kind or result["name"] != name:
             raise ValueError(f"{Path(results) / name}.json is no result of attack; move it away")
+    if number == 4:
+        return _table_4(found)
     printed = {2: TABLE_2, 3: TABLE_3}[number]
     by_dataset: dict[str, dict[str, Any]] = {MODELS[name].dataset: {} for name in printed}
     for name, config in MODELS.items():
@@ -197,6 +200,36 @@ def table(number: int, results: str | os.PathLike[str]) -> str:
         _table(f"### Table {number}, {DATASETS[dataset]}", models)
         for dataset, models in by_dataset.items()
     )
+
+
+def _table_4(found: Mapping[str, dict[str, Any]]) -> str:
+    """Table 4: models with and without chains, by radius, and what the chains make of them."""
+    datasets = ("mnist", "fashion_mnist", "color_mnist")
+    columns = [
+        *((dataset, "ms_ssim", "ms_ssim", METRIC) for dataset in datasets),
+        *((dataset, "accuracy/class/unchanged", "class", "unchanged") for dataset in datasets),
+        ("color_mnist", "accuracy/color/unchanged", "color", "unchanged (color)"),
+    ]
+    heads = ["", *(f"{what}, {DATASETS[dataset]}" for dataset, _, _, what in columns)]
+    measured = [found[name] for name in TABLE_4 if name in found]
+    if measured:
+        _check_alike(measured)
+    lines: list[str] = []
+    for radius in ("0.1", "0.2"):
+        rows = []
+        for model in dict.fromkeys(name.partition("mnist_")[2] for name in TABLE_4):
+            for defence in ("none", "hmc"):
+                row = [model_label(f"mnist_{model}")]
+                if defence != "none":
+                    row[0] += f"; {label(defence)}"
+                for dataset, place, of, _ in columns:
+                    name = f"{dataset}_{model}"
+                    printed = TABLE_4[name][defence]
+                    row.append(_cell(found.get(name), printed, defence, radius, place, of))
+                rows.append(row)
+        lines += [f"### Table 4, radius {radius}", "", *tables.table(heads, rows, heads[:5])]
+    notes = [_note(measured[0]["config"]), "", *tables.sources(measured)] if measured else []
+    return "\n".join([*lines, *notes])
 
 
 _PRINTED = {**TABLE_2, **TABLE_3}
@@ -266,13 +299,7 @@ def _row(
 ) -> list[str]:
     """A model with a defence: similarities, then per label the accuracies."""
     printed = _PRINTED.get(model, {}).get(defence, {})
-
-    def cell(radius: str, place: str, of: str = "") -> str:
-        entry = tables.at(result, f"radii/{radius}/{defence}/{place}")
-        of_paper = tables.at(printed, f"{of}/{radius}")
-        text = tables.interval(entry, 2) if entry else tables.NOT_MEASURED
-        return text if of_paper is None else f"{text} ({of_paper:.2f})"
-
+    cell = functools.partial(_cell, result, printed, defence)
     name = model_label(model)
     cells = [name if defence == "none" else f"{name}; {label(defence)}"]
     cells += [cell(radius, "ms_ssim", "ms_ssim") for radius in radii]
@@ -282,3 +309,18 @@ def _row(
             cells.append(cell(radius, f"accuracy/{task}/unchanged", task))
             cells.append(cell(radius, f"accuracy/{task}/correct"))
     return cells
+
+
+def _cell(
+    result: dict[str, Any] | None,
+    printed: Mapping[str, Any],
+    defence: str,
+    radius: str,
+    place: str,
+    of: str = "",
+) -> str:
+    """A measured number with its interval, and the printed one in brackets."""
+    entry = tables.at(result, f"radii/{radius}/{defence}/{place}")
+    of_paper = tables.at(printed, f"{of}/{radius}")
+    text = tables.interval(entry, 2) if entry else tables.NOT_MEASURED
+    return text if of_paper is None else f"{text} ({of_paper:.2f})"

@@ -29,7 +29,7 @@ from pyro_vae_defence.experiments.configuration import (
     at_least,
     must_be,
 )
-from pyro_vae_defence.experiments.paper import TABLE_7
+from pyro_vae_defence.experiments.paper.printed import TABLE_7
 from pyro_vae_defence.experiments.study import Cell, Measurement, check_place, interval, load
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models import program

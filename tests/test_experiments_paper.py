@@ -1,0 +1,206 @@
+"""Printed numbers are the paper's, each in its place; items are made by commands that there are."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import shared_path
+
+from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
+from pyro_vae_defence.experiments.__main__ import load_studies, main
+from pyro_vae_defence.experiments.paper.items import ITEMS, listing, make
+from pyro_vae_defence.experiments.paper.printed import TABLE_4, printed
+
+# Where the text that was read off the pages is not what they say.
+MISREAD = {"0.52 (0.03) 0.52 (0.03) 0.66 (0.03)": "0.52 (0.03) 0.66 (0.03)"}
+# Numbers of a table that are none of its entries: radii in its head, names of rows.
+HEADS = {
+    "table_2": ["0.1", "0.2"] * 2,
+    # Twice in the head, then SE and SE-AVAE; the last is misread.
+    "table_3": [
+        "0.1",
+        "0.2",
+        "0.0",
+        "0.1",
+        "0.2",
+        "0.0",
+        "0.1",
+        "0.2",
+        "0.1",
+        "0.2",
+        "0.1",
+        "0.2",
+        "1",
+    ],
+    "table_4": ["0.1", "0.2"],
+    "table_5": ["0", "100", "500", "1000"],
+    "table_7": ["1", "2", "5", "10", "2", "5", "10", "1"],  # the last is misread, in the head
+}
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e-\d+)?")
+
+
+def block(item: str) -> list[str]:
+    """The numbers of a table as they follow each other in the paper's text."""
+    lines = shared_path("paper.txt").read_text().splitlines()
+    caption = f"{item.replace('_', ' ').capitalize()}:"
+    at = next(number for number, line in enumerate(lines) if line.startswith(caption))
+    rows = [number for number, line in enumerate(lines) if "\t" in line]
+    # The table is the lines with tabs next to its caption, before or behind.
+    nearest = min(rows, key=lambda number: (abs(number - at), number < at))
+    first = last = nearest
+    while first - 1 in rows or (not lines[first - 1].strip() and first - 2 in rows):
+        first -= 1
+    while last + 1 in rows or (not lines[last + 1].strip() and last + 2 in rows):
+        last += 1
+    text = " ".join(lines[first : last + 1])
+    text = re.sub(r"\\[a-z]+|[{}$\\&]", " ", text)  # formulas
+    text = re.sub(r"\s+", " ", text)
+    for wrong, right in MISREAD.items():
+        text = text.replace(wrong, right)
+    return NUMBER.findall(text)
+
+
+def groups(item: str) -> dict[str, list[str]]:
+    """Entries of a table that stand side by side in the text."""
+    found: dict[str, list[str]] = {}
+    for each in printed():
+        if each.item != item:
+            continue
+        dataset, model = each.model.rsplit("_vae", 1)[0], f"{each.model}, {each.defence}"
+        key = {
+            "table_2": f"{dataset.removesuffix('_beta')}, {each.measure}, {each.at}",
+            "table_4": f"{dataset.removesuffix('_beta')}, {each.measure}, {each.at}",
+        }.get(item, model)
+        if item in ("table_2", "table_4"):
+            key = key.replace("_tcvae_2", "")
+        numbers = [each.value, *filter(None, [each.standard_error])]
+        found.setdefault(key, []).extend(numbers)
+    return found
+
+
+@pytest.mark.parametrize("item", ["table_2", "table_3", "table_4", "table_5", "table_7"])
+def test_every_entry_of_a_table(item):
+    """All of them are there, side by side as they are printed, and no others."""
+    text = block(item)
+    entries = [number for each in groups(item).values() for number in each]
+    assert sorted(entries + HEADS[item]) == sorted(text)
+    if item == "table_7":
+        return  # datasets stand in one row
+    for name, numbers in groups(item).items():
+        places = range(len(text) - len(numbers) + 1)
+        assert any(text[p : p + len(numbers)] == numbers for p in places), name
+
+
+def test_numbers_of_table_7_stand_in_their_rows():
+    text = block("table_7")
+    for beta, model in [("1", "vae"), *itertools.product(["2", "5", "10"], ["beta_vae", "tcvae"])]:
+        name = model if beta == "1" else f"{model}_{beta}"
+        row = [
+            p.value
+            for dataset in ("mnist", "fashion_mnist", "color_mnist")
+            for p in printed()
+            if p.item == "table_7" and p.model == f"{dataset}_{name}"
+        ]
+        assert [beta, *row] in [text[p : p + 8] for p in range(len(text))], name
+
+
+def test_hyperparameters_and_numbers_in_the_text():
+    text = shared_path("paper.txt").read_text()
+    wanted = {p.value for p in printed() if p.item == "table_8"}
+    table = text[text.index("# of reference points") : text.index("Table 8:")]
+    assert wanted <= set(NUMBER.findall(table)) | {"True", "False"}
+    for model in dict.fromkeys(p.model for p in printed() if p.item == "table_8"):
+        chain = [p.value for p in printed() if p[:3] == ("table_8", model, "hmc")]
+        assert " ".join(chain) in table
+    (p_value,) = [p.value for p in printed() if p.item == "figure_7"]
+    assert f"p-value is equal to {p_value}" in text
+
+
+def test_presets_are_table_8():
+    for model in dict.fromkeys(p.model for p in printed() if p.item == "table_8"):
+        chain = [p.value for p in printed() if p[:3] == ("table_8", model, "hmc")]
+        setting = PAPER_SETTINGS[model.removesuffix("_vae")]
+        numbers = [float(value) for value in chain[:3]]
+        assert [setting.num_transitions, setting.step_size, setting.num_steps] == numbers
+        assert str(setting.adaptive) == chain[3]
+
+
+def test_numbers_are_numbers_and_in_order():
+    items = [each.item for each in printed()]
+    assert list(dict.fromkeys(items)) == sorted(set(items), key=items.index)
+    keys = [each[:5] for each in printed() if each.measure != "radius"]
+    assert len(set(keys)) == len(keys)
+    for each in printed():
+        assert each.value in ("True", "False") or float(each.value) >= 0
+        assert not each.standard_error or float(each.standard_error) >= 0
+
+
+# --- Items ----------------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+
+
+def test_items_are_those_of_the_paper():
+    text = shared_path("paper.txt").read_text()
+    found = re.findall(r"(?m)^(Table|Figure) (\d+)", text)
+    names = {f"{kind.lower()}_{number}" for kind, number in found}
+    assert names | {"lemma_1", "theorem_1", "appendix_b_3"} == set(ITEMS)
+
+
+def test_every_item_has_a_study_or_says_what_is_missing():
+    for name, item in ITEMS.items():
+        assert bool(item.names) == bool(item.study), name
+        assert item.names or item.missing or item.where, name
+        if item.names:
+            known = [known for study in load_studies(item.study) for known in study.names]
+            assert set(item.names) <= set(known), name
+        if item.table is not None:
+            assert name == f"table_{item.table}"
+
+
+def test_the_list_is_on_the_page(capsys):
+    assert main(["paper", "--results", str(RESULTS)]) == 0
+    listed = capsys.readouterr().out
+    assert listed.strip() == listing(RESULTS)
+    assert listed in (RESULTS.parent / "paper.md").read_text()
+
+
+def test_an_item_runs_its_commands_in_order():
+    ran = []
+    assert make(["figure_4", "table_4"], "there", lambda words: ran.append(list(words)) or 0) == 0
+    assert ran == [
+        ["defend", *ITEMS["figure_4"].names, "--output", "there/nvae"],
+        ["attack", *TABLE_4, "--output", "there/attack"],
+        ["table", "4", "--results", "there/attack"],
+    ]
+    ran.clear()
+    assert make(["table_4"], "there", lambda words: ran.append(words) or 2) == 2
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("table_44", "the paper has no item 'table_44'; choose one of figure_1, table_1"),
+        ("figure_1", "nothing makes figure_1 here (missing: a VAE with two latent dimensions)"),
+        ("table_6", "nothing makes table_6 here (see pyro_vae_defence.models.ConvVAE)"),
+    ],
+)
+def test_items_that_nothing_makes_are_refused_before_anything_runs(item, message, capsys):
+    assert main(["paper", "table_2", item]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_table_4_has_its_numbers_beside_ours(capsys):
+    assert main(["table", "4", "--results", str(RESULTS / "attack")]) == 0
+    text = capsys.readouterr().out
+    result = json.loads((RESULTS / "attack" / "color_mnist_tcvae_2.json").read_text())
+    ours = result["radii"]["0.2"]["hmc"]["accuracy"]["color"]["unchanged"]
+    value, low, high = (ours[part] for part in ("estimate", "low", "high"))
+    assert f"{value:.2f} [{low:.2f}, {high:.2f}] (0.72)" in text
+    assert text.count("β-TCVAE, β = 2; HMC, the paper's target") == 4
+    assert text.strip() == (RESULTS / "attack" / "table_4.md").read_text().strip()
