@@ -563,8 +563,8 @@ def verdicts(results: list[dict[str, Any]]) -> str:
         )
     words = "; ".join(f"{', '.join(names)}: {chain}" for chain, names in chains.items())
     note = f"Chains, which are not those of `MCMCDefence.recommended`: {words}."
-    lines = [*tables.table(columns, rows), note, "", *_rivals(named), *_costs(named)]
-    return "\n".join([*lines, *tables.sources(named)])
+    lines = [*tables.table(columns, rows), note, "", *_rivals(named)]
+    return "\n".join([*lines, "<!-- costs -->", "", *_costs(named), *tables.sources(named)])
 
 
 def _rivals(results: list[dict[str, Any]]) -> Iterator[str]:
@@ -587,9 +587,10 @@ def _rivals(results: list[dict[str, Any]]) -> Iterator[str]:
                 *map(tables.interval, pair),
             ])  # fmt: skip
     columns = ["chain against mode", "data set, radius", "chain", "correct, chain", "correct, mode"]
-    yield "Chains against the mode of the same target, which runs no chain:"
-    yield ""
-    yield from tables.table(columns, rows)
+    if rows:
+        yield "Chains against the mode of the same target, which runs no chain:"
+        yield ""
+        yield from tables.table(columns, rows)
 
 
 def _costs(results: list[dict[str, Any]]) -> Iterator[str]:
