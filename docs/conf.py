@@ -61,10 +61,10 @@ def anchor_terms(app, doctree):
 
 
 def leave_out_files_of_tables(app, doctree):
-    """Paragraphs that link to what is included below them: of use where the sources are read, on
-    GitHub, which shows nothing there."""
+    """Leave out paragraphs "Table:", links to what is included below them: of use where the sources
+    are read, on GitHub, which shows nothing there."""
     for link in list(doctree.findall(addnodes.pending_xref)):
-        if re.match("results/|.*README", link["reftarget"]):
+        if link.parent.astext() == "Table:":
             link.parent.parent.remove(link.parent)
 
 
