@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from docutils import nodes
+from sphinx import addnodes
 
 import pyro_vae_defence
 
@@ -59,6 +60,14 @@ def anchor_terms(app, doctree):
             term += nodes.reference("", "¶", refuri=f"#{own}", classes=["headerlink"])
 
 
+def leave_out_files_of_tables(app, doctree):
+    """Leave out paragraphs "Table:", links to what is included below them: of use where the sources
+    are read, on GitHub, which shows nothing there."""
+    for link in list(doctree.findall(addnodes.pending_xref)):
+        if link.parent.astext() == "Table:":
+            link.parent.parent.remove(link.parent)
+
+
 INTERVAL = re.compile(r"-?[\d.,]+ \[-?[\d.,]+, -?[\d.,]+\]")
 
 
@@ -78,3 +87,4 @@ def setup(app):
     app.connect("autodoc-skip-member", skip_member)
     app.connect("doctree-read", anchor_terms)
     app.connect("doctree-read", keep_intervals)
+    app.connect("doctree-read", leave_out_files_of_tables)

@@ -160,7 +160,7 @@ def test_a_folder_of_images(folder):
     assert images.min() >= 0
     assert images.max() <= 1
     assert (dataset.name, dataset.split) == (folder.resolve().name, "train")
-    assert len(data.load_folder(folder, 28)) == 10
+    assert len(data.load_folder(folder, 28, split=".")) == 10
     flat = data.load_folder(folder / "test" / "cat", (20, 30))
     assert flat.image_shape == (3, 20, 30)
     assert flat.labels.tolist() == [0, 0]
@@ -210,12 +210,12 @@ def test_bad_folders_and_arguments(tmp_path, folder):
         data.load_folder(tmp_path / "empty", 28)
     for size in (0, 32.0, "32", (8, 0.5)):
         with pytest.raises(ValueError, match="image_size must be an integer of at least 1, got"):
-            data.load_folder(folder, size)
+            data.load_folder(folder, size, split=".")
     with pytest.raises(ValueError, match=r"image_size=\(3, 32, 32\) must be one number, or height"):
-        data.load_folder(folder, (3, 32, 32))
-    assert data.load_folder(folder, np.int64(28)).image_shape == (3, 28, 28)
+        data.load_folder(folder, (3, 32, 32), split=".")
+    assert data.load_folder(folder, np.int64(28), split=".").image_shape == (3, 28, 28)
     with pytest.raises(ValueError, match=r"channels must be 1 \(grey\) or 3"):
-        data.load_folder(folder, 28, channels=2)
+        data.load_folder(folder, 28, channels=2, split=".")
     with pytest.raises(ValueError, match="2 images but labels of shape"):
         data.ImageFiles(["a", "b"], torch.zeros(3), "x", "all", [], (1, 2, 2), lambda image: image)
 
@@ -389,6 +389,17 @@ def test_a_nested_split_has_the_classes_of_the_folders_beside_it(tmp_path, split
     assert whole.class_names == ("train", "val")
 
 
+def test_a_folder_one_level_too_high_is_noticed(tmp_path):
+    for name in ("train/good", "test/good", "test/broken"):
+        put(tmp_path / "bottle" / name / "x.png")
+    named = r"bottle' are test, train, which hold no image but .* as test/broken: pass split="
+    with pytest.warns(UserWarning, match=named):
+        assert data.load_folder(tmp_path / "bottle").class_names == ("test", "train")
+    assert data.load_folder(tmp_path / "bottle", split=".").class_names == ("test", "train")
+    put(tmp_path / "bottle" / "train" / "x.png")  # of a class, whose other images are in groups
+    assert data.load_folder(tmp_path / "bottle").labels.tolist() == [0, 0, 1, 1]
+
+
 def test_a_folder_in_spawned_workers(tmp_path):
     for i in range(3):
         put(tmp_path / f"{i}.png", i)
@@ -442,4 +453,4 @@ class TestRandomSplit:
     )
     def test_bad_fractions(self, folder, fractions, message):
         with pytest.raises(ValueError, match=message):
-            data.random_split(data.load_folder(folder, 28), fractions)
+            data.random_split(data.load_folder(folder, 28, split="."), fractions)

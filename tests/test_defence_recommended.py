@@ -131,4 +131,4 @@ def test_studies_know_it_by_name():
     other = make_defence("recommended_0.2", Setting(vae, ChainConfig(), metric, batch_size=3))
     assert other.kernel.keywords["inverse_mass_matrix"] is metric
     assert (other.perturbation.radius, other.batch_size) == (0.2, 3)
-    assert label("recommended_0.2") == "recommended: HMC, perturbation-aware δ = 0.2"
+    assert label("recommended_0.2") == "MCMCDefence.recommended δ = 0.2"

@@ -22,6 +22,7 @@ import pytest
 
 from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments.defences import KINDS
+from pyro_vae_defence.robustness import KNOWLEDGE
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -188,8 +189,28 @@ def test_a_text_block_below_a_python_block_is_its_output():
 
 
 def test_glossary_has_the_labels_of_all_defences():
-    rows = re.findall(r"(?m)^\| `(\w+)` \| (.+) \|$", (DOCS / "glossary.md").read_text())
+    section = (DOCS / "glossary.md").read_text().split("\n## Defences")[1]
+    rows = re.findall(r"(?m)^\| `(\w+)` \| (.+) \|$", section)
     assert dict(rows) == {name: kind.label for name, kind in KINDS.items()}
+
+
+def test_glossary_has_the_attacks_of_the_suite():
+    section = (DOCS / "glossary.md").read_text().split("## Attacks of the suite")[1]
+    rows = re.findall(r"(?m)^\| `(\w+)` \|", section.split("\n## ")[0])
+    assert rows == list(KNOWLEDGE)
+
+
+SOURCES = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("api/*.md")]
+
+
+@pytest.mark.parametrize("page", SOURCES, ids=lambda page: page.name)
+def test_pages_can_be_read_as_sources(page):
+    """GitHub knows neither links without a text, nor roles that link, nor includes."""
+    text = page.read_text()
+    assert re.findall(r"\[\]\(.*?\)|\{(?:doc|download|ref)\}`.*?`", text) == []
+    for included in re.findall(r"(?m)^```\{include\} (\S+)", text):
+        assert (page.parent / included).exists()
+        assert f"]({included}):\n\n```{{include}} {included}\n" in text, included
 
 
 def collected(file: Path) -> set[str]:

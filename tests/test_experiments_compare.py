@@ -167,6 +167,8 @@ def test_a_defence_that_does_not_beat_the_best_control_is_told_so():
         return {
             "ms_ssim_of_mean": entry(similarity),
             "accuracy": {"class": {"reencoded/mean": {"attacked": attacked, "clean": attacked}}},
+            "gradients_per_image": 100 * similarity,
+            "seconds_per_image": accuracy / 10,
         }
 
     chain = dataclasses.asdict(ChainConfig())
@@ -176,6 +178,7 @@ def test_a_defence_that_does_not_beat_the_best_control_is_told_so():
         "hmc": cell(0.8, 0.615),
         "median": cell(0.7, 0.6),
         "dark_clip": cell(0.85, 0.1),
+        "aware_mode": cell(0.95, 0.51),
     }
     assert verdict(result, cells, "aware") == "similarity: better; accuracy: **worse**"
     assert verdict(result, cells, "hmc") == "similarity: **worse**; accuracy: not told apart"
@@ -191,11 +194,23 @@ def test_a_defence_that_does_not_beat_the_best_control_is_told_so():
     found = headline(result)
     assert found.control == "median"
     assert found.accuracy["aware_0.2"] == found.accuracy["aware"]
-    assert list(found.verdicts) == ["hmc", "aware_0.2"]
+    assert list(found.verdicts) == ["hmc", "aware_0.2", "aware_mode"]
     table = verdicts([result | PROVENANCE])
     value = "0.500 [0.490, 0.510] | 0.600 [0.590, 0.610], median filter |"
     words = "similarity: better; accuracy: **worse**"
     assert f"| {words} | toy, 0.2 | HMC, perturbation-aware δ = 0.2 | {value}" in table
+    # A chain is also set beside the mode of its own target, where that was measured.
+    words = "similarity: **worse**; accuracy: not told apart"
+    pair = "0.500 [0.490, 0.510] | 0.510 [0.500, 0.520] |"
+    assert f"| {words} | toy, 0.2 | HMC, perturbation-aware δ = 0.2 | {pair}" in table
+    assert table.count("HMC, the paper's target") == 2  # a verdict and a cost
+    # Costs are from the least to the most over results.
+    cheap = result | {"radii": {"0.2": cells | {"aware_0.2": cell(0.3, 0.02)}}, "name": "cheap"}
+    del cheap["radii"]["0.2"]["aware"]
+    table = verdicts([result | PROVENANCE, cheap | PROVENANCE])
+    assert "1 thread(s), from the least to the most over `toy.json`, `cheap.json`:" in table
+    assert "| HMC, perturbation-aware δ = 0.2 | 30 to 90 | 0.002 to 0.05 |" in table
+    assert "| control: dark-pixel clipping δ = radius | 85 | 0.01 |" in table
     del cells["median"], cells["dark_clip"]
     assert headline(result) is None
 

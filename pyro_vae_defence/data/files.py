@@ -228,8 +228,9 @@ def load_folder(
 
     They are decoded when asked for. Where a size is given, each is scaled to it (bilinear, with
     antialiasing) as ``fit`` says. Where all images lie in subfolders, the first level of these
-    names the classes; otherwise every label is 0. Links are followed, and what is hidden (names
-    that start with a dot) is left out.
+    names the classes; otherwise every label is 0. A warning says so if none of the classes holds an
+    image itself, as ``train`` and ``test`` above ``cat`` and ``dog`` do not. Links are followed,
+    and what is hidden (names that start with a dot) is left out.
 
     Args:
         path: the folder.
@@ -242,7 +243,8 @@ def load_folder(
             when ``None``. Its classes are those of it and the folders beside it together, so that a
             label means the same in each, also where one of them has no image of some class. Where
             images of the split lie in it directly, every label is 0 and the only class has the name
-            of ``path``, whatever classes the folders beside it have.
+            of ``path``, whatever classes the folders beside it have. ``"."`` is all, without the
+            warning about folders of folders.
             :func:`~pyro_vae_defence.data.random_split` divides a folder that has no such parts.
         fit: what becomes of images of other proportions than ``image_size``. ``"crop"`` scales
             until they just cover the target and keeps its centre, ``"pad"`` until they fit in and
@@ -280,6 +282,14 @@ def load_folder(
         )
     name = Path(path).resolve().name
     classes = _classes_of(files)
+    if split is None and all(len(file.parts) > 2 for file in files):
+        warnings.warn(
+            f"the classes of path={str(folder)!r} are {', '.join(sorted(classes))}, which hold no "
+            f"image but folders of images, as {files[0].parent}: pass split= with the one to read, "
+            'or the path of a folder below, or split="." if classes are meant',
+            UserWarning,
+            stacklevel=2,
+        )
     if classes and folder != Path(path):
         for other in folder.parent.iterdir():
             if other.is_dir() and other != folder and not other.name.startswith("."):

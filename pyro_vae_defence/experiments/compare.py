@@ -62,6 +62,12 @@ UNDEFENDED_READING = "guide's mean"
 ADVISED = ("hmc", "aware_0.2")
 """What the table of verdicts compares with controls: neither knows the radius of the attack."""
 
+RIVALS = {"hmc": "mode", "aware_0.2": "aware_mode"}
+"""Chains, and what descends the same energy and runs none."""
+
+PRICED = ("dark_clip", "extreme_clip", "mode", "aware_mode", "hmc", "aware_0.2", "aware_unknown")
+"""What the table of costs has: all that the guide advises."""
+
 PICTURED = {
     "defences": ("none", "hmc", "aware", "aware_0.2", "aware_unknown"),
     "controls": ("dark_clip", "extreme_clip", "median", "gaussian", "mode"),
@@ -450,14 +456,14 @@ def verdict(result: dict[str, Any], cells: dict[str, Any], name: str) -> str:
         return ""
     words = []
     for what, (control, values) in best.items():
-        if values[name]["low"] > values[control]["high"]:
-            word = "better"
-        elif values[name]["high"] < values[control]["low"]:
-            word = "**worse**"
-        else:
-            word = "not told apart"
-        words.append(f"{what}: {word}")
+        words.append(f"{what}: {_word(values[name], values[control])}")
     return "; ".join(words)
+
+
+def _word(one: dict[str, float], other: dict[str, float]) -> str:
+    if one["low"] > other["high"]:
+        return "better"
+    return "**worse**" if one["high"] < other["low"] else "not told apart"
 
 
 def best_controls(
@@ -498,7 +504,8 @@ class Headline(NamedTuple):
         name: the dataset and the radius.
         accuracy: name of a defence -> how often the class is right under attack.
         control: the control that is best at that.
-        verdicts: what is said of each of :data:`ADVISED` that was measured.
+        verdicts: what is said of each of :data:`ADVISED` and of the mode of the perturbation-aware
+            posterior, where measured.
     """
 
     name: str
@@ -515,19 +522,25 @@ def headline(result: dict[str, Any]) -> Headline | None:
     if not best:
         return None
     control, accuracy = best["accuracy"]
-    # What assumes the attack's radius goes by the name that fixes it.
-    measured = {_resolved(name, float(radius)): name for name in cells}
-    names = {name: measured.get(_resolved(name, float(radius))) for name in ADVISED}
+    names = _measured(cells, float(radius), (*ADVISED, "aware_mode"))
     return Headline(
         f"{result['name'].replace('_', ' ')}, {radius}",
-        accuracy | {name: accuracy[cell] for name, cell in names.items() if cell},
+        accuracy | {name: accuracy[cell] for name, cell in names.items()},
         control,
-        {name: verdict(result, cells, cell) for name, cell in names.items() if cell},
+        {name: verdict(result, cells, cell) for name, cell in names.items()},
     )
 
 
+def _measured(cells: dict[str, Any], radius: float, names: tuple[str, ...]) -> dict[str, str]:
+    """Those of some defences that have a cell, which may go by another name: what assumes the
+    attack's radius is also called by it."""
+    found = {_resolved(cell, radius): cell for cell in cells}
+    return {n: found[_resolved(n, radius)] for n in names if _resolved(n, radius) in found}
+
+
 def verdicts(results: list[dict[str, Any]]) -> str:
-    """A row per dataset and chain of :data:`ADVISED`."""
+    """A row per dataset and defence that is advised; chains against modes of the same energy; and
+    what all of it costs."""
     found = [(headline(result), result) for result in results]
     rows = [
         [
@@ -550,7 +563,63 @@ def verdicts(results: list[dict[str, Any]]) -> str:
         )
     words = "; ".join(f"{', '.join(names)}: {chain}" for chain, names in chains.items())
     note = f"Chains, which are not those of `MCMCDefence.recommended`: {words}."
-    return "\n".join([*tables.table(columns, rows), note, "", *tables.sources(named)])
+    lines = [*tables.table(columns, rows), note, "", *_rivals(named)]
+    return "\n".join([*lines, "<!-- costs -->", "", *_costs(named), *tables.sources(named)])
+
+
+def _rivals(results: list[dict[str, Any]]) -> Iterator[str]:
+    """Chains against the modes of their energies, a row per dataset and target."""
+    rows = []
+    for result in results:
+        radius = result["config"]["cost_radius"]
+        cells = result["radii"][f"{radius:g}"]
+        for chain, mode in RIVALS.items():
+            found = _measured(cells, radius, (chain, mode))
+            if len(found) < 2:
+                continue
+            one, other = (cells[cell] for cell in found.values())
+            similarity = _word(one["ms_ssim_of_mean"], other["ms_ssim_of_mean"])
+            pair = _accuracy(result, one), _accuracy(result, other)
+            rows.append([
+                f"similarity: {similarity}; accuracy: {_word(*pair)}",
+                f"{result['name'].replace('_', ' ')}, {radius:g}",
+                label(chain),
+                *map(tables.interval, pair),
+            ])  # fmt: skip
+    columns = ["chain against mode", "data set, radius", "chain", "correct, chain", "correct, mode"]
+    if rows:
+        yield "Chains against the mode of the same target, which runs no chain:"
+        yield ""
+        yield from tables.table(columns, rows)
+
+
+def _costs(results: list[dict[str, Any]]) -> Iterator[str]:
+    """Gradients and seconds per image, from the least to the most over what a CPU computed."""
+    results = [result for result in results if "device" not in result["provenance"]]
+    rows = []
+    for name in PRICED:
+        cells = []
+        for result in results:
+            radius = result["config"]["cost_radius"]
+            at_radius = result["radii"][f"{radius:g}"]
+            cells += [at_radius[cell] for cell in _measured(at_radius, radius, (name,)).values()]
+        if cells:
+            gradients, seconds = (
+                [cell[f"{what}_per_image"] for cell in cells] for what in ("gradients", "seconds")
+            )
+            rows.append([label(name), _range(gradients, ".0f"), _range(seconds, ".2g")])
+    threads = " or ".join(str(n) for n in sorted({r["provenance"]["threads"] for r in results}))
+    files = ", ".join(f"`{result['name']}.json`" for result in results)
+    yield (
+        f"What an image costs in a batch with others, on a CPU with {threads} thread(s), from the "
+        f"least to the most over {files}:"
+    )
+    yield ""
+    yield from tables.table(["", "gradients / image", "seconds / image"], rows)
+
+
+def _range(values: list[float], form: str) -> str:
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
 
 
 def _readings_tables(radius: float, cells: dict[str, Any]) -> Iterator[str]:

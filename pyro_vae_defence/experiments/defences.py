@@ -143,7 +143,7 @@ def _control(label: str, make: Any, radius: bool = False) -> Kind:
 
 KINDS: dict[str, Kind] = {
     "none": Kind("no defence", lambda set_up, *_: NoDefence(set_up.vae, **set_up.rows), "none"),
-    "recommended": Kind("recommended: HMC, perturbation-aware", _recommended, radius=True),
+    "recommended": Kind("MCMCDefence.recommended", _recommended, radius=True),
     "paper": Kind("HMC, the paper's setting", _paper),
     "hmc": Kind("HMC, the paper's target", _chains, chain=True),
     "nuts": Kind("NUTS, the paper's target", partial(_chains, kernel=BatchedNUTS), chain=True),

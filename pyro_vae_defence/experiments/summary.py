@@ -127,8 +127,8 @@ def adaptive(suites: list[dict[str, Any]]) -> Iterator[str]:
     names = ("none", "dark_clip", "hmc", "aware")
     yield (
         "Attackers who know the defence: the worst case per image over all attacks of the suite, "
-        "by data set, radius and figure (similarity is MSSSIM of reconstructions). *Clean* is "
-        "without attack and defence."
+        "by data set, radius and figure (similarity of reconstructions is `ms_ssim[paper]`). "
+        "*Clean* is without attack and defence; classes are then read at the encoding of the image."
     )
     yield ""
     rows = []
