@@ -50,6 +50,7 @@ from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.robustness import (
     KNOWLEDGE,
     Budget,
+    Fidelity,
     RobustnessReport,
     evaluate_robustness,
 )
@@ -409,12 +410,18 @@ class Robustness(Measurement[RobustnessConfig]):
         )
         lines = tables.table(columns, rows, ["", "figure", "clean", "robust, mean", "reliable"])
         for key, report in found.items():
-            # What each attack left, those that were skipped, and why not to believe the report.
+            # What each attack left, those that were skipped, whose gradients can be trusted, and
+            # why not to believe the report.
             each_one = [
                 f"- {each['name']} ({each['num_draws']} draws): {tables.interval(each['figure'])}"
                 for each in report["attacks"]
             ]
             each_one += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
+            each_one += [
+                f"- fidelity of {name}{'' if each['reached'] else ', bar not reached'}: "
+                f"{Fidelity(**each)}"
+                for name, each in report.get("fidelity", {}).items()
+            ]
             each_one += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
             why = ", and why it is unreliable" if report["unreliable"] else ""
             target, name = key.split("/")

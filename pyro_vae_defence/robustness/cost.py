@@ -15,7 +15,8 @@ from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models.program import target
 from pyro_vae_defence.robustness.budget import Budget
-from pyro_vae_defence.robustness.suite import KNOWLEDGE
+from pyro_vae_defence.robustness.fidelity import RANDOM_DIRECTIONS
+from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE
 
 
 class ChainCost(NamedTuple):
@@ -88,6 +89,7 @@ def suite_gradients(
         "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
         "unroll": whole + 4 * transitions * length,
     }
+    draws = {row.name: row.draws(budget) for row in ATTACKS}
 
     def attack(name: str, rows: int, num_steps: int) -> float:
         if name == "black_box":
@@ -106,19 +108,19 @@ def suite_gradients(
         limit = budget.max_evaluations
         if limit is not None and sum(found.values()) >= limit:
             break
-        chains = (budget.num_chains,)
-        draws = {"transfer": (1,), "equilibrium": chains, "evidence": chains}.get(
-            name, budget.num_draws
-        )
-        found[name] = attack(name, budget.num_restarts * sum(draws), budget.num_steps)
+        found[name] = attack(name, budget.num_restarts * sum(draws[name]), budget.num_steps)
     per_attack = budget.num_restarts * budget.selection_draws + budget.scoring_draws
     scored = 2 * budget.scoring_draws + budget.selection_draws + 1 + per_attack * len(found)
     found["scoring"] = scored * whole
     if checks:
         # Five attacks by the strongest, at worst the most expensive, on a few images.
         rows = max(budget.num_chains, *budget.num_draws)
-        kinds = found.keys() - {"scoring", "black_box"}
+        kinds = [name for name in found if name not in ("scoring", "black_box")]
         worst = max((attack(name, rows, budget.check_steps) for name in kinds), default=0.0)
         again = 5 * worst + 3 * (budget.scoring_draws + max(5, budget.selection_draws)) * whole
-        found["checks"] = again * min(budget.check_images, num_images) / num_images
+        # The mean gradient of each, and two ends per direction.
+        averaged = sum(attack(name, draws[name][-1], budget.check_steps) for name in kinds)
+        ends = 2 * (len(kinds) + RANDOM_DIRECTIONS) * budget.check_draws if kinds else 0
+        of_checks = again + averaged + ends * whole
+        found["checks"] = of_checks * min(budget.check_images, num_images) / num_images
     return found
