@@ -108,7 +108,8 @@ class Budget:
         """What one processor can do.
 
         About 30,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
-        third as many again to score them, and the checks.
+        third as many again to score them, and for each of the images that checks look at at most
+        80,000.
         """
         return cls(
             num_restarts=1,
