@@ -670,7 +670,7 @@ class TestWithoutAManual:
         kernel = functools.partial(BatchedHMC, num_steps=3, jitter=0.0, burn_in=7)
         defence = MCMCDefence(vae, kernel, 2, 1, num_chains=2)
         cost = chain_cost(defence)
-        assert cost == ChainCost(whole=2 * (7 + 1 + 9), transition=3.0, transitions=3)
+        assert cost == ChainCost(whole=2 * (7 + 1 + 9), transition=3.0, transitions=3, chains=2)
         assert defence(x).num_gradients.tolist() == [cost.whole] * 2
         assert chain_cost(NoDefence(vae)) is None
         assert chain_cost(EncoderDefence(vae)).transitions == 0

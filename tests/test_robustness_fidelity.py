@@ -41,11 +41,14 @@ def curved(latents):
 
 
 def make_suite(
-    num=16, defend=MCMCDefence, classify=linear, reading="last", ball=None, make_box=WhiteBox
-):
+    num=16, defend=MCMCDefence, classify=linear, reading="last", ball=None, make_box=WhiteBox,
+    num_chains=1,
+):  # fmt: skip
     vae = LinearGaussianVAE()
     vae.noise = 0.15
-    defence = NoDefence(vae) if defend is NoDefence else MCMCDefence(vae, HMC, 2, 2)
+    defence = NoDefence(vae)
+    if defend is MCMCDefence:
+        defence = MCMCDefence(vae, HMC, 2, 2, num_chains=num_chains)
     generator = torch.Generator().manual_seed(1)
     x = 0.3 + 0.4 * torch.rand(num, 1, 4, 4, generator=generator, dtype=torch.float64)
     labels = torch.arange(num) % 2
@@ -268,27 +271,27 @@ def test_the_check_lists_what_did_not_reach_the_bar_and_joins_images():
 
 @pytest.fixture(scope="module")
 def report():
-    suite = make_suite(8)
+    suite = make_suite(8, NoDefence)
     budget = dataclasses.replace(
         BUDGET, num_steps=2, check_images=8, scoring_draws=2, check_draws=4
     )
     return evaluate_robustness(
         suite.box.vae, suite.box.defence, suite.x, suite.scorer.labels, classifier=linear,
-        ball=Linf(0.1), budget=budget, attacks=("bpda", "black_box"),
+        ball=Linf(0.1), budget=budget, attacks=("encoder", "black_box"),
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 
 
 def test_a_report_states_it(report, tmp_path):
-    assert list(report.fidelity) == ["bpda"]  # black boxes follow no gradient
-    assert report.fidelity["bpda"].reached
+    assert list(report.fidelity) == ["encoder"]  # black boxes follow no gradient
+    assert report.fidelity["encoder"].reached
     assert report.checks[0].name == "fidelity"
     assert report.checks[0].passed
     found = json.loads(report.to_json())
-    assert found["fidelity"]["bpda"] == report.fidelity["bpda"]._asdict()
+    assert found["fidelity"]["encoder"] == report.fidelity["encoder"]._asdict()
     again = RobustnessReport.from_dict(found)
     assert again.fidelity == report.fidelity
-    assert f"bpda                    {report.fidelity['bpda']}" in str(report)
+    assert f"encoder                 {report.fidelity['encoder']}" in str(report)
     page = report.save_html(tmp_path / "report.html").read_text()
     assert "bar of fidelity" in page
     assert "8 of 8" in page
@@ -319,8 +322,10 @@ def test_reports_of_earlier_versions_are_shown_and_joined_with_the_checks_they_h
     assert {c.name: c.passed for c in joined.checks}["finite_differences"] is True
 
 
-def test_what_it_costs_is_what_was_estimated():
-    suite = make_suite(4)
+@pytest.mark.parametrize("num_chains", [1, 3])
+def test_what_it_costs_is_what_was_estimated(num_chains):
+    """A draw is one chain, also of a defence that runs several."""
+    suite = make_suite(4, num_chains=num_chains)
     names = ("bpda", "equilibrium", "truncated")
     suite.box.transitions(1)  # the step size is found
     before = suite.box.evaluations
@@ -333,7 +338,7 @@ def test_what_it_costs_is_what_was_estimated():
         return suite_gradients(chain, budget, 4, names)
 
     few, many = (expected(check_draws=draws)["checks"] for draws in (2, 16))
-    ends = 2 * (3 + fidelities.RANDOM_DIRECTIONS) * chain.whole
+    ends = 2 * (3 + fidelities.RANDOM_DIRECTIONS) * chain.whole / num_chains
     assert many - few == pytest.approx(14 * ends)
     # The mean gradient is that of an attack of as many steps.
     averaged = sum(expected(num_steps=suite.budget.check_steps)[name] for name in names)

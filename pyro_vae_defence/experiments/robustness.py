@@ -158,7 +158,7 @@ def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, flo
         count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
         transitions, length = count // 2 + count, float(steps)
     whole = (chain.burn_in + transitions * length + 2) * chain.num_chains
-    cost = None if defence == "none" else ChainCost(whole, length, transitions)
+    cost = None if defence == "none" else ChainCost(whole, length, transitions, chain.num_chains)
     size = len(config.blocks[0])
     return suite_gradients(cost, config.budget, size, config.attacks, config.checks)
 
