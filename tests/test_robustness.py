@@ -111,7 +111,7 @@ def test_nothing_is_left_of_an_undefended_encoder_and_the_checks_agree(undefende
     assert report.random_noise["estimate"] > 0.8
     assert report.reliable, report.reasons
     assert [c.passed for c in report.checks] == [True] * len(report.checks)
-    assert len({c.name for c in report.checks}) == 7
+    assert len({c.name for c in report.checks}) == 6
     assert {outcome.name for outcome in report.attacks} == {"transfer", "encoder", "black_box"}
     assert report.skipped["unroll"] == "there is no defence behind the encoder: 'encoder' is exact"
     assert report.figure == "accuracy"
@@ -153,7 +153,8 @@ def test_gradient_masking_is_caught(mask):
     assert not report.reliable
     assert json.loads(report.to_json())["unreliable"] is True
     failed = {c.name for c in report.checks if c.passed is False}
-    assert "gradients_explain_changes" in failed
+    # Where a sigmoid is flat, what is left of the gradient still has the right direction.
+    assert ("fidelity" in failed) == (mask == "quantised")
     assert "loss_increases_with_iterations" in failed
     assert all(any(name in reason for reason in report.reasons) for name in failed)
     # The black box is not fooled, and the check says so.
@@ -184,7 +185,7 @@ def test_every_attack_runs_against_a_chain(delta):
     vae, x, labels = problem(10)
     budget = Budget(
         num_steps=4, num_restarts=1, num_draws=(1,), num_chains=8, num_iterations=3,
-        num_directions=4, black_box_steps=2, selection_draws=2, scoring_draws=3, check_images=6,
+        num_directions=4, black_box_steps=2, selection_draws=2, scoring_draws=3, check_images=8,
         check_steps=4,
     )  # fmt: skip
     perturbation = None if delta is None else Linf(delta)
@@ -196,7 +197,7 @@ def test_every_attack_runs_against_a_chain(delta):
     # delta.
     if delta is None:
         assert report.robust["mean"]["estimate"] < 0.2
-        assert check(report, "finite_differences").passed
+        assert check(report, "fidelity").passed
     by_name = {outcome.name: outcome for outcome in report.attacks}
     assert by_name["transfer"].evaluations == 0
     assert by_name["bpda"].evaluations > 4 * 2
@@ -227,7 +228,9 @@ def test_nuts_any_other_defence_and_readings():
         "implicit",
         "black_box",
     }
-    assert check(report, "finite_differences").passed is None
+    # Fewer images than can decide.
+    assert check(report, "fidelity").passed is False
+    assert list(report.fidelity) == ["transfer", "encoder", "bpda", "implicit"]
     assert report.skipped["unroll"] == "the defence is not a chain whose transitions are known"
 
 
@@ -236,6 +239,7 @@ def test_a_report_without_a_gradient_attack_lists_every_check():
     report = run(vae, NoDefence(vae), x, labels, SMALL, attacks=("black_box",))
     assert [c.name for c in report.checks] == [c.name for c in CHECKS]
     assert {c.name for c in report.checks if c.passed is None} == {
+        "fidelity",
         "black_box_is_not_stronger",
         "whole_range_leaves_chance",
         "monotone_in_radius",
@@ -363,7 +367,7 @@ def test_the_white_box_of_a_chain_with_a_burn_in():
         attacks=("equilibrium", "truncated"), generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert [each.name for each in report.attacks] == ["equilibrium", "truncated"]
-    assert report.checks[0].passed is not None  # finite differences of its transitions
+    assert set(report.fidelity) == {"equilibrium", "truncated"}
 
 
 def test_the_white_box_of_what_has_no_known_transitions():
@@ -394,7 +398,7 @@ def test_reconstructions_are_scored_by_similarity():
     assert report.robust["mean"]["estimate"] < report.random_noise["estimate"]
     assert report.random_noise["estimate"] < report.undefended_clean["estimate"]
     assert report.threat_model["target"] == "reconstruction"
-    assert check(report, "finite_differences").passed
+    assert check(report, "fidelity").passed
 
 
 @pytest.fixture(scope="module")
@@ -498,16 +502,20 @@ class TestJoin:
 
     def test_verdicts_are_of_all_images(self, parts):
         def agreeing(part, number):
-            agree = torch.arange(len(part.per_image)) < number
-            evidence = part.evidence | {"finite_differences": Seen({"agree": agree}, {})}
+            agree = 4 * (torch.arange(len(part.per_image)) < number).long()
+            seen = {"clear": torch.full_like(agree, 4), "agree": agree, "cosine": agree / 4}
+            values = {f"encoder/{name}": value for name, value in (seen | {"rise": agree}).items()}
+            evidence = part.evidence | {"fidelity": Seen(values, {})}
             return dataclasses.replace(part, evidence=evidence)
 
-        # 2 of 5 would fail alone, 10 of 14 do not.
-        joined = RobustnessReport.join(list(map(agreeing, parts, (2, 3, 5))))
-        assert check(joined, "finite_differences").passed
-        joined = RobustnessReport.join(list(map(agreeing, parts, (2, 3, 4))))
-        assert not check(joined, "finite_differences").passed
-        assert "check finite_differences: 9 of 14 images agree" in joined.reasons[0]
+        # 3 images would fail alone; 13 of 14 are enough, 11 of 14 are not.
+        assert not check(agreeing(parts[1], 3), "fidelity").passed
+        joined = RobustnessReport.join(list(map(agreeing, parts, (5, 2, 6))))
+        assert check(joined, "fidelity").passed
+        joined = RobustnessReport.join(list(map(agreeing, parts, (5, 1, 5))))
+        assert not check(joined, "fidelity").passed
+        assert "check fidelity: gradients that foretell what a step does" in joined.reasons[0]
+        assert "right on 11 of 14 images" in joined.reasons[0]
         # What is no check's stays.
         alone = dataclasses.replace(parts[1], reasons=("no sanity check ran",))
         assert "no sanity check ran" in RobustnessReport.join([parts[0], alone]).reasons
@@ -662,7 +670,7 @@ class TestWithoutAManual:
         kernel = functools.partial(BatchedHMC, num_steps=3, jitter=0.0, burn_in=7)
         defence = MCMCDefence(vae, kernel, 2, 1, num_chains=2)
         cost = chain_cost(defence)
-        assert cost == ChainCost(whole=2 * (7 + 1 + 9), transition=3.0, transitions=3)
+        assert cost == ChainCost(whole=2 * (7 + 1 + 9), transition=3.0, transitions=3, chains=2)
         assert defence(x).num_gradients.tolist() == [cost.whole] * 2
         assert chain_cost(NoDefence(vae)) is None
         assert chain_cost(EncoderDefence(vae)).transitions == 0

@@ -112,7 +112,7 @@ def _notes(
     )
     marked = [report for report in shown if report["unreliable"]]
     if marked:
-        # "check finite_differences: 4 of 16 images agree within a quarter ..." -> its name.
+        # "check fidelity: gradients that foretell ..." -> its name.
         why = Counter(
             reason.partition(":")[0].removeprefix("check ")
             for report in marked

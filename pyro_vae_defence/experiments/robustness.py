@@ -50,6 +50,7 @@ from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.robustness import (
     KNOWLEDGE,
     Budget,
+    Fidelity,
     RobustnessReport,
     evaluate_robustness,
 )
@@ -157,7 +158,7 @@ def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, flo
         count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
         transitions, length = count // 2 + count, float(steps)
     whole = (chain.burn_in + transitions * length + 2) * chain.num_chains
-    cost = None if defence == "none" else ChainCost(whole, length, transitions)
+    cost = None if defence == "none" else ChainCost(whole, length, transitions, chain.num_chains)
     size = len(config.blocks[0])
     return suite_gradients(cost, config.budget, size, config.attacks, config.checks)
 
@@ -179,14 +180,14 @@ def estimate(config: RobustnessConfig) -> str:
 def large_configurations() -> dict[str, RobustnessConfig]:
     """Many images, ``<dataset>_large_<radius>``: 1,000 of the test set, which is not packaged.
 
-    The full budget, 5 restarts, 20 draws and 50 chains, is 1.26 million gradients per image, target
+    The full budget, 5 restarts, 20 draws and 50 chains, is 1.29 million gradients per image, target
     and chain. Of it 50 chains, 100 steps and 20 scored draws are kept, with 2 restarts and 5 draws:
-    0.26 million. Of these the equilibrium gradient takes 118,000 (2 restarts of 50 chains, 100
+    0.28 million. Of these the equilibrium gradient takes 118,000 (2 restarts of 50 chains, 100
     steps of about 10 gradients, and twice a whole chain of 115), truncated unrolling 31,000, the
     black box 27,000 in no more than 2 steps of 5 directions, implicit 22,000, BPDA 11,000, scoring
-    24,000 and the checks at most 27,000. A cell of 125 images is 33 million, or 33 to 109 seconds
-    of a large GPU at 1 to 0.3 million per second, and 1,000 images of one dataset and radius 17 to
-    58 minutes; the full budget would take 84 to 281. The largest batch has 125 x 2 x 50 = 12,500
+    24,000 and the checks at most 46,000. A cell of 125 images is 35 million, or 35 to 117 seconds
+    of a large GPU at 1 to 0.3 million per second, and 1,000 images of one dataset and radius 19 to
+    62 minutes; the full budget would take 86 to 287. The largest batch has 125 x 2 x 50 = 12,500
     rows.
     """
     budget = Budget(
@@ -409,12 +410,18 @@ class Robustness(Measurement[RobustnessConfig]):
         )
         lines = tables.table(columns, rows, ["", "figure", "clean", "robust, mean", "reliable"])
         for key, report in found.items():
-            # What each attack left, those that were skipped, and why not to believe the report.
+            # What each attack left, those that were skipped, whose gradients can be trusted, and
+            # why not to believe the report.
             each_one = [
                 f"- {each['name']} ({each['num_draws']} draws): {tables.interval(each['figure'])}"
                 for each in report["attacks"]
             ]
             each_one += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
+            each_one += [
+                f"- fidelity of {name}{'' if each['reached'] else ', bar not reached'}: "
+                f"{Fidelity(**each)}"
+                for name, each in report.get("fidelity", {}).items()
+            ]
             each_one += [*(f"- unreliable: {reason}" for reason in report["reasons"]), ""]
             why = ", and why it is unreliable" if report["unreliable"] else ""
             target, name = key.split("/")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pyro_vae_defence.ops.checks import check_integer
 
 _OPTIONAL = ("persistent_transitions", "max_evaluations")
-_LEAST = {"num_chains": 2, "check_images": 2, "check_steps": 4}
+_LEAST = {"num_chains": 2, "check_images": 2, "check_steps": 4, "check_draws": 2}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Budget:
         selection_draws, scoring_draws: runs of the defence that choose the worst attack, and that
             are reported, >= 1.
         check_images, check_steps: images and steps of the attacks that checks need, >= 2 and >= 4.
+        check_draws: chains per image at either end of a step whose effect gradients have to
+            foretell, >= 2.
 
     :meth:`quick`, :meth:`standard` and :meth:`thorough` are budgets to begin with;
     :func:`~pyro_vae_defence.robustness.cost.suite_gradients` says what one costs.
@@ -58,6 +60,7 @@ class Budget:
     scoring_draws: int = 20
     check_images: int = 16
     check_steps: int = 20
+    check_draws: int = 64
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -97,6 +100,7 @@ class Budget:
             scoring_draws=3,
             check_images=8,
             check_steps=8,
+            check_draws=8,
         )
 
     @classmethod
@@ -104,7 +108,8 @@ class Budget:
         """What one processor can do.
 
         About 30,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
-        third as many again to score them, and the checks.
+        third as many again to score them, and for each of the images that checks look at at most
+        80,000.
         """
         return cls(
             num_restarts=1,
@@ -118,6 +123,7 @@ class Budget:
             max_evaluations=28_000,
             selection_draws=2,
             scoring_draws=5,
+            check_draws=16,
         )
 
     @classmethod

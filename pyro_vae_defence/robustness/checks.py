@@ -21,8 +21,9 @@ from torch import Tensor
 from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.robustness import fidelity as fidelities
 from pyro_vae_defence.robustness.scoring import Accuracy, Scores, Similarity
-from pyro_vae_defence.robustness.suite import Candidate, Suite, connected
+from pyro_vae_defence.robustness.suite import Candidate, Suite
 
 Verdict = tuple[bool | None, str]
 """Whether a check has passed, ``None`` where it does not apply, and what it saw."""
@@ -111,76 +112,39 @@ class Evidence:
             found.append((radius, scores))
         return found
 
-    @functools.cached_property
-    def probe(self) -> tuple[Tensor, Tensor] | None:
-        """Whether finite differences under common noise agree with an image's gradient, and whether
-        it explains a step of the ball's size, ``(n,)`` each; ``None`` without exact gradients."""
-        suite, box, fresh = self.few, self.few.box, self.few.scorer.fresh
-        if box.has_chain and not box.steps:
-            return None
-        encode = adaptive.transfer(box.start)
-        if box.has_chain:
-            encode = adaptive.unroll(box.start, box.transitions(suite.budget.unrolled_transitions))
-        goal, x_ref = suite.goal(), suite.x
-        prepared = adaptive.expected(encode, goal, resample=False, generator=fresh())
-        objective = connected(prepared(x_ref))
-        x_1, x_2 = (attacks.random_noise(x_ref, suite.ball, fresh()) for _ in range(2))
-        # At the reference itself many objectives have gradient zero.
-        x_0 = x_ref + 0.5 * (x_1 - x_ref)
-        leaf = x_0.clone().requires_grad_()
-        value = objective(leaf)
-        (gradient,) = torch.autograd.grad(value.sum(), leaf)
-        usable = gradient.isfinite().flatten(1).all(1)
-        gradient = torch.where(gradient.isfinite(), gradient, 0.0)
-        direction = torch.where(gradient != 0, gradient.sign(), (x_2 - x_ref).sign())
-        step = 0.02 * (x_2 - x_ref).abs().amax() * direction
-        with torch.no_grad():
-            ahead, behind = ((x_0 + sign * step).clamp(0.0, 1.0) for sign in (1, -1))
-            seen = objective(ahead) - objective(behind)
-            predicted = (gradient * (ahead - behind)).flatten(1).sum(1)
-            larger = torch.maximum(seen.abs(), predicted.abs())
-            rounding = 1e-5 * (1 + value.abs())
-            agree = usable & ((seen - predicted).abs() <= 0.25 * larger + rounding)
-            change = (objective(x_2) - value).abs()
-            bound = (gradient * (x_2 - x_0)).abs().flatten(1).sum(1)
-            return agree, usable & (change <= bound + rounding)
-
 
 def _nothing(why: str) -> Seen:
     return Seen({}, {"why": why})
 
 
-_NO_GRADIENT = _nothing("no exact gradient of this defence is known")
 _NO_ATTACK = _nothing("needs a gradient attack")
 
 
 # --- The checks: what each measures, and how it judges that -----------------------------------
 
 
-def finite_differences(evidence: Evidence) -> Seen:
-    """They agree with the gradient."""
-    return _NO_GRADIENT if evidence.probe is None else Seen({"agree": evidence.probe[0]}, {})
+def fidelity(evidence: Evidence) -> Seen:
+    """Gradients foretell what an attacker's step does to the expected objective."""
+    # Each estimator once, with the most draws that it has averaged.
+    found = {one.row.name: one for one in evidence.found if not one.row.black_box}
+    if not found:
+        return _NO_ATTACK
+    return Seen(fidelities.measure(evidence.few, list(found.values())), {})
 
 
-def _most_agree(seen: Seen, interval: Interval) -> Verdict:
-    agree = seen.values["agree"]
+def _one_is_faithful(seen: Seen, interval: Interval) -> Verdict:
+    found = fidelities.estimators(seen.values)
+
+    def those(reached: bool) -> str:
+        some = [f"{name} ({each})" for name, each in found.items() if each.reached == reached]
+        return "; ".join(some) or "none"
+
     return (
-        bool(agree.double().mean() >= 0.7),
-        f"{int(agree.sum())} of {len(agree)} images agree within a quarter (at least 70% must)",
-    )
-
-
-def gradients_explain_changes(evidence: Evidence) -> Seen:
-    """The objective changes by no more than its gradient allows."""
-    return _NO_GRADIENT if evidence.probe is None else Seen({"explained": evidence.probe[1]}, {})
-
-
-def _most_are_explained(seen: Seen, interval: Interval) -> Verdict:
-    explained = seen.values["explained"]
-    return (
-        bool(explained.double().mean() >= 0.8),
-        f"on {int(explained.sum())} of {len(explained)} images a random step in the ball changes "
-        "the objective by no more than the gradient allows (at least 80% must)",
+        any(each.reached for each in found.values()),
+        "gradients that foretell what a step does to the expected objective: "
+        f"{those(True)}. That do not: {those(False)}. One must, with an agreement of at least "
+        f"{fidelities.LEAST_AGREEMENT:g}, where chance is 0.5, and so many right images that "
+        f"chance gives them with probability {fidelities.LARGEST_CHANCE:g} or less",
     )
 
 
@@ -340,8 +304,7 @@ class SanityCheck(NamedTuple):
 
 
 _CHECKS: dict[Callable[[Evidence], Seen], Callable[[Seen, Interval], Verdict]] = {
-    finite_differences: _most_agree,
-    gradients_explain_changes: _most_are_explained,
+    fidelity: _one_is_faithful,
     black_box_is_not_stronger: _no_lead,
     whole_range_leaves_chance: _no_more_than_chance,
     monotone_in_radius: _no_rise,

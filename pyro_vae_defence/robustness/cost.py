@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 from pyro_vae_defence.defence import Defence, MCMCDefence, NoDefence
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models.program import target
 from pyro_vae_defence.robustness.budget import Budget
-from pyro_vae_defence.robustness.suite import KNOWLEDGE
+from pyro_vae_defence.robustness.fidelity import RANDOM_DIRECTIONS
+from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE
 
 
 class ChainCost(NamedTuple):
@@ -25,11 +27,13 @@ class ChainCost(NamedTuple):
         whole: of a run, with all its chains.
         transition: of one transition of one chain, on average.
         transitions: how many a chain makes; 0 for a defence that is none, such as a filter.
+        chains: of a run, where attackers run one per draw.
     """
 
     whole: float
     transition: float = 0.0
     transitions: int = 0
+    chains: int = 1
 
 
 def chain_cost(defence: Defence) -> ChainCost | None:
@@ -51,7 +55,10 @@ def chain_cost(defence: Defence) -> ChainCost | None:
     lengths = [kernel.gradients_of(0, step) for step in range(number)]
     first = kernel.burn_in
     whole = (sum(lengths) + 1) * defence.num_chains
-    return ChainCost(float(whole), (sum(lengths) - first) / number, number)
+    # Chains of other kernels attackers run as the defence does, all together.
+    alone = isinstance(kernel, (BatchedHMC, BatchedNUTS))
+    chains = defence.num_chains if alone else 1
+    return ChainCost(float(whole), (sum(lengths) - first) / number, number, chains)
 
 
 def suite_gradients(
@@ -71,10 +78,11 @@ def suite_gradients(
         checks: whether the sanity checks run.
     """
     whole = 1.0 if chain is None else chain.whole
+    one = 1.0 if chain is None else chain.whole / chain.chains
     length = 0.0 if chain is None else chain.transition
     transitions = 0 if chain is None else chain.transitions
     known = transitions > 0
-    going_on = whole
+    going_on = one
     if budget.persistent_transitions is not None and (known or chain is None):
         going_on = budget.persistent_transitions * length + 2 if known else 0.0
     of_step = {
@@ -86,16 +94,17 @@ def suite_gradients(
         "evidence": 2 * ((budget.persistent_transitions or 1) * length + 2),
         "implicit": going_on + 2 * budget.num_iterations + 3,
         "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
-        "unroll": whole + 4 * transitions * length,
+        "unroll": one + 4 * transitions * length,
     }
+    draws = {row.name: row.draws(budget) for row in ATTACKS}
 
     def attack(name: str, rows: int, num_steps: int) -> float:
         if name == "black_box":
             queries = budget.black_box_steps * (2 * budget.num_directions + 1) + 2
-            return rows * queries * whole
+            return rows * queries * one
         # Where it begins, and the value of what was found.
         runs = chain is not None and name not in ("transfer", "encoder", "unroll")
-        return rows * (num_steps * of_step[name] + (2 * whole if runs else 0.0))
+        return rows * (num_steps * of_step[name] + (2 * one if runs else 0.0))
 
     found: dict[str, float] = {}
     for name in attacks:
@@ -106,19 +115,19 @@ def suite_gradients(
         limit = budget.max_evaluations
         if limit is not None and sum(found.values()) >= limit:
             break
-        chains = (budget.num_chains,)
-        draws = {"transfer": (1,), "equilibrium": chains, "evidence": chains}.get(
-            name, budget.num_draws
-        )
-        found[name] = attack(name, budget.num_restarts * sum(draws), budget.num_steps)
+        found[name] = attack(name, budget.num_restarts * sum(draws[name]), budget.num_steps)
     per_attack = budget.num_restarts * budget.selection_draws + budget.scoring_draws
     scored = 2 * budget.scoring_draws + budget.selection_draws + 1 + per_attack * len(found)
     found["scoring"] = scored * whole
     if checks:
         # Five attacks by the strongest, at worst the most expensive, on a few images.
         rows = max(budget.num_chains, *budget.num_draws)
-        kinds = found.keys() - {"scoring", "black_box"}
+        kinds = [name for name in found if name not in ("scoring", "black_box")]
         worst = max((attack(name, rows, budget.check_steps) for name in kinds), default=0.0)
-        again = 5 * worst + 3 * (budget.scoring_draws + max(5, budget.selection_draws)) * whole
-        found["checks"] = again * min(budget.check_images, num_images) / num_images
+        looked_at = budget.scoring_draws * whole + max(5, budget.selection_draws) * one
+        # The mean gradient of each, and two ends per direction.
+        averaged = sum(attack(name, draws[name][-1], budget.check_steps) for name in kinds)
+        ends = 2 * (len(kinds) + RANDOM_DIRECTIONS) * budget.check_draws if kinds else 0
+        of_checks = 5 * worst + 3 * looked_at + averaged + ends * one
+        found["checks"] = of_checks * min(budget.check_images, num_images) / num_images
     return found

@@ -92,6 +92,24 @@ def details(title: str, report: Mapping[str, Any]) -> Iterator[str]:
     )  # fmt: skip
     for name, why in report["skipped"].items():
         yield f'<p class="note">Skipped {escape(name)}: {escape(why)}.</p>'
+    # Reports of earlier versions have no fidelity.
+    if report.get("fidelity"):
+        rows = [
+            [
+                escape(name),
+                '<span class="good">reached</span>' if each["reached"] else "not reached",
+                _share(each["agreement"]),
+                f"{each['right']} of {each['images']}",
+                _share(each["cosine"]),
+                _share(each["share"]),
+            ]
+            for name, each in report["fidelity"].items()
+        ]
+        head = (
+            "gradient of", "bar of fidelity", "agreement, chance 0.5", "right on images",
+            "cosine, chance 0", "share of the best increase",
+        )  # fmt: skip
+        yield html.table(head, rows)
     marks = {True: ("good", "passed"), False: ("bad", "failed"), None: ("note", "does not apply")}
     rows = []
     for check in report["checks"]:
@@ -105,3 +123,7 @@ def details(title: str, report: Mapping[str, Any]) -> Iterator[str]:
             '<img class="examples" width="560" alt="examples" '
             f'src="data:image/png;base64,{report["examples"]}">'
         )
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

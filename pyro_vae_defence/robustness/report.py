@@ -24,6 +24,7 @@ from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.html import interval as interval_text
 from pyro_vae_defence.robustness import html
 from pyro_vae_defence.robustness.checks import CHECKS, Interval, Seen, join
+from pyro_vae_defence.robustness.fidelity import Fidelity, estimators
 from pyro_vae_defence.robustness.scoring import fresh_generators, interval
 from pyro_vae_defence.robustness.suite import KNOWLEDGE
 
@@ -126,6 +127,13 @@ class RobustnessReport:
         """Whether every attack that applies to the defence ran, and the checks, and none failed."""
         return not self.reasons
 
+    @property
+    def fidelity(self) -> dict[str, Fidelity]:
+        """How far the gradients of each attack can be trusted
+        (:mod:`~pyro_vae_defence.robustness.fidelity`); empty for a report without this check."""
+        seen = self.evidence.get("fidelity")
+        return {} if seen is None else estimators(seen.values)
+
     def __repr__(self) -> str:
         mean, kind = self.robust["mean"], "" if self.reliable else ", unreliable"
         return (
@@ -156,6 +164,9 @@ class RobustnessReport:
         for each in self.attacks:
             name, worst = f"{each.name} ({each.num_draws})", self.strongest.count(each.name)
             lines.append(f"{name:24s}{interval_text(each.figure):24s}{worst} of {number}")
+        if self.fidelity:
+            lines += ["", "fidelity of gradients"]
+            lines += [f"{name:24s}{each}" for name, each in self.fidelity.items()]
         if self.reasons:
             lines += ["", "Unreliable:", *(f"- {reason}" for reason in self.reasons)]
         return "\n".join(lines)
@@ -172,6 +183,7 @@ class RobustnessReport:
             name: {"values": _texts(seen.values), "facts": seen.facts}
             for name, seen in self.evidence.items()
         }
+        found["fidelity"] = {name: each._asdict() for name, each in self.fidelity.items()}
         found["unreliable"] = not self.reliable
         found["note"] = "Heuristic, not certified: an upper bound of the true robustness."
         return found
@@ -219,7 +231,8 @@ class RobustnessReport:
         """The report of all images of several reports on one defence, in their order.
 
         Intervals are bootstrapped over all images, and the checks judge what they have measured in
-        all reports. An attack that only some have made is reported on their images alone. Costs
+        all reports. One that only earlier versions knew fails where it failed in any report. An
+        attack that only some have made is reported on their images alone. Costs
         per image are means over images, seconds are sums; the seed is the first report's, from
         which the bootstrap's are drawn.
 
@@ -256,6 +269,7 @@ class RobustnessReport:
             for check in CHECKS
             if check.name in evidence
         ]
+        verdicts += _joined_verdicts(reports, {check.name for check in CHECKS})
         others = (r for report in reports for r in report.reasons if not r.startswith(_CHECK))
         sizes = [len(report.per_image) for report in reports]
         return dataclasses.replace(
@@ -338,6 +352,21 @@ def _joined_values(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _joined_evidence(parts: Sequence[dict[str, Seen]]) -> dict[str, Seen]:
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: join([part[name] for part in parts if name in part]) for name in names}
+
+
+def _joined_verdicts(reports: Sequence[RobustnessReport], known: set[str]) -> list[Check]:
+    """Checks of earlier versions, whose rule is not known any more: a failure stays one."""
+    old: dict[str, list[Check]] = {}
+    for report in reports:
+        for check in report.checks:
+            if check.name not in known:
+                old.setdefault(check.name, []).append(check)
+    found = []
+    for name, several in old.items():
+        judged = [check.passed for check in several if check.passed is not None]
+        details = dict.fromkeys(check.detail for check in several)
+        found.append(Check(name, all(judged) if judged else None, "; ".join(details)))
+    return found
 
 
 def _joined_attacks(

@@ -177,9 +177,13 @@ class Suite:
 
     def options(self) -> dict[str, Any]:
         """What all expectations share, with a seed of their own."""
+        return {"of_mean": self.of_mean, "generator": self.scorer.fresh()}
+
+    @property
+    def of_mean(self) -> bool:
+        """Whether what counts is the goal at the mean of draws, not its mean over draws."""
         # Few draws of a chain say nothing of the mean latent; averaged draws do.
-        of_mean = self.scorer.reading in ("mean", "reencoded")
-        return {"of_mean": of_mean, "generator": self.scorer.fresh()}
+        return self.scorer.reading in ("mean", "reencoded")
 
     def expected(self, aim: Aim, encode: DefendedEncoder) -> PreparedObjective:
         """Average over draws, which go on from step to step where they can."""
