@@ -54,10 +54,10 @@ def check_target(kernel_name: str, target_name: str, seed: int, rows: int = 400)
     assert_moments(target.standardise(draws), truth.ess * rows)
 
 
-# Error rate: 2K moments per call with K between 3 and 128: 308 over the 5 targets, for HMC and NUTS,
-# and 44 over 3 of them for the other three kernels, the calls with more rows included. 748 moments
-# at 5.7e-7 each: correct samplers fail once in some 2,300 choices of seeds. The slow seeds of HMC
-# and NUTS are 1,232 moments more, and the slow targets of the others 792.
+# Error rate: 2K moments per call with K between 3 and 128: 308 over the 5 targets for HMC and NUTS,
+# 44 over 3 of them for the other three kernels, the calls with more rows included. 748 moments at
+# 5.7e-7 each: correct samplers fail once in some 2,300 choices of seeds. The slow seeds of HMC and
+# NUTS are 1,232 moments more, the slow targets of the others 792.
 @pytest.mark.parametrize(
     ("kernel", "seed", "target"),
     [
