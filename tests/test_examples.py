@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-TINY = ["--epochs", 1, "--num-references", 10, "--num-restarts", 1]
+TINY = ["--epochs", 1, "--num-references", 2, "--num-restarts", 1]
 TINY += ["--num-chains", 2, "--num-samples", 4, "--warmup-steps", 2]
 
 
@@ -90,11 +90,10 @@ def test_mnist_svi(first):
 def test_mnist_svi_with_other_kernels(kernel, first, tmp_path):
     shutil.copy(first[0] / "vae.pt", tmp_path)
     extra = ["--num-steps", 2] if kernel.endswith("hmc") else []
-    small = ["--num-references", 2] if kernel.startswith("pyro") else []
     # Larger steps, smaller trees.
     step = ["--step-size", 0.02 if kernel == "pyro-nuts" else 0.8] if "nuts" in kernel else []
     done = run(
-        "mnist_svi.py", *TINY, *extra, *small, *step,
+        "mnist_svi.py", *TINY, *extra, *step,
         "--kernel", kernel, "--radius", 0.1, "--delta", 0.2, "--output", tmp_path,
     )  # fmt: skip
     check(done, tmp_path, delta="0.2")
@@ -102,8 +101,7 @@ def test_mnist_svi_with_other_kernels(kernel, first, tmp_path):
 
 def test_finished_training_is_not_repeated(first, tmp_path):
     shutil.copy(first[0] / "vae.pt", tmp_path)
-    small = ("--num-references", 2, "--num-steps", 1)
-    again = run("mnist_svi.py", *TINY, *small, "--output", tmp_path, "--radius", 0.2)
+    again = run("mnist_svi.py", *TINY, "--num-steps", 1, "--output", tmp_path, "--radius", 0.2)
     assert again.returncode == 0, again.stderr
     printed = (first[1].stdout, again.stdout)
     trained = [next(s for s in text.splitlines() if "trained" in s) for text in printed]

@@ -35,12 +35,12 @@ TINY = {
     "inputs": ("mean", "guide"),
     "radii": (0.0, 0.1),
     "full_radii": (0.1,),
-    "num_references": 10,
+    "num_references": 4,
     "num_restarts": 2,
-    "num_images": 20,
-    "num_noise": 10,
+    "num_images": 12,
+    "num_noise": 6,
     "curve_restarts": 1,
-    "curve_images": 10,
+    "curve_images": 6,
     "cost_radius": 0.1,
     "chain.num_chains": 2,
     "chain.num_samples": 2,
@@ -69,7 +69,9 @@ def compare(output, models, **changes):
 @pytest.fixture(scope="module")
 def run(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("results")
-    return output, compare(output, models)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_vae_defence.experiments.compare.CALIBRATION_IMAGES", 10)
+        return output, compare(output, models)
 
 
 def test_cells_hold_every_figure(run):
@@ -78,8 +80,8 @@ def test_cells_hold_every_figure(run):
     for cells in result["radii"].values():
         assert list(cells) == list(TINY["defences"])
     cell = result["radii"]["0.1"]["aware"]
-    assert (cell["num_attacks"], cell["num_classified"]) == (20, 20)
-    assert result["radii"]["0"]["aware"]["num_classified"] == 10
+    assert (cell["num_attacks"], cell["num_classified"]) == (8, 12)
+    assert result["radii"]["0"]["aware"]["num_classified"] == 6
     readings = {f"{how}/mean" for how in ("last", "draws", "mean", "reencoded")}
     assert set(cell["accuracy"]["class"]) == readings | {"last/guide", "draws/guide"}
     kinds = cell["accuracy"]["class"]["reencoded/mean"]

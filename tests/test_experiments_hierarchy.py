@@ -159,7 +159,9 @@ def test_table_8_of_celeba_is_one_command(tmp_path, capsys):
     assert (config.num_references, config.num_restarts, config.attack_steps) == (20, 10, 50)
     arguments = ["defend", "celeba_nvae_radius_0.1", "--checkpoint", str(checkpoint)]
     arguments += ["--data-root", str(celeba(tmp_path, 2)), "--output", str(tmp_path / "results")]
+    # A small radius: the search of levels, which `aware` makes at each step, is quick.
     small = {"groups": (2,), "num_references": 2, "num_restarts": 1, "metric_images": 2}
+    small |= {"radius": 0.01}
     small |= {"chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 1}
     small |= {"attack_steps": 2, "defences": ("none", "hmc", "aware")}
     for key, value in small.items():

@@ -6,6 +6,7 @@ is packaged; the full set is looked for beside the repository (or in ``PVD_SHARE
 
 from __future__ import annotations
 
+import copy
 import functools
 import gzip
 import json
@@ -61,10 +62,15 @@ def read_arrays(path: Path) -> Arrays:
     return arrays
 
 
+@functools.cache
+def load_golden(name: str) -> tuple[NVAE, Arrays]:
+    vae = load_official(GOLDEN / f"{name}_checkpoint.pt")
+    return vae.requires_grad_(False), read_arrays(GOLDEN / f"{name}_golden.npz")
+
+
 @pytest.fixture(params=MODELS)
 def golden(request: pytest.FixtureRequest) -> tuple[NVAE, Arrays]:
-    vae = load_official(GOLDEN / f"{request.param}_checkpoint.pt")
-    return vae.requires_grad_(False), read_arrays(GOLDEN / f"{request.param}_golden.npz")
+    return copy.deepcopy(load_golden(request.param))  # tests change it
 
 
 @pytest.fixture

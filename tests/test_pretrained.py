@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vae_defence.models import ConvVAE, pretrained
 from pyro_vae_defence.models.pretrained import available, load_card, save_card, save_pretrained
+from pyro_vae_defence.models.weights import fill
 
 PACKAGE = Path(pretrained.__file__).resolve().parents[1]
 LARGEST_WHEEL = 20e6  # bytes
@@ -209,3 +212,25 @@ def test_a_card_without_a_dataset_says_so():
     card = dataclasses.replace(load_card("mnist_vae"), training={})
     with pytest.raises(ValueError, match="'mnist_vae' does not say what the model was trained on"):
         _ = card.dataset
+
+
+def test_a_network_without_memory_draws_nothing():
+    """Draws on the device meta would import PyTorch's compiler, a second and more."""
+    drawn = []
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
+                drawn.append(args[0].device.type)
+            return func(*args, **(kwargs or {}))
+
+    def make():
+        layer = nn.Linear(2, 3)
+        nn.init.xavier_normal_(layer.weight)
+        return layer
+
+    weights = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
+    with Draws():
+        network = fill(make, weights)
+    assert drawn == 3 * ["cpu"]
+    assert torch.equal(network.weight, weights["weight"])

@@ -19,7 +19,7 @@ from pyro_vae_defence.defence import DefendedClassifier
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.robustness import blocks
+from pyro_vae_defence.experiments.robustness import blocks, check_blocks
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness import (
@@ -75,7 +75,7 @@ class BoundConfig(conf.Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.blocks  # refuses one that is too small
+        check_blocks(self.num_images, self.images_per_cell)
         for radius in self.radii:
             for ratio in self.ratios:
                 reaches(Linf(radius), ratio * radius)  # refuses one beyond all images

@@ -115,7 +115,7 @@ class RobustnessConfig(conf.Configuration):
         super().__post_init__()
         if "paper" not in self.defences:
             self.refuse_idle("without the defence 'paper'", "paper")
-        _ = self.blocks  # refuses one that is too small
+        check_blocks(self.num_images, self.images_per_cell)
 
     @property
     def blocks(self) -> list[range]:
@@ -123,21 +123,32 @@ class RobustnessConfig(conf.Configuration):
         return blocks(self.num_images, self.images_per_cell)
 
 
-def blocks(num_images: int, images_per_cell: int | None) -> list[range]:
-    """Numbers of images in blocks of at most so many, as even as can be.
+def check_blocks(num_images: int, images_per_cell: int | None) -> None:
+    """Refuse blocks of which one has less than the two images that an interval needs.
+
+    Without making them: there may be as many as images.
 
     Raises:
-        ValueError: if a block has less than the two that an interval needs.
+        ValueError: if there is such a block.
     """
-    number = -(-num_images // (images_per_cell or num_images))
-    ends = [num_images * k // number for k in range(number + 1)]
-    found = [range(*pair) for pair in itertools.pairwise(ends)]
-    if images_per_cell is not None and min(map(len, found)) < 2:
+    if images_per_cell is None:
+        return
+    if num_images // _num_blocks(num_images, images_per_cell) < 2:
         raise ValueError(
             f"images_per_cell={images_per_cell!r} leaves a block of {num_images} images with less "
             "than 2, which an interval needs; choose a larger one"
         )
-    return found
+
+
+def blocks(num_images: int, images_per_cell: int | None) -> list[range]:
+    """Numbers of images in blocks of at most so many, as even as can be."""
+    number = _num_blocks(num_images, images_per_cell)
+    ends = [num_images * k // number for k in range(number + 1)]
+    return [range(*pair) for pair in itertools.pairwise(ends)]
+
+
+def _num_blocks(num_images: int, images_per_cell: int | None) -> int:
+    return -(-num_images // (images_per_cell or num_images))
 
 
 # --- What it costs ----------------------------------------------------------------------------

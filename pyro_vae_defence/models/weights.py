@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pyro_vae_defence.ops.files import reason
 
@@ -52,7 +53,7 @@ def fill(make: Callable[[], M], weights: Mapping[str, Tensor], optional: str = "
             differ; or weights are not finite.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutDraws():
             expected = make().state_dict()
     except Exception as error:  # whatever a constructor makes of arguments from a file
         raise ValueError(f"the configuration is that of no network: {reason(error)}") from error
@@ -60,6 +61,20 @@ def fill(make: Callable[[], M], weights: Mapping[str, Tensor], optional: str = "
     network = make()
     network.load_state_dict(network.state_dict() | dict(weights))
     return network.eval()
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves out initial values, which say nothing on ``meta`` but import a compiler there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        drawn = func is Tensor.normal_ or func is Tensor.uniform_
+        # Some functions of torch.nn.init are asked about as a whole, by keywords.
+        if drawn or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], optional: str) -> None:
