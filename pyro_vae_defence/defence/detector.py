@@ -227,7 +227,8 @@ class Detector:
             labels: classes of ``x``, integers ``(N,)``; with ``classify``.
             classify: images, or ``(x, *conditions)``, to their classes ``(N,)``, such as
                 :meth:`DefendedClassifier.predict
-                <pyro_vae_defence.defence.DefendedClassifier.predict>`.
+                <pyro_vae_defence.defence.DefendedClassifier.predict>`. It is called once, and
+                draws from torch's global seed.
 
         Raises:
             ValueError: before :meth:`fit`, if images do not fit each other or the ball, are fewer
@@ -268,7 +269,9 @@ class Detector:
         alarms = {kind: metrics.rate_interval(value, level) for kind, value in raised.items()}
         outcomes = None
         if labels is not None and classify is not None:
-            right = metrics.correct(classify(given if repeated else images), labels.repeat(3)) > 0
+            classes = classify(given if repeated else images)
+            _check_integers("classify returned", classes, len(images))
+            right = metrics.correct(classes, labels.repeat(len(kinds))) > 0
             by_kind = dict(zip(kinds, right.split(len(clean))))
             outcomes = {
                 kind: {
@@ -499,10 +502,18 @@ def _check_classes(
         return
     if not callable(classify):
         raise ValueError(f"classify must be callable, images to classes, got {classify!r}")
-    metrics.correct(labels, labels)  # checks them
-    if len(labels) != len(x):
-        raise ValueError(f"labels has {len(labels)} classes: pass {len(x)}, one per image")
+    _check_integers("labels has", labels, len(x))
     check_on_device("labels", labels, "x", x.device)
+
+
+def _check_integers(what: str, classes: Any, count: int) -> None:
+    if not isinstance(classes, Tensor):
+        raise ValueError(f"{what} type {type(classes).__name__}: make it a tensor of classes")
+    if tuple(classes.shape) != (count,) or classes.is_floating_point() or classes.is_complex():
+        raise ValueError(
+            f"{what} shape {tuple(classes.shape)} and dtype {classes.dtype}: make it integer "
+            f"classes, one for each of {count} images, such as logits.argmax(-1)"
+        )
 
 
 def _as_dicts(table: dict[str, dict[str, Interval]]) -> dict[str, dict[str, Any]]:
