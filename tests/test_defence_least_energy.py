@@ -130,7 +130,7 @@ class TestBound:
     @pytest.mark.parametrize("kind", BALLS)
     def test_no_attack_raises_a_score_above_the_clean_one(self, linear_vae, kind):
         ball = kind(BALLS[kind])
-        x, anchors = images(30), linear_vae.exact(images(8))[0]
+        x, anchors = images(16), linear_vae.exact(images(6))[0]
         detectors = {}
         for name in ENERGY_SCORES:
             detectors[name] = detector(linear_vae, name, ball)
@@ -146,7 +146,7 @@ class TestBound:
                 assert (found.score(x_adv) <= clean[name] + 1e-9).all()
             raised += int((least_energy(linear_vae, x_adv) > clean["least_energy"] + 0.1).sum())
         # Without the ball they do raise it, or the test would say nothing.
-        assert raised > 60
+        assert raised > 32
 
     @pytest.mark.parametrize("name", ENERGY_SCORES)
     def test_false_alarms_keep_the_promise(self, linear_vae, name):
