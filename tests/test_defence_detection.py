@@ -378,6 +378,54 @@ class TestReport:
         found = report.auroc["start_error"]["against_noise"].estimate
         assert found == (adv[:, None] > noise).double().mean()
 
+    def test_wrong_classes_that_are_accepted_are_errors(self, first_pixel, tmp_path):
+        first_pixel.fit(images_of(torch.arange(19) / 38))  # the threshold is 18/38
+        clean, adv = images_of([0.2, 0.4, 0.6, 0.3]), images_of([0.4, 0.8, 1.0, 0.3 + 2**-5])
+
+        def classify(x):
+            return (x[:, 0, 0, 0] > 0.35).long()
+
+        def report(classify, x=clean, labels=(0, 0, 1, 0)):
+            labels = torch.tensor(labels)
+            return first_pixel.report(x, adv, Linf(0.6), labels=labels, classify=classify)
+
+        found = report(classify)
+        shares = {
+            kind: [share.estimate for share in of.values()] for kind, of in found.outcomes.items()
+        }
+        # Classes 0, 1, 1, 0 and 1, 1, 1, 0; alarms at the third, and at the second and third.
+        assert shares["clean"] == [0.5, 0.25, 0.25]
+        assert shares["attacked"] == [0.25, 0.25, 0.5]
+        assert sum(shares["noise"]) == 1
+        for kind, rate in found.alarms.items():
+            assert found.outcomes[kind]["rejected"] == rate
+        assert "accepted, right         accepted, wrong         rejected" in str(found)
+        assert "attacked  0.250 [" in str(found)
+        assert (
+            json.loads(found.to_json())["outcomes"]["clean"]["accepted, wrong"]["estimate"] == 0.25
+        )
+        assert "accepted, wrong" in found.save_html(tmp_path / "report.html").read_text()
+        # Conditions go to the classifier with their images.
+        given = []
+        report(lambda x: given.append(x) or classify(x[0]), (clean, torch.arange(4)))
+        assert given[0][1].tolist() == [0, 1, 2, 3] * 3
+        plain = first_pixel.report(clean, adv, Linf(0.6))
+        assert plain.outcomes is None
+        assert "accepted" not in str(plain)
+
+        with pytest.raises(ValueError, match="labels and classify go together: pass both"):
+            first_pixel.report(clean, adv, Linf(0.6), labels=torch.arange(4))
+        with pytest.raises(ValueError, match="labels and classify go together: pass both"):
+            first_pixel.report(clean, adv, Linf(0.6), classify=classify)
+        with pytest.raises(ValueError, match="classify must be callable, .* got 3"):
+            report(3)
+        with pytest.raises(ValueError, match=r"labels has shape \(3,\) .* each of 4 images"):
+            report(classify, labels=(0, 1, 1))
+        with pytest.raises(ValueError, match=r"labels has shape \(4,\) and dtype torch.float"):
+            report(classify, labels=(0.0, 1.0, 1.0, 1.0))
+        with pytest.raises(ValueError, match=r"classify returned shape \(12, 4\) .* logits.argmax"):
+            report(lambda x: x.flatten(1))
+
     def test_can_be_printed_and_stored(self, report):
         text = str(report)
         assert "Alarm: start_error above 0.473684, set for at most 5.0% of clean images" in text

@@ -43,7 +43,7 @@ SMALL = {
         "warmup_steps": 2,
     },
     "classifiers.md": {"num_images": 5},
-    "detect_attacks.md": {"num_images": 10},
+    "detect_attacks.md": {"num_images": 10, "num_calibration": 10},
     "evaluate_robustness.md": {
         "num_images": 2,
         "num_steps": 2,

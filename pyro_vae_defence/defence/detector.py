@@ -31,6 +31,10 @@ alike. That is a choice between aims: where few alarms at mere noise do not matt
 catch more. :meth:`Detector.report` measures all scores against both; whoever chooses one by such a
 table measures it again on other images.
 
+Two scores of :mod:`pyro_vae_defence.defence.least_energy` have another purpose, to reject what is
+far from the data without giving attackers a means to have good images rejected: with
+``anchor_energy`` and ``least_energy`` the rate of false alarms holds for attacked images, too.
+
 References: Vovk, Gammerman, Shafer, "Algorithmic learning in a random world", 2005; Bates, Candes,
 Lei, Romano, Sesia, "Testing for outliers with conformal p-values", 2023,
 https://arxiv.org/abs/2104.08279.
@@ -41,7 +45,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -54,6 +59,12 @@ from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks.noise import random_noise
 from pyro_vae_defence.defence.base import Defence, check_defence
 from pyro_vae_defence.defence.detection import detection_scores, runs, score_names
+from pyro_vae_defence.defence.least_energy import (
+    ENERGY_SCORES,
+    calibrate_energies,
+    energy_score_names,
+    energy_scores,
+)
 from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.metrics.intervals import Interval
 from pyro_vae_defence.models.conditions import fold, split
@@ -73,15 +84,18 @@ class Detector:
 
     Args:
         defence: any defence or control.
-        score_name: one of :func:`~pyro_vae_defence.defence.detection_scores`; ``None`` for the
-            default of the module's text.
+        score_name: one of :func:`~pyro_vae_defence.defence.detection_scores`, or, of a defence that
+            assumes a perturbation in a ball, ``"anchor_energy"`` or ``"least_energy"`` of
+            :mod:`~pyro_vae_defence.defence.least_energy`, which need no run of the defence;
+            ``None`` for the default of the module's text.
         variance: unit of distances, see there; the VAE's ``mean_posterior_variance`` when ``None``,
             where it has one, else 1.
 
     Attributes:
         threshold: the alarm is raised by scores above it; set by :meth:`fit`.
         false_alarm: largest probability of a false alarm, set by :meth:`fit`.
-        clean_scores: scores of the calibration images, ascending, ``(n,)``; set by :meth:`fit`.
+        clean_scores: scores of the calibration images, ascending, ``(n,)``; set by :meth:`fit`. For
+            ``anchor_energy`` and ``least_energy`` these assume no perturbation.
 
     Raises:
         ValueError: if an argument is not what it should be, or the defence has no such score.
@@ -106,7 +120,13 @@ class Detector:
         if self.score_name is None:
             aware = getattr(self.defence, "perturbation", None) is not None
             self.score_name = "energy_drop" if aware else "start_error"
-        _check_name(self.score_name, score_names(self.defence))
+        names = score_names(self.defence) + energy_score_names(self.defence)
+        if self.score_name in ENERGY_SCORES and self.score_name not in names:
+            raise ValueError(
+                f"score_name={self.score_name!r} needs a defence that assumes a perturbation in "
+                "one ball, such as PosteriorModeDefence(vae, perturbation=Linf(0.1))"
+            )
+        _check_name(self.score_name, names)
 
     def fit(
         self,
@@ -129,7 +149,11 @@ class Detector:
         images, _ = split(x)
         check_images(images)
         rank = conformal_rank(len(images), false_alarm)
-        found = self.score(x, generator).sort().values
+        if self.score_name in ENERGY_SCORES:
+            anchors, found = calibrate_energies(self.defence, x, self.score_name)
+        else:
+            anchors, found = None, self.score(x, generator)
+        found = found.sort().values
         threshold = float(found[rank - 1])
         if threshold == math.inf:
             count = int(found.isinf().sum())
@@ -139,6 +163,7 @@ class Detector:
                 "or mend the VAE"
             )
         self.false_alarm, self.threshold, self.clean_scores = false_alarm, threshold, found
+        self._anchors = anchors
         self._calibration = {fingerprint(image) for image in images}
         return self
 
@@ -147,7 +172,12 @@ class Detector:
 
         Arguments are those of the defence. A score that is not finite becomes infinity, which
         raises the alarm: an image that cannot be scored is not passed for a clean one.
+
+        Raises:
+            ValueError: before :meth:`fit`, for ``anchor_energy`` and ``least_energy``.
         """
+        if self.score_name in ENERGY_SCORES:
+            return self._energies(x)
         return _worst_if_unknown(self._of(self._scores(x, generator)))
 
     def predict(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
@@ -177,8 +207,14 @@ class Detector:
         ball: Ball,
         level: float = 0.95,
         generator: torch.Generator | None = None,
+        *,
+        labels: Tensor | None = None,
+        classify: Callable[[Any], Tensor] | None = None,
     ) -> DetectionReport:
         """How many clean images, attacked ones, and ones with noise raise the alarm.
+
+        With labels and a classifier the report also says how many are accepted with their right
+        class, the accuracy where an alarm is not answered, and how many with a wrong one.
 
         Args:
             x: clean images ``(N, C, H, W)``, or ``(x, *conditions)``: neither training nor
@@ -188,10 +224,16 @@ class Detector:
             ball: norm and radius of the attack, e.g. ``Linf(0.1)``, which are those of the noise.
             level: of the intervals.
             generator: source of the seeds of defence, noise and intervals.
+            labels: classes of ``x``, integers ``(N,)``; with ``classify``.
+            classify: images, or ``(x, *conditions)``, to their classes ``(N,)``, such as
+                :meth:`DefendedClassifier.predict
+                <pyro_vae_defence.defence.DefendedClassifier.predict>`. It is called once, and
+                draws from torch's global seed.
 
         Raises:
             ValueError: before :meth:`fit`, if images do not fit each other or the ball, are fewer
-                than two, or some of ``x`` were given to :meth:`fit`.
+                than two, or some of ``x`` were given to :meth:`fit`; if ``labels`` or ``classify``
+                comes without the other, or classes are no integers ``(N,)``.
         """
         self._check_fitted()
         check_ball(ball)
@@ -205,6 +247,7 @@ class Detector:
             )
         check_on_device("x_adv", x_adv, "x", clean.device)
         _check_attack(clean, x_adv, ball)
+        _check_classes(labels, classify, clean)
         known = sum(fingerprint(image) in self._calibration for image in clean)
         if known:
             raise ValueError(
@@ -214,14 +257,30 @@ class Detector:
         kinds = ("clean", "attacked", "noise")
         images = torch.cat([clean, x_adv, random_noise(clean, ball, generator)])
         repeated = tuple(fold(value, len(images)) for value in conditions)
+        given = (images, *repeated)
+        scores = self._scores(given, generator)
+        if self.score_name in ENERGY_SCORES:
+            scores[self.score_name] = self._energies(given)
         found = {
             name: dict(zip(kinds, _worst_if_unknown(value).split(len(clean))))
-            for name, value in self._scores((images, *repeated), generator).items()
+            for name, value in scores.items()
         }
-        alarms = {
-            kind: metrics.rate_interval(value > self.threshold, level)
-            for kind, value in self._of(found).items()
-        }
+        raised = {kind: value > self.threshold for kind, value in self._of(found).items()}
+        alarms = {kind: metrics.rate_interval(value, level) for kind, value in raised.items()}
+        outcomes = None
+        if labels is not None and classify is not None:
+            classes = classify(given if repeated else images)
+            _check_integers("classify returned", classes, len(images))
+            right = metrics.correct(classes, labels.repeat(len(kinds))) > 0
+            by_kind = dict(zip(kinds, right.split(len(clean))))
+            outcomes = {
+                kind: {
+                    "accepted, right": metrics.rate_interval(~raised[kind] & by_kind[kind], level),
+                    "accepted, wrong": metrics.rate_interval(~raised[kind] & ~by_kind[kind], level),
+                    "rejected": alarms[kind],
+                }
+                for kind in kinds
+            }
         auroc = {
             name: {
                 f"against_{kind}": metrics.detection_interval(
@@ -232,8 +291,38 @@ class Detector:
             for name, values in found.items()
         }
         return DetectionReport(
-            str(self.score_name), self.threshold, self.false_alarm, str(ball), alarms, auroc
+            str(self.score_name),
+            self.threshold,
+            self.false_alarm,
+            str(ball),
+            alarms,
+            auroc,
+            outcomes,
+            self._guarantee(clean, x_adv),
         )
+
+    def _guarantee(self, x: Tensor, x_adv: Tensor) -> str | None:
+        """What the report says of attacks within the defence's ball."""
+        if self.score_name not in ENERGY_SCORES:
+            return None
+        ball: Ball = self.defence.perturbation  # type: ignore[attr-defined]
+        inside = int((ball.norm(x_adv - x) <= ball.radius).sum())
+        exact = {
+            "anchor_energy": "It assumes nothing of a search",
+            "least_energy": "It is for an exact minimum, which a search may miss",
+        }[self.score_name]
+        return (
+            f"No attack within {ball} raises the alarm for more than {self.false_alarm:.1%} of "
+            "clean images from the source of the calibration images, on average over both. "
+            f"{exact}. {inside} of {len(x)} attacked images lie in this ball as computed; nothing "
+            "is said of others, nor that what is accepted is right."
+        )
+
+    def _energies(self, x: ImagesLike) -> Tensor:
+        self._check_fitted()
+        assert self.score_name is not None
+        assert self._anchors is not None
+        return energy_scores(self.defence, x, self.score_name, self._anchors)
 
     def _scores(self, x: ImagesLike, generator: torch.Generator | None) -> dict[str, Tensor]:
         parts = [
@@ -260,6 +349,11 @@ class DetectionReport:
         alarms: ``clean``, ``attacked`` and ``noise`` -> share of these images that raise the alarm.
         auroc: every score of the defence -> ``against_clean`` and ``against_noise`` -> how well it
             tells attacked images from these, whatever the threshold: 1/2 is blind.
+        outcomes: ``clean``, ``attacked`` and ``noise`` -> shares of images ``accepted, right``,
+            ``accepted, wrong`` and ``rejected``, which sum to 1, if there were labels: a wrong
+            class that was accepted is an error, a clean image that was rejected a false alarm.
+        guarantee: what holds for every attack, and what it assumes; of ``anchor_energy`` and
+            ``least_energy`` alone.
     """
 
     score_name: str
@@ -268,16 +362,16 @@ class DetectionReport:
     ball: str
     alarms: dict[str, Interval]
     auroc: dict[str, dict[str, Interval]]
+    outcomes: dict[str, dict[str, Interval]] | None = None
+    guarantee: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON knows it."""
         return {
             **vars(self),
             "alarms": {kind: rate.to_dict() for kind, rate in self.alarms.items()},
-            "auroc": {
-                name: {kind: found.to_dict() for kind, found in of_score.items()}
-                for name, of_score in self.auroc.items()
-            },
+            "auroc": _as_dicts(self.auroc),
+            "outcomes": None if self.outcomes is None else _as_dicts(self.outcomes),
         }
 
     def to_json(self) -> str:
@@ -297,10 +391,12 @@ class DetectionReport:
             "<h1>Detection report</h1>",
             f"<p>Alarm: {escape(self.score_name)} above {self.threshold:.6g}, {set_for}; {count} "
             f"images of each kind; attack and noise in {escape(self.ball)}.</p>",
+            *([] if self.guarantee is None else [f"<p>{escape(self.guarantee)}</p>"]),
             html.table(
                 ("images", "raise the alarm"),
                 ([kind, html.interval(rate)] for kind, rate in found["alarms"].items()),
             ),
+            *self._html_of_outcomes(),
             "<p>How well each score tells attacked images from others, whatever the threshold: "
             "area under the ROC curve, 1/2 is blind.</p>",
             html.table(
@@ -314,6 +410,14 @@ class DetectionReport:
         write_atomically(Path(path), html.page("Detection report", body).encode())
         return Path(path)
 
+    def _html_of_outcomes(self) -> list[str]:
+        if self.outcomes is None:
+            return []
+        shares = _as_dicts(self.outcomes)
+        names = next(iter(shares.values()))
+        rows = ([kind, *map(html.interval, of.values())] for kind, of in shares.items())
+        return [html.table(("images", *names), rows)]
+
     def __str__(self) -> str:
         count = self.alarms["clean"].num_values
         lines = [
@@ -322,8 +426,16 @@ class DetectionReport:
             "",
             *(f"{kind:10s}{rate:.3f} raise the alarm" for kind, rate in self.alarms.items()),
             "",
-            f"{'AUROC, attacked against':26s}{'clean images':24s}noise of equal size",
         ]
+        if self.guarantee is not None:
+            lines += [*textwrap.wrap(self.guarantee, 88), ""]
+        if self.outcomes is not None:
+            lines.append(f"{'':10s}" + "".join(f"{n:24s}" for n in self.outcomes["clean"]).rstrip())
+            for kind, shares in self.outcomes.items():
+                row = "".join(f"{format(share, '.3f'):24s}" for share in shares.values())
+                lines.append(f"{kind:10s}{row.rstrip()}")
+            lines.append("")
+        lines += [f"{'AUROC, attacked against':26s}{'clean images':24s}noise of equal size"]
         for name, of_score in self.auroc.items():
             mark = "* " if name == self.score_name else "  "
             cells = [f"{found:.3f}" for found in of_score.values()]
@@ -376,6 +488,36 @@ def _check_attack(x: Tensor, x_adv: Tensor, ball: Ball) -> None:
             f"by a perturbation of norm {float(size.max()):.3g} in {ball}: pass the ball of the "
             "attack, and the attacked images in the order of x"
         )
+
+
+def _check_classes(
+    labels: Tensor | None, classify: Callable[[Any], Tensor] | None, x: Tensor
+) -> None:
+    if (labels is None) != (classify is None):
+        raise ValueError(
+            "labels and classify go together: pass both, e.g. labels=labels, "
+            "classify=DefendedClassifier(defence, classifier).predict, or neither"
+        )
+    if labels is None:
+        return
+    if not callable(classify):
+        raise ValueError(f"classify must be callable, images to classes, got {classify!r}")
+    _check_integers("labels has", labels, len(x))
+    check_on_device("labels", labels, "x", x.device)
+
+
+def _check_integers(what: str, classes: Any, count: int) -> None:
+    if not isinstance(classes, Tensor):
+        raise ValueError(f"{what} type {type(classes).__name__}: make it a tensor of classes")
+    if tuple(classes.shape) != (count,) or classes.is_floating_point() or classes.is_complex():
+        raise ValueError(
+            f"{what} shape {tuple(classes.shape)} and dtype {classes.dtype}: make it integer "
+            f"classes, one for each of {count} images, such as logits.argmax(-1)"
+        )
+
+
+def _as_dicts(table: dict[str, dict[str, Interval]]) -> dict[str, dict[str, Any]]:
+    return {key: {k: found.to_dict() for k, found in of.items()} for key, of in table.items()}
 
 
 def _worst_if_unknown(scores: Tensor) -> Tensor:
