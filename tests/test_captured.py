@@ -232,7 +232,8 @@ def test_replays_may_differ_as_forces_may(dtype, off, captured, capturing):
         rate = info.acceptance_rate.mul(1 + off * next(numbers))
         factor = 1 + off * next(numbers)
         position = {name: value * factor for name, value in moved.position.items()}
-        return moved._replace(position=position), info._replace(acceptance_rate=rate)
+        moved = moved._replace(position=position, energy=potential(position))
+        return moved, info._replace(acceptance_rate=rate)
 
     class Drifting(BatchedKernel):
         def _step(self, num_gradients):
@@ -241,6 +242,25 @@ def test_replays_may_differ_as_forces_may(dtype, off, captured, capturing):
     graph = Graph(force_dtype=dtype)
     draw(Drifting, LinearGaussianVAE().model, torch.rand(4, 1, 4, 4), graph, num_samples=0)
     assert graph.captured is captured
+
+
+@pytest.mark.parametrize(("off", "captured"), [(0.0, True), (1e-2, False)])
+def test_energies_that_are_compared_have_no_slack(off, captured, capturing):
+    """A replay whose energies are rounded as its forces may be is refused."""
+    numbers = iter(range(100))
+
+    def rounding(potential, state, streams, step_size, inverse_mass=None):
+        moved, info = hmc.step(potential, state, streams, step_size, 1, inverse_mass)
+        return moved._replace(energy=moved.energy * (1 + off * min(next(numbers), 1))), info
+
+    class Rounding(BatchedKernel):
+        def _step(self, num_gradients):
+            return rounding
+
+    graph = Graph(force_dtype=torch.bfloat16)
+    draw(Rounding, LinearGaussianVAE().model, torch.rand(4, 1, 4, 4), graph, num_samples=0)
+    assert graph.captured is captured
+    assert captured or "energies of a replay are off by" in graph.why_not
 
 
 @pytest.mark.parametrize("stale", ["state", "seed", "step", "step_size", "images", "metric"])

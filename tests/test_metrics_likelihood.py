@@ -227,6 +227,8 @@ def test_bad_arguments_are_refused(vae):
         importance_nll(lambda rows: torch.zeros(rows, 2), chunk=0)
     with pytest.raises(ValueError, match=r"sample_and_weight\(100\) has shape \(2,\).*\(100, N\)"):
         importance_nll(lambda rows: torch.zeros(2))
+    with pytest.raises(ValueError, match="log-weights of 2 images, before of 4: return them of"):
+        importance_nll(lambda rows: torch.zeros(rows, rows), num_samples=10, chunk=4)
     for schedule in ([], [0.0], [0.0, 0.5], [0.0, 0.6, 0.4, 1.0], [0.0, 0.5, 0.5, 1.0]):
         with pytest.raises(ValueError, match=r"schedule=.*use sigmoid_schedule"):
             run_ais(vae, vae.guide.sample((1,)), schedule)

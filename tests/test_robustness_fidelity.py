@@ -195,6 +195,25 @@ def test_of_a_chaotic_trajectory_the_frozen_gradient_says_nothing_the_equilibriu
     )
 
 
+class OneNoise(WhiteBox):
+    """A defence that draws one number for all images of a call."""
+
+    def chain(self, x, start, streams):
+        noise = torch.randn((), generator=torch.Generator().manual_seed(streams.seed))
+        return {"z": self.vae.exact(x)[0] * (1 + noise)}
+
+
+def test_draws_of_a_defence_with_one_noise_per_call_are_calls(float64):
+    """Their spread over 40 seeds is what 16 draws say of it; a ratio off by 1.6 is 4 deviations."""
+    suite = make_suite(num=4, make_box=OneNoise)
+    suite.box.steps = False
+    ahead, behind = suite.x + 0.05, suite.x - 0.05
+    found = [fidelities.expected_difference(suite, ahead, behind, 16, 100 * n) for n in range(40)]
+    differences, limits = map(torch.stack, zip(*found, strict=True))
+    ratio = differences.std(0) / (limits / 2).square().mean(0).sqrt()
+    assert ((ratio > 1 / 1.6) & (ratio < 1.6)).all(), ratio
+
+
 def test_the_seed_decides_and_neighbours_do_not(float64):
     suite, again = make_suite(3), make_suite(3)
     names = ("bpda", "equilibrium")

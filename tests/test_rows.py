@@ -10,7 +10,7 @@ from torch import nn
 
 from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.defence import MCMCDefence, NoDefence
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops.balls import L2, Linf
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -121,6 +121,18 @@ def test_event_dimensions_are_missed_at_any_number_of_images(number):
     vae = changed(q=lambda x: dist.Normal(x.flatten(1) @ WEIGHT.T, 0.3))
     with pytest.raises(ValueError, match="vae.guide failed|to_event|plate left of"):
         attacks.symmetric_kl(vae)(images(number))
+
+
+def test_programs_that_set_cudnn_flags():
+    """Which torch refuses while precisions are set by its other interface."""
+
+    class Deterministic(ConvVAE):
+        def observation(self, z):
+            with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
+                return super().observation(z)
+
+    result = NoDefence(Deterministic())(torch.rand(3, 1, 28, 28))
+    assert result.reconstruction.shape == (3, 1, 28, 28)
 
 
 def test_images_changed_in_place():

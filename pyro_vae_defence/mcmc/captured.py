@@ -169,7 +169,7 @@ class Graph:
             moved, info = make()
             known = _Transition(inputs, recordings)
             function = functools.partial(_run, step, placed, inputs.arguments)
-            self._capture(known, function, values, (moved, info), potential.slack)
+            self._capture(known, function, values, (moved, info), potential)
             self._transitions[key] = known
             if known.why_not is not None:
                 self.refuse(known.why_not)
@@ -182,11 +182,12 @@ class Graph:
         function: Function,
         values: list[Any],
         made: tuple[Any, HMCInfo],
-        slack: float,
+        potential: RecordedPotential,
     ) -> None:
         """Give ``known`` its replay, if that does what was made of the same values.
 
-        Up to ``slack``, since libraries choose their algorithms anew while they are captured.
+        Up to the slack of forces, since libraries choose their algorithms anew while they are
+        captured. The energies that are compared have none.
         """
         inputs = known.inputs
         device = inputs.places[0].device
@@ -197,7 +198,10 @@ class Graph:
                     self._devices[device] = CAPTURES[device.type](device)
                 replay = self._devices[device](function, inputs.places)
                 inputs.set(values)
-                known.why_not = _difference(replay(), made, slack)
+                replayed = replay()
+                known.why_not = _difference(replayed, made, potential.slack)
+                if known.why_not is None and potential.slack:
+                    known.why_not = _energy_error(potential, _rebuilt(made, iter(replayed))[0])
         except Exception as error:  # a step that asks the host, memory that is short, a driver
             self._devices.pop(device, None)
             known.why_not = f"capturing failed: {type(error).__name__}: {error}"
@@ -365,6 +369,16 @@ def _difference(replayed: Sequence[Any], made: tuple[Any, HMCInfo], slack: float
     return f"a replay and the transition differ in {share:.0%} of the rows"
 
 
+def _energy_error(potential: RecordedPotential, state: Any) -> str | None:
+    """``None`` if the energies of a state are the full ones at its position, up to rounding."""
+    full = potential(state.position)
+    rounding = _ROUNDING * torch.finfo(full.dtype).eps * full.abs().amax().clamp(min=1.0)
+    error = float(torch.where(full.isfinite(), (state.energy - full).abs(), 0.0).amax())
+    if error <= rounding:
+        return None
+    return f"energies of a replay are off by {error:.3g} nats"
+
+
 # --- Capturing on a device ------------------------------------------------------------------------
 
 Replay = Callable[[], Sequence[Tensor]]
@@ -404,9 +418,16 @@ class CUDAGraphs:
                     graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
                 ):
                     outputs = function(*inputs)
-            except Exception:
+            except BaseException:
                 # Torch's generator goes on believing in a capture until one has succeeded.
-                with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream()):
+                with (
+                    contextlib.suppress(RuntimeError),  # what went wrong first is what is told
+                    torch.cuda.graph(
+                        torch.cuda.CUDAGraph(),
+                        stream=torch.cuda.Stream(),
+                        capture_error_mode="thread_local",
+                    ),
+                ):
                     torch.zeros((), device=self.device)
                 raise
         current.wait_stream(self.stream)

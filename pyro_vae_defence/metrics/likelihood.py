@@ -74,6 +74,11 @@ def importance_nll(
                 f"sample_and_weight({rows}) has shape {tuple(log_weights.shape)}: "
                 f"return log-weights of shape ({rows}, N), one per sample and image"
             )
+        if sums and log_weights.shape[1] != len(sums[0]):
+            raise ValueError(
+                f"sample_and_weight({rows}) has log-weights of {log_weights.shape[1]} images, "
+                f"before of {len(sums[0])}: return them of the same images in every call"
+            )
         sums.append(log_weights.logsumexp(dim=0))
     return math.log(num_samples) - torch.stack(sums).logsumexp(dim=0)
 

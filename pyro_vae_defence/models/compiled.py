@@ -401,6 +401,8 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
     """Nodes whose values are changed in place, be it through a view of them."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
+        if node.target is operator.getitem and node in found:  # one of several views
+            fx.node.map_arg(node.args[0], found.add)
         arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
         for position, argument in enumerate(arguments):
             given = node.args[position] if position < len(node.args) else None

@@ -322,7 +322,8 @@ def check_rows(
             outside ``pyro.sample``, or couples images.
     """
     rows = torch.arange(3 if num_images > 2 else 2, device=like.device) % num_images
-    with torch.no_grad(), aside(like.device), tf32(False):
+    full = tf32(False) if like.is_cuda else contextlib.nullcontext()
+    with torch.no_grad(), aside(like.device), full:
         drawn = run(rows, {})
         sites = [s for s in sample_sites(drawn).values() if not s["is_observed"]]
         for site in sites:

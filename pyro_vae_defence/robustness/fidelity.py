@@ -27,12 +27,15 @@ twice its standard error, and than rounding. Four numbers per estimator:
 - *share*: :math:`\Delta(d_e)` along the estimator's own direction, summed over images, by that of
   the best estimator.
 
-Chance is exact. If a gradient knows nothing of the truth, :math:`-g_e` is as likely as :math:`g_e`,
-image by image; and turning the sign of one turns its own direction, all its agreements, and the
-sign of its cosine and increase, however the truths of one image hang together. An estimator
+Chance is exact where errors of different images are independent. If a gradient knows nothing of the
+truth, :math:`-g_e` is as likely as :math:`g_e`, image by image; and turning the sign of one turns
+its own direction, all its agreements, and the sign of its cosine and increase, however the truths
+of one image hang together. A gradient that is the same wrong one at *all* images, where truths are
+alike, too (one class, one target), is one draw and not many, and passes more often: the sign of its
+cosine and other classes tell. An estimator
 *reaches the bar* if its agreement is at least 70%, and so many right images, or more, come by
-chance with a probability of at most 1%: 7 of 7, 8 of 8, 14 of 16. That is the rate at which an
-estimator that knows nothing is accepted, hence at most K% for one of K. Fewer than 7 images with
+chance with a probability of at most 1%: 7 of 7, 8 of 8, 14 of 16. That is the rate at which such
+an estimator is accepted, hence at most K% for one of K. Fewer than 7 images with
 clear differences decide nothing, and reach no bar.
 """
 
@@ -173,18 +176,29 @@ def expected_difference(
     Both see the same noise, that of ``num_draws`` >= 2 chains with this ``seed``. Against a defence
     that averages latents the goal is that at their mean.
     """
-    encode, goal = suite.box.forwards(), suite.goal()
-    streams = Streams.create(len(ahead), num_draws, seed=seed, device=ahead.device)
+    goal = suite.goal()
     (first, first_without), (second, second_without) = (
-        _with_and_without(
-            encode(x.repeat(num_draws, 1, 1, 1), streams), goal, suite.x, num_draws, suite.of_mean
-        )
+        _with_and_without(_ends(suite, x, num_draws, seed), goal, suite.x, num_draws, suite.of_mean)
         for x in (ahead, behind)
     )
     without = first_without - second_without
     error = ((num_draws - 1) * without.var(0, correction=0)).sqrt()
     rounding = 100 * torch.finfo(first.dtype).eps * (1 + torch.maximum(first.abs(), second.abs()))
     return first - second, torch.maximum(2 * error, rounding)
+
+
+def _ends(suite: Suite, x: Tensor, num_draws: int, seed: int) -> Latents:
+    """Where the defence ends, draw after draw, with independent noise in each."""
+    encode = suite.box.forwards()
+    if suite.box.steps or not suite.box.has_chain:
+        streams = Streams.create(len(x), num_draws, seed=seed, device=x.device)
+        return encode(x.repeat(num_draws, 1, 1, 1), streams)
+    # Another defence may draw one noise for all images of a call.
+    ends = [
+        encode(x, Streams.create(len(x), seed=(seed + number) % 2**63, device=x.device))
+        for number in range(num_draws)
+    ]
+    return {name: torch.cat([each[name] for each in ends]) for name in ends[0]}
 
 
 def _with_and_without(
