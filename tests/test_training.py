@@ -198,7 +198,7 @@ class Exploding(TraceMeanField_ELBO):
 def test_checkpoints_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "c.pt"
     atomic_save({"a": 1}, path)
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="pickle|local object"):
         atomic_save({"a": lambda: None}, path)
     assert torch.load(path, weights_only=True) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
