@@ -219,9 +219,7 @@ def _table_4(found: Mapping[str, dict[str, Any]]) -> str:
         rows = []
         for model in dict.fromkeys(name.partition("mnist_")[2] for name in TABLE_4):
             for defence in ("none", "hmc"):
-                row = [model_label(f"mnist_{model}")]
-                if defence != "none":
-                    row[0] += f"; {label(defence)}"
+                row = [_line(f"mnist_{model}", defence)]
                 for dataset, place, of, _ in columns:
                     name = f"{dataset}_{model}"
                     printed = TABLE_4[name][defence]
@@ -300,8 +298,7 @@ def _row(
     """A model with a defence: similarities, then per label the accuracies."""
     printed = _PRINTED.get(model, {}).get(defence, {})
     cell = functools.partial(_cell, result, printed, defence)
-    name = model_label(model)
-    cells = [name if defence == "none" else f"{name}; {label(defence)}"]
+    cells = [_line(model, defence)]
     cells += [cell(radius, "ms_ssim", "ms_ssim") for radius in radii]
     for task in tasks:
         cells.append(cell("0", f"accuracy/{task}/correct", task))
@@ -309,6 +306,12 @@ def _row(
             cells.append(cell(radius, f"accuracy/{task}/unchanged", task))
             cells.append(cell(radius, f"accuracy/{task}/correct"))
     return cells
+
+
+def _line(model: str, defence: str) -> str:
+    """What the line of a model with a defence is called."""
+    name = model_label(model)
+    return name if defence == "none" else f"{name}; {label(defence)}"
 
 
 def _cell(

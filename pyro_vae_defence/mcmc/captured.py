@@ -345,8 +345,9 @@ def _difference(replayed: Sequence[Any], made: tuple[Any, HMCInfo], slack: float
     """
     wrong: Tensor | None = None
     moved, info = made
-    leaves = [*_leaves(moved), *_leaves(info)]
-    decided = len(leaves) - len(list(_leaves(info)))
+    leaves = list(_leaves(moved))
+    decided = len(leaves)
+    leaves += _leaves(info)
     for number, (got, value) in enumerate(zip(replayed, leaves, strict=True)):
         if slack and number >= decided and torch.is_tensor(value) and value.is_floating_point():
             continue

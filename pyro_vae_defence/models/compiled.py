@@ -228,7 +228,7 @@ class RecordedPotential(ModelPotential):
     @property
     def slack(self) -> float:
         """Largest relative difference, beyond rounding, that two ways to a gradient may have."""
-        return self._recorder.slack(self._potential)
+        return max(map(self._recorder._slack, _functions(self._potential)))
 
     def record(self, latents: LatentsLike) -> tuple[Recorded, ...] | None:
         """All that gradients at latents like these need, made or checked; ``None`` if refused."""
@@ -319,10 +319,6 @@ class Recorder:
 
     def _slack(self, what: _Function) -> float:
         return max(what.slack, _KINKS if self.compile else 0.0)
-
-    def slack(self, potential: ModelPotential) -> float:
-        """Largest relative difference, beyond rounding, between two ways to a gradient."""
-        return max(map(self._slack, _functions(potential)))
 
     def _record(self, what: _Function, potential: ModelPotential, start: LatentsLike) -> Recorded:
         if next(iter(start.values())).device.type == "meta":
