@@ -132,6 +132,7 @@ class Bound(Measurement[BoundConfig]):
             num_steps=config.num_steps,
             num_walks=config.num_walks,
             num_falling=config.num_falling,
+            rows=config.images_per_cell * config.num_walks,
             generator=self.generator("bound", purpose),
         )
         return found.to_dict()
