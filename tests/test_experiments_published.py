@@ -96,7 +96,7 @@ def test_the_chain_is_as_long_as_published(tmp_path):
     assert found.counts == [0, 5, 20, 50, 100, 200, 500, 750]
     found.paper = "color_mnist"
     assert found.counts[-1] == 1500
-    curves = Published("mnist_curves", tmp_path)
+    curves = Published("mnist_transitions", tmp_path)
     curves.paper = "mnist"
     assert curves.count == 750
     assert max(curves.counts) == 2000
@@ -123,18 +123,27 @@ def test_section_and_figures_come_from_the_result_alone(run):
     assert Published.figures(empty) == {}
 
 
+def test_radii_alone_take_no_chain(tmp_path):
+    found = Published("mnist_radii", tmp_path)
+    found.tasks = {"class": ()}
+    keys = [key for key, _ in found.cells()]
+    assert keys[0] == ("radii", "0", "encoder", "none")
+    assert len(keys) == 1 + len(found.config.undefended_radii)
+    assert {key[2:] for key in keys} == {("encoder", "none")}
+
+
 def test_names_are_those_of_trained_models():
     for name, config in Published.names.items():
         assert config.model in MODELS
         assert MODELS[config.model].dataset in PAPER_SETTINGS
-        assert name.endswith("_curves") or name == config.model
-    assert len(Published.names) == 3 * 7 + 3
+        assert name.endswith(("_transitions", "_radii")) or name == config.model
+    assert len(Published.names) == 3 * 7 + 2 * 3
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"radii": ()}, "radii must be"),
+        ({"radii": ()}, "radii and undefended_radii are both empty"),
         ({"undefended_radii": (0.1,)}, "undefended_radii holds 0.1, which is one of radii"),
         ({"num_examples": 9}, "num_examples must be an integer of 0..8"),
         ({"num_references": 4}, "num_examples must be at most num_references = 4"),

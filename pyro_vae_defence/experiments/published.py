@@ -23,9 +23,8 @@ On a GPU transitions are captured, with forces in TF32 and energies in float32, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +68,8 @@ class PublishedConfig(conf.Configuration):
         model: name of a trained VAE; its classifiers are found by name.
         dataset: name of its images; those it was trained on when ``None``.
         paper: whose published setting the defence is; the dataset's when ``None``.
-        radii: L_inf radii of the attacks, in units of the image range.
+        radii: L_inf radii of the attacks, in units of the image range; without any there is no
+            chain.
         undefended_radii: further radii of the attack on the encoder, without the chain.
         num_references: class-stratified test images.
         num_restarts: attacks per reference; all of them count, not the worst.
@@ -84,7 +84,7 @@ class PublishedConfig(conf.Configuration):
     model: str
     dataset: conf.Dataset | None = None
     paper: PaperName | None = None
-    radii: Annotated[_AttackRadii, conf.not_empty] = (0.1, 0.2)
+    radii: _AttackRadii = (0.1, 0.2)
     undefended_radii: _AttackRadii = ()
     num_references: conf.Several = 50
     num_restarts: conf.Count = 10
@@ -97,28 +97,28 @@ class PublishedConfig(conf.Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.refuse_above(num_examples="num_references")
+        if not self.radii + self.undefended_radii:
+            raise ValueError("radii and undefended_radii are both empty; name an attack's radius")
         if twice := set(self.radii) & set(self.undefended_radii):
             raise ValueError(f"undefended_radii holds {min(twice)!r}, which is one of radii")
 
 
 def _names() -> dict[str, PublishedConfig]:
-    """Tables 2, 3 and 4 (and 7), then what Figures 6, 13 and 15 take: long chains, more radii."""
+    """Tables 2, 3 and 4; longer chains (Figures 6 and 15); more radii (Figures 13 and 14)."""
     kinds = ("vae", *(f"{kind}_{beta}" for kind in ("beta_vae", "tcvae") for beta in (2, 5, 10)))
     models = [f"{dataset}_{kind}" for dataset in DATASETS for kind in kinds]
-    curves = {
-        f"{dataset}_curves": PublishedConfig(
-            f"{dataset}_vae",
-            radii=(0.1,),
-            undefended_radii=(0.01, 0.05, 0.2, 0.3, 0.4, 0.5),
-            transitions=(0, 5, 10, 20, 50, 100, 150, 200, 300, 500, 750, 1000, 1500, 2000),
-        )
-        for dataset in DATASETS
-    }
-    return {model: PublishedConfig(model) for model in models} | curves
+    names = {model: PublishedConfig(model) for model in models}
+    counts = (0, 5, 10, 20, 50, 100, 150, 200, 300, 500, 750, 1000, 1500, 2000)
+    radii = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+    for dataset in DATASETS:
+        plain = names[f"{dataset}_vae"]
+        names[f"{dataset}_transitions"] = replace(plain, radii=(0.1,), transitions=counts)
+        names[f"{dataset}_radii"] = replace(plain, radii=(), undefended_radii=radii)
+    return names
 
 
 class Published(Measurement[PublishedConfig]):
-    """The paper's protocol, by the name of the model, and its curves, by that of the dataset."""
+    """The paper's protocol by the name of the model; its curves by the dataset and what varies."""
 
     kind = command = "published"
     noun = "model or curve"
@@ -156,7 +156,7 @@ class Published(Measurement[PublishedConfig]):
         sets = [(0.0, ENCODER)]
         sets += [(radius, what) for radius in config.radii for what in (ENCODER, *self.tasks)]
         for radius, what in sets:
-            for name in ("none", "hmc"):
+            for name in ("none", "hmc") if config.radii else ("none",):
                 yield ("radii", f"{radius:g}", what, name), partial(self.cell, radius, what, name)
         for radius in config.undefended_radii:
             key = ("radii", f"{radius:g}", ENCODER, "none")
@@ -241,7 +241,7 @@ class Published(Measurement[PublishedConfig]):
     def defence(self) -> MCMCDefence:
         """The published one, of which every draw is kept."""
         on_gpu = self.device.type == "cuda"
-        return dataclasses.replace(
+        return replace(
             MCMCDefence.paper(self.vae, self.paper),
             num_samples=max(1, *self.counts),
             warmup_steps=0,
