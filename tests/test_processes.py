@@ -31,6 +31,7 @@ from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.evaluate import Evaluate
 from pyro_vae_defence.experiments.figures import Figures
 from pyro_vae_defence.experiments.hierarchy import DefendHierarchy
+from pyro_vae_defence.experiments.published import Published
 from pyro_vae_defence.experiments.study import Measurement, load, save
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.mcmc import BatchedHMC
@@ -253,6 +254,11 @@ SMALL = {
         {**CHAIN, "radii": (0.1, 1.0), "objective_radii": (0.2,), "attack_chains": 2,
          "attack_steps": 2, "num_images": 3, "num_examples": 1},
     ),
+    Published: (
+        "mnist_vae",
+        {**FEW, "paper": "celeba_nvae", "radii": (0.1,), "attack_steps": 2, "num_transitions": 2,
+         "transitions": (0,), "num_examples": 1},
+    ),
 }  # fmt: skip
 
 
@@ -370,7 +376,7 @@ class TestStudies:
         assert without_times((tmp_path / "plain.json").read_text()) == expected
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("kind", [Attack, Compare, Defend, DefendHierarchy, Evaluate, Figures])
+    @pytest.mark.parametrize("kind", list(SMALL))
     def test_every_study_is_that_of_one_process(self, kind, tmp_path, pretend):
         """Each process has every second cell, so that none finds what another has computed."""
         name, settings = SMALL[kind]

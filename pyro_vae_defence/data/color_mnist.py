@@ -49,3 +49,8 @@ class ColoredImages(Images):
 def load_color_mnist(root: Path, split: str, download: bool) -> ColoredImages:
     """One split of ColorMNIST, made from MNIST's files."""
     return ColoredImages(MNIST.load(root, split, download), "color_mnist")
+
+
+def load_color_mnist_subset(root: Path, split: str, download: bool) -> ColoredImages:
+    """The same of the subset of MNIST that comes with the library; needs no ``root``."""
+    return ColoredImages(MNIST.load_subset(root, split, download), "color_mnist_subset")

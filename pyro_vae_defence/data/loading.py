@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from pyro_vae_defence.data.celeba import load_celeba
-from pyro_vae_defence.data.color_mnist import load_color_mnist
+from pyro_vae_defence.data.color_mnist import load_color_mnist, load_color_mnist_subset
 from pyro_vae_defence.data.datasets import SPLITS, Images, PartOfImages, Split, default_root
 from pyro_vae_defence.data.fashion_mnist import FASHION_MNIST
 from pyro_vae_defence.data.mnist import MNIST
@@ -33,6 +33,7 @@ _PLAIN: dict[str, Callable[[Path, str, bool], Images]] = {
     "color_mnist": load_color_mnist,
     "mnist_subset": MNIST.load_subset,
     "fashion_mnist_subset": FASHION_MNIST.load_subset,
+    "color_mnist_subset": load_color_mnist_subset,
     "celeba64": load_celeba,
 }
 _VARIANTS: dict[str, Callable[[Images, str], Images]] = {
@@ -58,9 +59,10 @@ def load(
         name: ``"mnist"``, ``"fashion_mnist"`` or ``"color_mnist"`` (55,000 / 5,000 / 10,000 images
             of 28x28; ColorMNIST has each in seven colours), or one of the class-balanced subsets
             packaged with the library, ``"mnist_subset"`` and ``"fashion_mnist_subset"`` (6,000 /
-            500 / 1,000). Any of these with ``_textured`` or ``_inverted`` appended is a harder
-            variant (:mod:`pyro_vae_defence.data.variants`). ``"celeba64"`` is decoded from its
-            files on demand (:mod:`pyro_vae_defence.data.celeba`).
+            500 / 1,000), and ``"color_mnist_subset"``, the former in seven colours. Any of these
+            with ``_textured`` or ``_inverted`` appended is a harder variant
+            (:mod:`pyro_vae_defence.data.variants`). ``"celeba64"`` is decoded from its files on
+            demand (:mod:`pyro_vae_defence.data.celeba`).
         split: ``"train"``, ``"validation"`` or ``"test"``.
         root: directory of the full datasets; :func:`default_root` when ``None``.
         download: fetch missing files through torchvision.

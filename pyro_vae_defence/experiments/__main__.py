@@ -28,6 +28,7 @@ STUDIES = {
     "train": ("train:Train", "classify:TrainClassifier"),
     "evaluate": ("evaluate:Evaluate",),
     "attack": ("attack:Attack",),
+    "published": ("published:Published",),
     "defend": ("defend:Defend", "hierarchy:DefendHierarchy"),
     "compare": ("compare:Compare",),
     "figures": ("figures:Figures",),
