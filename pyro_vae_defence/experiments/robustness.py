@@ -44,6 +44,7 @@ from pyro_vae_defence.experiments.defences import (
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
 from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
+from pyro_vae_defence.mcmc.captured import Graph
 from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
@@ -85,7 +86,8 @@ class RobustnessConfig(conf.Configuration):
         chain: of the defences, but for ``paper``.
         paper: whose published setting the defence ``paper`` is; the dataset's when ``None``.
         gradients: of chains that run forwards: ``traced`` runs the model's Python, ``recorded``
-            its recorded operations, ``graph`` captures transitions on a GPU.
+            its recorded operations, ``graph`` captures transitions on a GPU, with forces in TF32
+            and energies in float32, which is exact.
         budget: how hard the suite tries.
         checks: run the sanity checks, without which a report counts as unreliable.
         seed: seed of images, attacks and defences.
@@ -350,8 +352,10 @@ class Robustness(Measurement[RobustnessConfig]):
         """A defence, whose recorded or captured gradients serve all cells."""
         config = self.config
         options: dict[str, Any] = {}
-        if config.gradients != "traced":
-            options["prepare"] = Recorder() if config.gradients == "recorded" else "graph"
+        if config.gradients == "recorded":
+            options["prepare"] = Recorder()
+        elif config.gradients == "graph":
+            options["prepare"] = Graph(force_dtype="tf32" if self.device.type == "cuda" else None)
         if config.reading == "last":
             options["keep_draws"] = 1  # nobody reads the others
         setting = Setting(
