@@ -37,6 +37,7 @@ STUDIES = {
     "benchmark": (
         "benchmark.run:BenchmarkSamplers",
         "benchmark.attacks:BenchmarkAttacks",
+        "benchmark.seconds:BenchmarkSeconds",
         "benchmark.gpu.run:BenchmarkGPU",
     ),
 }

@@ -240,13 +240,12 @@ class Published(Measurement[PublishedConfig]):
     @cached_property
     def defence(self) -> MCMCDefence:
         """The published one, of which every draw is kept."""
-        on_gpu = self.device.type == "cuda"
         return replace(
             MCMCDefence.paper(self.vae, self.paper),
             num_samples=max(1, *self.counts),
             warmup_steps=0,
             keep_draws=None,
-            prepare=Graph(force_dtype="tf32") if on_gpu else Recorder(),
+            prepare=on_device(self.device),
             progress=self.progress,
         )
 
@@ -343,6 +342,11 @@ class Published(Measurement[PublishedConfig]):
         if len(over) > 3:
             drawn["radii"] = radii_figure(dict(sorted(over.items())))
         return drawn
+
+
+def on_device(device: torch.device) -> Graph | Recorder:
+    """How long chains are run there: exactly, and without the model's Python at every gradient."""
+    return Graph(force_dtype="tf32") if device.type == "cuda" else Recorder()
 
 
 def note(config: dict[str, Any]) -> str:

@@ -94,9 +94,7 @@ def check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], optiona
         raise ValueError("the weights do not fit the configuration; " + "; ".join(found))
     check_finite({key: weights[key] for key in both if expected[key].is_floating_point()})
     if counts := [
-        key
-        for key in both
-        if not expected[key].is_floating_point() and not _is_count(weights[key])
+        key for key in both if not expected[key].is_floating_point() and not _is_count(weights[key])
     ]:
         raise ValueError(f"these counts are no {torch.int64}: {few(counts)}")
 
