@@ -80,12 +80,12 @@ class BenchmarkSeconds(Measurement[SecondsConfig]):
         self.of: dict[str, tuple[Any, str, Tensor]] = {}
         for name in self.config.models:
             vae, card = self.load_vae(name)
-            paper = f"{card.dataset}_nvae" if isinstance(vae, NVAE) else card.dataset
+            dataset = card.dataset.removesuffix("_subset")
+            paper = f"{dataset}_nvae" if isinstance(vae, NVAE) else dataset
             if paper not in PAPER_SETTINGS:
                 known = ", ".join(PAPER_SETTINGS)
                 raise ValueError(f"models holds {name!r}, without a published setting ({known})")
-            subset = f"{card.dataset.removesuffix('_subset')}_subset"
-            x, _ = self.choose(subset, self.config.num_images, "images")
+            x, _ = self.choose(f"{dataset}_subset", self.config.num_images, "images")
             self.of[name] = vae, paper, x
 
     def cells(self) -> Iterator[Cell]:
