@@ -1,4 +1,5 @@
 ## make run               the main job: train, attack, defend, report (examples/mnist_svi.py)
+## make paper             every table and figure of the paper; ARGS=--quick for all in minutes
 ## make test              the test suite
 ## make lint              format, lint and types, checked
 ## make format            format and lint, mended where that can be done for you
@@ -26,7 +27,7 @@ DOCS_PYTHON ?=
 GPU_PYTHON ?=
 GPU_TESTS := tests/cuda tests/test_training.py tests/test_training_any_vae.py
 
-.PHONY: run test test-slow test-gpu test-lower-bounds gpu-wheels bench lint format docs clean help
+.PHONY: run paper test test-slow test-gpu test-lower-bounds gpu-wheels bench lint format docs clean help
 
 help:
 	@sed -n 's/^##[ ]\{0,1\}//p' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +46,10 @@ $(VENV)/.stamp-%: setup.cfg pyproject.toml | $(BIN)/python
 
 run: $(VENV)/.stamp-run
 	$(BIN)/python examples/mnist_svi.py $(ARGS)
+
+# As published it is days on a processor; ARGS="--quick", ARGS="--device cuda --data-root DIR".
+paper: $(VENV)/.stamp-run
+	$(BIN)/python -m pyro_vae_defence.experiments paper all $(ARGS)
 
 # Two processes of one thread each; ARGS="-n 8" for more, ARGS="-n 0" for none beside pytest's own.
 test: export OMP_NUM_THREADS ?= 1

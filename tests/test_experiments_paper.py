@@ -8,12 +8,24 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import shared_path
 
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments.__main__ import load_studies, main
-from pyro_vae_defence.experiments.paper.items import ITEMS, listing, make
-from pyro_vae_defence.experiments.paper.printed import TABLE_4, printed
+from pyro_vae_defence.experiments.paper.items import (
+    ITEMS,
+    QUICK,
+    listing,
+    make,
+    makeable,
+    page,
+    write_page,
+)
+from pyro_vae_defence.experiments.paper.printed import TABLE_4, Printed, printed
+from pyro_vae_defence.experiments.paper.sections import NOTHING, SECTIONS, difference
+from pyro_vae_defence.experiments.published import Published
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 
 # Where the text that was read off the pages is not what they say.
 MISREAD = {"0.52 (0.03) 0.52 (0.03) 0.66 (0.03)": "0.52 (0.03) 0.66 (0.03)"}
@@ -144,8 +156,8 @@ def test_every_item_has_a_study_or_says_what_is_missing():
         if item.names:
             known = [known for study in load_studies(item.study) for known in study.names]
             assert set(item.names) <= set(known), name
-        if item.table is not None:
-            assert name == f"table_{item.table}"
+            assert item.place in QUICK, name
+    assert set(SECTIONS) <= set(ITEMS)
 
 
 def test_the_list_is_on_the_page(capsys):
@@ -155,30 +167,148 @@ def test_the_list_is_on_the_page(capsys):
     assert listed in (RESULTS.parent / "paper.md").read_text()
 
 
-def test_an_item_runs_its_commands_in_order():
+def test_costs_are_those_of_the_chains():
+    # 500 rows; MNIST has 750 transitions on 5 sets of images, ColorMNIST 1,500 on 7.
+    assert Published.num_gradients(Published.names["mnist_vae"]) == 500 * 5 * (750 * 20 + 1)
+    assert Published.num_gradients(Published.names["color_mnist_vae"]) == 500 * 7 * (1500 * 20 + 1)
+    assert Published.num_gradients(Published.names["mnist_transitions"]) == 500 * 3 * 40_001
+    assert ITEMS["figure_13"].cost() == "no chains"
+    assert ITEMS["figure_6"].cost() == "200 million gradients"
+
+
+def test_an_item_runs_its_command_and_prints_what_is_made_of_it(tmp_path, capsys):
     ran = []
-    assert make(["figure_4", "table_4"], "there", lambda words: ran.append(list(words)) or 0) == 0
+
+    def run(words):
+        ran.append(list(words))
+        return 0
+
+    items = ["figure_4", "table_4", "figure_8", "table_8"]
+    assert make(items, str(tmp_path), run, ["--device", "cuda"]) == 0
     assert ran == [
-        ["defend", *ITEMS["figure_4"].names, "--output", "there/nvae"],
-        ["attack", *TABLE_4, "--output", "there/attack"],
-        ["table", "4", "--results", "there/attack"],
+        ["defend", *ITEMS["figure_4"].names, "--output", f"{tmp_path}/nvae", "--device", "cuda"],
+        ["published", *TABLE_4, "--output", f"{tmp_path}/published", "--device", "cuda"],
     ]
+    printed = capsys.readouterr().out
+    assert "## Table 4: beta-VAE and beta-TCVAE behind HMC" in printed
+    assert "| mnist | step_size | 0.1 | 0.1 |" in printed
     ran.clear()
-    assert make(["table_4"], "there", lambda words: ran.append(words) or 2) == 2
+    assert make(["table_4", "figure_4"], str(tmp_path), lambda words: ran.append(words) or 2) == 2
     assert len(ran) == 1
+
+
+def test_quick_is_the_first_name_on_packaged_images(tmp_path):
+    ran = []
+    assert make(["table_3"], str(tmp_path), lambda w: ran.append(w) or 0, quick=True) == 0
+    (words,) = ran
+    assert words[:2] == ["published", "color_mnist_vae"]
+    models = words[words.index("--models") + 1]
+    assert "num_transitions=2" in words
+    assert load_card("color_mnist_vae", models).dataset == "color_mnist_subset"
+    vae = load_pretrained("color_mnist_vae", models)
+    weights = load_pretrained("color_mnist_vae").state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in vae.state_dict().items())
+
+
+@pytest.mark.slow
+def test_every_item_goes_through_quickly(tmp_path, capsys):
+    assert main(["paper", "all", "--quick", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for name in makeable():
+        if name in SECTIONS:
+            assert f": {ITEMS[name].title}" in printed
+    assert NOTHING not in printed
+    assert len(list((tmp_path / "quick" / "images").glob("paper_figure_*.png"))) == 7
+    text = write_page(tmp_path / "quick", tmp_path / "quick" / "images").read_text()
+    assert "](images/paper_figure_3.png)" in text
 
 
 @pytest.mark.parametrize(
     ("item", "message"),
     [
         ("table_44", "the paper has no item 'table_44'; choose one of figure_1, table_1"),
-        ("figure_1", "nothing makes figure_1 here (missing: a VAE with two latent dimensions)"),
-        ("table_6", "nothing makes table_6 here (see pyro_vae_defence.models.ConvVAE)"),
+        ("table_1", "nothing makes table_1 here (see docs/api/attacks.md); leave it out"),
     ],
 )
 def test_items_that_nothing_makes_are_refused_before_anything_runs(item, message, capsys):
     assert main(["paper", "table_2", item]) == 2
     assert message in capsys.readouterr().err
+
+
+# --- Printed beside ours --------------------------------------------------------------------------
+
+
+def test_a_difference_has_both_errors():
+    each = Printed("table_2", "mnist_vae", "none", "ms_ssim", "0.1", "0.70", "0.03")
+    found = difference(each, {"estimate": 0.8, "low": 0.7, "high": 0.9, "standard_error": 0.04})
+    assert found == pytest.approx((0.1, 0.1 - 1.96 * 0.05, 0.1 + 1.96 * 0.05))
+    # Without a printed one, and ours from its interval: 0.392 = 2 x 1.96 x 0.1.
+    alone = each._replace(standard_error="")
+    found = difference(alone, {"estimate": 0.7, "low": 0.504, "high": 0.896})
+    assert found == pytest.approx((0.0, -0.196, 0.196))
+
+
+def test_printed_numbers_meet_the_cell_that_they_are_of(tmp_path):
+    def entry(value):
+        return {"estimate": value, "low": value, "high": value, "standard_error": 0.0}
+
+    def cell(start):
+        accuracy = {"correct": entry(start + 0.1), "unchanged": entry(start + 0.2)}
+        return {"ms_ssim": entry(start), "mse": entry(578.7), "accuracy": {"class": accuracy}}
+
+    radii = {
+        "0": {"encoder": {"none": cell(0.8), "hmc": cell(0.3)}},
+        "0.1": {"encoder": {"none": cell(0.7)}, "class": {"none": cell(0.1)}},
+    }
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "mnist_vae.json").write_text(json.dumps({"radii": radii}))
+    text = "\n".join(SECTIONS["table_2"](tmp_path, tmp_path))
+    for row in (
+        "| MNIST, VAE | ms_ssim[paper], radius 0.1 | 0.70 (0.02) | 0.70 [0.70, 0.70] | 0.00 [",
+        "| MNIST, VAE | class, clean | 0.90 (0.04) | 0.90 [0.90, 0.90] |",
+        "| MNIST, VAE | class, radius 0.1 | 0.08 (0.04) | 0.30 [0.30, 0.30] | 0.22 [",
+        "| MNIST, VAE + HMC | class, clean | 0.76 (0.01) | 0.40 [",
+        "| MNIST, VAE | MSE | 578.7 | 578.7 [578.7, 578.7] | 0.0 [",
+    ):
+        assert row in text
+    # Radius 0.1 of the classes, both clean ones, and the similarity; MSE of HMC is 478.1.
+    assert "Of 6 printed numbers that are measured, ours differs from 3 by more than" in text
+
+
+def test_numbers_in_words_are_those_of_results():
+    """What sentences say of Figures 5, 10, 11 and 13, Table 3 and the mode."""
+    knowledge = json.loads((RESULTS / "figures" / "mnist.json").read_text())["knowledge"]
+
+    def value(radius, attacker, name):
+        return f"{knowledge[radius][attacker]['ms_ssim'][name]['estimate']:.2f}"
+
+    said = ITEMS["figure_11"].why
+    for radius in ("0.1", "0.2"):
+        for name in ("defended", "images"):
+            assert value(radius, "with_mcmc", name) in said
+    said = ITEMS["figure_10"].why
+    for radius in ("0.1", "0.2"):
+        for name in ("undefended", "defended"):
+            assert value(radius, "without_mcmc", name) in said
+    radii = json.loads((RESULTS / "published" / "color_mnist_radii.json").read_text())["radii"]
+    assert f"{radii['0.1']['encoder']['none']['ms_ssim']['estimate']:.2f}" in ITEMS["table_3"].why
+    apgd = json.loads((RESULTS / "attack" / "color_mnist_vae.json").read_text())["radii"]
+    for radius in ("0.1", "0.2"):
+        assert f"{apgd[radius]['none']['ms_ssim']['estimate']:.2f}" in ITEMS["table_3"].why
+    for dataset in ("mnist", "fashion_mnist", "color_mnist"):
+        cells = json.loads((RESULTS / "compare" / f"{dataset}.json").read_text())["radii"]
+        for radius in ("0.1", "0.2"):
+            for mode, chain in (("mode", "hmc"), ("aware_mode", "aware")):
+                one, other = (cells[radius][name] for name in (mode, chain))
+                assert one["ms_ssim"]["estimate"] >= other["ms_ssim"]["low"]
+                assert one["gradients_per_image"] * 3 < other["gradients_per_image"]
+
+
+def test_the_page_is_written_of_results():
+    assert page(RESULTS, RESULTS.parent / "images").splitlines()[2:] == [
+        line.replace("](../images/", f"]({RESULTS.parent / 'images'}/")
+        for line in (RESULTS / "paper.md").read_text().splitlines()[2:]
+    ]
 
 
 def test_table_4_has_its_numbers_beside_ours(capsys):

@@ -234,3 +234,13 @@ def test_a_network_without_memory_draws_nothing():
         network = fill(make, weights)
     assert drawn == 3 * ["cpu"]
     assert torch.equal(network.weight, weights["weight"])
+
+
+def test_weights_with_counts_in_floating_point_load():
+    """Those of the packaged NVAE were written so."""
+    _, tensors = pretrained.load_weights("mnist_nvae")
+    counts = [value for name, value in tensors.items() if name.endswith("num_batches_tracked")]
+    assert counts
+    assert not any(value.dtype == torch.int64 for value in counts)
+    vae = pretrained.load_pretrained("mnist_nvae")
+    assert vae.image_shape == (1, 28, 28)

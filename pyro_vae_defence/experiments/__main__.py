@@ -37,6 +37,7 @@ STUDIES = {
     "benchmark": (
         "benchmark.run:BenchmarkSamplers",
         "benchmark.attacks:BenchmarkAttacks",
+        "benchmark.seconds:BenchmarkSeconds",
         "benchmark.gpu.run:BenchmarkGPU",
     ),
 }
@@ -227,18 +228,31 @@ def _parser(command: str, studies: Sequence[type[Study[Any]]]) -> argparse.Argum
 
 def _paper(words: Sequence[str]) -> int:
     """List the items of the paper, or run the commands that make some, in all processes."""
-    from pyro_vae_defence.experiments.paper.items import listing, make
+    from pyro_vae_defence.experiments.paper.items import listing, make, makeable, write_page
     from pyro_vae_defence.ops import ranks
 
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} paper", description=BESIDE["paper"])
-    parser.add_argument("items", nargs="*", metavar="ITEM", help="without one, the list of all")
-    parser.add_argument("--results", default="docs/results", help="of the list; %(default)s")
-    parser.add_argument("--output", default="runs/paper", help="directory; %(default)s by default")
+    add = parser.add_argument
+    add("items", nargs="*", metavar="ITEM", help="or all; without one, the list of them")
+    add("--quick", action="store_true", help="tiny sizes, on images that come with the library")
+    add("--page", action="store_true", help="write RESULTS/paper.md of the results that are there")
+    add("--results", default="docs/results", help="of the list and the page; %(default)s")
+    add("--images", default="docs/images", help="directory for the page's pictures; %(default)s")
+    add("--output", default="runs/paper", help="directory of ITEMs; %(default)s by default")
+    add("--data-root", help="directory of the datasets")
+    add("--device", help="where to compute: cpu, cuda, cuda:1, ...")
     options = parser.parse_args(words)
     if options.items:
-        return make(options.items, options.output, main)
+        given = {"--data-root": options.data_root, "--device": options.device}
+        further = [word for each in given.items() if each[1] for word in each]
+        items = makeable() if options.items == ["all"] else options.items
+        output = options.output + ("/quick" if options.quick else "")
+        return make(items, output, main, further, options.quick)
     if ranks.rank() == 0:
-        print(listing(Path(options.results)))
+        if options.page:
+            print(f"wrote {write_page(Path(options.results), Path(options.images))}")
+        else:
+            print(listing(Path(options.results)))
     return 0
 
 

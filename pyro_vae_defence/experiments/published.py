@@ -40,7 +40,7 @@ from pyro_vae_defence.experiments.classify import CLASSIFIERS, classifiers_of
 from pyro_vae_defence.experiments.defences import PaperName
 from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, new_figure
 from pyro_vae_defence.experiments.study import METRIC, VARIANT, Cell, Measurement
-from pyro_vae_defence.experiments.train import DATASETS
+from pyro_vae_defence.experiments.train import DATASETS, MODELS
 from pyro_vae_defence.mcmc.captured import Graph
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import LinearClassifier
@@ -105,11 +105,13 @@ class PublishedConfig(conf.Configuration):
 
 def _names() -> dict[str, PublishedConfig]:
     """Tables 2, 3 and 4; longer chains (Figures 6 and 15); more radii (Figures 13 and 14)."""
-    kinds = ("vae", *(f"{kind}_{beta}" for kind in ("beta_vae", "tcvae") for beta in (2, 5, 10)))
-    models = [f"{dataset}_{kind}" for dataset in DATASETS for kind in kinds]
-    names = {model: PublishedConfig(model) for model in models}
     counts = (0, 5, 10, 20, 50, 100, 150, 200, 300, 500, 750, 1000, 1500, 2000)
     radii = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+    names = {
+        name: PublishedConfig(name)
+        for name, config in MODELS.items()
+        if config.dataset in DATASETS and config.architecture is None
+    }
     for dataset in DATASETS:
         plain = names[f"{dataset}_vae"]
         names[f"{dataset}_transitions"] = replace(plain, radii=(0.1,), transitions=counts)
@@ -134,7 +136,7 @@ class Published(Measurement[PublishedConfig]):
         """
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
-        self.paper = config.paper or card.dataset
+        self.paper = config.paper or card.dataset.removesuffix("_subset")
         if self.paper not in PAPER_SETTINGS:
             known = ", ".join(PAPER_SETTINGS)
             raise ValueError(
@@ -226,11 +228,21 @@ class Published(Measurement[PublishedConfig]):
             "num_transitions": self.count,
         }
 
+    @classmethod
+    def num_gradients(cls, config: PublishedConfig) -> int:
+        """Decoder gradients of all chains of a configuration, all rows together."""
+        dataset = MODELS[config.model].dataset
+        paper = config.paper or dataset
+        length = max(*config.transitions, _count(config, paper))
+        sets = 1 + len(config.radii) * (1 + len(classifiers_of(config.model)))
+        rows = config.num_references * config.num_restarts
+        chains = rows * sets if config.radii else 0
+        return chains * (1 + length * PAPER_SETTINGS[paper].num_steps)
+
     @property
     def count(self) -> int:
         """After how many transitions the chain is read."""
-        published = PAPER_SETTINGS[self.paper].num_transitions
-        return self.config.num_transitions or published // 2 + published
+        return _count(self.config, self.paper)
 
     @property
     def counts(self) -> list[int]:
@@ -240,13 +252,12 @@ class Published(Measurement[PublishedConfig]):
     @cached_property
     def defence(self) -> MCMCDefence:
         """The published one, of which every draw is kept."""
-        on_gpu = self.device.type == "cuda"
         return replace(
             MCMCDefence.paper(self.vae, self.paper),
             num_samples=max(1, *self.counts),
             warmup_steps=0,
             keep_draws=None,
-            prepare=Graph(force_dtype="tf32") if on_gpu else Recorder(),
+            prepare=on_device(self.device),
             progress=self.progress,
         )
 
@@ -343,6 +354,16 @@ class Published(Measurement[PublishedConfig]):
         if len(over) > 3:
             drawn["radii"] = radii_figure(dict(sorted(over.items())))
         return drawn
+
+
+def _count(config: PublishedConfig, paper: str) -> int:
+    published = PAPER_SETTINGS[paper].num_transitions
+    return config.num_transitions or published // 2 + published
+
+
+def on_device(device: torch.device) -> Graph | Recorder:
+    """How long chains are run there: exactly, and without the model's Python at every gradient."""
+    return Graph(force_dtype="tf32") if device.type == "cuda" else Recorder()
 
 
 def note(config: dict[str, Any]) -> str:

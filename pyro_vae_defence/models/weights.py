@@ -94,12 +94,16 @@ def check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], optiona
         raise ValueError("the weights do not fit the configuration; " + "; ".join(found))
     check_finite({key: weights[key] for key in both if expected[key].is_floating_point()})
     if counts := [
-        key
-        for key in both
-        if not expected[key].is_floating_point()
-        and (not _dense(weights[key]) or weights[key].dtype != expected[key].dtype)
+        key for key in both if not expected[key].is_floating_point() and not _is_count(weights[key])
     ]:
         raise ValueError(f"these counts are no {torch.int64}: {few(counts)}")
+
+
+def _is_count(value: Tensor) -> bool:
+    """Whether a tensor holds whole numbers; earlier versions wrote them in floating point."""
+    if not _dense(value) or value.dtype == torch.int64:
+        return _dense(value)
+    return value.is_floating_point() and bool((value == value.round()).all())
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
