@@ -179,7 +179,7 @@ def _models() -> dict[str, TrainConfig]:
         models[f"{dataset}_se_avae"] = replace(smooth, objective="se_avae")
         models[f"{dataset}_avae_ss"] = replace(variant, objective="avae_ss")
     # Whose posteriors can be computed on a grid.
-    models["mnist_vae_2d"] = TrainConfig("mnist", latent_dim=2, epochs=20, half=True)
+    models["mnist_vae_2d"] = TrainConfig("mnist", latent_dim=2, epochs=10, half=True)
     # Backgrounds that no clip of dark pixels can restore.
     for dataset, images in (("fashion_mnist_inverted", None), ("color_mnist_textured", 55_000)):
         models[f"{dataset}_vae"] = TrainConfig(dataset, images_per_epoch=images)
