@@ -179,7 +179,7 @@ class TheoryConfig(conf.Configuration):
         0.001, 0.003, 0.01, 0.03, 0.1, 0.2,
     )  # fmt: skip
     theorem_radii: tuple[conf.AttackRadius, ...] = (0.01, 0.1, 0.2)
-    transitions: Annotated[tuple[conf.Count, ...], conf.not_empty] = (1, 2, 5, 10, 20, 50, 100)
+    transitions: Annotated[tuple[conf.Count, ...], conf.not_empty] = (1, 2, 5, 10, 20, 50)
     num_chains: conf.Count = 20_000
     step_size: conf.Positive = 0.3
     num_steps: conf.Count = 4
