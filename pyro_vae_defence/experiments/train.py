@@ -69,6 +69,7 @@ class TrainConfig(conf.Configuration):
         rho: AVAE's correlation (Cemgil et al. 2020).
         architecture: fields of :class:`~pyro_vae_defence.models.nvae.NVAEConfig` for an NVAE;
             ``None`` is the paper's convolutional VAE.
+        latent_dim: latent dimensions of that one.
         kl_anneal: share of the training in which NVAE's KL weight rises to 1.
         penalty: weight of NVAE's spectral and batch-norm penalties.
         epochs: passes over the training set.
@@ -90,6 +91,7 @@ class TrainConfig(conf.Configuration):
     gamma: conf.Positive = 1.0
     rho: conf.Share = 0.975
     architecture: dict[str, Any] | None = None
+    latent_dim: conf.Count = 64
     kl_anneal: conf.Share = 0.3
     penalty: conf.NotNegative = 1e-2
     epochs: conf.Count = 12
@@ -112,7 +114,10 @@ class TrainConfig(conf.Configuration):
         for name, readers in _READ_BY.items():
             if self.objective not in readers:
                 self.refuse_idle(f"on the objective {self.objective!r}", name)
+        if self.start_from is not None:
+            self.refuse_idle("with start_from, whose architecture it is", "latent_dim")
         if self.architecture is not None:
+            self.refuse_idle("on an NVAE", "latent_dim")
             try:
                 NVAEConfig.from_dict(self.architecture)
             except (TypeError, ValueError) as error:
@@ -173,6 +178,8 @@ def _models() -> dict[str, TrainConfig]:
         models[f"{dataset}_avae"] = replace(variant, objective="avae")
         models[f"{dataset}_se_avae"] = replace(smooth, objective="se_avae")
         models[f"{dataset}_avae_ss"] = replace(variant, objective="avae_ss")
+    # Whose posteriors can be computed on a grid.
+    models["mnist_vae_2d"] = TrainConfig("mnist", latent_dim=2, epochs=10, half=True)
     # Backgrounds that no clip of dark pixels can restore.
     for dataset, images in (("fashion_mnist_inverted", None), ("color_mnist_textured", 55_000)):
         models[f"{dataset}_vae"] = TrainConfig(dataset, images_per_epoch=images)
@@ -184,13 +191,15 @@ MODELS: dict[str, TrainConfig] = _models()
 """Models in the order of tables: ``<dataset>_vae``, ``<dataset>_vae_long``, the plain one after a
 second training as long as the first, ``<dataset>_beta_vae_<beta>`` and ``<dataset>_tcvae_<beta>``
 (Table 7); for MNIST and ColorMNIST ``<dataset>_se_<radius>``, ``<dataset>_avae``,
-``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); VAEs of two harder variants,
-``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``; and ``mnist_nvae``, a hierarchical
-VAE small enough to be trained on a processor."""
+``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); ``mnist_vae_2d``, with two latent
+dimensions (Figure 1); VAEs of two harder variants, ``fashion_mnist_inverted_vae`` and
+``color_mnist_textured_vae``; and ``mnist_nvae``, a hierarchical VAE small enough to be trained on a
+processor."""
 
 _FAMILIES = {
     "vae": "VAE",
     "vae_long": "VAE, second training",
+    "vae_2d": "VAE, two latent dimensions",
     "beta_vae": "β-VAE, β = ",
     "tcvae": "β-TCVAE, β = ",
     "se": "SE, radius ",
@@ -318,7 +327,7 @@ class Train(Study[TrainConfig]):
 def make_vae(config: TrainConfig, image_shape: tuple[int, int, int]) -> TrainedVAE:
     """The untrained model a configuration names, for images ``(C, H, W)``."""
     if config.architecture is None:
-        return ConvVAE(image_shape[0], image_size=image_shape[-1])
+        return ConvVAE(image_shape[0], config.latent_dim, image_size=image_shape[-1])
     return NVAE(NVAEConfig.from_dict(config.architecture))
 
 
