@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from pyro_vae_defence import objectives
 from pyro_vae_defence.attacks import PGD
 from pyro_vae_defence.attacks.objectives import squared_wasserstein
+from pyro_vae_defence.data import Images
 from pyro_vae_defence.data.loading import images_alone
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.study import Study, load
-from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models import ConditionalVAE, ConvVAE, program
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
 from pyro_vae_defence.ops.balls import Linf
@@ -69,6 +71,8 @@ class TrainConfig(conf.Configuration):
         rho: AVAE's correlation (Cemgil et al. 2020).
         architecture: fields of :class:`~pyro_vae_defence.models.nvae.NVAEConfig` for an NVAE;
             ``None`` is the paper's convolutional VAE.
+        conditional: whether the class is a condition of both programs, in a
+            :class:`~pyro_vae_defence.models.ConditionalVAE` in place of the convolutional one.
         kl_anneal: share of the training in which NVAE's KL weight rises to 1.
         penalty: weight of NVAE's spectral and batch-norm penalties.
         epochs: passes over the training set.
@@ -90,6 +94,7 @@ class TrainConfig(conf.Configuration):
     gamma: conf.Positive = 1.0
     rho: conf.Share = 0.975
     architecture: dict[str, Any] | None = None
+    conditional: bool = False
     kl_anneal: conf.Share = 0.3
     penalty: conf.NotNegative = 1e-2
     epochs: conf.Count = 12
@@ -122,6 +127,11 @@ class TrainConfig(conf.Configuration):
         elif self.objective == "nvae" and self.start_from is None:
             raise ValueError(
                 "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
+            )
+        if self.conditional and (self.objective != "beta" or self.architecture or self.start_from):
+            raise ValueError(
+                "conditional=True is a dense VAE trained from the start by the objective 'beta'; "
+                "leave objective, architecture and start_from out"
             )
         self.refuse_above(batch_size="images_per_epoch")
 
@@ -188,6 +198,13 @@ second training as long as the first, ``<dataset>_beta_vae_<beta>`` and ``<datas
 ``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``; and ``mnist_nvae``, a hierarchical
 VAE small enough to be trained on a processor."""
 
+CONDITIONAL_MODELS = {
+    f"{dataset}_conditional": TrainConfig(dataset, conditional=True, epochs=40, half=True)
+    for dataset in ("mnist", "fashion_mnist")
+}
+"""VAEs given the class, for analysis by synthesis: ``<dataset>_conditional``. They read labels, and
+stand in no table of the others."""
+
 _FAMILIES = {
     "vae": "VAE",
     "vae_long": "VAE, second training",
@@ -217,7 +234,7 @@ class Train(Study[TrainConfig]):
 
     command = "train"
     noun = "model"
-    names = MODELS
+    names = MODELS | CONDITIONAL_MODELS
     output = "runs/models"
 
     def run(self) -> WeightCard:
@@ -243,8 +260,11 @@ class Train(Study[TrainConfig]):
         train_set = self.images(config.dataset, "train")
         count = config.images_per_epoch or len(train_set)
         sampler = BatchSampler(RandomSampler(train_set, num_samples=count), config.batch_size, True)
+        collate = (
+            functools.partial(_with_classes, train_set) if config.conditional else images_alone
+        )
         loader: DataLoader[Any] = DataLoader(
-            train_set, sampler=sampler, batch_size=None, collate_fn=images_alone
+            train_set, sampler=sampler, batch_size=None, collate_fn=collate
         )
         validation = self._validation()
 
@@ -253,7 +273,7 @@ class Train(Study[TrainConfig]):
         training = dataclasses.asdict(config)
         of = f"{self.name}: {config}"
         if config.start_from is None:
-            vae = make_vae(config, train_set.image_shape)
+            vae = make_vae(config, train_set)
         else:
             vae, start = self.load_vae(config.start_from)
             vae.train()
@@ -308,15 +328,26 @@ class Train(Study[TrainConfig]):
         """The likelihood it has reached."""
         return f"{found.name}: validation -ELBO {found.metrics['validation_nelbo']:.2f} nats"
 
-    def _validation(self) -> list[Tensor]:
+    def _validation(self) -> list[Any]:
         """About 5,000 images; a stride of 6 visits all seven colours of ColorMNIST."""
         images = self.images(self.config.dataset, "validation")
         chosen = torch.arange(0, len(images), 6 if len(images) > 5000 else 1)
+        if self.config.conditional:
+            return [_with_classes(images, images[some]) for some in chosen.split(500)]
         return [images.images(some) for some in chosen.split(500)]
 
 
-def make_vae(config: TrainConfig, image_shape: tuple[int, int, int]) -> TrainedVAE:
-    """The untrained model a configuration names, for images ``(C, H, W)``."""
+def _with_classes(images: Images, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A batch with its classes as one-hot vectors."""
+    x, labels = batch
+    return x, torch.nn.functional.one_hot(labels, len(images.class_names)).to(x.dtype)
+
+
+def make_vae(config: TrainConfig, images: Images) -> TrainedVAE:
+    """The untrained model a configuration names, for images of a dataset."""
+    image_shape = images.image_shape
+    if config.conditional:
+        return ConditionalVAE(image_shape, len(images.class_names))
     if config.architecture is None:
         return ConvVAE(image_shape[0], image_size=image_shape[-1])
     return NVAE(NVAEConfig.from_dict(config.architecture))
@@ -361,7 +392,7 @@ def _rounded(vae: TrainedVAE) -> TrainedVAE:
     return rounded
 
 
-def _nelbo(vae: TrainedVAE, validation: list[Tensor]) -> float:
+def _nelbo(vae: TrainedVAE, validation: list[Any]) -> float:
     """Validation -ELBO with the same draws whichever model it is of."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
