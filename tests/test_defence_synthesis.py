@@ -63,7 +63,7 @@ class TwoSites(PlaneOfClass):
             pyro.sample("b", dist.LogNormal(zero, 1.0).to_event(1))
 
 
-GRID = torch.linspace(-5.5, 5.5, 67, dtype=torch.float64)
+GRID = torch.linspace(-5, 5, 51, dtype=torch.float64)
 
 
 def energies(vae, x, y, z, reach):
@@ -104,7 +104,7 @@ LABELS = torch.arange(CLASSES)
 
 
 def make(vae, reach, **options):
-    options = {"num_temperatures": 16, "num_walks": 16, **options}
+    options = {"num_temperatures": 8, "num_walks": 12, **options}
     return AnalysisBySynthesis(vae, CLASSES, reach, **options)
 
 

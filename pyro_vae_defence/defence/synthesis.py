@@ -20,18 +20,19 @@ U_{\delta-\epsilon}(z; x^r)`, class by class, hence
 
 The class stays y under *every* attack in the ball if :math:`\pi_y M_y^{\delta-\epsilon}(x^r)`
 exceeds all :math:`\pi_k M_k^{\delta+\epsilon}(x^r)` of other classes k, which are functions of the
-clean image.
-No walk has to be kept in a set of latents, as for
+clean image. No walk has to be kept in a set of latents, as for
 :func:`~pyro_vae_defence.robustness.mass_bound`. It is estimated, for exact inference: the
 inequality is proved; the masses are estimated, not certified.
 
-*Estimating masses.* Walks rise from a Gaussian per class, fitted to draws of :math:`p(z \mid y)`,
-through inverse temperatures to the target (:mod:`pyro_vae_defence.mcmc.annealed`). The mean weight
-is the mass in expectation, wherever the walks go; its logarithm errs downwards. For the bound other
-walks fall from where these have ended, gone on for a while, back to the Gaussian: as far as they
-start at draws of the target, they err upwards. The bound takes the less favourable estimate. Each
-pair of an image and a class has step sizes of its own, tuned on walks that are then thrown away.
-Walks start where the attacker has no say, all classes alike.
+*Estimating masses.* Walks rise through inverse temperatures to the target
+(:mod:`pyro_vae_defence.mcmc.annealed`) from a mixture: a Gaussian fitted to draws of :math:`p(z
+\mid y)`, and one around each end of a few pilots, which have risen from that Gaussian. The mean
+weight is the mass in expectation, whatever pilots have found; its logarithm errs downwards. For the
+bound other walks fall from where these have ended, gone on for a while, back to the mixture: as far
+as they start at draws of the target, they err upwards. The bound takes the less favourable
+estimate. Step sizes are tuned, for each pair of an image and a class, on walks that are then thrown
+away. All classes are treated alike, and no walk starts at an encoding of the image, which is the
+attacker's.
 
 *Gradient.* In x, a logarithm of a mass has the derivative :math:`-E[\partial_x U_{\delta,y}(z; x)]`
 over the posterior of its class, where the walks end.
@@ -44,6 +45,7 @@ lower bound of log p(x | y) by optimisation, and bound the L2 perturbation that 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,8 +65,15 @@ from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
 _PRIOR_DRAWS = 500  # of each class, which a Gaussian is fitted to
 _LEAST_SCALE = 1e-3  # of that Gaussian
-_PILOTS = 2  # walks of each image and class that tune step sizes
-_START, _CHOICE = 3, 4  # purposes of the streams, beside those of HMC and of redrawing
+_PILOTS = 4  # walks of each image and class that look for modes
+_TUNING = 2  # walks that tune step sizes
+_WIDE = 0.2  # weight of the class's own Gaussian, beside those around the pilots' ends
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+_START, _COMPONENT, _CHOICE = (
+    3,
+    4,
+    5,
+)  # purposes of the streams, beside those of HMC and of redrawing
 
 
 class ClassMasses(NamedTuple):
@@ -128,7 +137,7 @@ class AnalysisBySynthesis:
             when ``None``.
         inverse_mass_matrix: variances of the unconstrained latents given an image, site -> one
             image's shape, such as ``vae.mean_posterior_variance``: the scales on which walks move
-            near the target. ``None`` takes those of the prior.
+                near the target. ``None`` takes those of the prior.
         num_temperatures: steps of a walk, >= 3.
         num_steps: leapfrog steps for each, one gradient each.
         num_walks: walks per image and class, 2 or more.
@@ -152,7 +161,7 @@ class AnalysisBySynthesis:
     perturbation: Ball | None = None
     log_prior: Tensor | None = None
     inverse_mass_matrix: LatentsLike | None = None
-    num_temperatures: int = 50
+    num_temperatures: int = 20
     num_steps: int = 3
     num_walks: int = 8
     rows: int = 1600
@@ -220,11 +229,45 @@ class AnalysisBySynthesis:
                 )
         return ClassMasses(*map(torch.cat, zip(*parts, strict=True)))
 
+    def log_posterior(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Log-probabilities of classes, ``(N, K)``, normalised; as :meth:`log_masses`."""
+        found = self.log_masses(x, generator).log_mass
+        return (found + self._prior(found)).log_softmax(1)
+
     def predict(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Classes of images, int64 ``(N,)``; arguments as for :meth:`log_masses`."""
         with torch.no_grad():
-            found = self.log_masses(x, generator).log_mass
-        return (found + self._prior(found)).argmax(1)
+            return self.log_posterior(x, generator).argmax(1)
+
+    @public
+    @torch.no_grad()
+    def explain(
+        self, x: Tensor, classes: Tensor, generator: torch.Generator | None = None
+    ) -> Latents:
+        """Latents by which given classes explain images, site -> ``(num_walks, N, *event)``.
+
+        They are draws of the classes' perturbation-aware posteriors, as far as walks are long
+        enough, on the scale of the model's latents: ``program.decode`` shows them.
+
+        Args:
+            x: images ``(N, C, H, W)`` in [0, 1].
+            classes: one for each image, int64 ``(N,)``.
+            generator: as for :meth:`log_masses`.
+
+        Raises:
+            ValueError: if an argument does not fit.
+        """
+        self._check_images(x)
+        pairs = _Pairs(
+            torch.arange(len(x), device=x.device), self._check_classes("classes", classes, x)
+        )
+        seed, parts = draw_seed(generator), []
+        with program.evaluation_mode(self.vae):
+            for some in self._parts(pairs):
+                walks = _Walks(self, x, some, self.perturbation, seed)
+                end = walks.energy.constrain(walks.rise().end.position)
+                parts.append({name: lat.unfold(v, self.num_walks) for name, v in end.items()})
+        return {name: torch.cat([each[name] for each in parts], 1) for name in parts[0]}
 
     @public
     @torch.no_grad()
@@ -264,7 +307,7 @@ class AnalysisBySynthesis:
             raise ValueError(
                 f"num_falling={num_falling} must be at most num_walks={self.num_walks}"
             )
-        labels = self._check_labels(labels, x)
+        labels = self._check_classes("labels", labels, x)
         seed = draw_seed(generator)
         # Pairs of an image and another class, image after image.
         others = torch.arange(1, self.num_classes, device=x.device)
@@ -289,15 +332,19 @@ class AnalysisBySynthesis:
     def _both(
         self, x: Tensor, pairs: _Pairs, reach: Ball | None, seed: int, num_falling: int
     ) -> _Both:
-        size = max(1, self.rows // self.num_walks)
         parts = []
-        for first in range(0, len(pairs.image), size):
-            some = _Pairs(*(value[first : first + size] for value in pairs))
+        for some in self._parts(pairs):
             walks = _Walks(self, x, some, reach, seed)
             risen = walks.rise()
             fallen = walks.fall(risen, num_falling)
             parts.append(_Both(risen.log_mass, fallen.log_mass, risen.variance.sqrt()))
         return _Both(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _parts(self, pairs: _Pairs) -> Iterator[_Pairs]:
+        """As many pairs as are computed at once."""
+        size = max(1, self.rows // self.num_walks)
+        for first in range(0, len(pairs.image), size):
+            yield _Pairs(*(value[first : first + size] for value in pairs))
 
     def _prior(self, like: Tensor) -> Tensor:
         if self.log_prior is None:
@@ -312,16 +359,16 @@ class AnalysisBySynthesis:
             )
         program.check_images(x)
 
-    def _check_labels(self, labels: Tensor, x: Tensor) -> Tensor:
-        found = torch.as_tensor(labels, device=x.device)
+    def _check_classes(self, name: str, classes: Tensor, x: Tensor) -> Tensor:
+        found = torch.as_tensor(classes, device=x.device)
         if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
-            raise ValueError(f"labels must be classes, integers from 0 on, got dtype {found.dtype}")
+            raise ValueError(f"{name} must be integers from 0 on, got dtype {found.dtype}")
         if tuple(found.shape) != (len(x),):
-            raise ValueError(f"labels must have shape ({len(x)},), got {tuple(found.shape)}")
+            raise ValueError(f"{name} must have shape ({len(x)},), got {tuple(found.shape)}")
         least, most = int(found.min()), int(found.max())
         if least < 0 or most >= self.num_classes:
             raise ValueError(
-                f"labels must lie in 0..{self.num_classes - 1}, got values from {least} to {most}"
+                f"{name} must lie in 0..{self.num_classes - 1}, got values from {least} to {most}"
             )
         return found.long()
 
@@ -352,8 +399,8 @@ class _Both(NamedTuple):
 
 
 class _Base(NamedTuple):
-    """A Gaussian per class on the unconstrained scale, site -> ``(K, *event)``; the walks' metric
-    there, and at the target, site -> ``(1, *event)``."""
+    """A Gaussian per class on the unconstrained scale, site -> ``(K, *event)``; pilots' metric
+    there, and that of walks and at the target, site -> ``(1, *event)``."""
 
     loc: Latents
     scale: Latents
@@ -397,13 +444,18 @@ def _check_metric(metric: LatentsLike, like: Latents) -> Latents:
     return {name: metric[name][None].to(value) for name, value in like.items()}
 
 
-class _Gaussian:
-    """Energy -log q of rows, each with its own class's Gaussian, normalised."""
+class _Mixture:
+    """Energy -log q of rows, normalised, each with its own mixture of Gaussians.
 
-    def __init__(self, base: _Base, classes: Tensor) -> None:
-        self.loc, self.scale = lat.index(base.loc, classes), lat.index(base.scale, classes)
-        constant = {n: v.log() + 0.5 * math.log(2 * math.pi) for n, v in self.scale.items()}
-        self.constant = lat.sum_sites(constant)
+    Args:
+        loc, scale: site -> ``(components, rows, *event)``.
+        log_weights: of the components, ``(components,)``.
+    """
+
+    def __init__(self, loc: Latents, scale: Latents, log_weights: Tensor) -> None:
+        self.loc, self.scale, self.log_weights = loc, scale, log_weights
+        constant = _sum_events({n: v.log() + _HALF_LOG_2PI for n, v in scale.items()})
+        self.constant = log_weights[:, None] - constant
 
     def __call__(self, latents: LatentsLike) -> Tensor:
         return self.energy_and_gradient(latents)[0]
@@ -411,7 +463,35 @@ class _Gaussian:
     def energy_and_gradient(self, latents: LatentsLike) -> tuple[Tensor, Latents]:
         away = {name: latents[name] - value for name, value in self.loc.items()}
         pull = {name: value / self.scale[name].square() for name, value in away.items()}
-        return self.constant + 0.5 * lat.dot(away, pull), pull
+        log_q = self.constant - 0.5 * _sum_events(lat.multiply(away, pull))
+        shares = log_q.softmax(0)
+        force = {n: (value * _events(shares, value)).sum(0) for n, value in pull.items()}
+        return -log_q.logsumexp(0), force
+
+    def draw(self, streams: Streams, number: int) -> Latents:
+        """One draw per row; of ``number`` walks of a pair, components have their shares."""
+        pairs = len(streams.image) // number
+        uniform = streams.uniform(0, _COMPONENT).view(number, pairs)[:1]
+        place = (torch.arange(number, device=uniform.device)[:, None] + uniform) / number
+        ends = self.log_weights.softmax(0).cumsum(0)[:-1]
+        component = torch.bucketize(place.flatten().clamp(max=1 - 1e-6), ends, right=True)
+        row = torch.arange(len(component), device=component.device)
+        return {
+            name: value[component, row]
+            + self.scale[name][component, row]
+            * streams.normal(k, _START, tuple(value.shape[2:]), value.dtype)
+            for k, (name, value) in enumerate(self.loc.items())
+        }
+
+
+def _events(value: Tensor, like: Tensor) -> Tensor:
+    """``(components, rows)`` with singleton dimensions appended."""
+    return value.reshape(value.shape + (1,) * (like.dim() - 2))
+
+
+def _sum_events(values: LatentsLike) -> Tensor:
+    """Sums over sites and events, ``(components, rows)``."""
+    return torch.stack([value.flatten(2).sum(2) for value in values.values()]).sum(0)
 
 
 def _at(of: AnalysisBySynthesis, x: Tensor, classes: Tensor) -> tuple[VAE, Tensor]:
@@ -442,31 +522,48 @@ class _Walks:
         self.schedule = sigmoid_schedule(of.num_temperatures)
 
     def rise(self) -> annealed.WalkResult:
-        """From the Gaussians to the target, after a pilot that tunes the steps."""
-        start = self.x.new_full((self.of.num_temperatures - 1,), 0.3)
-        pilot = self._rise(start, _PILOTS, self._seeded(3), tune=True)
-        sizes = pilot.step_sizes.log().unflatten(1, (_PILOTS, -1)).mean(1).exp()
-        self.sizes = sizes
-        number = self.of.num_walks
-        return self._rise(sizes.repeat(1, number), number, self._seeded(0))
+        """From a mixture to the target, which pilots have told where to look and how far to step.
+
+        Pilots rise from the class's Gaussian; the mixture has it and a Gaussian around each of
+        their ends.
+        """
+        start = self.x.new_full((self.of.num_temperatures - 1, len(self.x)), 0.3)
+        wide = {name: value[None, self.pairs.classes] for name, value in self.base.loc.items()}
+        scale = {name: value[None, self.pairs.classes] for name, value in self.base.scale.items()}
+        self.mixture = wide, scale, self.x.new_zeros(1)
+        pilot = self._rise(start, _PILOTS, self._seeded(3), self.base.metric, tune=True)
+        ends = {n: lat.unfold(v, _PILOTS) for n, v in pilot.end.position.items()}
+        narrow = {n: v.sqrt().expand_as(ends[n]) for n, v in self.base.at_target.items()}
+        weights = self.x.new_tensor([_WIDE] + [(1 - _WIDE) / _PILOTS] * _PILOTS)
+        self.mixture = (
+            {name: torch.cat([value, ends[name]]) for name, value in wide.items()},
+            {name: torch.cat([value, narrow[name]]) for name, value in scale.items()},
+            weights.log(),
+        )
+        tuned = self._rise(start, _TUNING, self._seeded(4), self._metric, tune=True)
+        self.sizes = lat.unfold(tuned.step_sizes.T, _TUNING).log().mean(0).exp().T
+        return self._rise(self.sizes, self.of.num_walks, self._seeded(0), self._metric)
+
+    def _metric(self, b: float) -> Latents:
+        return self.base.at_target
 
     def _rise(
-        self, sizes: Tensor, number: int, streams: Streams, tune: bool = False
+        self,
+        sizes: Tensor,
+        number: int,
+        streams: Streams,
+        metric: Callable[[float], Latents],
+        tune: bool = False,
     ) -> annealed.WalkResult:
         rows = self._repeat(streams, number)
         target, base = self._densities(number)
-        start = {
-            name: base.loc[name]
-            + base.scale[name] * rows.normal(k, _START, tuple(scale.shape[1:]), scale.dtype)
-            for k, (name, scale) in enumerate(base.scale.items())
-        }
         return annealed.walk(
-            target, base, start, number, self.schedule, rows, sizes, self.of.num_steps,
-            self.base.metric, tune=tune,
+            target, base, base.draw(rows, number), number, self.schedule, rows,
+            sizes.repeat(1, number), self.of.num_steps, metric, tune=tune,
         )  # fmt: skip
 
     def fall(self, risen: annealed.WalkResult, number: int) -> annealed.WalkResult:
-        """Back to the Gaussians, from where rising walks have ended and gone on."""
+        """Back to the mixture, from where rising walks have ended and gone on."""
         walks, pairs = self.of.num_walks, len(self.x)
         # Some at random: walks that were drawn anew are next to their copies.
         first = (self.streams.uniform(0, _CHOICE) * walks).long()
@@ -476,15 +573,14 @@ class _Walks:
         target, base = self._densities(number)
         rows = self._repeat(self._seeded(1), number)
         point, size = risen.end.take(chosen), self.sizes[-1].repeat(number)
-        metric = self.base.metric(1.0)
         for step in range(self.of.num_temperatures // 2):
             point, _ = annealed.move(
-                target, base, point, 1.0, step, rows, size, self.of.num_steps, metric
+                target, base, point, 1.0, step, rows, size, self.of.num_steps, self._metric(1.0)
             )
         return annealed.walk(
             target, base, point.position, number, self.schedule.flip(0),
             self._repeat(self._seeded(2), number), self.sizes.flip(0).repeat(1, number),
-            self.of.num_steps, self.base.metric,
+            self.of.num_steps, self._metric,
         )  # fmt: skip
 
     def differentiable(self, x: Tensor, risen: annealed.WalkResult) -> Tensor:
@@ -498,10 +594,15 @@ class _Walks:
         mean = lat.unfold(finite, number).mean(0)
         return risen.log_mass - (mean - mean.detach())
 
-    def _densities(self, number: int) -> tuple[program.ModelPotential, _Gaussian]:
+    def _densities(self, number: int) -> tuple[program.ModelPotential, _Mixture]:
         """Energies of target and base, of rows that are copies of the pairs."""
         target = self.energy.at(self.x.repeat(number, 1, 1, 1))
-        return target, _Gaussian(self.base, self.pairs.classes.repeat(number))
+        loc, scale, log_weights = self.mixture
+        loc, scale = (
+            {n: v.repeat(1, number, *(1,) * (v.dim() - 2)) for n, v in each.items()}
+            for each in (loc, scale)
+        )
+        return target, _Mixture(loc, scale, log_weights)
 
     def _seeded(self, purpose: int) -> Streams:
         return self.streams._replace(seed=(self.streams.seed + purpose) % 2**64)

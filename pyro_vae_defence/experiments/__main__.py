@@ -33,6 +33,7 @@ STUDIES = {
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
     "bound": ("bound:Bound",),
+    "synthesis": ("synthesis:Synthesis",),
     "benchmark": (
         "benchmark.run:BenchmarkSamplers",
         "benchmark.attacks:BenchmarkAttacks",

@@ -128,7 +128,9 @@ class TrainConfig(conf.Configuration):
             raise ValueError(
                 "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
             )
-        if self.conditional and (self.objective != "beta" or self.architecture or self.start_from):
+        if self.conditional and (
+            self.objective != "beta" or self.architecture is not None or self.start_from is not None
+        ):
             raise ValueError(
                 "conditional=True is a dense VAE trained from the start by the objective 'beta'; "
                 "leave objective, architecture and start_from out"
