@@ -45,11 +45,27 @@ def test_a_conditional_model_is_trained_and_loaded(models):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"objective": "avae"}, {"start_from": "mnist_vae"}, {"architecture": SMALL}]
+    "changes",
+    [
+        {"objective": "avae", "conditional": True},
+        {"architecture": SMALL, "conditional": True},
+        {"objective": "margin"},
+    ],
 )
-def test_a_conditional_model_has_one_way_of_training(changes):
+def test_objectives_of_conditional_models(changes):
     with pytest.raises(ValueError, match="conditional=True"):
-        TrainConfig("mnist", conditional=True, **changes)
+        TrainConfig("mnist", **changes)
+
+
+def test_training_goes_on_with_the_margin(models):
+    changes = {"dataset": "mnist_subset", "epochs": 1, "images_per_epoch": 128}
+    card = Train("mnist_conditional_margin", models, models=models, overrides=changes,
+                 progress=False).run()  # fmt: skip
+    assert card.training["start_from_sha256"] == load_card("mnist_conditional", models).sha256
+    changes = {**changes, "start_from": "mnist_vae"}
+    study = Train("fashion_mnist_conditional_margin", models, overrides=changes, progress=False)
+    with pytest.raises(ValueError, match="start_from='mnist_vae' is a ConvVAE"):
+        study.run()
 
 
 def test_a_result_is_written_resumed_and_printed(models, tmp_path):

@@ -13,7 +13,7 @@ and the class is :math:`\arg\max_y\, [\log \pi_y + \log M_y^\delta(x)]`. There i
 that an attack could lead astray.
 
 *A bound without an attack.* For :math:`\|x^a - x^r\| \le \epsilon \le \delta` the energies are
-ordered at every z (:ref:`mass-bound`), :math:`U_{\delta+\epsilon}(z; x^r) \le U_\delta(z; x^a) \le
+ordered at every z, :math:`U_{\delta+\epsilon}(z; x^r) \le U_\delta(z; x^a) \le
 U_{\delta-\epsilon}(z; x^r)`, class by class, hence
 
 .. math:: M_y^{\delta-\epsilon}(x^r) \;\le\; M_y^\delta(x^a) \;\le\; M_y^{\delta+\epsilon}(x^r).
@@ -63,7 +63,7 @@ from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
-_PRIOR_DRAWS = 500  # of each class, which a Gaussian is fitted to
+_PRIOR_DRAWS = 200  # of each class, which a Gaussian is fitted to
 _LEAST_SCALE = 1e-3  # of that Gaussian
 _PILOTS = 4  # walks of each image and class that look for modes
 _TUNING = 2  # walks that tune step sizes

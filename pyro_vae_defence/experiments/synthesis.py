@@ -23,6 +23,7 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.robustness import blocks, check_blocks
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
+from pyro_vae_defence.experiments.train import CONDITIONAL_MODELS
 from pyro_vae_defence.models import ConditionalVAE
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness.synthesis import class_evidence, mass_margin
@@ -81,7 +82,7 @@ class Synthesis(Measurement[SynthesisConfig]):
     kind = command = "synthesis"
     metric = None
     names = {
-        dataset: SynthesisConfig(f"{dataset}_conditional") for dataset in ("mnist", "fashion_mnist")
+        model.replace("_conditional", ""): SynthesisConfig(model) for model in CONDITIONAL_MODELS
     }
     output = "runs/synthesis"
     parts = ("bounds", "attacks")
