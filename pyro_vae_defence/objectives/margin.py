@@ -33,10 +33,12 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae_defence.models.perturbation import PerturbationAware
+from pyro_vae_defence.models.sites import sample_sites
 from pyro_vae_defence.objectives.elbo import ImageELBO, Terms, elbo_terms, log_likelihood
+from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, check_ball, reaches
 from pyro_vae_defence.ops.checks import check_positive
-from pyro_vae_defence.types import PyroProgram
+from pyro_vae_defence.types import Latents, PyroProgram
 
 
 class MassMargin(ImageELBO):
@@ -81,16 +83,16 @@ class MassMargin(ImageELBO):
 
     def _check(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """The classes."""
-        (y,) = args if len(args) == 1 and not kwargs else (None,)
-        fits = isinstance(y, Tensor) and y.dim() == 2 and len(y) == len(x) and y.shape[1] > 1
-        if not (fits and bool(((y == 0) | (y == 1)).all() & (y.sum(1) == 1).all())):
-            raise ValueError(
-                "the programs must be given images and their classes as one-hot vectors (N, K), "
-                f"got {len(args) + len(kwargs)} arguments beside the images"
-                + (f", of shape {tuple(y.shape)}" if isinstance(y, Tensor) else "")
-            )
-        assert isinstance(y, Tensor)
-        return y
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            y = args[0]
+            if y.dim() == 2 and len(y) == len(x) and y.shape[1] > 1:
+                one_hot = (y == y.bool()).all() & (y.sum(1) == 1).all()
+                if bool(one_hot):
+                    return y
+        raise ValueError(
+            "the programs must be given images and their classes as one-hot vectors (N, K), got "
+            f"{[tuple(v.shape) if isinstance(v, Tensor) else v for v in args]} beside the images"
+        )
 
 
 def _others(y: Tensor) -> Tensor:
@@ -101,20 +103,21 @@ def _others(y: Tensor) -> Tensor:
 def _wrong(model: PyroProgram, guide: PyroProgram, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The ELBO of rows, with the model's gradient alone, and with the guide's alone, ``(N,)``."""
     guide_trace = poutine.trace(guide).get_trace(x, y)
-    drawn = {n: node["value"] for n, node in guide_trace.nodes.items() if node["type"] == "sample"}
-    leaves = {n: v.detach().requires_grad_() for n, v in drawn.items() if v.requires_grad}
-    for name, leaf in leaves.items():
-        guide_trace.nodes[name]["value"] = leaf
+    drawn: Latents = {}
+    leaves: Latents = {}
+    for site in sample_sites(guide_trace).values():
+        if site["value"].requires_grad:  # not in validation, without gradients
+            drawn[site["name"]] = site["value"]
+            leaves[site["name"]] = site["value"] = site["value"].detach().requires_grad_()
     model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(x, y)
     model_trace.compute_log_prob()
     reconstruction = log_likelihood(model_trace)
-    forces: tuple[Tensor, ...] = ()
-    if leaves:  # not in validation, without gradients
-        forces = torch.autograd.grad(reconstruction.sum(), [*leaves.values()], retain_graph=True)
-    for name in leaves:
-        guide_trace.nodes[name]["value"] = drawn[name]
+    for name, value in drawn.items():
+        guide_trace.nodes[name]["value"] = value
     kl = elbo_terms(model_trace, guide_trace)["kl"]
-    pull = sum(
-        (force * drawn[name]).flatten(1).sum(1) for name, force in zip(leaves, forces, strict=True)
-    )
-    return reconstruction - kl.detach(), pull - kl
+    raised = -kl
+    if leaves:
+        forces = torch.autograd.grad(reconstruction.sum(), [*leaves.values()], retain_graph=True)
+        along = dict(zip(leaves, forces, strict=True))
+        raised = raised + lat.dot(along, drawn)
+    return reconstruction - kl.detach(), raised
