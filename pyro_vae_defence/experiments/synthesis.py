@@ -52,17 +52,17 @@ class SynthesisConfig(conf.Configuration):
     model: str
     dataset: conf.Dataset | None = None
     radii: Annotated[tuple[conf.AttackRadius, ...], conf.not_empty] = (0.05, 0.1, 0.2)
-    num_images: conf.Several = 100
+    num_images: conf.Several = 30
     images_per_cell: conf.Count = 10
-    num_attacked: conf.Natural = 20
-    num_temperatures: Annotated[int, conf.at_least(3)] = 20
-    num_steps: conf.Count = 3
-    num_walks: Annotated[int, conf.at_least(2)] = 8
+    num_attacked: conf.Natural = 10
+    num_temperatures: Annotated[int, conf.at_least(3)] = 15
+    num_steps: conf.Count = 2
+    num_walks: Annotated[int, conf.at_least(2)] = 4
     num_falling: conf.Count = 2
-    attack_steps: conf.Count = 30
-    attack_temperatures: Annotated[int, conf.at_least(3)] = 8
+    attack_steps: conf.Count = 20
+    attack_temperatures: Annotated[int, conf.at_least(3)] = 6
     attack_walks: Annotated[int, conf.at_least(2)] = 2
-    num_targets: conf.Count = 3
+    num_targets: conf.Count = 2
     seed: conf.Natural = 0
 
     def __post_init__(self) -> None:

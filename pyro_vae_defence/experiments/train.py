@@ -212,9 +212,9 @@ def _conditional_models() -> dict[str, TrainConfig]:
         name = f"{dataset}_conditional"
         plain = TrainConfig(dataset, conditional=True, epochs=40, half=True)
         # Ten classes are explained at each step.
-        few = replace(plain, start_from=name, epochs=4, images_per_epoch=10_000, learning_rate=5e-4)
+        few = replace(plain, start_from=name, epochs=4, images_per_epoch=10_000, learning_rate=1e-3)
         models[name] = plain
-        models[f"{name}_margin"] = replace(few, objective="margin", radius=0.1)
+        models[f"{name}_margin"] = replace(few, objective="margin", radius=0.1, weight=3.0)
     return models
 
 
