@@ -37,6 +37,7 @@ STUDIES = {
     "ratios": ("ratios:Ratios",),
     "two_latents": ("two_latents:TwoLatents",),
     "theory": ("theory:Theory",),
+    "synthesis": ("synthesis:Synthesis",),
     "benchmark": (
         "benchmark.run:BenchmarkSamplers",
         "benchmark.attacks:BenchmarkAttacks",
