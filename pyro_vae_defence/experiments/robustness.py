@@ -4,7 +4,8 @@ radius.
 For each target (the similarity of reconstructions, the accuracy of a classifier) and defence, the
 report of :func:`~pyro_vae_defence.robustness.evaluate_robustness`: the worst case image by image
 over all attacks, scored on seeds that no attack has seen, with the checks that say whether to
-believe it.
+believe it. The attacked images are published beside it, one file per report in ``attacked``, for
+:func:`~pyro_vae_defence.robustness.rescore`.
 
 Many images are evaluated block by block, a cell each, and tables join the blocks that are there.
 The block is the unit: its draws depend on the seed and its number, its gradients stop to be
@@ -54,6 +55,7 @@ from pyro_vae_defence.robustness import (
     Fidelity,
     RobustnessReport,
     evaluate_robustness,
+    save_attacked,
 )
 from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
 
@@ -366,7 +368,10 @@ class Robustness(Measurement[RobustnessConfig]):
     def report(
         self, target: Target, name: str, images: range | None = None, number: int | None = None
     ) -> dict[str, Any]:
-        """One defence under the whole suite, and the first images under their worst attack."""
+        """One defence under the whole suite, and the first images under their worst attack.
+
+        All images go into a file of their own, for others to score again.
+        """
         config, defence = self.config, self.defence(name)
         classify = None
         if target == "classification":
@@ -386,6 +391,9 @@ class Robustness(Measurement[RobustnessConfig]):
             checks=config.checks,
             generator=self.generator(*purpose),
         )
+        block = "" if number is None else f"_{number:03d}"
+        file = f"{self.name}_{target}_{name}{block}.safetensors"
+        save_attacked(report, self.directory / "attacked" / file)
         found = report.to_dict()
         if not number and config.num_examples > 0:  # of all images, or of the first block
             assert report.examples is not None
