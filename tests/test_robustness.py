@@ -40,7 +40,7 @@ from pyro_vae_defence.robustness import (
 )
 from pyro_vae_defence.robustness.checks import Seen, join
 from pyro_vae_defence.robustness.cost import ChainCost, chain_cost, suite_gradients
-from pyro_vae_defence.robustness.scoring import fresh_generators, interval
+from pyro_vae_defence.robustness.scoring import Fresh, interval
 
 TINY = Budget(
     num_steps=8, num_restarts=2, num_draws=(1, 2), stable=0.0, num_chains=8, num_iterations=3,
@@ -418,7 +418,7 @@ class TestJoin:
     def test_every_figure_is_that_of_all_values(self, parts):
         joined = RobustnessReport.join(parts)
         assert joined.values.keys() == parts[0].values.keys()
-        fresh = fresh_generators(parts[0].seed)
+        fresh = Fresh(parts[0].seed)
         for shown, name, check in zip(joined.checks, joined.evidence, CHECKS, strict=True):
             values = {
                 key: torch.cat([part.evidence[name].values[key] for part in parts])

@@ -21,7 +21,7 @@ from pyro_vae_defence.robustness import Budget, RobustnessReport, WhiteBox, eval
 from pyro_vae_defence.robustness import fidelity as fidelities
 from pyro_vae_defence.robustness.checks import CHECKS, Seen, join
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
-from pyro_vae_defence.robustness.scoring import Accuracy, fresh_generators
+from pyro_vae_defence.robustness.scoring import Accuracy, Fresh
 from pyro_vae_defence.robustness.suite import ATTACKS, Candidate, Row, Suite
 
 HMC = functools.partial(BatchedHMC, step_size=0.04, num_steps=3)
@@ -52,7 +52,7 @@ def make_suite(
     generator = torch.Generator().manual_seed(1)
     x = 0.3 + 0.4 * torch.rand(num, 1, 4, 4, generator=generator, dtype=torch.float64)
     labels = torch.arange(num) % 2
-    fresh = fresh_generators(0)
+    fresh = Fresh(0)
     box = make_box(vae, defence, x, fresh)
     scorer = Accuracy(box, x, labels, DefendedClassifier(defence, classify, reading), fresh)
     return Suite(box, scorer, x, ball or Linf(0.1), BUDGET, APGD)

@@ -24,7 +24,7 @@ from pyro_vae_defence.robustness import (
     save_attacked,
 )
 from pyro_vae_defence.robustness.fidelity import expected_difference
-from pyro_vae_defence.robustness.scoring import Accuracy, fresh_generators
+from pyro_vae_defence.robustness.scoring import Accuracy, Fresh
 from pyro_vae_defence.robustness.suite import Suite
 
 SEED = 11
@@ -101,7 +101,7 @@ class TestKnownSeed:
         assert not any("truncated did not run" in reason for reason in report.reasons)
         assert {a.name for a in report.attacks} == {*asked} - {"truncated"}
         # The truth of fidelity is the difference of the defence's own ends.
-        fresh = fresh_generators(3)
+        fresh = Fresh(3)
         box = WhiteBox(vae, defence, x, fresh, seed=SEED)
         scorer = Accuracy(box, x, labels, DefendedClassifier(box, classify, "last"), fresh)
         suite = Suite(box, scorer, x, Linf(0.3), SMALL, None)

@@ -370,13 +370,16 @@ class Robustness(Measurement[RobustnessConfig]):
     ) -> dict[str, Any]:
         """One defence under the whole suite, and the first images under their worst attack.
 
-        All images go into a file of their own, for others to score again.
+        All images go into a file of their own, for others to score again. What was killed goes on
+        after the last of its attacks.
         """
         config, defence = self.config, self.defence(name)
         classify = None
         if target == "classification":
             classify = DefendedClassifier(defence, self.classifier, config.reading)
         rows = slice(None) if images is None else slice(images.start, images.stop)
+        block = "" if number is None else f"_{number:03d}"
+        stem = f"{self.name}_{target}_{name}{block}"
         purpose = (f"{target}/{name}",) if number is None else (f"{target}/{name}", "block", number)
         report = evaluate_robustness(
             self.vae,
@@ -390,10 +393,9 @@ class Robustness(Measurement[RobustnessConfig]):
             engine=getattr(attacks, config.engine),
             checks=config.checks,
             generator=self.generator(*purpose),
+            checkpoint=self.directory / f".{stem}.pt",
         )
-        block = "" if number is None else f"_{number:03d}"
-        file = f"{self.name}_{target}_{name}{block}.safetensors"
-        save_attacked(report, self.directory / "attacked" / file)
+        save_attacked(report, self.directory / "attacked" / f"{stem}.safetensors")
         found = report.to_dict()
         if not number and config.num_examples > 0:  # of all images, or of the first block
             assert report.examples is not None

@@ -32,7 +32,9 @@ of security", ICML 2018, https://arxiv.org/abs/1802.00420.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -46,18 +48,20 @@ import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.defence.base import check_defence
-from pyro_vae_defence.defence.store import fingerprint
+from pyro_vae_defence.defence.store import fingerprint, weights_fingerprint
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import same_vae, split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.files import check_writable
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
-from pyro_vae_defence.robustness.scoring import Accuracy, fresh_generators, make_scorer
+from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scores, make_scorer
+from pyro_vae_defence.robustness.steps import Steps
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import VAE, ImagesLike
@@ -82,6 +86,7 @@ def evaluate_robustness(
     checks: bool = True,
     defence_seed: int | None = None,
     generator: torch.Generator | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> RobustnessReport:
     """Attack a defence with everything and report the worst case.
@@ -110,6 +115,8 @@ def evaluate_robustness(
             figure is then that of one run, since all runs are the same. ``None`` for fresh noise in
             every run, which no attacker foresees.
         generator: source of the seed; torch's global seed when ``None``.
+        checkpoint: a file for what has been found so far, written after every attack. The
+            same call goes on from it where it is there, with its seed, and deletes it at the end.
         progress: show a progress bar, of decoder gradients per image: how many there will be at
             most, by :mod:`~pyro_vae_defence.robustness.cost`, and how long they take at the present
             rate.
@@ -134,19 +141,47 @@ def evaluate_robustness(
         )
     labels = check_labels(labels, x, classifier)
     check_seed(defence_seed)
-    seed = draw_seed(generator)
-    fresh = fresh_generators(seed)
+    budget = budget or Budget.standard()
+    identity = ""
+    if checkpoint is not None:
+        check_writable(checkpoint)
+        given = (
+            ball,
+            dataclasses.asdict(budget),
+            attacks,
+            engine,
+            similarity,
+            checks,
+            defence_seed,
+        )
+        identity = fingerprint(
+            x, labels, conditions, weights_fingerprint(vae), _own(defence), _own(classifier), given
+        )
+    steps = Steps(checkpoint, identity, draw_seed(generator), x.device)
+    fresh = Fresh(steps.seed)
     with program.evaluation_mode(vae, classifier):
         box = WhiteBox(vae, defence, x, fresh, conditions, defence_seed)
         scorer = make_scorer(box, x, labels, classifier, similarity, fresh)
-        suite = Suite(box, scorer, x, ball, budget or Budget.standard(), engine)
+        suite = Suite(box, scorer, x, ball, budget, engine)
+        steps.begin(box, fresh)
         chain = chain_cost(defence)
         expected = suite_gradients(chain, suite.budget, len(x), attacks, checks)
         total = sum(expected.values())
         with tqdm(
             total=total, unit="gradient", unit_scale=True, disable=not progress, leave=False
         ) as bar:
-            return _report(suite, conditions, attacks, checks, seed, expected, bar)
+            report = _report(suite, conditions, attacks, checks, steps, expected, bar)
+    steps.finish()
+    return report
+
+
+def _own(value: Any) -> Any:
+    """What a defence or a classifier is, for a fingerprint, without what is known otherwise."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    apart = ("vae", "defence", "batch_size", "progress", "prepare")
+    own = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    return type(value).__qualname__, {k: v for k, v in own.items() if k not in apart}
 
 
 def check_seed(defence_seed: Any) -> None:
@@ -194,29 +229,45 @@ def _report(
     conditions: tuple[Tensor, ...],
     names: Sequence[str],
     checks: bool,
-    seed: int,
+    steps: Steps,
     expected: Mapping[str, float],
     bar: Any,
 ) -> RobustnessReport:
     """Run the suite; the order of these lines decides which seed is used for what."""
     box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
-    started = time.perf_counter()
     idle = {row.name: why for row in ATTACKS if (why := suite.why_not(row))}
     table = [row for row in ATTACKS if row.name in names and row.name not in idle]
     skipped = {row.name: idle.get(row.name, "not asked for") for row in ATTACKS if row not in table}
-    clock = time.perf_counter()
-    clean = scorer.score(x, budget.scoring_draws)
-    clean_seconds = (time.perf_counter() - clock) / (len(x) * budget.scoring_draws)
-    clean_result = scorer.defence(x, scorer.fresh())
-    noise = scorer.score(random_noise(x, suite.ball, scorer.fresh()), budget.scoring_draws)
+
+    def score(name: str, images: Callable[[], Tensor], num_draws: int) -> Scores:
+        return Scores(*steps(name, lambda: tuple(scorer.score(images(), num_draws))))
+
+    def clean_figures() -> tuple[Tensor, Tensor, float]:
+        clock = time.perf_counter()
+        figures = scorer.score(x, budget.scoring_draws)
+        return *figures, (time.perf_counter() - clock) / (len(x) * budget.scoring_draws)
+
+    def clean_run() -> tuple[float, dict[str, Any]]:
+        result = scorer.defence(x, scorer.fresh())
+        return float(result.num_gradients.double().mean()), dict(result.settings)
+
+    *figures, clean_seconds = steps("clean", clean_figures)
+    clean = Scores(*figures)
+    gradients, settings = steps("clean run", clean_run)
+    noise = score(
+        "noise", lambda: random_noise(x, suite.ball, scorer.fresh()), budget.scoring_draws
+    )
     found = []
-    for each in suite.candidates(table, skipped):
+    for each in suite.candidates(table, skipped, steps):
         found.append(each)
         bar.update(expected.get(each.row.name, 0.0) / len(suite.draws(each.row)))
         bar.set_postfix_str(each.row.name)
-    scores = [scorer.score(each.x_adv, budget.scoring_draws) for each in found]
+    scores = [
+        score(f"score {number}", functools.partial(getattr, each, "x_adv"), budget.scoring_draws)
+        for number, each in enumerate(found)
+    ]
     # Leaving an image alone is an attack too: it counts errors on clean images.
-    clean_selection = scorer.score(x, budget.selection_draws).mean()
+    clean_selection = score("selection", lambda: x, budget.selection_draws).mean()
     winner = torch.stack([clean_selection, *(each.selection for each in found)]).argmin(0)
     worst = clean.choose(scores, winner)
     x_adv = torch.stack([x, *(each.x_adv for each in found)])
@@ -224,11 +275,19 @@ def _report(
     bar.update(expected["scoring"])
     spent = box.evaluations / len(x)
     evidence = Evidence(suite, found, scores, clean, noise, worst)
+
+    def look() -> list[tuple[Any, ...]]:
+        # One step, since what one check has tried serves others.
+        looked = []
+        for check in CHECKS if checks else ():
+            seen = check.measure(evidence)
+            looked.append((check.name, *seen, *check.judge(seen, scorer.interval)))
+        return looked
+
     measured, verdicts, reasons = {}, [], []
-    for check in CHECKS if checks else ():
-        measured[check.name] = check.measure(evidence)
-        verdict = check.judge(measured[check.name], scorer.interval)
-        verdicts.append(Check(check.name, *verdict))
+    for name, seen_values, facts, *verdict in steps("checks", look):
+        measured[name] = Seen(seen_values, facts)
+        verdicts.append(Check(name, *verdict))
     if not checks:
         reasons.append("no sanity check ran")
     if not found:
@@ -272,14 +331,14 @@ def _report(
         },
         skipped=skipped,
         cost={
-            "defence_gradients_per_image": float(clean_result.num_gradients.double().mean()),
+            "defence_gradients_per_image": gradients,
             "defence_seconds_per_image": clean_seconds,
             "attack_evaluations_per_image": spent,
-            "seconds": time.perf_counter() - started,
+            "seconds": steps.seconds,
         },
-        seed=seed,
+        seed=steps.seed,
         budget=json.loads(json.dumps(dataclasses.asdict(budget))),
-        defence=dict(clean_result.settings),
+        defence=settings,
         versions={
             "pyro_vae_defence": pyro_vae_defence.__version__,
             **{name: metadata.version(name) for name in ("torch", "pyro-ppl")},

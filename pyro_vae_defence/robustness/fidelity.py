@@ -55,7 +55,7 @@ from pyro_vae_defence.attacks.adaptive import PreparedGoal
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.streams import Streams, draw_seed
-from pyro_vae_defence.robustness.scoring import fresh_generators
+from pyro_vae_defence.robustness.scoring import Fresh
 from pyro_vae_defence.robustness.suite import Candidate, Suite
 from pyro_vae_defence.types import Latents, Objective
 
@@ -109,7 +109,7 @@ def measure(suite: Suite, found: Sequence[Candidate]) -> dict[str, Tensor]:
     budget, fresh, ball = suite.budget, suite.scorer.fresh, suite.ball
     # A stream of seeds of its own: the number of estimators changes nothing elsewhere.
     scorer = copy.copy(suite.scorer)
-    scorer.fresh = fresh_generators(draw_seed(fresh()))
+    scorer.fresh = Fresh(draw_seed(fresh()))
     own = dataclasses.replace(suite, scorer=scorer)
     streams = Streams.create(len(suite.x), generator=scorer.fresh(), device=suite.x.device)
     x = suite.x + 0.5 * (random_noise(suite.x, ball, fresh()) - suite.x)

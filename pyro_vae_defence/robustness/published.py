@@ -32,7 +32,7 @@ from pyro_vae_defence.ops.files import naming, write_atomically
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.evaluate import check_same, check_seed
 from pyro_vae_defence.robustness.report import SUMMARIES, RobustnessReport
-from pyro_vae_defence.robustness.scoring import fresh_generators, make_scorer
+from pyro_vae_defence.robustness.scoring import Fresh, make_scorer
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import VAE
 
@@ -158,7 +158,7 @@ def rescore(
     assert x_adv is not None
     _, conditions = split((x_ref, *report.conditions))
     bound, x = program.at_images(vae, (x_ref, *conditions) if conditions else x_ref, "path")
-    fresh = fresh_generators(draw_seed(generator))
+    fresh = Fresh(draw_seed(generator))
     with program.evaluation_mode(bound, classifier):
         box = WhiteBox(bound, defence, x, fresh, conditions, defence_seed)
         scorer = make_scorer(box, x, report.labels, classifier, similarity, fresh)

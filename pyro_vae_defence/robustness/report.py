@@ -25,7 +25,7 @@ from pyro_vae_defence.ops.html import interval as interval_text
 from pyro_vae_defence.robustness import html
 from pyro_vae_defence.robustness.checks import CHECKS, Interval, Seen, join
 from pyro_vae_defence.robustness.fidelity import Fidelity, estimators
-from pyro_vae_defence.robustness.scoring import fresh_generators, interval
+from pyro_vae_defence.robustness.scoring import Fresh, interval
 from pyro_vae_defence.robustness.suite import KNOWLEDGE
 
 SUMMARIES = ("mean", "single", "worst_of_n", "averaged")
@@ -266,7 +266,7 @@ class RobustnessReport:
                 "a report holds no values per image, an earlier version has written it; evaluate "
                 "its images again"
             )
-        fresh = fresh_generators(first.seed)
+        fresh = Fresh(first.seed)
 
         def of_fresh_seed(values: Tensor) -> dict[str, float]:
             return interval(values, fresh())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -22,14 +21,24 @@ from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 
-Fresh: TypeAlias = Callable[[], torch.Generator]
 Compare: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def fresh_generators(seed: int) -> Fresh:
-    """A function that returns a generator with a seed of its own at every call."""
-    number = itertools.count(1)
-    return lambda: torch.Generator().manual_seed((seed + next(number)) % 2**63)
+class Fresh:
+    """Returns a generator with a seed of its own at every call.
+
+    Attributes:
+        seed: that all of them are counted from.
+        number: of calls so far.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.number = seed, 0
+
+    def __call__(self) -> torch.Generator:
+        """The next one."""
+        self.number += 1
+        return torch.Generator().manual_seed((self.seed + self.number) % 2**63)
 
 
 def interval(values: Tensor, generator: torch.Generator) -> dict[str, float]:

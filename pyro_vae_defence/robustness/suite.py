@@ -6,6 +6,7 @@ An adaptive gradient is a function of ``attacks.adaptive`` and a row of :data:`A
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.populations import Constrained
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
+from pyro_vae_defence.robustness.steps import Steps
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import Latents, Objective, PreparedObjective
 
@@ -262,27 +264,37 @@ class Suite:
         attack = self.engine(self.objective(row, num_draws), ball or self.ball, **options)
         return attack(self.x, self.scorer.fresh()).x_adv
 
-    def candidates(self, table: Iterable[Row], skipped: dict[str, str]) -> Iterator[Candidate]:
+    def candidates(
+        self, table: Iterable[Row], skipped: dict[str, str], steps: Steps
+    ) -> Iterator[Candidate]:
         """Run the rows of a table; notes in ``skipped`` what the budget did not allow."""
         budget, num_images, limit = self.budget, len(self.x), self.budget.max_evaluations
         for row in table:
             before: float | None = None
             for num_draws in self.draws(row):
-                spent, started = self.box.evaluations, time.perf_counter()
-                if limit is not None and spent >= limit * num_images:
-                    skipped.setdefault(f"{row.name} ({num_draws} draws)", "the budget was spent")
+                what = f"{row.name} ({num_draws} draws)"
+                if limit is not None and self.box.evaluations >= limit * num_images:
+                    skipped.setdefault(what, "the budget was spent")
                     break
-                restarts = self.attack(row, num_draws, num_restarts=budget.num_restarts)
-                seconds = time.perf_counter() - started
-                per_image = (self.box.evaluations - spent) / num_images
-                scores = [self.scorer.score(x, budget.selection_draws).mean() for x in restarts]
-                selection, winner = torch.stack(scores).min(0)
-                x_adv = restarts[winner, torch.arange(num_images, device=winner.device)]
-                yield Candidate(row, num_draws, x_adv, selection, per_image, seconds)
-                reached = float(selection.mean())
+                found = steps(f"attack {what}", functools.partial(self.worst, row, num_draws))
+                candidate = Candidate(row, num_draws, *found)
+                yield candidate
+                reached = float(candidate.selection.mean())
                 if before is not None and abs(reached - before) <= budget.stable:
                     break
                 before = reached
+
+    def worst(self, row: Row, num_draws: int) -> tuple[Tensor, Tensor, float, float]:
+        """What a row finds: the fields of a :class:`Candidate` that follow."""
+        spent, started = self.box.evaluations, time.perf_counter()
+        restarts = self.attack(row, num_draws, num_restarts=self.budget.num_restarts)
+        seconds = time.perf_counter() - started
+        per_image = (self.box.evaluations - spent) / len(self.x)
+        draws = self.budget.selection_draws
+        scores = [self.scorer.score(x, draws).mean() for x in restarts]
+        selection, winner = torch.stack(scores).min(0)
+        x_adv = restarts[winner, torch.arange(len(self.x), device=winner.device)]
+        return x_adv, selection, per_image, seconds
 
 
 def connected(objective: Objective) -> Objective:

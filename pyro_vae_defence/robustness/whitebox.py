@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +147,16 @@ class WhiteBox:
     def evaluations(self) -> int:
         """Rows that the model has run on so far, those of an unknown defence by its gradients."""
         return self._evaluations[0]
+
+    def state(self) -> dict[str, Any]:
+        """What running it has changed: numbers, for :meth:`restore`."""
+        return {"evaluations": self.evaluations, "step_size": self.__dict__.get("step_size")}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Be as another box of this defence and these images was, whose :meth:`state` this is."""
+        self._evaluations[0] = state["evaluations"]
+        if state["step_size"] is not None:
+            self.__dict__["step_size"] = state["step_size"]
 
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
         """Run the defence on images ``(M, C, H, W)``: all, copy after copy, or with conditions.
