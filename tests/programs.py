@@ -129,8 +129,9 @@ class PlaneVAE(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(2)
-        self.weight = 2.5 * torch.randn(8, 2, generator=generator, dtype=torch.float64)
-        self.back = torch.linalg.pinv(self.weight) * 5
+        weight = 2.5 * torch.randn(8, 2, generator=generator, dtype=torch.float64)
+        self.register_buffer("weight", weight)
+        self.register_buffer("back", torch.linalg.pinv(weight) * 5)
 
     def model(self, x):
         with pyro.plate("data", len(x)):
@@ -148,5 +149,5 @@ class PlaneVAE(nn.Module):
 
 def plane_classifier(latents):
     """Three classes: sectors of the plane."""
-    angles = torch.tensor([0.3, 2.4, 4.5])
+    angles = latents.new_tensor([0.3, 2.4, 4.5])
     return latents @ torch.stack([angles.cos(), angles.sin()]) * 2.0

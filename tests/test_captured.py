@@ -263,10 +263,41 @@ def test_energies_that_are_compared_have_no_slack(off, captured, capturing):
     assert captured or "energies of a replay are off by" in graph.why_not
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "captured"),
+    [(None, 2, False), (torch.bfloat16, 6, True), (torch.bfloat16, 20, False)],
+)
+def test_decisions_may_differ_as_energies_of_proposals_do(dtype, rows, captured, capturing):
+    """Of 20 chains so many stay where they are, which the transition moves."""
+    numbers = iter(range(100))
+
+    def deciding(potential, state, streams, step_size, inverse_mass=None):
+        small = 0.4 * step_size  # most chains move
+        moved, info = hmc.step(potential, state, streams, small, 1, inverse_mass)
+        if next(numbers) == 0:
+            return moved, info
+        stay = torch.arange(20) < rows
+        position = {
+            name: torch.where(stay[:, None], state.position[name], value)
+            for name, value in moved.position.items()
+        }
+        return moved._replace(position=position, energy=potential(position)), info
+
+    class Deciding(BatchedKernel):
+        def _step(self, num_gradients):
+            return deciding
+
+    graph = Graph(force_dtype=dtype)
+    draw(Deciding, LinearGaussianVAE().model, torch.rand(20, 1, 4, 4), graph, num_samples=0)
+    assert graph.captured is captured
+    assert captured or "differ in" in graph.why_not
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("stale", ["state", "seed", "step", "step_size", "images", "metric"])
-def test_mutant_an_input_that_is_not_written(stale, capturing, monkeypatch):
+def test_mutant_an_input_that_is_not_written(stale, dtype, capturing, monkeypatch):
     """Such a replay differs from the transition it was made beside, and is refused."""
-    vae, x = LinearGaussianVAE(), torch.rand(4, 1, 4, 4)
+    vae, x = LinearGaussianVAE(), torch.rand(20, 1, 4, 4)
     # state: position, energy, gradient, step; seed, image, chain; step size; metric; images
     place = {"state": 0, "step": 3, "seed": 4, "step_size": 7, "metric": 8, "images": 9}[stale]
     write = captured._Inputs.set
@@ -278,7 +309,7 @@ def test_mutant_an_input_that_is_not_written(stale, capturing, monkeypatch):
 
     monkeypatch.setattr(captured._Inputs, "set", forget)
     metric = {"z": torch.rand(3) + 0.5}
-    graph = Graph()
+    graph = Graph(force_dtype=dtype)
     run = functools.partial(draw, BatchedHMC, vae.model, x, jitter=0.0, warmup_steps=0)
     run(graph, inverse_mass_matrix=metric)
     assert graph.captured is False

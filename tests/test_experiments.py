@@ -103,6 +103,16 @@ def test_train_writes_weights_card_and_history(models):
     assert len(history) == 1
 
 
+def test_train_a_vae_of_two_dimensions(tmp_path):
+    changes = {**TINY, "images_per_epoch": 128, "half": False}
+    card = Train("mnist_vae_2d", tmp_path, overrides=changes, progress=False).run()
+    assert (card.architecture_config["latent_dim"], card.training["latent_dim"]) == (2, 2)
+    assert load_pretrained("mnist_vae_2d", tmp_path).mean_posterior_variance["z"].shape == (2,)
+    for name in ("mnist_vae_long", "mnist_nvae"):
+        with pytest.raises(ValueError, match="latent_dim=2 has no effect"):
+            Train(name, tmp_path, overrides={"latent_dim": 2})
+
+
 TINY_NVAE = {
     **(MODELS["mnist_nvae"].architecture or {}),
     "num_groups_per_scale": 2,

@@ -101,3 +101,60 @@ def test_two_results_of_one_defence_or_none_at_all(results, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no result files"):
         write_leaderboard(tmp_path / "empty")
+
+
+class TestWhichToPrefer:
+    SUITE = "robustness/mnist_radius_0.2.json"
+    CLIP = "the best control (dark-pixel clipping δ = radius)"
+
+    def said(self, results, what="accuracy"):
+        """The line of a ranking, and verdicts of its defences."""
+        page = write_leaderboard(results).read_text().split("<!-- end preferred")[0]
+        (line,) = (x for x in page.splitlines() if x.startswith(f"- `mnist_vae`, 0.2, 20, {what}:"))
+        rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
+        verdicts = {row[2]: row[0] for row in rows if row[1:2] == [f"`mnist_vae`, 0.2, 20, {what}"]}
+        return line.partition(": ")[2], verdicts
+
+    def test_an_unreliable_lead_is_not_preferred_and_a_reliable_one_is(self, results):
+        control = results / "robustness_controls/mnist_radius_0.2.json"
+        change(control, ["reports", "classification/dark_clip", "per_image"], [0.5] * 20)
+        line, verdicts = self.said(results)
+        aware = "HMC, perturbation-aware δ = radius"
+        assert verdicts[aware] == "ahead in an unreliable report"
+        assert verdicts["HMC, the paper's target"] == "worse"
+        assert line.startswith(f"**none** is to be preferred to {self.CLIP}; ahead in an")
+        place = ["reports", "classification/aware"]
+        change(results / self.SUITE, [*place, "unreliable"], False)
+        change(results / self.SUITE, [*place, "reasons"], [])
+        line, verdicts = self.said(results)
+        assert verdicts[aware] == "better"
+        assert line.startswith(f"**{aware}** is to be preferred to {self.CLIP}; better: {aware};")
+        # A control that nobody has attacked properly beats no one.
+        change(control, ["reports", "classification/dark_clip", "reasons"], ["weak"])
+        verdicts = self.said(results)[1]
+        assert verdicts["HMC, the paper's target"] == "behind an unreliable report"
+
+    def test_none_can_be_told_apart(self, results):
+        for kind in ("hmc", "aware"):
+            change(
+                results / self.SUITE, ["reports", f"classification/{kind}", "per_image"],
+                [1.0] * 16 + [0.0] * 4,
+            )  # fmt: skip
+        (results / "robustness_recommended/mnist_recommended_0.2.json").unlink()
+        line, verdicts = self.said(results)
+        assert line == f"**none** can be told apart from {self.CLIP}."
+        assert set(verdicts.values()) == {"not told apart"}
+
+    def test_other_images_are_not_paired(self, results):
+        """A part of the images, or without a control, says nothing."""
+        control = results / "robustness_controls/mnist_radius_0.2.json"
+        for name in ("dark_clip", "median"):
+            change(control, ["reports", f"classification/{name}", "per_image"], [1.0] * 19)
+        line, verdicts = self.said(results)
+        assert line == f"no defence was attacked on the images of {self.CLIP}."
+        assert not verdicts
+        control.unlink()
+        page = write_leaderboard(results).read_text()
+        assert "so that nothing can be preferred: " in page
+        assert "`mnist_vae`, 0.2, 20;" in page
+        assert "| verdict |" not in page

@@ -16,6 +16,7 @@ from pyro_vae_defence.experiments.__main__ import load_studies, main
 from pyro_vae_defence.experiments.paper.items import (
     ITEMS,
     QUICK,
+    Item,
     listing,
     make,
     makeable,
@@ -228,9 +229,13 @@ def test_every_item_goes_through_quickly(tmp_path, capsys):
     [
         ("table_44", "the paper has no item 'table_44'; choose one of figure_1, table_1"),
         ("table_1", "nothing makes table_1 here (see docs/api/attacks.md); leave it out"),
+        ("figure_x", "nothing makes figure_x here (missing: a study)"),
     ],
 )
-def test_items_that_nothing_makes_are_refused_before_anything_runs(item, message, capsys):
+def test_items_that_nothing_makes_are_refused_before_anything_runs(
+    item, message, capsys, monkeypatch
+):
+    monkeypatch.setitem(ITEMS, "figure_x", Item("a figure", missing="a study"))
     assert main(["paper", "table_2", item]) == 2
     assert message in capsys.readouterr().err
 

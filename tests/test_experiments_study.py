@@ -28,6 +28,7 @@ from pyro_vae_defence.experiments.study import Measurement, write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.precision import tf32_settings
 
 EVERY = [study for command in STUDIES for study in load_studies(command)]
 MEASUREMENTS = {study.kind: study for study in EVERY if issubclass(study, Measurement)}
@@ -85,6 +86,19 @@ class Toy(Measurement[ToyConfig]):
 
 def toy(output, **overrides):
     return Toy("plain", output, overrides=overrides, progress=False)
+
+
+def test_cells_are_not_rounded_to_tf32(tmp_path):
+    """torch rounds float32 convolutions on CUDA by default."""
+
+    class Looking(Toy):
+        def compute(self, name):
+            return list(tf32_settings())
+
+    before = tf32_settings()
+    result = Looking("plain", output=tmp_path).run()
+    assert set(result["one"]) <= {"ieee", False}
+    assert tf32_settings() == before != tuple(result["one"])
 
 
 def test_weights_and_images_are_where_the_study_computes(tmp_path):

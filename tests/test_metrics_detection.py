@@ -76,6 +76,26 @@ def test_interval_covers_the_true_value():
     assert covered >= 22
 
 
+@pytest.mark.parametrize("metric", [metrics.auroc, metrics.fpr_at_tpr])
+@pytest.mark.parametrize("num_images", [2, 13, 40])
+def test_resamples_at_once_are_resamples_one_by_one(metric, num_images):
+    """Bit for bit, with ties and infinite scores, and more resamples than are taken at once."""
+    negatives, positives = torch.randn(num_images), (torch.randn(num_images) + 0.5).round()
+    positives[0], negatives[1] = torch.inf, positives[1]
+    both = [
+        metrics.detection_interval(
+            statistic,
+            negatives,
+            positives,
+            num_resamples=300,
+            generator=torch.Generator().manual_seed(1),
+        )
+        for statistic in (metric, lambda t, s: metric(t, s))
+    ]
+    assert both[0] == both[1]
+    assert both[0].low < both[0].high
+
+
 def test_images_are_resampled_with_both_their_scores():
     # An attack that always raises the score by 0.1 keeps that order in every resample of pairs.
     clean = torch.arange(50.0)

@@ -479,8 +479,7 @@ def test_wrong_sampling_arguments_are_refused() -> None:
 def test_everything_follows_the_device() -> None:
     """On the meta device an operation that left a tensor behind on the CPU would fail."""
     for config in CONFIGS.values():
-        with torch.device("meta"):
-            vae = NVAE(config).train()
+        vae = NVAE(config).train().to("meta")
         x = torch.rand(2, *vae.image_shape, device="meta")
         for programs in (vae, vae.noncentred()):
             with pyro.validation_enabled(False):  # it would look for NaN, where there are no values

@@ -17,9 +17,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ from pyro_vae_defence.types import (
     PreparedCriterion,
     PreparedObjective,
 )
+
+Start: TypeAlias = Callable[[Tensor, Streams], Tensor]
+"""References ``(M, C, H, W)`` and the random streams of their rows -> images to start from."""
 
 State = dict[str, Tensor]
 """What an optimiser knows, one row per (restart, image) pair. Two entries are the template's:
@@ -117,9 +121,13 @@ class Problem:
     num_queries: int = 0
     any_finite: Tensor | None = None
     """Whether a number of any gradient was finite, bool ``()``; ``None`` before the first."""
+    start_from: Start | None = None
 
     def start(self) -> Tensor:
-        """A random point of the ball, clipped so that the image is valid."""
+        """A random point of the ball, clipped so that the image is valid; or what is nearest to
+        where to start from."""
+        if self.start_from is not None:
+            return self.project(self.start_from(self.x_ref, self.streams) - self.x_ref)
         start = self.ball.random_start(self.x_ref, self.streams)
         return torch.minimum(torch.maximum(start, -self.x_ref), 1.0 - self.x_ref)
 
@@ -248,10 +256,13 @@ class Attack:
         checkpoint: file for progress. A call that finds it goes on from there, with the seed stored
             in it, and removes it when it is done.
         checkpoint_every: steps between writes; the end of a micro-batch is always written.
+        start: where to start in place of a random point of the ball, see
+            :mod:`~pyro_vae_defence.attacks.starts`.
 
     Raises:
         ValueError: if an argument is out of range, images are not in [0, 1], or the checkpoint
-            belongs to other images or settings (objectives cannot be compared: name files by them).
+            belongs to other images or settings (objectives and starts cannot be compared: name
+            files by them).
     """
 
     objective: PreparedObjective
@@ -262,6 +273,7 @@ class Attack:
     stop: PreparedCriterion | None = None
     checkpoint: str | os.PathLike[str] | None = None
     checkpoint_every: int = 100
+    start: Start | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         is_vae = callable(getattr(self.objective, "guide", None))
@@ -274,6 +286,10 @@ class Attack:
         if not (self.stop is None or callable(self.stop)):
             raise ValueError(
                 f"stop must be a prepared criterion such as reaches(10.0), got {self.stop!r}"
+            )
+        if not (self.start is None or callable(self.start)):
+            raise ValueError(
+                f"start must be a start such as low_frequency(), or None, got {self.start!r}"
             )
         for name in ("num_steps", "num_restarts", "batch_size", "checkpoint_every"):
             check_integer(name, getattr(self, name))
@@ -396,7 +412,8 @@ class Attack:
         self, images: tuple[Tensor, ...], streams: Streams, rows: Tensor | slice = slice(None)
     ) -> tuple[Problem, Criterion | None]:
         images, streams = rows_of(images, rows), _take(streams, rows)
-        problem = Problem(prepare(self.objective, images, streams), self.ball, images[0], streams)
+        objective = prepare(self.objective, images, streams)
+        problem = Problem(objective, self.ball, images[0], streams, start_from=self.start)
         return problem, (
             None
             if self.stop is None
@@ -475,7 +492,7 @@ class _Progress:
 
 def _identity(attack: Attack, images: tuple[Tensor, ...]) -> str:
     """A digest of the images, their conditions, and of all settings with a value of their own."""
-    skipped = {"objective", "stop", "checkpoint", "checkpoint_every"}
+    skipped = {"objective", "stop", "checkpoint", "checkpoint_every", "start"}
     settings = [
         (entry.name, getattr(attack, entry.name))
         for entry in dataclasses.fields(attack)

@@ -70,6 +70,8 @@ class Square(Attack):
             raise ValueError(f"share must be in (0, 1], got {self.share!r}")
 
     def _start(self, problem: Problem) -> State:
+        if self.start is not None:
+            return first_result(problem.start())
         return first_result((_stripes if isinstance(self.ball, Linf) else _tiles)(problem))
 
     def _step(self, problem: Problem, state: State, t: int) -> State:

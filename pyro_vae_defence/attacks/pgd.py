@@ -87,6 +87,8 @@ class PGD(Ascent):
         super().__post_init__()
         if self.preset not in (None, "paper"):
             raise ValueError(f"preset must be 'paper' or None, got {self.preset!r}")
+        if self.preset == "paper" and self.start is not None:
+            raise ValueError("preset='paper' has a start of its own: leave start=None")
 
     def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
         return *problem.value_and_gradient(state["perturbation"]), {}

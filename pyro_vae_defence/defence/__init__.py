@@ -24,10 +24,13 @@ from pyro_vae_defence.defence.radius import (
     scores_by_radius,
 )
 from pyro_vae_defence.defence.result import DefenceResult
+from pyro_vae_defence.defence.synthesis import AnalysisBySynthesis, ClassMasses, MarginBound
 
 __all__ = [
     "READINGS",
+    "AnalysisBySynthesis",
     "BaseDefence",
+    "ClassMasses",
     "Convergence",
     "ConvergenceRule",
     "Defence",
@@ -38,6 +41,7 @@ __all__ = [
     "EncoderDefence",
     "KernelFactory",
     "MCMCDefence",
+    "MarginBound",
     "NoDefence",
     "PosteriorModeDefence",
     "RadiusChoice",

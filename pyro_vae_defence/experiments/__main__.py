@@ -34,6 +34,10 @@ STUDIES = {
     "figures": ("figures:Figures",),
     "robustness": ("robustness:Robustness",),
     "bound": ("bound:Bound",),
+    "ratios": ("ratios:Ratios",),
+    "two_latents": ("two_latents:TwoLatents",),
+    "theory": ("theory:Theory",),
+    "synthesis": ("synthesis:Synthesis",),
     "benchmark": (
         "benchmark.run:BenchmarkSamplers",
         "benchmark.attacks:BenchmarkAttacks",

@@ -21,7 +21,7 @@ from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.robustness import blocks, check_blocks
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
-from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.balls import Linf, reaches
 from pyro_vae_defence.robustness import (
     KNOWLEDGE,
     Budget,
@@ -29,7 +29,6 @@ from pyro_vae_defence.robustness import (
     evaluate_robustness,
     mass_bound,
 )
-from pyro_vae_defence.robustness.mass import reaches
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,7 @@ class Bound(Measurement[BoundConfig]):
             num_steps=config.num_steps,
             num_walks=config.num_walks,
             num_falling=config.num_falling,
+            rows=config.images_per_cell * config.num_walks,
             generator=self.generator("bound", purpose),
         )
         return found.to_dict()

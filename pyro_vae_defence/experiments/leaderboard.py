@@ -6,6 +6,9 @@ within one threat model alone, here one model, data set and radius, under one su
 one budget; and what is ranked is the worst case image by image. A report that calls itself
 unreliable is never ranked above one that does not. Beside the worst case stand the figure without
 an attack and under the paper's attack on the encoder, whose attacker does not know the defence.
+
+Before the rankings stands what follows from them: each defence against the best control of its
+ranking, by paired differences on the same images, and in one line which one is to be preferred.
 """
 
 from __future__ import annotations
@@ -17,10 +20,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from pyro_vae_defence.experiments import study, tables
-from pyro_vae_defence.experiments.defences import chain_words, label
+from pyro_vae_defence.experiments.defences import chain_words, defence_spec, label
 from pyro_vae_defence.experiments.robustness import reports
 from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.robustness import Difference, RobustnessReport, paired_difference
+from pyro_vae_defence.robustness.paired import same_images
 
 UNAWARE = "transfer"
 """The attack whose attacker does not know the defence: symmetric KL-divergence of the encoder."""
@@ -29,6 +36,7 @@ _TITLES = {
     "classification": "## Share of classes read right",
     "reconstruction": "## Similarity of reconstructions, `ms_ssim[paper]`",
 }
+_SHORT = {"classification": "accuracy", "reconstruction": "similarity"}
 _LEGEND = (
     "Ranked by the last column, within one model, radius and number of images: first the reports "
     "that pass their own checks, then those marked *?*, which do not. The attacks on a marked "
@@ -42,6 +50,16 @@ _COLUMNS = [
     "model, radius, images", "defence", "clean", "attacked, defence unknown",
     "attacked, defence known",
 ]  # fmt: skip
+_PREFERRED = (
+    "Each defence against the control of its ranking that leaves most, under attackers who know "
+    "either: mean of the differences image by image, with intervals that hold for all defences of "
+    "a ranking together in 95% of cases. *Better* and *worse* are said where the interval excludes "
+    "0, random signs of the differences would seldom lead as far, and the report of the one that "
+    "is ahead passes its own checks; a lead in a report that does not may be that of weak attacks. "
+    "The control is the best of several on the same images, which is in its favour."
+)
+_BETTER, _WORSE, _NOT_APART = "better", "worse", "not told apart"
+_AHEAD, _BEHIND = "ahead in an unreliable report", "behind an unreliable report"
 _FURTHER = ["random noise", "worst of all draws", "attacks", "reliable"]
 
 
@@ -81,23 +99,35 @@ def write_leaderboard(results: str | os.PathLike[str]) -> Path:
     if not places:
         raise ValueError(f"no result files {results}/robustness*/*.json; run robustness first")
     found = [each for place in places for each in study.read(place, "robustness").values()]
-    lines: list[str] = [_LEGEND, ""]
+    entries: dict[str, list[Entry]] = {target: [] for target in _TITLES}
+    for result in found:
+        for key, report in reports(result).items():
+            target, name = key.split("/")
+            entries[target].append(Entry(result["config"], name, report))
+    lines = [_LEGEND, "", *_preferred(entries)]
     for target, title in _TITLES.items():
-        entries = [
-            Entry(result["config"], name, report)
-            for result in found
-            for key, report in reports(result).items()
-            for of, name in [key.split("/")]
-            if of == target
-        ]
-        lines += [title, "", *tables.table(_COLUMNS + _FURTHER, _rows(entries), _COLUMNS)]
+        rows = _rows(entries[target])
+        lines += [title, "", *tables.table(_COLUMNS + _FURTHER, rows, _COLUMNS)]
     lines += ["## Settings", "", *_settings(found), "", *tables.sources(found)]
     page = results / "leaderboard.md"
     write_atomically(page, "\n".join(lines).encode())
     return page
 
 
-def _rows(entries: Iterable[Entry]) -> Iterator[list[str]]:
+class Ranking(NamedTuple):
+    """What is compared: entries of one setting, the most robust first, and what they are of; and
+    where another ranking has the same title, the number of this one."""
+
+    title: str
+    other: str
+    entries: list[Entry]
+
+    def named(self, number: int) -> str:
+        """The title, with a number of images."""
+        return f"{self.title}, {number}{self.other}"
+
+
+def _rankings(entries: Iterable[Entry]) -> Iterator[Ranking]:
     """Setting by setting, reliable reports first, and of these the most robust defence."""
 
     def rank(entry: Entry) -> tuple[Any, ...]:
@@ -106,22 +136,97 @@ def _rows(entries: Iterable[Entry]) -> Iterator[list[str]]:
     titles: Counter[str] = Counter()
     ordered = sorted(entries, key=rank)
     for _, group in itertools.groupby(ordered, lambda entry: entry.setting):
-        first, *others = group
-        title = f"`{first.config['model']}`, {first.config['radius']:g}"
-        alike = f"{title}, {first.config['num_images']}"
+        found = list(group)
+        config = found[0].config
+        title = f"`{config['model']}`, {config['radius']:g}"
+        alike = f"{title}, {config['num_images']}"
         titles[alike] += 1
         # Another ranking, since something differs that the title does not say.
         other = "" if titles[alike] == 1 else f", setting {titles[alike]}"
-        seen: set[str] = set()
-        for config, defence, report in (first, *others):
-            if defence in seen:
+        for defence, number in Counter(entry.defence for entry in found).items():
+            if number > 1:
                 of = f"{config['model']}, radius {config['radius']:g}"
                 raise ValueError(f"two results of {defence!r} in one setting ({of}); keep one")
-            seen.add(defence)
+        yield Ranking(title, other, found)
+
+
+def _preferred(entries: dict[str, list[Entry]]) -> Iterator[str]:
+    """Which defence is to be preferred, a line for each ranking with a control, and the table that
+    it rests on; between two comments, by which a page takes it."""
+    lines, rows, without = [], [], []
+    for target in _TITLES:
+        what = _SHORT[target]
+        for ranking in _rankings(entries[target]):
+            controls = [e for e in ranking.entries if defence_spec(e.defence).role == "control"]
+            of = ranking.named(ranking.entries[0].report["robust"]["mean"]["num_images"])
+            if not controls:
+                without.append(of)
+                continue
+            control = max(controls, key=lambda entry: entry.worst_case)
+            found = dict(_against(control, ranking.entries))
+            lines.append(f"- {of}, {what}: {_sentence(found, control.defence)}")
+            for name, (difference, word) in found.items():
+                shown = tables.interval(difference._asdict(), 2)
+                rows.append([word, f"{of}, {what}", label(name), label(control.defence), shown])
+    columns = ["verdict", "model, radius, images", "defence", "best control", "difference"]
+    yield from ("## Which defence to prefer", "", "<!-- begin preferred -->", "", _PREFERRED, "")
+    yield from (*lines, "")
+    if without:
+        names = "; ".join(dict.fromkeys(without))
+        yield f"No control was attacked, so that nothing can be preferred: {names}."
+        yield ""
+    yield from tables.table(columns, rows) if rows else ()
+    yield from ("<!-- end preferred -->", "")
+
+
+def _against(
+    control: Entry, entries: Iterable[Entry]
+) -> Iterator[tuple[str, tuple[Difference, str]]]:
+    """Defences that have been attacked on the control's images: difference and verdict."""
+    rival = RobustnessReport.from_dict(control.report)
+    compared = [
+        (entry, report)
+        for entry in entries
+        if defence_spec(entry.defence).role == "defence"
+        for report in [RobustnessReport.from_dict(entry.report)]
+        if same_images(report, rival)
+    ]
+    for entry, report in compared:
+        level, seeded = 1.0 - 0.05 / len(compared), torch.Generator().manual_seed(0)
+        difference = paired_difference(report, rival, level=level, generator=seeded)
+        word = _NOT_APART
+        if difference.told_apart and difference.estimate > 0:
+            word = _BETTER if report.reliable else _AHEAD
+        elif difference.told_apart:
+            word = _WORSE if rival.reliable else _BEHIND
+        yield entry.defence, (difference, word)
+
+
+def _sentence(found: dict[str, tuple[Difference, str]], control: str) -> str:
+    """Which of some defences is to be preferred to a control."""
+    rival = f"the best control ({label(control).removeprefix('control: ')})"
+    if not found:
+        return f"no defence was attacked on the images of {rival}."
+    said = {
+        word: [name for name, (_, of) in found.items() if of == word]
+        for word in (_BETTER, _NOT_APART, _AHEAD, _BEHIND, _WORSE)
+    }
+    if said[_NOT_APART] == list(found):
+        return f"**none** can be told apart from {rival}."
+    best = max(said[_BETTER], key=lambda name: found[name][0].estimate, default=None)
+    choice = "none" if best is None else label(best)
+    parts = [f"{word}: {', '.join(map(label, names))}" for word, names in said.items() if names]
+    return f"**{choice}** is to be preferred to {rival}; {'; '.join(parts)}."
+
+
+def _rows(entries: Iterable[Entry]) -> Iterator[list[str]]:
+    """The rankings, a row for each entry."""
+    for ranking in _rankings(entries):
+        for _, defence, report in ranking.entries:
             figures = {each["name"]: each["figure"] for each in report["attacks"]}
             number = report["robust"]["mean"]["num_images"]
             yield [
-                f"{title}, {number}{other}",
+                ranking.named(number),
                 label(defence),
                 tables.interval(report["clean"]["mean"], 2),
                 tables.interval(figures.get(UNAWARE), 2) or tables.NOT_MEASURED,

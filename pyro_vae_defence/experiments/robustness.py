@@ -4,7 +4,8 @@ radius.
 For each target (the similarity of reconstructions, the accuracy of a classifier) and defence, the
 report of :func:`~pyro_vae_defence.robustness.evaluate_robustness`: the worst case image by image
 over all attacks, scored on seeds that no attack has seen, with the checks that say whether to
-believe it.
+believe it. The attacked images are published beside it, one file per report in ``attacked``, for
+:func:`~pyro_vae_defence.robustness.rescore`.
 
 Many images are evaluated block by block, a cell each, and tables join the blocks that are there.
 The block is the unit: its draws depend on the seed and its number, its gradients stop to be
@@ -44,6 +45,7 @@ from pyro_vae_defence.experiments.defences import (
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
 from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
+from pyro_vae_defence.mcmc.captured import Graph
 from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
@@ -53,6 +55,7 @@ from pyro_vae_defence.robustness import (
     Fidelity,
     RobustnessReport,
     evaluate_robustness,
+    save_attacked,
 )
 from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
 
@@ -85,7 +88,8 @@ class RobustnessConfig(conf.Configuration):
         chain: of the defences, but for ``paper``.
         paper: whose published setting the defence ``paper`` is; the dataset's when ``None``.
         gradients: of chains that run forwards: ``traced`` runs the model's Python, ``recorded``
-            its recorded operations, ``graph`` captures transitions on a GPU.
+            its recorded operations, ``graph`` captures transitions on a GPU, with forces in TF32
+            and energies in float32, which is exact.
         budget: how hard the suite tries.
         checks: run the sanity checks, without which a report counts as unreliable.
         seed: seed of images, attacks and defences.
@@ -350,8 +354,10 @@ class Robustness(Measurement[RobustnessConfig]):
         """A defence, whose recorded or captured gradients serve all cells."""
         config = self.config
         options: dict[str, Any] = {}
-        if config.gradients != "traced":
-            options["prepare"] = Recorder() if config.gradients == "recorded" else "graph"
+        if config.gradients == "recorded":
+            options["prepare"] = Recorder()
+        elif config.gradients == "graph":
+            options["prepare"] = Graph(force_dtype="tf32" if self.device.type == "cuda" else None)
         if config.reading == "last":
             options["keep_draws"] = 1  # nobody reads the others
         setting = Setting(
@@ -362,7 +368,10 @@ class Robustness(Measurement[RobustnessConfig]):
     def report(
         self, target: Target, name: str, images: range | None = None, number: int | None = None
     ) -> dict[str, Any]:
-        """One defence under the whole suite, and the first images under their worst attack."""
+        """One defence under the whole suite, and the first images under their worst attack.
+
+        All images go into a file of their own, for others to score again.
+        """
         config, defence = self.config, self.defence(name)
         classify = None
         if target == "classification":
@@ -382,6 +391,9 @@ class Robustness(Measurement[RobustnessConfig]):
             checks=config.checks,
             generator=self.generator(*purpose),
         )
+        block = "" if number is None else f"_{number:03d}"
+        file = f"{self.name}_{target}_{name}{block}.safetensors"
+        save_attacked(report, self.directory / "attacked" / file)
         found = report.to_dict()
         if not number and config.num_examples > 0:  # of all images, or of the first block
             assert report.examples is not None

@@ -50,6 +50,7 @@ from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card
 from pyro_vae_defence.ops.checks import as_device, check_positive
 from pyro_vae_defence.ops.files import check_writable, remove_partial, write_atomically, write_json
 from pyro_vae_defence.ops.locks import sole_writer
+from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.ranks import Claims
 
@@ -324,11 +325,13 @@ class Measurement(Study[C]):
         """Compute the cells that the result file does not hold, within the time; the result.
 
         Under ``torchrun`` the whole result in its first process, and in the others what they know.
+        On CUDA, products of float32 are not rounded to TF32 unless a cell says so.
 
         Raises:
             ValueError: for weights or data that are missing, or a result file of another run.
         """
         with contextlib.ExitStack() as stack:
+            stack.enter_context(tf32(False))
             claims = Claims(f"{self.kind} {self.path}")
             stack.enter_context(claims)
             if claims.rank == 0:

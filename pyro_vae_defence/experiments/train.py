@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,11 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from pyro_vae_defence import objectives
 from pyro_vae_defence.attacks import PGD
 from pyro_vae_defence.attacks.objectives import squared_wasserstein
+from pyro_vae_defence.data import Images
 from pyro_vae_defence.data.loading import images_alone
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.study import Study, load
-from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models import ConditionalVAE, ConvVAE, program
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
 from pyro_vae_defence.ops.balls import Linf
@@ -45,7 +47,8 @@ HALF_TOLERANCE = 0.01
 _READ_BY = {
     "beta": ("beta", "beta_tcvae"),
     "estimator": ("beta_tcvae",),
-    "radius": ("se", "se_avae"),
+    "radius": ("se", "se_avae", "margin"),
+    "weight": ("margin",),
     "gamma": ("se", "se_avae"),
     "rho": ("avae", "se_avae", "avae_ss"),
     "kl_anneal": ("nvae",),
@@ -64,11 +67,15 @@ class TrainConfig(conf.Configuration):
             AVAE-SS, which post-processes a trained model, needs it.
         beta: weight of the KL (``beta``) or total correlation (``beta_tcvae``) term.
         estimator: minibatch estimator of the total correlation.
-        radius: L_inf radius of SE's perturbations.
+        radius: L_inf radius of SE's perturbations, and of the mass margin's attacker.
+        weight: of the mass margin beside the ELBO (``margin``).
         gamma: SE's coupling strength.
         rho: AVAE's correlation (Cemgil et al. 2020).
         architecture: fields of :class:`~pyro_vae_defence.models.nvae.NVAEConfig` for an NVAE;
             ``None`` is the paper's convolutional VAE.
+        latent_dim: latent dimensions of that one.
+        conditional: whether the class is a condition of both programs, in a
+            :class:`~pyro_vae_defence.models.ConditionalVAE` in place of the convolutional one.
         kl_anneal: share of the training in which NVAE's KL weight rises to 1.
         penalty: weight of NVAE's spectral and batch-norm penalties.
         epochs: passes over the training set.
@@ -82,14 +89,19 @@ class TrainConfig(conf.Configuration):
     """
 
     dataset: conf.Dataset
-    objective: Literal["beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae"] = "beta"
+    objective: Literal[
+        "beta", "beta_tcvae", "se", "avae", "se_avae", "avae_ss", "nvae", "margin"
+    ] = "beta"
     start_from: str | None = None
     beta: conf.Positive = 1.0
     estimator: Literal["mws", "mss", "published"] = "mws"
     radius: conf.AttackRadius = 0.1
+    weight: conf.Positive = 1.0
     gamma: conf.Positive = 1.0
     rho: conf.Share = 0.975
     architecture: dict[str, Any] | None = None
+    latent_dim: conf.Count = 64
+    conditional: bool = False
     kl_anneal: conf.Share = 0.3
     penalty: conf.NotNegative = 1e-2
     epochs: conf.Count = 12
@@ -112,7 +124,10 @@ class TrainConfig(conf.Configuration):
         for name, readers in _READ_BY.items():
             if self.objective not in readers:
                 self.refuse_idle(f"on the objective {self.objective!r}", name)
+        if self.start_from is not None:
+            self.refuse_idle("with start_from, whose architecture it is", "latent_dim")
         if self.architecture is not None:
+            self.refuse_idle("on an NVAE", "latent_dim")
             try:
                 NVAEConfig.from_dict(self.architecture)
             except (TypeError, ValueError) as error:
@@ -123,6 +138,15 @@ class TrainConfig(conf.Configuration):
             raise ValueError(
                 "objective 'nvae' needs an architecture; set its fields, see NVAEConfig"
             )
+        if self.conditional and (self.objective not in ("beta", "margin") or self.architecture):
+            raise ValueError(
+                "conditional=True is a dense VAE, trained by the objective 'beta' or 'margin'; "
+                f"leave architecture out, got objective {self.objective!r}"
+            )
+        if self.conditional:
+            self.refuse_idle("with conditional=True, whose model has ten", "latent_dim")
+        if self.objective == "margin" and not self.conditional:
+            raise ValueError("objective 'margin' is of classes: set conditional=True")
         self.refuse_above(batch_size="images_per_epoch")
 
 
@@ -173,6 +197,8 @@ def _models() -> dict[str, TrainConfig]:
         models[f"{dataset}_avae"] = replace(variant, objective="avae")
         models[f"{dataset}_se_avae"] = replace(smooth, objective="se_avae")
         models[f"{dataset}_avae_ss"] = replace(variant, objective="avae_ss")
+    # Whose posteriors can be computed on a grid.
+    models["mnist_vae_2d"] = TrainConfig("mnist", latent_dim=2, epochs=10, half=True)
     # Backgrounds that no clip of dark pixels can restore.
     for dataset, images in (("fashion_mnist_inverted", None), ("color_mnist_textured", 55_000)):
         models[f"{dataset}_vae"] = TrainConfig(dataset, images_per_epoch=images)
@@ -184,13 +210,33 @@ MODELS: dict[str, TrainConfig] = _models()
 """Models in the order of tables: ``<dataset>_vae``, ``<dataset>_vae_long``, the plain one after a
 second training as long as the first, ``<dataset>_beta_vae_<beta>`` and ``<dataset>_tcvae_<beta>``
 (Table 7); for MNIST and ColorMNIST ``<dataset>_se_<radius>``, ``<dataset>_avae``,
-``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); VAEs of two harder variants,
-``fashion_mnist_inverted_vae`` and ``color_mnist_textured_vae``; and ``mnist_nvae``, a hierarchical
-VAE small enough to be trained on a processor."""
+``<dataset>_se_avae`` and ``<dataset>_avae_ss`` (Table 3); ``mnist_vae_2d``, with two latent
+dimensions (Figure 1); VAEs of two harder variants, ``fashion_mnist_inverted_vae`` and
+``color_mnist_textured_vae``; and ``mnist_nvae``, a hierarchical VAE small enough to be trained on a
+processor."""
+
+
+def _conditional_models() -> dict[str, TrainConfig]:
+    models = {}
+    for dataset in ("mnist", "fashion_mnist"):
+        name = f"{dataset}_conditional"
+        plain = TrainConfig(dataset, conditional=True, epochs=40, half=True)
+        # Ten classes are explained at each step.
+        few = replace(plain, start_from=name, epochs=4, images_per_epoch=10_000, learning_rate=1e-3)
+        models[name] = plain
+        models[f"{name}_margin"] = replace(few, objective="margin", radius=0.1, weight=3.0)
+    return models
+
+
+CONDITIONAL_MODELS = _conditional_models()
+"""VAEs given the class, for analysis by synthesis, which stand in no table of the others:
+``<dataset>_conditional``, and ``<dataset>_conditional_margin``, which goes on from there with the
+margin of masses at radius 0.1."""
 
 _FAMILIES = {
     "vae": "VAE",
     "vae_long": "VAE, second training",
+    "vae_2d": "VAE, two latent dimensions",
     "beta_vae": "β-VAE, β = ",
     "tcvae": "β-TCVAE, β = ",
     "se": "SE, radius ",
@@ -217,7 +263,7 @@ class Train(Study[TrainConfig]):
 
     command = "train"
     noun = "model"
-    names = MODELS
+    names = MODELS | CONDITIONAL_MODELS
     output = "runs/models"
 
     def run(self) -> WeightCard:
@@ -243,8 +289,11 @@ class Train(Study[TrainConfig]):
         train_set = self.images(config.dataset, "train")
         count = config.images_per_epoch or len(train_set)
         sampler = BatchSampler(RandomSampler(train_set, num_samples=count), config.batch_size, True)
+        collate = (
+            functools.partial(_with_classes, train_set) if config.conditional else images_alone
+        )
         loader: DataLoader[Any] = DataLoader(
-            train_set, sampler=sampler, batch_size=None, collate_fn=images_alone
+            train_set, sampler=sampler, batch_size=None, collate_fn=collate
         )
         validation = self._validation()
 
@@ -253,9 +302,14 @@ class Train(Study[TrainConfig]):
         training = dataclasses.asdict(config)
         of = f"{self.name}: {config}"
         if config.start_from is None:
-            vae = make_vae(config, train_set.image_shape)
+            vae = make_vae(config, train_set)
         else:
             vae, start = self.load_vae(config.start_from)
+            if config.conditional != isinstance(vae, ConditionalVAE):
+                raise ValueError(
+                    f"start_from={config.start_from!r} is a {type(vae).__name__}, which "
+                    f"conditional={config.conditional} does not fit"
+                )
             vae.train()
             training["start_from_sha256"] = start.sha256
             of += f", from {start.sha256}"
@@ -308,17 +362,28 @@ class Train(Study[TrainConfig]):
         """The likelihood it has reached."""
         return f"{found.name}: validation -ELBO {found.metrics['validation_nelbo']:.2f} nats"
 
-    def _validation(self) -> list[Tensor]:
+    def _validation(self) -> list[Any]:
         """About 5,000 images; a stride of 6 visits all seven colours of ColorMNIST."""
         images = self.images(self.config.dataset, "validation")
         chosen = torch.arange(0, len(images), 6 if len(images) > 5000 else 1)
+        if self.config.conditional:
+            return [_with_classes(images, images[some]) for some in chosen.split(500)]
         return [images.images(some) for some in chosen.split(500)]
 
 
-def make_vae(config: TrainConfig, image_shape: tuple[int, int, int]) -> TrainedVAE:
-    """The untrained model a configuration names, for images ``(C, H, W)``."""
+def _with_classes(images: Images, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A batch with its classes as one-hot vectors."""
+    x, labels = batch
+    return x, torch.nn.functional.one_hot(labels, len(images.class_names)).to(x.dtype)
+
+
+def make_vae(config: TrainConfig, images: Images) -> TrainedVAE:
+    """The untrained model a configuration names, for images of a dataset."""
+    image_shape = images.image_shape
+    if config.conditional:
+        return ConditionalVAE(image_shape, len(images.class_names))
     if config.architecture is None:
-        return ConvVAE(image_shape[0], image_size=image_shape[-1])
+        return ConvVAE(image_shape[0], config.latent_dim, image_size=image_shape[-1])
     return NVAE(NVAEConfig.from_dict(config.architecture))
 
 
@@ -350,6 +415,7 @@ def make_objective(config: TrainConfig, vae: TrainedVAE, data_size: int, num_ste
         "se_avae": lambda: objectives.SEAVAE(perturb, config.gamma, config.rho),
         "avae_ss": lambda: objectives.AVAESS(config.rho),
         "nvae": nvae,
+        "margin": lambda: objectives.MassMargin(Linf(config.radius), config.weight),
     }
     return makers[config.objective]()
 
@@ -361,7 +427,7 @@ def _rounded(vae: TrainedVAE) -> TrainedVAE:
     return rounded
 
 
-def _nelbo(vae: TrainedVAE, validation: list[Tensor]) -> float:
+def _nelbo(vae: TrainedVAE, validation: list[Any]) -> float:
     """Validation -ELBO with the same draws whichever model it is of."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -60,7 +60,10 @@ Function = Callable[..., tuple[Tensor, ...]]
 _MOST_CAPTURES = 128
 # Share of rows in which a replay may differ from the transition by more than rounding: on a GPU
 # sums may be made in another order, and a proposal at the edge of acceptance falls to either side.
+# Reduced forces move a proposal's energy by tenths of a nat, and one decision in ten with it (20
+# leapfrog steps of TF32); a replay that read what another run left would differ wherever rows move.
 _MOST_DIFFERENT = 0.05
+_MOST_DIFFERENT_REDUCED = 0.5
 _ROUNDING = 1000.0  # units of a type's resolution and of the largest value, as for recordings
 
 
@@ -365,7 +368,7 @@ def _difference(replayed: Sequence[Any], made: tuple[Any, HMCInfo], slack: float
         wrong = rows if wrong is None else wrong | rows
     assert wrong is not None
     share = float(wrong.float().mean())
-    if share <= _MOST_DIFFERENT:
+    if share <= (_MOST_DIFFERENT_REDUCED if slack else _MOST_DIFFERENT):
         return None
     return f"a replay and the transition differ in {share:.0%} of the rows"
 

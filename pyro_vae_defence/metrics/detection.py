@@ -18,11 +18,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.metrics.intervals import Interval, check_bootstrap, tails
+from pyro_vae_defence.metrics.intervals import (
+    RESAMPLES_AT_ONCE,
+    Interval,
+    check_bootstrap,
+    tails,
+)
 from pyro_vae_defence.ops.checks import check_on_device
 
 
@@ -37,10 +43,7 @@ def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
         ValueError: if an argument is not a vector of scores, or devices differ.
     """
     _check(negatives, positives)
-    ordered = negatives.sort().values
-    below = torch.searchsorted(ordered, positives)
-    not_above = torch.searchsorted(ordered, positives, right=True)
-    return (below + not_above).double().mean() / (2 * negatives.shape[0])
+    return _auroc(negatives, positives)
 
 
 def fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tensor:
@@ -51,10 +54,30 @@ def fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tenso
     _check(negatives, positives)
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr={tpr} must lie in (0, 1]: use 0.95 for 95 percent")
+    return _fpr_at_tpr(negatives, positives, tpr)
+
+
+def _auroc(negatives: Tensor, positives: Tensor) -> Tensor:
+    """:func:`auroc` of ``(..., N)`` and ``(..., M)``."""
+    ordered = negatives.sort().values
+    below = torch.searchsorted(ordered, positives)
+    not_above = torch.searchsorted(ordered, positives, right=True)
+    return (below + not_above).double().mean(-1) / (2 * negatives.shape[-1])
+
+
+def _fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tensor:
+    """:func:`fpr_at_tpr` of ``(..., N)`` and ``(..., M)``."""
     # Rounding must not ask for one image more than the share does (0.95 * 20 > 19 in binary).
-    caught = math.ceil(tpr * positives.shape[0] - 1e-9)
-    threshold = positives.sort(descending=True).values[max(caught, 1) - 1]
-    return (negatives >= threshold).double().mean()
+    caught = math.ceil(tpr * positives.shape[-1] - 1e-9)
+    threshold = positives.sort(descending=True).values[..., max(caught, 1) - 1, None]
+    return (negatives >= threshold).double().mean(-1)
+
+
+# Of many pairs of vectors at once: resamples, whose scores have been checked.
+_OF_RESAMPLES: tuple[tuple[Any, Callable[[Tensor, Tensor], Tensor]], ...] = (
+    (auroc, _auroc),
+    (fpr_at_tpr, _fpr_at_tpr),
+)
 
 
 def detection_interval(
@@ -68,7 +91,8 @@ def detection_interval(
     """Percentile bootstrap interval of :func:`auroc` or :func:`fpr_at_tpr` over images.
 
     Args:
-        statistic: function of negatives and positives.
+        statistic: one of the two; or another function of negatives and positives, which is called
+            once per resample.
         negatives, positives: scores of the same images before and after the attack, ``(N,)`` each.
             Images are resampled, both their scores together.
         level, num_resamples, generator: as for ``metrics.bootstrap_interval``.
@@ -86,7 +110,12 @@ def detection_interval(
     check_bootstrap(level, num_resamples, generator)
     negatives, positives = (v.detach().to("cpu", torch.float64) for v in (negatives, positives))
     drawn = torch.randint(num_images, (num_resamples, num_images), generator=generator)
-    resampled = torch.stack([statistic(negatives[rows], positives[rows]) for rows in drawn])
+    of_resamples = next((many for one, many in _OF_RESAMPLES if one is statistic), None)
+    if of_resamples is not None:
+        parts = drawn.split(RESAMPLES_AT_ONCE)
+        resampled = torch.cat([of_resamples(negatives[rows], positives[rows]) for rows in parts])
+    else:
+        resampled = torch.stack([statistic(negatives[rows], positives[rows]) for rows in drawn])
     low, high = torch.quantile(resampled, tails(level))
     estimate = statistic(negatives, positives)
     return Interval(float(estimate), float(low), float(high), level, num_images, num_images)

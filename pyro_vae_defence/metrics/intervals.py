@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_vae_defence.ops.checks import check_integer
 
-_RESAMPLES_AT_ONCE = 256  # bounds the memory; fixed, so that results do not depend on it
+RESAMPLES_AT_ONCE = 256  # bounds the memory; fixed, so that results do not depend on it
 
 
 class Interval(NamedTuple):
@@ -102,9 +102,9 @@ def bootstrap_interval(
     of_weighted = _weighted_mean if statistic == "mean" else _weighted_median
     estimate = of_weighted(sample, torch.ones(1, len(sample), dtype=torch.float64))
     parts = []
-    for start in range(0, num_resamples, _RESAMPLES_AT_ONCE):
+    for start in range(0, num_resamples, RESAMPLES_AT_ONCE):
         # A resample is a count per unit.
-        shape = (min(_RESAMPLES_AT_ONCE, num_resamples - start), num_units)
+        shape = (min(RESAMPLES_AT_ONCE, num_resamples - start), num_units)
         drawn = torch.randint(num_units, shape, generator=generator)
         ones = torch.ones(shape, dtype=torch.float64)
         counts = torch.zeros_like(ones).scatter_add_(1, drawn, ones)

@@ -27,6 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from pyro_vae_defence.models.conditional import ConditionalVAE
 from pyro_vae_defence.models.conv import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.nvae.checkpoint import from_weights
@@ -34,7 +35,7 @@ from pyro_vae_defence.models.weights import check_finite, fill
 from pyro_vae_defence.ops.files import naming, write_atomically
 from pyro_vae_defence.types import Latents
 
-TrainedVAE: TypeAlias = ConvVAE | NVAE
+TrainedVAE: TypeAlias = ConvVAE | ConditionalVAE | NVAE
 R = TypeVar("R")
 
 PACKAGED_MODELS = Path(__file__).parent / "weights"
@@ -53,12 +54,17 @@ def _conv_vae(config: dict[str, Any], weights: dict[str, Tensor]) -> ConvVAE:
     return fill(lambda: ConvVAE(**config), weights)
 
 
+def _conditional_vae(config: dict[str, Any], weights: dict[str, Tensor]) -> ConditionalVAE:
+    return fill(lambda: ConditionalVAE(**config), weights)
+
+
 def _nvae(config: dict[str, Any], weights: dict[str, Tensor]) -> NVAE:
     return from_weights(NVAEConfig.from_dict(config), weights)
 
 
 _VAES: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], TrainedVAE]] = {
     "ConvVAE": _conv_vae,
+    "ConditionalVAE": _conditional_vae,
     "NVAE": _nvae,
 }
 

@@ -2,6 +2,7 @@
 
 from pyro_vae_defence.objectives.avae import AVAE, AVAESS, SEAVAE
 from pyro_vae_defence.objectives.elbo import BetaELBO, ImageELBO, Schedule, linear_schedule
+from pyro_vae_defence.objectives.margin import MassMargin
 from pyro_vae_defence.objectives.nvae import NVAEObjective
 from pyro_vae_defence.objectives.smooth_encoder import SE
 from pyro_vae_defence.objectives.tcvae import BetaTCVAE
@@ -14,6 +15,7 @@ __all__ = [
     "BetaELBO",
     "BetaTCVAE",
     "ImageELBO",
+    "MassMargin",
     "NVAEObjective",
     "Schedule",
     "linear_schedule",

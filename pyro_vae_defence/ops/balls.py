@@ -135,6 +135,23 @@ def check_ball(ball: Any) -> Ball:
     return ball
 
 
+def reaches(ball: Ball, delta: float) -> tuple[Ball | None, Ball]:
+    """Balls around the clean image of radius delta - epsilon, ``None`` for 0, and delta + epsilon.
+
+    Raises:
+        ValueError: if delta is below epsilon, the radius of ``ball``, or the larger ball is none.
+    """
+    epsilon = ball.radius
+    number = isinstance(delta, numbers.Real) and not isinstance(delta, bool)
+    if not number or not epsilon <= delta < math.inf:
+        raise ValueError(
+            f"delta must be a radius of at least the attacker's {epsilon:g}, got {delta!r}: from a "
+            "smaller ball an attack leads out, and no mass can be promised"
+        )
+    kind, delta = type(ball), float(delta)
+    return kind(delta - epsilon) if delta > epsilon else None, kind(delta + epsilon)
+
+
 class Linf(Ball):
     """Largest absolute value at most ``radius``, at most 1."""
 

@@ -237,9 +237,9 @@ def loss_increases_with_iterations(evidence: Evidence) -> Seen:
     if of_encoder:
         prepared = suite.objective(strongest.row, 1)
     else:
-        goal, draws = suite.goal(), max(5, budget.selection_draws)
+        goal, draws = suite.goal(), suite.known_draws or (max(5, budget.selection_draws),)
         options = {"resample": False, **suite.options()}
-        prepared = adaptive.expected(suite.box.forwards(), goal, draws, **options)
+        prepared = adaptive.expected(suite.box.forwards(), goal, *draws, **options)
     objective = prepared(x_ref)
     steps = (max(1, budget.check_steps // 4), budget.check_steps)
     few, many = (evidence.again(strongest, number) for number in steps)

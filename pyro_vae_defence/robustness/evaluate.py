@@ -14,6 +14,10 @@ the similarity of the attacked image's reconstruction to the reference's. With d
 Which attack is an image's worst is decided on other seeds than those it is reported on, so that the
 minimum does not collect luck. Intervals are bootstrapped over images.
 
+Randomness that the attacker cannot foresee is part of the threat model. What is left of a defence
+without it, with a seed that is fixed and known, is asked for by ``defence_seed``: attacks then see
+the very noise that is scored.
+
 What a suite of attacks leaves is an upper bound of the true robustness: heuristic, not certified.
 An attack that fails for want of a gradient looks like a robust defence, hence the *checks*:
 symptoms of such failures, tested on the images at hand and reported as passed or failed. One that
@@ -47,12 +51,13 @@ from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import same_vae, split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
-from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity, fresh_generators
+from pyro_vae_defence.robustness.scoring import Accuracy, fresh_generators, make_scorer
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import VAE, ImagesLike
@@ -75,6 +80,7 @@ def evaluate_robustness(
     engine: Callable[..., Any] = APGD,
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
     checks: bool = True,
+    defence_seed: int | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> RobustnessReport:
@@ -99,6 +105,10 @@ def evaluate_robustness(
             num_restarts=, batch_size=)``.
         similarity: of reconstructions in pairs, differentiable, 1 if equal; the paper's MSSSIM.
         checks: run the sanity checks; without them the report counts as unreliable.
+        defence_seed: a seed that the defence always runs with, and that the attacker knows:
+            ``defence(x, torch.Generator().manual_seed(defence_seed))``, all images in one call. A
+            figure is then that of one run, since all runs are the same. ``None`` for fresh noise in
+            every run, which no attacker foresees.
         generator: source of the seed; torch's global seed when ``None``.
         progress: show a progress bar, of decoder gradients per image: how many there will be at
             most, by :mod:`~pyro_vae_defence.robustness.cost`, and how long they take at the present
@@ -110,7 +120,7 @@ def evaluate_robustness(
     conditions = split(x)[1]
     vae, x = program.at_images(vae, x)
     check_defence(defence, needs_vae=False)
-    _check_same(vae, defence, classifier)
+    check_same(vae, defence, classifier)
     if len(x) < 2:
         raise ValueError(f"x holds {len(x)} image: intervals need two or more")
     ball = check_ball(Linf(0.1) if ball is None else ball)
@@ -123,16 +133,12 @@ def evaluate_robustness(
             f"attacks must be names among {', '.join(KNOWLEDGE)}, got {unknown or attacks}"
         )
     labels = check_labels(labels, x, classifier)
+    check_seed(defence_seed)
     seed = draw_seed(generator)
     fresh = fresh_generators(seed)
     with program.evaluation_mode(vae, classifier):
-        box = WhiteBox(vae, defence, x, fresh, conditions)
-        if classifier is None:
-            scorer: Scorer = Similarity(box, x, similarity, fresh)
-        else:
-            if not isinstance(classifier, DefendedClassifier):
-                classifier = DefendedClassifier(box, classifier, "last")
-            scorer = Accuracy(box, x, labels, classifier, fresh)
+        box = WhiteBox(vae, defence, x, fresh, conditions, defence_seed)
+        scorer = make_scorer(box, x, labels, classifier, similarity, fresh)
         suite = Suite(box, scorer, x, ball, budget or Budget.standard(), engine)
         chain = chain_cost(defence)
         expected = suite_gradients(chain, suite.budget, len(x), attacks, checks)
@@ -140,10 +146,18 @@ def evaluate_robustness(
         with tqdm(
             total=total, unit="gradient", unit_scale=True, disable=not progress, leave=False
         ) as bar:
-            return _report(suite, attacks, checks, seed, expected, bar)
+            return _report(suite, conditions, attacks, checks, seed, expected, bar)
 
 
-def _check_same(vae: VAE, defence: Defence, classifier: Any) -> None:
+def check_seed(defence_seed: Any) -> None:
+    """Refuse what is no seed of a generator."""
+    if defence_seed is not None:
+        check_integer("defence_seed", defence_seed, 0)
+        if defence_seed >= 2**63:
+            raise ValueError(f"defence_seed must be below 2**63, got {defence_seed!r}")
+
+
+def check_same(vae: VAE, defence: Defence, classifier: Any) -> None:
     """Refuse a defence of another VAE, and a classifier behind another defence."""
     defended = getattr(defence, "vae", None)
     if defended is not None and not same_vae(vae, defended):
@@ -177,6 +191,7 @@ def check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
 
 def _report(
     suite: Suite,
+    conditions: tuple[Tensor, ...],
     names: Sequence[str],
     checks: bool,
     seed: int,
@@ -197,7 +212,7 @@ def _report(
     found = []
     for each in suite.candidates(table, skipped):
         found.append(each)
-        bar.update(expected.get(each.row.name, 0.0) / len(each.row.draws(budget)))
+        bar.update(expected.get(each.row.name, 0.0) / len(suite.draws(each.row)))
         bar.set_postfix_str(each.row.name)
     scores = [scorer.score(each.x_adv, budget.scoring_draws) for each in found]
     # Leaving an image alone is an attack too: it counts errors on clean images.
@@ -246,6 +261,7 @@ def _report(
             "radius": suite.ball.radius,
             "target": scorer.target,
             "reading": scorer.reading,
+            **({} if box.seed is None else {"defence_seed": box.seed}),
         },
         **conclude(values, outcomes, verdicts, reasons, scorer.interval),
         evidence={
@@ -272,4 +288,7 @@ def _report(
         x_adv=x_adv,
         examples=torch.stack([x[few], x_adv[few], shown.reconstruction]).cpu(),
         images=(fingerprint(x),),
+        x_ref=x,
+        labels=scorer.labels if isinstance(scorer, Accuracy) else None,
+        conditions=conditions,
     )

@@ -50,7 +50,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.attacks import random_noise
+from pyro_vae_defence.attacks import adaptive, random_noise
 from pyro_vae_defence.attacks.adaptive import PreparedGoal
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball
@@ -174,17 +174,29 @@ def expected_difference(
     ``(N,)``, and twice the standard error, or what rounding may have made of it.
 
     Both see the same noise, that of ``num_draws`` >= 2 chains with this ``seed``. Against a defence
-    that averages latents the goal is that at their mean.
+    that averages latents the goal is that at their mean. Where the seed of the defence is known,
+    there is one noise, its own, and no error but rounding.
     """
     goal = suite.goal()
+    if suite.known_draws:
+        prepared = adaptive.expected(
+            suite.box.forwards(), goal, *suite.known_draws, **suite.options()
+        )
+        objective = prepared(suite.x)
+        first, second = objective(ahead), objective(behind)
+        return first - second, _rounding(first, second)
     (first, first_without), (second, second_without) = (
         _with_and_without(_ends(suite, x, num_draws, seed), goal, suite.x, num_draws, suite.of_mean)
         for x in (ahead, behind)
     )
     without = first_without - second_without
     error = ((num_draws - 1) * without.var(0, correction=0)).sqrt()
-    rounding = 100 * torch.finfo(first.dtype).eps * (1 + torch.maximum(first.abs(), second.abs()))
-    return first - second, torch.maximum(2 * error, rounding)
+    return first - second, torch.maximum(2 * error, _rounding(first, second))
+
+
+def _rounding(first: Tensor, second: Tensor) -> Tensor:
+    """What rounding may have made of a difference."""
+    return 100 * torch.finfo(first.dtype).eps * (1 + torch.maximum(first.abs(), second.abs()))
 
 
 def _ends(suite: Suite, x: Tensor, num_draws: int, seed: int) -> Latents:

@@ -45,7 +45,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -62,7 +61,7 @@ from pyro_vae_defence.models.conditions import BoundVAE
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.enumeration import enumerable
 from pyro_vae_defence.models.sites import get_trace
-from pyro_vae_defence.ops.balls import Ball, check_ball
+from pyro_vae_defence.ops.balls import Ball, check_ball, reaches
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -247,23 +246,6 @@ def mass_bound(
                 parts[number].append(masses)
     of_right, of_wrong = (Masses(*map(torch.cat, zip(*each, strict=True))) for each in parts)
     return MassBound(ball.radius, float(delta), of_right, of_wrong)
-
-
-def reaches(ball: Ball, delta: float) -> tuple[Ball | None, Ball]:
-    """Balls around the clean image of radius delta - epsilon, ``None`` for 0, and delta + epsilon.
-
-    Raises:
-        ValueError: if delta is below epsilon, the radius of ``ball``, or the larger ball is none.
-    """
-    epsilon = ball.radius
-    number = isinstance(delta, numbers.Real) and not isinstance(delta, bool)
-    if not number or not epsilon <= delta < math.inf:
-        raise ValueError(
-            f"delta must be a radius of at least the attacker's {epsilon:g}, got {delta!r}: from a "
-            "smaller ball an attack leads out, and no mass can be promised"
-        )
-    kind, delta = type(ball), float(delta)
-    return kind(delta - epsilon) if delta > epsilon else None, kind(delta + epsilon)
 
 
 class _Settings(NamedTuple):

@@ -32,6 +32,7 @@ SUMMARIES = ("mean", "single", "worst_of_n", "averaged")
 """What a report says of the draws of an image."""
 
 _OF_A_RUN = ("prepare_why_not",)
+_IMAGES = ("x_adv", "examples", "x_ref", "labels", "conditions")  # not in JSON
 _CHECK = "check "  # how the reasons of checks begin
 
 
@@ -97,6 +98,9 @@ class RobustnessReport:
         evidence: what the checks have measured, by their names.
         images: a hash of the images, of each report that was joined; empty for a report that an
             earlier version has written.
+        x_ref, labels, conditions: the references ``(N, C, H, W)``, their classes if these are what
+            is measured, and what else the programs take; ``None`` and empty as ``x_adv``. What
+            :func:`~pyro_vae_defence.robustness.published.save_attacked` writes.
     """
 
     figure: str
@@ -121,6 +125,9 @@ class RobustnessReport:
     values: dict[str, Tensor]
     evidence: dict[str, Seen]
     images: tuple[str, ...] = ()
+    x_ref: Tensor | None = None
+    labels: Tensor | None = None
+    conditions: tuple[Tensor | None, ...] = ()
 
     @property
     def reliable(self) -> bool:
@@ -174,7 +181,8 @@ class RobustnessReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, as JSON knows it."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del found["x_adv"], found["examples"]
+        for name in _IMAGES:
+            del found[name]
         for name in ("attacks", "checks"):
             found[name] = [entry._asdict() for entry in found[name]]
         found["per_image"] = self.per_image.tolist()
@@ -293,7 +301,10 @@ class RobustnessReport:
                 for name in first.versions
             },
             strongest=tuple(name for report in reports for name in report.strongest),
-            x_adv=_joined_images(reports),
+            x_adv=_joined(reports, "x_adv"),
+            x_ref=_joined(reports, "x_ref"),
+            labels=_joined(reports, "labels"),
+            conditions=_joined_conditions(reports),
             evidence=evidence,
             images=tuple(each for report in reports for each in report.images),
         )
@@ -397,9 +408,16 @@ def _joined_skipped(reports: Sequence[RobustnessReport]) -> dict[str, str]:
     return found
 
 
-def _joined_images(reports: Sequence[RobustnessReport]) -> Tensor | None:
-    images = [report.x_adv for report in reports if report.x_adv is not None]
-    return torch.cat(images) if len(images) == len(reports) else None
+def _joined(reports: Sequence[RobustnessReport], name: str) -> Tensor | None:
+    found = [value for report in reports if (value := getattr(report, name)) is not None]
+    return torch.cat(found) if len(found) == len(reports) else None
+
+
+def _joined_conditions(reports: Sequence[RobustnessReport]) -> tuple[Tensor | None, ...]:
+    if any(report.x_ref is None for report in reports):
+        return ()
+    places = zip(*(report.conditions for report in reports), strict=True)
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in places)
 
 
 def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:

@@ -9,7 +9,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -88,7 +88,9 @@ class Scorer:
         return other
 
     def score(self, x: Tensor, num_draws: int) -> Scores:
-        """Run the defence ``num_draws`` times on images that stem from the references."""
+        """Run the defence ``num_draws`` times on images that stem from the references; once if its
+        seed is known, since it would be the same again."""
+        num_draws = num_draws if self.defence.seed is None else 1
         result = self.defence(x.repeat(num_draws, 1, 1, 1), self.fresh())
         scores = self._scores(result, num_draws)
         check_finite(f"the {self.figure}", scores.per_draw.T, "see what is compared there")
@@ -168,3 +170,20 @@ class Similarity(Scorer):
         images = lat.unfold(result.reconstruction, num_draws)
         per_draw = torch.stack([self.compare(image, self.reference) for image in images])
         return Scores(per_draw, self.compare(images.mean(0), self.reference))
+
+
+def make_scorer(
+    box: WhiteBox,
+    x: Tensor,
+    labels: Tensor | None,
+    classifier: Any,
+    compare: Compare | None,
+    fresh: Fresh,
+) -> Scorer:
+    """The accuracy of a ``classifier``, as it comes or behind the defence, or without one the
+    similarity."""
+    if classifier is None:
+        return Similarity(box, x, compare, fresh)
+    if not isinstance(classifier, DefendedClassifier):
+        classifier = DefendedClassifier(box, classifier, "last")
+    return Accuracy(box, x, labels, classifier, fresh)

@@ -104,6 +104,11 @@ def _with_whole_chain(box: WhiteBox) -> str:
     return _with_transitions(box) or burn_in
 
 
+def _rising(budget: Budget) -> tuple[int, ...]:
+    """Numbers of the defence's draws, one after the other."""
+    return budget.num_draws
+
+
 class Row(NamedTuple):
     """An attack.
 
@@ -115,16 +120,18 @@ class Row(NamedTuple):
         black_box: whether it sees values alone.
         transfers: whether it attacks the undefended encoder.
         classes: whether it attacks classes alone.
+        other_noise: whether its values come from other noise than the defence's seed gives.
     """
 
     name: str
     knowledge: str
     objective: Callable[[Suite, Aim], PreparedObjective]
     reason: Callable[[WhiteBox], str] = lambda box: ""
-    draws: Callable[[Budget], tuple[int, ...]] = lambda budget: budget.num_draws
+    draws: Callable[[Budget], tuple[int, ...]] = _rising
     black_box: bool = False
     transfers: bool = False
     classes: bool = False
+    other_noise: bool = False
 
 
 _DECODER = "defence and decoder"
@@ -139,7 +146,7 @@ ATTACKS = (
     ),
     Row("black_box", "outputs of the defence", _black_box, black_box=True),
     Row("implicit", _DECODER, _implicit, _with_chain),
-    Row("truncated", _DECODER, _truncated, _with_transitions),
+    Row("truncated", _DECODER, _truncated, _with_transitions, other_noise=True),
     Row("unroll", _DECODER, _unroll, _with_whole_chain),
 )
 """In the order in which they run: what every budget must allow first."""
@@ -185,15 +192,34 @@ class Suite:
         # Few draws of a chain say nothing of the mean latent; averaged draws do.
         return self.scorer.reading in ("mean", "reencoded")
 
+    def draws(self, row: Row) -> tuple[int, ...]:
+        """What a row averages; of a defence whose seed is known its chains, which are all."""
+        return (
+            self.known_draws
+            if row.draws is _rising and self.known_draws
+            else row.draws(self.budget)
+        )
+
+    @property
+    def known_draws(self) -> tuple[int, ...]:
+        """How many draws a defence has whose seed is known; empty where it is not."""
+        return () if self.box.seed is None else (self.box.num_chains,)
+
     def expected(self, aim: Aim, encode: DefendedEncoder) -> PreparedObjective:
-        """Average over draws, which go on from step to step where they can."""
-        options = {"persistent": aim.resume is not None, **self.options()}
+        """Average over draws, which go on from step to step where they can.
+
+        A defence with a seed that is known starts anew at every image.
+        """
+        persistent = aim.resume is not None and self.box.seed is None
+        options = {"persistent": persistent, **self.options()}
         return adaptive.expected(encode, aim.goal, aim.num_draws, **options)
 
     def why_not(self, row: Row) -> str:
         """Why a row does not apply; empty where it does."""
         if row.classes and not isinstance(self.scorer, Accuracy):
             return "it attacks classes, and no classifier is given"
+        if row.other_noise and self.box.seed is not None:
+            return "the defence's seed is known, and its last transitions would have other noise"
         return row.reason(self.box)
 
     def at(self, rows: slice) -> Suite:
@@ -241,7 +267,7 @@ class Suite:
         budget, num_images, limit = self.budget, len(self.x), self.budget.max_evaluations
         for row in table:
             before: float | None = None
-            for num_draws in row.draws(budget):
+            for num_draws in self.draws(row):
                 spent, started = self.box.evaluations, time.perf_counter()
                 if limit is not None and spent >= limit * num_images:
                     skipped.setdefault(f"{row.name} ({num_draws} draws)", "the budget was spent")

@@ -1,6 +1,9 @@
 """What an attacker who knows a defence gets of it: its start, chain and energy; no score.
 
 The gradients of ``attacks.adaptive`` are made from these parts. All latents are unconstrained.
+
+Where the attacker knows the seed of a defence too, that is no random defence any more: whatever
+noise is asked for, the parts use that which the defence will use, of the same image and chain.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, fold, row
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.checks import RefusalError
-from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike, Potential
 
 
@@ -71,8 +74,12 @@ class WhiteBox:
         x: images ``(N, C, H, W)`` on which :attr:`step_size` is found.
         fresh: returns a generator where that needs a seed; torch's global seed by default.
         conditions: of ``x``, which the defence is given too.
+        seed: that of the generator with which the defence is called on images ``x``, if the
+            attacker knows it.
 
     Attributes:
+        seed: see above.
+        num_chains: chains of the defence per image.
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
         steps: whether its transitions are known: this library's HMC or NUTS.
@@ -87,8 +94,10 @@ class WhiteBox:
         x: Tensor,
         fresh: Callable[[], torch.Generator | None] = lambda: None,
         conditions: tuple[Tensor, ...] = (),
+        seed: int | None = None,
     ) -> None:
-        self.vae, self.defence = vae, defence
+        self.vae, self.defence, self.seed = vae, defence, seed
+        self.num_chains = int(getattr(defence, "num_chains", 1))
         self.shape = tuple(x.shape[1:])
         self.has_chain = not isinstance(defence, NoDefence)
         self._conditions, self._x, self._fresh = conditions, x, fresh
@@ -122,10 +131,11 @@ class WhiteBox:
 
     def at(self, rows: slice) -> WhiteBox:
         """The box of the images at ``rows``."""
-        if not isinstance(self.vae, BoundVAE):
+        bound = isinstance(self.vae, BoundVAE)
+        if not bound and self.seed is None:
             return self
         other = copy.copy(self)
-        other.vae, other._x = take(self.vae, rows), self._x[rows]
+        other.vae, other._x = take(self.vae, rows) if bound else self.vae, self._x[rows]
         other._conditions = rows_of(self._conditions, rows)
         if self.steps:
             other.__dict__["step_size"] = self.step_size
@@ -139,13 +149,23 @@ class WhiteBox:
         return self._evaluations[0]
 
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> DefenceResult:
-        """Run the defence on images ``(M, C, H, W)``: all, copy after copy, or with conditions."""
+        """Run the defence on images ``(M, C, H, W)``: all, copy after copy, or with conditions.
+
+        With a known seed every copy is defended by that seed.
+        """
         images, conditions = split(x)
+        if self.seed is not None:
+            copies = images.split(len(self._x))
+            own = self._conditions
+            return DefenceResult.join([
+                self.defence((each, *own) if own else each, self._generator()) for each in copies
+            ])  # fmt: skip
         conditions = conditions or tuple(fold(value, len(images)) for value in self._conditions)
         return self.defence((images, *conditions) if conditions else images, generator)
 
     def start(self, x: Tensor, streams: Streams) -> Latents:
         """Where chains start: a draw of the guide, differentiable in the images."""
+        streams = self._known(streams)
         return self._potential.at(x).unconstrain(program.encode(self.vae, x, streams=streams))
 
     def energy(self, x: Tensor, latents: Latents) -> Tensor:
@@ -194,9 +214,9 @@ class WhiteBox:
     def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
         """Where the defence ends; differentiable if unrollable. Others start by themselves."""
         if self.unrollable:
-            return self._whole(x, start, streams)
+            return self._whole(x, start, self._known(streams))
         if self.steps:
-            return self._run(self._make_kernel(), x, start, streams)
+            return self._run(self._make_kernel(), x, start, self._known(streams))
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
         self._evaluations[0] += int(result.num_gradients.sum())
         return self._potential.at(x).unconstrain(result.latents)
@@ -226,6 +246,19 @@ class WhiteBox:
             start = self.start(x, streams)
         self._run(kernel, x, start, streams)
         return float(kernel.info.step_size.median())
+
+    def _generator(self) -> torch.Generator:
+        assert self.seed is not None
+        return torch.Generator().manual_seed(self.seed)
+
+    def _known(self, streams: Streams) -> Streams:
+        """The defence's own noise in place of ``streams``, if it is known: rows are copies of all
+        images, and draws are its chains."""
+        if self.seed is None:
+            return streams
+        return streams._replace(
+            seed=draw_seed(self._generator()), image=streams.image % len(self._x)
+        )
 
     def _run(self, kernel: Any, x: Tensor, start: Latents, streams: Streams) -> Latents:
         """Where the whole chains end, burn-in included, without derivatives."""

@@ -71,7 +71,7 @@ def _cell(entry: Mapping[str, Any] | None, key: str, form: str) -> str:
 
 
 def _goals(found: dict[str, Any], on_gpu: bool) -> list[str]:
-    rows = [_rate_goal(found), _defence_goal(found), _numpyro_goal(found)]
+    rows = [_rate_goal(found), _defence_goal(found), _numpyro_goal(found), _exact_goal(found)]
     shown = []
     for goal, measured, met in rows:
         if met is None or not on_gpu:
@@ -127,6 +127,22 @@ def _numpyro_goal(found: dict[str, Any]) -> Goal:
         return goal, "", None
     measured = ", ".join(f"{ratio:.2f} ({precision})" for ratio, precision in ratios)
     return goal, measured, min(ratios)[0] >= TIMES_NUMPYRO
+
+
+def _exact_goal(found: dict[str, Any]) -> Goal:
+    """The same of chains whose energies are in float32, however their forces are rounded."""
+    goal = f"at least {TIMES_NUMPYRO:g} times NumPyro, chains exact in float32"
+    ways = at(found, "numpyro/ways") or {}
+    rates = [
+        (entry["gradients_per_second"], way + "; fell back" * ("why_not" in entry))
+        for way, entry in ways.items()
+        if "gradients_per_second" in entry and "NumPyro" not in way
+    ]
+    theirs = at(ways, "NumPyro, float32/gradients_per_second")
+    if not rates or not theirs:
+        return goal, "", None
+    best, way = max(rates)
+    return goal, f"{best / theirs:.2f} ({way})", best / theirs >= TIMES_NUMPYRO
 
 
 def _ratio(ways: Mapping[str, Any], theirs: str) -> float | None:

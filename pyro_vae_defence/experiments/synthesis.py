@@ -1,0 +1,239 @@
+"""Analysis by synthesis: a classifier from one conditional VAE, its bound, and attacks on it.
+
+The class is the one of largest mass of explanations, perturbations included
+(:mod:`pyro_vae_defence.defence.synthesis`). The bound needs no attack: it is a function of clean
+images, for exact inference. Beside it stands, on some of the same images, the worst case of attacks
+that know the classifier (:mod:`pyro_vae_defence.robustness.synthesis`). What lies between is not
+known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.attacks import APGD, PGD
+from pyro_vae_defence.defence import AnalysisBySynthesis
+from pyro_vae_defence.experiments import configuration as conf
+from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments.robustness import blocks, check_blocks
+from pyro_vae_defence.experiments.study import Cell, Measurement, interval
+from pyro_vae_defence.experiments.train import CONDITIONAL_MODELS
+from pyro_vae_defence.models import ConditionalVAE
+from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.robustness.synthesis import class_evidence, mass_margin
+
+
+@dataclass(frozen=True)
+class SynthesisConfig(conf.Configuration):
+    """One conditional model at several radii.
+
+    Args:
+        model: name of a trained :class:`~pyro_vae_defence.models.ConditionalVAE`.
+        dataset: name of its images; those it was trained on when ``None``.
+        radii: L_inf radii of the attacker, and of the ball that the classifier assumes.
+        num_images: class-stratified test images.
+        images_per_cell: most images that are evaluated at a time, at least 2.
+        num_attacked: how many of them are attacked, in whole cells; 0 for none.
+        num_temperatures, num_steps, num_walks: as for
+            :class:`~pyro_vae_defence.defence.AnalysisBySynthesis`.
+        num_falling: falling walks per image and class, of the bound.
+        attack_steps: steps of an attack, one gradient each.
+        attack_temperatures, attack_walks: of the fresh walks at each step of the attack on masses.
+        num_targets: other classes that the attack on evidence tries, one after the other.
+        seed: seed of images, walks and attacks.
+    """
+
+    model: str
+    dataset: conf.Dataset | None = None
+    radii: Annotated[tuple[conf.AttackRadius, ...], conf.not_empty] = (0.05, 0.1, 0.2)
+    num_images: conf.Several = 30
+    images_per_cell: conf.Count = 10
+    num_attacked: conf.Natural = 10
+    num_temperatures: Annotated[int, conf.at_least(3)] = 15
+    num_steps: conf.Count = 2
+    num_walks: Annotated[int, conf.at_least(2)] = 4
+    num_falling: conf.Count = 2
+    attack_steps: conf.Count = 20
+    attack_temperatures: Annotated[int, conf.at_least(3)] = 6
+    attack_walks: Annotated[int, conf.at_least(2)] = 2
+    num_targets: conf.Count = 2
+    seed: conf.Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_blocks(self.num_images, self.images_per_cell)
+        self.refuse_above(num_falling="num_walks", num_attacked="num_images")
+
+    @property
+    def blocks(self) -> list[range]:
+        """Numbers of the images of each block, as even as can be."""
+        return blocks(self.num_images, self.images_per_cell)
+
+
+class Synthesis(Measurement[SynthesisConfig]):
+    """Classes by analysis by synthesis: clean, bounded, attacked."""
+
+    kind = command = "synthesis"
+    metric = None
+    names = {
+        model.replace("_conditional", ""): SynthesisConfig(model) for model in CONDITIONAL_MODELS
+    }
+    output = "runs/synthesis"
+    parts = ("bounds", "attacks")
+
+    def load(self) -> None:
+        """The model and test images."""
+        config = self.config
+        vae, card = self.load_vae(config.model)
+        if not isinstance(vae, ConditionalVAE):
+            raise ValueError(
+                f"model must be a ConditionalVAE, {config.model!r} is a {type(vae).__name__}"
+            )
+        self.vae = vae.requires_grad_(False)
+        self.x, labels = self.choose(config.dataset or card.dataset, config.num_images, "images")
+        self.labels = labels[:, 0]
+
+    def cells(self) -> Iterator[Cell]:
+        """Block after block, so that every radius gains images alike."""
+        for number, images in enumerate(self.config.blocks):
+            rows = slice(images.start, images.stop)
+            for radius in self.config.radii:
+                key, block = f"{radius:g}", f"{number:03d}"
+                given = (radius, rows, f"{key} {block}")
+                yield ("bounds", key, block), partial(self.bound, *given)
+                if images.stop <= self.config.num_attacked:
+                    yield ("attacks", key, block), partial(self.attacked, *given)
+
+    def classifier(self, radius: float) -> AnalysisBySynthesis:
+        """The one that is evaluated."""
+        config = self.config
+        return AnalysisBySynthesis(
+            self.vae,
+            self.vae.num_classes,
+            Linf(radius),
+            inverse_mass_matrix=self.vae.mean_posterior_variance,
+            num_temperatures=config.num_temperatures,
+            num_steps=config.num_steps,
+            num_walks=config.num_walks,
+        )
+
+    def bound(self, radius: float, rows: slice, purpose: str) -> dict[str, Any]:
+        """Predictions for clean images, and what no attack can change."""
+        x, labels, classify = self.x[rows], self.labels[rows], self.classifier(radius)
+        predicted = classify.predict(x, self.generator("predict", purpose))
+        found = classify.margin_bound(
+            x,
+            labels,
+            Linf(radius),
+            num_falling=self.config.num_falling,
+            generator=self.generator("bound", purpose),
+        )
+        return {
+            "right": (predicted == labels).tolist(),
+            "margin": found.margin.tolist(),
+            "standard_error": found.standard_error.tolist(),
+            "gap_right": found.gap[:, 0].tolist(),
+            "gap_wrong": found.gap[:, 1].tolist(),
+        }
+
+    def attacked(self, radius: float, rows: slice, purpose: str) -> dict[str, Any]:
+        """Whether the label is still predicted, attack by attack."""
+        config, ball = self.config, Linf(radius)
+        x, labels, classify = self.x[rows], self.labels[rows], self.classifier(radius)
+        cheap = replace(
+            classify,
+            num_temperatures=config.attack_temperatures,
+            num_walks=config.attack_walks,
+        )
+
+        def judged(x_adv: Tensor, name: str) -> list[bool]:
+            predicted = classify.predict(x_adv, self.generator("judge", name, purpose))
+            return (predicted == labels).tolist()
+
+        noise = self.generator("attacks", purpose)
+        objective = mass_margin(cheap, labels, noise)
+        x_adv = APGD(objective, ball, num_steps=config.attack_steps)(x, noise).best()
+        right = {"mass": judged(x_adv, "mass")}
+        most = classify.margin_bound(x, labels, ball, generator=noise).wrong.argsort(1).flip(1)
+        for rank in range(min(config.num_targets, self.vae.num_classes - 1)):
+            name = f"evidence_{rank + 1}"
+            objective = class_evidence(classify, labels, most[:, rank], ball, generator=noise)
+            x_adv = PGD(objective, ball, num_steps=config.attack_steps)(x, noise).best()
+            right[name] = judged(x_adv, name)
+        return {"right": right}
+
+    @classmethod
+    def section(cls, result: dict[str, Any], figures: list[str]) -> str:
+        """Accuracy, bound and worst case by radius."""
+        config = result["config"]
+        rows = [
+            row(key, bounds, result.get("attacks", {}).get(key, {}))
+            for key, bounds in result["bounds"].items()
+        ]
+        columns = [
+            "radius", "images", "accuracy, clean", "accuracy under any attack, bound",
+            "images attacked", "accuracy under these attacks", "bound, the same images",
+            "mass alone", "evidence alone", "margin of the bound, nats",
+            "its standard error", "falling less rising, right, nats",
+            "falling less rising, wrong, nats",
+        ]  # fmt: skip
+        note = (
+            f"Model `{config['model']}`; the classifier assumes the attack's radius; "
+            f"{config['num_walks']} rising and {config['num_falling']} falling walks of "
+            f"{config['num_temperatures']} temperatures for each image and class, seed "
+            f"{config['seed']}; attacks: APGD on masses, and PGD on the evidence of the "
+            f"{config['num_targets']} likeliest other classes, {config['attack_steps']} steps "
+            "each, one start. Estimated, for exact inference: not certified. 95% intervals over "
+            "images; the last four columns are medians."
+        )
+        shown = ["radius", *columns[2:6]]
+        lines = tables.table(columns, rows, shown)
+        return tables.section(f"## {result['name']}", note, lines, result)
+
+
+def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]:
+    """One radius of the table."""
+
+    def values(name: str, blocks: dict[str, Any] = bounds) -> Tensor:
+        return torch.tensor([v for block in sorted(blocks) for v in blocks[block][name]])
+
+    def share(right: Tensor) -> str:
+        return tables.interval(interval(right.float()))
+
+    def median(name: str) -> str:
+        return f"{float(values(name).double().median()):.1f}"
+
+    margins = values("margin")
+    cells = ["", "", "", "", ""]
+    if attacked:
+        names = list(next(iter(attacked.values()))["right"])
+        right = {
+            name: torch.tensor(
+                [v for block in sorted(attacked) for v in attacked[block]["right"][name]]
+            )
+            for name in names
+        }
+        clean = values("right", {block: bounds[block] for block in attacked})
+        same = values("margin", {block: bounds[block] for block in attacked}) > 0
+        mass = right["mass"] & clean
+        evidence = torch.stack([right[n] for n in names if n != "mass"]).all(0) & clean
+        cells = [
+            str(len(clean)), share(mass & evidence), share(same), share(mass), share(evidence)
+        ]  # fmt: skip
+    return [
+        key,
+        str(len(margins)),
+        share(values("right")),
+        share(margins > 0),
+        *cells,
+        median("margin"),
+        median("standard_error"),
+        median("gap_right"),
+        median("gap_wrong"),
+    ]

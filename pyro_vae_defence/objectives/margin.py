@@ -1,0 +1,123 @@
+r"""Mass margin: a conditional VAE that no perturbation makes explain an image by another class.
+
+In analysis by synthesis (:mod:`pyro_vae_defence.defence.synthesis`) the class y of a clean image x
+stands under every attack of radius :math:`\epsilon \le \delta` where :math:`M_y^{\delta -
+\epsilon}` exceeds all :math:`M_k^{\delta + \epsilon}`, masses of explanations of x in balls of
+these radii. With :math:`\delta = \epsilon`, and the ELBO in a ball,
+
+.. math:: \mathcal L_k^r(x) = E_{q(z | x, k)} \max_{\|e\| \le r} \log p(x - e \mid z, k)
+          - KL(q(z | x, k) \| p(z | k)) \;\le\; \log M_k^r(x),
+
+for each mass's logarithm, minimise
+
+.. math:: -\mathcal L_y^0(x) + \lambda \log\Bigl[1 + \sum_{k \ne y}
+          \exp\bigl(\mathcal L_k^{2\epsilon}(x) - \mathcal L_y^0(x)\bigr)\Bigr],
+
+the last of which is minus the logarithm of the probability that the label keeps under every attack.
+The inner maximum over perturbations has a closed form
+(:mod:`pyro_vae_defence.models.perturbation`) and its derivative needs no derivative of the
+maximiser: there is no attack in the loop.
+
+A lower bound of another class's mass can be lowered by a worse guide, which says nothing. So the
+guide is trained to *raise* all :math:`\mathcal L_k`, those of wrong classes too, while the decoder
+lowers them: the guide's derivative of a wrong class's term is that of :math:`-\mathcal L_k`. The
+prior p(z | k) should have no parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae_defence.models.perturbation import PerturbationAware
+from pyro_vae_defence.models.sites import sample_sites
+from pyro_vae_defence.objectives.elbo import ImageELBO, Terms, elbo_terms, log_likelihood
+from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.balls import Ball, check_ball, reaches
+from pyro_vae_defence.ops.checks import check_positive
+from pyro_vae_defence.types import Latents, PyroProgram
+
+
+class MassMargin(ImageELBO):
+    """The objective of the module's text, for programs of images and one-hot classes.
+
+    ``ball`` is the attacker's, and that which the classifier will assume. ``weight`` is lambda.
+    Terms: ``reconstruction``, ``kl`` (of the label), ``margin`` (the second summand, without its
+    weight), ``loss``; and ``guide``, whose value is 0 and whose gradient is the guide's.
+
+    Raises ``ValueError`` if an argument is out of range; when evaluated, if the programs are given
+    anything else than images and one-hot classes.
+    """
+
+    def __init__(self, ball: Ball, weight: float = 1.0, *, num_particles: int = 1) -> None:
+        super().__init__(num_particles=num_particles)
+        self.wide = reaches(check_ball(ball), ball.radius)[1]
+        self.weight = check_positive("weight", weight)
+        self._aware: tuple[PyroProgram, PyroProgram] | None = None
+
+    def particle_terms(
+        self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
+    ) -> Terms:
+        """One draw for every class of every image."""
+        y = self._check(x, args, kwargs)
+        terms = elbo_terms(*self._get_trace(model, guide, (x, y), {}))
+        others = _others(y)
+        copies = len(others) // len(x)
+        images = x.repeat(copies, 1, 1, 1)
+        if self._aware is None or self._aware[0] != model:
+            self._aware = model, PerturbationAware(model, self.wide)
+        evidence, guides = _wrong(self._aware[1], guide, images, others)
+        log_ratio = evidence.view(copies, -1) + terms["loss"]
+        zero = torch.zeros_like(log_ratio[:1])
+        margin = torch.cat([zero, log_ratio]).logsumexp(0)
+        raised = guides.view(copies, -1).sum(0)
+        own = raised.detach() - raised
+        return terms | {
+            "margin": margin,
+            "guide": own,
+            "loss": terms["loss"] + self.weight * margin + own,
+        }
+
+    def _check(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """The classes."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            y = args[0]
+            if y.dim() == 2 and len(y) == len(x) and y.shape[1] > 1:
+                one_hot = (y == y.bool()).all() & (y.sum(1) == 1).all()
+                if bool(one_hot):
+                    return y
+        raise ValueError(
+            "the programs must be given images and their classes as one-hot vectors (N, K), got "
+            f"{[tuple(v.shape) if isinstance(v, Tensor) else v for v in args]} beside the images"
+        )
+
+
+def _others(y: Tensor) -> Tensor:
+    """One-hot vectors of all other classes, ``((K - 1) N, K)``, class after class."""
+    return torch.cat([y.roll(shift, 1) for shift in range(1, y.shape[1])])
+
+
+def _wrong(model: PyroProgram, guide: PyroProgram, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The ELBO of rows, with the model's gradient alone, and with the guide's alone, ``(N,)``."""
+    guide_trace = poutine.trace(guide).get_trace(x, y)
+    drawn: Latents = {}
+    leaves: Latents = {}
+    for site in sample_sites(guide_trace).values():
+        if site["value"].requires_grad:  # not in validation, without gradients
+            drawn[site["name"]] = site["value"]
+            leaves[site["name"]] = site["value"] = site["value"].detach().requires_grad_()
+    model_trace = poutine.trace(poutine.replay(model, guide_trace)).get_trace(x, y)
+    model_trace.compute_log_prob()
+    reconstruction = log_likelihood(model_trace)
+    for name, value in drawn.items():
+        guide_trace.nodes[name]["value"] = value
+    kl = elbo_terms(model_trace, guide_trace)["kl"]
+    raised = -kl
+    if leaves:
+        forces = torch.autograd.grad(reconstruction.sum(), [*leaves.values()], retain_graph=True)
+        along = dict(zip(leaves, forces, strict=True))
+        raised = raised + lat.dot(along, drawn)
+    return reconstruction - kl.detach(), raised

@@ -1,0 +1,61 @@
+"""The dense conditional VAE: its programs, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from pyro_vae_defence.models import ConditionalVAE, program
+
+
+@pytest.fixture
+def vae():
+    return ConditionalVAE((2, 3, 4), num_classes=3, latent_dim=2, hidden_dim=8)
+
+
+@pytest.fixture
+def batch():
+    return torch.rand(5, 2, 3, 4), torch.eye(3)[[0, 1, 2, 0, 1]]
+
+
+def test_energy_is_that_of_prior_and_likelihood(vae, batch):
+    x, y = batch
+    z = torch.randn(5, 2)
+    logits = vae.decoder(torch.cat([z, y], 1)).view(x.shape)
+    likelihood = -torch.nn.functional.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    expected = -likelihood.flatten(1).sum(1) - Normal(0.0, 1.0).log_prob(z).sum(1)
+    bound, images = program.at_images(vae, batch)
+    torch.testing.assert_close(program.potential(bound, images)({"z": z}), expected)
+    torch.testing.assert_close(vae.decode(z, y), logits.sigmoid())
+
+
+def test_config_rebuilds_it(vae):
+    other = ConditionalVAE(**vae.config)
+    assert other.image_shape == (2, 3, 4)
+    other.load_state_dict(vae.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_shape": (28, 28)}, "image_shape"),
+        ({"image_shape": (0, 28, 28)}, "image_shape"),
+        ({"num_classes": 1}, "num_classes"),
+        ({"latent_dim": 0}, "latent_dim"),
+        ({"hidden_dim": 1.5}, "hidden_dim"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        ConditionalVAE(**options)
+
+
+def test_wrong_images_and_classes(vae, batch):
+    x, y = batch
+    for program_of in (vae.model, vae.guide):
+        with pytest.raises(ValueError, match="x must have shape"):
+            program_of(x[:, :1], y)
+        for wrong in (y[:2], y[:, :2], y.argmax(1)):
+            with pytest.raises(ValueError, match="one-hot"):
+                program_of(x, wrong)

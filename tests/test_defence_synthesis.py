@@ -1,0 +1,325 @@
+"""Analysis by synthesis: the inequalities of energies, the masses and their derivative against a
+grid, and every attack of a net above the bound."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from pyro_vae_defence.defence import AnalysisBySynthesis
+from pyro_vae_defence.models import program
+from pyro_vae_defence.ops.balls import L1, L2, Linf, reaches
+
+CLASSES = 3
+EPSILON, DELTA = 0.05, 0.08
+
+
+class PlaneOfClass:
+    """Two latents, Bernoulli images 1x2x4, three classes with decoders and priors of their own."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.weight = torch.randn(CLASSES, 8, 2, generator=generator, dtype=torch.float64)
+        self.bias = 3 * torch.randn(CLASSES, 8, generator=generator, dtype=torch.float64)
+        self.shift = torch.tensor([[0.0, 0.0], [0.5, 0.0], [0.0, -0.5]], dtype=torch.float64)
+
+    def logits(self, z, y):
+        weight = (y @ self.weight.flatten(1)).view(-1, 8, 2)
+        return ((weight * z[:, None]).sum(-1) + y @ self.bias).view(-1, 1, 2, 4)
+
+    def observe(self, x, z, y):
+        image = dist.Bernoulli(logits=self.logits(z, y), validate_args=False).to_event(3)
+        pyro.sample("x", image, obs=x)
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(y @ self.shift, 1.0).to_event(1))
+            self.observe(x, z, y)
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(y @ self.shift, torch.ones(len(x), 2)).to_event(1))
+
+
+class TwoSites(PlaneOfClass):
+    """The same density of images, with one latent on its own scale and one positive."""
+
+    def model(self, x, y):
+        loc = y @ self.shift
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.LogNormal(loc[:, 1:], 1.0).to_event(1))
+            a = pyro.sample("a", dist.Normal(loc[:, :1], 1.0).to_event(1))
+            self.observe(x, torch.cat([a, b.log()], 1), y)
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x)):
+            zero = torch.zeros(len(x), 1)
+            pyro.sample("a", dist.Normal(zero, 1.0).to_event(1))
+            pyro.sample("b", dist.LogNormal(zero, 1.0).to_event(1))
+
+
+GRID = torch.linspace(-5, 5, 51, dtype=torch.float64)
+
+
+def energies(vae, x, y, z, reach):
+    """Energies of latents ``(M, 2)`` at one image and class."""
+    given = one_hot(torch.tensor(y), CLASSES).double().expand(len(z), -1)
+    bound, images = program.at_images(vae, (x.expand(len(z), -1, -1, -1), given))
+    return program.potential(bound, images, reach)({"z": z})
+
+
+def grid_masses(vae, x, reach):
+    """Log-masses of every class at every image, ``(N, K)``."""
+    z = torch.cartesian_prod(GRID, GRID)
+    area = 2 * math.log(float(GRID[1] - GRID[0]))
+    return torch.stack(
+        [
+            torch.stack(
+                [(-energies(vae, image, y, z, reach)).logsumexp(0) + area for y in range(CLASSES)]
+            )
+            for image in x
+        ]
+    )
+
+
+@pytest.fixture
+def vae(float64):
+    return PlaneOfClass()
+
+
+@pytest.fixture
+def x(vae):
+    """An image of each class."""
+    y = torch.eye(CLASSES)
+    z = torch.randn(CLASSES, 2, generator=torch.Generator().manual_seed(5))
+    return vae.logits(z, y).sigmoid()
+
+
+LABELS = torch.arange(CLASSES)
+
+
+def make(vae, reach, **options):
+    options = {"num_temperatures": 8, "num_walks": 12, **options}
+    return AnalysisBySynthesis(vae, CLASSES, reach, **options)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("ball", [Linf(0.06), L2(0.2), L1(0.4)])
+def test_energies_are_ordered_at_every_latent(vae, ball):
+    """U_{delta+eps}(z; x_r) <= U_delta(z; x_a) <= U_{delta-eps}(z; x_r), class by class."""
+    generator = seeded(1)
+    delta = 1.5 * ball.radius
+    narrow, wide = reaches(ball, delta)
+    z = 2 * torch.randn(200, 2, generator=generator)
+    strict = 0
+    for _ in range(4):
+        clean = torch.rand(1, 1, 2, 4, generator=generator).round(decimals=1)
+        noise = torch.randn(1, 1, 2, 4, generator=generator)
+        step = ball.project(noise.sign() * ball.radius if isinstance(ball, Linf) else noise)
+        attacked = ball.inside(clean, (clean + step).clamp(0, 1))
+        for y in range(CLASSES):
+            low, middle, high = (
+                energies(vae, image[0], y, z, reach)
+                for image, reach in (
+                    (clean, wide), (attacked, type(ball)(delta)), (clean, narrow),
+                )
+            )  # fmt: skip
+            assert bool((low <= middle + 1e-9).all())
+            assert bool((middle <= high + 1e-9).all())
+            strict += int((high - low > 1e-3).sum())
+    assert strict > 400  # it says something
+
+
+def test_masses_are_those_of_a_grid(vae, x):
+    """Forty estimates of each of nine masses: nine means within four standard errors (one right
+    implementation in 400 fails); and what an estimate says of its own error is about true."""
+    reach, copies = Linf(DELTA), 40
+    found = make(vae, reach).log_masses(x.repeat(copies, 1, 1, 1), seeded(2))
+    truth = grid_masses(vae, x, reach)
+    weights = (found.log_mass.view(copies, CLASSES, CLASSES) - truth).exp()
+    error = weights.std(0) / copies**0.5
+    assert bool(((weights.mean(0) - 1).abs() < 4 * error).all())
+    assert bool((error < 0.1).all())
+    stated = found.standard_error.view(copies, CLASSES, CLASSES).square().mean(0).sqrt()
+    assert bool((weights.std(0) < 3 * stated).all())
+    assert bool((weights.std(0) > stated / 3).all())
+    assert float(found.acceptance_rate.min()) > 0.5
+
+
+def test_sites_may_have_a_support(vae, x):
+    """The same density in other words has the same masses."""
+    copies = 30
+    found = make(TwoSites(), Linf(DELTA)).log_masses(x[:1].repeat(copies, 1, 1, 1), seeded(2))
+    weights = (found.log_mass - grid_masses(vae, x[:1], Linf(DELTA))).exp()
+    assert bool(((weights.mean(0) - 1).abs() < 4 * weights.std(0) / copies**0.5).all())
+
+
+def test_derivative_is_that_of_the_integral(vae, x):
+    """Against a difference of masses on the grid, in one direction; without perturbation the
+    derivative exists everywhere."""
+    direction = torch.randn(x[:1].shape, generator=seeded(7))
+    step = 1e-4
+    high, low = (grid_masses(vae, x[:1] + sign * step * direction, None) for sign in (1, -1))
+    truth = ((high - low) / (2 * step))[0]
+    images = x[:1].repeat(60, 1, 1, 1).requires_grad_()
+    found = make(vae, None).log_masses(images, seeded(4)).log_mass
+    for y in range(CLASSES):
+        (gradient,) = torch.autograd.grad(found[:, y].sum(), images, retain_graph=True)
+        slopes = (gradient * direction).flatten(1).sum(1)
+        assert abs(float(slopes.mean() - truth[y])) < 4 * float(slopes.std()) / 60**0.5
+        assert float(slopes.std()) / 60**0.5 < 0.2 * float(truth.abs().max())
+
+
+def exact_margin(vae, x, log_prior):
+    """The bound's margin, by masses on the grid."""
+    narrow, wide = reaches(Linf(EPSILON), DELTA)
+    right = (grid_masses(vae, x, narrow) + log_prior).diagonal()
+    wrong = (grid_masses(vae, x, wide) + log_prior).fill_diagonal_(-math.inf)
+    return right, wrong
+
+
+def test_bound_is_the_less_favourable_of_two_estimates(vae, x):
+    """Rising estimates and falling ones agree with the grid, each in its own mean."""
+    copies, log_prior = 24, torch.tensor([0.0, 0.5, -0.5])
+    classify = make(vae, Linf(DELTA), log_prior=log_prior)
+    images, labels = x.repeat(copies, 1, 1, 1), LABELS.repeat(copies)
+    bound = classify.margin_bound(images, labels, Linf(EPSILON), num_falling=6, generator=seeded(3))
+    right, wrong = exact_margin(vae, x, log_prior)
+    gap = bound.gap[:, 0]
+    for estimate, sign in (
+        (bound.right - gap.clamp(max=0), 1),
+        (bound.right + gap.clamp(min=0), -1),
+    ):
+        weights = (sign * (estimate.view(copies, -1) - right)).exp()
+        assert bool(((weights.mean(0) - 1).abs() < 4 * weights.std(0) / copies**0.5).all())
+    # The larger of two estimates of a wrong class, the smaller of the right one: on the safe side.
+    margin = bound.margin.view(copies, -1).mean(0)
+    exact = right - wrong.amax(1)
+    assert bool((margin < exact).all())
+    assert bool((margin > exact - 1.0).all())
+    assert bool((bound.wrong.view(copies, CLASSES, -1).diagonal(0, 1, 2) == -math.inf).all())
+    assert torch.equal(bound.kept, bound.margin > 0)
+
+
+def test_no_attack_of_a_net_passes_the_bound(vae, x):
+    """Corners of the ball, and the worst one for the decoder's logits at the image's own latent."""
+    zero = torch.zeros(CLASSES)
+    right, wrong = exact_margin(vae, x, zero)
+    bound = right - wrong.amax(1)
+    signs = (torch.rand(6, 1, 2, 4, generator=seeded(4)) - 0.5).sign()
+    for number, image in enumerate(x):
+        corners = torch.cat([signs, -image.logit()[None].sign()])
+        attacked = (image + EPSILON * corners).clamp(0, 1)
+        masses = grid_masses(vae, attacked, Linf(DELTA))
+        others = masses.clone()
+        others[:, number] = -math.inf
+        margins = masses[:, number] - others.amax(1)
+        assert bool((margins >= bound[number]).all())
+        clean = grid_masses(vae, image[None], Linf(DELTA))[0]
+        clean_margin = clean[number] - clean[torch.arange(CLASSES) != number].amax()
+        assert float(margins.min()) < float(clean_margin)  # attacks attack
+
+
+def test_the_class_is_that_of_largest_mass(vae, x):
+    classify = make(vae, Linf(DELTA))
+    assert classify.predict(x, seeded(1)).tolist() == [0, 1, 2]
+    sure = AnalysisBySynthesis(
+        vae, CLASSES, log_prior=torch.tensor([-90.0, 0.0, -90.0]), num_temperatures=4
+    )
+    assert sure.predict(x, seeded(1)).tolist() == [1, 1, 1]
+
+
+def test_an_image_is_the_same_in_any_batch(vae, x):
+    options = {"num_temperatures": 4, "num_walks": 4}
+    whole = make(vae, Linf(DELTA), **options).log_masses(x, seeded(1))
+    parts = make(vae, Linf(DELTA), **options, rows=1).log_masses(x, seeded(1))
+    alone = make(vae, Linf(DELTA), **options).log_masses(x[:1], seeded(1))
+    for one, other, first in zip(whole, parts, alone, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+        assert torch.allclose(one[:1], first, rtol=0, atol=1e-9)
+    bounds = [
+        make(vae, Linf(DELTA), **options, rows=rows).margin_bound(
+            x, LABELS, Linf(EPSILON), generator=seeded(1)
+        )
+        for rows in (1600, 8)
+    ]
+    for one, other in zip(*bounds, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+    again = make(vae, Linf(DELTA), **options).margin_bound(
+        x, LABELS, Linf(EPSILON), generator=seeded(1)
+    )
+    assert torch.equal(again.wrong, bounds[0].wrong)
+
+
+def test_a_metric_changes_walks_and_no_mass(vae, x):
+    metric = {"z": torch.tensor([0.3, 0.5])}
+    copies = 30
+    found = make(vae, Linf(DELTA), inverse_mass_matrix=metric).log_masses(
+        x[:1].repeat(copies, 1, 1, 1), seeded(2)
+    )
+    weights = (found.log_mass - grid_masses(vae, x[:1], Linf(DELTA))).exp()
+    assert bool(((weights.mean(0) - 1).abs() < 4 * weights.std(0) / copies**0.5).all())
+    plain = make(vae, Linf(DELTA)).log_masses(x[:1], seeded(2)).log_mass
+    assert not torch.equal(plain[0], found.log_mass[0])
+
+
+class TestWrongArguments:
+    def test_of_the_classifier(self, vae):
+        for options, message in (
+            ({"num_classes": 1}, "num_classes"),
+            ({"perturbation": 0.1}, "perturbation"),
+            ({"log_prior": torch.zeros(2)}, "log_prior"),
+            ({"log_prior": torch.tensor([0.0, 0.0, -math.inf])}, "log_prior"),
+            ({"num_temperatures": 2}, "num_temperatures"),
+            ({"num_steps": 0}, "num_steps"),
+            ({"num_walks": 1}, "num_walks"),
+            ({"rows": 0}, "rows"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                AnalysisBySynthesis(vae, **{"num_classes": CLASSES, **options})
+
+    def test_of_images(self, vae, x):
+        classify = make(vae, Linf(DELTA))
+        with pytest.raises(ValueError, match="images alone"):
+            classify.log_masses((x, torch.eye(3)))
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            classify.log_masses(x + 1)
+
+    def test_of_programs(self, x, vae):
+        class Unconditional:
+            def model(self, x):
+                vae.model(x, torch.eye(CLASSES)[:1].expand(len(x), -1))
+
+            def guide(self, x):
+                vae.guide(x, torch.eye(CLASSES)[:1].expand(len(x), -1))
+
+        with pytest.raises(ValueError, match="conditions"):
+            make(Unconditional(), None).log_masses(x)
+        with pytest.raises(ValueError, match=r"vae\.model failed"):
+            AnalysisBySynthesis(vae, 4, num_temperatures=3).log_masses(x)
+        for metric in ({"w": torch.ones(2)}, {"z": torch.ones(3)}, {"z": torch.zeros(2)}):
+            with pytest.raises(ValueError, match="inverse_mass_matrix"):
+                make(vae, None, inverse_mass_matrix=metric).log_masses(x)
+
+    def test_of_the_bound(self, vae, x):
+        classify = make(vae, Linf(DELTA))
+        for wrong in (LABELS[:2], LABELS.double(), LABELS > 0, LABELS + 1, LABELS - 1):
+            with pytest.raises(ValueError, match="labels"):
+                classify.margin_bound(x, wrong, Linf(EPSILON))
+        with pytest.raises(ValueError, match="delta"):
+            classify.margin_bound(x, LABELS, Linf(0.09))
+        with pytest.raises(ValueError, match="kind"):
+            classify.margin_bound(x, LABELS, L2(0.01))
+        with pytest.raises(ValueError, match="kind"):
+            make(vae, None).margin_bound(x, LABELS, Linf(0.01))
+        for number in (0, 17):
+            with pytest.raises(ValueError, match="num_falling"):
+                classify.margin_bound(x, LABELS, Linf(EPSILON), num_falling=number)

@@ -1,0 +1,127 @@
+"""The study of analysis by synthesis, and the training of its model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.synthesis import Synthesis, SynthesisConfig, row
+from pyro_vae_defence.experiments.train import MODELS, Train, TrainConfig
+from pyro_vae_defence.models import ConditionalVAE
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained
+
+SETTINGS = {
+    "num_images": 4, "images_per_cell": 2, "num_attacked": 3, "radii": (0.1,),
+    "num_temperatures": 3, "num_steps": 1, "num_walks": 2, "num_falling": 1, "attack_steps": 2,
+    "attack_temperatures": 3, "num_targets": 1,
+}  # fmt: skip
+
+SMALL = MODELS["mnist_nvae"].architecture
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A conditional VAE, hardly trained."""
+    directory = tmp_path_factory.mktemp("models")
+    changes = {"dataset": "mnist_subset", "epochs": 1, "images_per_epoch": 128}
+    Train("mnist_conditional", directory, overrides=changes, progress=False).run()
+    return directory
+
+
+def test_a_conditional_model_is_trained_and_loaded(models):
+    card = load_card("mnist_conditional", models)
+    assert card.architecture == "ConditionalVAE"
+    vae = load_pretrained("mnist_conditional", models)
+    assert isinstance(vae, ConditionalVAE)
+    assert vae.mean_posterior_variance["z"].shape == (10,)
+    # Which class it is makes a difference to a decoder that was given classes.
+    z = torch.zeros(2, 10)
+    one, other = vae.decode(z, torch.eye(10)[[0, 1]])
+    assert not torch.allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "avae", "conditional": True},
+        {"architecture": SMALL, "conditional": True},
+        {"objective": "margin"},
+    ],
+)
+def test_objectives_of_conditional_models(changes):
+    with pytest.raises(ValueError, match="conditional=True"):
+        TrainConfig("mnist", **changes)
+
+
+def test_training_goes_on_with_the_margin(models):
+    changes = {"dataset": "mnist_subset", "epochs": 1, "images_per_epoch": 128}
+    card = Train("mnist_conditional_margin", models, models=models, overrides=changes,
+                 progress=False).run()  # fmt: skip
+    assert card.training["start_from_sha256"] == load_card("mnist_conditional", models).sha256
+    changes = {**changes, "start_from": "mnist_vae"}
+    study = Train("fashion_mnist_conditional_margin", models, overrides=changes, progress=False)
+    with pytest.raises(ValueError, match="start_from='mnist_vae' is a ConvVAE"):
+        study.run()
+
+
+def test_a_result_is_written_resumed_and_printed(models, tmp_path):
+    options = {"models": models, "progress": False}
+    changes = {"dataset": "mnist_subset", **SETTINGS}
+    result = Synthesis("mnist", tmp_path, overrides=changes, **options).run()
+    assert [len(block["margin"]) for block in result["bounds"]["0.1"].values()] == [2, 2]
+    # Whole blocks are attacked, as far as they hold images that may be.
+    (attacked,) = result["attacks"]["0.1"].values()
+    assert set(attacked["right"]) == {"mass", "evidence_1"}
+
+    path = tmp_path / "mnist.json"
+    stored = json.loads(path.read_text())
+    lost = stored["bounds"]["0.1"].pop("001")
+    path.write_text(json.dumps(stored))
+    again = Synthesis("mnist", tmp_path, overrides=changes, **options).run()
+    assert again["bounds"]["0.1"]["001"] == lost
+    write_pages({"synthesis": Synthesis}, tmp_path)
+    assert "| 0.1 | 4 |" in (tmp_path / "tables.md").read_text()
+
+
+def test_a_row_says_what_the_blocks_do():
+    gaps = {"standard_error": [0.5, 0.5], "gap_right": [1.0, 2.0], "gap_wrong": [2.0, 2.0]}
+    bounds = {
+        "000": {"right": [True, True], "margin": [-1.0, 2.0], **gaps},
+        "001": {"right": [True, False], "margin": [1.0, -3.0], **gaps},
+    }
+    attacked = {"000": {"right": {"mass": [True, True], "evidence_1": [False, True]}}}
+    cells = row("0.1", bounds, attacked)
+    assert [cell.split(" [")[0] for cell in cells] == [
+        "0.1", "4", "0.750", "0.500", "2", "0.500", "0.500", "1.000", "0.500", "-1.0", "0.5",
+        "1.0", "2.0",
+    ]  # fmt: skip
+    assert row("0.1", bounds, {})[4:9] == [""] * 5
+
+
+def test_images_that_are_wrong_already_are_not_robust():
+    bounds = {
+        "000": {
+            "right": [False, True], "margin": [-1.0, 2.0], "standard_error": [0.5, 0.5],
+            "gap_right": [1.0, 2.0], "gap_wrong": [2.0, 2.0],
+        }
+    }  # fmt: skip
+    cells = row("0.1", bounds, {"000": {"right": {"mass": [True, True], "evidence_1": [True] * 2}}})
+    assert cells[5].startswith("0.500")
+
+
+@pytest.mark.parametrize("setting", ["radii=(0.0,)", "num_walks=1", "num_attacked=1000"])
+def test_wrong_settings_end_in_a_line(setting, capsys, tmp_path):
+    assert main(["synthesis", "mnist", "--output", str(tmp_path), "--set", setting]) == 2
+    assert setting.split("=")[0] in capsys.readouterr().err
+
+
+def test_another_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ConditionalVAE"):
+        Synthesis(
+            "mnist", tmp_path, overrides={"model": "mnist_vae", **SETTINGS}, progress=False
+        ).run()
+    assert SynthesisConfig("mnist_conditional", num_attacked=0).num_attacked == 0

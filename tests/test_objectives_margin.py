@@ -1,0 +1,121 @@
+"""The margin of masses: its value by hand, its two gradients, and that it raises the margin."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from pyro_vae_defence.models import ConditionalVAE
+from pyro_vae_defence.models.perturbation import PerturbationAware, most_likely_image
+from pyro_vae_defence.objectives import MassMargin
+from pyro_vae_defence.objectives.margin import _others, _wrong
+from pyro_vae_defence.ops.balls import L2, Linf
+
+BALL, WIDE = Linf(0.05), Linf(0.1)
+
+
+@pytest.fixture
+def vae(float64):
+    return ConditionalVAE((1, 2, 3), num_classes=3, latent_dim=2, hidden_dim=6)
+
+
+@pytest.fixture
+def batch(float64):
+    return torch.rand(4, 1, 2, 3), torch.eye(3)[[0, 1, 2, 0]]
+
+
+def elbo(vae, x, y, reach):
+    """Its value at a draw, in plain terms."""
+    q = vae.posterior(x, y).base_dist
+    likelihood = vae.observation(q.rsample(), y)
+    image = x if reach is None else most_likely_image(likelihood, x, reach)
+    return likelihood.log_prob(image) - kl_divergence(q, Normal(0.0, 1.0)).sum(1)
+
+
+def test_value_is_that_of_the_formula(vae, batch):
+    torch.manual_seed(1)
+    terms = MassMargin(BALL, 3.0).terms(vae.model, vae.guide, *batch)
+    torch.manual_seed(1)
+    x, y = batch
+    right = elbo(vae, x, y, None)
+    others = torch.cat([y.roll(1, 1), y.roll(2, 1)])
+    wrong = elbo(vae, x.repeat(2, 1, 1, 1), others, WIDE).view(2, -1)
+    odds = (wrong - right).exp().sum(0)
+    torch.testing.assert_close(terms["margin"], torch.log1p(odds))
+    torch.testing.assert_close(terms["loss"], -right + 3 * torch.log1p(odds))
+    torch.testing.assert_close(terms["reconstruction"] - terms["kl"], right)
+    assert torch.equal(terms["guide"], torch.zeros(4))
+
+
+def test_others_are_all_other_classes(batch):
+    y = batch[1]
+    every = torch.stack([y, *_others(y).view(2, 4, 3)]).argmax(-1).sort(0).values
+    assert torch.equal(every, torch.arange(3)[:, None].expand(-1, 4))
+
+
+def test_decoder_and_guide_have_a_gradient_of_their_own(vae, batch):
+    x, y = batch
+    torch.manual_seed(2)
+    evidence, guides = _wrong(PerturbationAware(vae.model, WIDE), vae.guide, x, y)
+    torch.manual_seed(2)
+    whole = elbo(vae, x, y, WIDE).sum()
+    for network, mine, other in (
+        (vae.decoder, evidence, guides),
+        (vae.encoder, guides, evidence),
+    ):
+        parameters = list(network.parameters())
+        expected = torch.autograd.grad(whole, parameters, retain_graph=True)
+        found = torch.autograd.grad(mine.sum(), parameters, retain_graph=True)
+        torch.testing.assert_close(found, expected)
+        none = torch.autograd.grad(other.sum(), parameters, retain_graph=True, allow_unused=True)
+        assert none == (None,) * len(parameters)
+
+
+def test_guides_raise_what_decoders_lower(vae, batch):
+    """The signs, against the formula with one or the other held fixed."""
+    x, y = batch
+    torch.manual_seed(3)
+    terms = MassMargin(BALL).terms(vae.model, vae.guide, x, y)
+    torch.manual_seed(3)
+    right = elbo(vae, x, y, None)
+    wrong = elbo(vae, x.repeat(2, 1, 1, 1), _others(y), WIDE)
+
+    def margin(wrong):
+        return torch.log1p((wrong.view(2, -1) - right).exp().sum(0)).sum()
+
+    def gradient(value, network):
+        return torch.autograd.grad(value, list(network.parameters()), retain_graph=True)
+
+    found = terms["margin"].sum()
+    torch.testing.assert_close(gradient(found, vae.decoder), gradient(margin(wrong), vae.decoder))
+    of_right = gradient(margin(wrong.detach()), vae.encoder)
+    torch.testing.assert_close(gradient(found, vae.encoder), of_right)
+    raised = gradient(-wrong.sum(), vae.encoder)
+    torch.testing.assert_close(gradient(terms["guide"].sum(), vae.encoder), raised)
+
+
+def test_training_by_svi_and_validation_without_gradients(vae, batch):
+    svi = pyro.infer.SVI(
+        vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), objective := MassMargin(BALL)
+    )
+    first = sum(svi.step(*batch) for _ in range(5))
+    for _ in range(40):
+        svi.step(*batch)
+    assert sum(svi.step(*batch) for _ in range(5)) < first
+    assert objective.step == 50
+    with torch.no_grad():
+        assert torch.isfinite(objective.terms(vae.model, vae.guide, *batch)["loss"]).all()
+
+
+def test_wrong_arguments(vae, batch):
+    x, y = batch
+    for ball in (0.1, Linf(0.6)):
+        with pytest.raises(ValueError, match=r"ball|radius"):
+            MassMargin(ball)
+    with pytest.raises(ValueError, match="weight"):
+        MassMargin(L2(1.0), 0.0)
+    for wrong in ((x,), (x, y.argmax(1)), (x, y[:2]), (x, 0.5 * y), (x, y + y.roll(1, 1))):
+        with pytest.raises(ValueError, match="one-hot"):
+            MassMargin(BALL).terms(vae.model, vae.guide, *wrong)

@@ -1,0 +1,234 @@
+"""A known seed, and attacked images in a file: the numbers come out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import pytest
+import torch
+from programs import LinearGaussianVAE
+from test_robustness import HMC, SMALL, classify, problem, run
+
+from pyro_vae_defence.defence import DefendedClassifier, MCMCDefence, NoDefence
+from pyro_vae_defence.models import program
+from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.robustness import (
+    RobustnessReport,
+    WhiteBox,
+    evaluate_robustness,
+    load_attacked,
+    rescore,
+    save_attacked,
+)
+from pyro_vae_defence.robustness.fidelity import expected_difference
+from pyro_vae_defence.robustness.scoring import Accuracy, fresh_generators
+from pyro_vae_defence.robustness.suite import Suite
+
+SEED = 11
+
+
+def at_seed():
+    return torch.Generator().manual_seed(SEED)
+
+
+class Flipped:
+    """A defence of two classes that tosses a coin for each image, and flips its latents or not."""
+
+    def __init__(self, vae):
+        self.vae, self.num_chains = vae, 1
+
+    def __call__(self, x, generator=None):
+        found = NoDefence(self.vae)(x, generator)
+        sign = 2.0 * torch.randint(2, (len(x), 1), generator=generator) - 1.0
+        return dataclasses.replace(found, latents={"z": sign * found.latents["z"]})
+
+
+class TestKnownSeed:
+    @pytest.mark.parametrize("options", [{}, {"burn_in": 3}], ids=["chain", "burn_in"])
+    def test_the_attacker_sees_the_noise_of_the_defence(self, options):
+        vae, x, _ = problem(4)
+        defence = MCMCDefence(vae, functools.partial(HMC, **options), 2, 1, num_chains=2)
+        truth = defence(x, at_seed())
+        box = WhiteBox(vae, defence, x, seed=SEED)
+        assert box.num_chains == 2
+        # Two restarts of two chains, with streams of any seed.
+        images, streams = x.repeat(4, 1, 1, 1), Streams.create(8, 2, seed=5)
+        start = box.start(images, streams)
+        with torch.no_grad():
+            end = box.chain(images, start, streams)["z"].reshape(2, 2, 4, -1)
+        for restart in range(2):
+            for chain in range(2):
+                torch.testing.assert_close(end[chain, restart], truth.samples["z"][chain, -1])
+        # The defence itself, copy after copy; other noise without the seed.
+        again = box(x.repeat(3, 1, 1, 1))
+        for copy in again.latents["z"].split(4):
+            torch.testing.assert_close(copy, truth.latents["z"])
+        few = box.at(slice(0, 2))
+        torch.testing.assert_close(few(x[:2]).latents["z"], truth.latents["z"][:2])
+        assert len(few._x) == 2
+        other = WhiteBox(vae, defence, x)
+        assert not torch.allclose(other(x).latents["z"], truth.latents["z"])
+        assert not torch.allclose(other.start(images, streams)["z"], start["z"])
+
+    def test_noise_protects_only_who_keeps_it_to_himself(self):
+        vae, x, labels = problem(10)
+        defence = Flipped(vae)
+        budget = dataclasses.replace(
+            SMALL, num_draws=(2,), scoring_draws=6, black_box_steps=4, num_directions=8
+        )
+        options = {"attacks": ("black_box",), "checks": False}
+        known = run(vae, defence, x, labels, budget, defence_seed=SEED, **options)
+        unknown = run(vae, defence, x, labels, budget, **options)
+        assert known.threat_model == unknown.threat_model | {"defence_seed": SEED}
+        assert unknown.robust["mean"]["estimate"] > 0.3  # a coin is right half of the time
+        assert known.robust["mean"]["estimate"] < 0.15
+        # What is scored is the run with this seed, and all runs are one.
+        read = classify(defence(known.x_adv, at_seed()).latents["z"]).argmax(-1)
+        assert torch.equal(known.per_image, (read == labels).to(known.per_image))
+        assert known.robust["mean"]["estimate"] == known.robust["worst_of_n"]["estimate"]
+        assert [each.attacks[0].num_draws for each in (known, unknown)] == [1, 2]
+
+    def test_every_attack_runs_and_checks_judge_the_known_noise(self):
+        vae, x, labels = problem(8)
+        defence = MCMCDefence(vae, HMC, 1, 1)
+        asked = ("bpda", "equilibrium", "evidence", "truncated", "unroll")
+        report = run(vae, defence, x, labels, SMALL, defence_seed=SEED, attacks=asked)
+        assert "truncated" in report.skipped
+        assert "its last transitions would have other noise" in report.skipped["truncated"]
+        assert not any("truncated did not run" in reason for reason in report.reasons)
+        assert {a.name for a in report.attacks} == {*asked} - {"truncated"}
+        # The truth of fidelity is the difference of the defence's own ends.
+        fresh = fresh_generators(3)
+        box = WhiteBox(vae, defence, x, fresh, seed=SEED)
+        scorer = Accuracy(box, x, labels, DefendedClassifier(box, classify, "last"), fresh)
+        suite = Suite(box, scorer, x, Linf(0.3), SMALL, None)
+        ahead, behind = (x + 0.1).clamp(0, 1), (x - 0.1).clamp(0, 1)
+        difference, limit = expected_difference(suite, ahead, behind, 16, 0)
+        goal = suite.goal()(x)
+        ends = [goal(defence(each, at_seed()).latents) for each in (ahead, behind)]
+        torch.testing.assert_close(difference, ends[0] - ends[1])
+        assert (limit < 1e-9).all()
+
+    @pytest.mark.parametrize("seed", [-1, 1.5, 2**63])
+    def test_mistakes(self, seed):
+        vae = LinearGaussianVAE()
+        with pytest.raises(ValueError, match="defence_seed must be"):
+            evaluate_robustness(vae, NoDefence(vae), torch.rand(4, 1, 4, 4), defence_seed=seed)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    torch.manual_seed(0)
+    vae, x, labels = problem()
+    report = run(vae, NoDefence(vae), x, labels, attacks=("encoder",), checks=False)
+    path = save_attacked(report, tmp_path_factory.mktemp("published") / "a.safetensors")
+    return vae, report, path
+
+
+class TestPublished:
+    def test_the_figure_comes_out_again_with_fresh_draws(self, made):
+        vae, report, path = made
+        generator = torch.Generator().manual_seed(9)
+        found = rescore(path, vae, NoDefence(vae), classifier=classify, generator=generator)
+        assert found.figure == "accuracy"
+        assert found.attacked["mean"]["estimate"] < 0.15
+        assert abs(found.attacked["mean"]["estimate"] - report.robust["mean"]["estimate"]) < 0.1
+        assert found.clean["mean"]["estimate"] > 0.9
+        assert found.per_image.shape == (20,)
+        # With known noise to the last bit: the defence's own run.
+        known = rescore(
+            path, vae, NoDefence(vae), classifier=classify, num_draws=3, defence_seed=SEED
+        )
+        latents = NoDefence(vae)(report.x_adv, at_seed()).latents["z"]
+        right = classify(latents).argmax(-1) == report.labels
+        assert torch.equal(known.per_image, right.to(known.per_image))
+
+    def test_the_file_holds_images_and_report(self, made):
+        _, report, path = made
+        read = load_attacked(path)
+        for name in ("x_ref", "x_adv", "labels"):
+            assert torch.equal(getattr(read, name), getattr(report, name))
+        assert json.loads(read.to_json()) == json.loads(report.to_json())
+        assert read.seed == report.seed
+        assert read.conditions == ()
+
+    def test_images_outside_of_the_ball_are_no_attack(self, made, tmp_path):
+        _, report, _ = made
+        x_adv = report.x_adv.clone()
+        x_adv[3, 0, 0, 0] = report.x_ref[3, 0, 0, 0] + 0.31 * (
+            1 if report.x_ref[3, 0, 0, 0] < 0.5 else -1
+        )
+        path = save_attacked(dataclasses.replace(report, x_adv=x_adv), tmp_path / "b.safetensors")
+        with pytest.raises(ValueError, match=r"Linf ball of radius 0\.3 around .*, by up to 0\.31"):
+            load_attacked(path)
+        threat = report.threat_model | {"norm": "L2", "radius": 0.3}
+        path = save_attacked(dataclasses.replace(report, threat_model=threat), path)
+        with pytest.raises(ValueError, match="the L2 ball of radius"):
+            load_attacked(path)
+
+    def test_mistakes(self, made, tmp_path):
+        vae, report, path = made
+        score = functools.partial(rescore, path, vae, NoDefence(vae))
+        with pytest.raises(ValueError, match="scored by their accuracy: pass its classifier"):
+            score()
+        with pytest.raises(ValueError, match="num_draws must be an integer of at least 1, got 0"):
+            score(classifier=classify, num_draws=0)
+        with pytest.raises(ValueError, match="defence_seed must be"):
+            score(classifier=classify, defence_seed=-1)
+        with pytest.raises(ValueError, match="defence defends another VAE"):
+            rescore(path, LinearGaussianVAE(), NoDefence(vae), classifier=classify)
+        with pytest.raises(ValueError, match="report holds no images"):
+            save_attacked(RobustnessReport.from_dict(report.to_dict()), tmp_path / "c.safetensors")
+        damaged = tmp_path / "d.safetensors"
+        damaged.write_bytes(path.read_bytes()[:50])
+        with pytest.raises(ValueError, match=r"attacked images .* cannot be read .*another copy"):
+            load_attacked(damaged)
+
+    def test_a_similarity_is_scored_by_itself(self, tmp_path):
+        vae, x, _ = problem(6)
+
+        def close(one, other):
+            return 1.0 - (one - other).square().mean((1, 2, 3))
+
+        ball = L2(1.0)
+        options = {"attacks": ("encoder",), "checks": False, "classifier": None, "ball": ball}
+        report = run(vae, NoDefence(vae), x, None, SMALL, similarity=close, **options)
+        assert report.labels is None
+        path = save_attacked(report, tmp_path / "e.safetensors")
+        found = rescore(path, vae, NoDefence(vae), similarity=close)
+        assert found.attacked["mean"]["estimate"] < found.clean["mean"]["estimate"]
+        with pytest.raises(ValueError, match="by their similarity: pass its similarity"):
+            rescore(path, vae, NoDefence(vae))
+        with pytest.raises(ValueError, match="leave out the classifier"):
+            rescore(path, vae, NoDefence(vae), classifier=classify)
+
+    def test_conditions_travel_with_their_images(self, tmp_path):
+        vae, x, labels = problem(4)
+        shift = torch.tensor([0.0, 0.1, 0.2, 0.3], dtype=x.dtype)
+
+        class Conditional:
+            def model(self, x, unused, shift):
+                return vae.model(x)
+
+            def guide(self, x, unused=None, shift=None):
+                return vae.guide((x + shift[:, None, None, None]).clamp(0, 1))
+
+        conditional = Conditional()
+        given = (x, torch.zeros(4), shift)
+        report = run(
+            conditional, NoDefence(conditional), given, labels, SMALL,
+            attacks=("encoder",), checks=False,
+        )  # fmt: skip
+        path = save_attacked(report, tmp_path / "f.safetensors")
+        read = load_attacked(path)
+        assert torch.equal(read.conditions[1], shift)
+        found = rescore(path, conditional, NoDefence(conditional), classifier=classify)
+        assert found.attacked["mean"]["num_images"] == 4
+        bound, _ = program.at_images(conditional, given)
+        assert bound is not conditional
+        joined = RobustnessReport.join([report, dataclasses.replace(report, images=("another",))])
+        assert torch.equal(joined.conditions[1], torch.cat([shift, shift]))
+        assert joined.x_ref.shape == (8, 1, 4, 4)
