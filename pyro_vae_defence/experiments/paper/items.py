@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyro_vae_defence.experiments.paper.claims import claims_table
 from pyro_vae_defence.experiments.paper.printed import TABLE_2, TABLE_3, TABLE_4, TABLE_7
 from pyro_vae_defence.experiments.paper.sections import SECTIONS
 from pyro_vae_defence.experiments.published import Published
@@ -325,6 +326,9 @@ def _heading(name: str) -> str:
 def page(results: Path, images: Path) -> str:
     """All items of which something is said or made, in Markdown; pictures go to ``images``."""
     lines = ["<!-- Written by `python -m pyro_vae_defence.experiments paper --page`. -->", ""]
+    lines += ["### What it claims in words", ""]
+    lines += ["Intervals of 95% over images; where they overlap, numbers count as not told apart."]
+    lines += ["", *claims_table(results)]
     for name, item in ITEMS.items():
         if not (item.why or name in SECTIONS):
             continue
