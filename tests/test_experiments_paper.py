@@ -13,6 +13,7 @@ from conftest import shared_path
 
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments.__main__ import load_studies, main
+from pyro_vae_defence.experiments.benchmark.seconds import published_seconds, seconds_at
 from pyro_vae_defence.experiments.paper.claims import (
     CLAIMS,
     Claim,
@@ -362,6 +363,11 @@ def test_numbers_in_words_are_those_of_results():
                 one, other = (cells[radius][name] for name in (mode, chain))
                 assert one["ms_ssim"]["estimate"] >= other["ms_ssim"]["low"]
                 assert one["gradients_per_image"] * 3 < other["gradients_per_image"]
+    for found in json.loads((RESULTS / "benchmark" / "seconds.json").read_text())[
+        "models"
+    ].values():
+        ours = seconds_at(found["ours"], 25)
+        assert 80 < published_seconds(found, 500) / ours < 125
 
 
 def test_the_page_is_written_of_results():
