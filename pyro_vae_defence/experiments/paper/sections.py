@@ -189,7 +189,7 @@ def examples_figure(results: Path) -> Figure | None:
     import numpy as np
 
     titles = ("reference", "its reconstruction", "attacked", "reconstruction", "behind HMC")
-    figure = new_figure(3.2 * len(cells) + 1.2, 3.4)
+    figure = new_figure(3 * len(cells) + 2, 3.2)
     panels = figure.subplots(1, len(cells), squeeze=False)[0]
     for axes, (title, cell) in zip(panels, cells.items(), strict=True):
         rows = [*_rows(cell["none"]["examples"], 4), _rows(cell["hmc"]["examples"], 4)[3]]
