@@ -42,6 +42,7 @@ class Item:
         where: page or module that says it in words, where nothing is measured.
         why: what our numbers say about it, in a sentence or two.
         weights: a model of its first name that does not come with the library.
+        minutes: what its results have taken on one thread, where that was measured.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Item:
     directory: str = ""
     why: str = ""
     weights: str = ""
+    minutes: int = 0
 
     @property
     def place(self) -> str:
@@ -74,9 +76,9 @@ class Item:
         return sum((results / self.place / f"{name}.json").is_file() for name in self.names)
 
     def cost(self) -> str:
-        """Decoder gradients of its results, all rows together, where a study can tell."""
+        """Decoder gradients of its results, all rows together, or minutes of one thread."""
         if self.study != Published.command:
-            return ""
+            return f"{self.minutes} minutes of one thread" if self.minutes else ""
         total = sum(Published.num_gradients(Published.names[name]) for name in self.names)
         return f"{total / 1e6:,.0f} million gradients" if total else "no chains"
 
@@ -157,12 +159,12 @@ ITEMS: dict[str, Item] = {
         f"brings them to 0.72 and 0.43: {_APGD}.",
     ),
     "figure_4": Item(
-        "NVAE: MNIST", "defend", _NVAE, directory="nvae",
+        "NVAE: MNIST", "defend", _NVAE, directory="nvae", minutes=12,
         missing="CelebA: its images and checkpoint",
         why="A smaller NVAE of our own training; where HMC gains, it gains little "
         "([Hierarchical VAEs](nvae.md)).",
     ),
-    "figure_5": Item("An attacker who knows the defence", "figures", _FIGURES, why=_KNOWS),
+    "figure_5": Item("An attacker who knows the defence", "figures", _FIGURES, why=_KNOWS, minutes=10),
     "figure_6": Item(
         "Robustness against inference time", "published", _TRANSITIONS,
         why="Seconds of our machine and 500 images at once: the shape is what compares.",
@@ -179,14 +181,14 @@ ITEMS: dict[str, Item] = {
         "Accuracies of Table 4", "published", tuple(TABLE_4), why="Table 4 as a picture."
     ),
     "figure_10": Item(
-        "An attacker who does not use MCMC", "figures", _FIGURES,
+        "An attacker who does not use MCMC", "figures", _FIGURES, minutes=10,
         why="HMC mends part of this attack at radius 0.1 on MNIST (0.80 to 0.85) and "
         "nothing at 0.2 (0.67 both), with an optimiser that the paper's attack lacks "
         "([pictures](figures.md)).",
     ),
-    "figure_11": Item("An attacker who uses MCMC", "figures", _FIGURES, why=_KNOWS),
+    "figure_11": Item("An attacker who uses MCMC", "figures", _FIGURES, why=_KNOWS, minutes=10),
     "figure_12": Item(
-        "Examples of both", "figures", _FIGURES,
+        "Examples of both", "figures", _FIGURES, minutes=10,
         why="The first references, not chosen ones ([pictures](figures.md)).",
     ),
     "figure_13": Item(
@@ -206,12 +208,12 @@ ITEMS: dict[str, Item] = {
         "paper prints the caption of Figure 14 under it.",
     ),
     "figure_16": Item(
-        "Objectives of an attack", "figures", _FIGURES,
+        "Objectives of an attack", "figures", _FIGURES, minutes=10,
         why="As in the paper no objective is the strongest by every measure "
         "([pictures](figures.md)).",
     ),
     "appendix_b_3": Item(
-        "Mode against chain", "compare", _DATASETS,
+        "Mode against chain", "compare", _DATASETS, minutes=137,
         why="Not confirmed: the mode's reconstructions are a little more similar than the chain's "
         "(short, whitened HMC) in every row, on either target, mostly within the intervals, at a "
         "quarter of the gradients. What randomness is worth, only an attacker who knows the "
@@ -229,7 +231,7 @@ ITEMS: dict[str, Item] = {
         why="The same layers; the printed 31 channels of the last one are a misprint for 32.",
     ),
     "table_7": Item(
-        "Likelihood and reconstruction", "evaluate", tuple(TABLE_7),
+        "Likelihood and reconstruction", "evaluate", tuple(TABLE_7), minutes=57,
         why="Ours have seen fewer epochs, and beta-VAE and beta-TCVAE three after those of the "
         "plain model; most are on 1,000 test images.",
     ),
