@@ -164,7 +164,9 @@ ITEMS: dict[str, Item] = {
         why="A smaller NVAE of our own training; where HMC gains, it gains little "
         "([Hierarchical VAEs](nvae.md)).",
     ),
-    "figure_5": Item("An attacker who knows the defence", "figures", _FIGURES, why=_KNOWS, minutes=10),
+    "figure_5": Item(
+        "An attacker who knows the defence", "figures", _FIGURES, why=_KNOWS, minutes=10
+    ),
     "figure_6": Item(
         "Robustness against inference time", "published", _TRANSITIONS,
         why="Seconds of our machine and 500 images at once: the shape is what compares.",
