@@ -13,6 +13,14 @@ from conftest import shared_path
 
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments.__main__ import load_studies, main
+from pyro_vae_defence.experiments.benchmark.seconds import published_seconds, seconds_at
+from pyro_vae_defence.experiments.paper.claims import (
+    CLAIMS,
+    Claim,
+    Pair,
+    claims_table,
+    verdict,
+)
 from pyro_vae_defence.experiments.paper.items import (
     ITEMS,
     QUICK,
@@ -240,6 +248,54 @@ def test_items_that_nothing_makes_are_refused_before_anything_runs(
     assert message in capsys.readouterr().err
 
 
+# --- Claims in words ------------------------------------------------------------------------------
+
+
+def pair(first, second):
+    """Numbers with intervals of half a tenth to both sides."""
+    entries = [{"estimate": x, "low": x - 0.05, "high": x + 0.05} for x in (first, second)]
+    return Pair("", *entries)
+
+
+ABOVE, BELOW, SAME = pair(0.5, 0.7), pair(0.7, 0.5), pair(0.5, 0.58)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lower_is_better", "pairs", "said"),
+    [
+        ("above", False, [ABOVE, ABOVE], "confirmed"),
+        ("above", False, [ABOVE, SAME], "confirmed in 1 of 2"),
+        ("above", False, [BELOW, BELOW, SAME], "**contradicted**"),
+        ("above", False, [BELOW, SAME], "**not confirmed**: above in 0, below in 1 of 2"),
+        ("above", False, [SAME], "**not confirmed**: above in 0, below in 0 of 1"),
+        ("above", True, [BELOW], "confirmed"),
+        ("not below", False, [ABOVE, SAME], "not contradicted"),
+        ("not below", False, [ABOVE, BELOW], "**contradicted**"),
+        ("not below", True, [ABOVE], "**contradicted**"),
+        ("not below", True, [], "not measured yet"),
+    ],
+)
+def test_what_pairs_say_of_a_claim(kind, lower_is_better, pairs, said):
+    claim = Claim("", "", "", lambda results: iter(()), kind, lower_is_better)
+    assert verdict(claim, pairs) == said
+
+
+def test_claims_are_read_off_results():
+    """The chain's class against no defence, on MNIST's clean images, and who knows the chain."""
+    cells = json.loads((RESULTS / "published" / "mnist_vae.json").read_text())["radii"]["0"]
+    ends = [
+        cells["encoder"][name]["accuracy"]["class"]["correct"]["estimate"]
+        for name in ("none", "hmc")
+    ]
+    rows = claims_table(RESULTS)
+    (row,) = [line for line in rows if "non-attacked inputs" in line]
+    assert re.search(rf"MNIST {ends[0]:.2f} \[.*?\] → {ends[1]:.2f} \[", row)
+    assert row.endswith("| **contradicted** |")
+    (row,) = [line for line in rows if "Who knows the chain" in line]
+    assert row.endswith("| **contradicted** |")
+    assert len(rows) == len(CLAIMS) + 3
+
+
 # --- Printed beside ours --------------------------------------------------------------------------
 
 
@@ -307,6 +363,11 @@ def test_numbers_in_words_are_those_of_results():
                 one, other = (cells[radius][name] for name in (mode, chain))
                 assert one["ms_ssim"]["estimate"] >= other["ms_ssim"]["low"]
                 assert one["gradients_per_image"] * 3 < other["gradients_per_image"]
+    for found in json.loads((RESULTS / "benchmark" / "seconds.json").read_text())[
+        "models"
+    ].values():
+        ours = seconds_at(found["ours"], 25)
+        assert 80 < published_seconds(found, 500) / ours < 125
 
 
 def test_the_page_is_written_of_results():

@@ -47,7 +47,6 @@ from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.types import Latents
 
 if TYPE_CHECKING:
@@ -165,10 +164,8 @@ class Published(Measurement[PublishedConfig]):
             yield key, partial(self.cell, radius, ENCODER, "none")
 
     def cell(self, radius: float, what: str, name: str) -> dict[str, Any]:
-        """One set of images, without or behind the chain, with full precision on a GPU too."""
-        with tf32(False):
-            compute = self.undefended if name == "none" else self.behind_the_chain
-            return compute(radius, what)
+        """One set of images, without or behind the chain."""
+        return self.undefended(radius, what) if name == "none" else self.behind(radius, what)
 
     # --- Images ---
 
@@ -211,7 +208,7 @@ class Published(Measurement[PublishedConfig]):
             **self.pictures(x, outcome.reconstruction),
         }
 
-    def behind_the_chain(self, radius: float, what: str) -> dict[str, Any]:
+    def behind(self, radius: float, what: str) -> dict[str, Any]:
         """Where the chain begins, on its way, and where it is read."""
         x = self.attacked(radius, what)
         outcome = self.defence(x, self.generator("chain", f"{radius:g}", what))

@@ -27,9 +27,10 @@ from pyro_vae_defence.experiments.drawing import (
     save_figure,
 )
 from pyro_vae_defence.experiments.evaluate import MSE, nll_name
+from pyro_vae_defence.experiments.paper.claims import result
 from pyro_vae_defence.experiments.paper.printed import TABLE_4, Printed, printed
 from pyro_vae_defence.experiments.published import ENCODER
-from pyro_vae_defence.experiments.study import METRIC, load
+from pyro_vae_defence.experiments.study import METRIC
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models import ConvVAE
 
@@ -42,12 +43,6 @@ Section = Callable[[Path, Path], list[str]]
 
 _Z = 1.96  # a normal interval of 95%
 NOTHING = "Nothing is measured yet."
-
-
-def result(results: Path, study: str, name: str) -> dict[str, Any] | None:
-    """A result file, ``None`` if there is none."""
-    path = results / study / f"{name}.json"
-    return load(path) if path.is_file() else None
 
 
 # --- Printed numbers and ours ---------------------------------------------------------------------
@@ -194,7 +189,7 @@ def examples_figure(results: Path) -> Figure | None:
     import numpy as np
 
     titles = ("reference", "its reconstruction", "attacked", "reconstruction", "behind HMC")
-    figure = new_figure(3.2 * len(cells) + 1.2, 3.4)
+    figure = new_figure(3 * len(cells) + 2, 3.2)
     panels = figure.subplots(1, len(cells), squeeze=False)[0]
     for axes, (title, cell) in zip(panels, cells.items(), strict=True):
         rows = [*_rows(cell["none"]["examples"], 4), _rows(cell["hmc"]["examples"], 4)[3]]
