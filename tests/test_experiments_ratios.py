@@ -79,6 +79,7 @@ def test_a_result_is_resumed_and_printed(run, models):
     assert row.split(" | ")[4:6] == [f"{every.statistic:.2f}", f"{every.p_value:.2g}"]
     assert row.rstrip(" |").split(" | ")[6:] == [f"{one.statistic:.2f}", f"{one.p_value:.2g}"]
     assert "has p = 0.029" in text
+    assert "(images/ratios_mnist.png)\n" in text
     figure = histograms(again)
     assert [len(axes.get_legend().get_texts()) for axes in figure.axes] == [2, 2]
 

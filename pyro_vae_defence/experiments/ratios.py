@@ -145,7 +145,7 @@ class Ratios(Measurement[RatiosConfig]):
             f"defence: {label(config['defence'])}. Medians with 95% intervals over images. The "
             f"paper's test of its attacked images has p = {p_value}."
         )
-        lines = [f"![{_text(result)}]({figure})\\n" for figure in figures]
+        lines = [f"![{_text(result)}]({figure})\n" for figure in figures]
         columns = [
             "of", "median before (nats)", "median after (nats)", "lower after", "KS distance, all",
             "p, all as in the paper", "KS distance, one per image", "p, one per image",
@@ -201,7 +201,7 @@ def _text(result: dict[str, Any]) -> str:
     medians = [
         f"of {OF[of]} the median is "
         + " before and ".join(
-            f"{float(torch.tensor(cell[name]).median()):.1f}" for name in ("before", "after")
+            f"{float(torch.tensor(cell[name]).quantile(0.5)):.1f}" for name in ("before", "after")
         )
         + " nats after"
         for of, cell in result["ratios"].items()

@@ -595,7 +595,7 @@ def _text(result: dict[str, Any]) -> str:
     last = next(reversed(result["lemma"].items()), None)
     lemma = f"; at radius {last[0]} it is {last[1]['kl']['estimate']:.3g} nats" if last else ""
     panels = [
-        f"at radius {radius} the left side falls from "
+        f"at radius {radius} the left side goes from "
         f"{cell['transitions']['0']['left']['estimate']:.2f} to "
         f"{cell['transitions']['limit']['left']['estimate']:.2f} in the limit, the right side to "
         f"{cell['transitions']['limit']['right']['estimate']:.2f}"

@@ -347,7 +347,7 @@ def _text(result: dict[str, Any], number: int) -> str:
     """What is seen in a figure."""
     config, cell = result["config"], list(result["images"].values())[number]
     below = {
-        place: float(torch.tensor(cell[place]["below_mode"][1:]).median())
+        place: float(torch.tensor(cell[place]["below_mode"][1:]).quantile(0.5))
         for place in ("start", "end")
     }
     return (
