@@ -311,6 +311,8 @@ class TestWrongArguments:
             classify.log_masses((x, torch.eye(3)))
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             classify.log_masses(x + 1)
+        with pytest.raises(ValueError, match="x "):
+            classify.log_masses(x[:0])
 
     def test_of_programs(self, x, vae):
         class Unconditional:
