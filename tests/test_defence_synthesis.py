@@ -224,6 +224,10 @@ def test_bound_is_the_less_favourable_of_two_estimates(vae, x):
     exact = right - wrong.amax(1)
     assert bool((margin < exact).all())
     assert bool((margin > exact - 1.0).all())
+    others = ~torch.eye(CLASSES, dtype=torch.bool)
+    found = bound.wrong.view(copies, CLASSES, CLASSES).mean(0)
+    assert bool((found > wrong)[others].all())
+    assert bool((bound.right.view(copies, -1).mean(0) < right).all())
     assert bool((bound.wrong.view(copies, CLASSES, -1).diagonal(0, 1, 2) == -math.inf).all())
     assert torch.equal(bound.kept, bound.margin > 0)
 
