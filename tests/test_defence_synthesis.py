@@ -178,6 +178,25 @@ def test_derivative_is_that_of_the_integral(vae, x):
         assert float(slopes.std()) / 60**0.5 < 0.2 * float(truth.abs().max())
 
 
+def test_explanations_are_draws_of_the_posterior(vae, x):
+    """Means of 40 runs against the grid's, for another class than the image's own too; and a
+    positive latent comes on its own scale."""
+    copies, reach, classes = 40, Linf(DELTA), torch.tensor([0, 2, 2])
+    found = make(vae, reach).explain(x.repeat(copies, 1, 1, 1), classes.repeat(copies), seeded(6))
+    assert found["z"].shape == (12, 3 * copies, 2)
+    means = found["z"].mean(0).view(copies, 3, 2)
+    z = torch.cartesian_prod(GRID, GRID)
+    for number, y in enumerate(classes.tolist()):
+        weights = (-energies(vae, x[number], y, z, reach)).softmax(0)
+        error = means[:, number].std(0) / copies**0.5
+        assert bool(((means[:, number].mean(0) - weights @ z).abs() < 4.5 * error).all())
+        assert bool((error < 0.1).all())
+    positive = make(TwoSites(), reach).explain(x, classes, seeded(6))
+    assert bool((positive["b"] > 0).all())
+    with pytest.raises(ValueError, match="classes"):
+        make(vae, reach).explain(x, classes + 1)
+
+
 def exact_margin(vae, x, log_prior):
     """The bound's margin, by masses on the grid."""
     narrow, wide = reaches(Linf(EPSILON), DELTA)
@@ -205,6 +224,10 @@ def test_bound_is_the_less_favourable_of_two_estimates(vae, x):
     exact = right - wrong.amax(1)
     assert bool((margin < exact).all())
     assert bool((margin > exact - 1.0).all())
+    others = ~torch.eye(CLASSES, dtype=torch.bool)
+    found = bound.wrong.view(copies, CLASSES, CLASSES).mean(0)
+    assert bool((found > wrong)[others].all())
+    assert bool((bound.right.view(copies, -1).mean(0) < right).all())
     assert bool((bound.wrong.view(copies, CLASSES, -1).diagonal(0, 1, 2) == -math.inf).all())
     assert torch.equal(bound.kept, bound.margin > 0)
 
@@ -292,6 +315,8 @@ class TestWrongArguments:
             classify.log_masses((x, torch.eye(3)))
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             classify.log_masses(x + 1)
+        with pytest.raises(ValueError, match="x "):
+            classify.log_masses(x[:0])
 
     def test_of_programs(self, x, vae):
         class Unconditional:

@@ -69,11 +69,8 @@ _PILOTS = 4  # walks of each image and class that look for modes
 _TUNING = 2  # walks that tune step sizes
 _WIDE = 0.2  # weight of the class's own Gaussian, beside those around the pilots' ends
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-_START, _COMPONENT, _CHOICE = (
-    3,
-    4,
-    5,
-)  # purposes of the streams, beside those of HMC and of redrawing
+# Purposes of the streams, beside those of HMC and of redrawing.
+_START, _COMPONENT, _CHOICE = 3, 4, 5
 
 
 class ClassMasses(NamedTuple):
@@ -129,7 +126,7 @@ class AnalysisBySynthesis:
     Args:
         vae: any Pyro VAE whose programs take images and their class as a one-hot vector,
             ``model(x, y)`` and ``guide(x, y)``, such as a
-            :class:`~pyro_vae_defence.models.ConditionalVAE`. The guide is not used.
+            :class:`~pyro_vae_defence.models.ConditionalVAE`. The guide is checked and not used.
         num_classes: number of classes K, 2 or more.
         perturbation: the ball of perturbations that is assumed, of radius :math:`\delta`; ``None``
             for none.
@@ -514,7 +511,7 @@ class _Walks:
         reach: Ball | None,
         seed: int,
     ) -> None:
-        self.of, self.pairs, self.reach = of, pairs, reach
+        self.of, self.pairs = of, pairs
         vae, images = _at(of, x.detach()[pairs.image], pairs.classes)
         self.energy, self.x = program.potential(vae, images, reach), images
         self.base = of._base(images)

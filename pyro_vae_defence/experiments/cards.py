@@ -19,6 +19,7 @@ _OBJECTIVES = {
     "se_avae": "SE-AVAE, radius {radius:g}, γ = {gamma:g}, ρ = {rho:g}",
     "avae_ss": "AVAE-SS, ρ = {rho:g}",
     "nvae": "NVAE's",
+    "margin": "mass margin, radius {radius:g}, weight {weight:g}",
 }
 _INPUTS = {"mean": "guide's mean", "guide": "guide's draws", "posterior": "posterior draws"}
 

@@ -52,7 +52,7 @@ class SynthesisConfig(conf.Configuration):
     model: str
     dataset: conf.Dataset | None = None
     radii: Annotated[tuple[conf.AttackRadius, ...], conf.not_empty] = (0.05, 0.1, 0.2)
-    num_images: conf.Several = 30
+    num_images: conf.Several = 60
     images_per_cell: conf.Count = 10
     num_attacked: conf.Natural = 10
     num_temperatures: Annotated[int, conf.at_least(3)] = 15

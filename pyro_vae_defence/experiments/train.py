@@ -218,9 +218,9 @@ processor."""
 
 def _conditional_models() -> dict[str, TrainConfig]:
     models = {}
-    for dataset in ("mnist", "fashion_mnist"):
+    for dataset, epochs in (("mnist", 40), ("fashion_mnist", 12)):
         name = f"{dataset}_conditional"
-        plain = TrainConfig(dataset, conditional=True, epochs=40, half=True)
+        plain = TrainConfig(dataset, conditional=True, epochs=epochs, half=True)
         # Ten classes are explained at each step.
         few = replace(plain, start_from=name, epochs=4, images_per_epoch=10_000, learning_rate=1e-3)
         models[name] = plain
