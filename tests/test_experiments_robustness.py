@@ -38,7 +38,7 @@ from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.plots import picture
-from pyro_vae_defence.robustness import KNOWLEDGE
+from pyro_vae_defence.robustness import KNOWLEDGE, load_attacked
 
 SETTINGS = {
     "num_images": 4, "chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 2,
@@ -78,6 +78,11 @@ def test_a_result_is_written_resumed_and_printed(models, tmp_path, capsys):
     assert [a["name"] for a in aware["attacks"]] == ["encoder", "equilibrium"]
     assert aware["robust"]["mean"]["num_images"] == 4
     assert aware["threat_model"]["reading"] == "reencoded"
+    attacked = load_attacked(
+        output / "attacked" / "mnist_radius_0.2_classification_aware.safetensors"
+    )
+    assert attacked.seed == aware["seed"]
+    assert attacked.x_adv.shape == (4, 1, 28, 28)
     path = output / "mnist_radius_0.2.json"
     assert json.loads(path.read_text()) == json.loads(json.dumps(result))
 
@@ -146,6 +151,9 @@ class TestBlocks:
     def test_blocks_are_cells_of_their_own_and_one_report(self, models, tmp_path):
         result = self.study(models, tmp_path).run()
         assert result["reports"] == {}
+        published = sorted(path.name for path in (tmp_path / "attacked").iterdir())
+        assert published[-1] == "mnist_radius_0.2_classification_none_001.safetensors"
+        assert len(published) == 4
         blocks = result["blocks"]["classification/none"]
         assert [b["robust"]["mean"]["num_images"] for b in blocks.values()] == [2, 3]
         assert ["examples" in block for block in blocks.values()] == [True, False]

@@ -222,6 +222,17 @@ class Problem:
             )
 
 
+BLACK_BOX_PURPOSE = 3072  # of the streams' draws; see docs/architecture.md
+
+
+def random_signs(
+    streams: Streams, step: int, purpose: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Plus or minus one at random, ``(rows, *shape)``, as black boxes draw them."""
+    uniform = streams.uniform(step, BLACK_BOX_PURPOSE + purpose, shape, dtype)
+    return torch.where(uniform > 0.5, 1.0, -1.0).to(dtype)
+
+
 def keep_best(state: State, perturbation: Tensor, value: Tensor) -> State:
     """Replace each row's result where ``value`` is higher."""
     better = value > state["result_value"]
@@ -289,7 +300,7 @@ class Attack:
             )
         if not (self.start is None or callable(self.start)):
             raise ValueError(
-                f"start must be a start such as low_frequency(), or None, got {self.start!r}"
+                f"start must be a start such as starts.stripes(), or None, got {self.start!r}"
             )
         for name in ("num_steps", "num_restarts", "batch_size", "checkpoint_every"):
             check_integer(name, getattr(self, name))

@@ -4,7 +4,11 @@ Square is a random search: a candidate changes the perturbation inside a random 
 the boundary of the ball, and is kept if the objective rises. The share of pixels a square covers
 starts at ``share`` and is halved at the published iterations. For L_inf a square gets one of
 :math:`\pm r` per channel; for L2 it takes its budget from a second square, which is zeroed, and
-adds a pattern of two pyramids of opposite signs to what was there.
+adds a pattern of two pyramids of opposite signs to what was there. It starts from vertical stripes
+or, for L2, tiles of such patterns, unless it is told otherwise
+(:mod:`~pyro_vae_defence.attacks.starts`). A random objective should have the same noise in all
+queries, averaged over draws: candidates are compared with the best one so far, which fresh noise
+would have favoured. :func:`pyro_vae_defence.attacks.adaptive.expected` makes such an objective.
 
 NES estimates a gradient from antithetic Gaussian directions :math:`u_i`,
 
@@ -27,15 +31,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.attacks.base import Attack, Problem, State, first_result, keep_best
+from pyro_vae_defence.attacks.base import (
+    BLACK_BOX_PURPOSE,
+    Attack,
+    Problem,
+    State,
+    first_result,
+    keep_best,
+    random_signs,
+)
 from pyro_vae_defence.attacks.pgd import Ascent
 from pyro_vae_defence.ops.balls import L2, Linf
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.types import Objective
-
-# Of the streams' draws; see docs/architecture.md.
-_PURPOSE = 3072
 
 # Iterations of 10,000 at which the share of changed pixels is halved (Square attack, section 3).
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -109,7 +118,7 @@ class NES(Ascent):
         shape, dtype = tuple(perturbation.shape[1:]), perturbation.dtype
         gradient = antithetic_gradient(
             lambda step: problem.value(perturbation + step),
-            lambda i: problem.streams.normal(t, _PURPOSE + i, shape, dtype),
+            lambda i: problem.streams.normal(t, BLACK_BOX_PURPOSE + i, shape, dtype),
             self.num_directions // 2,
             self.scale,
         )
@@ -135,9 +144,7 @@ def antithetic_gradient(
 
 
 def _signs(problem: Problem, t: int, purpose: int, *shape: int) -> Tensor:
-    dtype = problem.x_ref.dtype
-    uniform = problem.streams.uniform(t, _PURPOSE + purpose, shape, dtype)
-    return torch.where(uniform > 0.5, 1.0, -1.0).to(dtype)
+    return random_signs(problem.streams, t, purpose, shape, problem.x_ref.dtype)
 
 
 def _window(problem: Problem, side: int, t: int, purpose: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,7 +152,7 @@ def _window(problem: Problem, side: int, t: int, purpose: int) -> tuple[Tensor, 
 
     def along(length: int, purpose: int) -> tuple[Tensor, Tensor]:
         """Which of ``length`` places are in the square, and where in it they lie."""
-        uniform = problem.streams.uniform(t, _PURPOSE + purpose, (), torch.float64)
+        uniform = problem.streams.uniform(t, BLACK_BOX_PURPOSE + purpose, (), torch.float64)
         first = ((1.0 - uniform) * (length - side + 1)).long().clamp(max=length - side)
         place = torch.arange(length, device=first.device) - first[:, None]
         return (place >= 0) & (place < side), place.clamp(0, side - 1)

@@ -1,29 +1,26 @@
 """Where attacks start, when not at a random point of the ball.
 
 A start is a function of the references and their rows' random streams; it returns images, and the
-attack starts at the point of its ball nearest to them.
+attack starts at the point of its ball nearest to them. :func:`in_turn` gives restarts several.
 
 - :func:`other_class`: from the nearest image of another class. In an L_inf ball each pixel goes as
   far towards that image as the radius allows; in an L2 ball it is a blend of the two. What a
   decision boundary needs is there before the first query, which few queries would not find.
-- :func:`low_frequency`: random signs that are the same over patches of the image, where a start of
-  independent pixels is averaged out by filters, smooth encoders and chains alike.
+- :func:`stripes`: as Square's, up or down by whole columns, which filters and encoders average out
+  less than independent pixels.
 
-References: Brendel, Rauber, Bethge, "Decision-based adversarial attacks: reliable attacks against
+Reference: Brendel, Rauber, Bethge, "Decision-based adversarial attacks: reliable attacks against
 black-box machine learning models", ICLR 2018, https://arxiv.org/abs/1712.04248 (starts of another
-class); Guo, Frank, Weinberger, "Low frequency adversarial perturbation", UAI 2019,
-https://arxiv.org/abs/1809.08758.
+class).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from pyro_vae_defence.attacks.base import Start
+from pyro_vae_defence.attacks.base import Start, random_signs
 from pyro_vae_defence.attacks.objectives._rows import of_rows
-from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 
 
@@ -63,18 +60,31 @@ def other_class(labels: Tensor, images: Tensor, image_labels: Tensor) -> Start:
     return start
 
 
-def low_frequency(cells: int = 4) -> Start:
-    """Start from random signs, those of normal noise on ``cells`` x ``cells`` points, between which
-    it is interpolated.
-
-    Raises:
-        ValueError: if ``cells`` is out of range.
-    """
-    check_integer("cells", cells)
+def stripes() -> Start:
+    """Start from vertical stripes, with one random sign per channel and column: those from which
+    :class:`~pyro_vae_defence.attacks.Square` starts in an L_inf ball."""
 
     def start(x_ref: Tensor, streams: Streams) -> Tensor:
-        channels, *size = x_ref.shape[1:]
-        coarse = streams.normal(0, 0, (channels, cells, cells), x_ref.dtype)
-        return x_ref + functional.interpolate(coarse, size, mode="bilinear").sign()
+        channels, _, width = x_ref.shape[1:]
+        return x_ref + random_signs(streams, 0, 0, (channels, 1, width), x_ref.dtype)
+
+    return start
+
+
+def in_turn(*starts: Start) -> Start:
+    """Restarts take turns: number r has start ``r % len(starts)``, and is the ``r // len(starts)``
+    -th restart of it.
+
+    Raises:
+        ValueError: without any start.
+    """
+    if not starts:
+        raise ValueError("starts is empty; give one start or more")
+
+    def start(x_ref: Tensor, streams: Streams) -> Tensor:
+        number = len(starts)
+        own = streams._replace(chain=streams.chain // number)
+        found = torch.stack([each(x_ref, own) for each in starts])
+        return found[streams.chain % number, torch.arange(len(x_ref), device=x_ref.device)]
 
     return start

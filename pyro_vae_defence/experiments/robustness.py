@@ -60,7 +60,7 @@ from pyro_vae_defence.robustness import (
 from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
 
 PUBLISHED_BUDGET = replace(Budget.standard(), max_evaluations=17_000)
-"""That of the published reports, whose suite had no attack on the evidence yet."""
+"""That of the published reports, whose suite had neither an attack on the evidence nor Square."""
 
 Target = Literal["reconstruction", "classification"]
 Gradients = Literal["traced", "recorded", "graph"]

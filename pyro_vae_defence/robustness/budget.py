@@ -29,9 +29,13 @@ class Budget:
         unrolled_transitions: K of the truncated gradient, >= 1.
         num_iterations: conjugate gradient iterations of the implicit gradient, >= 1.
         num_directions: antithetic pairs per step of the black box, >= 1.
-        black_box_steps: its steps, >= 1.
+        black_box_steps: its steps, >= 1. Square has as many queries.
         max_evaluations: decoder evaluations per image after which no further attack starts;
             ``None`` for no limit.
+        iterates: how many of a restart's iterates, those with the highest objectives, which few
+            draws may have flattered, are scored to choose what the restart has found, >= 1; 1
+            takes what the optimiser returns.
+        iterate_draws: runs of the defence that score each of these, >= 1.
         selection_draws, scoring_draws: runs of the defence that choose the worst attack, and that
             are reported, >= 1.
         check_images, check_steps: images and steps of the attacks that checks need, >= 2 and >= 4.
@@ -56,6 +60,8 @@ class Budget:
     num_directions: int = 10
     black_box_steps: int = 50
     max_evaluations: int | None = None
+    iterates: int = 1
+    iterate_draws: int = 20
     selection_draws: int = 5
     scoring_draws: int = 20
     check_images: int = 16
@@ -107,8 +113,8 @@ class Budget:
     def standard(cls) -> Budget:
         """What one processor can do.
 
-        About 30,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
-        third as many again to score them, and for each of the images that checks look at at most
+        About 36,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
+        quarter as many again to score them, and for each of the images that checks look at at most
         80,000.
         """
         return cls(
@@ -120,7 +126,7 @@ class Budget:
             num_iterations=5,
             num_directions=5,
             black_box_steps=2,
-            max_evaluations=28_000,
+            max_evaluations=33_000,
             selection_draws=2,
             scoring_draws=5,
             check_draws=16,
@@ -130,7 +136,7 @@ class Budget:
     def thorough(cls) -> Budget:
         """For claims, on a GPU: restarts, rising numbers of draws, many chains.
 
-        About three million decoder gradients of attacks per image behind a chain of 25
-        transitions.
+        About three and a half million decoder gradients of attacks per image behind a chain of 25
+        transitions, and a million to choose among their iterates.
         """
-        return cls(black_box_steps=2, max_evaluations=2_950_000)
+        return cls(black_box_steps=2, iterates=5, max_evaluations=3_150_000)

@@ -19,6 +19,8 @@ from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.fidelity import RANDOM_DIRECTIONS
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE
 
+_BLACK_BOXES = [row.name for row in ATTACKS if row.black_box]
+
 
 class ChainCost(NamedTuple):
     """Gradients of a defence per image.
@@ -99,7 +101,7 @@ def suite_gradients(
     draws = {row.name: row.draws(budget) for row in ATTACKS}
 
     def attack(name: str, rows: int, num_steps: int) -> float:
-        if name == "black_box":
+        if name in _BLACK_BOXES:
             queries = budget.black_box_steps * (2 * budget.num_directions + 1) + 2
             return rows * queries * one
         # Where it begins, and the value of what was found.
@@ -108,7 +110,7 @@ def suite_gradients(
 
     found: dict[str, float] = {}
     for name in attacks:
-        if chain is None and name not in ("transfer", "encoder", "black_box"):
+        if chain is None and name not in ("transfer", "encoder", *_BLACK_BOXES):
             continue
         if not known and name in ("equilibrium", "evidence", "truncated", "unroll"):
             continue
@@ -117,12 +119,14 @@ def suite_gradients(
             break
         found[name] = attack(name, budget.num_restarts * sum(draws[name]), budget.num_steps)
     per_attack = budget.num_restarts * budget.selection_draws + budget.scoring_draws
+    if budget.iterates > 1:
+        per_attack += budget.num_restarts * (budget.iterates + 1) * budget.iterate_draws
     scored = 2 * budget.scoring_draws + budget.selection_draws + 1 + per_attack * len(found)
     found["scoring"] = scored * whole
     if checks:
         # Five attacks by the strongest, at worst the most expensive, on a few images.
         rows = max(budget.num_chains, *budget.num_draws)
-        kinds = [name for name in found if name not in ("scoring", "black_box")]
+        kinds = [name for name in found if name not in ("scoring", *_BLACK_BOXES)]
         worst = max((attack(name, rows, budget.check_steps) for name in kinds), default=0.0)
         looked_at = budget.scoring_draws * whole + max(5, budget.selection_draws) * one
         # The mean gradient of each, and two ends per direction.

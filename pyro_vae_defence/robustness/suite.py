@@ -9,18 +9,19 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.attacks import adaptive
+from pyro_vae_defence.attacks import adaptive, starts
 from pyro_vae_defence.attacks.adaptive import Chain, DefendedEncoder, PreparedGoal
+from pyro_vae_defence.attacks.base import Start
 from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.models.classifier import class_scores
-from pyro_vae_defence.ops.balls import Ball
+from pyro_vae_defence.ops.balls import L2, Ball, Linf
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.populations import Constrained
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
@@ -74,6 +75,11 @@ def _black_box(suite: Suite, aim: Aim) -> PreparedObjective:
     return adaptive.nes(frozen, suite.budget.num_directions, scale, options["generator"])
 
 
+def _square(suite: Suite, aim: Aim) -> PreparedObjective:
+    encode, options = suite.box.forwards(), suite.options()
+    return adaptive.expected(encode, aim.goal, aim.num_draws, resample=False, **options)
+
+
 def _implicit(suite: Suite, aim: Aim) -> PreparedObjective:
     parts = (suite.box.start, suite.box.chain, suite.box.energy, suite.budget.num_iterations)
     return suite.expected(aim, adaptive.implicit(*parts, resume=aim.resume))
@@ -106,11 +112,6 @@ def _with_whole_chain(box: WhiteBox) -> str:
     return _with_transitions(box) or burn_in
 
 
-def _rising(budget: Budget) -> tuple[int, ...]:
-    """Numbers of the defence's draws, one after the other."""
-    return budget.num_draws
-
-
 class Row(NamedTuple):
     """An attack.
 
@@ -122,33 +123,53 @@ class Row(NamedTuple):
         black_box: whether it sees values alone.
         transfers: whether it attacks the undefended encoder.
         classes: whether it attacks classes alone.
+        own_draws: whether what it averages are not draws of the defence.
         other_noise: whether its values come from other noise than the defence's seed gives.
+        square: whether Square maximises it, and not the engine of the others.
     """
 
     name: str
     knowledge: str
     objective: Callable[[Suite, Aim], PreparedObjective]
     reason: Callable[[WhiteBox], str] = lambda box: ""
-    draws: Callable[[Budget], tuple[int, ...]] = _rising
+    draws: Callable[[Budget], tuple[int, ...]] = lambda budget: budget.num_draws
     black_box: bool = False
     transfers: bool = False
     classes: bool = False
+    own_draws: bool = False
     other_noise: bool = False
+    square: bool = False
 
 
 _DECODER = "defence and decoder"
 
+
+def _chains(budget: Budget) -> tuple[int, ...]:
+    return (budget.num_chains,)
+
+
+def _at_once(budget: Budget) -> tuple[int, ...]:
+    """As many draws as anything averages: a search keeps what one noise favours, or two."""
+    return (max(budget.num_draws[-1], budget.selection_draws),)
+
+
 ATTACKS = (
-    Row("transfer", "encoder, paper's objective", _transfer, draws=lambda b: (1,), transfers=True),
+    Row(
+        "transfer",
+        "encoder, paper's objective",
+        _transfer,
+        draws=lambda b: (1,),
+        transfers=True,
+        own_draws=True,
+    ),
     Row("encoder", "encoder and what is done with latents", _encoder, transfers=True),
     Row("bpda", "defence, run forwards", _bpda, _with_chain),
-    Row("equilibrium", _DECODER, _equilibrium, _with_transitions, lambda b: (b.num_chains,)),
-    Row(
-        "evidence", _DECODER, _evidence, _with_transitions, lambda b: (b.num_chains,), classes=True
-    ),
+    Row("equilibrium", _DECODER, _equilibrium, _with_transitions, _chains, own_draws=True),
+    Row("evidence", _DECODER, _evidence, _with_transitions, _chains, classes=True, own_draws=True),
     Row("black_box", "outputs of the defence", _black_box, black_box=True),
     Row("implicit", _DECODER, _implicit, _with_chain),
     Row("truncated", _DECODER, _truncated, _with_transitions, other_noise=True),
+    Row("square", "outputs of the defence", _square, draws=_at_once, black_box=True, square=True),
     Row("unroll", _DECODER, _unroll, _with_whole_chain),
 )
 """In the order in which they run: what every budget must allow first."""
@@ -197,9 +218,7 @@ class Suite:
     def draws(self, row: Row) -> tuple[int, ...]:
         """What a row averages; of a defence whose seed is known its chains, which are all."""
         return (
-            self.known_draws
-            if row.draws is _rising and self.known_draws
-            else row.draws(self.budget)
+            row.draws(self.budget) if row.own_draws else self.known_draws or row.draws(self.budget)
         )
 
     @property
@@ -218,6 +237,8 @@ class Suite:
 
     def why_not(self, row: Row) -> str:
         """Why a row does not apply; empty where it does."""
+        if row.square and not isinstance(self.ball, (Linf, L2)):
+            return f"Square has no moves in an {self.ball.norm_name} ball"
         if row.classes and not isinstance(self.scorer, Accuracy):
             return "it attacks classes, and no classifier is given"
         if row.other_noise and self.box.seed is not None:
@@ -257,12 +278,36 @@ class Suite:
         prepared = row.objective(self, Aim(self.goal(), num_draws, resume))
         return lambda x_ref: connected(prepared(x_ref))
 
-    def attack(self, row: Row, num_draws: int, ball: Ball | None = None, **options: int) -> Tensor:
+    def attack(
+        self,
+        row: Row,
+        num_draws: int,
+        ball: Ball | None = None,
+        memory: Memory | None = None,
+        **options: int,
+    ) -> Tensor:
         """Attacked images of every restart, ``(num_restarts, n, C, H, W)``."""
         num_steps = self.budget.black_box_steps if row.black_box else self.budget.num_steps
+        engine = self.engine
+        if row.square:
+            # As many queries as the other black box has.
+            num_steps *= 2 * self.budget.num_directions + 1
+            engine = functools.partial(attacks.Square, start=self.start())
         options = {"num_steps": num_steps, "num_restarts": 1, "batch_size": 2**31, **options}
-        attack = self.engine(self.objective(row, num_draws), ball or self.ball, **options)
+        objective = self.objective(row, num_draws)
+        if memory is not None:
+            objective = memory.watching(objective)
+        attack = engine(objective, ball or self.ball, **options)
         return attack(self.x, self.scorer.fresh()).x_adv
+
+    def start(self) -> Start:
+        """Square's: stripes, and for every second restart the nearest image of another class, or
+        any other image where there are no classes."""
+        number = torch.arange(len(self.x), device=self.x.device)
+        labels = self.scorer.labels if isinstance(self.scorer, Accuracy) else number
+        if len(labels.unique()) < 2:
+            return starts.stripes()
+        return starts.in_turn(starts.stripes(), starts.other_class(labels, self.x, labels))
 
     def candidates(
         self, table: Iterable[Row], skipped: dict[str, str], steps: Steps
@@ -286,15 +331,72 @@ class Suite:
 
     def worst(self, row: Row, num_draws: int) -> tuple[Tensor, Tensor, float, float]:
         """What a row finds: the fields of a :class:`Candidate` that follow."""
-        spent, started = self.box.evaluations, time.perf_counter()
-        restarts = self.attack(row, num_draws, num_restarts=self.budget.num_restarts)
+        budget, spent, started = self.budget, self.box.evaluations, time.perf_counter()
+        memory = Memory(budget.iterates, row.square) if budget.iterates > 1 else None
+        restarts = self.attack(row, num_draws, memory=memory, num_restarts=budget.num_restarts)
         seconds = time.perf_counter() - started
         per_image = (self.box.evaluations - spent) / len(self.x)
-        draws = self.budget.selection_draws
-        scores = [self.scorer.score(x, draws).mean() for x in restarts]
+        if memory is not None:
+            restarts = torch.stack(list(self.best_iterates(restarts, memory)))
+        scores = [self.scorer.score(x, budget.selection_draws).mean() for x in restarts]
         selection, winner = torch.stack(scores).min(0)
         x_adv = restarts[winner, torch.arange(len(self.x), device=winner.device)]
         return x_adv, selection, per_image, seconds
+
+    def best_iterates(self, found: Tensor, memory: Memory) -> Iterator[Tensor]:
+        """Restart by restart, of what the optimiser has ``found`` and of what the memory has kept
+        the image with the lowest mean figure, ``(n, C, H, W)``."""
+        image = torch.arange(len(self.x), device=self.x.device)
+        for number, own in enumerate(found):
+            iterates = [own]
+            for kept in memory.images:
+                x = kept.unflatten(0, (len(found), len(self.x)))[number]
+                x = (self.x + self.ball.project(x - self.x)).clamp(0.0, 1.0)
+                iterates.append(self.ball.inside(self.x, x))
+            scores = [self.scorer.score(x, self.budget.iterate_draws).mean() for x in iterates]
+            yield torch.stack(iterates)[torch.stack(scores).argmin(0), image]
+
+
+@dataclass(eq=False)
+class Memory:
+    """The iterates of an attack with the highest objectives, row by row.
+
+    An optimiser keeps the iterate whose objective was highest. Where a few draws estimate the
+    objective, that is the luckiest one.
+
+    Args:
+        number: most iterates of a row, >= 1.
+        queries: whether iterates are also those of which no gradient is asked.
+    """
+
+    number: int
+    queries: bool
+    images: Tensor = field(default_factory=lambda: torch.empty(0))
+    values: Tensor | None = None
+
+    def watching(self, prepared: PreparedObjective) -> PreparedObjective:
+        """The same objective, whose best arguments are remembered."""
+
+        def prepare(x_ref: Tensor) -> Objective:
+            objective = prepared(x_ref)
+
+            def watched(x: Tensor) -> Tensor:
+                value = objective(x)
+                if x.requires_grad or self.queries:
+                    self._keep(x.detach()[None], value.detach()[None])
+                return value
+
+            return watched
+
+        return prepare
+
+    def _keep(self, images: Tensor, values: Tensor) -> None:
+        values = torch.where(values.isfinite(), values, -torch.inf)
+        if self.values is not None:
+            images = torch.cat([self.images, images])
+            values = torch.cat([self.values, values])
+        self.values, order = values.topk(min(self.number, len(values)), 0)
+        self.images = images[order, torch.arange(images.shape[1], device=order.device)]
 
 
 def connected(objective: Objective) -> Objective:

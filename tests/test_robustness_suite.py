@@ -1,0 +1,148 @@
+"""What the suite makes of an attack's iterates, and its random search."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from test_robustness import SMALL, classify, problem, run
+
+from pyro_vae_defence import attacks
+from pyro_vae_defence.defence import DefendedClassifier, NoDefence
+from pyro_vae_defence.ops.balls import L1, Linf
+from pyro_vae_defence.robustness import ATTACKS, Budget, WhiteBox
+from pyro_vae_defence.robustness.scoring import Accuracy, Scores, fresh_generators
+from pyro_vae_defence.robustness.suite import Memory, Suite
+
+ROWS = {row.name: row for row in ATTACKS}
+
+
+class TestIterates:
+    def test_a_memory_keeps_the_highest_values_row_by_row(self):
+        values = torch.tensor([[1.0, 5.0], [3.0, torch.nan], [2.0, 7.0], [torch.inf, 6.0]])
+        images = torch.arange(8.0).reshape(4, 2, 1, 1, 1)
+        calls = iter(values)
+        memory = Memory(2, queries=False)
+        objective = memory.watching(lambda x_ref: lambda x: next(calls))(images[0])
+        for x in images:
+            objective(x.clone().requires_grad_())
+        assert memory.values.tolist() == [[3.0, 7.0], [2.0, 6.0]]
+        assert memory.images.flatten(2)[..., 0].tolist() == [[2.0, 5.0], [4.0, 7.0]]
+        # What is no iterate is forgotten, unless queries are.
+        for queries, number in ((False, 0), (True, 1)):
+            memory = Memory(2, queries)
+            memory.watching(lambda x_ref: lambda x: torch.ones(2))(images[0])(images[0])
+            assert len(memory.images) == number
+
+    def test_the_lowest_figure_wins_inside_of_the_ball(self):
+        x = torch.full((2, 1, 1, 1), 0.5)
+        scored = []
+
+        def score(images, num_draws):
+            scored.append((images, num_draws))
+            return Scores(images.flatten(1).mean(1).expand(num_draws, -1), torch.zeros(2))
+
+        budget = dataclasses.replace(SMALL, iterates=2, iterate_draws=7)
+        suite = Suite(None, types.SimpleNamespace(score=score), x, Linf(0.2), budget, None)
+        memory = Memory(2, False)
+        # Two restarts of two images.
+        memory.images = torch.tensor([[0.45, 0.6, 0.4, 0.6], [0.1, 0.6, 0.6, 0.6]])
+        memory.images = memory.images.reshape(2, 4, 1, 1, 1)
+        found = torch.tensor([[0.55, 0.55], [0.55, 0.65]]).reshape(2, 2, 1, 1, 1)
+        first, second = suite.best_iterates(found, memory)
+        torch.testing.assert_close(first.flatten(), torch.tensor([0.3, 0.55]))
+        torch.testing.assert_close(second.flatten(), torch.tensor([0.4, 0.6]))
+        assert {draws for _, draws in scored} == {7}
+        assert all(((images - x).abs() <= 0.2).all() for images, _ in scored)
+
+    @pytest.mark.parametrize("name", ["encoder", "square"])
+    def test_they_are_chosen_among_where_the_budget_says_so(self, name, monkeypatch):
+        vae, x, labels = problem(4)
+        seen = []
+
+        def first(suite, found, memory):
+            seen.append(memory)
+            return iter(memory.images[0].unflatten(0, found.shape[:2]))
+
+        monkeypatch.setattr(Suite, "best_iterates", first)
+        options = {"attacks": (name,), "checks": False}
+        run(vae, NoDefence(vae), x, labels, SMALL, **options)
+        assert seen == []
+        budget = dataclasses.replace(SMALL, iterates=2, num_restarts=2, num_steps=3)
+        report = run(vae, NoDefence(vae), x, labels, budget, **options)
+        (memory,) = seen
+        assert memory.images.shape == (2, 2 * 4, 1, 4, 4)
+        assert (memory.values[0] >= memory.values[1]).all()
+        assert memory.queries == (name == "square")
+        # What was chosen is what is scored: an image is its own, or the best iterate of a restart.
+        kept = memory.images[0].unflatten(0, (2, 4))
+        for number, image in enumerate(report.x_adv):
+            assert any(torch.equal(image, each) for each in (x[number], *kept[:, number]))
+
+    @pytest.mark.parametrize("name", ["iterates", "iterate_draws"])
+    def test_mistakes(self, name):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
+            Budget(**{name: 0})
+
+
+class TestSquare:
+    def suite(self, num=6, **options):
+        vae, x, labels = problem(num)
+        fresh = fresh_generators(3)
+        box = WhiteBox(vae, NoDefence(vae), x, fresh)
+        scorer = Accuracy(box, x, labels, DefendedClassifier(box, classify, "last"), fresh)
+        return Suite(box, scorer, x, Linf(0.3), SMALL, attacks.APGD, **options)
+
+    def test_it_sees_values_alone_as_many_as_the_other_black_box(self):
+        suite = self.suite()
+        budget = dataclasses.replace(SMALL, black_box_steps=3, num_directions=4)
+        suite = dataclasses.replace(suite, budget=budget)
+        assert suite.draws(ROWS["square"]) == (1,)
+        averaged = dataclasses.replace(budget, num_draws=(1, 5), selection_draws=2)
+        assert dataclasses.replace(suite, budget=averaged).draws(ROWS["square"]) == (5,)
+        seen = []
+
+        def watched(row, num_draws):
+            def prepare(x_ref):
+                def objective(x):
+                    seen.append(x)
+                    assert not x.requires_grad
+                    return x.flatten(1).sum(1)
+
+                return objective
+
+            return prepare
+
+        object.__setattr__(suite, "objective", watched)
+        x_adv = suite.attack(ROWS["square"], 1, num_restarts=2)
+        assert len(seen) == 3 * (2 * 4 + 1) + 1  # and what is returned, once more
+        assert x_adv.shape == (2, *suite.x.shape)
+        # Stripes first; and the nearest image of another class, as far as the ball goes.
+        first, second = seen[0].unflatten(0, (2, 6))
+        assert ((first - suite.x).sign() == (first - suite.x).sign()[..., :1, :]).all()
+        labels, flat = suite.scorer.labels, suite.x.flatten(1)
+        distance = torch.cdist(flat, flat)
+        distance[labels[:, None] == labels] = torch.inf
+        other = suite.x[distance.argmin(1)]
+        expected = suite.x + (other - suite.x).clamp(-0.3, 0.3)
+        torch.testing.assert_close(second, expected)
+
+    def test_classes_that_are_all_alike_leave_stripes(self):
+        suite = self.suite()
+        suite.scorer.labels = torch.zeros(6, dtype=torch.long)
+        assert suite.attack(ROWS["square"], 1, num_restarts=2).shape == (2, *suite.x.shape)
+
+    def test_a_ball_without_moves_is_said(self):
+        vae, x, labels = problem(4)
+        report = run(vae, NoDefence(vae), x, labels, SMALL, ball=L1(1.0), checks=False)
+        assert report.skipped["square"] == "Square has no moves in an L1 ball"
+        assert not any("square" in reason for reason in report.reasons)
+
+    def test_little_is_left_without_any_gradient(self):
+        vae, x, labels = problem()
+        budget = dataclasses.replace(SMALL, black_box_steps=8, num_directions=8, num_restarts=2)
+        report = run(vae, NoDefence(vae), x, labels, budget, attacks=("square",), checks=False)
+        assert report.clean["mean"]["estimate"] > 0.9
+        assert report.robust["mean"]["estimate"] < 0.3
