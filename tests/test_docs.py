@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -22,7 +23,7 @@ import pytest
 
 from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments.defences import KINDS
-from pyro_vae_defence.robustness import KNOWLEDGE
+from pyro_vae_defence.robustness import KNOWLEDGE, Budget
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -53,6 +54,15 @@ SMALL = {
 # So are recommended chains where a page does not say how long they are.
 SHORT = {"num_samples": 3, "warmup_steps": 2, "num_chains": 2}
 SHORT_KERNEL = {"burn_in": 3, "num_steps": 2}
+# And what a page leaves to the budget for seeing that everything runs.
+LEAST = {
+    "num_chains": 2,
+    "num_iterations": 1,
+    "scoring_draws": 2,
+    "check_images": 2,
+    "check_steps": 4,
+    "check_draws": 2,
+}
 
 
 class Block(NamedTuple):
@@ -136,6 +146,8 @@ def test_page_runs(page, tmp_path, monkeypatch):
     for settings, short in ((RECOMMENDED_LENGTHS, SHORT), (RECOMMENDED_KERNEL, SHORT_KERNEL)):
         for name, length in short.items():
             monkeypatch.setitem(settings, name, length)
+    least = dataclasses.replace(Budget.quick(), **LEAST)
+    monkeypatch.setattr(Budget, "quick", lambda: least)
     if "to_zarr(" in (DOCS / page).read_text():
         pytest.importorskip("zarr")
     for block, printed in run(page, small=True):

@@ -52,6 +52,17 @@ def _words(values):
 )
 def test_philox_known_answers(counter, key, expected):
     assert tuple(int(w) for w in philox(_words(counter), key)) == expected
+    arrays = tuple(w.numpy() for w in _words(counter))
+    assert tuple(w.item() for w in philox(arrays, key)) == expected
+
+
+@pytest.mark.parametrize("rows", [1, 5, 5000])
+def test_streams_of_numbers_and_of_tensors_are_the_same_bits(rows):
+    """Few words are made by NumPy, many and those of a step that is a tensor by torch."""
+    streams = Streams.create(rows, 2, seed=2**63 + 5, first_image=2**32 - 5000)
+    step = 2**33 + 7
+    recorded = streams.uniform(torch.tensor(step), 9, (15,), torch.float64)
+    assert torch.equal(streams.uniform(step, 9, (15,), torch.float64), recorded)
 
 
 def test_streams_do_not_depend_on_the_batch(float64):

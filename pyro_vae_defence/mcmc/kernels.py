@@ -276,8 +276,8 @@ class BatchedKernel(MCMCKernel):
 
         ``"acceptance rate"`` and ``"divergences per image"``, their number, have shape ``(N,)``.
         ``"divergences"`` is a list with the number of its draw for each divergence of an image:
-        ``MCMC.summary()`` counts them, and ``arviz.from_pyro`` marks the draws at which any image
-        diverged. It is read from the device, once.
+        ``MCMC.summary()`` counts them, and ``arviz.from_pyro``, which ArviZ has until 1.0, marks
+        the draws at which any image diverged. It is read from the device, once.
         """
         run = self._run
         if run is None:

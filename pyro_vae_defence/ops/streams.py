@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,8 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _MAX_PURPOSE = 4096
+# NumPy needs a third of the time for few words. For more of them torch would use threads.
+_FEW = 2**15
 
 
 def _schedule(word: Any, weyl: int) -> Sequence[Any]:
@@ -41,24 +44,20 @@ def _schedule(word: Any, weyl: int) -> Sequence[Any]:
     return [(word + number * weyl) & _MASK for number in range(_ROUNDS)]
 
 
-def philox(
-    counter: tuple[Tensor, Tensor | int, Tensor, Tensor], key: tuple[Tensor | int, Tensor | int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[Any, Any, Any, Any]:
     """Philox4x32-10: four broadcastable int64 tensors of 32-bit words to four of random words.
 
-    The second of them, and the two words of the key, may be numbers; the latter are scalars.
+    The second of them, and the two words of the key, may be numbers; the latter are scalars. Arrays
+    of NumPy give arrays.
     """
-    c0, c1, c2, c3 = counter[0], cast(Tensor, counter[1]), counter[2], counter[3]
+    c0, c1, c2, c3 = counter
     for k0, k1 in zip(_schedule(key[0], _WEYL[0]), _schedule(key[1], _WEYL[1]), strict=True):
-        # int64 products wrap, which leaves all 64 bits right; the mask undoes the sign extension.
+        # int64 products wrap, which leaves all 64 bits right; the mask takes off what a product or
+        # the sign of one has left above the lower 32, where only a word to multiply must have none.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
-            product1 & _MASK,
-            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
-            product0 & _MASK,
-        )
-    return c0, c1, c2, c3
+        c0, c1 = ((product1 >> 32) ^ c1 ^ k0) & _MASK, product1
+        c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & _MASK, product0
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
@@ -114,10 +113,15 @@ class Streams(NamedTuple):
         size = math.prod(event_shape)
         block = torch.arange(-(-size // 4), device=self.image.device)
         chain = (self.chain * _MAX_PURPOSE + purpose)[:, None]
-        counter = (block, step & _MASK, chain, self.image[:, None])
-        four = philox(counter, (self.seed & _MASK, (self.seed >> 32) & _MASK))
+        image, key = self.image[:, None], (self.seed & _MASK, (self.seed >> 32) & _MASK)
         # One broadcast gathers the four words of each block: (N, blocks, 4).
-        words = torch.stack(torch.broadcast_tensors(*four), -1).flatten(1)[:, :size]
+        if self._are_numbers(step) and block.numel() * image.numel() <= _FEW:
+            arrays = philox((block.numpy(), step & _MASK, chain.numpy(), image.numpy()), key)
+            four = torch.from_numpy(np.stack(np.broadcast_arrays(*arrays), -1))
+        else:
+            tensors = philox((block, step & _MASK, chain, image), key)
+            four = torch.stack(torch.broadcast_tensors(*tensors), -1)
+        words = four.flatten(1)[:, :size]
         dtype = dtype or torch.get_default_dtype()
         # Half precision has neither the range nor the digits of a word: it is scaled before.
         wide = torch.promote_types(dtype, torch.float32)
@@ -125,6 +129,11 @@ class Streams(NamedTuple):
         if wide != dtype:
             values = values.clamp(min=torch.finfo(dtype).tiny).to(dtype)
         return values.reshape((-1, *event_shape))
+
+    def _are_numbers(self, step: int | Tensor) -> bool:
+        """Whether NumPy can make the words: on the CPU, where nothing is being recorded."""
+        counted = isinstance(step, int) and isinstance(self.seed, int)
+        return counted and self.image.device.type == "cpu" and type(self.image) is Tensor
 
     def normal(
         self,

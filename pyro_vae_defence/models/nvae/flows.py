@@ -32,12 +32,13 @@ def autoregressive_mask(
     ``zero_diag``. ``mirror`` flips space, not channels. A depthwise kernel reads its own channel.
     """
     centre = kernel_size**2 // 2
-    mask = torch.zeros(out_channels, in_channels, kernel_size**2)
+    # Made on the CPU whatever the default device: integers are slow to divide on ``meta``.
+    mask = torch.zeros(out_channels, in_channels, kernel_size**2, device="cpu")
     mask[:, :, :centre] = 1
     # Outputs and inputs fall into the same number of consecutive blocks, the latent's channels.
     num_blocks = min(out_channels, in_channels)
-    block_out = torch.arange(out_channels)[:, None] // (out_channels // num_blocks)
-    block_in = torch.arange(in_channels) // (in_channels // num_blocks)
+    block_out = torch.arange(out_channels, device="cpu")[:, None] // (out_channels // num_blocks)
+    block_in = torch.arange(in_channels, device="cpu") // (in_channels // num_blocks)
     mask[:, :, centre] = (block_in < block_out + (not zero_diag)).to(mask.dtype)
     return (mask.flip(2) if mirror else mask).unflatten(2, (kernel_size, kernel_size))
 
