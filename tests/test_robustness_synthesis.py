@@ -48,8 +48,8 @@ def test_attacks_lower_the_margin_and_not_below_the_bound(vae, x):
     nearest = grid_masses(vae, x, Linf(DELTA)).fill_diagonal_(-torch.inf).argmax(1)
     ball = Linf(EPSILON)
     for attack in (
-        APGD(mass_margin(classify, LABELS, seeded(1)), ball, num_steps=6),
-        PGD(class_evidence(classify, LABELS, nearest, ball, generator=seeded(1)), ball, 10),
+        APGD(mass_margin(classify, LABELS, seeded(1)), ball, num_steps=4),
+        PGD(class_evidence(classify, LABELS, nearest, ball, generator=seeded(1)), ball, 6),
     ):
         attacked = margins(vae, attack(x, seeded(2)).best())
         random = margins(vae, (x + EPSILON * torch.randn(x.shape).sign()).clamp(0, 1))
