@@ -134,8 +134,8 @@ class TestPublished:
         generator = torch.Generator().manual_seed(9)
         found = rescore(path, vae, NoDefence(vae), classifier=classify, generator=generator)
         assert found.figure == "accuracy"
-        assert found.attacked["mean"]["estimate"] < 0.15
-        assert abs(found.attacked["mean"]["estimate"] - report.robust["mean"]["estimate"]) < 0.1
+        assert found.robust["mean"]["estimate"] < 0.15
+        assert abs(found.robust["mean"]["estimate"] - report.robust["mean"]["estimate"]) < 0.1
         assert found.clean["mean"]["estimate"] > 0.9
         assert found.per_image.shape == (20,)
         # With known noise to the last bit: the defence's own run.
@@ -199,7 +199,7 @@ class TestPublished:
         assert report.labels is None
         path = save_attacked(report, tmp_path / "e.safetensors")
         found = rescore(path, vae, NoDefence(vae), similarity=close)
-        assert found.attacked["mean"]["estimate"] < found.clean["mean"]["estimate"]
+        assert found.robust["mean"]["estimate"] < found.clean["mean"]["estimate"]
         with pytest.raises(ValueError, match="by their similarity: pass its similarity"):
             rescore(path, vae, NoDefence(vae))
         with pytest.raises(ValueError, match="leave out the classifier"):
@@ -226,7 +226,7 @@ class TestPublished:
         read = load_attacked(path)
         assert torch.equal(read.conditions[1], shift)
         found = rescore(path, conditional, NoDefence(conditional), classifier=classify)
-        assert found.attacked["mean"]["num_images"] == 4
+        assert found.robust["mean"]["num_images"] == 4
         bound, _ = program.at_images(conditional, given)
         assert bound is not conditional
         joined = RobustnessReport.join([report, dataclasses.replace(report, images=("another",))])

@@ -134,7 +134,7 @@ class AnalysisBySynthesis:
             when ``None``.
         inverse_mass_matrix: variances of the unconstrained latents given an image, site -> one
             image's shape, such as ``vae.mean_posterior_variance``: the scales on which walks move
-                near the target. ``None`` takes those of the prior.
+            near the target. ``None`` takes those of the prior.
         num_temperatures: steps of a walk, >= 3.
         num_steps: leapfrog steps for each, one gradient each.
         num_walks: walks per image and class, 2 or more.

@@ -45,14 +45,14 @@ class Rescored(NamedTuple):
 
     Attributes:
         figure: what is measured.
-        attacked, clean: ``mean``, ``single``, ``worst_of_n`` and ``averaged`` of the attacked
+        robust, clean: ``mean``, ``single``, ``worst_of_n`` and ``averaged`` of the attacked
             images, and of the references, each with interval and number of images.
         per_image: mean figure of each attacked image, ``(N,)``.
         report: the file's.
     """
 
     figure: str
-    attacked: dict[str, dict[str, float]]
+    robust: dict[str, dict[str, float]]
     clean: dict[str, dict[str, float]]
     per_image: Tensor
     report: RobustnessReport
@@ -162,15 +162,15 @@ def rescore(
     with program.evaluation_mode(bound, classifier):
         box = WhiteBox(bound, defence, x, fresh, conditions, defence_seed)
         scorer = make_scorer(box, x, report.labels, classifier, similarity, fresh)
-        attacked, clean = (scorer.score(each, num_draws).summaries() for each in (x_adv, x))
+        robust, clean = (scorer.score(each, num_draws).summaries() for each in (x_adv, x))
 
         def intervals(values: dict[str, Tensor]) -> dict[str, dict[str, float]]:
             return {name: scorer.interval(values[name]) for name in SUMMARIES}
 
         return Rescored(
             scorer.figure,
-            intervals(attacked),
+            intervals(robust),
             intervals(clean),
-            attacked["mean"].detach().cpu(),
+            robust["mean"].detach().cpu(),
             report,
         )
