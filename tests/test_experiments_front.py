@@ -66,7 +66,7 @@ def test_a_report_that_calls_itself_unreliable_is_marked_and_says_why(results):
 
     cell, note = front()
     assert cell.count("*?*") == 2
-    assert "9 of 16" in note
+    assert "9 of 20" in note
     assert "`finite_differences` in 8" in note
     change(suite, [*report, "unreliable"], False)
     cell, note = front()
