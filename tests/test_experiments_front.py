@@ -71,7 +71,7 @@ def test_a_report_that_calls_itself_unreliable_is_marked_and_says_why(results):
     change(suite, [*report, "unreliable"], False)
     cell, note = front()
     assert cell == "0.93 *?* / 0.88"
-    assert "8 of 16" in note
+    assert "8 of 20" in note
     assert "`finite_differences` in 7" in note
 
 

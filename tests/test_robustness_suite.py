@@ -13,7 +13,7 @@ from pyro_vae_defence import attacks
 from pyro_vae_defence.defence import DefendedClassifier, NoDefence
 from pyro_vae_defence.ops.balls import L1, Linf
 from pyro_vae_defence.robustness import ATTACKS, Budget, WhiteBox
-from pyro_vae_defence.robustness.scoring import Accuracy, Scores, fresh_generators
+from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scores
 from pyro_vae_defence.robustness.suite import Memory, Suite
 
 ROWS = {row.name: row for row in ATTACKS}
@@ -90,7 +90,7 @@ class TestIterates:
 class TestSquare:
     def suite(self, num=6, **options):
         vae, x, labels = problem(num)
-        fresh = fresh_generators(3)
+        fresh = Fresh(3)
         box = WhiteBox(vae, NoDefence(vae), x, fresh)
         scorer = Accuracy(box, x, labels, DefendedClassifier(box, classify, "last"), fresh)
         return Suite(box, scorer, x, Linf(0.3), SMALL, attacks.APGD, **options)
