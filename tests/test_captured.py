@@ -294,9 +294,11 @@ def test_decisions_may_differ_as_energies_of_proposals_do(dtype, rows, captured,
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("step_size", [0.1, 0.165])
 @pytest.mark.parametrize("stale", ["state", "seed", "step", "step_size", "images", "metric"])
-def test_mutant_an_input_that_is_not_written(stale, dtype, capturing, monkeypatch):
-    """Such a replay differs from the transition it was made beside, and is refused."""
+def test_mutant_an_input_that_is_not_written(stale, step_size, dtype, capturing, monkeypatch):
+    """Such a replay differs from the transition it was made beside, and is refused, also where few
+    rows move."""
     vae, x = LinearGaussianVAE(), torch.rand(20, 1, 4, 4)
     # state: position, energy, gradient, step; seed, image, chain; step size; metric; images
     place = {"state": 0, "step": 3, "seed": 4, "step_size": 7, "metric": 8, "images": 9}[stale]
@@ -311,7 +313,7 @@ def test_mutant_an_input_that_is_not_written(stale, dtype, capturing, monkeypatc
     metric = {"z": torch.rand(3) + 0.5}
     graph = Graph(force_dtype=dtype)
     run = functools.partial(draw, BatchedHMC, vae.model, x, jitter=0.0, warmup_steps=0)
-    run(graph, inverse_mass_matrix=metric)
+    run(graph, inverse_mass_matrix=metric, step_size=step_size)
     assert graph.captured is False
     assert "differ" in graph.why_not
 

@@ -10,11 +10,13 @@ import torch
 from programs import LinearGaussianVAE
 
 from pyro_vae_defence.attacks import random_noise
-from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.defence import MCMCDefence, NoDefence
+from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness import Budget, evaluate_robustness
 from pyro_vae_defence.robustness import steps as module
+from pyro_vae_defence.robustness.evaluate import _own
 
 BUDGET = Budget(
     num_steps=2, num_restarts=1, num_draws=(1, 2), stable=0.0, num_chains=4, num_iterations=2,
@@ -120,6 +122,10 @@ def test_a_file_of_another_evaluation_is_refused(evaluate, vae, tmp_path, monkey
     ):  # fmt: skip
         with pytest.raises(ValueError, match="belongs to other images, another defence or other"):
             evaluate(checkpoint=path, **other)
+    for other in (Noisy(0.1, vae), functools.partial(classify)):
+        name = "defence" if isinstance(other, Noisy) else "classifier"
+        with pytest.raises(ValueError, match="belongs to other"):
+            evaluate(checkpoint=path, **{name: other})
     with torch.no_grad():
         vae.weight.mul_(1.1)
     with pytest.raises(ValueError, match=r"evaluation\.pt.* belongs to other"):
@@ -133,3 +139,28 @@ def test_a_file_that_is_none_is_named(evaluate, tmp_path):
         evaluate(checkpoint=path)
     with pytest.raises(IsADirectoryError):
         evaluate(checkpoint=tmp_path)
+
+
+class Noisy:
+    """A defence that is no dataclass."""
+
+    def __init__(self, scale, vae):
+        self.scale, self.vae = scale, vae
+
+    def __call__(self, x, generator=None):
+        return NoDefence(self.vae)(x, generator)
+
+
+@pytest.mark.parametrize("what", ["attribute", "closure", "default", "method"])
+def test_what_an_object_or_a_function_holds_tells_it_from_others(what, vae):
+    def made(scale):
+        scorer = Noisy(scale, vae)
+        return {
+            "attribute": scorer,
+            "closure": lambda z: scale * z,
+            "default": lambda z, by=scale: by * z,
+            "method": scorer.__call__,
+        }[what]
+
+    first, same, other = (fingerprint(_own(made(scale))) for scale in (0.1, 0.1, 0.2))
+    assert first == same != other

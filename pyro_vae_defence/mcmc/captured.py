@@ -61,7 +61,8 @@ _MOST_CAPTURES = 128
 # Share of rows in which a replay may differ from the transition by more than rounding: on a GPU
 # sums may be made in another order, and a proposal at the edge of acceptance falls to either side.
 # Reduced forces move a proposal's energy by tenths of a nat, and one decision in ten with it (20
-# leapfrog steps of TF32); a replay that read what another run left would differ wherever rows move.
+# leapfrog steps of TF32); a replay that read what another run left would differ wherever rows move,
+# of which the second share is one.
 _MOST_DIFFERENT = 0.05
 _MOST_DIFFERENT_REDUCED = 0.5
 _ROUNDING = 1000.0  # units of a type's resolution and of the largest value, as for recordings
@@ -172,7 +173,7 @@ class Graph:
             moved, info = make()
             known = _Transition(inputs, recordings)
             function = functools.partial(_run, step, placed, inputs.arguments)
-            self._capture(known, function, values, (moved, info), potential)
+            self._capture(known, function, values, state, (moved, info), potential)
             self._transitions[key] = known
             if known.why_not is not None:
                 self.refuse(known.why_not)
@@ -184,6 +185,7 @@ class Graph:
         known: _Transition,
         function: Function,
         values: list[Any],
+        state: Any,
         made: tuple[Any, HMCInfo],
         potential: RecordedPotential,
     ) -> None:
@@ -202,7 +204,7 @@ class Graph:
                 replay = self._devices[device](function, inputs.places)
                 inputs.set(values)
                 replayed = replay()
-                known.why_not = _difference(replayed, made, potential.slack)
+                known.why_not = _difference(replayed, state, made, potential.slack)
                 if known.why_not is None and potential.slack:
                     known.why_not = _energy_error(potential, _rebuilt(made, iter(replayed))[0])
         except Exception as error:  # a step that asks the host, memory that is short, a driver
@@ -339,8 +341,10 @@ def _filled(nest: Any, values: Sequence[Any]) -> Any:
     return _rebuilt(nest, iter(leaves))
 
 
-def _difference(replayed: Sequence[Any], made: tuple[Any, HMCInfo], slack: float) -> str | None:
-    """``None`` if a replay does what the transition did, else how far it is off.
+def _difference(
+    replayed: Sequence[Any], state: Any, made: tuple[Any, HMCInfo], slack: float
+) -> str | None:
+    """``None`` if a replay does what the transition from ``state`` did, else how far it is off.
 
     ``slack`` is the relative difference of forces that is none, beside rounding. Where there is
     any, states are compared and decisions, not the acceptance rates: these follow differences of
@@ -368,7 +372,12 @@ def _difference(replayed: Sequence[Any], made: tuple[Any, HMCInfo], slack: float
         wrong = rows if wrong is None else wrong | rows
     assert wrong is not None
     share = float(wrong.float().mean())
-    if share <= (_MOST_DIFFERENT_REDUCED if slack else _MOST_DIFFERENT):
+    most = _MOST_DIFFERENT
+    if slack:
+        pairs = zip(state.position.values(), moved.position.values(), strict=True)
+        rows = torch.stack([(a != b).reshape(len(a), -1).any(1) for a, b in pairs]).any(0)
+        most = max(most, _MOST_DIFFERENT_REDUCED * float(rows.float().mean()))
+    if share <= most:
         return None
     return f"a replay and the transition differ in {share:.0%} of the rows"
 

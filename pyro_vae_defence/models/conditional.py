@@ -7,7 +7,7 @@ r"""A small conditional VAE of images given their class, with one decoder for al
 on intensities in [0, 1]. It is made for analysis by synthesis
 (:mod:`pyro_vae_defence.defence.synthesis`), which explains every image by every class and
 integrates over z: few latents, so that the integral can be estimated well, and dense layers, whose
-energies cost a twentieth of those of :class:`~pyro_vae_defence.models.ConvVAE` on a CPU.
+energies cost less than those of :class:`~pyro_vae_defence.models.ConvVAE`.
 Activations are smooth, since chains follow the decoder's gradient.
 
 Kingma, Rezende, Mohamed, Welling, "Semi-supervised learning with deep generative models", 2014,

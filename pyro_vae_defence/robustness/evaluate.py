@@ -38,10 +38,11 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import pyro_vae_defence
@@ -175,13 +176,34 @@ def evaluate_robustness(
     return report
 
 
-def _own(value: Any) -> Any:
-    """What a defence or a classifier is, for a fingerprint, without what is known otherwise."""
-    if not dataclasses.is_dataclass(value):
+def _own(value: Any, depth: int = 5) -> Any:
+    """What a defence, a classifier or a function holds, for a fingerprint, but for what is known
+    otherwise: of dataclasses their fields, of other objects their attributes, of functions what
+    they close over."""
+    if depth == 0 or isinstance(value, (type, nn.Module, Tensor)):
+        return value
+    own = functools.partial(_own, depth=depth - 1)
+    if isinstance(value, Mapping):
+        return {name: own(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [own(part) for part in value]
+    if isinstance(value, functools.partial):
+        return own([value.func, value.args, value.keywords])
+    if isinstance(value, MethodType):
+        return own([value.__func__, value.__self__])
+    if isinstance(value, FunctionType):
+        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
+        closed = {name: cell.cell_contents for name, cell in cells.items()}
+        return [value.__qualname__, value.__code__.co_code, own(closed), own(value.__defaults__)]
+    held: Any
+    if dataclasses.is_dataclass(value):
+        held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    else:
+        held = getattr(value, "__dict__", None)
+    if held is None:
         return value
     apart = ("vae", "defence", "batch_size", "progress", "prepare")
-    own = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    return type(value).__qualname__, {k: v for k, v in own.items() if k not in apart}
+    return [type(value).__qualname__, own({k: v for k, v in held.items() if k not in apart})]
 
 
 def check_seed(defence_seed: Any) -> None:
