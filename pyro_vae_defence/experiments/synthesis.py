@@ -183,14 +183,19 @@ class Synthesis(Measurement[SynthesisConfig]):
             "its standard error", "falling less rising, right, nats",
             "falling less rising, wrong, nats",
         ]  # fmt: skip
+        attacks = "nothing attacked"
+        if config["num_attacked"]:
+            attacks = (
+                "attacks: APGD on masses, and PGD on the evidence of the "
+                f"{config['num_targets']} likeliest other classes, {config['attack_steps']} steps "
+                "each, one start"
+            )
         note = (
             f"Model `{config['model']}`; the classifier assumes the attack's radius; "
             f"{config['num_walks']} rising and {config['num_falling']} falling walks of "
             f"{config['num_temperatures']} temperatures for each image and class, seed "
-            f"{config['seed']}; attacks: APGD on masses, and PGD on the evidence of the "
-            f"{config['num_targets']} likeliest other classes, {config['attack_steps']} steps "
-            "each, one start. Estimated, for exact inference: not certified. 95% intervals over "
-            "images; the last four columns are medians."
+            f"{config['seed']}; {attacks}. Estimated, for exact inference: not certified. 95% "
+            "intervals over images; the last four columns are medians."
         )
         shown = ["radius", *columns[2:6]]
         lines = tables.table(columns, rows, shown)
