@@ -78,7 +78,11 @@ def test_a_result_is_resumed_and_printed(run, models):
     row = max(rows, key=len)
     assert row.split(" | ")[4:6] == [f"{every.statistic:.2f}", f"{every.p_value:.2g}"]
     assert row.rstrip(" |").split(" | ")[6:] == [f"{one.statistic:.2f}", f"{one.p_value:.2g}"]
-    assert "has p = 0.029" in text
+    assert "has p = 0.029. The chain is this library's, not" in text
+    other = again | {"config": again["config"] | {"model": "fashion_mnist_vae"}}
+    assert "p = 0.029" not in Ratios.section(other, [])
+    published = again | {"config": again["config"] | {"defence": "paper"}}
+    assert "this library's" not in Ratios.section(published, [])
     assert "(images/ratios_mnist.png)\n" in text
     figure = histograms(again)
     assert [len(axes.get_legend().get_texts()) for axes in figure.axes] == [2, 2]

@@ -130,9 +130,22 @@ def test_what_does_not_fit_a_grid_is_refused():
     outside = torch.distributions.Normal(torch.tensor([[3.5, 0.0]]), torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"half_width=4.0 leaves 0\.31 of a guide's mass"):
         grids.guide(outside, GRID)
+    scales = torch.tensor([[0.04, 1.0], [0.4, 0.02], [0.3, 0.033]])
+    narrow = torch.distributions.Normal(torch.zeros(3, 2), scales)
+    with pytest.raises(ValueError, match=r"spacing=0\.05 .* images \[1, 2\],.* make it 0\.0299 or"):
+        grids.guide(narrow, GRID)
     for spacing, block in ((0.3, 1), (0.1, 3), (4.0, 1)):
         with pytest.raises(ValueError, match="spacing="):
             grids.check_grid(4.0, spacing, block)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.01, 0.025])  # between two nodes, and on one
+def test_the_narrowest_guide_that_is_taken(place):
+    scale, spread = 0.67001 * GRID.spacing, math.log(4)
+    q = Normal(torch.full((1, 2), place), torch.full((1, 2), scale))
+    p = gaussian([place, place], [4 * scale, 4 * scale])
+    exact = 2 * (spread + 1 / 32 - 0.5)
+    assert float(grids.kl(grids.guide(q, GRID), p[None])) == pytest.approx(exact, abs=0.01)
 
 
 # --- Lemma 1, Theorem 1 ---------------------------------------------------------------------------

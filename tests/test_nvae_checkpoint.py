@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections import OrderedDict
 from pathlib import Path
@@ -330,8 +331,13 @@ def test_weights_of_other_kinds_are_refused(vae: NVAE) -> None:
         with pytest.raises(ValueError, match=r"finite numbers of floating point: stem\.bias"):
             from_official(CONFIG.to_dict(), {**vae.state_dict(), "stem.bias": value})
     count = next(key for key in vae.state_dict() if key.endswith("num_batches_tracked"))
-    with pytest.raises(ValueError, match=f"counts are no torch.int64: {count}"):
-        from_official(CONFIG.to_dict(), {**vae.state_dict(), count: torch.tensor(1.5)})
+    wrong = (1.5, -3.0, -3, math.inf, math.nan, 1e30, 2**53, True)
+    for value in map(torch.tensor, wrong):
+        with pytest.raises(ValueError, match=f"no counts from 0 to below 2\\^53: {count}"):
+            from_official(CONFIG.to_dict(), {**vae.state_dict(), count: value})
+    for value in map(torch.tensor, (7, 7.0, 2**53 - 1)):
+        read = from_official(CONFIG.to_dict(), {**vae.state_dict(), count: value})
+        assert torch.equal(read.state_dict()[count], value.long())
 
 
 def test_a_flipped_bit_of_safetensors_is_refused(vae: NVAE, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from pyro_vae_defence.types import LatentsLike
 
 _NODES_AT_ONCE = 1000
 _MOST_OUTSIDE = 1e-4
+# Sums over nodes are off integrals of a normal by 2 exp(-2 (pi scale / spacing)^2): 3e-4 here.
+_LEAST_SCALE = 0.67
 
 # Polynomial in the place between the inner two of four nodes (Keys' kernel with a = -1/2, which
 # reproduces parabolas): coefficients by power, of the values.
@@ -117,14 +119,22 @@ def guide(q: Any, grid: Grid) -> Tensor:
     """Log masses of the cells, ``(N, size * size)``, of a distribution over latents.
 
     Args:
-        q: batch ``(N,)``, event ``(2,)``.
+        q: independent normals, batch ``(N,)``, event ``(2,)``.
         grid: where.
 
     Raises:
-        ValueError: if more than a ten-thousandth of a mass lies off the grid.
+        ValueError: if more than a ten-thousandth of a mass lies off the grid, or a standard
+            deviation is below 0.67 of the spacing, where sums over nodes are no integrals.
     """
     nodes = grid.nodes.flatten(0, 1)
     loc, scale = (value.cpu().double()[:, None] for value in (q.mean, q.stddev))
+    least = scale.amin((1, 2))
+    if (narrow := least < _LEAST_SCALE * grid.spacing).any():
+        raise ValueError(
+            f"spacing={grid.spacing!r} is too wide for the guides of images "
+            f"{narrow.nonzero().flatten().tolist()}, whose standard deviations go down to "
+            f"{float(least.min()):.3g}; make it {float(least.min()) / _LEAST_SCALE:.3g} or smaller"
+        )
     found = torch.distributions.Normal(loc, scale).log_prob(nodes).sum(-1)
     inside = torch.distributions.Normal(loc, scale)
     ends = inside.cdf(torch.tensor(grid.half_width)) - inside.cdf(torch.tensor(-grid.half_width))

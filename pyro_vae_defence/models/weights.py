@@ -96,14 +96,16 @@ def check(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], optiona
     if counts := [
         key for key in both if not expected[key].is_floating_point() and not _is_count(weights[key])
     ]:
-        raise ValueError(f"these counts are no {torch.int64}: {few(counts)}")
+        raise ValueError(f"these are no counts from 0 to below 2^53: {few(counts)}")
 
 
 def _is_count(value: Tensor) -> bool:
-    """Whether a tensor holds whole numbers; earlier versions wrote them in floating point."""
-    if not _dense(value) or value.dtype == torch.int64:
-        return _dense(value)
-    return value.is_floating_point() and bool((value == value.round()).all())
+    """Whether a tensor holds whole numbers from 0 to below 2^53, which floating point has exactly;
+    earlier versions wrote them so."""
+    if not _dense(value) or not (value.dtype == torch.int64 or value.is_floating_point()):
+        return False
+    counts = value.double()
+    return bool(((counts == counts.round()) & (counts >= 0) & (counts < 2**53)).all())
 
 
 def check_finite(weights: Mapping[str, Tensor]) -> None:
