@@ -280,20 +280,45 @@ def test_what_pairs_say_of_a_claim(kind, lower_is_better, pairs, said):
     assert verdict(claim, pairs) == said
 
 
+def test_no_verdict_rests_on_what_is_not_read_alike():
+    claim = Claim("", "", "", lambda results: iter(()), "not below", unlike="see the next row")
+    assert verdict(claim, [BELOW]) == "not read alike: see the next row"
+    assert verdict(claim, []) == "not measured yet"
+
+
 def test_claims_are_read_off_results():
-    """The chain's class against no defence, on MNIST's clean images, and who knows the chain."""
+    """What the chain does to MNIST's clean classes, read off one draw; who knows the chain."""
     cells = json.loads((RESULTS / "published" / "mnist_vae.json").read_text())["radii"]["0"]
-    ends = [
-        cells["encoder"][name]["accuracy"]["class"]["correct"]["estimate"]
-        for name in ("none", "hmc")
-    ]
+    cells = cells["encoder"]
+
+    def correct(cell):
+        return f"{cell['accuracy']['class']['correct']['estimate']:.2f}"
+
     rows = claims_table(RESULTS)
-    (row,) = [line for line in rows if "non-attacked inputs" in line]
-    assert re.search(rf"MNIST {ends[0]:.2f} \[.*?\] → {ends[1]:.2f} \[", row)
-    assert row.endswith("| **contradicted** |")
+    (at,) = [place for place, line in enumerate(rows) if "non-attacked inputs" in line]
+    first, end = correct(cells["none"]), correct(cells["hmc"])
+    assert re.search(rf"mean without a defence .* MNIST {first} \[.*?\] → {end} \[", rows[at])
+    assert rows[at].endswith("| not read alike: see the next row |")
+    first = correct(cells["hmc"]["transitions"]["0"])
+    assert re.search(rf"draw of the encoder .* MNIST {first} \[.*?\] → {end} \[", rows[at + 1])
+    assert rows[at + 1].endswith("| not contradicted |")
     (row,) = [line for line in rows if "Who knows the chain" in line]
     assert row.endswith("| **contradicted** |")
     assert len(rows) == len(CLAIMS) + 3
+    assert all(claim.unlike == "" or "next row" in claim.unlike for claim in CLAIMS)
+
+
+def test_the_paper_s_t_of_100_is_150_transitions(tmp_path):
+    """Its code ran T // 2 + T."""
+    read = {
+        str(count): {"ms_ssim": {"estimate": x, "low": x, "high": x}}
+        for count, x in {0: 0.1, 100: 0.2, 150: 0.3, 2000: 0.4}.items()
+    }
+    radii = {"0.1": {"encoder": {"hmc": {"transitions": read}}}}
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "mnist_transitions.json").write_text(json.dumps({"radii": radii}))
+    (row,) = [line for line in claims_table(tmp_path) if "T = 100" in line]
+    assert "MNIST, 150 → 2000 0.30 [0.30, 0.30] → 0.40 [" in row
 
 
 # --- Printed beside ours --------------------------------------------------------------------------

@@ -23,7 +23,7 @@ On a GPU transitions are captured, with forces in TF32 and energies in float32, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -153,15 +153,17 @@ class Published(Measurement[PublishedConfig]):
 
     def cells(self) -> Iterator[Cell]:
         """The references, then attacks by radius and by what they go through; each twice."""
-        config = self.config
-        sets = [(0.0, ENCODER)]
-        sets += [(radius, what) for radius in config.radii for what in (ENCODER, *self.tasks)]
-        for radius, what in sets:
-            for name in ("none", "hmc") if config.radii else ("none",):
-                yield ("radii", f"{radius:g}", what, name), partial(self.cell, radius, what, name)
-        for radius in config.undefended_radii:
-            key = ("radii", f"{radius:g}", ENCODER, "none")
-            yield key, partial(self.cell, radius, ENCODER, "none")
+        for radius, what, name in _keys(self.config, self.tasks):
+            yield ("radii", f"{radius:g}", what, name), partial(self.cell, radius, what, name)
+
+    @classmethod
+    def complete(cls, result: dict[str, Any]) -> bool:
+        """Whether a result file has all cells of its configuration."""
+        config = cls.config_of(result)
+        keys = _keys(config, classifiers_of(config.model))
+        return all(
+            tables.at(result, f"radii/{radius:g}/{what}/{name}") for radius, what, name in keys
+        )
 
     def cell(self, radius: float, what: str, name: str) -> dict[str, Any]:
         """One set of images, without or behind the chain."""
@@ -351,6 +353,17 @@ class Published(Measurement[PublishedConfig]):
         if len(over) > 3:
             drawn["radii"] = radii_figure(dict(sorted(over.items())))
         return drawn
+
+
+def _keys(config: PublishedConfig, tasks: Iterable[str]) -> Iterator[tuple[float, str, str]]:
+    """Radius, what is attacked, and defence of all cells."""
+    sets = [(0.0, ENCODER)]
+    sets += [(radius, what) for radius in config.radii for what in (ENCODER, *tasks)]
+    for radius, what in sets:
+        for name in ("none", "hmc") if config.radii else ("none",):
+            yield radius, what, name
+    for radius in config.undefended_radii:
+        yield radius, ENCODER, "none"
 
 
 def _count(config: PublishedConfig, paper: str) -> int:
