@@ -31,7 +31,7 @@ from pyro_vae_defence.experiments.paper.items import (
     page,
     write_page,
 )
-from pyro_vae_defence.experiments.paper.printed import TABLE_4, Printed, printed
+from pyro_vae_defence.experiments.paper.printed import TABLE_3, TABLE_4, Printed, corrected, printed
 from pyro_vae_defence.experiments.paper.sections import NOTHING, SECTIONS, difference
 from pyro_vae_defence.experiments.published import Published
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
@@ -176,6 +176,19 @@ def test_the_list_is_on_the_page(capsys):
     assert listed in (RESULTS.parent / "paper.md").read_text()
 
 
+def test_results_in_part_are_told_from_whole_ones(tmp_path):
+    """Of ``published``; a file of two sets of images out of ten is no result of Table 2."""
+    (tmp_path / "published").mkdir()
+    whole = json.loads((RESULTS / "published" / "mnist_radii.json").read_text())
+    del whole["radii"]["0.2"]
+    for name, radii in (("fashion_mnist", None), ("mnist", whole["radii"])):
+        text = (RESULTS / "published" / f"{name}_radii.json").read_text()
+        found = {**json.loads(text), **({"radii": radii} if radii else {})}
+        (tmp_path / "published" / f"{name}_radii.json").write_text(json.dumps(found))
+    assert ITEMS["figure_13"].there(tmp_path) == (1, 1)
+    assert "published, 1 of 3 results and 1 in part; no chains" in listing(tmp_path)
+
+
 def test_costs_are_those_of_the_chains():
     # 500 rows; MNIST has 750 transitions on 5 sets of images, ColorMNIST 1,500 on 7.
     assert Published.num_gradients(Published.names["mnist_vae"]) == 500 * 5 * (750 * 20 + 1)
@@ -280,20 +293,45 @@ def test_what_pairs_say_of_a_claim(kind, lower_is_better, pairs, said):
     assert verdict(claim, pairs) == said
 
 
+def test_no_verdict_rests_on_what_is_not_read_alike():
+    claim = Claim("", "", "", lambda results: iter(()), "not below", unlike="see the next row")
+    assert verdict(claim, [BELOW]) == "not read alike: see the next row"
+    assert verdict(claim, []) == "not measured yet"
+
+
 def test_claims_are_read_off_results():
-    """The chain's class against no defence, on MNIST's clean images, and who knows the chain."""
+    """What the chain does to MNIST's clean classes, read off one draw; who knows the chain."""
     cells = json.loads((RESULTS / "published" / "mnist_vae.json").read_text())["radii"]["0"]
-    ends = [
-        cells["encoder"][name]["accuracy"]["class"]["correct"]["estimate"]
-        for name in ("none", "hmc")
-    ]
+    cells = cells["encoder"]
+
+    def correct(cell):
+        return f"{cell['accuracy']['class']['correct']['estimate']:.2f}"
+
     rows = claims_table(RESULTS)
-    (row,) = [line for line in rows if "non-attacked inputs" in line]
-    assert re.search(rf"MNIST {ends[0]:.2f} \[.*?\] → {ends[1]:.2f} \[", row)
-    assert row.endswith("| **contradicted** |")
+    (at,) = [place for place, line in enumerate(rows) if "non-attacked inputs" in line]
+    first, end = correct(cells["none"]), correct(cells["hmc"])
+    assert re.search(rf"mean without a defence .* MNIST {first} \[.*?\] → {end} \[", rows[at])
+    assert rows[at].endswith("| not read alike: see the next row |")
+    first = correct(cells["hmc"]["transitions"]["0"])
+    assert re.search(rf"draw of the encoder .* MNIST {first} \[.*?\] → {end} \[", rows[at + 1])
+    assert rows[at + 1].endswith("| not contradicted |")
     (row,) = [line for line in rows if "Who knows the chain" in line]
     assert row.endswith("| **contradicted** |")
     assert len(rows) == len(CLAIMS) + 3
+    assert all(claim.unlike == "" or "next row" in claim.unlike for claim in CLAIMS)
+
+
+def test_the_paper_s_t_of_100_is_150_transitions(tmp_path):
+    """Its code ran T // 2 + T."""
+    read = {
+        str(count): {"ms_ssim": {"estimate": x, "low": x, "high": x}}
+        for count, x in {0: 0.1, 100: 0.2, 150: 0.3, 2000: 0.4}.items()
+    }
+    radii = {"0.1": {"encoder": {"hmc": {"transitions": read}}}}
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "mnist_transitions.json").write_text(json.dumps({"radii": radii}))
+    (row,) = [line for line in claims_table(tmp_path) if "T = 100" in line]
+    assert "MNIST, 150 → 2000 0.30 [0.30, 0.30] → 0.40 [" in row
 
 
 # --- Printed beside ours --------------------------------------------------------------------------
@@ -309,6 +347,58 @@ def test_a_difference_has_both_errors():
     assert found == pytest.approx((0.0, -0.196, 0.196))
 
 
+def test_a_share_on_which_all_agree_has_a_wilson_interval():
+    """50 of 50: from 50 / (50 + 1.96²) = 0.9287 to 1, and 0 of 50 the other way round."""
+    one = {"estimate": 1.0, "low": 1.0, "high": 1.0, "standard_error": 0.0}
+    each = Printed("table_2", "mnist_vae", "none", "class", "0", "1.00", "0.00")
+    found = difference(each, one, 50)
+    assert found == pytest.approx((0.0, -0.07135, 0.07135), abs=1e-5)
+    none = {"estimate": 0.0, "low": 0.0, "high": 0.0, "standard_error": 0.0}
+    found = difference(each._replace(value="0.10", standard_error="0.03"), none, 10)
+    # Ours goes up to 1.96² / (10 + 1.96²) = 0.27753, and what is printed 0.0588 to both sides.
+    assert found == pytest.approx((-0.1, -0.1588, -0.1 + (0.27753**2 + 0.0588**2) ** 0.5), abs=1e-5)
+    # A similarity is no share, and no error is printed here.
+    found = difference(each._replace(measure="ms_ssim", standard_error=""), one)
+    assert found == (0.0, 0.0, 0.0)
+
+
+def test_table_3_has_its_own_numbers_and_counts_no_quoted_ones(tmp_path):
+    def entry(value):
+        return {"estimate": value, "low": value, "high": value, "standard_error": 0.1}
+
+    def write(model, cell, at="0.1", what="encoder"):
+        found = {
+            "study": "published", "name": model, "radii": {at: {what: {"none": cell}}},
+            "command": "run", "config": {"num_references": 50, "dataset": None, "model": model},
+            "provenance": {"commit": "abc", "torch": "2", "threads": 1},
+        }  # fmt: skip
+        (tmp_path / "published" / f"{model}.json").write_text(json.dumps(found))
+
+    (tmp_path / "published").mkdir()
+    write("color_mnist_beta_vae_2", {"ms_ssim": entry(0.9)})
+    accuracy = {"correct": entry(0.5), "unchanged": entry(0.5)}
+    cell = {"mse": entry(1372.0), "accuracy": {"class": accuracy, "color": accuracy}}
+    write("color_mnist_se_0.1", cell, "0")
+    text = "\n".join(SECTIONS["table_3"](tmp_path, tmp_path))
+    row = "ms_ssim[paper], radius 0.1 | 0.50 (0.04) of Table 4; here 0.75, which is MNIST's | 0.90"
+    assert row in text
+    assert "| class, clean | 0.94, quoted | 0.50" in text
+    assert "Of 1 printed numbers that are measured, ours differs from 1 by" in text
+    assert "3 that the paper quotes from Cemgil et al." in text
+    assert "- `run`, commit `abc`" in text
+    assert "- `color_mnist_beta_vae_2`, `color_mnist_se_0.1`: References of the full test" in text
+
+
+def test_numbers_of_another_model_are_corrected():
+    changed = {each.at: each for each in printed() if corrected(each) != each}
+    assert {at: (each.value, corrected(each).value) for at, each in changed.items()} == {
+        "0.1": ("0.75", "0.50"),
+        "0.2": ("0.5", "0.38"),
+    }
+    nested = TABLE_3["color_mnist_beta_vae_2"]["none"]["ms_ssim"]
+    assert nested == {at: float(corrected(each).value) for at, each in changed.items()}
+
+
 def test_printed_numbers_meet_the_cell_that_they_are_of(tmp_path):
     def entry(value):
         return {"estimate": value, "low": value, "high": value, "standard_error": 0.0}
@@ -322,7 +412,12 @@ def test_printed_numbers_meet_the_cell_that_they_are_of(tmp_path):
         "0.1": {"encoder": {"none": cell(0.7)}, "class": {"none": cell(0.1)}},
     }
     (tmp_path / "published").mkdir()
-    (tmp_path / "published" / "mnist_vae.json").write_text(json.dumps({"radii": radii}))
+    found = {
+        "study": "published", "name": "mnist_vae", "command": "run", "radii": radii,
+        "config": {"num_references": 50, "dataset": "mnist_subset", "model": "mnist_vae"},
+        "provenance": {"commit": "abc", "torch": "2", "threads": 1},
+    }  # fmt: skip
+    (tmp_path / "published" / "mnist_vae.json").write_text(json.dumps(found))
     text = "\n".join(SECTIONS["table_2"](tmp_path, tmp_path))
     for row in (
         "| MNIST, VAE | ms_ssim[paper], radius 0.1 | 0.70 (0.02) | 0.70 [0.70, 0.70] | 0.00 [",
@@ -334,6 +429,8 @@ def test_printed_numbers_meet_the_cell_that_they_are_of(tmp_path):
         assert row in text
     # Radius 0.1 of the classes, both clean ones, and the similarity; MSE of HMC is 478.1.
     assert "Of 6 printed numbers that are measured, ours differs from 3 by more than" in text
+    assert "For 2 no error is printed, and their intervals have ours alone." in text
+    assert "- `mnist_vae`: References of `mnist_subset`, not of the full test set." in text
 
 
 def test_numbers_in_words_are_those_of_results():

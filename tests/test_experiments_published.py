@@ -11,7 +11,7 @@ import torch
 from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments.configuration import override
-from pyro_vae_defence.experiments.published import Published, PublishedConfig
+from pyro_vae_defence.experiments.published import Published, PublishedConfig, note
 from pyro_vae_defence.experiments.train import MODELS
 
 TINY = {
@@ -118,9 +118,33 @@ def test_section_and_figures_come_from_the_result_alone(run):
     assert f"| radius 0.1, through the classifier (class) | HMC | {value:.3f} [" in text
     assert "| radius 0.3, through the encoder | no defence |" in text
     assert [*Published.figures(run.result)] == ["transitions", "radii"]
+    assert "references of `mnist_subset`, not of the full test set, from 2 starts" in text
+    assert "Run on one" not in text  # a CPU
     empty = {**run.result, "radii": {"0": {"encoder": {}}}}
     assert "### published mnist_vae" in Published.section(empty, [])
     assert Published.figures(empty) == {}
+
+
+def test_what_kept_a_gpu_from_captured_transitions_is_said(run):
+    result = json.loads(json.dumps(run.result))
+    result["provenance"]["device"] = "NVIDIA H200"
+    assert "Run on one NVIDIA H200. 95%" in note(result)
+    settings = result["radii"]["0.1"]["class"]["hmc"]["settings"]
+    settings["prepare_why_not"] = "rows differ"
+    said = note(result)
+    assert "H200. Without captured or recorded transitions: rows differ. 95%" in said
+    result["config"]["dataset"] = None
+    assert "references of the full test set of `mnist`, from" in note(result)
+
+
+def test_a_result_is_complete_with_all_its_cells(run):
+    cut = json.loads(json.dumps(run.result))
+    assert Published.complete(cut)
+    whole = cut["radii"]["0.1"]["class"].pop("hmc")
+    assert not Published.complete(cut)
+    cut["radii"]["0.1"]["class"]["hmc"] = whole
+    del cut["radii"]["0.5"]
+    assert not Published.complete(cut)
 
 
 def test_radii_alone_take_no_chain(tmp_path):

@@ -23,7 +23,7 @@ On a GPU transitions are captured, with forces in TF32 and energies in float32, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -154,14 +154,18 @@ class Published(Measurement[PublishedConfig]):
     def cells(self) -> Iterator[Cell]:
         """The references, then attacks by radius and by what they go through; each twice."""
         config = self.config
-        sets = [(0.0, ENCODER)]
-        sets += [(radius, what) for radius in config.radii for what in (ENCODER, *self.tasks)]
-        for radius, what in sets:
-            for name in ("none", "hmc") if config.radii else ("none",):
-                yield ("radii", f"{radius:g}", what, name), partial(self.cell, radius, what, name)
-        for radius in config.undefended_radii:
-            key = ("radii", f"{radius:g}", ENCODER, "none")
-            yield key, partial(self.cell, radius, ENCODER, "none")
+        for radius, what, name in _keys(config.radii, config.undefended_radii, self.tasks):
+            yield ("radii", f"{radius:g}", what, name), partial(self.cell, radius, what, name)
+
+    @classmethod
+    def complete(cls, result: dict[str, Any]) -> bool:
+        """Whether a result file has all cells of its configuration."""
+        config = result["config"]
+        tasks = classifiers_of(config["model"])
+        keys = _keys(config["radii"], config["undefended_radii"], tasks)
+        return all(
+            tables.at(result, f"radii/{radius:g}/{what}/{name}") for radius, what, name in keys
+        )
 
     def cell(self, radius: float, what: str, name: str) -> dict[str, Any]:
         """One set of images, without or behind the chain."""
@@ -328,9 +332,7 @@ class Published(Measurement[PublishedConfig]):
             columns[1] = "transitions"
             lines += tables.folded("After fewer transitions", tables.table(columns, curve))
         lines += [f"![Measures over transitions and radii]({figure})\n" for figure in figures]
-        return tables.section(
-            f"### published {result['name']}", note(result["config"]), lines, result
-        )
+        return tables.section(f"### published {result['name']}", note(result), lines, result)
 
     @classmethod
     def figures(cls, result: dict[str, Any]) -> dict[str, Figure]:
@@ -353,6 +355,19 @@ class Published(Measurement[PublishedConfig]):
         return drawn
 
 
+def _keys(
+    radii: Sequence[float], undefended: Sequence[float], tasks: Iterable[str]
+) -> Iterator[tuple[float, str, str]]:
+    """Radius, what is attacked, and defence of all cells."""
+    sets = [(0.0, ENCODER)]
+    sets += [(radius, what) for radius in radii for what in (ENCODER, *tasks)]
+    for radius, what in sets:
+        for name in ("none", "hmc") if radii else ("none",):
+            yield radius, what, name
+    for radius in undefended:
+        yield radius, ENCODER, "none"
+
+
 def _count(config: PublishedConfig, paper: str) -> int:
     published = PAPER_SETTINGS[paper].num_transitions
     return config.num_transitions or published // 2 + published
@@ -363,16 +378,39 @@ def on_device(device: torch.device) -> Graph | Recorder:
     return Graph(force_dtype="tf32") if device.type == "cuda" else Recorder()
 
 
-def note(config: dict[str, Any]) -> str:
-    """What was done, in words, from a configuration in a result file."""
+def note(result: dict[str, Any]) -> str:
+    """What was done, in words, from a result file."""
+    config = result["config"]
     return (
-        f"{config['num_references']} class-stratified references from {config['num_restarts']} "
-        f"starts each, all of them counted, {config['attack_steps']} steps of the published PGD; "
-        f"model `{config['model']}`, seed {config['seed']}. The published HMC, whose last draw is "
-        "decoded and classified; without it one draw is decoded and the guide's mean classified. "
-        "95% intervals over references. *Unchanged* compares with the class of the undefended "
-        "reference. Attacks do not know the defence."
+        f"{config['num_references']} class-stratified references {images_of(result)}, from "
+        f"{config['num_restarts']} starts each, all of them counted, {config['attack_steps']} "
+        f"steps of the published PGD; model `{config['model']}`, seed {config['seed']}. The "
+        "published HMC, whose last draw is decoded and classified; without it one draw is decoded "
+        f"and the guide's mean classified.{fallback(result)} 95% intervals over references. "
+        "*Unchanged* compares with the class of the undefended reference. Attacks do not know the "
+        "defence."
     )
+
+
+def images_of(result: dict[str, Any]) -> str:
+    """Where the references of a result are from."""
+    config = result["config"]
+    if name := config["dataset"]:
+        return f"of `{name}`, not of the full test set"
+    return f"of the full test set of `{MODELS[config['model']].dataset}`"
+
+
+def fallback(result: dict[str, Any]) -> str:
+    """On which GPU a result was computed, if on one, and what kept chains from replaying
+    transitions there."""
+    said = ""
+    if device := result["provenance"].get("device"):
+        said = f" Run on one {device}."
+    settings = [cells["hmc"].get("settings", {}) for *_, cells in _by_set(result) if "hmc" in cells]
+    why = {each["prepare_why_not"] for each in settings if "prepare_why_not" in each}
+    if why:
+        said += f" Without captured or recorded transitions: {'; '.join(sorted(why))}."
+    return said
 
 
 def _by_set(result: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -19,6 +19,7 @@ from pyro_vae_defence.experiments.paper.claims import claims_table
 from pyro_vae_defence.experiments.paper.printed import TABLE_2, TABLE_3, TABLE_4, TABLE_7
 from pyro_vae_defence.experiments.paper.sections import SECTIONS
 from pyro_vae_defence.experiments.published import Published
+from pyro_vae_defence.experiments.study import load
 from pyro_vae_defence.models.pretrained import (
     PACKAGED_MODELS,
     available,
@@ -71,9 +72,15 @@ class Item:
             options = [*options, "--quiet", *(word for each in sets for word in ("--set", each))]
         return [self.study, *names, "--output", str(Path(output) / self.place), *options]
 
-    def there(self, results: Path) -> int:
-        """How many of its result files there are in the directory of all studies."""
-        return sum((results / self.place / f"{name}.json").is_file() for name in self.names)
+    def there(self, results: Path) -> tuple[int, int]:
+        """How many of its result files there are in the directory of all studies, and how many more
+        that lack cells; of those, only files of ``published`` tell."""
+        paths = [results / self.place / f"{name}.json" for name in self.names]
+        there = [path for path in paths if path.is_file()]
+        if self.study != Published.command:
+            return len(there), 0
+        complete = sum(Published.complete(load(path)) for path in there)
+        return complete, len(there) - complete
 
     def cost(self) -> str:
         """Decoder gradients of its results, all rows together, or minutes of one thread."""
@@ -246,8 +253,8 @@ ITEMS: dict[str, Item] = {
 
 
 def listing(results: Path) -> str:
-    """All items: what they show, what makes them, how many of their result files there are, what
-    these cost.
+    """All items: what they show, what makes them, how many of their result files there are, whole
+    and in part, what these cost.
 
     Args:
         results: directory of all studies, such as ``docs/results``.
@@ -255,7 +262,9 @@ def listing(results: Path) -> str:
     lines = []
     for name, item in ITEMS.items():
         if item.names:
-            made = f"{item.study}, {item.there(results)} of {len(item.names)} results"
+            complete, part = item.there(results)
+            made = f"{item.study}, {complete} of {len(item.names)} results"
+            made += f" and {part} in part" if part else ""
         else:
             made = f"see {item.where}" if item.where else ""
         missing = f"missing: {item.missing}" if item.missing else ""

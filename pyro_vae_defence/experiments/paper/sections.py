@@ -5,7 +5,9 @@ their difference. Its interval is a normal one of 95%,
 
 .. math:: d \pm 1.96 \sqrt{s_1^2 + s_2^2},
 
-of the printed standard error and ours over references; where none is printed, of ours alone.
+of the printed standard error and ours over references; where none is printed, of ours alone. A
+share of 0 or 1 whose error is 0, since all references agree, has a Wilson interval over their
+number in place of :math:`1.96 s`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,8 +30,14 @@ from pyro_vae_defence.experiments.drawing import (
 )
 from pyro_vae_defence.experiments.evaluate import MSE, nll_name
 from pyro_vae_defence.experiments.paper.claims import result
-from pyro_vae_defence.experiments.paper.printed import TABLE_4, Printed, printed
-from pyro_vae_defence.experiments.published import ENCODER
+from pyro_vae_defence.experiments.paper.printed import (
+    TABLE_4,
+    Printed,
+    corrected,
+    printed,
+    quoted,
+)
+from pyro_vae_defence.experiments.published import ENCODER, Published, fallback, images_of
 from pyro_vae_defence.experiments.study import METRIC
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models import ConvVAE
@@ -42,6 +50,7 @@ Section = Callable[[Path, Path], list[str]]
 """Lines of Markdown from the directories of all results and of pictures, which it draws."""
 
 _Z = 1.96  # a normal interval of 95%
+_PRINTED_REFERENCES = 50  # of the paper's attacks, by its Table 8
 NOTHING = "Nothing is measured yet."
 
 
@@ -62,14 +71,43 @@ def standard_error(entry: Mapping[str, float]) -> float:
     return (entry["high"] - entry["low"]) / (2 * _Z) if found is None else found
 
 
-def difference(each: Printed, entry: Mapping[str, float]) -> Difference:
-    """Of a printed number and ours."""
-    value = entry["estimate"] - float(each.value)
-    margin = _Z * math.hypot(float(each.standard_error or 0), standard_error(entry))
-    return Difference(value, value - margin, value + margin)
+def difference(
+    each: Printed, entry: Mapping[str, float], num_references: int = _PRINTED_REFERENCES
+) -> Difference:
+    """Of a printed number and ours.
+
+    Args:
+        each: what is printed.
+        entry: ours, of a result file.
+        num_references: over how many references ours is.
+    """
+    share = each.measure in ("class", "color")
+    value, printed_value = entry["estimate"], float(each.value)
+    ours = _margins(value, standard_error(entry), num_references, share)
+    error = float(each.standard_error or 0)
+    theirs = _margins(printed_value, error, _PRINTED_REFERENCES, share and each.standard_error)
+    found = value - printed_value
+    return Difference(
+        found, found - math.hypot(ours[0], theirs[1]), found + math.hypot(ours[1], theirs[0])
+    )
 
 
-def _under_attack(results: Path, each: Printed) -> dict[str, float] | None:
+def _margins(value: float, error: float, number: int, share: object) -> tuple[float, float]:
+    """How far an interval goes below and above a value; ``error`` is its standard error."""
+    if share and error == 0 and value in (0, 1):
+        beyond = _Z**2 / (number + _Z**2)
+        return (beyond, 0.0) if value == 1 else (0.0, beyond)
+    return _Z * error, _Z * error
+
+
+class Ours(NamedTuple):
+    """A measured number, and the result it stands in."""
+
+    entry: dict[str, float]
+    result: dict[str, Any]
+
+
+def _under_attack(results: Path, each: Printed) -> Ours | None:
     """Ours of an entry of Tables 2, 3 and 4."""
     found = result(results, "published", each.model)
     clean = each.at in ("", "0")
@@ -77,16 +115,18 @@ def _under_attack(results: Path, each: Printed) -> dict[str, float] | None:
     places = {"ms_ssim": "ms_ssim", "mse": "mse"}
     asked = "correct" if clean else "unchanged"
     place = places.get(each.measure, f"accuracy/{each.measure}/{asked}")
-    return tables.at(found, f"radii/{each.at or '0'}/{what}/{each.defence}/{place}")
+    entry = tables.at(found, f"radii/{each.at or '0'}/{what}/{each.defence}/{place}")
+    return Ours(entry, found) if found and entry else None
 
 
-def _of_test_set(results: Path, each: Printed) -> dict[str, float] | None:
+def _of_test_set(results: Path, each: Printed) -> Ours | None:
     """Ours of an entry of Table 7, of the full test set if that is there."""
     for name in (f"{each.model}_full", each.model):
         if found := result(results, "evaluate", name):
             samples = found["config"]["num_samples"]
             place = {"nll": nll_name(samples), "mse": MSE}.get(each.measure, "")
-            return found["metrics"].get(place)
+            entry = found["metrics"].get(place)
+            return Ours(entry, found) if entry else None
     return None
 
 
@@ -95,42 +135,73 @@ _MEASURES = {
 }  # fmt: skip
 
 
-def compared(item: str, find: Callable[[Path, Printed], dict[str, float] | None]) -> Section:
+def compared(item: str, find: Callable[[Path, Printed], Ours | None]) -> Section:
     """A line per printed number of a table that is measured here; what is not is counted."""
 
     def section(results: Path, images: Path) -> list[str]:
-        rows, without, inside = [], 0, 0
-        for each in printed():
-            if each.item != item or each.measure not in _MEASURES:
+        rows, without, inside, number, alone = [], 0, 0, 0, 0
+        sources: dict[str, dict[str, Any]] = {}
+        for one in printed():
+            if one.item != item or one.measure not in _MEASURES:
                 continue
-            entry = find(results, each)
-            if entry is None:
+            ours = find(results, one)
+            if ours is None:
                 without += 1
                 continue
-            found = difference(each, entry)
-            inside += found.low <= 0 <= found.high
+            each = corrected(one)
+            sources[ours.result["name"]] = ours.result
+            references = ours.result["config"].get("num_references", _PRINTED_REFERENCES)
+            found = difference(each, ours.entry, references)
+            if not quoted(each):
+                number += 1
+                inside += found.low <= 0 <= found.high
+                alone += not each.standard_error
             digits = 1 if each.measure in ("mse", "nll") else 2
             at = {"": "", "0": ", clean"}.get(each.at, f", radius {each.at}")
-            error = f" ({each.standard_error})" if each.standard_error else ""
+            said = each.value + (f" ({each.standard_error})" if each.standard_error else "")
+            if each != one:
+                said += f" of Table 4; here {one.value}, which is MNIST's"
+            if quoted(each):
+                said += ", quoted"
             rows.append(
                 [
                     _line(each),
                     f"{_MEASURES[each.measure]}{at}",
-                    f"{each.value}{error}",
-                    tables.interval(dict(entry), digits),
+                    said,
+                    tables.interval(ours.entry, digits),
                     tables.interval(found._asdict(), digits),
                 ]
             )
         if not rows:
             return [NOTHING, ""]
         columns = ["", "", "printed (standard error)", "ours", "ours − printed"]
-        said = f"Of {len(rows)} printed numbers that are measured, ours differs from "
-        said += f"{len(rows) - inside} by more than chance (95%)."
+        said = f"Of {number} printed numbers that are measured, ours differs from "
+        said += f"{number - inside} by more than chance (95%)."
+        if alone:
+            said += f" For {alone} no error is printed, and their intervals have ours alone."
+        if len(rows) > number:
+            said += f" {len(rows) - number} that the paper quotes from Cemgil et al., of another "
+            said += "protocol, are not counted."
         if without:
             said += f" {without} are not measured yet."
-        return [said, "", *tables.folded("All of them", tables.table(columns, rows))]
+        return [
+            *[said, "", *_measured_on(sources.values())],
+            *tables.folded("All of them", tables.table(columns, rows)),
+            *tables.sources(sources.values()),
+        ]
 
     return section
+
+
+def _measured_on(results: Iterable[dict[str, Any]]) -> list[str]:
+    """On which images results of ``published`` are, and how their chains were run."""
+    by_words: dict[str, list[str]] = {}
+    for each in results:
+        if each["study"] == Published.kind:
+            words = f"References {images_of(each)}.{fallback(each)}"
+            by_words.setdefault(words, []).append(f"`{each['name']}`")
+    lines = [f"- {', '.join(names)}: {words}" for words, names in by_words.items()]
+    return [*lines, ""] if lines else []
 
 
 def _line(each: Printed) -> str:
@@ -283,9 +354,9 @@ def transitions_figure(results: Path) -> Figure | None:
             entries = [tables.at(entry, place) for entry in read.values()]
             interval_curve(axes, [int(count) for count in read], entries, title)
     for axes, title in zip(panels, (METRIC, "class unchanged"), strict=True):
-        axes.set(xlabel="transitions", title=title, ylim=(0, 1.02))
+        axes.set(xlabel="transitions, T // 2 + T of the paper's T", title=title, ylim=(0, 1.02))
         axes.set_xscale("symlog", linthresh=5)
-        axes.axvspan(0, 200, color="gray", alpha=0.1, lw=0)  # what the paper shows
+        axes.axvspan(0, 300, color="gray", alpha=0.1, lw=0)  # the paper shows T up to 200
     legend_below(figure, panels[0])
     return figure
 
@@ -357,8 +428,8 @@ def _end(
     if which == "printed":
         return tables.at(TABLE_4[model], f"{defence}/{measure}/{radius}")
     each = Printed("table_4", model, defence, measure, radius, "0", "")
-    entry = _under_attack(results, each)
-    return None if entry is None else entry["estimate"]
+    ours = _under_attack(results, each)
+    return None if ours is None else ours.entry["estimate"]
 
 
 # --- Tables of their own --------------------------------------------------------------------------
@@ -490,7 +561,7 @@ SECTIONS: dict[str, Section] = {
     "figure_15": drawn(
         "figure_15",
         "Similarity and share of unchanged classes over the number of transitions, a curve per "
-        "dataset; what the paper shows, up to 200, is shaded.",
+        "dataset; what the paper shows, up to T = 200 or 300 transitions, is shaded.",
         transitions_figure,
     ),
     "appendix_b_3": mode_section,
