@@ -191,6 +191,27 @@ class TestPublished:
         with pytest.raises(ValueError, match=f"the {ball.norm_name} ball of radius"):
             load((x_adv * (1 + 2e-5)).clamp(max=1.0))
 
+    def test_another_reading_is_another_figure(self, made, tmp_path):
+        vae, report, path = made
+        defence = NoDefence(vae)
+        other = DefendedClassifier(defence, classify, "mean")
+        with pytest.raises(ValueError, match=r"reading='last', .* given has reading='mean'"):
+            rescore(path, vae, defence, classifier=other)
+        threat = report.threat_model | {"reading": "mean"}
+        changed = dataclasses.replace(report, threat_model=threat)
+        path = save_attacked(changed, tmp_path / "h.safetensors")
+        with pytest.raises(ValueError, match=r"DefendedClassifier\(defence, classifier, 'mean'\)"):
+            rescore(path, vae, defence, classifier=classify)
+        assert rescore(path, vae, defence, classifier=other).figure == "accuracy"
+
+    def test_conditions_that_are_none_are_counted(self, made, tmp_path):
+        _, report, _ = made
+        one = torch.arange(20.0)
+        for conditions in ((None, one, None), (None,), (one, None, None)):
+            changed = dataclasses.replace(report, conditions=conditions)
+            read = load_attacked(save_attacked(changed, tmp_path / "i.safetensors")).conditions
+            assert [value is None for value in read] == [value is None for value in conditions]
+
     def test_mistakes(self, made, tmp_path):
         vae, report, path = made
         score = functools.partial(rescore, path, vae, NoDefence(vae))
