@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -119,3 +120,51 @@ def test_wrong_arguments(vae, batch):
     for wrong in ((x,), (x, y.argmax(1)), (x, y[:2]), (x, 0.5 * y), (x, y + y.roll(1, 1))):
         with pytest.raises(ValueError, match="one-hot"):
             MassMargin(BALL).terms(vae.model, vae.guide, *wrong)
+
+
+class Chain:
+    """Two latents, of which the second depends on the first."""
+
+    def __init__(self, vae):
+        self.vae = vae
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            first = pyro.sample("first", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(first, 1.0).to_event(1))
+            pyro.sample("x", self.vae.observation(z, y), obs=x)
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x)):
+            q = self.vae.posterior(x, y)
+            pyro.sample("z", dist.Normal(pyro.sample("first", q), 1.0).to_event(1))
+
+
+def test_latents_of_more_than_one_site_are_refused(vae, batch):
+    chain = Chain(vae)
+    with pytest.raises(ValueError, match="vae has 2 latent sites, first, z, but .* is for one"):
+        MassMargin(BALL).terms(chain.model, chain.guide, *batch)
+
+
+def test_classes_are_looked_at_once_and_wrong_ones_later_are_no_number(vae, batch):
+    x, y = batch
+    objective = MassMargin(BALL)
+    looked = []
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.__bool__ and args[0].dtype == torch.bool:
+                looked.append(function)
+            return function(*args, **(kwargs or {}))
+
+    def check(y):
+        with Watched():
+            return objective._check(x, (y,), {})[1]
+
+    assert bool(check(y).all())
+    assert bool(check(y).all())
+    assert len(looked) == 1
+    soft = y.clone()
+    soft[2] = 1 / 3
+    loss = objective.terms(vae.model, vae.guide, x, soft)["loss"]
+    assert torch.equal(loss.isnan(), torch.arange(4) == 2)

@@ -93,5 +93,12 @@ def test_mistakes():
     one, other = (dataclasses.replace(report, images=(name,)) for name in "ab")
     with pytest.raises(ValueError, match="different images are not paired, 20 and 20"):
         paired_difference(one, other)
+    labels = torch.arange(20)
+    one, other = (dataclasses.replace(report, labels=each) for each in (labels, labels.clone()))
+    assert paired_difference(one, other).estimate == 0.0
+    assert paired_difference(one, report).estimate == 0.0
+    labels[3] = 0
+    with pytest.raises(ValueError, match="different labels are not paired, 1 of 20 differ"):
+        paired_difference(one, other)
     with pytest.raises(ValueError, match="level=1.0 must lie between 0 and 1"):
         paired_difference(report, report, level=1.0)

@@ -13,7 +13,7 @@ from test_robustness import HMC, SMALL, classify, problem, run
 
 from pyro_vae_defence.defence import DefendedClassifier, MCMCDefence, NoDefence
 from pyro_vae_defence.models import program
-from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.robustness import (
     RobustnessReport,
@@ -168,6 +168,49 @@ class TestPublished:
         path = save_attacked(dataclasses.replace(report, threat_model=threat), path)
         with pytest.raises(ValueError, match="the L2 ball of radius"):
             load_attacked(path)
+
+    @pytest.mark.parametrize("ball", [L1, L2])
+    def test_at_the_boundary_the_order_of_a_sum_does_not_matter(self, ball, made, tmp_path):
+        _, report, _ = made
+        generator = torch.Generator().manual_seed(1)
+        row = torch.rand(784, generator=generator, dtype=torch.float32)
+        order = torch.rand(20, 784, generator=generator).argsort(1)
+        x_adv = row[order].view(20, 1, 28, 28)
+        norm = ball(1.0).norm(x_adv)
+        radius = float(norm.min())
+        assert float(norm.max()) > radius
+
+        def load(x_adv):
+            threat = report.threat_model | {"norm": ball.norm_name, "radius": radius}
+            changed = dataclasses.replace(
+                report, x_ref=torch.zeros_like(x_adv), x_adv=x_adv, threat_model=threat
+            )
+            return load_attacked(save_attacked(changed, tmp_path / "g.safetensors"))
+
+        assert torch.equal(load(x_adv).x_adv, x_adv)
+        with pytest.raises(ValueError, match=f"the {ball.norm_name} ball of radius"):
+            load((x_adv * (1 + 2e-5)).clamp(max=1.0))
+
+    def test_another_reading_is_another_figure(self, made, tmp_path):
+        vae, report, path = made
+        defence = NoDefence(vae)
+        other = DefendedClassifier(defence, classify, "mean")
+        with pytest.raises(ValueError, match=r"reading='last', .* given has reading='mean'"):
+            rescore(path, vae, defence, classifier=other)
+        threat = report.threat_model | {"reading": "mean"}
+        changed = dataclasses.replace(report, threat_model=threat)
+        path = save_attacked(changed, tmp_path / "h.safetensors")
+        with pytest.raises(ValueError, match=r"DefendedClassifier\(defence, classifier, 'mean'\)"):
+            rescore(path, vae, defence, classifier=classify)
+        assert rescore(path, vae, defence, classifier=other).figure == "accuracy"
+
+    def test_conditions_that_are_none_are_counted(self, made, tmp_path):
+        _, report, _ = made
+        one = torch.arange(20.0)
+        for conditions in ((None, one, None), (None,), (one, None, None)):
+            changed = dataclasses.replace(report, conditions=conditions)
+            read = load_attacked(save_attacked(changed, tmp_path / "i.safetensors")).conditions
+            assert [value is None for value in read] == [value is None for value in conditions]
 
     def test_mistakes(self, made, tmp_path):
         vae, report, path = made

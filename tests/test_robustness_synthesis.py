@@ -71,3 +71,45 @@ def test_another_kind_of_ball_is_refused(vae):
     for reach in (None, L2(0.1)):
         with pytest.raises(ValueError, match="kind"):
             class_evidence(make(vae, reach), LABELS, LABELS, Linf(EPSILON))
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([0, 1, 2], "must be an int64 tensor .*got list"),
+        (LABELS[:, None], "must be an int64 tensor"),
+        (LABELS.double(), "must be integers from 0 on, got dtype torch.float64"),
+        (LABELS + 1, r"must lie in 0\.\.2, got values from 1 to 3"),
+        (LABELS - 1, r"must lie in 0\.\.2, got values from -1 to 1"),
+    ],
+)
+def test_classes_are_refused_that_are_none(vae, classes, message):
+    classify, ball = make(vae, Linf(DELTA)), Linf(EPSILON)
+    for name, objective in (
+        ("labels", lambda: mass_margin(classify, classes)),
+        ("labels", lambda: class_evidence(classify, classes, LABELS, ball)),
+        ("targets", lambda: class_evidence(classify, LABELS, classes, ball)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            objective()
+
+
+def test_classes_are_refused_that_are_not_the_images(vae, x):
+    classify, ball = make(vae, Linf(DELTA)), Linf(EPSILON)
+    with pytest.raises(
+        ValueError, match="targets must differ from labels, but both are 1 at image"
+    ):
+        class_evidence(classify, LABELS, torch.tensor([1, 1, 0]), ball)
+    with pytest.raises(
+        ValueError, match=r"targets must have the shape of labels, \(3,\), got \(2,"
+    ):
+        class_evidence(classify, LABELS, torch.tensor([1, 2]), ball)
+    with pytest.raises(ValueError, match="targets is on meta but labels on cpu"):
+        class_evidence(classify, LABELS, torch.ones(3, dtype=torch.int64, device="meta"), ball)
+    more = torch.tensor([0, 1, 2, 0])
+    for objective, name in (
+        (mass_margin(classify, more), "labels"),
+        (class_evidence(classify, more, (more + 1) % 3, ball), "labels"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has 4 entries, but the attack has 3 images"):
+            PGD(objective, ball, num_steps=1)(x)

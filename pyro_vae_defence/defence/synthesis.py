@@ -256,7 +256,7 @@ class AnalysisBySynthesis:
         """
         self._check_images(x)
         pairs = _Pairs(
-            torch.arange(len(x), device=x.device), self._check_classes("classes", classes, x)
+            torch.arange(len(x), device=x.device), self.check_classes("classes", classes, x)
         )
         seed, parts = draw_seed(generator), []
         with program.evaluation_mode(self.vae):
@@ -304,7 +304,7 @@ class AnalysisBySynthesis:
             raise ValueError(
                 f"num_falling={num_falling} must be at most num_walks={self.num_walks}"
             )
-        labels = self._check_classes("labels", labels, x)
+        labels = self.check_classes("labels", labels, x)
         seed = draw_seed(generator)
         # Pairs of an image and another class, image after image.
         others = torch.arange(1, self.num_classes, device=x.device)
@@ -356,7 +356,8 @@ class AnalysisBySynthesis:
             )
         program.check_images(x)
 
-    def _check_classes(self, name: str, classes: Tensor, x: Tensor) -> Tensor:
+    def check_classes(self, name: str, classes: Tensor, x: Tensor) -> Tensor:
+        """Classes as int64 on the device of ``x``; a ``ValueError`` unless each row has one."""
         found = torch.as_tensor(classes, device=x.device)
         if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
             raise ValueError(f"{name} must be integers from 0 on, got dtype {found.dtype}")

@@ -6,14 +6,15 @@ stands under every attack of radius :math:`\epsilon \le \delta` where :math:`M_y
 these radii. With :math:`\delta = \epsilon`, and the ELBO in a ball,
 
 .. math:: \mathcal L_k^r(x) = E_{q(z | x, k)} \max_{\|e\| \le r} \log p(x - e \mid z, k)
-          - KL(q(z | x, k) \| p(z | k)) \;\le\; \log M_k^r(x),
+          - KL(q(z | x, k) \| p(z | k)) \;\le\; \log M_k^r(x)
 
-for each mass's logarithm, minimise
+in place of each mass's logarithm, minimise
 
 .. math:: -\mathcal L_y^0(x) + \lambda \log\Bigl[1 + \sum_{k \ne y}
           \exp\bigl(\mathcal L_k^{2\epsilon}(x) - \mathcal L_y^0(x)\bigr)\Bigr],
 
-the last of which is minus the logarithm of the probability that the label keeps under every attack.
+the last of which estimates minus the logarithm of the probability that the label keeps under every
+attack. It is no bound of that: too favourable where the guide of other classes is loose.
 The inner maximum over perturbations has a closed form
 (:mod:`pyro_vae_defence.models.perturbation`) and its derivative needs no derivative of the
 maximiser: there is no attack in the loop.
@@ -21,7 +22,8 @@ maximiser: there is no attack in the loop.
 A lower bound of another class's mass can be lowered by a worse guide, which says nothing. So the
 guide is trained to *raise* all :math:`\mathcal L_k`, those of wrong classes too, while the decoder
 lowers them: the guide's derivative of a wrong class's term is that of :math:`-\mathcal L_k`. The
-prior p(z | k) should have no parameters.
+two are told apart at the latent site, of which there may be only one: with more, the KL of one
+depends on draws of another. The prior p(z | k) should have no parameters.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae_defence.models.perturbation import PerturbationAware
-from pyro_vae_defence.models.sites import sample_sites
+from pyro_vae_defence.models.sites import latent_sites, sample_sites
 from pyro_vae_defence.objectives.elbo import ImageELBO, Terms, elbo_terms, log_likelihood
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, check_ball, reaches
@@ -48,8 +50,9 @@ class MassMargin(ImageELBO):
     Terms: ``reconstruction``, ``kl`` (of the label), ``margin`` (the second summand, without its
     weight), ``loss``; and ``guide``, whose value is 0 and whose gradient is the guide's.
 
-    Raises ``ValueError`` if an argument is out of range; when evaluated, if the programs are given
-    anything else than images and one-hot classes.
+    Raises ``ValueError`` if an argument is out of range; when evaluated, if the programs have more
+    than one latent site, or are given anything else than images and one-hot classes. Later batches
+    of a shape are not looked at on the host: where a class is not one-hot, ``loss`` is NaN.
     """
 
     def __init__(self, ball: Ball, weight: float = 1.0, *, num_particles: int = 1) -> None:
@@ -57,13 +60,21 @@ class MassMargin(ImageELBO):
         self.wide = reaches(check_ball(ball), ball.radius)[1]
         self.weight = check_positive("weight", weight)
         self._aware: tuple[PyroProgram, PyroProgram] | None = None
+        self._checked: set[torch.Size] = set()
 
     def particle_terms(
         self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """One draw for every class of every image."""
-        y = self._check(x, args, kwargs)
-        terms = elbo_terms(*self._get_trace(model, guide, (x, y), {}))
+        y, one_hot = self._check(x, args, kwargs)
+        traces = self._get_trace(model, guide, (x, y), {})
+        names = [site["name"] for site in latent_sites(traces[0])]
+        if len(names) > 1:
+            raise ValueError(
+                f"vae has {len(names)} latent sites, {', '.join(names)}, but the margin of masses "
+                "is for one: sample all latents at one site, or train with another objective"
+            )
+        terms = elbo_terms(*traces)
         others = _others(y)
         copies = len(others) // len(x)
         images = x.repeat(copies, 1, 1, 1)
@@ -72,7 +83,7 @@ class MassMargin(ImageELBO):
         evidence, guides = _wrong(self._aware[1], guide, images, others)
         log_ratio = evidence.view(copies, -1) + terms["loss"]
         zero = torch.zeros_like(log_ratio[:1])
-        margin = torch.cat([zero, log_ratio]).logsumexp(0)
+        margin = torch.cat([zero, log_ratio]).logsumexp(0).masked_fill(~one_hot, torch.nan)
         raised = guides.view(copies, -1).sum(0)
         own = raised.detach() - raised
         return terms | {
@@ -81,14 +92,16 @@ class MassMargin(ImageELBO):
             "loss": terms["loss"] + self.weight * margin + own,
         }
 
-    def _check(self, x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """The classes."""
+    def _check(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The classes, and which of them are one-hot, bool ``(N,)``."""
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
             y = args[0]
             if y.dim() == 2 and len(y) == len(x) and y.shape[1] > 1:
-                one_hot = (y == y.bool()).all() & (y.sum(1) == 1).all()
-                if bool(one_hot):
-                    return y
+                one_hot = (y == y.bool()).all(1) & (y.sum(1) == 1)
+                # Waits for the device, hence once.
+                if y.shape in self._checked or bool(one_hot.all()):
+                    self._checked.add(y.shape)
+                    return y, one_hot
         raise ValueError(
             "the programs must be given images and their classes as one-hot vectors (N, K), got "
             f"{[tuple(v.shape) if isinstance(v, Tensor) else v for v in args]} beside the images"
@@ -101,7 +114,10 @@ def _others(y: Tensor) -> Tensor:
 
 
 def _wrong(model: PyroProgram, guide: PyroProgram, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The ELBO of rows, with the model's gradient alone, and with the guide's alone, ``(N,)``."""
+    """The ELBO of rows, with the model's gradient alone, and with the guide's alone, ``(N,)``.
+
+    For one latent site: the KL's own derivative is the guide's, and the image's force on the draw.
+    """
     guide_trace = poutine.trace(guide).get_trace(x, y)
     drawn: Latents = {}
     leaves: Latents = {}

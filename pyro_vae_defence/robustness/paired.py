@@ -81,8 +81,8 @@ def paired_difference(
         generator: of the resampling, on the CPU; torch's global one when ``None``.
 
     Raises:
-        ValueError: for reports of different figures, threat models or images, or a level out of
-            range.
+        ValueError: for reports of different figures, threat models, images or, as far as both hold
+            them, labels, or a level out of range.
     """
     for name in ("figure", "threat_model"):
         pair = getattr(report, name), getattr(other, name)
@@ -92,6 +92,13 @@ def paired_difference(
         raise ValueError(
             f"reports of different images are not paired, {len(report.per_image)} and "
             f"{len(other.per_image)} of them; evaluate both defences on the same"
+        )
+    labels, others = report.labels, other.labels
+    if labels is not None and others is not None and not torch.equal(labels.cpu(), others.cpu()):
+        number = int((labels.cpu() != others.cpu()).sum())
+        raise ValueError(
+            f"reports of different labels are not paired, {number} of {len(labels)} differ; "
+            "evaluate both defences with the same"
         )
     values = report.per_image.double() - other.per_image.double()
     found = metrics.bootstrap_interval(values, level=level, generator=generator)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from pyro_vae_defence.defence import Defence
+from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import split
 from pyro_vae_defence.ops.balls import L1, L2, Linf
@@ -36,7 +37,7 @@ from pyro_vae_defence.robustness.scoring import Fresh, make_scorer
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import VAE
 
-_REPORT, _CONDITION = "robustness report", "condition_"
+_REPORT, _CONDITION, _NUMBER = "robustness report", "condition_", "number of conditions"
 _BALLS = {ball.norm_name: ball for ball in (Linf, L2, L1)}
 
 
@@ -75,7 +76,8 @@ def save_attacked(report: RobustnessReport, path: str | os.PathLike[str]) -> Pat
     given = enumerate(report.conditions)
     tensors |= {f"{_CONDITION}{k}": value for k, value in given if value is not None}
     own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(path, save(own, {_REPORT: json.dumps(report.to_dict())}))
+    texts = {_REPORT: json.dumps(report.to_dict()), _NUMBER: str(len(report.conditions))}
+    write_atomically(path, save(own, texts))
     return Path(path)
 
 
@@ -89,15 +91,20 @@ def load_attacked(
     """
     with naming(f"attacked images {path} cannot be read", "take another copy"):
         with safe_open(path, "pt") as file:
-            report = RobustnessReport.from_dict(json.loads(file.metadata()[_REPORT]))
+            texts = file.metadata()
+            report = RobustnessReport.from_dict(json.loads(texts[_REPORT]))
         tensors = load_file(path, str(device))
         x_ref, x_adv = tensors["x_ref"], tensors["x_adv"]
         given = [int(n.removeprefix(_CONDITION)) for n in tensors if n.startswith(_CONDITION)]
-        places = range(1 + max(given, default=-1))
+        # Files of early versions do not say how many.
+        places = range(int(texts.get(_NUMBER, 1 + max(given, default=-1))))
         conditions = tuple(tensors.get(f"{_CONDITION}{k}") for k in places)
         ball = _BALLS[report.threat_model["norm"]](report.threat_model["radius"])
-        norm = ball.norm(x_adv - x_ref)
-    if not bool((norm <= ball.radius).all() & (x_adv >= 0).all() & (x_adv <= 1).all()):
+        norm = ball.norm(x_adv.double() - x_ref.double())
+        # Who attacked has rounded, and summed in an order of his own.
+        slack = math.sqrt(x_adv[0].numel()) * torch.finfo(x_adv.dtype).eps
+    inside = norm <= ball.radius * (1 + slack)
+    if not bool(inside.all() & (x_adv >= 0).all() & (x_adv <= 1).all()):
         raise ValueError(
             f"attacked images {path} leave the range [0, 1] or the {ball.norm_name} ball of radius "
             f"{ball.radius:g} around their references, by up to {float(norm.max()):g}: they are "
@@ -128,7 +135,7 @@ def rescore(
         path: what :func:`save_attacked` has written.
         vae, defence, classifier, similarity: as for
             :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`; the figure has to be
-            the file's.
+            the file's, and the classifier's reading too.
         num_draws: runs of the defence, >= 1.
         defence_seed: a seed that the defence always runs with; fresh noise if ``None``, also where
             the attacker knew a seed.
@@ -153,6 +160,13 @@ def rescore(
                 f"attacked images {path} are scored by their {report.figure}: "
                 f"{'pass its' if wanted else 'leave out the'} {name}"
             )
+    reading = classifier.reading if isinstance(classifier, DefendedClassifier) else "last"
+    asked = report.threat_model["reading"]
+    if reading != asked:
+        raise ValueError(
+            f"attacked images {path} were scored with reading={asked!r}, the classifier given has "
+            f"reading={reading!r}: pass DefendedClassifier(defence, classifier, {asked!r})"
+        )
     x_ref, x_adv = report.x_ref, report.x_adv
     assert x_ref is not None
     assert x_adv is not None

@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pyro_vae_defence.attacks.objectives import _rows
 from pyro_vae_defence.defence.synthesis import AnalysisBySynthesis
 from pyro_vae_defence.mcmc import hmc
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, reaches
+from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import Latents, Objective, PreparedObjective
 
@@ -45,13 +47,18 @@ def mass_margin(
 
     Args:
         classifier: that is attacked; fewer walks than it decides with are cheaper.
-        labels: classes of the references, int64 ``(N,)``.
+        labels: classes of the references, int64 ``(N,)``, or one for all.
         generator: of the noise, which is the same at every call; torch's global seed when ``None``.
+
+    Raises:
+        ValueError: if the labels are no classes of the classifier; by the attack, if they are not
+            on the images' device, or not as many.
     """
+    labels = _classes(classifier, "labels", labels)
     seed = draw_seed(generator)
 
     def prepare(x_ref: Tensor, streams: Streams) -> Objective:
-        own = one_hot(labels[streams.image], classifier.num_classes).bool()
+        own = one_hot(_rows.of_rows(labels, streams, "labels"), classifier.num_classes).bool()
 
         def objective(x: Tensor) -> Tensor:
             masses = classifier.log_posterior(x, torch.Generator().manual_seed(seed))
@@ -59,7 +66,7 @@ def mass_margin(
 
         return objective
 
-    return prepare
+    return _rows.with_entries(prepare, labels=labels)
 
 
 def class_evidence(
@@ -75,24 +82,39 @@ def class_evidence(
 
     Args:
         classifier: that is attacked, perturbation-aware.
-        labels: classes of the references, int64 ``(N,)``.
-        targets: the other classes, likewise.
+        labels: classes of the references, int64 ``(N,)``, or one for all.
+        targets: the other classes, likewise; none is its image's label.
         ball: the attacker's, of the kind that the classifier assumes.
         step_size: of the chains, to begin with; they have ``classifier.num_walks`` each.
         generator: of the seed; torch's global seed when ``None``.
 
     Raises:
-        ValueError: if the classifier assumes no such ball.
+        ValueError: if the classifier assumes no such ball, or for labels and targets as
+            :func:`mass_margin`.
     """
     assumed = classifier.perturbation
     if type(assumed) is not type(ball):
         raise ValueError(f"ball must be of the kind that the classifier assumes, got {ball!r}")
     assert assumed is not None
+    labels = _classes(classifier, "labels", labels)
+    targets = _classes(classifier, "targets", targets, labels.device)
+    if targets.shape != labels.shape:
+        raise ValueError(
+            f"targets must have the shape of labels, {tuple(labels.shape)}, got "
+            f"{tuple(targets.shape)}: give one other class for each label"
+        )
+    if bool((same := targets == labels).any()):
+        row = int(same.int().argmax())
+        raise ValueError(
+            f"targets must differ from labels, but both are {int(labels[row])} at image {row}: "
+            "chains of one class say nothing; choose another class"
+        )
     wide = dataclasses.replace(classifier, perturbation=reaches(ball, assumed.radius)[1])
     noise = torch.Generator().manual_seed(draw_seed(generator))
 
     def prepare(x_ref: Tensor, streams: Streams) -> Objective:
-        own, other = labels[streams.image], targets[streams.image]
+        own = _rows.of_rows(labels, streams, "labels")
+        other = _rows.of_rows(targets, streams, "targets")
         chains = [
             _Chains(classifier, own, classifier.explain(x_ref, own, noise), step_size),
             _Chains(classifier, other, wide.explain(x_ref, other, noise), step_size),
@@ -104,7 +126,22 @@ def class_evidence(
 
         return objective
 
-    return prepare
+    return _rows.with_entries(prepare, labels=labels, targets=targets)
+
+
+def _classes(
+    classifier: AnalysisBySynthesis,
+    name: str,
+    classes: Tensor,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Classes of an attack's images, whose number is not known yet; on the device of labels."""
+    if not isinstance(classes, Tensor) or classes.dim() != 1 or len(classes) == 0:
+        got = tuple(classes.shape) if isinstance(classes, Tensor) else type(classes).__name__
+        raise ValueError(f"{name} must be an int64 tensor (N,), one class per image, got {got}")
+    if device is not None:
+        check_on_device(name, classes, "labels", device)
+    return classifier.check_classes(name, classes, classes)
 
 
 class _Chains:
