@@ -240,23 +240,34 @@ def _paper(words: Sequence[str]) -> int:
     add("items", nargs="*", metavar="ITEM", help="or all; without one, the list of them")
     add("--quick", action="store_true", help="tiny sizes, on images that come with the library")
     add("--page", action="store_true", help="write RESULTS/paper.md of the results that are there")
-    add("--results", default="docs/results", help="of the list and the page; %(default)s")
-    add("--images", default="docs/images", help="directory for the page's pictures; %(default)s")
-    add("--output", default="runs/paper", help="directory of ITEMs; %(default)s by default")
+    add("--results", help="of the list and the page; docs/results by default")
+    add("--images", help="directory for the page's pictures; docs/images by default")
+    add("--output", help="directory of ITEMs; runs/paper by default")
     add("--data-root", help="directory of the datasets")
     add("--device", help="where to compute: cpu, cuda, cuda:1, ...")
     options = parser.parse_args(words)
     if options.items:
+        idle, when = ["page", "results", "images"], "with items"
+    elif options.page:
+        idle, when = ["quick", "output", "data_root", "device"], "on the page"
+    else:
+        idle, when = ["quick", "output", "data_root", "device", "images"], "on the list"
+    if ignored := [name for name in idle if getattr(options, name)]:
+        parser.error(f"--{ignored[0].replace('_', '-')} has no effect {when}; leave it out")
+    if options.items:
         given = {"--data-root": options.data_root, "--device": options.device}
         further = [word for each in given.items() if each[1] for word in each]
         items = makeable() if options.items == ["all"] else options.items
-        output = options.output + ("/quick" if options.quick else "")
+        output = (options.output or "runs/paper") + ("/quick" if options.quick else "")
         return make(items, output, main, further, options.quick)
     if ranks.rank() == 0:
+        results = Path(options.results or "docs/results")
+        if not results.is_dir():
+            raise ValueError(f"--results {results} is no directory; name that of all studies")
         if options.page:
-            print(f"wrote {write_page(Path(options.results), Path(options.images))}")
+            print(f"wrote {write_page(results, Path(options.images or 'docs/images'))}")
         else:
-            print(listing(Path(options.results)))
+            print(listing(results))
     return 0
 
 

@@ -185,6 +185,7 @@ CLAIMS = (
         "classes unchanged, encoder's mean without a defence → last draw of HMC",
         _defended("class", "accuracy/class/unchanged", _RADII),
         "above",
+        unlike="see the next row",
     ),
     Claim(
         "The same, where both are read off one draw, as the paper reads the chain",

@@ -324,15 +324,16 @@ def radii_figure(results: Path) -> Figure | None:
     return figure
 
 
-def _chains(results: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+def _chains(results: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
     """Dataset and cells at radius 0.1 of the longest chain that is measured: on the encoder and on
-    the classifier."""
+    the classifier; and their result."""
     for dataset, title in DATASETS.items():
         for name in (f"{dataset}_transitions", f"{dataset}_vae"):
-            sets = tables.at(result(results, "published", name), "radii/0.1") or {}
+            found = result(results, "published", name)
+            sets = tables.at(found, "radii/0.1") or {}
             cells = [sets.get(what, {}).get("hmc") for what in (ENCODER, "class")]
-            if all(cells):
-                yield title, cells[0], cells[1]
+            if found and all(cells):
+                yield title, cells[0], cells[1], found
                 break
 
 
@@ -343,7 +344,7 @@ def transitions_figure(results: Path) -> Figure | None:
         return None
     figure = new_figure(8, 3.4)
     panels = figure.subplots(1, 2, sharey=True)
-    for title, on_encoder, on_classifier in found:
+    for title, on_encoder, on_classifier, _ in found:
         for axes, cell, place in zip(
             panels,
             (on_encoder, on_classifier),
@@ -368,7 +369,7 @@ def seconds_figure(results: Path) -> Figure | None:
         return None
     figure = new_figure(5, 3.6)
     axes = figure.subplots()
-    for title, cell, _ in found:
+    for title, cell, *_ in found:
         read = cell["transitions"]
         last = max(map(int, read))
         seconds = [cell["seconds_per_image"] * int(count) / last for count in read]
@@ -476,16 +477,27 @@ def mode_section(results: Path, images: Path) -> list[str]:
 def seconds_section(results: Path, images: Path) -> list[str]:
     """Table 5 from the benchmark, and what the protocol's own runs took."""
     lines = []
-    if found := result(results, "benchmark", "seconds"):
-        lines += BenchmarkSeconds.section(found, []).splitlines()[2:]
+    if benchmark := result(results, "benchmark", "seconds"):
+        lines += BenchmarkSeconds.section(benchmark, []).splitlines()[2:]
     rows = []
-    for title, cell, _ in _chains(results):
+    for title, cell, _, found in _chains(results):
         last = max(map(int, cell["transitions"]))
         seconds = cell["seconds_per_image"]
-        rows.append([title, f"{last:,}", f"{seconds:.3g}", f"{seconds / last:.3g}"])
+        config = found["config"]
+        batch = config["num_references"] * config["num_restarts"]
+        rows.append(
+            [
+                title,
+                f"{batch} images on {found['provenance'].get('device', 'a CPU')}",
+                f"{last:,}",
+                f"{seconds:.3g}",
+                f"{seconds / last:.3g}",
+            ]
+        )
     if rows:
-        lines += ["The published chain in the runs of `published`, 500 images at once:", ""]
-        lines += tables.table(["", "transitions", "seconds per image", "per transition"], rows)
+        lines += ["The published chain in the runs of `published`, all images at once:", ""]
+        columns = ["", "at once", "transitions", "seconds per image", "per transition"]
+        lines += tables.table(columns, rows)
     return lines or [NOTHING, ""]
 
 
