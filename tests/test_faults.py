@@ -299,6 +299,7 @@ MEANT = {
     # What is left out is not computed.
     "costs": {"()"}, "full_radii": {"()"}, "radii": {"()"}, "objective_radii": {"()"},
     "compiled_rows": {"()"}, "memory_images": {"()"}, "attacks": {"()"},
+    "undefended_radii": {"()"}, "theorem_radii": {"()"}, "transitions": {"()"},
 }  # fmt: skip
 
 

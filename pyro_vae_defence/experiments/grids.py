@@ -73,13 +73,15 @@ class Grid(NamedTuple):
         return counts.double() / len(z)
 
 
-def check_grid(half_width: float, spacing: float, block: int = 1) -> None:
-    """Raise a ``ValueError`` unless cells fill the square, in blocks of ``block``."""
+def check_grid(half_width: float, spacing: float, block: int | None = None) -> None:
+    """Raise a ``ValueError`` unless cells fill the square, in an even number of blocks if any."""
     cells = 2 * half_width / spacing
-    if abs(cells - round(cells)) > 1e-6 or round(cells) % block or round(cells) < 4:
+    multiple = 2 * (block or 0) or 1
+    if abs(cells - round(cells)) > 1e-6 or round(cells) % multiple or round(cells) < 4:
+        many = "" if block is None else f", a multiple of 2 block = {multiple}"
         raise ValueError(
             f"spacing={spacing!r} must divide 2 half_width = {2 * half_width:g} into at least 4 "
-            f"cells, a multiple of {block}"
+            f"cells{many}"
         )
 
 

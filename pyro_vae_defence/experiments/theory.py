@@ -190,7 +190,7 @@ class TheoryConfig(conf.Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        grids.check_grid(self.half_width, self.spacing, 2 * self.block)
+        grids.check_grid(self.half_width, self.spacing, self.block)
         for name in ("radii", "transitions"):
             values = getattr(self, name)
             if tuple(sorted(values)) != values:

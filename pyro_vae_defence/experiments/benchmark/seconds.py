@@ -30,6 +30,7 @@ from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.paper.printed import printed
 from pyro_vae_defence.experiments.published import on_device
 from pyro_vae_defence.experiments.study import Cell, Measurement
+from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models.nvae import NVAE
 
 WAYS = {"published": "the published sampler", "ours": "the recommended one"}
@@ -49,7 +50,7 @@ class SecondsConfig(conf.Configuration):
         seed: seed of the choice of images and of chains.
     """
 
-    models: Annotated[tuple[str, ...], conf.not_empty] = (
+    models: Annotated[tuple[Annotated[str, conf.one_of(MODELS)], ...], conf.not_empty] = (
         "mnist_vae", "color_mnist_vae", "mnist_nvae",
     )  # fmt: skip
     num_images: conf.Count = 50
