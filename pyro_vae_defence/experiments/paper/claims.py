@@ -102,15 +102,18 @@ def result(results: Path, study: str, name: str) -> dict[str, Any] | None:
     return load(path) if path.is_file() else None
 
 
-def _defended(what: str, place: str, radii: tuple[str, ...]) -> Callable[[Path], Iterator[Pair]]:
-    """Without a defence and behind the published chain, of plain models."""
+def _pairs(
+    what: str, before: str, after: str, radii: tuple[str, ...]
+) -> Callable[[Path], Iterator[Pair]]:
+    """Two places among the cells of one set of images, without and behind the published chain, of
+    plain models."""
 
     def pairs(results: Path) -> Iterator[Pair]:
         for dataset, title in DATASETS.items():
             found = result(results, "published", f"{dataset}_vae")
             for radius in radii:
                 cells = tables.at(found, f"radii/{radius}/{what}")
-                both = [tables.at(cells, f"{name}/{place}") for name in ("none", "hmc")]
+                both = [tables.at(cells, place) for place in (before, after)]
                 if all(both):
                     at = "" if radius == "0" else f", {radius}"
                     yield Pair(f"{title}{at}", *both)
@@ -118,20 +121,14 @@ def _defended(what: str, place: str, radii: tuple[str, ...]) -> Callable[[Path],
     return pairs
 
 
+def _defended(what: str, place: str, radii: tuple[str, ...]) -> Callable[[Path], Iterator[Pair]]:
+    """Without a defence and behind the published chain."""
+    return _pairs(what, f"none/{place}", f"hmc/{place}", radii)
+
+
 def _from_a_draw(what: str, place: str, radii: tuple[str, ...]) -> Callable[[Path], Iterator[Pair]]:
     """Where the published chain begins, a draw of the encoder, and where it ends."""
-
-    def pairs(results: Path) -> Iterator[Pair]:
-        for dataset, title in DATASETS.items():
-            found = result(results, "published", f"{dataset}_vae")
-            for radius in radii:
-                cell = tables.at(found, f"radii/{radius}/{what}/hmc")
-                ends = [tables.at(cell, f"{at}{place}") for at in ("transitions/0/", "")]
-                if all(ends):
-                    at = "" if radius == "0" else f", {radius}"
-                    yield Pair(f"{title}{at}", *ends)
-
-    return pairs
+    return _pairs(what, f"hmc/transitions/0/{place}", f"hmc/{place}", radii)
 
 
 def _longer(results: Path) -> Iterator[Pair]:

@@ -28,7 +28,6 @@ from pyro_vae_defence.experiments.benchmark.gpu.timing import failure, release, 
 from pyro_vae_defence.experiments.benchmark.gpu.ways import COMPILED, PLAIN, cycled
 from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.precision import tf32
 
 
 class BenchmarkGPU(Measurement[GPUBenchmarkConfig]):
@@ -93,11 +92,7 @@ class BenchmarkGPU(Measurement[GPUBenchmarkConfig]):
             yield ("sections", name), functools.partial(self.measured, name, measure)
 
     def measured(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A section, or the error that kept it from being measured.
-
-        Products of float32 are not rounded to TF32 unless a section says so; torch rounds them in
-        convolutions by default.
-        """
+        """A section, or the error that kept it from being measured."""
         self.note(name)
         try:
             wait(self.device)
@@ -108,8 +103,7 @@ class BenchmarkGPU(Measurement[GPUBenchmarkConfig]):
             ) from error
         began = time.perf_counter()
         try:
-            with tf32(False):
-                entry: dict[str, Any] = {"results": measure()}
+            entry: dict[str, Any] = {"results": measure()}
         except Exception as error:  # the other sections go on
             entry = failure(error)
         torch.compiler.reset()
