@@ -300,6 +300,30 @@ def recommended_configurations() -> dict[str, RobustnessConfig]:
     }
 
 
+def protocol_configurations() -> dict[str, RobustnessConfig]:
+    """What a claim asks for where there is no GPU, ``<dataset>_protocol_<radius>``: 100 images, two
+    restarts, the whole suite, and beside the defence that the library recommends no defence and
+    the cheapest control on the same images.
+
+    A report of the defence is 15 million gradients, an hour of one thread. The suite leaves out
+    unrolling alone, which a burn-in rules out.
+    """
+    budget = replace(Budget.standard(), num_restarts=2, max_evaluations=None)
+    return {
+        f"{dataset}_protocol_{radius:g}": RobustnessConfig(
+            f"{dataset}_vae",
+            radius,
+            defences=("none", "dark_clip", "recommended"),
+            targets=("classification", "reconstruction"),
+            attacks=tuple(name for name in KNOWLEDGE if name != "unroll"),
+            num_images=100,
+            budget=budget,
+        )
+        for dataset in ("mnist", "fashion_mnist")
+        for radius in (0.1, 0.2)
+    }
+
+
 class Robustness(Measurement[RobustnessConfig]):
     """Every adaptive attack against the models of ``defend``, undefended and defended."""
 
@@ -308,6 +332,7 @@ class Robustness(Measurement[RobustnessConfig]):
     names = {
         **{name: RobustnessConfig(c.model, c.radius) for name, c in Defend.names.items()},
         **recommended_configurations(),
+        **protocol_configurations(),
         **large_configurations(),
         **published_configurations(),
     }
