@@ -10,6 +10,7 @@ import torch
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.bound import Bound, BoundConfig, row
 from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.robustness import RobustnessReport
 
 SETTINGS = {
     "dataset": "mnist_subset", "num_images": 5, "images_per_cell": 3, "radii": (0.05,),
@@ -39,7 +40,7 @@ def test_a_result_is_written_resumed_and_printed(tmp_path):
     again = Bound("mnist", tmp_path, overrides=SETTINGS, progress=False).run()
     assert again["bounds"][key]["001"] == lost
     write_pages({"bound": Bound}, tmp_path)
-    assert "| 0.05 | 5 |" in (tmp_path / "tables.md").read_text()
+    assert "| 0.05 | 0.05 | 5 |" in (tmp_path / "tables.md").read_text()
 
 
 def test_a_row_says_what_the_blocks_do():
@@ -51,10 +52,39 @@ def test_a_row_says_what_the_blocks_do():
     cells = row("0.1 2", blocks, {})
     assert cells[:3] == ["0.1", "0.2", "4"]
     assert cells[3].startswith("0.750 [")
-    assert cells[4] == ""
+    assert cells[4:7] == ["0", "", ""]
     share = torch.tensor([-1.0, 2.0, 1.0, 3.0]).sigmoid().mean()
-    assert cells[5].startswith(f"{float(share):.3f} [")
-    assert cells[6:] == ["1.0", "1.0"]  # the lower of two middle values
+    assert cells[7].startswith(f"{float(share):.3f} [")
+    assert cells[8:] == ["1.0", "1.0"]  # the lower of two middle values
+
+
+def test_the_first_images_alone_are_attacked_and_the_gap_is_theirs(tmp_path):
+    settings = {**SETTINGS, "num_attacked": 1}
+    result = Bound("mnist", tmp_path, overrides=settings, progress=False).run()
+    (key,) = result["bounds"]
+    attacked = result["attacks"][key]
+    assert sorted(result["bounds"][key]) == ["000", "001"]
+    assert list(attacked) == ["000"]
+    cells = row(key, result["bounds"][key], attacked)
+    kept = RobustnessReport.from_dict(attacked["000"]).values["robust/averaged"]
+    promised = torch.tensor(result["bounds"][key]["000"]["log_ratio"]) > 0
+    assert cells[4] == "2"
+    assert cells[6].startswith(f"{float((kept - promised.float()).mean()):.3f} [")
+
+
+def test_other_images_choose_the_radius_of_the_defender(tmp_path):
+    settings = {
+        **{name: value for name, value in SETTINGS.items() if name != "attacks"},
+        "dataset": "mnist_subset", "num_images": 3, "ratios": (1.0, 2.0),
+    }  # fmt: skip
+    study = Bound("mnist_validation", tmp_path, overrides=settings, progress=False)
+    result = study.run()
+    assert sorted(result["bounds"]) == ["0.05 1", "0.05 2"]
+    assert result["attacks"] == {}
+    test = Bound("mnist", tmp_path, overrides=settings, progress=False)
+    test.load()
+    others = {each.numpy().tobytes() for each in test.x}
+    assert not others & {each.numpy().tobytes() for each in study.x}
 
 
 def test_blocks_hold_every_image_once():

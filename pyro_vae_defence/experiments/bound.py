@@ -8,10 +8,10 @@ What lies between the two is not known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -40,13 +40,16 @@ class BoundConfig(conf.Configuration):
         dataset: name of its images; those it was trained on when ``None``.
         radii: L_inf radii of the attacker.
         ratios: radii of the defender's ball over the attacker's, >= 1.
-        num_images: class-stratified test images.
+        num_images: class-stratified images.
+        split: of which part of the data set: ``validation`` where one of ``ratios`` is chosen.
         images_per_cell: most images that are evaluated at a time, at least 2.
         num_clean: training images that tell walks where to start.
         num_temperatures, num_steps, num_walks, num_falling: as for
             :func:`~pyro_vae_defence.robustness.mass_bound`.
         attacks: names of :data:`pyro_vae_defence.robustness.KNOWLEDGE`, whose worst case stands
             beside the bound; no defence is attacked when it is empty.
+        num_attacked: how many of the images, the first ones, are attacked, in whole cells; all
+            where there are fewer.
         chain: of the defence that is attacked.
         budget: of the attacks.
         seed: seed of images, walks and attacks.
@@ -59,6 +62,7 @@ class BoundConfig(conf.Configuration):
         tuple[Annotated[float, conf.within(1, 100, of_images=False)], ...], conf.not_empty
     ] = (1.0,)
     num_images: conf.Several = 200
+    split: Literal["validation", "test"] = "test"
     images_per_cell: conf.Count = 20
     num_clean: conf.Count = 1000
     num_temperatures: Annotated[int, conf.at_least(3)] = 100
@@ -68,6 +72,7 @@ class BoundConfig(conf.Configuration):
     attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
         "transfer", "encoder", "bpda", "equilibrium", "evidence",
     )  # fmt: skip
+    num_attacked: conf.Natural = 40
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     budget: Budget = Budget.standard()
     seed: conf.Natural = 0
@@ -85,22 +90,35 @@ class BoundConfig(conf.Configuration):
         return blocks(self.num_images, self.images_per_cell)
 
 
+VALIDATION: dict[str, Any] = {
+    "split": "validation",
+    "ratios": (1.0, 1.5, 2.0),
+    "num_images": 20,
+    "attacks": (),
+}
+"""Settings of the choice of a defender's radius: bounds of other images at several, no attack."""
+
+
 class Bound(Measurement[BoundConfig]):
     """A bound without an attack, and attacks."""
 
     kind = command = "bound"
     metric = None
-    names = {dataset: BoundConfig(f"{dataset}_vae") for dataset in ("mnist", "fashion_mnist")}
+    names = {
+        f"{dataset}{ending}": BoundConfig(f"{dataset}_vae", **settings)
+        for dataset in ("mnist", "fashion_mnist")
+        for ending, settings in (("", {}), ("_validation", VALIDATION))
+    }
     output = "runs/bound"
     parts = ("bounds", "attacks")
 
     def load(self) -> None:
-        """The model, its classifier, test images, and clean ones of the training set."""
+        """The model, its classifier, images, and clean ones of the training set."""
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
         dataset = config.dataset or card.training["dataset"]
         self.classifier = self.load_classifier(f"{config.model}_classifier")
-        self.x, labels = self.choose(dataset, config.num_images, "images")
+        self.x, labels = self.choose(dataset, config.num_images, "images", config.split)
         self.labels = labels[:, 0]
         self.clean, _ = self.choose(dataset, config.num_clean, "clean images", "train")
 
@@ -113,7 +131,7 @@ class Bound(Measurement[BoundConfig]):
                     key, block = f"{radius:g} {ratio:g}", f"{number:03d}"
                     given = (radius, ratio * radius, rows, f"{key} {block}")
                     yield ("bounds", key, block), partial(self.bound, *given)
-                    if self.config.attacks:
+                    if self.config.attacks and images.start < self.config.num_attacked:
                         yield ("attacks", key, block), partial(self.attacked, *given)
 
     def bound(self, radius: float, delta: float, rows: slice, purpose: str) -> dict[str, Any]:
@@ -159,47 +177,58 @@ class Bound(Measurement[BoundConfig]):
         """Bound, worst case, and what lies between."""
         config = result["config"]
         rows = [
-            row(key, bounds, result.get("attacks", {}).get(key, {}))
+            row(key, dict(sorted(bounds.items())), result.get("attacks", {}).get(key, {}))
             for key, bounds in result["bounds"].items()
         ]
         columns = [
             "attack's radius", "defender's radius", "images", "votes kept under any attack",
-            "votes kept under these attacks", "share of draws kept under any attack",
-            "falling less rising, right, nats", "falling less rising, wrong, nats",
+            "images attacked", "votes kept under these attacks", "gap: these less any, same images",
+            "share of draws kept under any attack", "falling less rising, right, nats",
+            "falling less rising, wrong, nats",
         ]  # fmt: skip
+        of = config.get("split", "test")  # which results before this setting do not name
         note = (
-            f"Model `{config['model']}`, perturbation-aware, {config['num_walks']} rising "
-            f"and {config['num_falling']} falling walks of {config['num_temperatures']} "
+            f"Model `{config['model']}`, {of} images, perturbation-aware, {config['num_walks']} "
+            f"rising and {config['num_falling']} falling walks of {config['num_temperatures']} "
             f"temperatures for each image and set, seed {config['seed']}; attacks: "
             f"{', '.join(config['attacks']) or 'none'}. Estimated, for exact inference: not "
             "certified. 95% intervals over images; differences of walks are medians."
         )
-        lines = tables.table(columns, rows, columns[:1] + columns[2:5])
+        lines = tables.table(columns, rows, columns[:7])
         return tables.section(f"## {result['name']}", note, lines, result)
 
 
 def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]:
     """One radius of the table."""
     radius, ratio = map(float, key.split())
-    every = [bounds[block] for block in sorted(bounds)]
-    log_ratio = torch.tensor([value for block in every for value in block["log_ratio"]])
+    log_ratio = _values(bounds.values(), "log_ratio")
     differences = []
     for of in ("right", "wrong"):
         falling, rising = (
-            torch.tensor([value for block in every for value in block[of][way]])
-            for way in ("falling", "rising")
+            _values((block[of] for block in bounds.values()), way) for way in ("falling", "rising")
         )
         differences.append(f"{float((falling - rising).median()):.1f}")
-    worst = ""
+    number, worst, gap = "0", "", ""
     if attacked:
-        parts = [RobustnessReport.from_dict(attacked[block]) for block in sorted(attacked)]
-        worst = tables.interval(RobustnessReport.join(parts).robust["averaged"])
+        tried = sorted(attacked)
+        report = RobustnessReport.join([RobustnessReport.from_dict(attacked[n]) for n in tried])
+        kept = report.values["robust/averaged"]
+        promised = _values((bounds[block] for block in tried), "log_ratio") > 0
+        number, worst = str(len(kept)), tables.interval(report.robust["averaged"])
+        gap = tables.interval(interval(kept - promised.float()))
     return [
         f"{radius:g}",
         f"{ratio * radius:g}",
         str(len(log_ratio)),
         tables.interval(interval((log_ratio > 0).float())),
+        number,
         worst,
+        gap,
         tables.interval(interval(log_ratio.sigmoid())),
         *differences,
     ]
+
+
+def _values(blocks: Iterable[dict[str, Any]], name: str) -> torch.Tensor:
+    """Of all images of some blocks."""
+    return torch.tensor([value for block in blocks for value in block[name]])
