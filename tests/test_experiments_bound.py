@@ -40,7 +40,7 @@ def test_a_result_is_written_resumed_and_printed(tmp_path):
     again = Bound("mnist", tmp_path, overrides=SETTINGS, progress=False).run()
     assert again["bounds"][key]["001"] == lost
     write_pages({"bound": Bound}, tmp_path)
-    assert "| 0.05 | 0.05 | 5 |" in (tmp_path / "tables.md").read_text()
+    assert "| 0.05 | 0.05 | 5 | " in (tmp_path / "tables.md").read_text()
 
 
 def test_a_row_says_what_the_blocks_do():

@@ -194,7 +194,7 @@ class Bound(Measurement[BoundConfig]):
             f"{', '.join(config['attacks']) or 'none'}. Estimated, for exact inference: not "
             "certified. 95% intervals over images; differences of walks are medians."
         )
-        lines = tables.table(columns, rows, columns[:7])
+        lines = tables.table(columns, rows, [*columns[:2], columns[3], *columns[5:7]])
         return tables.section(f"## {result['name']}", note, lines, result)
 
 
