@@ -4,7 +4,7 @@ files alone."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _CONTROL = "best control"
 _SERIES = ("none", *ADVISED, _CONTROL)
+_PROTOCOL = ("none", "dark_clip", "recommended")
 _KERNELS = ("hmc_burn_in", "nuts", "paper")
 
 
@@ -33,7 +34,8 @@ def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str
 
     Args:
         results: directory with the folders ``compare``, ``robustness`` and ``benchmark``, each with
-            result files; further ones of ``robustness`` may lie in ``robustness_controls``.
+            result files; further ones of ``robustness`` may lie in ``robustness_controls``, and
+            those of more images, which then come first, in ``robustness_protocol``.
         images: directory of the picture.
 
     Raises:
@@ -47,7 +49,10 @@ def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str
     suites = list(study.read(results / "robustness", "robustness").values())
     if (controls := results / "robustness_controls").exists():
         suites += study.read(controls, "robustness").values()
-    known = list(adaptive(suites))
+    known = []
+    if (protocol := results / "robustness_protocol").exists():
+        known += adaptive(list(study.read(protocol, "robustness").values()), _PROTOCOL)
+    known += adaptive(suites)
     lines = [
         *_defended(headlines, link),
         *known,
@@ -112,7 +117,9 @@ def _defended(headlines: list[Headline], link: str) -> Iterator[str]:
     yield from tables.table(["data set, radius", *heads], rows)
 
 
-def adaptive(suites: list[dict[str, Any]]) -> Iterator[str]:
+def adaptive(
+    suites: list[dict[str, Any]], names: Sequence[str] = ("none", "dark_clip", "hmc", "aware")
+) -> Iterator[str]:
     """A row per setting and figure: what the worst of all attacks leaves of each defence."""
     found: dict[tuple[Any, ...], dict[str, Entry]] = {}
     for suite in suites:
@@ -124,10 +131,12 @@ def adaptive(suites: list[dict[str, Any]]) -> Iterator[str]:
             entry = Entry(config, name, report)
             row = (place, config["radius"], config["targets"].index(target), entry.setting)
             found.setdefault(row, {})[name] = entry
-    names = ("none", "dark_clip", "hmc", "aware")
+    numbers = sorted({suite["config"]["num_images"] for suite in suites})
+    restarts = sorted({suite["config"]["budget"]["num_restarts"] for suite in suites})
     yield (
         "Attackers who know the defence: the worst case per image over all attacks of the suite, "
-        "by data set, radius and figure (similarity of reconstructions is `ms_ssim[paper]`). "
+        "by data set, radius and figure (similarity of reconstructions is `ms_ssim[paper]`), "
+        f"{' or '.join(map(str, numbers))} images, {' or '.join(map(str, restarts))} restart(s). "
         "*Clean* is without attack and defence; classes are then read at the encoding of the image."
     )
     yield ""
@@ -140,15 +149,17 @@ def adaptive(suites: list[dict[str, Any]]) -> Iterator[str]:
         what = f"{title}, {config['radius']:g}, {figure}; clean {clean:.2f}"
         rows.append([what, *(_worst_case(found[row].get(name)) for name in names)])
     yield from tables.table(["data set, radius, figure", *map(label, names)], rows)
-    moved = [s for s in suites if any(chained(name) for name in s["config"]["defences"])]
-    chains = dict.fromkeys(chain_words(suite["config"]["chain"]) for suite in moved)
-    own = chain_words(RECOMMENDED_KERNEL | RECOMMENDED_LENGTHS)
-    yield (
+    marked = (
         "*?* marks a report that calls itself unreliable: one of the checks of its attacks failed, "
         "and they may be weaker than they look, so its figure is not shown to be better than one "
-        f"without the mark. Chains: {'; '.join(chains)}. `MCMCDefence.recommended` has the target "
-        f"of the last column and other chains, {own}."
+        "without the mark."
     )
+    found_marks = any("*?*" in cell for cells in rows for cell in cells)
+    moved = [s for s in suites if any(chained(name) for name in s["config"]["defences"])]
+    chains = dict.fromkeys(chain_words(suite["config"]["chain"]) for suite in moved)
+    own = f"`MCMCDefence.recommended` runs {chain_words(RECOMMENDED_KERNEL | RECOMMENDED_LENGTHS)}."
+    of_chains = f"Chains: {'; '.join(chains)}. {own}" if chains else own
+    yield f"{marked} {of_chains}" if found_marks else of_chains
     yield ""
 
 
