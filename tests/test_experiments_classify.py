@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments.__main__ import main
+from pyro_vae_defence.experiments.cards import trained_models
 from pyro_vae_defence.experiments.classify import (
     CLASSIFIERS,
     ClassifierConfig,
@@ -22,6 +23,7 @@ from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import (
     ConvClassifier,
     LinearClassifier,
+    MLPClassifier,
     flatten_latents,
     load_classifier,
 )
@@ -91,6 +93,42 @@ def test_a_linear_classifier_of_means_is_trained_and_stored(tmp_path):
     # The packaged VAE's means separate digits linearly; chance is one in ten.
     assert entry["low"] > 0.7
     assert entry["num_images"] == 1000
+
+
+def test_hidden_layers_tell_what_is_not_linear():
+    """Classes by the sign of a product: a linear rule is right for half of the points."""
+
+    def crossed(num):
+        x = torch.randn(num, 2)
+        return TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long())
+
+    torch.manual_seed(0)
+    config = ClassifierConfig(
+        "mnist_subset", optimiser="adam", learning_rate=1e-2, max_epochs=30, batch_size=50
+    )
+    classifier = MLPClassifier(2, 2, hidden_dim=16)
+    fit_classifier(classifier, crossed(1000), crossed(200), config)
+    x, y = crossed(1000).tensors
+    assert (classifier(x).argmax(-1) == y).double().mean() > 0.9
+    assert torch.equal(classifier({"z": x}), classifier(x))  # dropout is over
+    with pytest.raises(ValueError, match="MLPClassifier of num_latents=2 is given latents"):
+        classifier(torch.zeros(3, 4))
+    for wrong in ({"hidden_dim": 0}, {"dropout": 1.0}, {"dropout": "0.5"}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            MLPClassifier(2, 2, **wrong)
+
+
+def test_one_with_hidden_layers_is_trained_and_stored(tmp_path):
+    name = "mnist_vae_mlp_classifier"
+    card = TrainClassifier(name, tmp_path, overrides={**TINY, "hidden_dim": 12}).run()
+    classifier, _ = load_classifier(name, tmp_path)
+    assert isinstance(classifier, MLPClassifier)
+    assert classifier.config == {
+        "num_latents": 64, "num_classes": 10, "hidden_dim": 12, "dropout": 0.2
+    }  # fmt: skip
+    assert card.training["hidden_dim"] == 12
+    assert not classifier.training
+    assert "two hidden layers" in trained_models(tmp_path)
 
 
 def test_features_are_trained_by_the_same_command_and_measure_distances(models, capsys):

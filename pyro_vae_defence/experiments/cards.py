@@ -85,6 +85,8 @@ def _classifier(card: WeightCard) -> list[str]:
     training, model = card.training, card.training.get("model")
     # Cards of before there was a choice do not name it.
     reads = _INPUTS[training.get("inputs", "mean")]
+    if training.get("hidden_dim"):
+        reads = f"{reads}, two hidden layers,"
     return [
         f"`{card.name}`",
         "images" if model is None else f"{reads} of `{model}`",

@@ -1,8 +1,8 @@
 """Train a named classifier: its weights, and the card that says how they came about.
 
-The paper's downstream task is a linear classifier on the guide's means; here also on draws, of the
-guide or of p(z|x). A small convolutional one of images is the feature extractor of the Fréchet
-distances.
+The paper's downstream task is a linear classifier on the guide's means; here also one with hidden
+layers, and on draws, of the guide or of p(z|x). A small convolutional one of images is the feature
+extractor of the Fréchet distances.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,7 +29,12 @@ from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.study import Study, check_column, interval
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, check_card
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier, flatten_latents
+from pyro_vae_defence.models.classifier import (
+    ConvClassifier,
+    LinearClassifier,
+    MLPClassifier,
+    flatten_latents,
+)
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pretrained
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.training import NonFiniteLossError
@@ -43,8 +49,10 @@ class ClassifierConfig(conf.Configuration):
 
     Args:
         dataset: name for :func:`pyro_vae_defence.data.load`.
-        model: trained model whose latents are classified, linearly. Without one, a small
-            convolutional network classifies images.
+        model: trained model whose latents are classified. Without one, a small convolutional
+            network classifies images.
+        hidden_dim: width of two hidden layers between latents and classes; 0 for none, a linear
+            classifier.
         inputs: which latents, the guide's ``"mean"``, draws from the ``"guide"``, or draws from the
             ``"posterior"`` p(z|x) by HMC.
         num_draws: draws per image, where they are draws.
@@ -63,6 +71,7 @@ class ClassifierConfig(conf.Configuration):
 
     dataset: conf.Dataset
     model: str | None = None
+    hidden_dim: conf.Natural = 0
     inputs: LatentInputs = "mean"
     num_draws: conf.Count = 4
     num_images: Annotated[int, conf.at_least(20)] | None = None
@@ -79,7 +88,7 @@ class ClassifierConfig(conf.Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model is None:
-            idle = ("inputs", "num_draws", "num_images", "radius")
+            idle = ("hidden_dim", "inputs", "num_draws", "num_images", "radius")
             self.refuse_idle("on a classifier of images, without a model", *idle)
         if self.inputs == "mean":
             self.refuse_idle("on inputs='mean'", "num_draws", "radius")
@@ -92,6 +101,11 @@ class ClassifierConfig(conf.Configuration):
 # The part of a classifier's name that says which column of labels it predicts.
 _PARTS = {"class": "", "color": "_color"}
 _COLOURED = ("color_mnist", "color_mnist_textured")
+
+
+_OF_LAYERS = ClassifierConfig(
+    "mnist", "mnist_vae", 256, optimiser="adam", learning_rate=1e-3, max_epochs=40
+)
 
 
 def _classifiers() -> dict[str, ClassifierConfig]:
@@ -110,6 +124,9 @@ def _classifiers() -> dict[str, ClassifierConfig]:
             classifiers[f"{name}_guide"] = replace(plain, inputs="guide", num_images=as_mnist)
             # A tenth of the training images, at some hundred gradients each.
             classifiers[f"{name}_posterior"] = replace(plain, inputs="posterior", num_images=5_500)
+    for dataset in ("mnist", "fashion_mnist"):
+        layers = replace(_OF_LAYERS, dataset=dataset, model=f"{dataset}_vae")
+        classifiers[f"{dataset}_vae_mlp_classifier"] = layers
     for dataset in DATASETS:
         features = ClassifierConfig(dataset, optimiser="adam", learning_rate=1e-3, max_epochs=5)
         if dataset == "color_mnist":
@@ -121,8 +138,8 @@ def _classifiers() -> dict[str, ClassifierConfig]:
 CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
 """``<model>_classifier``, the paper's linear classifier on the guide's means (on ColorMNIST of the
 digit; ``<model>_color_classifier`` of the colour), the same with ``_guide`` or ``_posterior``
-appended on draws from the guide or from p(z|x), and ``<dataset>_features``, whose features measure
-Fréchet distances."""
+appended on draws from the guide or from p(z|x); ``<dataset>_vae_mlp_classifier``, with two hidden
+layers; and ``<dataset>_features``, whose features measure Fréchet distances."""
 
 
 def classifiers_of(model: str) -> dict[str, str]:
@@ -175,6 +192,8 @@ class TrainClassifier(Study[ClassifierConfig]):
         train, validation, test = (_inputs(each, vae, config, self.device) for each in sets)
         torch.manual_seed(config.seed)
         make: Any = ConvClassifier if vae is None else LinearClassifier
+        if config.hidden_dim:
+            make = partial(MLPClassifier, hidden_dim=config.hidden_dim)
         classifier = make(train[0][0].shape[0], int(train.labels.max()) + 1).to(self.device)
         history = fit_classifier(classifier, train, validation, config)
         correct = torch.cat(

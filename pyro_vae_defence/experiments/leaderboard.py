@@ -44,7 +44,10 @@ _LEGEND = (
     "it, and the order of marked ones says little."
 )
 # What two evaluations must agree in to be compared, in this order on the page.
-_ALIKE = ("model", "radius", "dataset", "num_images", "attacks", "engine", "reading", "seed")
+_ALIKE = (
+    "model", "classifier", "radius", "dataset", "num_images", "attacks", "engine", "reading",
+    "seed",
+)  # fmt: skip
 _EFFORT = ("num_steps", "num_restarts", "num_draws", "num_chains", "scoring_draws")
 _COLUMNS = [
     "model, radius, images", "defence", "clean", "attacked, defence unknown",

@@ -225,9 +225,18 @@ class Study(ABC, Generic[C]):
             raise ValueError(f"model must be a ConvVAE, {name!r} is a {type(vae).__name__}")
         return vae, card
 
-    def load_classifier(self, name: str) -> Any:
-        """A trained classifier; its weights are recorded."""
+    def load_classifier(self, name: str, model: str | None = None) -> Any:
+        """A trained classifier, of the latents of ``model`` if given; its weights are recorded.
+
+        Raises:
+            ValueError: for one that was trained on something else, or on latents of another model,
+                which may have as many.
+        """
         classifier, card = load_classifier(name, self.models)
+        reads = card.training.get("model", model)
+        if model is not None and reads != model:
+            of = "images" if reads is None else f"latents of {reads!r}"
+            raise ValueError(f"classifier {name!r} reads {of}; name one of latents of {model!r}")
         self.weights[name] = card.sha256
         return classifier.to(self.device)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _CONTROL = "best control"
 _SERIES = ("none", *ADVISED, _CONTROL)
-_PROTOCOL = ("none", "dark_clip", "recommended")
+_PROTOCOL = ("none", "dark_clip", "aware", "recommended")
 _KERNELS = ("hmc_burn_in", "nuts", "paper")
 
 
@@ -49,7 +49,7 @@ def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str
     suites = list(study.read(results / "robustness", "robustness").values())
     if (controls := results / "robustness_controls").exists():
         suites += study.read(controls, "robustness").values()
-    known = []
+    known: list[str] = []
     if (protocol := results / "robustness_protocol").exists():
         known += adaptive(list(study.read(protocol, "robustness").values()), _PROTOCOL)
     known += adaptive(suites)
