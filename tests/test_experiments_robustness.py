@@ -34,7 +34,7 @@ from pyro_vae_defence.experiments.robustness import (
 )
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.classifier import LinearClassifier
+from pyro_vae_defence.models.classifier import LinearClassifier, MLPClassifier
 from pyro_vae_defence.models.pretrained import save_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.plots import picture
@@ -64,6 +64,30 @@ def models(tmp_path):
     )
     save_pretrained(LinearClassifier(64, 10), "mnist_vae_classifier", tmp_path / "models", **known)
     return tmp_path / "models"
+
+
+def test_the_classifier_is_one_of_the_models_latents(models, tmp_path):
+    """Another may read as many, and mean nothing."""
+    torch.manual_seed(1)
+    for name, of in (("own", "mnist_vae"), ("foreign", "fashion_mnist_vae"), ("images", None)):
+        save_pretrained(
+            MLPClassifier(64, 10, 8), name, models, training={"model": of}, command="none",
+            provenance={},
+        )  # fmt: skip
+
+    def made(name):
+        return Robustness(
+            "mnist_radius_0.2", tmp_path / name, models=models,
+            overrides={**SETTINGS, "classifier": name, "defences": ("none",)}, progress=False,
+        )  # fmt: skip
+
+    result = made("own").run()
+    assert set(result["weights"]) == {"mnist_vae", "own"}
+    assert "classifier `own`, classes read" in Robustness.section(result, [])
+    with pytest.raises(ValueError, match="'foreign' reads latents of 'fashion_mnist_vae'"):
+        made("foreign").run()
+    with pytest.raises(ValueError, match="'images' reads images; name one of latents of 'mnist"):
+        made("images").run()
 
 
 def test_a_result_is_written_resumed_and_printed(models, tmp_path, capsys):
