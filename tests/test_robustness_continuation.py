@@ -236,6 +236,19 @@ class TestContinuation:
         slope = (covariance @ suite.box.vae.weight.T)[0] * (2.0 * suite.scorer.labels[:, None] - 1)
         assert bool(((speaking * slope).sum(1)[agreed] > 0).all())
 
+    def test_an_engine_that_takes_no_start_is_not_asked(self):
+        suite = suite_of(4)
+        assert suite.why_not(ROWS["continuation"]) == ""
+
+        def engine(objective, ball, num_steps, num_restarts, batch_size):
+            raise NotImplementedError
+
+        other = dataclasses.replace(suite, engine=engine)
+        assert "takes no start" in other.why_not(ROWS["continuation"])
+        assert other.why_not(ROWS["equilibrium"]) == ""
+        several = dataclasses.replace(suite, engine=lambda *args, **options: None)
+        assert several.why_not(ROWS["continuation"]) == ""
+
     def test_in_the_suite(self):
         vae, x, labels = problem(4)
         defence = MCMCDefence(vae, HMC, 1, 2, perturbation=Linf(0.1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -288,9 +289,18 @@ class Suite:
             return f"Square has no moves in an {self.ball.norm_name} ball"
         if row.classes and not isinstance(self.scorer, Accuracy):
             return "it attacks classes, and no classifier is given"
+        if len(row.inverse_temperatures) > 1 and not self._engine_can_go_on():
+            return "the engine takes no start, from which its stages go on"
         if row.other_noise and self.box.seed is not None:
             return "the defence's seed is known, and its last transitions would have other noise"
         return row.reason(self.box)
+
+    def _engine_can_go_on(self) -> bool:
+        try:
+            inspect.signature(self.engine).bind_partial(start=None)
+        except TypeError:
+            return False
+        return True
 
     def at(self, rows: slice) -> Suite:
         """The suite of the images at ``rows`` alone."""
