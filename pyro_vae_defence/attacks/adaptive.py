@@ -27,7 +27,8 @@ callable. Eight gradients, by what they take for known:
    \delta` of the box holds :math:`x^*_i`, and nothing where the range [0, 1] or the likelihood's
    own maximum does: there the defence does not see x move.
 7. *nes*: a black box, from values alone, by antithetic Gaussian smoothing,
-   :math:`\frac{1}{2 \sigma n} \sum_j [f(x + \sigma u_j) - f(x - \sigma u_j)] u_j`.
+   :math:`\frac{1}{2 \sigma n} \sum_j [f(x + \sigma u_j) - f(x - \sigma u_j)] u_j`, along directions
+   of independent pixels, or of low frequency.
 8. *evidence*, for classes: with A the latents that are read as the right one and :math:`M_A =
    \int_A e^{-U(z; x)} dz`, what decides is :math:`\log M_{\neg A} - \log M_A`. Its gradient,
 
@@ -56,7 +57,8 @@ References: Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense o
 2018, https://arxiv.org/abs/1802.00420 (BPDA, EOT); Tramer, Carlini, Brendel, Madry, "On adaptive
 attacks to adversarial example defenses", NeurIPS 2020, https://arxiv.org/abs/2002.08347; Ilyas,
 Engstrom, Athalye, Lin, "Black-box adversarial attacks with limited queries and information", ICML
-2018, https://arxiv.org/abs/1804.08598 (NES).
+2018, https://arxiv.org/abs/1804.08598 (NES); Guo, Frank, Weinberger, "Low frequency adversarial
+perturbation", UAI 2019, https://arxiv.org/abs/1809.08758 (directions).
 """
 
 from __future__ import annotations
@@ -83,6 +85,10 @@ Start: TypeAlias = Callable[[Tensor, Streams], Latents]
 
 Chain: TypeAlias = Callable[[Tensor, Latents, Streams], Latents]
 """Images, where chains start, and the streams of their rows -> where chains end."""
+
+Directions: TypeAlias = Callable[[Streams, int, int, Tensor], Tensor]
+"""Streams of rows, a step and a purpose of theirs, and images ``(M, C, H, W)`` -> directions of the
+shape of the images, Gaussian with a standard deviation of 1 per pixel."""
 
 Goal: TypeAlias = Callable[[Latents], Tensor]
 """Latents of M rows -> what the attacker maximises of them, ``(M,)``, differentiable."""
@@ -419,11 +425,17 @@ def evidence(
     return prepare
 
 
+def white_directions(streams: Streams, step: int, purpose: int, like: Tensor) -> Tensor:
+    """Standard normal directions, independent per pixel."""
+    return streams.normal(step, purpose, tuple(like.shape[1:]), like.dtype)
+
+
 def nes(
     objective: PreparedObjective,
     num_directions: int = 10,
     scale: float = 0.05,
     generator: torch.Generator | None = None,
+    directions: Directions = white_directions,
 ) -> PreparedObjective:
     """A black box: values of an objective, with a derivative estimated from values.
 
@@ -436,6 +448,9 @@ def nes(
         num_directions: antithetic pairs per call, >= 1.
         scale: standard deviation of the smoothing per pixel, > 0, in units of the image range.
         generator: source of the seed of directions; torch's global seed when ``None``.
+        directions: of which differences are taken. Where pixels of a direction have the covariance
+            C, the estimate is that of C times the gradient of the objective, smoothed by such
+            directions: an ascent too.
 
     Raises:
         ValueError: if a number is out of range.
@@ -454,10 +469,9 @@ def nes(
                 value = inner(x)
                 if not x.requires_grad:
                     return value
-                shape = tuple(x.shape[1:])
                 gradient = antithetic_gradient(
                     lambda step: inner((x + step).clamp(0.0, 1.0)),
-                    lambda number: streams.normal(number, _DIRECTION, shape, x.dtype),
+                    lambda number: directions(streams, number, _DIRECTION, x),
                     num_directions,
                     scale,
                 )

@@ -8,10 +8,13 @@ attack starts at the point of its ball nearest to them. :func:`in_turn` gives re
   decision boundary needs is there before the first query, which few queries would not find.
 - :func:`stripes`: as Square's, up or down by whole columns, which filters and encoders average out
   less than independent pixels.
+- :func:`patches`: up or down by patches some pixels wide, the signs of noise of low frequency.
+- :func:`given`: from images that another attack has found.
 
-Reference: Brendel, Rauber, Bethge, "Decision-based adversarial attacks: reliable attacks against
+References: Brendel, Rauber, Bethge, "Decision-based adversarial attacks: reliable attacks against
 black-box machine learning models", ICLR 2018, https://arxiv.org/abs/1712.04248 (starts of another
-class).
+class); Guo, Frank, Weinberger, "Low frequency adversarial perturbation", UAI 2019,
+https://arxiv.org/abs/1809.08758 (low frequencies).
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.attacks.base import Start, random_signs
+from pyro_vae_defence.attacks.base import BLACK_BOX_PURPOSE, Start, random_signs
+from pyro_vae_defence.attacks.noise import low_frequency_noise
 from pyro_vae_defence.attacks.objectives._rows import of_rows
 from pyro_vae_defence.ops.streams import Streams
 
@@ -69,6 +73,21 @@ def stripes() -> Start:
         return x_ref + random_signs(streams, 0, 0, (channels, 1, width), x_ref.dtype)
 
     return start
+
+
+def patches() -> Start:
+    """Start from the signs of :func:`~pyro_vae_defence.attacks.noise.low_frequency_noise`."""
+
+    def start(x_ref: Tensor, streams: Streams) -> Tensor:
+        shape, purpose = tuple(x_ref.shape[1:]), BLACK_BOX_PURPOSE + 1
+        return x_ref + low_frequency_noise(streams, 0, purpose, shape, x_ref.dtype).sign()
+
+    return start
+
+
+def given(images: Tensor) -> Start:
+    """Start from images ``(num_restarts, N, C, H, W)``, one for every restart and reference."""
+    return lambda x_ref, streams: images[streams.chain, streams.image]
 
 
 def in_turn(*starts: Start) -> Start:

@@ -9,7 +9,7 @@ What lies between the two is not known.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -74,7 +74,7 @@ class BoundConfig(conf.Configuration):
     )  # fmt: skip
     num_attacked: conf.Natural = 40
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
-    budget: Budget = Budget.standard()
+    budget: Budget = replace(Budget.standard(), max_evaluations=33_000)
     seed: conf.Natural = 0
 
     def __post_init__(self) -> None:

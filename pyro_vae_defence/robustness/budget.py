@@ -17,7 +17,8 @@ class Budget:
     """How hard the suite tries.
 
     Args:
-        num_steps: steps of every gradient attack, >= 1.
+        num_steps: steps of every gradient attack, >= 1, which *continuation* shares out among its
+            stages.
         num_restarts: random starts per image, each scored by itself, >= 1.
         num_draws: draws averaged per step (EOT), rising: the next is tried unless the last has
             changed the figure by less than ``stable``.
@@ -28,7 +29,8 @@ class Budget:
             step; ``None`` runs the whole defence, with which chains start anyway, at every step.
         unrolled_transitions: K of the truncated gradient, >= 1.
         num_iterations: conjugate gradient iterations of the implicit gradient, >= 1.
-        num_directions: antithetic pairs per step of the black box, >= 1.
+        num_directions: antithetic pairs per step of the black box, >= 1, of low frequency in
+            restarts number 1, 3, ...
         black_box_steps: its steps, >= 1. Square has as many queries.
         max_evaluations: decoder evaluations per image after which no further attack starts;
             ``None`` for no limit.
@@ -113,9 +115,9 @@ class Budget:
     def standard(cls) -> Budget:
         """What one processor can do.
 
-        About 36,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
-        quarter as many again to score them, and for each of the images that checks look at at most
-        80,000.
+        About 50,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
+        fifth as many again to score them, and for each of the images that checks look at at most
+        95,000.
         """
         return cls(
             num_restarts=1,
@@ -126,7 +128,7 @@ class Budget:
             num_iterations=5,
             num_directions=5,
             black_box_steps=2,
-            max_evaluations=33_000,
+            max_evaluations=45_000,
             selection_draws=2,
             scoring_draws=5,
             check_draws=16,
@@ -136,7 +138,7 @@ class Budget:
     def thorough(cls) -> Budget:
         """For claims, on a GPU: restarts, rising numbers of draws, many chains.
 
-        About three and a half million decoder gradients of attacks per image behind a chain of 25
-        transitions, and a million to choose among their iterates.
+        About four million decoder gradients of attacks per image behind a chain of 25 transitions,
+        and a million to choose among their iterates.
         """
-        return cls(black_box_steps=2, iterates=5, max_evaluations=3_150_000)
+        return cls(black_box_steps=2, iterates=5, max_evaluations=3_800_000)

@@ -98,21 +98,24 @@ def suite_gradients(
         "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
         "unroll": one + 4 * transitions * length,
     }
+    of_step["continuation"] = of_step["equilibrium"]
     draws = {row.name: row.draws(budget) for row in ATTACKS}
+    stages = {row.name: row.stages for row in ATTACKS}
 
     def attack(name: str, rows: int, num_steps: int) -> float:
         if name in _BLACK_BOXES:
             queries = budget.black_box_steps * (2 * budget.num_directions + 1) + 2
             return rows * queries * one
-        # Where it begins, and the value of what was found.
+        # Where a stage begins, and the value of what it found.
         runs = chain is not None and name not in ("transfer", "encoder", "unroll")
-        return rows * (num_steps * of_step[name] + (2 * one if runs else 0.0))
+        whole_runs = 2 * len(stages[name](num_steps)) if runs else 0
+        return rows * (num_steps * of_step[name] + whole_runs * one)
 
     found: dict[str, float] = {}
     for name in attacks:
         if chain is None and name not in ("transfer", "encoder", *_BLACK_BOXES):
             continue
-        if not known and name in ("equilibrium", "evidence", "truncated", "unroll"):
+        if not known and name in ("equilibrium", "evidence", "truncated", "continuation", "unroll"):
             continue
         limit = budget.max_evaluations
         if limit is not None and sum(found.values()) >= limit:

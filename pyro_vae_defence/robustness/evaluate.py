@@ -108,7 +108,9 @@ def evaluate_robustness(
         attacks: names in :data:`~pyro_vae_defence.robustness.suite.ATTACKS`; all by default.
             Without one that applies to the defence the report counts as unreliable.
         engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
-            num_restarts=, batch_size=)``.
+            num_restarts=, batch_size=)``, and with ``start=``
+            (:mod:`~pyro_vae_defence.attacks.starts`) for the later stages of *continuation*, which
+            is left out where the engine does not take it.
         similarity: of reconstructions in pairs, differentiable, 1 if equal; the paper's MSSSIM.
         checks: run the sanity checks; without them the report counts as unreliable.
         defence_seed: a seed that the defence always runs with, and that the attacker knows:

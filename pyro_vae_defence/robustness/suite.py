@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,11 +19,19 @@ from torch import Tensor
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks import adaptive, starts
-from pyro_vae_defence.attacks.adaptive import Chain, DefendedEncoder, PreparedGoal
+from pyro_vae_defence.attacks.adaptive import (
+    Chain,
+    DefendedEncoder,
+    Directions,
+    PreparedGoal,
+)
 from pyro_vae_defence.attacks.base import Start
+from pyro_vae_defence.attacks.noise import low_frequency_noise
 from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.models.classifier import class_scores
 from pyro_vae_defence.ops.balls import L2, Ball, Linf
+from pyro_vae_defence.ops.latents import rows
+from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.populations import Constrained
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
@@ -72,7 +82,24 @@ def _black_box(suite: Suite, aim: Aim) -> PreparedObjective:
     # Smoothed by half the size of a typical perturbation, per pixel.
     typical = {"L2": ball.radius / size**0.5, "L1": ball.radius / size}
     scale = 0.5 * typical.get(ball.norm_name, ball.radius)
-    return adaptive.nes(frozen, suite.budget.num_directions, scale, options["generator"])
+    directions = _smooth_in_turn(len(suite.x))
+    return adaptive.nes(
+        frozen, suite.budget.num_directions, scale, options["generator"], directions
+    )
+
+
+def _smooth_in_turn(num_images: int) -> Directions:
+    """Directions of low frequency for restarts number 1, 3, ..., each of so many rows."""
+
+    def directions(streams: Streams, step: int, purpose: int, like: Tensor) -> Tensor:
+        smooth = streams.image // num_images % 2 == 1
+        white = adaptive.white_directions(streams, step, purpose, like)
+        if len(like) <= num_images:
+            return white
+        low = low_frequency_noise(streams, step, purpose, tuple(like.shape[1:]), like.dtype)
+        return torch.where(rows(smooth, like), low, white)
+
+    return directions
 
 
 def _square(suite: Suite, aim: Aim) -> PreparedObjective:
@@ -126,6 +153,8 @@ class Row(NamedTuple):
         own_draws: whether what it averages are not draws of the defence.
         other_noise: whether its values come from other noise than the defence's seed gives.
         square: whether Square maximises it, and not the engine of the others.
+        inverse_temperatures: of the defence's likelihood, one stage of the attack after the other,
+            each from the images that the last one found; the last is 1, the defence itself.
     """
 
     name: str
@@ -139,6 +168,16 @@ class Row(NamedTuple):
     own_draws: bool = False
     other_noise: bool = False
     square: bool = False
+    inverse_temperatures: tuple[float, ...] = (1.0,)
+
+    def stages(self, num_steps: int) -> list[tuple[float, int]]:
+        """Inverse temperature and number of steps of every stage, as even as can be; the first
+        stages are left out where there are fewer steps than stages."""
+        number = len(self.inverse_temperatures)
+        ends = [num_steps * k // number for k in range(number + 1)]
+        numbers = [end - begin for begin, end in itertools.pairwise(ends)]
+        pairs = zip(self.inverse_temperatures, numbers, strict=True)
+        return [(temperature, steps) for temperature, steps in pairs if steps > 0]
 
 
 _DECODER = "defence and decoder"
@@ -170,6 +209,15 @@ ATTACKS = (
     Row("implicit", _DECODER, _implicit, _with_chain),
     Row("truncated", _DECODER, _truncated, _with_transitions, other_noise=True),
     Row("square", "outputs of the defence", _square, draws=_at_once, black_box=True, square=True),
+    Row(
+        "continuation",
+        _DECODER,
+        _equilibrium,
+        _with_transitions,
+        _chains,
+        own_draws=True,
+        inverse_temperatures=(0.1, 0.3, 1.0),
+    ),
     Row("unroll", _DECODER, _unroll, _with_whole_chain),
 )
 """In the order in which they run: what every budget must allow first."""
@@ -241,9 +289,18 @@ class Suite:
             return f"Square has no moves in an {self.ball.norm_name} ball"
         if row.classes and not isinstance(self.scorer, Accuracy):
             return "it attacks classes, and no classifier is given"
+        if len(row.inverse_temperatures) > 1 and not self._engine_can_go_on():
+            return "the engine takes no start, from which its stages go on"
         if row.other_noise and self.box.seed is not None:
             return "the defence's seed is known, and its last transitions would have other noise"
         return row.reason(self.box)
+
+    def _engine_can_go_on(self) -> bool:
+        try:
+            inspect.signature(self.engine).bind_partial(start=None)
+        except TypeError:
+            return False
+        return True
 
     def at(self, rows: slice) -> Suite:
         """The suite of the images at ``rows`` alone."""
@@ -294,20 +351,31 @@ class Suite:
             num_steps *= 2 * self.budget.num_directions + 1
             engine = functools.partial(attacks.Square, start=self.start())
         options = {"num_steps": num_steps, "num_restarts": 1, "batch_size": 2**31, **options}
-        objective = self.objective(row, num_draws)
-        if memory is not None:
-            objective = memory.watching(objective)
-        attack = engine(objective, ball or self.ball, **options)
-        return attack(self.x, self.scorer.fresh()).x_adv
+        found: Tensor | None = None
+        for inverse_temperature, of_stage in row.stages(options["num_steps"]):
+            suite, is_last = self, inverse_temperature == 1
+            if not is_last:
+                suite = dataclasses.replace(self, box=self.box.tempered(inverse_temperature))
+            objective = suite.objective(row, num_draws)
+            if memory is not None and is_last:
+                objective = memory.watching(objective)
+            begin = {} if found is None else {"start": starts.given(found)}
+            settings = {**options, "num_steps": of_stage, **begin}
+            found = engine(objective, ball or self.ball, **settings)(
+                self.x, self.scorer.fresh()
+            ).x_adv
+        assert found is not None
+        return found
 
     def start(self) -> Start:
-        """Square's: stripes, and for every second restart the nearest image of another class, or
-        any other image where there are no classes."""
+        """Square's: stripes, the nearest image of another class, or any other image where there
+        are no classes, and patches, restart after restart."""
         number = torch.arange(len(self.x), device=self.x.device)
         labels = self.scorer.labels if isinstance(self.scorer, Accuracy) else number
         if len(labels.unique()) < 2:
-            return starts.stripes()
-        return starts.in_turn(starts.stripes(), starts.other_class(labels, self.x, labels))
+            return starts.in_turn(starts.stripes(), starts.patches())
+        other = starts.other_class(labels, self.x, labels)
+        return starts.in_turn(starts.stripes(), other, starts.patches())
 
     def candidates(
         self, table: Iterable[Row], skipped: dict[str, str], steps: Steps

@@ -26,6 +26,7 @@ from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, fold, rows_of, split, take
 from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.models.tempered import tempered
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.checks import RefusalError
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -101,6 +102,7 @@ class WhiteBox:
         self.shape = tuple(x.shape[1:])
         self.has_chain = not isinstance(defence, NoDefence)
         self._conditions, self._x, self._fresh = conditions, x, fresh
+        self._inverse_temperature = 1.0
         self._evaluations = [0]  # shared with the boxes of some rows
         self._read()
         kernel = self._make_kernel()
@@ -112,6 +114,8 @@ class WhiteBox:
         defence, model = self.defence, self.vae.model
         if isinstance(defence, (MCMCDefence, PosteriorModeDefence)):
             model = program.target(self.vae, defence.perturbation)
+        if self._inverse_temperature < 1:
+            model = tempered(model, self._inverse_temperature)
         counted = self._counted(model)
         self.decoder = program.Decoder(self.vae, self._x)
         self._potential = ModelPotential(counted, self._x)
@@ -140,6 +144,17 @@ class WhiteBox:
         if self.steps:
             other.__dict__["step_size"] = self.step_size
         other.__dict__.pop("_whole", None)
+        other._read()
+        return other
+
+    def tempered(self, inverse_temperature: float) -> WhiteBox:
+        """The box of a surrogate: the transitions, chain and energy of a defence that :attr:`steps`
+        with the likelihood of its target to this power, in (0, 1]
+        (:mod:`pyro_vae_defence.models.tempered`). The defence stays what it is."""
+        other = copy.copy(self)
+        other._inverse_temperature = inverse_temperature
+        for found in ("step_size", "_whole"):
+            other.__dict__.pop(found, None)
         other._read()
         return other
 
