@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Normal
 
 from pyro_vae_defence.models import ConditionalVAE, program
+from pyro_vae_defence.objectives import BetaELBO
 
 
 @pytest.fixture
@@ -30,10 +31,47 @@ def test_energy_is_that_of_prior_and_likelihood(vae, batch):
     torch.testing.assert_close(vae.decode(z, y), logits.sigmoid())
 
 
-def test_config_rebuilds_it(vae):
+@pytest.mark.parametrize("per_class", [False, True])
+def test_config_rebuilds_it(per_class):
+    vae = ConditionalVAE((2, 3, 4), 3, latent_dim=2, hidden_dim=8, per_class=per_class)
     other = ConditionalVAE(**vae.config)
     assert other.image_shape == (2, 3, 4)
     other.load_state_dict(vae.state_dict())
+
+
+@pytest.fixture
+def ensemble(float64):
+    return ConditionalVAE((2, 3, 4), 3, latent_dim=2, hidden_dim=8, per_class=True)
+
+
+def of_class(network, k, x):
+    """The class's own layers, one after the other, of ``(N, in)``."""
+    for number, layer in enumerate(network.layers):
+        x = torch.nn.functional.linear(x, layer.weight[k].T, layer.bias[k])
+        x = torch.nn.functional.silu(x) if number < 2 else x
+    return x
+
+
+def test_each_row_has_the_networks_of_its_class(ensemble, batch):
+    x, y = (each.double() for each in batch)
+    z = torch.randn(5, 2)
+    q, images = ensemble.posterior(x, y).base_dist, ensemble.decode(z, y)
+    for row, k in enumerate(y.argmax(1).tolist()):
+        loc, log_variance = of_class(ensemble.encoder, k, x[row].flatten()).chunk(2)
+        torch.testing.assert_close(q.loc[row], loc)
+        torch.testing.assert_close(q.scale[row], (0.5 * log_variance).exp())
+        logits = of_class(ensemble.decoder, k, z[row])
+        torch.testing.assert_close(images[row].flatten(), logits.sigmoid())
+
+
+def test_classes_have_no_parameter_in_common(ensemble, batch):
+    """An image of one class moves nothing of another's VAE, and all of its own."""
+    x, y = (each.double()[1:2] for each in batch)
+    BetaELBO(1.0).terms(ensemble.model, ensemble.guide, x, y)["loss"].sum().backward()
+    for parameter in ensemble.parameters():
+        assert parameter.shape[0] == 3
+        moved = parameter.grad.flatten(1).abs().sum(1) > 0
+        assert moved.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.study import write_pages
-from pyro_vae_defence.experiments.synthesis import Synthesis, SynthesisConfig, row
+from pyro_vae_defence.experiments.synthesis import Synthesis, SynthesisConfig, row, side_by_side
 from pyro_vae_defence.experiments.train import MODELS, Train, TrainConfig
 from pyro_vae_defence.models import ConditionalVAE
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
@@ -50,11 +50,26 @@ def test_a_conditional_model_is_trained_and_loaded(models):
         {"objective": "avae", "conditional": True},
         {"architecture": SMALL, "conditional": True},
         {"objective": "margin"},
+        {"per_class": True},
     ],
 )
 def test_objectives_of_conditional_models(changes):
     with pytest.raises(ValueError, match="conditional=True"):
         TrainConfig("mnist", **changes)
+
+
+def test_one_vae_per_class_is_trained_and_loaded(tmp_path):
+    changes = {"dataset": "mnist_subset", "epochs": 1, "images_per_epoch": 128}
+    card = Train("mnist_per_class", tmp_path, overrides=changes, progress=False).run()
+    assert card.training["per_class"]
+    vae = load_pretrained("mnist_per_class", tmp_path)
+    assert isinstance(vae, ConditionalVAE)
+    assert vae.per_class
+    number = sum(parameter.numel() for parameter in vae.parameters())
+    shared = sum(parameter.numel() for parameter in ConditionalVAE().parameters())
+    assert 0.75 < number / shared < 1
+    with pytest.raises(ValueError, match="per_class=True has no effect with start_from"):
+        TrainConfig("mnist", conditional=True, per_class=True, start_from="mnist_per_class")
 
 
 def test_training_goes_on_with_the_margin(models):
@@ -85,6 +100,7 @@ def test_a_result_is_written_resumed_and_printed(models, tmp_path):
     assert again["bounds"]["0.1"]["001"] == lost
     write_pages({"synthesis": Synthesis}, tmp_path)
     assert "| 0.1 | 4 |" in (tmp_path / "tables.md").read_text()
+    assert not (tmp_path / "models.md").exists()
 
 
 def test_a_row_says_what_the_blocks_do():
@@ -111,6 +127,37 @@ def test_images_that_are_wrong_already_are_not_robust():
     }  # fmt: skip
     cells = row("0.1", bounds, {"000": {"right": {"mass": [True, True], "evidence_1": [True] * 2}}})
     assert cells[5].startswith("0.500")
+
+
+def test_models_stand_side_by_side_radius_by_radius():
+    def result(model, margin, attacks):
+        block = {"right": [True, True], "margin": [margin, 2.0]}
+        gaps = {key: [1.0, 1.0] for key in ("standard_error", "gap_right", "gap_wrong")}
+        bounds = {key: {"000": block | gaps} for key in ("0.2", "0.1")}
+        return {
+            "config": {"model": model, "dataset": None},
+            "bounds": bounds,
+            "attacks": {key: {"000": {"right": attacks}} for key in bounds},
+        }
+
+    lost = {"mass": [True, False], "evidence_1": [True, True]}
+    kept = {"mass": [True, True], "evidence_1": [True, True]}
+    text = side_by_side(
+        {
+            "mnist": result("mnist_conditional", 1.0, kept),
+            "fashion_mnist": result("fashion_mnist_conditional", 1.0, kept),
+            "mnist_per_class": result("mnist_per_class", -1.0, lost),
+        }
+    )
+    rows = [line.split(" | ") for line in text.splitlines()[2:] if line]
+    assert [[cell.split(" [")[0].strip("| `") for cell in cells] for cells in rows] == [
+        ["fashion_mnist", "0.1", "1.000", "1.000", "1.000"],
+        ["fashion_mnist", "0.2", "1.000", "1.000", "1.000"],
+        ["mnist", "0.1", "1.000", "1.000", "1.000"],
+        ["mnist_per_class", "0.1", "1.000", "0.500", "0.500"],
+        ["mnist", "0.2", "1.000", "1.000", "1.000"],
+        ["mnist_per_class", "0.2", "1.000", "0.500", "0.500"],
+    ]
 
 
 @pytest.mark.parametrize("setting", ["radii=(0.0,)", "num_walks=1", "num_attacked=1000"])

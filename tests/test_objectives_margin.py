@@ -146,6 +146,29 @@ def test_latents_of_more_than_one_site_are_refused(vae, batch):
         MassMargin(BALL).terms(chain.model, chain.guide, *batch)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_an_image_that_does_not_depend_on_the_latent_has_no_force_on_it(vae, batch, learned):
+    """The ELBO is then a likelihood less a KL, whose derivative alone is the guide's."""
+    x, y = batch
+    logits = torch.randn(1, 2, 3, requires_grad=learned)
+
+    def model(x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+            likelihood = dist.Bernoulli(logits=logits.expand(len(x), -1, -1, -1))
+            pyro.sample("obs", likelihood.to_event(3), obs=x)
+
+    x = x.round()
+    evidence, guides = _wrong(model, vae.guide, x, y)
+    kl = kl_divergence(vae.posterior(x, y).base_dist, Normal(0.0, 1.0)).sum(1)
+    log_odds = logits.detach()
+    likelihood = (x * log_odds - log_odds.exp().log1p()).flatten(1).sum(1)
+    torch.testing.assert_close(evidence, likelihood - kl)
+    parameters = list(vae.encoder.parameters())
+    found = torch.autograd.grad(guides.sum(), parameters)
+    torch.testing.assert_close(found, torch.autograd.grad(-kl.sum(), parameters))
+
+
 def test_classes_are_looked_at_once_and_wrong_ones_later_are_no_number(vae, batch):
     x, y = batch
     objective = MassMargin(BALL)

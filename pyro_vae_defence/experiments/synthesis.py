@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -26,6 +27,7 @@ from pyro_vae_defence.experiments.study import Cell, Measurement, interval
 from pyro_vae_defence.experiments.train import CONDITIONAL_MODELS
 from pyro_vae_defence.models import ConditionalVAE
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.robustness.synthesis import class_evidence, mass_margin
 
 
@@ -200,6 +202,34 @@ class Synthesis(Measurement[SynthesisConfig]):
         shown = ["radius", *columns[2:6]]
         lines = tables.table(columns, rows, shown)
         return tables.section(f"## {result['name']}", note, lines, result)
+
+    @classmethod
+    def pages(cls, results: dict[str, dict[str, Any]], directory: Path) -> list[Path]:
+        """The models radius by radius in one table, ``models.md``, if there are several."""
+        path = directory / "models.md"
+        if len(results) < 2:
+            return []
+        write_atomically(path, side_by_side(results).encode())
+        return [path]
+
+
+def side_by_side(results: dict[str, dict[str, Any]]) -> str:
+    """Accuracy, bound and worst case of results, dataset by dataset and radius by radius."""
+    lines = []
+    for name, result in results.items():
+        model, dataset = (result["config"][field] for field in ("model", "dataset"))
+        if dataset is None and model in CONDITIONAL_MODELS:
+            dataset = CONDITIONAL_MODELS[model].dataset
+        for key, bounds in result["bounds"].items():
+            cells = row(key, bounds, result.get("attacks", {}).get(key, {}))
+            shown = [f"`{name}`", key, cells[2], cells[3], cells[5]]
+            lines.append(((dataset or model, float(key)), shown))
+    columns = [
+        "model", "radius", "accuracy, clean", "accuracy under any attack, bound",
+        "accuracy under these attacks",
+    ]  # fmt: skip
+    ordered = sorted(lines, key=lambda line: line[0])
+    return "\n".join(tables.table(columns, [cells for _, cells in ordered]))
 
 
 def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]:

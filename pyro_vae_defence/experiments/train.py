@@ -76,6 +76,7 @@ class TrainConfig(conf.Configuration):
         latent_dim: latent dimensions of that one.
         conditional: whether the class is a condition of both programs, in a
             :class:`~pyro_vae_defence.models.ConditionalVAE` in place of the convolutional one.
+        per_class: whether that is one VAE for each class, without a parameter in common.
         kl_anneal: share of the training in which NVAE's KL weight rises to 1.
         penalty: weight of NVAE's spectral and batch-norm penalties.
         epochs: passes over the training set.
@@ -102,6 +103,7 @@ class TrainConfig(conf.Configuration):
     architecture: dict[str, Any] | None = None
     latent_dim: conf.Count = 64
     conditional: bool = False
+    per_class: bool = False
     kl_anneal: conf.Share = 0.3
     penalty: conf.NotNegative = 1e-2
     epochs: conf.Count = 12
@@ -125,7 +127,7 @@ class TrainConfig(conf.Configuration):
             if self.objective not in readers:
                 self.refuse_idle(f"on the objective {self.objective!r}", name)
         if self.start_from is not None:
-            self.refuse_idle("with start_from, whose architecture it is", "latent_dim")
+            self.refuse_idle("with start_from, whose architecture it is", "latent_dim", "per_class")
         if self.architecture is not None:
             self.refuse_idle("on an NVAE", "latent_dim")
             try:
@@ -145,6 +147,8 @@ class TrainConfig(conf.Configuration):
             )
         if self.conditional:
             self.refuse_idle("with conditional=True, whose model has ten", "latent_dim")
+        else:
+            self.refuse_idle("without conditional=True", "per_class")
         if self.objective == "margin" and not self.conditional:
             raise ValueError("objective 'margin' is of classes: set conditional=True")
         self.refuse_above(batch_size="images_per_epoch")
@@ -225,13 +229,16 @@ def _conditional_models() -> dict[str, TrainConfig]:
         few = replace(plain, start_from=name, epochs=4, images_per_epoch=10_000, learning_rate=1e-3)
         models[name] = plain
         models[f"{name}_margin"] = replace(few, objective="margin", radius=0.1, weight=3.0)
-    return models
+    return {**models, "mnist_per_class": replace(models["mnist_conditional"], per_class=True)}
 
 
 CONDITIONAL_MODELS = _conditional_models()
 """VAEs given the class, for analysis by synthesis, which stand in no table of the others:
 ``<dataset>_conditional``, and ``<dataset>_conditional_margin``, which goes on from there with the
-margin of masses at radius 0.1."""
+margin of masses at radius 0.1; and ``mnist_per_class``, one small VAE for each class."""
+
+# Of each class's VAE: ten have about as many parameters as the one that all classes share.
+_PER_CLASS_WIDTH = 64
 
 _FAMILIES = {
     "vae": "VAE",
@@ -381,7 +388,10 @@ def make_vae(config: TrainConfig, images: Images) -> TrainedVAE:
     """The untrained model a configuration names, for images of a dataset."""
     image_shape = images.image_shape
     if config.conditional:
-        return ConditionalVAE(image_shape, len(images.class_names))
+        classes = len(images.class_names)
+        if config.per_class:
+            return ConditionalVAE(image_shape, classes, hidden_dim=_PER_CLASS_WIDTH, per_class=True)
+        return ConditionalVAE(image_shape, classes)
     if config.architecture is None:
         return ConvVAE(image_shape[0], config.latent_dim, image_size=image_shape[-1])
     return NVAE(NVAEConfig.from_dict(config.architecture))

@@ -1,4 +1,4 @@
-r"""A small conditional VAE of images given their class, with one decoder for all classes.
+r"""A small conditional VAE of images given their class: networks for all classes, or for each.
 
 .. math::
     z \sim N(0, I_D), \qquad x \mid z, y \sim \mathrm{Bernoulli}\bigl(g_\theta(z, y)\bigr), \qquad
@@ -10,12 +10,20 @@ integrates over z: few latents, so that the integral can be estimated well, and 
 energies cost less than those of :class:`~pyro_vae_defence.models.ConvVAE`.
 Activations are smooth, since chains follow the decoder's gradient.
 
+With one encoder and decoder for all classes, the class is an input. With one for each, the model is
+an ensemble of K VAEs which have no parameter in common, :math:`\theta = (\theta_1, \dots,
+\theta_K)` and likewise :math:`\phi`, each of images of its own class.
+
 Kingma, Rezende, Mohamed, Welling, "Semi-supervised learning with deep generative models", 2014,
 https://arxiv.org/abs/1406.5298 (M2 with observed classes).
+
+Schott, Rauber, Bethge, Brendel, "Towards the first adversarially robust neural network model on
+MNIST", ICLR 2019, https://arxiv.org/abs/1805.09190 (one VAE per class).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -23,6 +31,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from pyro_vae_defence.models.scope import ScopedModule
 from pyro_vae_defence.ops.checks import check_integer
@@ -37,6 +46,7 @@ class ConditionalVAE(ScopedModule):
         num_classes: number of classes K, 2 or more.
         latent_dim: number of latent dimensions D.
         hidden_dim: width of the two hidden layers of encoder and decoder.
+        per_class: whether each class has an encoder and a decoder of its own, of this width.
 
     The programs take images ``(N, C, H, W)`` in [0, 1] and classes as one-hot vectors ``(N, K)``.
 
@@ -59,6 +69,7 @@ class ConditionalVAE(ScopedModule):
         num_classes: int = 10,
         latent_dim: int = 10,
         hidden_dim: int = 512,
+        per_class: bool = False,
     ) -> None:
         super().__init__()
         self.image_shape = _check_shape(image_shape)
@@ -68,9 +79,11 @@ class ConditionalVAE(ScopedModule):
         self.num_classes = num_classes
         self.latent_dim = latent_dim
         self.hidden_dim = hidden_dim
+        self.per_class = per_class
         pixels = math.prod(self.image_shape)
-        self.encoder = _dense(pixels + num_classes, hidden_dim, 2 * latent_dim)
-        self.decoder = _dense(latent_dim + num_classes, hidden_dim, pixels)
+        networks = _DensePerClass if per_class else _dense
+        self.encoder = networks(pixels, num_classes, hidden_dim, 2 * latent_dim)
+        self.decoder = networks(latent_dim, num_classes, hidden_dim, pixels)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -80,6 +93,7 @@ class ConditionalVAE(ScopedModule):
             "num_classes": self.num_classes,
             "latent_dim": self.latent_dim,
             "hidden_dim": self.hidden_dim,
+            "per_class": self.per_class,
         }
 
     def posterior(self, x: Tensor, y: Tensor) -> dist.TorchDistribution:
@@ -124,15 +138,52 @@ class ConditionalVAE(ScopedModule):
             )
 
 
-def _dense(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers with smooth activations."""
+def _dense(inputs: int, num_classes: int, hidden: int, outputs: int) -> nn.Module:
+    """Two hidden layers with smooth activations, of inputs that one-hot classes follow."""
     return nn.Sequential(
-        nn.Linear(inputs, hidden),
+        nn.Linear(inputs + num_classes, hidden),
         nn.SiLU(),
         nn.Linear(hidden, hidden),
         nn.SiLU(),
         nn.Linear(hidden, outputs),
     )
+
+
+class _DensePerClass(nn.Module):
+    """The same layers once for each class, and of each row those of its class."""
+
+    def __init__(self, inputs: int, num_classes: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs = inputs
+        widths = [inputs, hidden, hidden, outputs]
+        self.layers = nn.ModuleList(
+            _LinearPerClass(num_classes, *each) for each in itertools.pairwise(widths)
+        )
+
+    def forward(self, inputs_and_class: Tensor) -> Tensor:
+        h, y = inputs_and_class.tensor_split([self.inputs], 1)
+        first, second, last = self.layers
+        return last(silu(second(silu(first(h, y)), y)), y)
+
+
+class _LinearPerClass(nn.Module):
+    """Linear layers of classes, ``(N, in)`` and one-hot ``(N, K)`` to ``(N, out)``.
+
+    One product of matrices: inputs stand in the columns of their class, zeros in those of others.
+    No weights are gathered by rows, and nothing waits for the device.
+    """
+
+    def __init__(self, num_classes: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = inputs**-0.5  # as nn.Linear
+        self.weight = nn.Parameter(
+            torch.empty(num_classes, inputs, outputs).uniform_(-bound, bound)
+        )
+        self.bias = nn.Parameter(torch.empty(num_classes, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        placed = (y[:, :, None] * x[:, None]).flatten(1)
+        return placed @ self.weight.flatten(0, 1) + y @ self.bias
 
 
 def _check_shape(shape: Any) -> tuple[int, int, int]:

@@ -132,8 +132,15 @@ def _wrong(model: PyroProgram, guide: PyroProgram, x: Tensor, y: Tensor) -> tupl
         guide_trace.nodes[name]["value"] = value
     kl = elbo_terms(model_trace, guide_trace)["kl"]
     raised = -kl
-    if leaves:
-        forces = torch.autograd.grad(reconstruction.sum(), [*leaves.values()], retain_graph=True)
+    if leaves and reconstruction.requires_grad:
+        # Zero where the image does not depend on the latent.
+        forces = torch.autograd.grad(
+            reconstruction.sum(),
+            [*leaves.values()],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
         along = dict(zip(leaves, forces, strict=True))
         raised = raised + lat.dot(along, drawn)
     return reconstruction - kl.detach(), raised
