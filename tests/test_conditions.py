@@ -138,6 +138,7 @@ ROWWISE = {
     "chain that knows perturbations": functools.partial(chain, perturbation=Linf(0.1)),
     "chain from the mode": functools.partial(chain, initial="mode"),
     "chain from the prior": functools.partial(chain, initial="prior"),
+    "chain from walks": functools.partial(chain, initial="annealed", num_temperatures=4),
     "chains that leave": stopped,
     "stock kernel": stock,
     "mode": lambda images: PosteriorModeDefence(VAE, num_steps=5)(images, seeded()).latents["z"],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,39 +19,12 @@ from tqdm.auto import tqdm
 from pyro_vae_defence.defence import convergence
 from pyro_vae_defence.defence.convergence import Convergence, ConvergenceRule
 from pyro_vae_defence.defence.result import Chains
+from pyro_vae_defence.defence.starts import ChainStart
 from pyro_vae_defence.mcmc.hmc import HMCInfo
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
-from pyro_vae_defence.mcmc.mode import search_mode
-from pyro_vae_defence.models.program import ModelPotential, initial_latents
+from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.streams import Streams
-from pyro_vae_defence.types import VAE, Latents
-
-Initial = Literal["guide", "mean", "prior", "mode"]
-INITIALS: tuple[Initial, ...] = get_args(Initial)
-
-
-class ChainStart(NamedTuple):
-    """Where the chains of a VAE start."""
-
-    vae: VAE
-    initial: Initial
-    mode_steps: int
-
-    @property
-    def num_gradients(self) -> int:
-        """Gradients it takes per chain."""
-        return self.mode_steps + 1 if self.initial == "mode" else 0
-
-    def __call__(self, x: Tensor, energy: ModelPotential, streams: Streams) -> Latents:
-        """Unconstrained latents, one row for each of ``x``."""
-        drawn_from = "guide" if self.initial == "mode" else self.initial
-        with torch.no_grad():
-            drawn = initial_latents(self.vae, x, drawn_from, streams)
-            start = lat.detach(energy.unconstrain(drawn))
-        if self.initial == "mode":
-            start, _ = search_mode(energy, start, num_steps=self.mode_steps)
-        return start
+from pyro_vae_defence.types import Latents
 
 
 class Lengths(NamedTuple):

@@ -24,8 +24,9 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae_defence.defence.chains import ChainStart, Lengths
+from pyro_vae_defence.defence.chains import Lengths
 from pyro_vae_defence.defence.result import Chains
+from pyro_vae_defence.defence.starts import ChainStart
 from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops import latents as lat

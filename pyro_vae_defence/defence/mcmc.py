@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_vae_defence.defence.base import BaseDefence
-from pyro_vae_defence.defence.chains import INITIALS, ChainStart, Initial, Lengths, run_batched
+from pyro_vae_defence.defence.chains import Lengths, run_batched
 from pyro_vae_defence.defence.convergence import MIN_CHAINS, ConvergenceRule
 from pyro_vae_defence.defence.foreign import KernelFactory, run_one_by_one
 from pyro_vae_defence.defence.result import Chains, setting
+from pyro_vae_defence.defence.starts import INITIALS, ChainStart, Initial
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.mcmc.captured import find_graph
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
@@ -85,16 +86,20 @@ class MCMCDefence(BaseDefence):
         initial: where chains start: ``"guide"``, a draw from q(z | x) as in the paper; ``"mean"``,
             its mean; ``"prior"``, a draw from p(z); ``"mode"``, the best of ``mode_steps`` steps of
             :func:`~pyro_vae_defence.mcmc.mode.search_mode` from a draw of the guide, whose
-            gradients count.
+            gradients count; ``"annealed"``, the end of a walk of ``num_temperatures`` steps from a
+            draw of p(z) to the target, whose gradients count
+            (:mod:`~pyro_vae_defence.defence.starts`). The encoder has no part in it, so that an
+            attacker of the encoder does not choose where chains start.
         mode_steps: steps of that search, >= 0.
+        num_temperatures: steps of that walk, >= 2, of 4 gradients each.
         perturbation: perturbations the defender assumes, e.g. ``Linf(0.1)`` or an
             ``UnknownRadius``; the chains then sample the perturbation-aware posterior of
             :mod:`pyro_vae_defence.models.perturbation`. ``None`` is the paper.
         keep_draws: draws kept per chain, the last ones; ``None`` keeps all ``num_samples``. Memory
             per image then depends on this alone. With ``until_converged`` at most its
             ``check_every``, the default.
-        max_gradients: most gradients of the energy per image, over all its chains, the start and a
-            mode search included; ``None`` for no bound. Where it does not suffice for all
+        max_gradients: most gradients of the energy per image, over all its chains, the start and
+            what leads there included; ``None`` for no bound. Where it does not suffice for all
             transitions, warm-up keeps its share ``warmup_steps / (warmup_steps + num_samples)`` of
             those that it does. NUTS is counted by its largest tree, since no image's tree is known
             beforehand.
@@ -116,13 +121,14 @@ class MCMCDefence(BaseDefence):
             ``None`` runs the model's Python every time: recording takes longer than short runs do.
         batch_size: most chains (images times ``num_chains``) at a time. Results do not depend on
             it, unless the kernel couples images, as the paper's preset does, or noise comes from
-            torch's global generators: that of other kernels, and of starts where the guide's
-            latents are of families unknown to :mod:`pyro_vae_defence.ops.draws`, such as
-            ``VonMises``.
+            torch's global generators: that of other kernels, and of starts where the latents of
+            the guide, or of the prior, are of families unknown to
+            :mod:`pyro_vae_defence.ops.draws`, such as ``VonMises``.
         progress: show a progress bar.
 
     Raises:
-        ValueError: as :class:`BaseDefence`, and if a chain would start at a non-finite energy.
+        ValueError: as :class:`BaseDefence`, and if a chain would start at a non-finite energy, or
+            at a walk from a prior without density.
     """
 
     kernel: KernelFactory = BatchedHMC
@@ -132,6 +138,7 @@ class MCMCDefence(BaseDefence):
     _: KW_ONLY
     initial: Initial = "guide"
     mode_steps: int = 30
+    num_temperatures: int = 20
     perturbation: Perturbation | None = None
     keep_draws: int | None = None
     max_gradients: int | None = None
@@ -154,6 +161,7 @@ class MCMCDefence(BaseDefence):
         check_integer("warmup_steps", self.warmup_steps, 0)
         check_integer("num_chains", self.num_chains, 1)
         check_integer("mode_steps", self.mode_steps, 0)
+        check_integer("num_temperatures", self.num_temperatures, 2)
         if self.max_gradients is not None:
             check_integer("max_gradients", self.max_gradients, 1)
         rule = self.until_converged
@@ -275,6 +283,11 @@ class MCMCDefence(BaseDefence):
         kernel = functools.partial(BatchedHMC, inverse_mass_matrix=metric, **RECOMMENDED_KERNEL)
         return cls(vae, kernel, **given)
 
+    def start(self, vae: VAE, kernel: MCMCKernel) -> ChainStart:
+        """Where chains start that a kernel runs on ``vae``, this one's with its conditions."""
+        metric = kernel.inverse_mass_matrix if isinstance(kernel, BatchedKernel) else None
+        return ChainStart(vae, self.initial, self.mode_steps, self.num_temperatures, metric)
+
     @property
     def _fewest_draws(self) -> int:
         """Draws that every image has at least."""
@@ -291,7 +304,7 @@ class MCMCDefence(BaseDefence):
             raise ValueError(
                 f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
             )
-        start = ChainStart(vae, self.initial, self.mode_steps)
+        start = self.start(vae, kernel)
         lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self._kept_draws)
         if not isinstance(kernel, BatchedKernel):
             if (self.max_gradients, self.until_converged, self.prepare) != (None, None, None):

@@ -81,13 +81,14 @@ def _chains(
     assumed: Perturbation | None,
     transitions: int | None,
     kernel: Any = BatchedHMC,
+    **more: Any,
 ) -> MCMCDefence:
     chain = setting.chain
     own = {"num_steps": chain.num_steps} if kernel is BatchedHMC else {}
     lengths = (chain.num_samples, chain.warmup_steps, chain.num_chains)
     if transitions is not None:
         lengths = (transitions - transitions // 2, transitions // 2, 1)
-    moves, options = whitened(kernel, setting, **own), setting.rows | setting.options
+    moves, options = whitened(kernel, setting, **own), setting.rows | setting.options | more
     return MCMCDefence(setting.vae, moves, *lengths, perturbation=assumed, **options)
 
 
@@ -148,6 +149,12 @@ KINDS: dict[str, Kind] = {
     "hmc": Kind("HMC, the paper's target", _chains, chain=True),
     "nuts": Kind("NUTS, the paper's target", partial(_chains, kernel=BatchedNUTS), chain=True),
     "aware": Kind("HMC, perturbation-aware", _chains, radius=True, chain=True),
+    "annealed": Kind(
+        "HMC, perturbation-aware, from annealed starts",
+        partial(_chains, initial="annealed"),
+        radius=True,
+        chain=True,
+    ),
     "aware_unknown": Kind("HMC, perturbation-aware, radius unknown", _chains, chain=True),
     "aware_mode": Kind("mode, perturbation-aware", _mode, radius=True),
     "mode": _control("mode of the paper's target", _mode),
@@ -263,6 +270,7 @@ _COLOURS = {
     "paper": "gold", "nuts": "teal", "mode": "tab:pink", "encoder_samples": "navy",
     "dark_clip": "tab:brown", "dark_clip_0.2": "peru", "extreme_clip": "black",
     "median": "tab:cyan", "gaussian": "tab:gray", "recommended": "crimson",
+    "annealed": "lightseagreen",
 }  # fmt: skip
 
 

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pyro_vae_defence import attacks, plots
-from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
+from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, Reading
 from pyro_vae_defence.defence.mcmc import (
     PAPER_SETTINGS,
     RECOMMENDED_KERNEL,
     RECOMMENDED_LENGTHS,
 )
+from pyro_vae_defence.defence.starts import walk_gradients
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import (
@@ -177,6 +178,8 @@ def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, flo
         count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
         transitions, length = count // 2 + count, float(steps)
     whole = (chain.burn_in + transitions * length + 2) * chain.num_chains
+    if defence.startswith("annealed"):
+        whole += walk_gradients(MCMCDefence.num_temperatures) * chain.num_chains
     cost = None if defence == "none" else ChainCost(whole, length, transitions, chain.num_chains)
     size = len(config.blocks[0])
     return suite_gradients(cost, config.budget, size, config.attacks, config.checks)

@@ -735,6 +735,27 @@ class ModelPotential:
         enumerated = self._program is not self._model
         return _energy(trace, self.log_determinant(latents), enumerated=enumerated)
 
+    def prior_energy(self, latents: LatentsLike) -> Tensor:
+        """Energies -log p(z) of what :meth:`prior` draws from, ``(N,)``, in nats.
+
+        Whatever is observed is left out, be it the image, other data or a ``pyro.factor``.
+
+        Raises:
+            ValueError: if a latent is masked out of the model, and has no such density.
+        """
+        conditioned = poutine.condition(self._program, data=self.constrain(latents))
+        trace = get_trace(conditioned, *self._args, **self._kwargs)
+        for name, site in sample_sites(trace).items():
+            if name in latents and site["mask"] is False:
+                raise ValueError(
+                    f"latent site {name!r} is masked out of the model, so that p(z) is no density "
+                    'to start from; use initial="guide"'
+                )
+            if site["is_observed"] and name not in latents:
+                trace.remove_node(name)
+        enumerated = self._program is not self._model
+        return _energy(trace, self.log_determinant(latents), enumerated=enumerated)
+
     def log_determinant(self, latents: LatentsLike) -> Tensor:
         """Minus the log-determinant of the constraining transforms (zero without any)."""
         total = next(iter(latents.values())).new_zeros(self.num_images)

@@ -51,12 +51,13 @@ def chain_cost(defence: Defence) -> ChainCost | None:
         return ChainCost(1.0)
     kernel = defence.kernel(target(defence.vae, defence.perturbation))
     number = defence.warmup_steps + defence.num_samples
+    start = defence.start(defence.vae, kernel).num_gradients
     if not isinstance(kernel, BatchedKernel):
         length = float(getattr(kernel, "num_steps", None) or 1)
-        return ChainCost((number * length + 1) * defence.num_chains, length, number)
+        return ChainCost((start + number * length + 1) * defence.num_chains, length, number)
     lengths = [kernel.gradients_of(0, step) for step in range(number)]
     first = kernel.burn_in
-    whole = (sum(lengths) + 1) * defence.num_chains
+    whole = (start + sum(lengths) + 1) * defence.num_chains
     # Chains of other kernels attackers run as the defence does, all together.
     alone = isinstance(kernel, (BatchedHMC, BatchedNUTS))
     chains = defence.num_chains if alone else 1

@@ -135,8 +135,12 @@ def _with_transitions(box: WhiteBox) -> str:
 
 
 def _with_whole_chain(box: WhiteBox) -> str:
-    burn_in = "" if box.unrollable else "the burn-in before the transitions is not unrolled"
-    return _with_transitions(box) or burn_in
+    if not box.steps or box.unrollable:
+        return _with_transitions(box)
+    before = (
+        "burn-in before the transitions" if box.kernel.burn_in else "search for the chain's start"
+    )
+    return f"the {before} is not unrolled"
 
 
 class Row(NamedTuple):

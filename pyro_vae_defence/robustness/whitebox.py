@@ -21,8 +21,10 @@ from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import DefendedEncoder
 from pyro_vae_defence.defence import Defence, DefenceResult, MCMCDefence, NoDefence
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
+from pyro_vae_defence.defence.starts import ChainStart
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
+from pyro_vae_defence.mcmc.captured import find_graph
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, fold, rows_of, split, take
 from pyro_vae_defence.models.program import ModelPotential
@@ -56,11 +58,16 @@ class _CountedKernel(unrolled.UnrolledKernel):
     evaluations: list[int] = field(default_factory=lambda: [0])
 
     def __call__(self, x: Tensor, start: LatentsLike, streams: Streams) -> Latents:
-        kernel = self.make_kernel()
-        if kernel.prepare is not None:
-            per_row = (kernel.gradients_of(streams.seed, t) for t in range(self.num_transitions))
-            self.evaluations[0] += x.shape[0] * (1 + sum(per_row))
+        self.evaluations[0] += _uncounted(self.make_kernel(), x, streams, self.num_transitions)
         return super().__call__(x, start, streams)
+
+
+def _uncounted(kernel: Any, x: Tensor, streams: Streams, num_transitions: int) -> int:
+    """Gradients of a run on ``x`` that are no runs of the model, but of its recording."""
+    if kernel.prepare is None:
+        return 0
+    per_row = (kernel.gradients_of(streams.seed, step) for step in range(num_transitions))
+    return x.shape[0] * (1 + sum(per_row))
 
 
 class WhiteBox:
@@ -84,7 +91,8 @@ class WhiteBox:
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
         steps: whether its transitions are known: this library's HMC or NUTS.
-        unrollable: whether the whole chain is: such transitions, without a burn-in before them.
+        unrollable: whether the whole chain is: such transitions, without a burn-in or a search for
+            their start before them.
         decoder: latents on the support of their sites to images.
     """
 
@@ -107,7 +115,8 @@ class WhiteBox:
         self._read()
         kernel = self._make_kernel()
         self.steps = isinstance(kernel, (BatchedHMC, BatchedNUTS))
-        self.unrollable = self.steps and kernel.burn_in == 0
+        searched = getattr(defence, "initial", None) in ("mode", "annealed")
+        self.unrollable = self.steps and kernel.burn_in == 0 and not searched
 
     def _read(self) -> None:
         """What hinges on the conditions of the images."""
@@ -120,8 +129,21 @@ class WhiteBox:
         self.decoder = program.Decoder(self.vae, self._x)
         self._potential = ModelPotential(counted, self._x)
         self._make_kernel: Callable[[], Any] = lambda: None
+        self._own_start: Callable[[Tensor, Streams], Latents] | None = None
         if isinstance(defence, MCMCDefence):
             self._make_kernel = functools.partial(_make_kernel, defence, model, counted)
+            if defence.initial not in ("guide", "mean"):
+                own = defence.start(self.vae, defence.kernel(model))
+                energy, prepare = ModelPotential(model, self._x), find_graph(defence.prepare)
+                energy = energy if prepare is None else prepare(energy)
+                self._own_start = functools.partial(self._begin, own, energy)
+
+    def _begin(
+        self, own: ChainStart, energy: ModelPotential, x: Tensor, streams: Streams
+    ) -> Latents:
+        """Where chains start that do not at the encoding, without derivative."""
+        self._evaluations[0] += len(x) * own.num_gradients
+        return own(x.detach(), energy.at(x.detach()), streams)
 
     def _counted(self, model: Callable[..., Any]) -> Callable[..., Any]:
         """The model, whose rows are counted as evaluations."""
@@ -189,9 +211,12 @@ class WhiteBox:
         return self.defence((images, *conditions) if conditions else images, generator)
 
     def start(self, x: Tensor, streams: Streams) -> Latents:
-        """Where chains start: a draw of the guide, differentiable in the images."""
-        streams = self._known(streams)
-        return self._potential.at(x).unconstrain(program.encode(self.vae, x, streams=streams))
+        """The encoding, differentiable in the images: a draw of the guide, or for chains that start
+        at its mean the mean. Others have a start of their own, from which :meth:`chain` runs."""
+        mean = isinstance(self.defence, MCMCDefence) and self.defence.initial == "mean"
+        initial = "mean" if mean else "guide"
+        drawn = program.initial_latents(self.vae, x, initial, self._known(streams))
+        return self._potential.at(x).unconstrain(drawn)
 
     def energy(self, x: Tensor, latents: Latents) -> Tensor:
         """U(z; x) of the defence's target, ``(M,)``, in nats."""
@@ -237,11 +262,15 @@ class WhiteBox:
         return adaptive.transfer(self.start)
 
     def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
-        """Where the defence ends; differentiable if unrollable. Others start by themselves."""
-        if self.unrollable:
-            return self._whole(x, start, self._known(streams))
+        """Where the defence ends; differentiable if unrollable. Chains that do not start at the
+        encoding, and other defences, start by themselves."""
         if self.steps:
-            return self._run(self._make_kernel(), x, start, self._known(streams))
+            streams = self._known(streams)
+            if self._own_start is not None:
+                start = self._own_start(x, streams)
+            if self.unrollable:
+                return self._whole(x, start, streams)
+            return self._run(self._make_kernel(), x, start, streams)
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
         self._evaluations[0] += int(result.num_gradients.sum())
         return self._potential.at(x).unconstrain(result.latents)
@@ -268,7 +297,7 @@ class WhiteBox:
         x, kernel = self._x, self._make_kernel()
         streams = Streams.create(len(x), generator=self._fresh(), device=x.device)
         with torch.no_grad():
-            start = self.start(x, streams)
+            start = (self._own_start or self.start)(x, streams)
         self._run(kernel, x, start, streams)
         return float(kernel.info.step_size.median())
 
@@ -289,6 +318,7 @@ class WhiteBox:
         """Where the whole chains end, burn-in included, without derivatives."""
         defence: Any = self.defence
         total = defence.warmup_steps + defence.num_samples
+        self._evaluations[0] += _uncounted(kernel, x, streams, total)
         return unrolled.run(kernel, x, start, streams, total, defence.warmup_steps)
 
     @functools.cached_property

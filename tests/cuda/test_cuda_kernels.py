@@ -79,6 +79,7 @@ OPTIONS = {
     "mean": {"initial": "mean"},
     "prior": {"initial": "prior"},
     "mode": {"initial": "mode", "mode_steps": 3},
+    "annealed": {"initial": "annealed", "num_temperatures": 4},
     "linf": {"perturbation": Linf(0.1)},
     "l2": {"perturbation": L2(1.0)},
     "l1": {"perturbation": L1(3.0)},
