@@ -353,7 +353,7 @@ class Train(Study[TrainConfig]):
             self.directory,
             training=training,
             command=self.command_line(),
-            provenance={**provenance(), "seconds": round(seconds, 1)},
+            provenance={**provenance(self.device), "seconds": round(seconds, 1)},
             metrics=measured,
             mean_posterior_variance=result.mean_posterior_variance,
             mean_noise_variance=noise_variance,
