@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import shared_path
 
+from pyro_vae_defence.experiments.paper.items import ITEMS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # In the place of Python: notes its arguments, and fails or hangs where it is told to.
@@ -18,8 +21,11 @@ STUB = f"""#!/usr/bin/env bash
 case "$*" in
     "-m zipfile"*) exec {sys.executable} "$@" ;;
     -) cat > "$CALLS.environment"; exit ;;
+    "-c "*) shift 3; for name in "$@"; do [ "$name" = "$WHOLE" ] || echo "$name"; done; exit ;;
     "-m pytest"*) part=tests ;;
     *"benchmark gpu"*) part=benchmark ;;
+    *"experiments published"*) part=published ;;
+    *"experiments train"*) part=training ;;
     *) part=evaluation ;;
 esac
 echo "$part $PYTHONPATH $*" >> "$CALLS"
@@ -77,6 +83,52 @@ def test_evaluations_follow_each_other_until_their_time_is_up(ci):
     assert ci("evaluation", EVALUATION_NAMES=names, EVALUATION_LIMIT="0")[1] == []
 
 
+def test_published_results_are_gone_on_from(ci, tmp_path):
+    out = tmp_path / "out" / "published"
+    out.mkdir(parents=True)
+    (out / "mnist_vae.json").write_text("of an earlier run")
+    _, calls, _ = ci("published", WHOLE="mnist_vae")
+    assert (out / "mnist_vae.json").read_text() == "of an earlier run"
+    results = ROOT / "docs" / "results" / "published" / "fashion_mnist_vae.json"
+    assert (out / "fashion_mnist_vae.json").read_bytes() == results.read_bytes()
+    assert calls[0].split(" published ")[1].split()[0] == "fashion_mnist_vae"  # the other is whole
+    datasets = {line.split("--set dataset=")[1].split()[0] for line in calls}
+    assert datasets == {"mnist_subset", "fashion_mnist_subset", "color_mnist_subset"}
+    names = {line.split(" published ")[1].split()[0] for line in calls}
+    needed = {name for item in ITEMS.values() if item.study == "published" for name in item.names}
+    assert names == {name for name in needed if not name.endswith("_radii")} - {"mnist_vae"}
+
+
+def test_trainings_unpack_their_images_and_pass_over_what_is_there(ci, tmp_path):
+    models = tmp_path / "out" / "models"
+    models.mkdir(parents=True)
+    (models / "mnist_vae_longer.json").touch()
+    names = "mnist_vae_longer mnist_vae_long fashion_mnist_vae_longer"  # the second is in docs
+    raw = tmp_path / "some where" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    with gzip.open(raw / "images.gz", "wb") as file:
+        file.write(b"pixels")
+    settings = {"TRAINING_NAMES": names, "DATA_ROOT": str(tmp_path / "some where")}
+    code, calls, _ = ci("training", **settings)
+    assert code == 0
+    assert (raw / "images").read_bytes() == b"pixels"
+    assert (raw / "images.gz").exists()
+    (call,) = calls
+    root = settings["DATA_ROOT"]
+    assert f"train fashion_mnist_vae_longer --quiet --device cuda --data-root {root} " in call
+    assert "dataset" not in call
+    _, calls, _ = ci("--cpu", "training", **settings | {"TRAINING_NAMES": "color_mnist_vae_longer"})
+    assert "--set dataset=color_mnist_subset" in calls[0]
+
+
+def test_one_that_fails_does_not_keep_others_from_running(ci):
+    names = "mnist_published_0.1 mnist_large_0.1"
+    code, calls, status = ci("evaluation", fails="evaluation", EVALUATION_NAMES=names)
+    assert code == 4
+    assert len(calls) == 2
+    assert status[0].startswith("evaluation: failed with 3")
+
+
 def test_parts_are_chosen_and_rehearsed_on_the_cpu(ci):
     code, calls, _ = ci("--cpu", "evaluation", EVALUATION_ARGS="--set seed=3")
     assert code == 0
@@ -85,11 +137,16 @@ def test_parts_are_chosen_and_rehearsed_on_the_cpu(ci):
     assert calls[0].endswith("--set seed=3")
 
 
-@pytest.mark.parametrize(("part", "bit"), [("tests", 1), ("benchmark", 2), ("evaluation", 4)])
+@pytest.mark.parametrize(
+    ("part", "bit"),
+    [("tests", 1), ("benchmark", 2), ("evaluation", 4), ("published", 16), ("training", 32)],
+)
 def test_a_failed_part_is_named_and_the_others_run(ci, part, bit):
-    code, calls, status = ci(fails=part)
+    one = {"PUBLISHED_NAMES": "mnist_vae", "TRAINING_NAMES": "fashion_mnist_vae_longer"}
+    parts = ("tests", "benchmark", "evaluation", "published", "training")
+    code, calls, status = ci(*parts, fails=part, **one)
     assert code == bit
-    assert len(calls) == 3
+    assert len(calls) == 5
     assert sum("failed with 3" in line for line in status) == 1
     assert next(line for line in status if line.startswith(part)).startswith(f"{part}: failed")
 
@@ -120,6 +177,8 @@ def test_wheels_are_importable(ci, tmp_path):
         ("tests", "tests.log"),
         ("benchmark", "benchmark/gpu.json"),
         ("evaluation", "evaluation/mnist_radius_0.2.json"),
+        ("published", "published/mnist_vae.json"),
+        ("training", "models/mnist_vae_longer.safetensors"),
     ],
 )
 def test_every_part_runs_without_a_gpu(part, result, tmp_path, monkeypatch):
@@ -128,13 +187,18 @@ def test_every_part_runs_without_a_gpu(part, result, tmp_path, monkeypatch):
     environment = {
         **os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "TEST_PROCESSES": "0",
         "TESTS_ARGS": "-k streams", "TESTS_LIMIT": "900", "BENCHMARK_LIMIT": "900",
-        "EVALUATION_LIMIT": "900",
+        "EVALUATION_LIMIT": "900", "PUBLISHED_LIMIT": "900", "TRAINING_LIMIT": "900",
+        "PUBLISHED_NAMES": "mnist_vae", "TRAINING_NAMES": "mnist_vae_longer",
     }  # fmt: skip
     done = subprocess.run([str(ROOT / ".ci" / "gpu"), "--cpu", part], env=environment)
     assert done.returncode == 0
     assert (tmp_path / "status.txt").read_text().startswith(f"{part}: ok")
     assert (tmp_path / result).exists()
     assert "torch" in (tmp_path / "environment.txt").read_text()
+    if part in ("published", "training"):  # what is whole is not begun again
+        log = (tmp_path / f"{part}.log").read_bytes()
+        subprocess.run([str(ROOT / ".ci" / "gpu"), "--cpu", part], env=environment, check=True)
+        assert (tmp_path / f"{part}.log").read_bytes() == log
 
 
 def test_an_unknown_part_is_refused(ci):

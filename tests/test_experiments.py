@@ -195,9 +195,13 @@ def test_models_are_those_of_table_7():
         assert MODELS[f"{dataset}_se_0.2"].radius == 0.2
         assert {MODELS[f"{dataset}_se{also}"].gamma for also in ("_0.1", "_0.2", "_avae")} == {10.0}
     for dataset in ("mnist", "fashion_mnist", "color_mnist"):
-        first, second = (MODELS[f"{dataset}_vae{suffix}"] for suffix in ("", "_long"))
-        assert second.start_from == f"{dataset}_vae"
-        assert (second.objective, second.beta, second.epochs) == ("beta", 1.0, first.epochs)
+        suffixes = ("", "_long", "_longer")
+        plain, long, longer = (MODELS[f"{dataset}_vae{suffix}"] for suffix in suffixes)
+        for again in (long, longer):
+            assert again.start_from == f"{dataset}_vae"
+            assert (again.objective, again.beta) == ("beta", 1.0)
+        assert long.epochs == plain.epochs
+        assert plain.epochs + longer.epochs == 300  # the paper's
 
 
 def test_the_coupling_of_se_is_the_one_that_the_published_sweep_found():

@@ -13,6 +13,7 @@ from torch.distributions import Normal
 from pyro_vae_defence.experiments import grids
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.tables import at
 from pyro_vae_defence.experiments.theory import LINEAR, LinearGaussian, Theory, TheoryConfig
 from pyro_vae_defence.experiments.two_latents import (
     Below,
@@ -296,9 +297,36 @@ def test_encodings_and_chains_are_written_and_drawn(models, tmp_path):
         before, after = (energy({"z": torch.tensor(cell[n]["z"])}) for n in ("start", "end"))
     differences = [torch.tensor(cell[n]["below_mode"]) for n in ("start", "end")]
     assert torch.allclose(after - before, differences[1] - differences[0], atol=1e-3)
+    # What half the spacing changes is what a run with it says otherwise.
+    settings |= {"spacing": 0.25}
+    half = TwoLatents(name, tmp_path, None, models, settings, progress=False)
+    half.load()
+    half.versions, half.defended = run.versions, run.defended
+    cells = [run.result["images"].values(), [half.image(n) for n in range(3)]]
+
+    def changes(*places):
+        one, other = (
+            torch.tensor([[at(cell, place) for place in places] for cell in found])
+            for found in cells
+        )
+        return (one - other).abs()
+
+    finer = run.result["finer"]
+    assert finer["spacing"] == 0.25
+    for measure, places in {
+        "kl": ["kl"],
+        "variation": ["variation"],
+        "below_mode": ["start/below_mode", "end/below_mode"],
+    }.items():
+        assert finer[measure] > 0
+        assert finer[measure] == pytest.approx(float(changes(*places).max()), rel=1e-5)
+    regions = ("inside_reference", "inside_own")
+    flags = changes(*(f"{place}/{region}" for place in ("start", "end") for region in regions))
+    assert (finer["inside"], finer["flags"]) == (int(flags.sum()), flags.numel())
     write_pages({"two_latents": TwoLatents}, tmp_path)
     text = (tmp_path / "tables.md").read_text()
     assert "| attacked, behind HMC |" in text
+    assert f"{finer['inside']} of 36 times a latent gets into a region" in text
     assert "![Two latent dimensions" in text
     labels = latents_figure(run.result, first).axes[0].get_legend_handles_labels()[1]
     assert len(labels) <= 5

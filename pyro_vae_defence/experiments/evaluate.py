@@ -261,8 +261,8 @@ def _table(dataset: str, results: Path) -> str:
         # Models that the paper's table does not have are shown once they are measured.
         if path is None and name not in TABLE_7:
             continue
-        # Its one plain model stands beside both of ours.
-        printed = TABLE_7.get(name.removesuffix("_long"))
+        # Its one plain model stands beside all of ours.
+        printed = TABLE_7.get(name.partition("_long")[0])
         of_paper = ["–", "–"] if printed is None else [f"{printed[k]:g}" for k in ("nll", "mse")]
         nll, mse = tables.NOT_MEASURED, tables.NOT_MEASURED
         if path is not None:

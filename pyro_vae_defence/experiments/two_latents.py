@@ -11,7 +11,7 @@ attacked images, stand:
 - the similarity of their reconstruction to one of the reference, an undefended draw.
 
 Modes and regions are those of a grid (:mod:`pyro_vae_defence.experiments.grids`); densities at
-latents are the decoder's.
+latents are the decoder's. How much the grid's spacing decides is measured by half of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 from pyro_vae_defence import attacks, metrics, plots
 from pyro_vae_defence.defence import DefenceResult
 from pyro_vae_defence.experiments import configuration as conf
-from pyro_vae_defence.experiments import grids, tables
+from pyro_vae_defence.experiments import grids, study, tables
 from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.drawing import legend_below, new_figure
 from pyro_vae_defence.experiments.study import METRIC, VARIANT, Cell, Measurement, interval
@@ -103,9 +103,10 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
         self.x_ref, _ = self.choose(card.dataset, config.num_images, "references")
 
     def cells(self) -> Iterator[Cell]:
-        """Image after image."""
+        """Image after image, then all of them on a finer grid."""
         for image in range(self.config.num_images):
             yield ("images", f"{image:02d}"), partial(self.image, image)
+        yield ("finer",), self.finer
 
     @cached_property
     def versions(self) -> Tensor:
@@ -118,10 +119,10 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
         )
         return torch.cat([self.x_ref[None], attack(self.x_ref, self.generator("attack")).x_adv])
 
-    @cached_property
-    def energies(self) -> Tensor:
+    @study.remembered
+    def energies(self, grid: grids.Grid) -> Tensor:
         """At the nodes, ``(1 + attacks, N, size, size)``."""
-        found = grids.energies(self.vae, self.versions.flatten(0, 1), self.grid)
+        found = grids.energies(self.vae, self.versions.flatten(0, 1), grid)
         return found.unflatten(0, self.versions.shape[:2])
 
     @cached_property
@@ -130,41 +131,86 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
         defence = make_defence("hmc", Setting(self.vae, self.config.chain))
         return defence(self.versions.flatten(0, 1), self.generator("defence"))
 
-    @torch.no_grad()
-    def image(self, image: int) -> dict[str, Any]:
-        """One reference (the first of its rows) and its attacked versions."""
-        versions, number = self.versions[:, image], len(self.versions)
-        rows = torch.arange(number) * len(self.x_ref) + image
-        places = {
+    def places(self, image: int) -> dict[str, Tensor]:
+        """Draws of the guide and ends of chains, of a reference (the first) and its attacked
+        versions, ``(1 + attacks, 2)``."""
+        rows = torch.arange(len(self.versions)) * len(self.x_ref) + image
+        return {
             "start": self.defended.initial["z"][0, rows],
             "end": self.defended.latents["z"][rows],
         }
-        log_p = grids.posterior(self.energies[:, image])
+
+    @torch.no_grad()
+    def on_grid(self, image: int, grid: grids.Grid) -> dict[str, Any]:
+        """What a grid decides of these places, and of the posteriors of these versions."""
+        versions, number = self.versions[:, image], len(self.versions)
+        log_p = grids.posterior(self.energies(grid)[:, image])
         references = versions[:1].expand(number, -1, -1, -1)
-        at_reference = Below(self.vae, references, log_p[:1].expand(number, -1), self.grid)
-        at_own = Below(self.vae, versions, log_p, self.grid)
+        at_reference = Below(self.vae, references, log_p[:1].expand(number, -1), grid)
+        at_own = Below(self.vae, versions, log_p, grid)
+        found: dict[str, Any] = {
+            name: {
+                "below_mode": at_reference(z),
+                "inside_reference": at_reference.inside(z),
+                "inside_own": at_own.inside(z),
+            }
+            for name, z in self.places(image).items()
+        }
+        found["kl"] = grids.kl(log_p[:1], log_p[1:])
+        found["variation"] = grids.total_variation(log_p[:1].exp(), log_p[1:].exp())
+        found["log_p"] = log_p[:2]
+        return found
+
+    @torch.no_grad()
+    def image(self, image: int) -> dict[str, Any]:
+        """One reference (the first of its rows) and its attacked versions."""
+        versions, places = self.versions[:, image], self.places(image)
+        on_grid = self.on_grid(image, self.grid)
+        references = versions[:1].expand(len(versions), -1, -1, -1)
         before = self.reconstruct(self.vae, references, "before", image)
         found: dict[str, Any] = {
             name: {
                 "z": z.tolist(),
-                "below_mode": at_reference(z).tolist(),
-                "inside_reference": at_reference.inside(z).tolist(),
-                "inside_own": at_own.inside(z).tolist(),
+                **{of: value.tolist() for of, value in on_grid[name].items()},
                 "ms_ssim": metrics.ms_ssim(
                     before.cpu(), self.vae.decode(z).clamp(0, 1).cpu(), variant=VARIANT
                 ).tolist(),
             }
             for name, z in places.items()
         }
-        found["kl"] = grids.kl(log_p[:1], log_p[1:]).tolist()
-        found["variation"] = grids.total_variation(log_p[:1].exp(), log_p[1:].exp()).tolist()
+        found["kl"] = on_grid["kl"].tolist()
+        found["variation"] = on_grid["variation"].tolist()
         if image < self.config.num_drawn:
+            rows = torch.arange(len(versions)) * len(self.x_ref) + image
             draws = self.defended.samples["z"][0][:, rows]
             found["paths"] = draws.transpose(0, 1).tolist()
-            found["background"] = [picture(log_p[n], self.grid) for n in (0, 1)]
+            found["background"] = [picture(log_p, self.grid) for log_p in on_grid["log_p"]]
             shown = [versions[:2], *(self.vae.decode(z[:2]) for z in places.values())]
             found["examples"] = plots.picture(shown)
         return found
+
+    def finer(self) -> dict[str, Any]:
+        """How much half the spacing changes at most, over all images and versions; of flags, how
+        many of them."""
+        finer = self.grid._replace(spacing=self.grid.spacing / 2)
+        changes: dict[str, list[Tensor]] = {}
+        for image in range(self.config.num_images):
+            two = [self.on_grid(image, grid) for grid in (self.grid, finer)]
+            for name in ("kl", "variation"):
+                changes.setdefault(name, []).append(two[0][name] - two[1][name])
+            for place in ("start", "end"):
+                for name, value in two[0][place].items():
+                    of = name.partition("_")[0]
+                    changes.setdefault(of, []).append(value - two[1][place][name])
+        every = {name: torch.cat(found).abs() for name, found in changes.items()}
+        return {
+            "spacing": finer.spacing,
+            "kl": float(every["kl"].max()),
+            "variation": float(every["variation"].max()),
+            "below_mode": float(every["below"].max()),
+            "inside": int(every["inside"].sum()),
+            "flags": len(every["inside"]),
+        }
 
     # --- Tables and figures ---
 
@@ -200,6 +246,15 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
             f"variation {between[1]}, medians.",
             "",
         ]
+        if finer := result.get("finer"):
+            lines += [
+                f"What the grid leaves: with half the spacing, {finer['spacing']:g}, of single "
+                f"attacks and latents no KL changes by more than {finer['kl']:.2g} nats, no total "
+                f"variation by more than {finer['variation']:.2g}, no depth below a mode by more "
+                f"than {finer['below_mode']:.2g} nats; {finer['inside']} of {finer['flags']} times "
+                "a latent gets into a region, or out of it.",
+                "",
+            ]
         return tables.section(f"## {result['name']}", note, lines, result)
 
     @classmethod
