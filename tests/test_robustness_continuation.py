@@ -19,6 +19,7 @@ from pyro_vae_defence.attacks.starts import given
 from pyro_vae_defence.defence import DefendedClassifier, MCMCDefence
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.models.tempered import Tempered, tempered
@@ -139,6 +140,44 @@ class TestTempered:
         torch.testing.assert_close(box.energy(x, latents), program.potential(vae, x)(latents))
         assert box.step_size < surrogate.step_size
         assert box.evaluations == surrogate.evaluations > 0
+
+    def test_recorded_gradients_serve_surrogates(self):
+        """Those of one temperature serve all of its boxes."""
+        vae, x, _ = problem(3)
+        ends = []
+        for prepare in (None, Recorder()):
+            defence = MCMCDefence(vae, HMC, 2, 1, perturbation=Linf(0.1), prepare=prepare)
+            box = WhiteBox(vae, defence, x, Fresh(1)).tempered(0.3)
+            streams = Streams.create(3, seed=2)
+            start = box.start(x, streams)
+            with torch.no_grad():
+                end = box.chain(x, start, streams)
+                ends.append(box.transitions(2, 0.05)(x, end, streams)["z"])
+        torch.testing.assert_close(*ends)
+        recordings = prepare.recordings
+        assert len(recordings) > 0
+        assert all(recording is not None for recording, *_ in recordings.values())
+        number = len(recordings)
+        for b, new in ((0.3, False), (0.4, True)):
+            with torch.no_grad():
+                box.tempered(b).transitions(2, 0.05)(x, end, streams)
+            assert (len(recordings) > number) == new
+
+    def test_rows_of_a_conditional_surrogate_keep_their_conditions(self):
+        vae, x, y = Several(), torch.rand(3, 1, 4, 4).double(), torch.tensor([0.0, 1.0, 1.0])
+
+        def guide(x, y):
+            with pyro.plate("data", len(x)):
+                one = x.new_ones(len(x), 2)
+                pyro.sample("z", dist.Gamma(one + y[:, None], one).to_event(1))
+
+        vae.guide = guide
+        defence = MCMCDefence(vae, HMC, 1, 1)
+        bound, images = program.at_images(vae, (x, y))
+        few = WhiteBox(bound, defence, images, conditions=(y,)).tempered(0.2).at(slice(1, 3))
+        z = {"z": torch.randn(2, 2).double()}
+        expected = ModelPotential(Tempered(vae.model, 0.2), x[1:], y[1:])(z)
+        torch.testing.assert_close(few.energy(x[1:], z), expected)
 
 
 def suite_of(num=6, delta=0.1, **budget):

@@ -120,9 +120,15 @@ class WhiteBox:
 
     def _read(self) -> None:
         """What hinges on the conditions of the images."""
-        defence, model = self.defence, self.vae.model
+        defence = self.defence
+        self._target: Any = self.vae.model
         if isinstance(defence, (MCMCDefence, PosteriorModeDefence)):
-            model = program.target(self.vae, defence.perturbation)
+            self._target = program.target(self.vae, defence.perturbation)
+        self._build()
+
+    def _build(self) -> None:
+        """What hinges on the target of the chain, or of a surrogate's."""
+        defence, model = self.defence, self._target
         if self._inverse_temperature < 1:
             model = tempered(model, self._inverse_temperature)
         counted = self._counted(model)
@@ -177,7 +183,7 @@ class WhiteBox:
         other._inverse_temperature = inverse_temperature
         for found in ("step_size", "_whole"):
             other.__dict__.pop(found, None)
-        other._read()
+        other._build()
         return other
 
     @property
