@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pyro
@@ -9,13 +10,22 @@ import pyro.distributions as dist
 import pyro.infer
 import pytest
 import torch
-from programs import HierarchicalVAE, LinearGaussianVAE, PlaneVAE, plane_classifier
+from programs import (
+    HierarchicalVAE,
+    LinearGaussianVAE,
+    PlaneVAE,
+    TutorialVAE,
+    plane_classifier,
+)
 from pyro import poutine
 from test_enumeration import MODELS, by_hand, images, latents_of
 
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.defence.starts import walk_gradients
+from pyro_vae_defence.experiments.configuration import ChainConfig
+from pyro_vae_defence.experiments.defences import Setting, make_defence
+from pyro_vae_defence.experiments.robustness import RobustnessConfig, gradients_per_image
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedMAMS, BatchedNUTS, annealed
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.compiled import Recorder
@@ -261,22 +271,40 @@ def test_derivatives_of_a_start_that_is_not_the_encoding(linear_vae):
     assert torch.autograd.grad(end.sum(), begin["z"], allow_unused=True) == (None,)
 
 
-def test_all_attacks_on_annealed_starts():
+def test_attacks_on_annealed_starts():
     vae = PlaneVAE().eval()
-    x = torch.rand(6, 1, 2, 4)
+    x = torch.rand(2, 1, 2, 4)
     kernel = functools.partial(BatchedHMC, num_steps=2, step_size=0.2)
     defence = MCMCDefence(
-        vae, kernel, 2, 1, perturbation=Linf(0.1), initial="annealed", num_temperatures=3
+        vae, kernel, 1, 0, perturbation=Linf(0.1), initial="annealed", num_temperatures=2
     )
     budget = Budget(
-        num_steps=2, num_restarts=1, num_draws=(2,), num_chains=3, num_directions=1,
-        black_box_steps=1, num_iterations=1, selection_draws=1, scoring_draws=2,
+        num_steps=2, num_restarts=1, num_draws=(2,), num_chains=2, persistent_transitions=1,
+        selection_draws=1, scoring_draws=1,
     )  # fmt: skip
+    tried = ("transfer", "encoder", "bpda", "equilibrium", "evidence", "truncated")
     report = evaluate_robustness(
         vae, defence, x, classifier=plane_classifier, ball=Linf(0.1), budget=budget, checks=False,
-        generator=torch.Generator().manual_seed(0),
+        attacks=(*tried, "unroll"), generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    assert report.skipped == {"unroll": "the search for the chain's start is not unrolled"}
-    assert [each.name for each in report.attacks] == [r.name for r in ATTACKS if r.name != "unroll"]
+    assert [each.name for each in report.attacks] == list(tried)
+    assert report.skipped["unroll"] == "the search for the chain's start is not unrolled"
     assert report.defence["initial"] == "annealed"
     assert report.per_image.isfinite().all()
+
+
+def test_the_named_defence_is_aware_but_for_its_start():
+    vae = TutorialVAE().eval()
+    setting = Setting(vae, ChainConfig(), {"latent": torch.ones(5)}, radius=0.1)
+    annealed_starts, aware = (make_defence(f"{name}@6", setting) for name in ("annealed", "aware"))
+    for field in dataclasses.fields(MCMCDefence):
+        one, other = (getattr(each, field.name) for each in (annealed_starts, aware))
+        if field.name == "initial":
+            assert (one, other) == ("annealed", "guide")
+        elif field.name != "kernel":
+            assert one == other
+    costs = [
+        sum(gradients_per_image(RobustnessConfig("mnist_vae", 0.1), name).values())
+        for name in ("annealed", "aware")
+    ]
+    assert costs[0] > costs[1]
