@@ -140,6 +140,33 @@ def test_the_image_counts_by_the_target_alone(linear_vae):
     assert not torch.equal(one.initial["z"], defend(linear_vae, x).initial["z"])  # the target
 
 
+class TwoModes:
+    """A class that is summed out says on which of two sides z is; the image cannot tell, and the
+    encoder knows one of them."""
+
+    def model(self, x):
+        with pyro.plate("data", x.shape[0]):
+            side = pyro.sample("side", dist.Bernoulli(x.new_full((x.shape[0],), 0.7)))
+            z = pyro.sample("z", dist.Normal(2.0 * side - 1.0, 0.2))
+            mean = z.abs()[..., None, None, None].expand(*z.shape, 1, 4, 4)
+            pyro.sample("obs", dist.Normal(mean, 0.3).to_event(3), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("side", dist.Bernoulli(x.new_ones(x.shape[0])))
+            pyro.sample("z", dist.Normal(x.flatten(1).mean(1), 0.05))
+
+
+def test_walks_find_the_mode_that_the_encoder_does_not_know():
+    x = torch.full((400, 1, 4, 4), 0.9)
+    for initial, share in (("guide", 1.0), ("annealed", 0.7)):
+        found = defend(TwoModes(), x, num_temperatures=12, initial=initial)
+        for z in (found.initial["z"], found.latents["z"]):
+            # 5 standard errors.
+            assert abs(float((z > 0).double().mean()) - share) < 5 * (0.21 / 400) ** 0.5
+        assert (found.initial["z"].abs() - 0.9).abs().mean() < 0.1  # of draws of the prior: 0.18
+
+
 SERVED = {
     "constrained": (HierarchicalVAE, {}),
     "perturbation": (HierarchicalVAE, {"perturbation": Linf(0.1)}),
