@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pyro
@@ -9,13 +10,22 @@ import pyro.distributions as dist
 import pyro.infer
 import pytest
 import torch
-from programs import HierarchicalVAE, LinearGaussianVAE, PlaneVAE, plane_classifier
+from programs import (
+    HierarchicalVAE,
+    LinearGaussianVAE,
+    PlaneVAE,
+    TutorialVAE,
+    plane_classifier,
+)
 from pyro import poutine
 from test_enumeration import MODELS, by_hand, images, latents_of
 
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.defence.starts import walk_gradients
+from pyro_vae_defence.experiments.configuration import ChainConfig
+from pyro_vae_defence.experiments.defences import Setting, make_defence
+from pyro_vae_defence.experiments.robustness import RobustnessConfig, gradients_per_image
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedMAMS, BatchedNUTS, annealed
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.compiled import Recorder
@@ -128,6 +138,33 @@ def test_the_image_counts_by_the_target_alone(linear_vae):
         assert torch.equal(one.initial["z"], other.initial["z"])
         assert torch.equal(one.latents["z"], other.latents["z"])
     assert not torch.equal(one.initial["z"], defend(linear_vae, x).initial["z"])  # the target
+
+
+class TwoModes:
+    """A class that is summed out says on which of two sides z is; the image cannot tell, and the
+    encoder knows one of them."""
+
+    def model(self, x):
+        with pyro.plate("data", x.shape[0]):
+            side = pyro.sample("side", dist.Bernoulli(x.new_full((x.shape[0],), 0.7)))
+            z = pyro.sample("z", dist.Normal(2.0 * side - 1.0, 0.2))
+            mean = z.abs()[..., None, None, None].expand(*z.shape, 1, 4, 4)
+            pyro.sample("obs", dist.Normal(mean, 0.3).to_event(3), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("side", dist.Bernoulli(x.new_ones(x.shape[0])))
+            pyro.sample("z", dist.Normal(x.flatten(1).mean(1), 0.05))
+
+
+def test_walks_find_the_mode_that_the_encoder_does_not_know():
+    x = torch.full((400, 1, 4, 4), 0.9)
+    for initial, share in (("guide", 1.0), ("annealed", 0.7)):
+        found = defend(TwoModes(), x, num_temperatures=12, initial=initial)
+        for z in (found.initial["z"], found.latents["z"]):
+            # 5 standard errors.
+            assert abs(float((z > 0).double().mean()) - share) < 5 * (0.21 / 400) ** 0.5
+        assert (found.initial["z"].abs() - 0.9).abs().mean() < 0.1  # of draws of the prior: 0.18
 
 
 SERVED = {
@@ -261,22 +298,40 @@ def test_derivatives_of_a_start_that_is_not_the_encoding(linear_vae):
     assert torch.autograd.grad(end.sum(), begin["z"], allow_unused=True) == (None,)
 
 
-def test_all_attacks_on_annealed_starts():
+def test_attacks_on_annealed_starts():
     vae = PlaneVAE().eval()
-    x = torch.rand(6, 1, 2, 4)
+    x = torch.rand(2, 1, 2, 4)
     kernel = functools.partial(BatchedHMC, num_steps=2, step_size=0.2)
     defence = MCMCDefence(
-        vae, kernel, 2, 1, perturbation=Linf(0.1), initial="annealed", num_temperatures=3
+        vae, kernel, 1, 0, perturbation=Linf(0.1), initial="annealed", num_temperatures=2
     )
     budget = Budget(
-        num_steps=2, num_restarts=1, num_draws=(2,), num_chains=3, num_directions=1,
-        black_box_steps=1, num_iterations=1, selection_draws=1, scoring_draws=2,
+        num_steps=2, num_restarts=1, num_draws=(2,), num_chains=2, persistent_transitions=1,
+        selection_draws=1, scoring_draws=1,
     )  # fmt: skip
+    tried = ("transfer", "encoder", "bpda", "equilibrium", "evidence", "truncated")
     report = evaluate_robustness(
         vae, defence, x, classifier=plane_classifier, ball=Linf(0.1), budget=budget, checks=False,
-        generator=torch.Generator().manual_seed(0),
+        attacks=(*tried, "unroll"), generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    assert report.skipped == {"unroll": "the search for the chain's start is not unrolled"}
-    assert [each.name for each in report.attacks] == [r.name for r in ATTACKS if r.name != "unroll"]
+    assert [each.name for each in report.attacks] == list(tried)
+    assert report.skipped["unroll"] == "the search for the chain's start is not unrolled"
     assert report.defence["initial"] == "annealed"
     assert report.per_image.isfinite().all()
+
+
+def test_the_named_defence_is_aware_but_for_its_start():
+    vae = TutorialVAE().eval()
+    setting = Setting(vae, ChainConfig(), {"latent": torch.ones(5)}, radius=0.1)
+    annealed_starts, aware = (make_defence(f"{name}@6", setting) for name in ("annealed", "aware"))
+    for field in dataclasses.fields(MCMCDefence):
+        one, other = (getattr(each, field.name) for each in (annealed_starts, aware))
+        if field.name == "initial":
+            assert (one, other) == ("annealed", "guide")
+        elif field.name != "kernel":
+            assert one == other
+    costs = [
+        sum(gradients_per_image(RobustnessConfig("mnist_vae", 0.1), name).values())
+        for name in ("annealed", "aware")
+    ]
+    assert costs[0] > costs[1]

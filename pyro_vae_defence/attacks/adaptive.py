@@ -48,8 +48,9 @@ numbers).
 
 Biases. Unroll is exact for one trajectory, not for how decisions depend on x. BPDA replaces
 :math:`\partial_x F + \partial_{z_0} F\, dz_0/dx` by :math:`dz_0/dx`: for a chain that has forgotten
-its start it is the derivative of the *encoder*. Implicit is exact at a mode, and off by the
-difference between the derivative of a mode and of a draw elsewhere. Truncated omits what the first
+its start, or does not start at the encoding, it is the derivative of the *encoder*. Implicit is
+exact at a mode, and off by the difference between the derivative of a mode and of a draw elsewhere.
+Truncated omits what the first
 T - K transitions carry, which fades with mixing. Equilibrium and NES are unbiased, up to
 stationarity and to the smoothing, but noisy.
 
