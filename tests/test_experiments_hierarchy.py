@@ -3,6 +3,8 @@ CelebA weights."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 
 import pytest
@@ -30,6 +32,7 @@ SMALL = {
     "chain.num_steps": 1,
     "metric_images": 6,
     "batch_size": 3,
+    "num_examples": 2,
 }
 
 
@@ -63,6 +66,11 @@ def test_every_group_and_defence_is_scored(models, tmp_path):
             found = entry["defences"][name]
             assert 0 <= found["ms_ssim"]["estimate"] <= 1
             assert found["gradients_per_image"] >= 4
+    # Pictures are of the attack on the most groups: both references, in four rows.
+    one, three = (result["groups"][k]["defences"]["hmc"] for k in ("1", "3"))
+    assert "examples" not in one
+    with Image.open(io.BytesIO(base64.b64decode(three["examples"]))) as pixels:
+        assert pixels.size == (2 * 29 + 1, 4 * 29 + 1)
     tables, figure = write_pages({DefendHierarchy.kind: DefendHierarchy}, tmp_path)
     text = tables.read_text()
     estimate = result["groups"]["3"]["defences"]["aware"]["ms_ssim"]["estimate"]
@@ -161,6 +169,7 @@ def test_table_8_of_celeba_is_one_command(tmp_path, capsys):
     arguments += ["--data-root", str(celeba(tmp_path, 2)), "--output", str(tmp_path / "results")]
     # A small radius: the search of levels, which `aware` makes at each step, is quick.
     small = {"groups": (2,), "num_references": 2, "num_restarts": 1, "metric_images": 2}
+    small |= {"num_examples": 2}
     small |= {"radius": 0.01}
     small |= {"chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 1}
     small |= {"attack_steps": 2, "defences": ("none", "hmc", "aware")}

@@ -32,9 +32,15 @@ from pyro_vae_defence.experiments.paper.items import (
     write_page,
 )
 from pyro_vae_defence.experiments.paper.printed import TABLE_3, TABLE_4, Printed, corrected, printed
-from pyro_vae_defence.experiments.paper.sections import NOTHING, SECTIONS, difference
+from pyro_vae_defence.experiments.paper.sections import (
+    NOTHING,
+    SECTIONS,
+    difference,
+    examples_figure,
+)
 from pyro_vae_defence.experiments.published import Published
 from pyro_vae_defence.models.pretrained import load_card, load_pretrained
+from pyro_vae_defence.plots import picture
 
 # Where the text that was read off the pages is not what they say.
 MISREAD = {"0.52 (0.03) 0.52 (0.03) 0.66 (0.03)": "0.52 (0.03) 0.66 (0.03)"}
@@ -470,6 +476,23 @@ def test_printed_numbers_meet_the_cell_that_they_are_of(tmp_path):
     assert "Of 6 printed numbers that are measured, ours differs from 3 by more than" in text
     assert "For 2 no error is printed, and their intervals have ours alone." in text
     assert "- `mnist_vae`: References of `mnist_subset`, not of the full test set." in text
+
+
+def test_rows_of_nvae_stand_in_figure_3(tmp_path):
+    assert examples_figure(tmp_path) is None
+    shades = [torch.full((2, 1, 28, 28), shade / 5) for shade in range(1, 6)]
+    seen = {"none": shades[:4], "hmc": [*shades[:3], shades[4]]}
+    cells = {name: {"examples": picture(rows)} for name, rows in seen.items()}
+    groups = {"2": {"defences": {}}, "10": {"defences": cells}}
+    (tmp_path / "nvae").mkdir()
+    (tmp_path / "nvae" / "mnist_nvae_radius_0.1.json").write_text(json.dumps({"groups": groups}))
+    figure = examples_figure(tmp_path)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert axes.get_title() == "MNIST, NVAE"
+    pixels = axes.images[0].get_array()
+    centres = [float(pixels[int((row + 0.5) * len(pixels) / 5), 15, 0]) for row in range(5)]
+    assert centres == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=0.01)
 
 
 def test_numbers_in_words_are_those_of_results():

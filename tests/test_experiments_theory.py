@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from pyro_vae_defence.experiments.two_latents import (
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.contract import check_vae
 from pyro_vae_defence.models.pretrained import save_pretrained
+
+ROOT = Path(__file__).resolve().parents[1]
 
 GRID = grids.Grid(4.0, 0.05)
 
@@ -330,6 +333,22 @@ def test_encodings_and_chains_are_written_and_drawn(models, tmp_path):
     assert "![Two latent dimensions" in text
     labels = latents_figure(run.result, first).axes[0].get_legend_handles_labels()[1]
     assert len(labels) <= 5
+
+
+def test_the_picture_of_the_readme_is_of_its_result():
+    found = json.loads((ROOT / "docs/results/two_latents/mnist_radius_0.2.json").read_text())
+    first, *_ = cells = list(found["images"].values())
+    depths = [
+        float(torch.tensor(first[place]["below_mode"][1:]).quantile(0.5))
+        for place in ("start", "end")
+    ]
+    back = torch.tensor([cell["end"]["inside_reference"][1:] for cell in cells]).mean()
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "docs/images/two_latents_mnist_radius_0.2_00.png" in text
+    assert f"lie {depths[0]:.0f} nats below the mode" in text
+    assert f"the ends of chains (dots) {depths[1]:.0f}, medians of ten attacks" in text
+    assert (f"{float(back):.1f}", len(cells)) == ("0.2", 20)
+    assert "over 20 digits a fifth of the chains get back" in text
 
 
 def test_wrong_settings_of_two_latents(models, tmp_path, capsys):

@@ -246,7 +246,7 @@ SMALL = {
     DefendHierarchy: (
         "mnist_nvae_radius_0.1",
         {**CHAIN, **FEW, "dataset": "mnist_subset", "groups": (1, 3), "attack_steps": 2,
-         "metric_images": 6, "batch_size": 3},
+         "metric_images": 6, "batch_size": 3, "num_examples": 2},
     ),
     Evaluate: ("mnist_vae", {"num_images": 10, "num_samples": 3, "ais_images": 2, "ais_steps": 3}),
     Figures: (

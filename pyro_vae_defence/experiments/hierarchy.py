@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import attacks
+from pyro_vae_defence import attacks, plots
 from pyro_vae_defence.defence import DefenceResult
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
@@ -68,6 +68,8 @@ class HierarchyConfig(conf.Configuration):
         batch_size: most images at once, which bounds the memory.
         checkpointing: recompute activations in backward passes, which bounds the memory of large
             models.
+        num_examples: of the first references, how many are kept as pictures, under the attack on
+            the most groups.
         seed: seed of references, attacks and defences.
     """
 
@@ -86,7 +88,12 @@ class HierarchyConfig(conf.Configuration):
     metric_images: conf.Count = 1000
     batch_size: conf.Count = 500
     checkpointing: bool = False
+    num_examples: Annotated[int, conf.between(0, 8)] = 5
     seed: conf.Natural = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.refuse_above(num_examples="num_references")
 
 
 def _hierarchies() -> dict[str, HierarchyConfig]:
@@ -206,7 +213,11 @@ class DefendHierarchy(Measurement[HierarchyConfig]):
         if set(outcome.latents) != set(self.vae.sites):  # it has moved noise
             outcome = replace(outcome, latents=self.to_latents(outcome.latents))
         at_reference, at_attacked = self.energy(self.references), self.energy(x_adv)
-        return score(self.before, outcome, at_reference, at_attacked, self.image)
+        found = score(self.before, outcome, at_reference, at_attacked, self.image)
+        if self.config.num_examples and k == max(self.config.groups):
+            rows = (self.references, self.before.reconstruction, x_adv, outcome.reconstruction)
+            found["examples"] = plots.picture([x[: self.config.num_examples] for x in rows])
+        return found
 
     def undefended(self, x: Tensor, *purpose: object) -> DefenceResult:
         """One draw of the guide, decoded."""
