@@ -151,12 +151,12 @@ def test_models_stand_side_by_side_radius_by_radius():
     )
     rows = [line.split(" | ") for line in text.splitlines()[2:] if line]
     assert [[cell.split(" [")[0].strip("| `") for cell in cells] for cells in rows] == [
-        ["fashion_mnist", "0.1", "1.000", "1.000", "1.000"],
-        ["fashion_mnist", "0.2", "1.000", "1.000", "1.000"],
-        ["mnist", "0.1", "1.000", "1.000", "1.000"],
-        ["mnist_per_class", "0.1", "1.000", "0.500", "0.500"],
-        ["mnist", "0.2", "1.000", "1.000", "1.000"],
-        ["mnist_per_class", "0.2", "1.000", "0.500", "0.500"],
+        ["fashion_mnist`, 2", "0.1", "1.000", "1.000", "1.000"],
+        ["fashion_mnist`, 2", "0.2", "1.000", "1.000", "1.000"],
+        ["mnist`, 2", "0.1", "1.000", "1.000", "1.000"],
+        ["mnist_per_class`, 2", "0.1", "1.000", "0.500", "0.500"],
+        ["mnist`, 2", "0.2", "1.000", "1.000", "1.000"],
+        ["mnist_per_class`, 2", "0.2", "1.000", "0.500", "0.500"],
     ]
 
 

@@ -222,10 +222,10 @@ def side_by_side(results: dict[str, dict[str, Any]]) -> str:
             dataset = CONDITIONAL_MODELS[model].dataset
         for key, bounds in result["bounds"].items():
             cells = row(key, bounds, result.get("attacks", {}).get(key, {}))
-            shown = [f"`{name}`", key, cells[2], cells[3], cells[5]]
+            shown = [f"`{name}`, {cells[1]}", key, cells[2], cells[3], cells[5]]
             lines.append(((dataset or model, float(key)), shown))
     columns = [
-        "model", "radius", "accuracy, clean", "accuracy under any attack, bound",
+        "model, images", "radius", "accuracy, clean", "accuracy under any attack, bound",
         "accuracy under these attacks",
     ]  # fmt: skip
     ordered = sorted(lines, key=lambda line: line[0])

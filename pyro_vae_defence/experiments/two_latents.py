@@ -91,7 +91,7 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
         for radius in (0.1, 0.2)
     }
     output = "runs/two_latents"
-    parts = ("images",)
+    parts = ("images", "finer")
 
     def load(self) -> None:
         """The model, and references ``(N, C, H, W)``."""
@@ -103,10 +103,10 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
         self.x_ref, _ = self.choose(card.dataset, config.num_images, "references")
 
     def cells(self) -> Iterator[Cell]:
-        """Image after image, then all of them on a finer grid."""
-        for image in range(self.config.num_images):
-            yield ("images", f"{image:02d}"), partial(self.image, image)
-        yield ("finer",), self.finer
+        """Image after image, then each on a finer grid."""
+        for part, compute in (("images", self.image), ("finer", self.finer)):
+            for image in range(self.config.num_images):
+                yield (part, f"{image:02d}"), partial(compute, image)
 
     @cached_property
     def versions(self) -> Tensor:
@@ -141,8 +141,9 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
         }
 
     @torch.no_grad()
-    def on_grid(self, image: int, grid: grids.Grid) -> dict[str, Any]:
-        """What a grid decides of these places, and of the posteriors of these versions."""
+    def on_grid(self, image: int, grid: grids.Grid) -> tuple[dict[str, Any], Tensor]:
+        """What a grid says of these places, and of the posteriors of these versions; the log masses
+        of these, ``(1 + attacks, cells)``."""
         versions, number = self.versions[:, image], len(self.versions)
         log_p = grids.posterior(self.energies(grid)[:, image])
         references = versions[:1].expand(number, -1, -1, -1)
@@ -150,67 +151,46 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
         at_own = Below(self.vae, versions, log_p, grid)
         found: dict[str, Any] = {
             name: {
-                "below_mode": at_reference(z),
-                "inside_reference": at_reference.inside(z),
-                "inside_own": at_own.inside(z),
+                "below_mode": at_reference(z).tolist(),
+                "inside_reference": at_reference.inside(z).tolist(),
+                "inside_own": at_own.inside(z).tolist(),
             }
             for name, z in self.places(image).items()
         }
-        found["kl"] = grids.kl(log_p[:1], log_p[1:])
-        found["variation"] = grids.total_variation(log_p[:1].exp(), log_p[1:].exp())
-        found["log_p"] = log_p[:2]
-        return found
+        found["kl"] = grids.kl(log_p[:1], log_p[1:]).tolist()
+        found["variation"] = grids.total_variation(log_p[:1].exp(), log_p[1:].exp()).tolist()
+        return found, log_p
 
     @torch.no_grad()
     def image(self, image: int) -> dict[str, Any]:
         """One reference (the first of its rows) and its attacked versions."""
         versions, places = self.versions[:, image], self.places(image)
-        on_grid = self.on_grid(image, self.grid)
+        on_grid, log_p = self.on_grid(image, self.grid)
         references = versions[:1].expand(len(versions), -1, -1, -1)
         before = self.reconstruct(self.vae, references, "before", image)
         found: dict[str, Any] = {
             name: {
                 "z": z.tolist(),
-                **{of: value.tolist() for of, value in on_grid[name].items()},
+                **on_grid[name],
                 "ms_ssim": metrics.ms_ssim(
                     before.cpu(), self.vae.decode(z).clamp(0, 1).cpu(), variant=VARIANT
                 ).tolist(),
             }
             for name, z in places.items()
         }
-        found["kl"] = on_grid["kl"].tolist()
-        found["variation"] = on_grid["variation"].tolist()
+        found = on_grid | found
         if image < self.config.num_drawn:
             rows = torch.arange(len(versions)) * len(self.x_ref) + image
             draws = self.defended.samples["z"][0][:, rows]
             found["paths"] = draws.transpose(0, 1).tolist()
-            found["background"] = [picture(log_p, self.grid) for log_p in on_grid["log_p"]]
+            found["background"] = [picture(log_p[n], self.grid) for n in (0, 1)]
             shown = [versions[:2], *(self.vae.decode(z[:2]) for z in places.values())]
             found["examples"] = plots.picture(shown)
         return found
 
-    def finer(self) -> dict[str, Any]:
-        """How much half the spacing changes at most, over all images and versions; of flags, how
-        many of them."""
-        finer = self.grid._replace(spacing=self.grid.spacing / 2)
-        changes: dict[str, list[Tensor]] = {}
-        for image in range(self.config.num_images):
-            two = [self.on_grid(image, grid) for grid in (self.grid, finer)]
-            for name in ("kl", "variation"):
-                changes.setdefault(name, []).append(two[0][name] - two[1][name])
-            for place in ("start", "end"):
-                for name, value in two[0][place].items():
-                    of = name.partition("_")[0]
-                    changes.setdefault(of, []).append(value - two[1][place][name])
-        every = {name: torch.cat(found).abs() for name, found in changes.items()}
-        return {
-            "spacing": finer.spacing,
-            "kl": float(every["kl"].max()),
-            "variation": float(every["variation"].max()),
-            "below_mode": float(every["below"].max()),
-            "inside": int(every["inside"].sum()),
-            "flags": len(every["inside"]),
-        }
+    def finer(self, image: int) -> dict[str, Any]:
+        """What a grid of half the spacing says of the same."""
+        return self.on_grid(image, self.grid._replace(spacing=self.grid.spacing / 2))[0]
 
     # --- Tables and figures ---
 
@@ -246,15 +226,7 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
             f"variation {between[1]}, medians.",
             "",
         ]
-        if finer := result.get("finer"):
-            lines += [
-                f"What the grid leaves: with half the spacing, {finer['spacing']:g}, of single "
-                f"attacks and latents no KL changes by more than {finer['kl']:.2g} nats, no total "
-                f"variation by more than {finer['variation']:.2g}, no depth below a mode by more "
-                f"than {finer['below_mode']:.2g} nats; {finer['inside']} of {finer['flags']} times "
-                "a latent gets into a region, or out of it.",
-                "",
-            ]
+        lines += _grid_errors(result)
         return tables.section(f"## {result['name']}", note, lines, result)
 
     @classmethod
@@ -317,16 +289,63 @@ def _over_images(values: list[list[float]], statistic: str = "mean") -> dict[str
     return interval(torch.tensor(values).flatten(), image, statistic)
 
 
-def _row(cells: list[dict[str, Any]], place: str, attacked: bool) -> list[str]:
+def _entries(cells: list[dict[str, Any]], place: str, attacked: bool) -> dict[str, Any]:
+    """Measures of encodings or ends of chains by name, over images."""
     rows = slice(1, None) if attacked else slice(0, 1)
-    found = {
-        name: [cell[place][name][rows] for cell in cells]
-        for name in ("below_mode", "inside_reference", "inside_own", "ms_ssim")
+    names = ("below_mode", "inside_reference", "inside_own", "ms_ssim")
+    return {
+        name: _over_images(
+            [cell[place][name][rows] for cell in cells],
+            "median" if name == "below_mode" else "mean",
+        )
+        for name in names
+        if name in cells[0][place]
     }
+
+
+def _row(cells: list[dict[str, Any]], place: str, attacked: bool) -> list[str]:
+    digits = {"below_mode": 1, "inside_reference": 2, "inside_own": 2, "ms_ssim": 3}
+    found = _entries(cells, place, attacked)
+    return [tables.interval(found[name], digits[name]) for name in digits]
+
+
+def _grid_errors(result: dict[str, Any]) -> list[str]:
+    """What half the spacing of the grid changes, where that was measured of all images."""
+    both = [list(result.get(part, {}).values()) for part in ("images", "finer")]
+    if len(both[1]) < len(both[0]):
+        return []
+
+    def largest(*places: str) -> float:
+        """Of single attacks and latents."""
+        one, other = (
+            torch.tensor([[tables.at(cell, place) for place in places] for cell in cells])
+            for cells in both
+        )
+        return float((one - other).abs().max())
+
+    def of_table(*names: str) -> float:
+        """Of the estimates above."""
+        found = [
+            [_entries(cells, place, attacked)[name]["estimate"] for cells in both]
+            for name in names
+            for place in ("start", "end")
+            for attacked in (False, True)
+        ]
+        return max(abs(one - other) for one, other in found)
+
+    def of_median(name: str) -> float:
+        one, other = (_over_images([cell[name] for cell in cells], "median") for cells in both)
+        return abs(one["estimate"] - other["estimate"])
+
     return [
-        tables.interval(_over_images(found["below_mode"], "median"), 1),
-        *(tables.interval(_over_images(found[n]), 2) for n in ("inside_reference", "inside_own")),
-        tables.interval(_over_images(found["ms_ssim"])),
+        f"What the grid leaves: with half its spacing, {result['config']['spacing'] / 2:g}, depths "
+        f"in the table change by at most {of_table('below_mode'):.2g} nats, shares by "
+        f"{of_table('inside_reference', 'inside_own'):.2g}, the median KL by "
+        f"{of_median('kl'):.2g} nats and the median total variation by "
+        f"{of_median('variation'):.2g}; of single latents and attacks depths by up to "
+        f"{largest('start/below_mode', 'end/below_mode'):.2g} nats, KL by {largest('kl'):.2g}, "
+        f"total variations by {largest('variation'):.2g}.",
+        "",
     ]
 
 
