@@ -21,7 +21,8 @@ from pyro import poutine
 from test_enumeration import MODELS, by_hand, images, latents_of
 
 from pyro_vae_defence.attacks import adaptive
-from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.defence import Detector, MCMCDefence, detection_scores
+from pyro_vae_defence.defence.detection import score_names
 from pyro_vae_defence.defence.starts import walk_gradients
 from pyro_vae_defence.experiments.configuration import ChainConfig
 from pyro_vae_defence.experiments.defences import Setting, make_defence
@@ -335,3 +336,16 @@ def test_the_named_defence_is_aware_but_for_its_start():
         for name in ("annealed", "aware")
     ]
     assert costs[0] > costs[1]
+
+
+def test_scores_of_an_encoding_where_chains_do_not_start(linear_vae):
+    x = torch.rand(3, 1, 4, 4)
+    own = {"energy_drop", "start_energy", "start_error", "distance"}
+    found = {}
+    for initial in ("guide", "annealed"):
+        defence = MCMCDefence(linear_vae, HMC, 2, 1, 2, initial=initial, num_temperatures=4)
+        found[initial] = set(detection_scores(defence, defence(x)))
+        assert found[initial] == set(score_names(defence))
+    assert found["guide"] - found["annealed"] == own
+    with pytest.raises(ValueError, match=r"score_name must be one of end_energy.* got 'start_err"):
+        Detector(defence)
