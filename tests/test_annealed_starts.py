@@ -21,7 +21,8 @@ from pyro import poutine
 from test_enumeration import MODELS, by_hand, images, latents_of
 
 from pyro_vae_defence.attacks import adaptive
-from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.defence import Detector, MCMCDefence, detection_scores
+from pyro_vae_defence.defence.detection import score_names
 from pyro_vae_defence.defence.starts import walk_gradients
 from pyro_vae_defence.experiments.configuration import ChainConfig
 from pyro_vae_defence.experiments.defences import Setting, make_defence
@@ -177,7 +178,6 @@ SERVED = {
         LinearGaussianVAE,
         {"kernel": functools.partial(pyro.infer.HMC, step_size=0.01, num_steps=2)},
     ),
-    "recorded": (LinearGaussianVAE, {"prepare": Recorder()}),
 }
 
 
@@ -195,6 +195,12 @@ def test_starts_do_not_depend_on_the_batch(name):
     # Chains of an image have walks of their own.
     flat = next(iter(whole.initial.values())).flatten(2)
     assert len({tuple(row) for row in flat.flatten(0, 1).tolist()}) == 5 * chains
+
+
+def test_recorded_energies_lead_to_the_same_starts(linear_vae):
+    x = torch.rand(2, 1, 4, 4)
+    one, other = (defend(linear_vae, x, prepare=how).initial["z"] for how in (None, Recorder()))
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 def test_walks_have_noise_of_their_own(linear_vae, monkeypatch):
@@ -250,8 +256,11 @@ def test_arguments(linear_vae):
 # --- What attackers know of it --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prepare", [None, Recorder()])
-@pytest.mark.parametrize("initial", ["guide", "mean", "prior", "mode", "annealed"])
+@pytest.mark.parametrize(
+    ("initial", "prepare"),
+    [(name, None) for name in ("guide", "mean", "prior", "mode", "annealed")]
+    + [("annealed", Recorder())],
+)
 def test_the_white_box_runs_the_defences_chain(linear_vae, initial, prepare):
     x = torch.rand(4, 1, 4, 4)
     options = {"initial": initial, "mode_steps": 3, "num_temperatures": 4, "prepare": prepare}
@@ -309,7 +318,7 @@ def test_attacks_on_annealed_starts():
         num_steps=2, num_restarts=1, num_draws=(2,), num_chains=2, persistent_transitions=1,
         selection_draws=1, scoring_draws=1,
     )  # fmt: skip
-    tried = ("transfer", "encoder", "bpda", "equilibrium", "evidence", "truncated")
+    tried = ("bpda", "equilibrium", "evidence", "truncated")
     report = evaluate_robustness(
         vae, defence, x, classifier=plane_classifier, ball=Linf(0.1), budget=budget, checks=False,
         attacks=(*tried, "unroll"), generator=torch.Generator().manual_seed(0),
@@ -335,3 +344,16 @@ def test_the_named_defence_is_aware_but_for_its_start():
         for name in ("annealed", "aware")
     ]
     assert costs[0] > costs[1]
+
+
+def test_scores_of_an_encoding_where_chains_do_not_start(linear_vae):
+    x = torch.rand(3, 1, 4, 4)
+    own = {"energy_drop", "start_energy", "start_error", "distance"}
+    found = {}
+    for initial in ("guide", "annealed"):
+        defence = MCMCDefence(linear_vae, HMC, 2, 1, 2, initial=initial, num_temperatures=4)
+        found[initial] = set(detection_scores(defence, defence(x)))
+        assert found[initial] == set(score_names(defence))
+    assert found["guide"] - found["annealed"] == own
+    with pytest.raises(ValueError, match=r"score_name must be one of end_energy.* got 'start_err"):
+        Detector(defence)

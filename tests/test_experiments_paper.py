@@ -221,6 +221,9 @@ def test_an_item_runs_its_command_and_prints_what_is_made_of_it(tmp_path, capsys
     assert "## Table 4: beta-VAE and beta-TCVAE behind HMC" in printed
     assert "| mnist | step_size | 0.1 | 0.1 |" in printed
     ran.clear()
+    assert make(["figure_3"], str(tmp_path), run) == 0
+    assert [words[0] for words in ran] == ["published", "defend"]
+    ran.clear()
     assert make(["table_4", "figure_4"], str(tmp_path), lambda words: ran.append(words) or 2) == 2
     assert len(ran) == 1
 

@@ -20,7 +20,8 @@ All are high where an attack is suspected. ``start_energy`` and ``start_error`` 
 are the controls among the scores, and with ``disagreement`` all that :class:`EncoderDefence` and
 :class:`NoDefence` have without a filter. With a filter, :math:`z_0` is the encoding of the image
 before it, so that ``distance`` is what the filter changes (*feature squeezing*, Xu, Evans, Qi,
-2018, https://arxiv.org/abs/1704.01155). Latents are compared on the unconstrained scale.
+2018, https://arxiv.org/abs/1704.01155). Chains that start at the prior, or at walks from it, have
+no :math:`z_0`, and none of its four scores. Latents are compared on the unconstrained scale.
 
 :class:`~pyro_vae_defence.defence.Detector` turns a score into an alarm whose rate on clean images
 is set beforehand. :func:`pyro_vae_defence.metrics.auroc` and
@@ -78,6 +79,7 @@ def detection_scores(
         )
     perturbation = getattr(defence, "perturbation", None)
     encoder, moves = isinstance(defence, EncoderDefence), _moves(defence)
+    encoded = _encoded(defence)
     num_chains, num_draws = next(iter(result.samples.values())).shape[:2]
     vae = bind(defence.vae, result.x, result.conditions)
     x = result.x.repeat(num_chains, 1, 1, 1)
@@ -113,17 +115,19 @@ def detection_scores(
             else:
                 energies = [sampled(sampled.unconstrain(draw(t))) for t in range(num_draws)]
                 after = lat.unfold(torch.stack(energies).mean(0), num_chains)
-            scores["energy_drop"] = (lat.unfold(sampled(start), num_chains) - after).mean(0)
+            if encoded:
+                scores["energy_drop"] = (lat.unfold(sampled(start), num_chains) - after).mean(0)
             end_energy = plain(end)
             if perturbation is not None:
                 scores["perturbation_gain"] = over_chains(end_energy - sampled(end))
-        scores["start_energy"] = over_chains(plain(start))
-        scores["start_error"] = error(initial)
+        if encoded:
+            scores["start_energy"] = over_chains(plain(start))
+            scores["start_error"] = error(initial)
         if moves:
             scores["end_energy"] = over_chains(end_energy)
             scores["end_error"] = error(draw(-1))
     means = {name: value.mean(1) for name, value in samples.items()}
-    if moves:
+    if moves and encoded:
         moved = {name: means[name] - unfold(name, start) for name in means}
         scores["distance"] = _length(moved, variance).mean(0)
     if encoder:
@@ -145,11 +149,18 @@ def score_names(defence: Defence) -> tuple[str, ...]:
     else:
         several = not isinstance(defence, BaseDefence) or defence.num_chains > 1
     has = {
-        **dict.fromkeys(("energy_drop", "end_energy", "end_error", "distance"), _moves(defence)),
+        **dict.fromkeys(("end_energy", "end_error"), _moves(defence)),
+        **dict.fromkeys(("energy_drop", "distance"), _moves(defence) and _encoded(defence)),
+        **dict.fromkeys(("start_energy", "start_error"), _encoded(defence)),
         "perturbation_gain": aware and _moves(defence),
         "disagreement": several,
     }
     return tuple(name for name in SCORES if has.get(name, True))
+
+
+def _encoded(defence: Defence) -> bool:
+    """Whether chains start at the encoding, or where it has led."""
+    return getattr(defence, "initial", "guide") not in ("prior", "annealed")
 
 
 def _moves(defence: Defence) -> bool:

@@ -104,7 +104,8 @@ class ChainStart(NamedTuple):
             }
 
         schedule = sigmoid_schedule(self.num_temperatures)
-        step_sizes = streams.uniform(0).new_full((len(schedule) - 2,), _STEP_SIZE)
+        first = next(iter(start.values()))
+        step_sizes = first.new_full((len(schedule) - 2,), _STEP_SIZE)
         walks = annealed.walk(
             energy,
             energy.prior_energy,
