@@ -12,6 +12,7 @@ from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTH
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import chain_words, label
 from pyro_vae_defence.experiments.study import load
+from pyro_vae_defence.experiments.summary import protocol
 from pyro_vae_defence.experiments.train import DATASETS
 
 RADIUS = "0.2"
@@ -50,7 +51,7 @@ def front_table(results: Path) -> str:
         cells += [_reported(found, name, "robust/mean") for found in reports.values()]
         rows.append([label(name) + mark, *cells])
     lines = tables.table(columns, rows)
-    lines += [*_notes(unaware, suites, reports), ""]
+    lines += [*_notes(unaware, suites, reports), "", *protocol(results)]
     return "\n".join(lines)
 
 

@@ -49,10 +49,7 @@ def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str
     suites = list(study.read(results / "robustness", "robustness").values())
     if (controls := results / "robustness_controls").exists():
         suites += study.read(controls, "robustness").values()
-    known: list[str] = []
-    if (protocol := results / "robustness_protocol").exists():
-        known += adaptive(list(study.read(protocol, "robustness").values()), _PROTOCOL)
-    known += adaptive(suites)
+    known = [*protocol(results), *adaptive(suites)]
     lines = [
         *_defended(headlines, link),
         *known,
@@ -117,6 +114,12 @@ def _defended(headlines: list[Headline], link: str) -> Iterator[str]:
     yield from tables.table(["data set, radius", *heads], rows)
 
 
+def protocol(results: Path) -> Iterator[str]:
+    """The same of the evaluations of most images, if there are any."""
+    if (place := results / "robustness_protocol").exists():
+        yield from adaptive(list(study.read(place, "robustness").values()), _PROTOCOL)
+
+
 def adaptive(
     suites: list[dict[str, Any]], names: Sequence[str] = ("none", "dark_clip", "hmc", "aware")
 ) -> Iterator[str]:
@@ -138,6 +141,7 @@ def adaptive(
         "by data set, radius and figure (similarity of reconstructions is `ms_ssim[paper]`), "
         f"{' or '.join(map(str, numbers))} images, {' or '.join(map(str, restarts))} restart(s). "
         "*Clean* is without attack and defence; classes are then read at the encoding of the image."
+        + _readers(suites)
     )
     yield ""
     rows = []
@@ -161,6 +165,13 @@ def adaptive(
     of_chains = f"Chains: {'; '.join(chains)}. {own}" if chains else own
     yield f"{marked} {of_chains}" if found_marks else of_chains
     yield ""
+
+
+def _readers(suites: list[dict[str, Any]]) -> str:
+    """Who reads classes, where that is not the paper's linear classifier."""
+    names = [s["config"].get("classifier") for s in suites]  # older results do not name it
+    others = dict.fromkeys(f"`{name}`" for name in names if name is not None)
+    return f" Classes are read by {' and '.join(others)}." if others else ""
 
 
 def _worst_case(entry: Entry | None) -> str:
