@@ -26,6 +26,7 @@ case "$*" in
     *"benchmark gpu"*) part=benchmark ;;
     *"experiments published"*) part=published ;;
     *"experiments train"*) part=training ;;
+    *"experiments bound"*) part=bound ;;
     *) part=evaluation ;;
 esac
 echo "$part $PYTHONPATH $*" >> "$CALLS"
@@ -139,14 +140,22 @@ def test_parts_are_chosen_and_rehearsed_on_the_cpu(ci):
 
 @pytest.mark.parametrize(
     ("part", "bit"),
-    [("tests", 1), ("benchmark", 2), ("evaluation", 4), ("published", 16), ("training", 32)],
+    [
+        ("tests", 1),
+        ("benchmark", 2),
+        ("evaluation", 4),
+        ("published", 16),
+        ("training", 32),
+        ("bound", 64),
+    ],
 )
 def test_a_failed_part_is_named_and_the_others_run(ci, part, bit):
     one = {"PUBLISHED_NAMES": "mnist_vae", "TRAINING_NAMES": "fashion_mnist_vae_longer"}
-    parts = ("tests", "benchmark", "evaluation", "published", "training")
+    one["BOUND_NAMES"] = "mnist_validation"
+    parts = ("tests", "benchmark", "evaluation", "published", "training", "bound")
     code, calls, status = ci(*parts, fails=part, **one)
     assert code == bit
-    assert len(calls) == 5
+    assert len(calls) == 6
     assert sum("failed with 3" in line for line in status) == 1
     assert next(line for line in status if line.startswith(part)).startswith(f"{part}: failed")
 
@@ -179,6 +188,7 @@ def test_wheels_are_importable(ci, tmp_path):
         ("evaluation", "evaluation/mnist_radius_0.2.json"),
         ("published", "published/mnist_vae.json"),
         ("training", "models/mnist_vae_longer.safetensors"),
+        ("bound", "bound/mnist_validation.json"),
     ],
 )
 def test_every_part_runs_without_a_gpu(part, result, tmp_path, monkeypatch):
@@ -189,6 +199,7 @@ def test_every_part_runs_without_a_gpu(part, result, tmp_path, monkeypatch):
         "TESTS_ARGS": "-k streams", "TESTS_LIMIT": "900", "BENCHMARK_LIMIT": "900",
         "EVALUATION_LIMIT": "900", "PUBLISHED_LIMIT": "900", "TRAINING_LIMIT": "900",
         "PUBLISHED_NAMES": "mnist_vae", "TRAINING_NAMES": "mnist_vae_longer",
+        "BOUND_LIMIT": "900", "BOUND_NAMES": "mnist_validation",
     }  # fmt: skip
     done = subprocess.run([str(ROOT / ".ci" / "gpu"), "--cpu", part], env=environment)
     assert done.returncode == 0
