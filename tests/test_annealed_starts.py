@@ -90,13 +90,15 @@ def test_a_factor_is_no_part_of_what_is_drawn():
     torch.testing.assert_close(energy.prior_energy(z), expected)
 
 
-def test_a_prior_without_density_is_refused():
+@pytest.mark.parametrize("own", [False, True])
+def test_a_prior_without_density_is_refused(own):
     class Masked(LinearGaussianVAE):
         def model(self, x):
             weight, bias = self._to(x)
+            prior = dist.Normal(x.new_zeros(len(x), 3), 1.0)
             with pyro.plate("data", x.shape[0]):
-                with poutine.mask(mask=False):
-                    z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 3), 1.0).to_event(1))
+                with poutine.mask(mask=own):
+                    z = pyro.sample("z", (prior.mask(False) if own else prior).to_event(1))
                 mean = (z @ weight.T + bias).reshape(-1, 1, 4, 4)
                 pyro.sample("obs", dist.Normal(mean, self.noise).to_event(3), obs=x)
 

@@ -142,6 +142,24 @@ class TestScores:
         moved = result.samples["z"].log().mean(1) - result.initial["z"].log()
         assert torch.allclose(found, length(moved, torch.tensor(1.0)).mean(0))
 
+    def test_distances_of_a_site_without_event_dimensions(self, float64):
+        class Scalar:
+            def model(self, x):
+                with pyro.plate("data", len(x)):
+                    z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+                    mean = z[:, None, None, None].expand_as(x)
+                    pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+            def guide(self, x):
+                with pyro.plate("data", len(x)):
+                    pyro.sample("z", dist.Normal(x.flatten(1).mean(1), 0.1))
+
+        defence = MCMCDefence(Scalar(), KERNEL, 3, 1, 2)
+        result = defence(torch.rand(4, 1, 2, 2))
+        moved = result.samples["z"].mean(1) - result.initial["z"]
+        expected = moved.abs().mean(0)
+        torch.testing.assert_close(detection_scores(defence, result)["distance"], expected)
+
     def test_several_sites_and_a_wrong_variance(self):
         vae = HierarchicalVAE()
         defence = MCMCDefence(vae, KERNEL, 2, 1, 2)

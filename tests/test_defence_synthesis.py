@@ -162,6 +162,27 @@ def test_sites_may_have_a_support(vae, x):
     assert bool(((weights.mean(0) - 1).abs() < 4 * weights.std(0) / copies**0.5).all())
 
 
+def test_sites_may_have_no_event_dimensions(x):
+    class Scalars(TwoSites):
+        def model(self, x, y):
+            loc = y @ self.shift
+            with pyro.plate("data", len(x)):
+                b = pyro.sample("b", dist.LogNormal(loc[:, 1], 1.0))
+                a = pyro.sample("a", dist.Normal(loc[:, 0], 1.0))
+                self.observe(x, torch.stack([a, b.log()], 1), y)
+
+        def guide(self, x, y):
+            with pyro.plate("data", len(x)):
+                pyro.sample("a", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.sample("b", dist.LogNormal(torch.zeros(len(x)), 1.0))
+
+    one, other = (
+        make(each, Linf(DELTA), num_temperatures=3, num_walks=2).log_masses(x, seeded(2))
+        for each in (TwoSites(), Scalars())
+    )
+    torch.testing.assert_close(other.log_mass, one.log_mass)
+
+
 def test_derivative_is_that_of_the_integral(vae, x):
     """Against a difference of masses on the grid, in one direction; without perturbation the
     derivative exists everywhere."""

@@ -75,8 +75,10 @@ def test_linear_classifier_reads_any_programs_latents(tutorial_vae):
     means = program.posterior_mean(tutorial_vae, x)
     assert torch.equal(classifier(means), classifier(means["latent"]))
     assert torch.equal(classifier.classify(tutorial_vae, x), classifier(means).argmax(-1))
-    two = {"a": torch.ones(2, 3, 2), "b": torch.zeros(2, 4)}
-    assert flatten_latents(two).shape == (2, 10)
+    several = {"a": torch.ones(2, 3, 2), "b": torch.zeros(2, 4), "c": torch.tensor([5.0, 6.0])}
+    flat = flatten_latents(several)
+    assert flat.shape == (2, 11)
+    assert flat[:, 10].tolist() == [5.0, 6.0]  # of a site without event dimensions
 
 
 def test_a_linear_classifier_of_means_is_trained_and_stored(tmp_path):

@@ -113,6 +113,16 @@ def test_lbfgs_goes_where_adam_does_not():
     assert (rosenbrock(adam) > 1e-6).all()
 
 
+def test_lbfgs_on_sites_without_event_dimensions():
+    start = {"a": torch.tensor([-1.2, 0.5]), "b": torch.tensor([1.0, 2.0])}
+    found, _ = search_mode_lbfgs(
+        lambda z: rosenbrock({"a": z["a"][:, None], "b": z["b"][:, None, None]}),
+        start, num_steps=80,
+    )  # fmt: skip
+    for value in found.values():
+        torch.testing.assert_close(value, torch.ones(2), atol=1e-5, rtol=0)
+
+
 def test_lbfgs_converges_superlinearly_on_the_linear_gaussian_vae(linear_vae):
     x = torch.rand(5, 1, 4, 4)
     mean, _ = linear_vae.exact(x)

@@ -114,9 +114,9 @@ class TestTempered:
         expected = ModelPotential(Tempered(vae.model, 0.5), twice, y.repeat(2))(z)
         assert torch.equal(ModelPotential(tempered(bound, 0.5), twice)(z), expected)
 
-    @pytest.mark.parametrize("wrong", [0.0, -0.1, 1.5, float("nan")])
+    @pytest.mark.parametrize("wrong", [0.0, -0.1, 1.5, float("nan"), "0.5", None, True])
     def test_mistakes(self, wrong):
-        with pytest.raises(ValueError, match=r"inverse_temperature must be in \(0, 1\], got"):
+        with pytest.raises(ValueError, match=r"inverse_temperature must be a number in \(0, 1\]"):
             Tempered(lambda x: None, wrong)
 
     def test_a_surrogates_chain_reaches_the_tempered_posterior(self):
@@ -287,6 +287,11 @@ class TestContinuation:
         assert other.why_not(ROWS["equilibrium"]) == ""
         several = dataclasses.replace(suite, engine=lambda *args, **options: None)
         assert several.why_not(ROWS["continuation"]) == ""
+        # A keyword that is there, but refused.
+        paper = functools.partial(attacks.PGD, preset="paper")
+        own = dataclasses.replace(suite, engine=paper, ball=L2(0.5))
+        assert own.why_not(ROWS["continuation"]).endswith("leave start=None")
+        assert own.why_not(ROWS["equilibrium"]) == ""
 
     def test_in_the_suite(self):
         vae, x, labels = problem(4)
@@ -319,3 +324,19 @@ def test_starts_that_are_given(float64):
         attack = attacks.Square(flat, ball, num_steps=1, num_restarts=2, start=given(images))
         expected = [x + ball.project_box(each - x, -x, 1 - x) for each in images]
         torch.testing.assert_close(attack(x).x_adv, torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(3, 3, 4, 4), (1, 3, 3, 4, 4), (2, 2, 3, 4, 4), (2, 3, 1, 4, 4), (2, 3, 3, 4, 1)],
+    ids=str,
+)
+def test_starts_that_do_not_fit(shape):
+    """Most of these would broadcast against three colour images, or index another dimension."""
+    x = torch.rand(3, 3, 4, 4)
+    flat = lambda x_ref: lambda y: y.flatten(1).sum(1)  # noqa: E731
+    attack = attacks.PGD(
+        flat, Linf(0.1), num_steps=1, num_restarts=2, start=given(torch.rand(shape))
+    )
+    with pytest.raises(ValueError, match=r"images must be one .* \(num_restarts, N, 3, 4, 4\)"):
+        attack(x)

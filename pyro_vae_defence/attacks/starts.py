@@ -25,6 +25,7 @@ from torch import Tensor
 from pyro_vae_defence.attacks.base import BLACK_BOX_PURPOSE, Start, random_signs
 from pyro_vae_defence.attacks.noise import low_frequency_noise
 from pyro_vae_defence.attacks.objectives._rows import of_rows
+from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.ops.streams import Streams
 
 
@@ -86,8 +87,28 @@ def patches() -> Start:
 
 
 def given(images: Tensor) -> Start:
-    """Start from images ``(num_restarts, N, C, H, W)``, one for every restart and reference."""
-    return lambda x_ref, streams: images[streams.chain, streams.image]
+    """Start from images ``(num_restarts, N, C, H, W)``, one for every restart and reference.
+
+    Raises:
+        ValueError: in an attack whose images have another shape, or which has more of them or more
+            restarts.
+    """
+
+    def start(x_ref: Tensor, streams: Streams) -> Tensor:
+        shape = tuple(x_ref.shape[1:])
+        fits = images.dim() == 5 and tuple(images.shape[2:]) == shape
+        if fits and images.device.type != "meta":
+            check_on_device("images", images, "x_ref", x_ref.device)
+            last = int(streams.chain.max()), int(streams.image.max())
+            fits = last[0] < images.shape[0] and last[1] < images.shape[1]
+        if not fits:
+            raise ValueError(
+                "images must be one for every restart and reference, shape (num_restarts, N, "
+                f"{', '.join(map(str, shape))}), got {tuple(images.shape)}"
+            )
+        return images[streams.chain, streams.image]
+
+    return start
 
 
 def in_turn(*starts: Start) -> Start:

@@ -239,5 +239,5 @@ def _length(latents: LatentsLike, variance: LatentsLike | None) -> Tensor:
     """Root mean square over latent dimensions, in standard deviations: ``(chain, N)``."""
     if variance is not None:
         latents = {name: v / variance[name].to(v).sqrt() for name, v in latents.items()}
-    whitened = [value.flatten(2) for value in latents.values()]
+    whitened = [value[..., None].flatten(2) for value in latents.values()]
     return torch.cat(whitened, 2).square().mean(2).sqrt()

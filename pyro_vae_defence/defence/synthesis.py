@@ -489,7 +489,7 @@ def _events(value: Tensor, like: Tensor) -> Tensor:
 
 def _sum_events(values: LatentsLike) -> Tensor:
     """Sums over sites and events, ``(components, rows)``."""
-    return torch.stack([value.flatten(2).sum(2) for value in values.values()]).sum(0)
+    return torch.stack([value[..., None].flatten(2).sum(2) for value in values.values()]).sum(0)
 
 
 def _at(of: AnalysisBySynthesis, x: Tensor, classes: Tensor) -> tuple[VAE, Tensor]:

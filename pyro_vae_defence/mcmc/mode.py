@@ -104,7 +104,7 @@ def search_mode_lbfgs(
     sizes = [shape[1:].numel() for shape in shapes.values()]
 
     def flat(latents: LatentsLike) -> Tensor:
-        return torch.cat([latents[name].detach().flatten(1) for name in shapes], 1)
+        return torch.cat([latents[name].detach()[..., None].flatten(1) for name in shapes], 1)
 
     def by_site(vector: Tensor) -> Latents:
         parts = zip(shapes.items(), vector.split(sizes, 1), strict=True)

@@ -40,7 +40,7 @@ def flatten_latents(latents: LatentsLike) -> Tensor:
     That of what this library returns is the order in which the guide samples them, so that a
     classifier trained on ``flatten_latents(posterior_mean(vae, x))`` reads each where it was.
     """
-    return torch.cat([value.flatten(1) for value in latents.values()], 1)
+    return torch.cat([value[..., None].flatten(1) for value in latents.values()], 1)
 
 
 def class_scores(classifier: Callable[[Tensor], Tensor], latents: LatentsLike) -> Tensor:

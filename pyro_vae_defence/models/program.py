@@ -746,7 +746,8 @@ class ModelPotential:
         conditioned = poutine.condition(self._program, data=self.constrain(latents))
         trace = get_trace(conditioned, *self._args, **self._kwargs)
         for name, site in sample_sites(trace).items():
-            if name in latents and site["mask"] is False:
+            masked_out = site["mask"] is False or distributions.counted(site["fn"]) is False
+            if name in latents and masked_out:
                 raise ValueError(
                     f"latent site {name!r} is masked out of the model, so that p(z) is no density "
                     'to start from; use initial="guide"'

@@ -14,6 +14,7 @@ tempered likelihood, :math:`U_b = -\log \sum_y p(z, y)\, p(x \mid z, y)^b`.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +86,12 @@ class Tempered:
     inverse_temperature: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.inverse_temperature <= 1:
+        b = self.inverse_temperature
+        number = isinstance(b, numbers.Real) and not isinstance(b, bool)
+        if not (number and 0 < b <= 1):
             raise ValueError(
-                f"inverse_temperature must be in (0, 1], got {self.inverse_temperature!r}; 1 is "
-                "the model as it is"
+                f"inverse_temperature must be a number in (0, 1], got {b!r}; 1 is the model as it "
+                "is"
             )
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:

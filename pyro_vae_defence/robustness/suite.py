@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -293,18 +292,20 @@ class Suite:
             return f"Square has no moves in an {self.ball.norm_name} ball"
         if row.classes and not isinstance(self.scorer, Accuracy):
             return "it attacks classes, and no classifier is given"
-        if len(row.inverse_temperatures) > 1 and not self._engine_can_go_on():
-            return "the engine takes no start, from which its stages go on"
+        if len(row.inverse_temperatures) > 1 and (why := self._why_no_start()):
+            return f"the engine takes no start, from which its stages go on: {why}"
         if row.other_noise and self.box.seed is not None:
             return "the defence's seed is known, and its last transitions would have other noise"
         return row.reason(self.box)
 
-    def _engine_can_go_on(self) -> bool:
+    def _why_no_start(self) -> str:
+        """Why the engine makes no attack that is given a start; empty where it does."""
+        options = {"num_steps": 1, "num_restarts": 1, "batch_size": 1, "start": starts.stripes()}
         try:
-            inspect.signature(self.engine).bind_partial(start=None)
-        except TypeError:
-            return False
-        return True
+            self.engine(attacks.symmetric_kl(self.box.vae), self.ball, **options)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        return ""
 
     def at(self, rows: slice) -> Suite:
         """The suite of the images at ``rows`` alone."""
