@@ -32,6 +32,7 @@ esac
 echo "$part $PYTHONPATH $*" >> "$CALLS"
 echo "output of $part"
 [ -z "$IMPORTS" ] || {sys.executable} -c "import $IMPORTS" || exit 5
+case " $* " in *" ${{KILLED:-nothing}} "*) exit 137 ;; esac
 [ "$FAILS" != "$part" ] || exit 3
 [ "$HANGS" != "$part" ] || sleep 60
 """
@@ -128,6 +129,21 @@ def test_one_that_fails_does_not_keep_others_from_running(ci):
     assert code == 4
     assert len(calls) == 2
     assert status[0].startswith("evaluation: failed with 3")
+    # Nor is it hidden by another that had to be killed after its time.
+    settings = {"EVALUATION_NAMES": names, "KILLED": "mnist_large_0.1"}
+    code, _, status = ci("evaluation", fails="evaluation", **settings)
+    assert code == 4
+    assert status[-1].startswith("evaluation: failed with 3")
+    assert ci("evaluation", **settings)[0] == 8
+
+
+def test_a_rehearsal_leaves_nothing_that_passes_for_a_result(ci, tmp_path):
+    code, calls, status = ci("--cpu", "published", "training", PUBLISHED_NAMES="mnist_vae")
+    assert code == 0
+    assert calls
+    assert all(f"--output {tmp_path}/out/rehearsal/" in line for line in calls)
+    assert not status
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rehearsal"]
 
 
 def test_parts_are_chosen_and_rehearsed_on_the_cpu(ci):
@@ -185,7 +201,7 @@ def test_wheels_are_importable(ci, tmp_path):
     [
         ("tests", "tests.log"),
         ("benchmark", "benchmark/gpu.json"),
-        ("evaluation", "evaluation/mnist_radius_0.2.json"),
+        ("evaluation", "evaluation/mnist_large_0.1.json"),
         ("published", "published/mnist_vae.json"),
         ("training", "models/mnist_vae_longer.safetensors"),
         ("bound", "bound/mnist_validation.json"),
@@ -203,13 +219,14 @@ def test_every_part_runs_without_a_gpu(part, result, tmp_path, monkeypatch):
     }  # fmt: skip
     done = subprocess.run([str(ROOT / ".ci" / "gpu"), "--cpu", part], env=environment)
     assert done.returncode == 0
-    assert (tmp_path / "status.txt").read_text().startswith(f"{part}: ok")
-    assert (tmp_path / result).exists()
-    assert "torch" in (tmp_path / "environment.txt").read_text()
+    out = tmp_path / "rehearsal"
+    assert (out / "status.txt").read_text().startswith(f"{part}: ok")
+    assert (out / result).exists()
+    assert "torch" in (out / "environment.txt").read_text()
     if part in ("published", "training"):  # what is whole is not begun again
-        log = (tmp_path / f"{part}.log").read_bytes()
+        log = (out / f"{part}.log").read_bytes()
         subprocess.run([str(ROOT / ".ci" / "gpu"), "--cpu", part], env=environment, check=True)
-        assert (tmp_path / f"{part}.log").read_bytes() == log
+        assert (out / f"{part}.log").read_bytes() == log
 
 
 def test_an_unknown_part_is_refused(ci):

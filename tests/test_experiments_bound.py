@@ -87,6 +87,15 @@ def test_other_images_choose_the_radius_of_the_defender(tmp_path):
     assert not others & {each.numpy().tobytes() for each in study.x}
 
 
+def test_no_attack_is_named_where_none_is_made(tmp_path):
+    with pytest.raises(ValueError, match="num_attacked=3 has no effect without attacks"):
+        BoundConfig("mnist_vae", attacks=(), num_attacked=3)
+    settings = {**SETTINGS, "num_attacked": 0}
+    study = Bound("mnist", tmp_path, overrides=settings, progress=False)
+    assert {key[0] for key, _ in study.cells()} == {"bounds"}
+    assert "attacks: none." in Bound.section(study.result, [])
+
+
 def test_blocks_hold_every_image_once():
     config = BoundConfig("mnist_vae", num_images=50, images_per_cell=20)
     assert [i for block in config.blocks for i in block] == list(range(50))

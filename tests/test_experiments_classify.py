@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -113,6 +114,12 @@ def test_hidden_layers_tell_what_is_not_linear():
     x, y = crossed(1000).tensors
     assert (classifier(x).argmax(-1) == y).double().mean() > 0.9
     assert torch.equal(classifier({"z": x}), classifier(x))  # dropout is over
+    # Nor has it a say in what one predicts that is still trained.
+    modes = []
+    classifier.train().register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    classifier.classify(ConvVAE(latent_dim=2), torch.rand(2, 1, 28, 28))
+    assert modes == [False]
+    assert classifier.training
     with pytest.raises(ValueError, match="MLPClassifier of num_latents=2 is given latents"):
         classifier(torch.zeros(3, 4))
     for wrong in ({"hidden_dim": 0}, {"dropout": 1.0}, {"dropout": "0.5"}):
@@ -131,6 +138,16 @@ def test_one_with_hidden_layers_is_trained_and_stored(tmp_path):
     assert card.training["hidden_dim"] == 12
     assert not classifier.training
     assert "two hidden layers" in trained_models(tmp_path)
+
+
+def test_a_card_from_before_a_choice_is_of_its_default(tmp_path):
+    """Weights of a linear classifier are not replaced by others of the same name."""
+    path = tmp_path / "mnist_vae_classifier.json"
+    training = dataclasses.asdict(CLASSIFIERS["mnist_vae_classifier"])
+    del training["hidden_dim"]
+    path.write_text(json.dumps({"training": training}))
+    with pytest.raises(ValueError, match="trained with hidden_dim=0, not 8"):
+        TrainClassifier("mnist_vae_classifier", tmp_path, overrides={"hidden_dim": 8}).run()
 
 
 def test_features_are_trained_by_the_same_command_and_measure_distances(models, capsys):

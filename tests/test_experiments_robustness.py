@@ -69,9 +69,16 @@ def models(tmp_path):
 def test_the_classifier_is_one_of_the_models_latents(models, tmp_path):
     """Another may read as many, and mean nothing."""
     torch.manual_seed(1)
-    for name, of in (("own", "mnist_vae"), ("foreign", "fashion_mnist_vae"), ("images", None)):
+    own = {"model": "mnist_vae"}
+    for name, training in {
+        "own": own,
+        "foreign": {"model": "fashion_mnist_vae"},
+        "images": {"model": None},
+        "older": own | {"weights": "of another training"},
+        "colours": own | {"column": 1},
+    }.items():
         save_pretrained(
-            MLPClassifier(64, 10, 8), name, models, training={"model": of}, command="none",
+            MLPClassifier(64, 10, 8), name, models, training=training, command="none",
             provenance={},
         )  # fmt: skip
 
@@ -88,6 +95,10 @@ def test_the_classifier_is_one_of_the_models_latents(models, tmp_path):
         made("foreign").run()
     with pytest.raises(ValueError, match="'images' reads images; name one of latents of 'mnist"):
         made("images").run()
+    with pytest.raises(ValueError, match="'older' reads latents of other weights of 'mnist_vae'"):
+        made("older").run()
+    with pytest.raises(ValueError, match="'colours' predicts column 1 of the labels"):
+        made("colours").run()
 
 
 def test_a_result_is_written_resumed_and_printed(models, tmp_path, capsys):

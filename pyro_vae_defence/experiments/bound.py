@@ -80,6 +80,8 @@ class BoundConfig(conf.Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_blocks(self.num_images, self.images_per_cell)
+        if not self.attacks:
+            self.refuse_idle("without attacks", "num_attacked")
         for radius in self.radii:
             for ratio in self.ratios:
                 reaches(Linf(radius), ratio * radius)  # refuses one beyond all images
@@ -186,12 +188,13 @@ class Bound(Measurement[BoundConfig]):
             "share of draws kept under any attack", "falling less rising, right, nats",
             "falling less rising, wrong, nats",
         ]  # fmt: skip
+        attacks = config["attacks"] if config.get("num_attacked", 1) else ()
         of = config.get("split", "test")  # which results before this setting do not name
         note = (
             f"Model `{config['model']}`, {of} images, perturbation-aware, {config['num_walks']} "
             f"rising and {config['num_falling']} falling walks of {config['num_temperatures']} "
             f"temperatures for each image and set, seed {config['seed']}; attacks: "
-            f"{', '.join(config['attacks']) or 'none'}. Estimated, for exact inference: not "
+            f"{', '.join(attacks) or 'none'}. Estimated, for exact inference: not "
             "certified. 95% intervals over images; differences of walks are medians."
         )
         lines = tables.table(columns, rows, [*columns[:2], columns[3], *columns[5:7]])

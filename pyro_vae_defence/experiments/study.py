@@ -229,14 +229,29 @@ class Study(ABC, Generic[C]):
         """A trained classifier, of the latents of ``model`` if given; its weights are recorded.
 
         Raises:
-            ValueError: for one that was trained on something else, or on latents of another model,
-                which may have as many.
+            ValueError: for one that was trained on something else, or on latents of another model
+                or of a loaded one's other weights, which may have as many; or for one of other
+                labels than the first.
         """
         classifier, card = load_classifier(name, self.models)
-        reads = card.training.get("model", model)
-        if model is not None and reads != model:
-            of = "images" if reads is None else f"latents of {reads!r}"
-            raise ValueError(f"classifier {name!r} reads {of}; name one of latents of {model!r}")
+        if model is not None:
+            training = card.training
+            if (reads := training.get("model", model)) != model:
+                of = "images" if reads is None else f"latents of {reads!r}"
+                raise ValueError(
+                    f"classifier {name!r} reads {of}; name one of latents of {model!r}"
+                )
+            weights = self.weights.get(model)
+            if training.get("weights", weights) != weights:
+                raise ValueError(
+                    f"classifier {name!r} reads latents of other weights of {model!r} than those "
+                    "at hand; train it again"
+                )
+            if column := training.get("column", 0):
+                raise ValueError(
+                    f"classifier {name!r} predicts column {column} of the labels; name one of "
+                    "column 0"
+                )
         self.weights[name] = card.sha256
         return classifier.to(self.device)
 

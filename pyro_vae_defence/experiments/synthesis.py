@@ -71,6 +71,13 @@ class SynthesisConfig(conf.Configuration):
         super().__post_init__()
         check_blocks(self.num_images, self.images_per_cell)
         self.refuse_above(num_falling="num_walks", num_attacked="num_images")
+        first = len(self.blocks[0])
+        if 0 < self.num_attacked < first:
+            raise ValueError(
+                f"num_attacked={self.num_attacked} is less than the {first} images of a cell, so "
+                "that none would be attacked; choose at least as many, a smaller images_per_cell, "
+                "or 0 for none"
+            )
 
     @property
     def blocks(self) -> list[range]:
@@ -222,14 +229,15 @@ def side_by_side(results: dict[str, dict[str, Any]]) -> str:
             dataset = CONDITIONAL_MODELS[model].dataset
         for key, bounds in result["bounds"].items():
             cells = row(key, bounds, result.get("attacks", {}).get(key, {}))
-            shown = [f"`{name}`, {cells[1]}", key, cells[2], cells[3], cells[5]]
+            shown = [f"`{name}`", *cells[:6]]
             lines.append(((dataset or model, float(key)), shown))
     columns = [
-        "model, images", "radius", "accuracy, clean", "accuracy under any attack, bound",
-        "accuracy under these attacks",
+        "model", "radius", "images", "accuracy, clean", "accuracy under any attack, bound",
+        "images attacked", "accuracy under these attacks",
     ]  # fmt: skip
     ordered = sorted(lines, key=lambda line: line[0])
-    return "\n".join(tables.table(columns, [cells for _, cells in ordered]))
+    few = [name for name in columns if not name.startswith("images")]
+    return "\n".join(tables.table(columns, [cells for _, cells in ordered], few))
 
 
 def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]:

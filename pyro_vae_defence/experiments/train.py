@@ -455,8 +455,10 @@ def check_card(path: Path, config: Any) -> None:
     ours = json.loads(json.dumps(dataclasses.asdict(config)))
     if not isinstance(before, dict):
         raise ValueError(f"{path} is no card of weights; choose another output directory")
+    # Cards of before there was a choice do not name it.
+    before = {field.name: field.default for field in dataclasses.fields(config)} | before
     for name, value in ours.items():
-        if (theirs := before.get(name, value)) != value:
+        if (theirs := before[name]) != value:
             raise ValueError(
                 f"{path} is of weights that were trained with {name}={theirs!r}, not {value!r}; "
                 "move it away, or choose another output directory"

@@ -101,7 +101,7 @@ class _OfLatents(nn.Module):
 
     def classify(self, vae: VAE, x: Tensor) -> Tensor:
         """Classes predicted from the guide's means at images ``x``: int64 ``(N,)``."""
-        with torch.no_grad(), program.evaluation_mode(vae):
+        with torch.no_grad(), program.evaluation_mode(vae, self):
             scores = self(program.posterior_mean(vae, x))
         check_finite("the score of classes", scores, "see what the guide returns for these images")
         return scores.argmax(-1)
