@@ -150,15 +150,15 @@ def test_models_stand_side_by_side_radius_by_radius():
         }
     )
     # Bound and attacks may be of other images: how many stands beside them in the whole table.
-    whole = text.partition("All 7 columns")[2].splitlines()
+    whole = text.partition("All 6 columns")[2].splitlines()
     rows = [line.split(" | ") for line in whole if line.startswith("| `")]
     assert [[cell.split(" [")[0].strip("| `") for cell in cells] for cells in rows] == [
-        ["fashion_mnist", "0.1", "2", "1.000", "1.000", "2", "1.000"],
-        ["fashion_mnist", "0.2", "2", "1.000", "1.000", "2", "1.000"],
-        ["mnist", "0.1", "2", "1.000", "1.000", "2", "1.000"],
-        ["mnist_per_class", "0.1", "2", "1.000", "0.500", "2", "0.500"],
-        ["mnist", "0.2", "2", "1.000", "1.000", "2", "1.000"],
-        ["mnist_per_class", "0.2", "2", "1.000", "0.500", "2", "0.500"],
+        ["fashion_mnist`, 2", "0.1", "1.000", "1.000", "2", "1.000"],
+        ["fashion_mnist`, 2", "0.2", "1.000", "1.000", "2", "1.000"],
+        ["mnist`, 2", "0.1", "1.000", "1.000", "2", "1.000"],
+        ["mnist_per_class`, 2", "0.1", "1.000", "0.500", "2", "0.500"],
+        ["mnist`, 2", "0.2", "1.000", "1.000", "2", "1.000"],
+        ["mnist_per_class`, 2", "0.2", "1.000", "0.500", "2", "0.500"],
     ]
 
 

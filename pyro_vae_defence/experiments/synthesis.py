@@ -229,14 +229,14 @@ def side_by_side(results: dict[str, dict[str, Any]]) -> str:
             dataset = CONDITIONAL_MODELS[model].dataset
         for key, bounds in result["bounds"].items():
             cells = row(key, bounds, result.get("attacks", {}).get(key, {}))
-            shown = [f"`{name}`", *cells[:6]]
+            shown = [f"`{name}`, {cells[1]}", key, *cells[2:6]]
             lines.append(((dataset or model, float(key)), shown))
     columns = [
-        "model", "radius", "images", "accuracy, clean", "accuracy under any attack, bound",
+        "model, images", "radius", "accuracy, clean", "accuracy under any attack, bound",
         "images attacked", "accuracy under these attacks",
     ]  # fmt: skip
     ordered = sorted(lines, key=lambda line: line[0])
-    few = [name for name in columns if not name.startswith("images")]
+    few = [name for name in columns if name != "images attacked"]
     return "\n".join(tables.table(columns, [cells for _, cells in ordered], few))
 
 
