@@ -94,6 +94,14 @@ def test_other_images_or_attacks_are_another_ranking(results):
     assert [row[0] for row in other] == filters
 
 
+def test_another_classifier_is_another_ranking_and_named(results):
+    path = results / "robustness_controls/mnist_radius_0.2.json"
+    change(path, ["config", "classifier"], "mnist_vae_mlp_classifier")
+    assert ranking(results, "`mnist_vae`, 0.2, 20, setting 2 |")
+    settings = write_leaderboard(results).read_text().split("## Settings")[1]
+    assert settings.count(" by `mnist_vae_mlp_classifier`") == 1
+
+
 def test_two_results_of_one_defence_or_none_at_all(results, tmp_path):
     shutil.copytree(results / "robustness", results / "robustness_again")
     with pytest.raises(ValueError, match="two results of 'none' in one setting"):

@@ -91,6 +91,7 @@ def test_the_classifier_is_one_of_the_models_latents(models, tmp_path):
     result = made("own").run()
     assert set(result["weights"]) == {"mnist_vae", "own"}
     assert "classifier `own`, classes read" in Robustness.section(result, [])
+    assert "classifier <code>own</code>" in robustness_page([result])
     with pytest.raises(ValueError, match="'foreign' reads latents of 'fashion_mnist_vae'"):
         made("foreign").run()
     with pytest.raises(ValueError, match="'images' reads images; name one of latents of 'mnist"):

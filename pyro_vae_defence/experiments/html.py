@@ -96,10 +96,12 @@ def _result(result: dict[str, Any]) -> Iterator[str]:
     config, provenance = result["config"], result["provenance"]
     yield f"<section><h2>robustness {escape(result['name'])}</h2>"
     commit = provenance["commit"][:12]
+    classifier = config.get("classifier")  # which results before this setting do not name
+    read_by = "" if classifier is None else f", classifier <code>{escape(classifier)}</code>"
     yield (
         f"<p><code>{escape(result['command'])}</code>, commit <code>{escape(commit)}</code>. "
-        f"{config['num_images']} images, model <code>{escape(config['model'])}</code>, seed "
-        f"{config['seed']}.</p>"
+        f"{config['num_images']} images, model <code>{escape(config['model'])}</code>{read_by}, "
+        f"seed {config['seed']}.</p>"
     )
     titles = {
         f"{target}, {label(defence)}": report

@@ -247,11 +247,13 @@ def _settings(results: Iterable[dict[str, Any]]) -> Iterator[str]:
         budget = config["budget"]
         names = "; ".join(label(name) for name in config["defences"])
         chains = dict.fromkeys(filter(None, map(_chains, reports(result).values())))
+        classifier = config.get("classifier")  # which results before this setting do not name
+        read_by = "" if classifier is None else f" by `{classifier}`"
         yield (
             f"- `{config['model']}`, {config['radius']:g} ({names}): {config['num_images']} "
             f"class-stratified test images, {budget['num_steps']} steps of {config['engine']}, "
             f"{budget['num_restarts']} restart(s), {budget['scoring_draws']} scored draws, classes "
-            f"read `{config['reading']}`{''.join(f'; {words}' for words in chains)}"
+            f"read `{config['reading']}`{read_by}{''.join(f'; {words}' for words in chains)}"
         )
 
 
