@@ -371,7 +371,8 @@ class Robustness(Measurement[RobustnessConfig]):
                 f"no published setting for {trained_on!r}: set paper to one of {known}"
             )
         if "classification" in config.targets:
-            name = config.classifier or f"{config.model}_classifier"
+            own = f"{config.model}_classifier"
+            name = own if config.classifier is None else config.classifier
             self.classifier = self.load_classifier(name, config.model)
         self.x, labels = self.choose(config.dataset or trained_on, config.num_images, "images")
         self.labels = labels[:, 0]
