@@ -48,7 +48,7 @@ def test_commands_and_commits_are_folded_away():
 
 
 def test_the_page_of_all_results_is_what_the_command_writes_now(tmp_path, capsys):
-    for folder in ("compare", "robustness", "robustness_controls"):
+    for folder in ("compare", "robustness", "robustness_controls", "robustness_protocol"):
         (tmp_path / folder).mkdir()
         for path in (RESULTS / folder).glob("*.json"):
             shutil.copy(path, tmp_path / folder)

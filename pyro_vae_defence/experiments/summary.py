@@ -154,9 +154,9 @@ def adaptive(
         rows.append([what, *(_worst_case(found[row].get(name)) for name in names)])
     yield from tables.table(["data set, radius, figure", *map(label, names)], rows)
     marked = (
-        "*?* marks a report that calls itself unreliable: one of the checks of its attacks failed, "
-        "and they may be weaker than they look, so its figure is not shown to be better than one "
-        "without the mark."
+        "*?* marks a report that calls itself unreliable: a check of its attacks failed, or one "
+        "that applies was left out, and they may be weaker than they look, so its figure is not "
+        "shown to be better than one without the mark."
     )
     found_marks = any("*?*" in cell for cells in rows for cell in cells)
     moved = [s for s in suites if any(chained(name) for name in s["config"]["defences"])]

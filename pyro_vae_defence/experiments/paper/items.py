@@ -161,7 +161,6 @@ ITEMS: dict[str, Item] = {
     "figure_2": Item("Log posterior ratios before and after HMC", "ratios", _FIGURES),
     "figure_3": Item(
         "Examples", "published", _PLAIN, beside="figure_4",
-        missing="NVAE's rows: Figure 4's result is older than their pictures, run it again",
         why="The first references of the studies, not chosen ones, at radius 0.1. NVAE's rows are "
         "of Figure 4's result: an attack on all of its groups, and this library's HMC on the noise "
         "of the latents.",
