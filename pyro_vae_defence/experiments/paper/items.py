@@ -119,7 +119,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "evaluate": {"num_images": 10, "num_samples": 3},
     "theory": {
         "num_images": 2, "radii": (0.1,), "theorem_radii": (0.1,), "num_chains": 100,
-        "spacing": 0.25, "transitions": (1,),
+        "half_width": 3.0, "spacing": 0.05, "transitions": (1,),  # as guides are narrow
     },
     "ratios": {**_CHAIN, **_FEW},
     "two_latents": {
