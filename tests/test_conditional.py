@@ -82,6 +82,7 @@ def test_classes_have_no_parameter_in_common(ensemble, batch):
         ({"num_classes": 1}, "num_classes"),
         ({"latent_dim": 0}, "latent_dim"),
         ({"hidden_dim": 1.5}, "hidden_dim"),
+        ({"per_class": "no"}, "per_class"),
     ],
 )
 def test_wrong_arguments(options, message):

@@ -76,6 +76,8 @@ class ConditionalVAE(ScopedModule):
         check_integer("num_classes", num_classes, 2)
         check_integer("latent_dim", latent_dim)
         check_integer("hidden_dim", hidden_dim)
+        if not isinstance(per_class, bool):
+            raise ValueError(f"per_class must be True or False, got {per_class!r}")
         self.num_classes = num_classes
         self.latent_dim = latent_dim
         self.hidden_dim = hidden_dim
