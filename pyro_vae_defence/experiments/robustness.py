@@ -135,14 +135,12 @@ class RobustnessConfig(conf.Configuration):
 def check_blocks(num_images: int, images_per_cell: int | None) -> None:
     """Refuse blocks of which one has less than the two images that an interval needs.
 
-    Without making them: there may be as many as images.
-
     Raises:
         ValueError: if there is such a block.
     """
     if images_per_cell is None:
         return
-    if num_images // _num_blocks(num_images, images_per_cell) < 2:
+    if first_block(num_images, images_per_cell) < 2:
         raise ValueError(
             f"images_per_cell={images_per_cell!r} leaves a block of {num_images} images with less "
             "than 2, which an interval needs; choose a larger one"
@@ -154,6 +152,12 @@ def blocks(num_images: int, images_per_cell: int | None) -> list[range]:
     number = _num_blocks(num_images, images_per_cell)
     ends = [num_images * k // number for k in range(number + 1)]
     return [range(*pair) for pair in itertools.pairwise(ends)]
+
+
+def first_block(num_images: int, images_per_cell: int | None) -> int:
+    """Images of the first block, the fewest of any; without making all, of which there may be as
+    many as images."""
+    return num_images // _num_blocks(num_images, images_per_cell)
 
 
 def _num_blocks(num_images: int, images_per_cell: int | None) -> int:

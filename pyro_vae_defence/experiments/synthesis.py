@@ -22,7 +22,7 @@ from pyro_vae_defence.attacks import APGD, PGD
 from pyro_vae_defence.defence import AnalysisBySynthesis
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
-from pyro_vae_defence.experiments.robustness import blocks, check_blocks
+from pyro_vae_defence.experiments.robustness import blocks, check_blocks, first_block
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
 from pyro_vae_defence.experiments.train import CONDITIONAL_MODELS
 from pyro_vae_defence.models import ConditionalVAE
@@ -71,7 +71,7 @@ class SynthesisConfig(conf.Configuration):
         super().__post_init__()
         check_blocks(self.num_images, self.images_per_cell)
         self.refuse_above(num_falling="num_walks", num_attacked="num_images")
-        first = len(self.blocks[0])
+        first = first_block(self.num_images, self.images_per_cell)
         if 0 < self.num_attacked < first:
             raise ValueError(
                 f"num_attacked={self.num_attacked} is less than the {first} images of a cell, so "
