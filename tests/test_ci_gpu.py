@@ -31,6 +31,7 @@ case "$*" in
 esac
 echo "$part $PYTHONPATH $*" >> "$CALLS"
 echo "output of $part"
+[ "$LEAVES" != "$part" ] || echo "x: 3 cells are left; run the same again to go on"
 [ -z "$IMPORTS" ] || {sys.executable} -c "import $IMPORTS" || exit 5
 case " $* " in *" ${{KILLED:-nothing}} "*) exit 137 ;; esac
 [ "$FAILS" != "$part" ] || exit 3
@@ -45,11 +46,11 @@ def ci(tmp_path):
     stub.chmod(0o755)
     calls = tmp_path / "calls"
 
-    def run(*arguments, fails="", hangs="", imports="", **settings):
+    def run(*arguments, fails="", hangs="", leaves="", imports="", **settings):
         calls.write_text("")
         environment = {
             **os.environ, "PYTHON": str(stub), "OUT": str(tmp_path / "out"), "FAILS": fails,
-            "HANGS": hangs, "IMPORTS": imports, "CALLS": str(calls),
+            "HANGS": hangs, "LEAVES": leaves, "IMPORTS": imports, "CALLS": str(calls),
             "WHEELS": str(tmp_path / "wheels"), "EVALUATION_NAMES": "mnist_large_0.1", **settings,
         }  # fmt: skip
         script = str(ROOT / ".ci" / "gpu")
@@ -182,6 +183,20 @@ def test_out_of_time_is_no_failure_of_the_code(ci):
     assert len(calls) == 2
     assert status[0].startswith("benchmark: out of time")
     assert status[1].startswith("evaluation: ok")
+
+
+def test_a_study_that_ends_with_cells_left_is_out_of_time(ci):
+    code, _, status = ci("evaluation", "bound", leaves="evaluation")
+    assert code == 8
+    assert status[0].startswith("evaluation: out of time")
+    assert status[1].startswith("bound: ok")
+    # The next run of the same part is judged by what it says itself; a name without a turn counts.
+    code, _, status = ci("evaluation")
+    assert code == 0
+    assert status[-1].startswith("evaluation: ok")
+    code, calls, status = ci("evaluation", EVALUATION_LIMIT="0")
+    assert (code, calls) == (8, [])
+    assert status[-1].startswith("evaluation: out of time")
 
 
 def test_wheels_are_importable(ci, tmp_path):
