@@ -18,8 +18,8 @@ import torch
 from pyro_vae_defence.defence import DefendedClassifier
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments.blocks import InBlocks
 from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.robustness import blocks, check_blocks
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
 from pyro_vae_defence.ops.balls import Linf, reaches
 from pyro_vae_defence.robustness import (
@@ -32,7 +32,7 @@ from pyro_vae_defence.robustness import (
 
 
 @dataclass(frozen=True)
-class BoundConfig(conf.Configuration):
+class BoundConfig(InBlocks):
     """Bounds of one model at several radii, and attacks on the same images.
 
     Args:
@@ -79,17 +79,11 @@ class BoundConfig(conf.Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_blocks(self.num_images, self.images_per_cell)
         if not self.attacks:
             self.refuse_idle("without attacks", "num_attacked")
         for radius in self.radii:
             for ratio in self.ratios:
                 reaches(Linf(radius), ratio * radius)  # refuses one beyond all images
-
-    @property
-    def blocks(self) -> list[range]:
-        """Numbers of the images of each block, as even as can be."""
-        return blocks(self.num_images, self.images_per_cell)
 
 
 VALIDATION: dict[str, Any] = {

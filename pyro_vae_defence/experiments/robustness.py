@@ -16,7 +16,6 @@ all images at once.
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from pyro_vae_defence.defence.mcmc import (
 from pyro_vae_defence.defence.starts import walk_gradients
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments.blocks import InBlocks
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Published,
@@ -68,7 +68,7 @@ Gradients = Literal["traced", "recorded", "graph"]
 
 
 @dataclass(frozen=True)
-class RobustnessConfig(conf.Configuration):
+class RobustnessConfig(InBlocks):
     """The whole suite of adaptive attacks against a model without and with defences.
 
     The defaults make one dataset and radius a matter of tens of minutes on one thread.
@@ -124,44 +124,6 @@ class RobustnessConfig(conf.Configuration):
             self.refuse_idle("without the target 'classification'", "classifier")
         if "paper" not in self.defences:
             self.refuse_idle("without the defence 'paper'", "paper")
-        check_blocks(self.num_images, self.images_per_cell)
-
-    @property
-    def blocks(self) -> list[range]:
-        """Numbers of the images of each block, as even as can be."""
-        return blocks(self.num_images, self.images_per_cell)
-
-
-def check_blocks(num_images: int, images_per_cell: int | None) -> None:
-    """Refuse blocks of which one has less than the two images that an interval needs.
-
-    Raises:
-        ValueError: if there is such a block.
-    """
-    if images_per_cell is None:
-        return
-    if first_block(num_images, images_per_cell) < 2:
-        raise ValueError(
-            f"images_per_cell={images_per_cell!r} leaves a block of {num_images} images with less "
-            "than 2, which an interval needs; choose a larger one"
-        )
-
-
-def blocks(num_images: int, images_per_cell: int | None) -> list[range]:
-    """Numbers of images in blocks of at most so many, as even as can be."""
-    number = _num_blocks(num_images, images_per_cell)
-    ends = [num_images * k // number for k in range(number + 1)]
-    return [range(*pair) for pair in itertools.pairwise(ends)]
-
-
-def first_block(num_images: int, images_per_cell: int | None) -> int:
-    """Images of the first block, the fewest of any; without making all, of which there may be as
-    many as images."""
-    return num_images // _num_blocks(num_images, images_per_cell)
-
-
-def _num_blocks(num_images: int, images_per_cell: int | None) -> int:
-    return -(-num_images // (images_per_cell or num_images))
 
 
 # --- What it costs ----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pyro_vae_defence.attacks import APGD, PGD
 from pyro_vae_defence.defence import AnalysisBySynthesis
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
-from pyro_vae_defence.experiments.robustness import blocks, check_blocks, first_block
+from pyro_vae_defence.experiments.blocks import InBlocks
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
 from pyro_vae_defence.experiments.train import CONDITIONAL_MODELS
 from pyro_vae_defence.models import ConditionalVAE
@@ -32,7 +32,7 @@ from pyro_vae_defence.robustness.synthesis import class_evidence, mass_margin
 
 
 @dataclass(frozen=True)
-class SynthesisConfig(conf.Configuration):
+class SynthesisConfig(InBlocks):
     """One conditional model at several radii.
 
     Args:
@@ -69,20 +69,13 @@ class SynthesisConfig(conf.Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_blocks(self.num_images, self.images_per_cell)
         self.refuse_above(num_falling="num_walks", num_attacked="num_images")
-        first = first_block(self.num_images, self.images_per_cell)
-        if 0 < self.num_attacked < first:
+        if 0 < self.num_attacked < self.first_block:
             raise ValueError(
-                f"num_attacked={self.num_attacked} is less than the {first} images of a cell, so "
-                "that none would be attacked; choose at least as many, a smaller images_per_cell, "
-                "or 0 for none"
+                f"num_attacked={self.num_attacked} is less than the {self.first_block} images of a "
+                "cell, so that none would be attacked; choose at least as many, a smaller "
+                "images_per_cell, or 0 for none"
             )
-
-    @property
-    def blocks(self) -> list[range]:
-        """Numbers of the images of each block, as even as can be."""
-        return blocks(self.num_images, self.images_per_cell)
 
 
 class Synthesis(Measurement[SynthesisConfig]):
