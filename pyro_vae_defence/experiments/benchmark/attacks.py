@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks.interop import EncoderAttackHead
-from pyro_vae_defence.experiments.benchmark.config import only_on_cpu
+from pyro_vae_defence.experiments.benchmark.config import Benchmark
 from pyro_vae_defence.experiments.configuration import (
     AttackRadius,
     Configuration,
@@ -30,7 +30,7 @@ from pyro_vae_defence.experiments.configuration import (
     Several,
     at_least,
 )
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval
+from pyro_vae_defence.experiments.study import Cell, interval
 from pyro_vae_defence.experiments.tables import interval as shown
 from pyro_vae_defence.experiments.tables import table
 from pyro_vae_defence.ops.balls import Linf
@@ -127,20 +127,12 @@ THEIRS: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
 }
 
 
-class BenchmarkAttacks(Measurement[AttackBenchmarkConfig]):
+class BenchmarkAttacks(Benchmark[AttackBenchmarkConfig]):
     """Optimisers of this library and of others, where installed, at equal budgets."""
 
     kind = "benchmark_attacks"
-    command = "benchmark"
-    noun = "benchmark"
-    metric = None
     names = {"attacks": AttackBenchmarkConfig()}
-    output = "runs/benchmark"
-    shared = False  # processes side by side would disturb what is timed
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        only_on_cpu(self)
+    only_on_cpu = True
 
     def load(self) -> None:
         """The model and references."""

@@ -1,9 +1,9 @@
-"""Configuration of the benchmark of the sampler engine, which the files of its sections share."""
+"""What benchmarks have in common, and the configuration of that of the sampler engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.configuration import (
@@ -15,7 +15,7 @@ from pyro_vae_defence.experiments.configuration import (
     Positive,
     not_empty,
 )
-from pyro_vae_defence.experiments.study import Study
+from pyro_vae_defence.experiments.study import C, Measurement
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,21 @@ class BenchmarkConfig(Configuration):
             )
 
 
-def only_on_cpu(study: Study[Any]) -> None:
-    """Raise a ``ValueError`` if a benchmark of the CPU is to run elsewhere."""
-    if study.device.type != "cpu":
-        raise ValueError(
-            f"device={str(study.device)!r}: `benchmark {study.name}` measures a CPU; leave it out, "
-            "or run `benchmark gpu`"
-        )
+class Benchmark(Measurement[C]):
+    """What all benchmarks have in common."""
+
+    command = "benchmark"
+    noun = "benchmark"
+    metric = None
+    output = "runs/benchmark"
+    shared = False  # processes side by side would disturb what is timed
+    only_on_cpu: ClassVar[bool] = False
+    """Whether it measures a CPU, and refuses another device."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.only_on_cpu and self.device.type != "cpu":
+            raise ValueError(
+                f"device={str(self.device)!r}: `benchmark {self.name}` measures a CPU; leave it "
+                "out, or run `benchmark gpu`"
+            )

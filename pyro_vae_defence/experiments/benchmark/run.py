@@ -12,30 +12,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pyro_vae_defence.experiments.benchmark.chains import chains, seconds_per_gradient
-from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig, only_on_cpu
+from pyro_vae_defence.experiments.benchmark.config import Benchmark, BenchmarkConfig
 from pyro_vae_defence.experiments.benchmark.decoder import decoder
 from pyro_vae_defence.experiments.benchmark.engines import engines
 from pyro_vae_defence.experiments.benchmark.memory import memory
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.benchmark.tables import benchmark_tables
-from pyro_vae_defence.experiments.study import Cell, Measurement
+from pyro_vae_defence.experiments.study import Cell
 
 
-class BenchmarkSamplers(Measurement[BenchmarkConfig]):
+class BenchmarkSamplers(Benchmark[BenchmarkConfig]):
     """The sampler engine."""
 
     kind = "benchmark_samplers"
-    command = "benchmark"
-    noun = "benchmark"
-    metric = None
     names = {"samplers": BenchmarkConfig("mnist_vae")}
-    output = "runs/benchmark"
-    shared = False  # processes side by side would disturb what is timed
+    only_on_cpu = True
     parts = ("sections",)
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        only_on_cpu(self)
 
     def load(self) -> None:
         """The model, references, and images for the comparison with other libraries."""

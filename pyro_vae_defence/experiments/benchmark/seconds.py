@@ -27,9 +27,10 @@ from pyro_vae_defence.defence import Defence, MCMCDefence, NoDefence
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments.benchmark.config import Benchmark
 from pyro_vae_defence.experiments.paper.printed import printed
 from pyro_vae_defence.experiments.published import on_device
-from pyro_vae_defence.experiments.study import Cell, Measurement
+from pyro_vae_defence.experiments.study import Cell
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models.nvae import NVAE
 
@@ -64,16 +65,11 @@ class SecondsConfig(conf.Configuration):
             raise ValueError(f"lengths must be a short and a long one, got {self.lengths}")
 
 
-class BenchmarkSeconds(Measurement[SecondsConfig]):
+class BenchmarkSeconds(Benchmark[SecondsConfig]):
     """Seconds per image over the number of transitions."""
 
     kind = "benchmark_seconds"
-    command = "benchmark"
-    noun = "benchmark"
-    metric = None
     names = {"seconds": SecondsConfig()}
-    output = "runs/benchmark"
-    shared = False  # processes side by side would disturb what is timed
     parts = ("models",)
 
     def load(self) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import attacks
+from pyro_vae_defence.experiments.benchmark.config import Benchmark
 from pyro_vae_defence.experiments.benchmark.gpu.card import card
 from pyro_vae_defence.experiments.benchmark.gpu.config import GPUBenchmarkConfig
 from pyro_vae_defence.experiments.benchmark.gpu.defence import defence
@@ -26,20 +27,15 @@ from pyro_vae_defence.experiments.benchmark.gpu.steps import ascent, training
 from pyro_vae_defence.experiments.benchmark.gpu.tables import gpu_tables
 from pyro_vae_defence.experiments.benchmark.gpu.timing import failure, release, wait
 from pyro_vae_defence.experiments.benchmark.gpu.ways import COMPILED, PLAIN, cycled
-from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
+from pyro_vae_defence.experiments.study import Cell, remembered
 from pyro_vae_defence.ops.balls import Linf
 
 
-class BenchmarkGPU(Measurement[GPUBenchmarkConfig]):
+class BenchmarkGPU(Benchmark[GPUBenchmarkConfig]):
     """The sampler engine on a GPU."""
 
     kind = "benchmark_gpu"
-    command = "benchmark"
-    noun = "benchmark"
-    metric = None
     names = {"gpu": GPUBenchmarkConfig()}
-    output = "runs/benchmark"
-    shared = False  # processes side by side would disturb what is timed
     parts = ("sections",)
 
     def load(self) -> None:
