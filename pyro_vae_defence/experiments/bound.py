@@ -36,7 +36,8 @@ class BoundConfig(InBlocks):
     """Bounds of one model at several radii, and attacks on the same images.
 
     Args:
-        model: name of a trained model; the classifier is the one of its name.
+        model: name of a trained model.
+        classifier: name of a classifier of its latents; ``<model>_classifier`` when ``None``.
         dataset: name of its images; those it was trained on when ``None``.
         radii: L_inf radii of the attacker.
         ratios: radii of the defender's ball over the attacker's, >= 1.
@@ -56,6 +57,7 @@ class BoundConfig(InBlocks):
     """
 
     model: str
+    classifier: str | None = None
     dataset: conf.Dataset | None = None
     radii: Annotated[tuple[conf.AttackRadius, ...], conf.not_empty] = (0.02, 0.05, 0.1, 0.2)
     ratios: Annotated[
@@ -113,7 +115,7 @@ class Bound(Measurement[BoundConfig]):
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
         dataset = config.dataset or card.training["dataset"]
-        self.classifier = self.load_classifier(f"{config.model}_classifier")
+        self.classifier = self.load_classifier(config.classifier, config.model)
         self.x, labels = self.choose(dataset, config.num_images, "images", config.split)
         self.labels = labels[:, 0]
         self.clean, _ = self.choose(dataset, config.num_clean, "clean images", "train")
@@ -184,8 +186,11 @@ class Bound(Measurement[BoundConfig]):
         ]  # fmt: skip
         attacks = config["attacks"] if config.get("num_attacked", 1) else ()
         of = config.get("split", "test")  # which results before this setting do not name
+        classifier = config.get("classifier")
+        read_by = "" if classifier is None else f", classes read by `{classifier}`"
         note = (
-            f"Model `{config['model']}`, {of} images, perturbation-aware, {config['num_walks']} "
+            f"Model `{config['model']}`, {of} images{read_by}, perturbation-aware, "
+            f"{config['num_walks']} "
             f"rising and {config['num_falling']} falling walks of {config['num_temperatures']} "
             f"temperatures for each image and set, seed {config['seed']}; attacks: "
             f"{', '.join(attacks) or 'none'}. Estimated, for exact inference: not "

@@ -46,7 +46,7 @@ _LEGEND = (
 # What two evaluations must agree in to be compared, in this order on the page.
 _ALIKE = (
     "model", "classifier", "radius", "dataset", "num_images", "attacks", "engine", "reading",
-    "seed",
+    "defence_seed", "seed",
 )  # fmt: skip
 _EFFORT = ("num_steps", "num_restarts", "num_draws", "num_chains", "scoring_draws")
 _COLUMNS = [

@@ -225,14 +225,16 @@ class Study(ABC, Generic[C]):
             raise ValueError(f"model must be a ConvVAE, {name!r} is a {type(vae).__name__}")
         return vae, card
 
-    def load_classifier(self, name: str, model: str | None = None) -> Any:
+    def load_classifier(self, name: str | None, model: str | None = None) -> Any:
         """A trained classifier, of the latents of ``model`` if given; its weights are recorded.
+        Without a name it is ``<model>_classifier``.
 
         Raises:
             ValueError: for one that was trained on something else, or on latents of another model
                 or of a loaded one's other weights, which may have as many; or for one of other
                 labels than the first.
         """
+        name = f"{model}_classifier" if name is None else name
         classifier, card = load_classifier(name, self.models)
         if model is not None:
             training = card.training
