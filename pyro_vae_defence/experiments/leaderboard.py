@@ -81,6 +81,16 @@ class Entry(NamedTuple):
         return tuple(map(repr, alike))
 
     @property
+    def unlike(self) -> str:
+        """What is not as in most settings, to go on with."""
+        unlike = ""
+        if self.report["figure"] == "accuracy" and self.config["reading"] != "reencoded":
+            unlike += f", read `{self.config['reading']}`"
+        if self.config.get("defence_seed") is not None:  # which older results do not name
+            unlike += ", seed known"
+        return unlike
+
+    @property
     def worst_case(self) -> float:
         """What is ranked."""
         found: float = self.report["robust"]["mean"]["estimate"]
@@ -141,11 +151,11 @@ def _rankings(entries: Iterable[Entry]) -> Iterator[Ranking]:
     for _, group in itertools.groupby(ordered, lambda entry: entry.setting):
         found = list(group)
         config = found[0].config
-        title = f"`{config['model']}`, {config['radius']:g}"
-        alike = f"{title}, {config['num_images']}"
+        title, unlike = f"`{config['model']}`, {config['radius']:g}", found[0].unlike
+        alike = f"{title}, {config['num_images']}{unlike}"
         titles[alike] += 1
         # Another ranking, since something differs that the title does not say.
-        other = "" if titles[alike] == 1 else f", setting {titles[alike]}"
+        other = unlike + ("" if titles[alike] == 1 else f", setting {titles[alike]}")
         for defence, number in Counter(entry.defence for entry in found).items():
             if number > 1:
                 of = f"{config['model']}, radius {config['radius']:g}"

@@ -146,11 +146,12 @@ def adaptive(
     yield ""
     rows = []
     for row in sorted(found):
-        config, _, report = next(iter(found[row].values()))
+        first = next(iter(found[row].values()))
+        config, _, report = first
         figure = "accuracy" if report["figure"] == "accuracy" else "similarity"
         title = DATASETS.get(config["model"].removesuffix("_vae"), f"`{config['model']}`")
         clean = report["undefended_clean"]["estimate"]
-        what = f"{title}, {config['radius']:g}, {figure}; clean {clean:.2f}"
+        what = f"{title}, {config['radius']:g}, {figure}{first.unlike}; clean {clean:.2f}"
         rows.append([what, *(_worst_case(found[row].get(name)) for name in names)])
     yield from tables.table(["data set, radius, figure", *map(label, names)], rows)
     marked = (

@@ -45,10 +45,11 @@ _LEAVES = {
 _ENDS = (Tensor, ModuleType, Dataset, DataLoader, Optimizer)
 # Attributes that every module has; its children are read from one of them.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-# Packages whose code leads to themselves, not to a VAE; nor do objects of the standard ones, but
-# for those that hold attributes and those that wrap a function, which has one of three names.
+# Packages whose code leads to themselves, not to a VAE: this one too, whose models hold their
+# networks as attributes. Nor do objects of the standard ones, but for those that hold attributes
+# and those that wrap a function, which has one of three names.
 _STANDARD = frozenset(sys.stdlib_module_names) - {"__main__"}
-_FOREIGN = _STANDARD | {"torch", "pyro"}
+_FOREIGN = _STANDARD | {"torch", "pyro", __name__.partition(".")[0]}
 _HOLDERS = (SimpleNamespace, argparse.Namespace)
 _CACHED = type(functools.lru_cache(len))
 _WRAPPERS = (property, staticmethod, classmethod, functools.cached_property, _CACHED)
@@ -222,8 +223,10 @@ class _Walk:
         # Decorators keep what they wrap there.
         if function.__dict__:
             self._visit_all(function.__dict__.items(), position)
+        if (package := _package(function)) in _FOREIGN:
+            return
         installed, names = _reading(function.__code__)
-        if not installed or _package(function) in self._packages - _FOREIGN:
+        if not installed or package in self._packages:
             known = function.__globals__
             for name in names:
                 if type(value := known.get(name)) not in _LEAVES:
