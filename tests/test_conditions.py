@@ -232,6 +232,7 @@ def test_robustness_is_that_of_the_conditional_vae(classify):
         num_directions=2,
         check_steps=4,
         check_images=2,
+        check_draws=2,
         scoring_draws=2,
         selection_draws=1,
         num_iterations=2,

@@ -44,6 +44,7 @@ SETTINGS = {
     "num_images": 4, "chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 2,
     "budget.num_steps": 2, "budget.num_chains": 2, "budget.selection_draws": 1,
     "budget.scoring_draws": 2, "budget.check_images": 2, "budget.check_steps": 4,
+    "budget.check_draws": 2,
     "attacks": ("encoder", "equilibrium"), "defences": ("none", "aware"),
     "targets": ("classification",),
 }  # fmt: skip

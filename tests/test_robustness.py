@@ -50,6 +50,7 @@ TINY = Budget(
 SMALL = Budget(
     num_steps=2, num_restarts=1, num_draws=(1,), num_chains=4, num_iterations=2, num_directions=1,
     black_box_steps=1, selection_draws=1, scoring_draws=2, check_images=4, check_steps=4,
+    check_draws=4,
 )  # fmt: skip
 RADIUS = 0.3
 
@@ -188,7 +189,7 @@ def test_every_attack_runs_against_a_chain(delta):
     budget = Budget(
         num_steps=4, num_restarts=1, num_draws=(1,), num_chains=8, num_iterations=3,
         num_directions=4, black_box_steps=2, selection_draws=2, scoring_draws=3, check_images=8,
-        check_steps=4,
+        check_steps=4, check_draws=64 if delta is None else 4,
     )  # fmt: skip
     perturbation = None if delta is None else Linf(delta)
     defence = MCMCDefence(vae, HMC, 1, 2, perturbation=perturbation)
@@ -694,7 +695,8 @@ class TestWithoutAManual:
 
     def test_the_page_of_a_report_loads_nothing(self, tmp_path, capsys):
         vae, x = ConvVAE().eval(), torch.rand(3, 1, 28, 28)
-        budget = dataclasses.replace(Budget.quick(), num_steps=2, check_images=2, check_steps=4)
+        few = {"num_steps": 2, "check_images": 2, "check_steps": 4, "check_draws": 4}
+        budget = dataclasses.replace(Budget.quick(), **few)
         report = evaluate_robustness(
             vae, NoDefence(vae), x, budget=budget, attacks=("transfer", "encoder"), progress=True
         )
