@@ -35,11 +35,13 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.blocks import InBlocks
 from pyro_vae_defence.experiments.defences import (
+    MODE_STEPS,
     PaperName,
     Published,
     Setting,
     chain_words,
     chained,
+    defence_spec,
     label,
     make_defence,
 )
@@ -139,17 +141,23 @@ def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, flo
     """Decoder gradients per image and target, without the model at hand, by
     :func:`~pyro_vae_defence.robustness.cost.suite_gradients`; what a defence's name says beyond its
     kind is left out."""
-    chain = config.chain
-    if defence.startswith("recommended"):
+    chain, kind = config.chain, defence_spec(defence).kind
+    if kind == "recommended":
         chain = conf.ChainConfig(**RECOMMENDED_LENGTHS, **RECOMMENDED_KERNEL)
     transitions, length = chain.warmup_steps + chain.num_samples, chain.num_steps + 0.5
-    if defence == "paper":
+    if kind == "paper":
         count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
         transitions, length = count // 2 + count, float(steps)
     whole = (chain.burn_in + transitions * length + 2) * chain.num_chains
-    if defence.startswith("annealed"):
+    if kind == "annealed":
         whole += walk_gradients(MCMCDefence.num_temperatures) * chain.num_chains
-    cost = None if defence == "none" else ChainCost(whole, length, transitions, chain.num_chains)
+    cost: ChainCost | None = ChainCost(whole, length, transitions, chain.num_chains)
+    if kind == "none":
+        cost = None
+    elif kind.endswith("mode"):
+        cost = ChainCost(MODE_STEPS + 1.0)
+    elif not (chained(defence) or kind in ("recommended", "paper")):
+        cost = ChainCost(1.0)  # a filter before the encoder
     size = len(config.blocks[0])
     return suite_gradients(cost, config.budget, size, config.attacks, config.checks)
 
@@ -291,6 +299,8 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
     before they are re-encoded. ``<dataset>_vote_<radius>`` lets every draw of the four vote, which
     loses fewer classes. ``<dataset>_known_seed_<radius>`` is one chain whose attacker knows its
     random numbers, so that the gradient through the whole chain is exact.
+    ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most, with twice
+    the steps: what they leave less than before is what the budget was too small for.
 
     A report of one chain is 10 million gradients, about an hour of one thread, and one of the
     recommended four 15 million. Where seeds are fresh, the suite is that without unrolling, which a
@@ -315,6 +325,13 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
             "attacks": (*PROTOCOL_ATTACKS, "unroll"),
             "defence_seed": 0,
         },
+        "doubled": {
+            "defences": ("recommended",),
+            "targets": ("classification",),
+            "attacks": ("equilibrium", "implicit", "truncated"),
+            "reading": "vote",
+            "budget": replace(budget, num_steps=2 * budget.num_steps),
+        },
     }
     return {
         f"{dataset}_{kind}_{radius:g}": RobustnessConfig(
@@ -322,8 +339,7 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
             radius,
             classifier=f"{dataset}_vae_mlp_classifier",
             num_images=100,
-            budget=budget,
-            **settings,
+            **{"budget": budget, **settings},
         )
         for kind, settings in kinds.items()
         for dataset in ("mnist", "fashion_mnist")
