@@ -14,6 +14,7 @@ from pyro_vae_defence.robustness import RobustnessReport
 
 SETTINGS = {
     "dataset": "mnist_subset", "num_images": 5, "images_per_cell": 3, "radii": (0.05,),
+    "ratios": (1.0,),
     "num_clean": 60, "num_temperatures": 3, "num_steps": 1, "num_walks": 4, "num_falling": 1,
     "attacks": ("encoder",), "chain.num_samples": 2, "chain.warmup_steps": 1,
     "chain.num_steps": 1, "budget.num_steps": 2, "budget.selection_draws": 1,

@@ -74,7 +74,7 @@ class BoundConfig(InBlocks):
     attacks: tuple[Annotated[str, conf.one_of(KNOWLEDGE)], ...] = (
         "transfer", "encoder", "bpda", "equilibrium", "evidence",
     )  # fmt: skip
-    num_attacked: conf.Natural = 40
+    num_attacked: conf.Natural = 20
     chain: conf.ChainConfig = conf.ChainConfig(num_samples=5, warmup_steps=20)
     budget: Budget = replace(Budget.standard(), max_evaluations=33_000)
     seed: conf.Natural = 0
@@ -98,14 +98,20 @@ VALIDATION: dict[str, Any] = {
 
 
 class Bound(Measurement[BoundConfig]):
-    """A bound without an attack, and attacks."""
+    """A bound without an attack, and attacks.
+
+    Classes are read by the classifier with hidden layers, and the defender assumes twice the
+    attacker's radius, which kept most of validation images at radius 0.05.
+    """
 
     kind = command = "bound"
     metric = None
     names = {
-        f"{dataset}{ending}": BoundConfig(f"{dataset}_vae", **settings)
+        f"{dataset}{ending}": BoundConfig(
+            f"{dataset}_vae", classifier=f"{dataset}_vae_mlp_classifier", **settings
+        )
         for dataset in ("mnist", "fashion_mnist")
-        for ending, settings in (("", {}), ("_validation", VALIDATION))
+        for ending, settings in (("", {"ratios": (2.0,)}), ("_validation", VALIDATION))
     }
     output = "runs/bound"
     parts = ("bounds", "attacks")
