@@ -680,6 +680,9 @@ class TestWithoutAManual:
         cost = chain_cost(defence)
         assert cost == ChainCost(whole=2 * (7 + 1 + 9), transition=3.0, transitions=3, chains=2)
         assert defence(x).num_gradients.tolist() == [cost.whole] * 2
+        bounded = MCMCDefence(vae, kernel, 20, 10, num_chains=2, max_gradients=2 * (7 + 1 + 12))
+        assert chain_cost(bounded).transitions == 4
+        assert bounded(x).num_gradients.tolist() == [chain_cost(bounded).whole] * 2
         assert chain_cost(NoDefence(vae)) is None
         assert chain_cost(EncoderDefence(vae)).transitions == 0
         no_chain = suite_gradients(None, Budget.quick(), 2)

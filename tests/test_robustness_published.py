@@ -11,7 +11,12 @@ import torch
 from programs import LinearGaussianVAE
 from test_robustness import HMC, SMALL, classify, problem, run
 
-from pyro_vae_defence.defence import DefendedClassifier, MCMCDefence, NoDefence
+from pyro_vae_defence.defence import (
+    ConvergenceRule,
+    DefendedClassifier,
+    MCMCDefence,
+    NoDefence,
+)
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.streams import Streams
@@ -23,9 +28,10 @@ from pyro_vae_defence.robustness import (
     rescore,
     save_attacked,
 )
+from pyro_vae_defence.robustness.cost import chain_cost
 from pyro_vae_defence.robustness.fidelity import expected_difference
 from pyro_vae_defence.robustness.scoring import Accuracy, Fresh
-from pyro_vae_defence.robustness.suite import Suite
+from pyro_vae_defence.robustness.suite import ATTACKS, Suite
 
 SEED = 11
 
@@ -72,6 +78,38 @@ class TestKnownSeed:
         other = WhiteBox(vae, defence, x)
         assert not torch.allclose(other(x).latents["z"], truth.latents["z"])
         assert not torch.allclose(other.start(images, streams)["z"], start["z"])
+
+    @pytest.mark.parametrize(
+        ("num_chains", "ending"),
+        [(2, {"max_gradients": 24}), (4, {"until_converged": ConvergenceRule(2.0, 9.0, 8)})],
+        ids=["max_gradients", "until_converged"],
+    )
+    def test_chains_that_end_early_do_so_for_the_attacker(self, num_chains, ending):
+        vae, x, _ = problem(4)
+        defence = MCMCDefence(vae, HMC, 64, 4, num_chains, **ending)
+        truth = defence(x, at_seed())
+        whole = chain_cost(MCMCDefence(vae, HMC, 64, 4, num_chains)).whole
+        assert (truth.num_gradients < whole / 2).all()
+        images = x.repeat(num_chains, 1, 1, 1)
+        known, fresh = WhiteBox(vae, defence, x, seed=SEED), WhiteBox(vae, defence, x)
+        streams = Streams.create(4, num_chains, seed=5)
+        start = known.start(images, streams)
+        for context in (torch.no_grad, torch.enable_grad):  # as values, and to be differentiated
+            with context():
+                end = known.chain(images, start, streams)["z"].detach().unflatten(0, (-1, 4))
+            torch.testing.assert_close(end, truth.samples["z"][:, -1])
+        # Without the seed a draw of the defence, of other noise.
+        streams = Streams.create(4, generator=at_seed())
+        with torch.no_grad():
+            end = fresh.chain(x, fresh.start(x, streams), streams)["z"]
+        again = defence(x, torch.Generator().manual_seed(streams.seed)).latents["z"]
+        expected = truth.latents["z"] if "max_gradients" in ending else again
+        torch.testing.assert_close(end, expected)
+        unrolled = next(row for row in ATTACKS if row.name == "unroll")
+        assert ("converged" in unrolled.reason(fresh)) == ("until_converged" in ending)
+        # A surrogate's chains are of its own energy.
+        few = fresh.tempered(0.1)
+        assert not torch.allclose(few.chain(x, few.start(x, streams), streams)["z"], end)
 
     def test_noise_protects_only_who_keeps_it_to_himself(self):
         vae, x, labels = problem(10)

@@ -136,6 +136,8 @@ def _with_transitions(box: WhiteBox) -> str:
 def _with_whole_chain(box: WhiteBox) -> str:
     if not box.steps or box.unrollable:
         return _with_transitions(box)
+    if box.stops:
+        return "chains stop when all of an image's have converged, which is not unrolled"
     before = (
         "burn-in before the transitions" if box.kernel.burn_in else "search for the chain's start"
     )

@@ -91,8 +91,9 @@ class WhiteBox:
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
         steps: whether its transitions are known: this library's HMC or NUTS.
-        unrollable: whether the whole chain is: such transitions, without a burn-in or a search for
-            their start before them.
+        stops: whether chains stop when those of an image have converged, as the defence decides.
+        unrollable: whether the whole chain is: such transitions, as many in every run, without a
+            burn-in or a search for their start before them.
         decoder: latents on the support of their sites to images.
     """
 
@@ -116,7 +117,9 @@ class WhiteBox:
         kernel = self._make_kernel()
         self.steps = isinstance(kernel, (BatchedHMC, BatchedNUTS))
         searched = getattr(defence, "initial", None) in ("mode", "annealed")
-        self.unrollable = self.steps and kernel.burn_in == 0 and not searched
+        # All chains of an image decide together when they stop.
+        self.stops = getattr(defence, "until_converged", None) is not None
+        self.unrollable = self.steps and kernel.burn_in == 0 and not searched and not self.stops
 
     def _read(self) -> None:
         """What hinges on the conditions of the images."""
@@ -171,7 +174,6 @@ class WhiteBox:
         other._conditions = rows_of(self._conditions, rows)
         if self.steps:
             other.__dict__["step_size"] = self.step_size
-        other.__dict__.pop("_whole", None)
         other._read()
         return other
 
@@ -181,8 +183,7 @@ class WhiteBox:
         (:mod:`pyro_vae_defence.models.tempered`). The defence stays what it is."""
         other = copy.copy(self)
         other._inverse_temperature = inverse_temperature
-        for found in ("step_size", "_whole"):
-            other.__dict__.pop(found, None)
+        other.__dict__.pop("step_size", None)
         other._build()
         return other
 
@@ -269,17 +270,27 @@ class WhiteBox:
 
     def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
         """Where the defence ends; differentiable if unrollable. Chains that do not start at the
-        encoding, and other defences, start by themselves."""
-        if self.steps:
+        encoding, those that stop when they have converged, and other defences, start by themselves.
+        """
+        surrogate = self._inverse_temperature < 1
+        if self.steps and (surrogate or not self.stops):
             streams = self._known(streams)
             if self._own_start is not None:
                 start = self._own_start(x, streams)
             if self.unrollable:
-                return self._whole(x, start, streams)
+                return self._whole(streams.seed)(x, start, streams)
             return self._run(self._make_kernel(), x, start, streams)
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
         self._evaluations[0] += int(result.num_gradients.sum())
-        return self._potential.at(x).unconstrain(result.latents)
+        return self._potential.at(x).unconstrain(self._ends(result, streams))
+
+    def _ends(self, result: DefenceResult, streams: Streams) -> Latents:
+        """Where a run ends: of a known seed in each row's own chain, since draws are its chains."""
+        if self.seed is None or self.num_chains == 1:
+            return result.latents
+        chain = streams.chain % self.num_chains
+        image = torch.arange(len(chain), device=chain.device)
+        return {name: value[chain, -1, image] for name, value in result.samples.items()}
 
     def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:
         """``number`` >= 1 transitions of a defence that :attr:`steps`, to go on with where a chain
@@ -322,15 +333,18 @@ class WhiteBox:
 
     def _run(self, kernel: Any, x: Tensor, start: Latents, streams: Streams) -> Latents:
         """Where the whole chains end, burn-in included, without derivatives."""
-        defence: Any = self.defence
-        total = defence.warmup_steps + defence.num_samples
+        total, warmup_steps = self._numbers(kernel, streams.seed)
         self._evaluations[0] += _uncounted(kernel, x, streams, total)
-        return unrolled.run(kernel, x, start, streams, total, defence.warmup_steps)
+        return unrolled.run(kernel, x, start, streams, total, warmup_steps)
 
-    @functools.cached_property
-    def _whole(self) -> unrolled.UnrolledKernel:
-        defence: Any = self.defence
-        total = defence.warmup_steps + defence.num_samples
-        numbers = total, defence.warmup_steps
+    def _whole(self, seed: int) -> unrolled.UnrolledKernel:
+        """The chains of a run with this seed, which decides how many gradients a transition has."""
+        numbers = self._numbers(self._make_kernel(), seed)
         counter = self._evaluations
         return _CountedKernel(self._make_kernel, self.energy, *numbers, evaluations=counter)
+
+    def _numbers(self, kernel: Any, seed: int) -> tuple[int, int]:
+        """Transitions in all, as many as the defence makes, and how many of them adapt."""
+        defence: Any = self.defence
+        made = defence.lengths(kernel, defence.start(self.vae, kernel), seed)
+        return made.warmup_steps + made.num_samples, made.warmup_steps
