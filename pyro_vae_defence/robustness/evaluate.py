@@ -49,7 +49,7 @@ import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.defence.base import check_defence
-from pyro_vae_defence.defence.store import fingerprint, weights_fingerprint
+from pyro_vae_defence.defence.store import fingerprint, held_by, weights_fingerprint
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import same_vae, split
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
@@ -152,8 +152,8 @@ def evaluate_robustness(
             ball,
             dataclasses.asdict(budget),
             attacks,
-            engine,
-            similarity,
+            _own(engine),
+            _own(similarity),
             checks,
             defence_seed,
         )
@@ -194,15 +194,15 @@ def _own(value: Any, depth: int = 5) -> Any:
     if isinstance(value, MethodType):
         return own([value.__func__, value.__self__])
     if isinstance(value, FunctionType):
-        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
-        closed = {name: cell.cell_contents for name, cell in cells.items()}
-        return [value.__qualname__, value.__code__.co_code, own(closed), own(value.__defaults__)]
-    held: Any
+        return own(held_by(value))
     if dataclasses.is_dataclass(value):
         held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     else:
-        held = getattr(value, "__dict__", None)
-    if held is None:
+        slots = (getattr(each, "__slots__", ()) for each in type(value).__mro__)
+        names = [n for each in slots for n in ((each,) if isinstance(each, str) else each)]
+        held = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        held |= getattr(value, "__dict__", {})
+    if not held:
         return value
     apart = ("vae", "defence", "batch_size", "progress", "prepare")
     return [type(value).__qualname__, own({k: v for k, v in held.items() if k not in apart})]
