@@ -17,6 +17,7 @@ from pyro_vae_defence.defence import (
     MCMCDefence,
     NoDefence,
 )
+from pyro_vae_defence.defence.classifier import READINGS, read_latents
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.streams import Streams
@@ -110,6 +111,44 @@ class TestKnownSeed:
         # A surrogate's chains are of its own energy.
         few = fresh.tempered(0.1)
         assert not torch.allclose(few.chain(x, few.start(x, streams), streams)["z"], end)
+
+    @pytest.mark.parametrize("reading", READINGS)
+    def test_attackers_climb_what_the_reading_makes_of_the_run(self, reading):
+        """Of all its draws, or of the last one of the first chain."""
+        vae, x, labels = problem(4)
+        defence = MCMCDefence(vae, HMC, 3, 2, num_chains=2, keep_draws=2)
+        box = WhiteBox(vae, defence, x, seed=SEED)
+        read = DefendedClassifier(defence, classify, reading)
+        scorer = Accuracy(box, x, labels, read, Fresh(3))
+        suite = Suite(box, scorer, x, Linf(0.3), SMALL, None)
+        unroll = next(row for row in ATTACKS if row.name == "unroll")
+        assert suite.draws(unroll) == ((1,) if reading == "last" else (4,))
+        objective = suite.objective(unroll, *suite.draws(unroll))(x)
+
+        def margin(images):
+            found = read_latents(vae, defence(images, at_seed()), reading)["z"]
+            scores = classify(found.flatten(0, 1)).reshape(-1, 4, 2)
+            own = scores[:, torch.arange(4), labels]
+            return (scores[:, torch.arange(4), 1 - labels] - own).mean(0)
+
+        leaf = x.clone().requires_grad_()
+        value = objective(leaf)
+        torch.testing.assert_close(value.detach(), margin(x))
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        step = 1e-6 * torch.randn(x.shape, generator=at_seed())
+        difference = margin(x + step) - margin(x - step)
+        torch.testing.assert_close(
+            (gradient * 2 * step).flatten(1).sum(1), difference, rtol=1e-4, atol=1e-9
+        )
+        # Of two restarts, forwards alone, and in what gradients are judged by.
+        moved = (x + 0.1).clamp(0, 1)
+        black_box = next(row for row in ATTACKS if row.name == "square")
+        both = suite.objective(black_box, *suite.draws(black_box))(x.repeat(2, 1, 1, 1))
+        torch.testing.assert_close(
+            both(torch.cat([x, moved])), torch.cat([margin(x), margin(moved)])
+        )
+        found, _ = expected_difference(suite, moved, x, 16, 0)
+        torch.testing.assert_close(found, margin(moved) - margin(x))
 
     def test_noise_protects_only_who_keeps_it_to_himself(self):
         vae, x, labels = problem(10)
