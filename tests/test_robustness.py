@@ -549,6 +549,25 @@ class TestJoin:
         assert seen.values.keys() == rising.keys()
         assert seen.facts == {"attack": "transfer' or 'bpda", "num_steps": [1, 4]}
 
+    def test_weights_are_one_models(self):
+        vae, x, labels = problem(8)
+        heads = [torch.nn.Linear(3, 2, dtype=torch.float64) for _ in range(2)]
+        reports = [
+            run(
+                vae, NoDefence(vae), x[rows], labels[rows], SMALL, attacks=("encoder",),
+                classifier=heads[number], checks=False,
+            )
+            for rows, number in ((slice(0, 4), 0), (slice(4, 8), 0), (slice(4, 8), 1))
+        ]  # fmt: skip
+        first, same, other = reports
+        joined = RobustnessReport.join([first, same])
+        assert joined.weights == first.weights == same.weights != ""
+        with pytest.raises(ValueError, match="reports 0 and 1 .* with different weights"):
+            RobustnessReport.join([first, other])
+        # One of an earlier version says nothing of them.
+        old = {k: v for k, v in other.to_dict().items() if k != "weights"}
+        assert RobustnessReport.join([first, RobustnessReport.from_dict(old)]).weights
+
     def test_mistakes(self, parts):
         with pytest.raises(ValueError, match="reports is empty"):
             RobustnessReport.join([])

@@ -52,6 +52,7 @@ from pyro_vae_defence.defence.base import check_defence
 from pyro_vae_defence.defence.store import fingerprint, held_by, weights_fingerprint
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import same_vae, split
+from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
@@ -61,7 +62,7 @@ from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
-from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scores, make_scorer
+from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scorer, Scores, make_scorer
 from pyro_vae_defence.robustness.steps import Steps
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
@@ -176,6 +177,11 @@ def evaluate_robustness(
             report = _report(suite, conditions, attacks, checks, steps, expected, bar)
     steps.finish()
     return report
+
+
+def _read_by(scorer: Scorer) -> Any:
+    """The classifier of latents, if there is one."""
+    return scorer.classifier.classifier if isinstance(scorer, Accuracy) else None
 
 
 def _own(value: Any, depth: int = 5) -> Any:
@@ -371,6 +377,7 @@ def _report(
         x_adv=x_adv,
         examples=torch.stack([x[few], x_adv[few], shown.reconstruction]).cpu(),
         images=(fingerprint(x),),
+        weights=fingerprint(networks_of(box.vae), networks_of(_read_by(scorer))),
         x_ref=x,
         labels=scorer.labels if isinstance(scorer, Accuracy) else None,
         conditions=conditions,
