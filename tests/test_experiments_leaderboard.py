@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from result_files import change
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.leaderboard import write_leaderboard
+from pyro_vae_defence.experiments.robustness import Robustness
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 
@@ -123,6 +125,23 @@ def test_another_budget_or_other_weights_are_another_ranking(results, place, val
     # Similarities are no classifier's.
     again = write_leaderboard(results).read_text().split("## Similarity")[1]
     assert ("`mnist_vae`, 0.2, 20, setting 2 |" in again) == (place[-1] != "mnist_vae_classifier")
+
+
+def test_a_seed_that_attackers_know_is_said_with_the_one_run_there_is(results):
+    path = results / "robustness_controls/mnist_radius_0.2.json"
+    change(path, ["config", "defence_seed"], 7)
+    change(path, ["config", "budget", "scoring_draws"], 5)
+    settings = write_leaderboard(results).read_text().split("## Settings")[1]
+    (line,) = (line for line in settings.splitlines() if "attackers know" in line)
+    assert "1 scored draws of a seed that attackers know" in line
+    result = json.loads(path.read_text())
+    section = Robustness.section(result, [])
+    assert "worst case over attacks that know the defence's seed, 7, 95% intervals" in section
+    assert "worst of 1 draws" in section
+    result["config"]["defence_seed"] = None
+    section = Robustness.section(result, [])
+    assert "worst case over attacks on fresh seeds" in section
+    assert "worst of 5 draws" in section
 
 
 def test_what_only_judges_a_report_or_was_no_choice_before_makes_no_other_ranking(results):

@@ -160,6 +160,8 @@ class TestKnownSeed:
         known = run(vae, defence, x, labels, budget, defence_seed=SEED, **options)
         unknown = run(vae, defence, x, labels, budget, **options)
         assert known.threat_model == unknown.threat_model | {"defence_seed": SEED}
+        assert "whose seed attackers know" in str(known)
+        assert "whose seed attackers know" not in str(unknown)
         assert unknown.robust["mean"]["estimate"] > 0.3  # a coin is right half of the time
         assert known.robust["mean"]["estimate"] < 0.15
         # What is scored is the run with this seed, and all runs are one.

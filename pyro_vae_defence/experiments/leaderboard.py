@@ -25,7 +25,7 @@ import torch
 
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import chain_words, defence_spec, label
-from pyro_vae_defence.experiments.robustness import reports
+from pyro_vae_defence.experiments.robustness import reports, scored_draws
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.robustness import (
     Budget,
@@ -299,11 +299,13 @@ def _settings(results: Iterable[dict[str, Any]]) -> Iterator[str]:
         chains = dict.fromkeys(filter(None, map(_chains, reports(result).values())))
         classifier = config.get("classifier")  # which results before this setting do not name
         read_by = "" if classifier is None else f" by `{classifier}`"
+        known = "" if config.get("defence_seed") is None else " of a seed that attackers know"
         yield (
             f"- `{config['model']}`, {config['radius']:g} ({names}): {config['num_images']} "
             f"class-stratified test images, {budget['num_steps']} steps of {config['engine']}, "
-            f"{budget['num_restarts']} restart(s), {budget['scoring_draws']} scored draws, classes "
-            f"read `{config['reading']}`{read_by}{''.join(f'; {words}' for words in chains)}"
+            f"{budget['num_restarts']} restart(s), {scored_draws(config)} scored draws{known}, "
+            f"classes read `{config['reading']}`{read_by}"
+            f"{''.join(f'; {words}' for words in chains)}"
         )
 
 

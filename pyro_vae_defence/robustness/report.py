@@ -161,10 +161,11 @@ class RobustnessReport:
             "robust, averaged": self.robust["averaged"],
             "robust, worst draw": self.robust["worst_of_n"],
         }
+        known = ", whose seed attackers know" if "defence_seed" in threat else ""
         lines = [
             f"{self.figure} of {threat['target']}, {threat['norm']} radius {threat['radius']:g}, "
-            f"{number} images, defence {self.defence.get('defence', 'unknown')}; higher is more "
-            "robust; heuristic, not certified",
+            f"{number} images, defence {self.defence.get('defence', 'unknown')}{known}; higher "
+            "is more robust; heuristic, not certified",
             "",
             *(f"{what:24s}{interval_text(found)}" for what, found in figures.items()),
             "",
