@@ -186,6 +186,8 @@ class RobustnessReport:
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in _IMAGES:
             del found[name]
+        if not self.weights:  # of an earlier version, whose reports come out again as they were
+            del found["weights"]
         for name in ("attacks", "checks"):
             found[name] = [entry._asdict() for entry in found[name]]
         found["per_image"] = self.per_image.tolist()
