@@ -312,6 +312,36 @@ def test_fingerprints_tell_apart_what_differs():
     assert store.fingerprint(network) == store.fingerprint(other)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lambda x: {k} * x",  # as an edited script, or a cell that was run again, has it
+        "lambda x: by * x",
+        "lambda x: net(x)",
+        "lambda x, *, by={k}: by * x",
+        "lambda x: helper(x)",
+        "lambda x: [y * {k} for y in x]",
+        "functools.partial(lambda by, x: by * x, {k})",
+    ],
+)
+def test_what_a_function_computes_with_tells_it_from_others(text):
+    def made(k):
+        around = {"by": k, "functools": functools, "net": torch.nn.Linear(1, 1, bias=False)}
+        torch.nn.init.constant_(around["net"].weight, k)
+        exec(f"def helper(x): return helper(x - 1) if x > {k} else x", around)
+        return eval(text.format(k=k), around)
+
+    first, same, other = (store.fingerprint(made(k)) for k in (0.5, 0.5, 0.9))
+    assert first == same != other
+
+
+def test_sets_are_equal_whatever_their_order_and_kinds_are_told_apart():
+    words = [str(k) for k in range(50)]
+    assert store.fingerprint(set(words)) == store.fingerprint(set(reversed(words)))
+    values = [{1, 2}, {1, 3}, torch.float32, torch.float64, 1j, 2j, np.float32(1.5), np.float32(2)]
+    assert len({store.fingerprint(value) for value in values}) == len(values)
+
+
 def test_settings_do_not_say_where_an_object_stands_in_memory():
     class Prepare:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from result_files import change
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.leaderboard import write_leaderboard
+from pyro_vae_defence.experiments.robustness import Robustness
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs/results"
 
@@ -102,6 +104,53 @@ def test_another_classifier_is_another_ranking_and_named(results):
     assert settings.count(" by `another_classifier`") == 1
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["config", "budget", "black_box_steps"], 1),
+        (["config", "budget", "persistent_transitions"], None),
+        (["config", "budget", "selection_draws"], 50),
+        (["config", "budget", "iterates"], 3),
+        (["weights", "mnist_vae"], "0" * 64),
+        (["weights", "mnist_vae_classifier"], "0" * 64),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_another_budget_or_other_weights_are_another_ranking(results, place, value):
+    """Who was attacked less, or is of another model of the same name, is not above the others."""
+    change(results / "robustness_controls/mnist_radius_0.2.json", place, value)
+    other = {row[0] for row in ranking(results, "`mnist_vae`, 0.2, 20, setting 2 |")}
+    filters = {"control: dark-pixel clipping δ = radius", "control: median filter"}
+    assert other == filters or (other and not other & filters)
+    # Similarities are no classifier's.
+    again = write_leaderboard(results).read_text().split("## Similarity")[1]
+    assert ("`mnist_vae`, 0.2, 20, setting 2 |" in again) == (place[-1] != "mnist_vae_classifier")
+
+
+def test_a_seed_that_attackers_know_is_said_with_the_one_run_there_is(results):
+    path = results / "robustness_controls/mnist_radius_0.2.json"
+    change(path, ["config", "defence_seed"], 7)
+    change(path, ["config", "budget", "scoring_draws"], 5)
+    settings = write_leaderboard(results).read_text().split("## Settings")[1]
+    (line,) = (line for line in settings.splitlines() if "attackers know" in line)
+    assert "1 scored draws of a seed that attackers know" in line
+    result = json.loads(path.read_text())
+    section = Robustness.section(result, [])
+    assert "worst case over attacks that know the defence's seed, 7, 95% intervals" in section
+    assert "worst of 1 draws" in section
+    result["config"]["defence_seed"] = None
+    section = Robustness.section(result, [])
+    assert "worst case over attacks on fresh seeds" in section
+    assert "worst of 5 draws" in section
+
+
+def test_what_only_judges_a_report_or_was_no_choice_before_makes_no_other_ranking(results):
+    path = results / "robustness_controls/mnist_radius_0.2.json"
+    for name, value in {"check_draws": 1, "max_evaluations": None, "iterates": 1}.items():
+        change(path, ["config", "budget", name], value)
+    assert not ranking(results, "`mnist_vae`, 0.2, 20, setting 2 |")
+
+
 def test_two_results_of_one_defence_or_none_at_all(results, tmp_path):
     shutil.copytree(results / "robustness", results / "robustness_again")
     with pytest.raises(ValueError, match="two results of 'none' in one setting"):
@@ -141,6 +190,15 @@ class TestWhichToPrefer:
         change(control, ["reports", "classification/dark_clip", "reasons"], ["weak"])
         verdicts = self.said(results)[1]
         assert verdicts["HMC, the paper's target"] == "behind an unreliable report"
+
+    def test_it_says_how_many_images_were_compared(self, results):
+        """Not those of the first report of the ranking, which may have others."""
+        place = ["reports", "classification/none"]
+        found = {"estimate": 0.999, "low": 0.9, "high": 1.0, "num_images": 25}
+        change(results / self.SUITE, [*place, "robust", "mean"], found)
+        change(results / self.SUITE, [*place, "unreliable"], False)
+        assert ranking(results, "`mnist_vae`, 0.2, 25 |")[0][0] == "no defence"
+        assert len(self.said(results)[1]) == 3
 
     def test_none_can_be_told_apart(self, results):
         for kind in ("hmc", "aware"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -83,6 +84,43 @@ def test_what_adaptive_attackers_leave_stands_in_its_place_and_is_marked(tmp_pat
     # What was measured otherwise is another row.
     suites[1]["config"]["seed"] = 1
     assert sum(", accuracy;" in line for line in adaptive(suites)) == 2
+
+
+class TestAdaptiveRows:
+    @pytest.fixture
+    def suites(self):
+        folders = ("robustness", "robustness_controls")
+        paths = (RESULTS / folder / "mnist_radius_0.2.json" for folder in folders)
+        return [json.loads(path.read_text()) for path in paths]
+
+    def rows(self, suites):
+        cells = (line.strip("| ").split(" | ") for line in adaptive(suites))
+        return {row[0].split(";")[0]: row for row in cells if row[0].startswith("MNIST, 0.2")}
+
+    def test_two_results_of_one_defence_are_refused(self, suites):
+        again = copy.deepcopy(suites[0])
+        again["config"]["chain"]["num_samples"] = 50
+        with pytest.raises(ValueError, match="two results of 'none' in one setting"):
+            list(adaptive([*suites, again]))
+
+    def test_a_result_of_one_figure_does_not_stand_among_those_of_the_other(self, suites):
+        expected = self.rows(suites)
+        controls = suites[1]
+        controls["config"]["targets"] = ["classification"]
+        names = list(controls["reports"])
+        for name in names:
+            if name.startswith("reconstruction"):
+                del controls["reports"][name]
+        found = self.rows(suites)
+        assert found["MNIST, 0.2, accuracy"] == expected["MNIST, 0.2, accuracy"]
+        similarity = expected["MNIST, 0.2, similarity"]
+        similarity[2] = tables.NOT_MEASURED
+        assert found["MNIST, 0.2, similarity"] == similarity
+
+    def test_images_that_are_still_to_come_are_said(self, suites):
+        suites[0]["config"]["num_images"] = suites[1]["config"]["num_images"] = 100
+        cells = self.rows(suites)["MNIST, 0.2, accuracy"]
+        assert all(cell.endswith(" (20 images so far)") for cell in cells[1:])
 
 
 def test_a_summary_of_nothing_is_refused(tmp_path, capsys):

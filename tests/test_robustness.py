@@ -549,6 +549,25 @@ class TestJoin:
         assert seen.values.keys() == rising.keys()
         assert seen.facts == {"attack": "transfer' or 'bpda", "num_steps": [1, 4]}
 
+    def test_weights_are_one_models(self):
+        vae, x, labels = problem(8)
+        heads = [torch.nn.Linear(3, 2, dtype=torch.float64) for _ in range(2)]
+        reports = [
+            run(
+                vae, NoDefence(vae), x[rows], labels[rows], SMALL, attacks=("encoder",),
+                classifier=heads[number], checks=False,
+            )
+            for rows, number in ((slice(0, 4), 0), (slice(4, 8), 0), (slice(4, 8), 1))
+        ]  # fmt: skip
+        first, same, other = reports
+        joined = RobustnessReport.join([first, same])
+        assert joined.weights == first.weights == same.weights != ""
+        with pytest.raises(ValueError, match="reports 0 and 1 .* with different weights"):
+            RobustnessReport.join([first, other])
+        # One of an earlier version says nothing of them.
+        old = {k: v for k, v in other.to_dict().items() if k != "weights"}
+        assert RobustnessReport.join([first, RobustnessReport.from_dict(old)]).weights
+
     def test_mistakes(self, parts):
         with pytest.raises(ValueError, match="reports is empty"):
             RobustnessReport.join([])
@@ -680,6 +699,9 @@ class TestWithoutAManual:
         cost = chain_cost(defence)
         assert cost == ChainCost(whole=2 * (7 + 1 + 9), transition=3.0, transitions=3, chains=2)
         assert defence(x).num_gradients.tolist() == [cost.whole] * 2
+        bounded = MCMCDefence(vae, kernel, 20, 10, num_chains=2, max_gradients=2 * (7 + 1 + 12))
+        assert chain_cost(bounded).transitions == 4
+        assert bounded(x).num_gradients.tolist() == [chain_cost(bounded).whole] * 2
         assert chain_cost(NoDefence(vae)) is None
         assert chain_cost(EncoderDefence(vae)).transitions == 0
         no_chain = suite_gradients(None, Budget.quick(), 2)

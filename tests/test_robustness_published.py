@@ -11,7 +11,13 @@ import torch
 from programs import LinearGaussianVAE
 from test_robustness import HMC, SMALL, classify, problem, run
 
-from pyro_vae_defence.defence import DefendedClassifier, MCMCDefence, NoDefence
+from pyro_vae_defence.defence import (
+    ConvergenceRule,
+    DefendedClassifier,
+    MCMCDefence,
+    NoDefence,
+)
+from pyro_vae_defence.defence.classifier import READINGS, read_latents
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.streams import Streams
@@ -23,9 +29,10 @@ from pyro_vae_defence.robustness import (
     rescore,
     save_attacked,
 )
+from pyro_vae_defence.robustness.cost import chain_cost
 from pyro_vae_defence.robustness.fidelity import expected_difference
 from pyro_vae_defence.robustness.scoring import Accuracy, Fresh
-from pyro_vae_defence.robustness.suite import Suite
+from pyro_vae_defence.robustness.suite import ATTACKS, Suite
 
 SEED = 11
 
@@ -73,6 +80,76 @@ class TestKnownSeed:
         assert not torch.allclose(other(x).latents["z"], truth.latents["z"])
         assert not torch.allclose(other.start(images, streams)["z"], start["z"])
 
+    @pytest.mark.parametrize(
+        ("num_chains", "ending"),
+        [(2, {"max_gradients": 24}), (4, {"until_converged": ConvergenceRule(2.0, 9.0, 8)})],
+        ids=["max_gradients", "until_converged"],
+    )
+    def test_chains_that_end_early_do_so_for_the_attacker(self, num_chains, ending):
+        vae, x, _ = problem(4)
+        defence = MCMCDefence(vae, HMC, 64, 4, num_chains, **ending)
+        truth = defence(x, at_seed())
+        whole = chain_cost(MCMCDefence(vae, HMC, 64, 4, num_chains)).whole
+        assert (truth.num_gradients < whole / 2).all()
+        images = x.repeat(num_chains, 1, 1, 1)
+        known, fresh = WhiteBox(vae, defence, x, seed=SEED), WhiteBox(vae, defence, x)
+        streams = Streams.create(4, num_chains, seed=5)
+        start = known.start(images, streams)
+        for context in (torch.no_grad, torch.enable_grad):  # as values, and to be differentiated
+            with context():
+                end = known.chain(images, start, streams)["z"].detach().unflatten(0, (-1, 4))
+            torch.testing.assert_close(end, truth.samples["z"][:, -1])
+        # Without the seed a draw of the defence, of other noise.
+        streams = Streams.create(4, generator=at_seed())
+        with torch.no_grad():
+            end = fresh.chain(x, fresh.start(x, streams), streams)["z"]
+        again = defence(x, torch.Generator().manual_seed(streams.seed)).latents["z"]
+        expected = truth.latents["z"] if "max_gradients" in ending else again
+        torch.testing.assert_close(end, expected)
+        unrolled = next(row for row in ATTACKS if row.name == "unroll")
+        assert ("converged" in unrolled.reason(fresh)) == ("until_converged" in ending)
+        # A surrogate's chains are of its own energy.
+        few = fresh.tempered(0.1)
+        assert not torch.allclose(few.chain(x, few.start(x, streams), streams)["z"], end)
+
+    @pytest.mark.parametrize("reading", READINGS)
+    def test_attackers_climb_what_the_reading_makes_of_the_run(self, reading):
+        """Of all its draws, or of the last one of the first chain."""
+        vae, x, labels = problem(4)
+        defence = MCMCDefence(vae, HMC, 3, 2, num_chains=2, keep_draws=2)
+        box = WhiteBox(vae, defence, x, seed=SEED)
+        read = DefendedClassifier(defence, classify, reading)
+        scorer = Accuracy(box, x, labels, read, Fresh(3))
+        suite = Suite(box, scorer, x, Linf(0.3), SMALL, None)
+        unroll = next(row for row in ATTACKS if row.name == "unroll")
+        assert suite.draws(unroll) == ((1,) if reading == "last" else (4,))
+        objective = suite.objective(unroll, *suite.draws(unroll))(x)
+
+        def margin(images):
+            found = read_latents(vae, defence(images, at_seed()), reading)["z"]
+            scores = classify(found.flatten(0, 1)).reshape(-1, 4, 2)
+            own = scores[:, torch.arange(4), labels]
+            return (scores[:, torch.arange(4), 1 - labels] - own).mean(0)
+
+        leaf = x.clone().requires_grad_()
+        value = objective(leaf)
+        torch.testing.assert_close(value.detach(), margin(x))
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        step = 1e-6 * torch.randn(x.shape, generator=at_seed())
+        difference = margin(x + step) - margin(x - step)
+        torch.testing.assert_close(
+            (gradient * 2 * step).flatten(1).sum(1), difference, rtol=1e-4, atol=1e-9
+        )
+        # Of two restarts, forwards alone, and in what gradients are judged by.
+        moved = (x + 0.1).clamp(0, 1)
+        black_box = next(row for row in ATTACKS if row.name == "square")
+        both = suite.objective(black_box, *suite.draws(black_box))(x.repeat(2, 1, 1, 1))
+        torch.testing.assert_close(
+            both(torch.cat([x, moved])), torch.cat([margin(x), margin(moved)])
+        )
+        found, _ = expected_difference(suite, moved, x, 16, 0)
+        torch.testing.assert_close(found, margin(moved) - margin(x))
+
     def test_noise_protects_only_who_keeps_it_to_himself(self):
         vae, x, labels = problem(10)
         defence = Flipped(vae)
@@ -83,6 +160,8 @@ class TestKnownSeed:
         known = run(vae, defence, x, labels, budget, defence_seed=SEED, **options)
         unknown = run(vae, defence, x, labels, budget, **options)
         assert known.threat_model == unknown.threat_model | {"defence_seed": SEED}
+        assert "whose seed attackers know" in str(known)
+        assert "whose seed attackers know" not in str(unknown)
         assert unknown.robust["mean"]["estimate"] > 0.3  # a coin is right half of the time
         assert known.robust["mean"]["estimate"] < 0.15
         # What is scored is the run with this seed, and all runs are one.

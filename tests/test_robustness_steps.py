@@ -151,15 +151,26 @@ class Noisy:
         return NoDefence(self.vae)(x, generator)
 
 
-@pytest.mark.parametrize("what", ["attribute", "closure", "default", "method"])
+class Slotted:
+    """An object without a dictionary of its own."""
+
+    __slots__ = ("scale",)
+
+    def __init__(self, scale):
+        self.scale = scale
+
+
+@pytest.mark.parametrize("what", ["attribute", "slot", "closure", "default", "method", "text"])
 def test_what_an_object_or_a_function_holds_tells_it_from_others(what, vae):
     def made(scale):
         scorer = Noisy(scale, vae)
         return {
             "attribute": scorer,
+            "slot": Slotted(scale),
             "closure": lambda z: scale * z,
             "default": lambda z, by=scale: by * z,
             "method": scorer.__call__,
+            "text": eval(f"lambda z: {scale} * z"),
         }[what]
 
     first, same, other = (fingerprint(_own(made(scale))) for scale in (0.1, 0.1, 0.2))

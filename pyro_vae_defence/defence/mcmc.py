@@ -288,6 +288,14 @@ class MCMCDefence(BaseDefence):
         metric = kernel.inverse_mass_matrix if isinstance(kernel, BatchedKernel) else None
         return ChainStart(vae, self.initial, self.mode_steps, self.num_temperatures, metric)
 
+    def lengths(self, kernel: MCMCKernel, start: ChainStart, seed: int) -> Lengths:
+        """Transitions of a run of ``kernel`` with this seed, the most where chains may converge
+        earlier; without effect of ``max_gradients`` on a kernel that knows no bound."""
+        lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self._kept_draws)
+        if self.max_gradients is None or not isinstance(kernel, BatchedKernel):
+            return lengths
+        return lengths.within(self.max_gradients, start.num_gradients + 1, kernel, seed)
+
     @property
     def _fewest_draws(self) -> int:
         """Draws that every image has at least."""
@@ -305,7 +313,7 @@ class MCMCDefence(BaseDefence):
                 f"kernel must return an MCMCKernel for a Pyro model, it returned {kernel!r}"
             )
         start = self.start(vae, kernel)
-        lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self._kept_draws)
+        lengths = self.lengths(kernel, start, streams.seed)
         if not isinstance(kernel, BatchedKernel):
             if (self.max_gradients, self.until_converged, self.prepare) != (None, None, None):
                 raise ValueError(
@@ -317,9 +325,6 @@ class MCMCDefence(BaseDefence):
             energy_of = functools.partial(potential, perturbation=self.perturbation)
             return run_one_by_one(self.kernel, energy_of, x, streams, start, lengths, self.progress)
         kernel.streams, kernel.prepare = streams, self.prepare
-        if self.max_gradients is not None:
-            spent = start.num_gradients + 1
-            lengths = lengths.within(self.max_gradients, spent, kernel, streams.seed)
         chains = run_batched(kernel, x, start, lengths, self.until_converged, self.progress)
         self._why_not = kernel.why_not
         return chains

@@ -18,7 +18,9 @@ names are those of :mod:`pyro_vae_defence.diagnostics`. Reference: https://zarr-
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import enum
 import functools
 import glob
 import hashlib
@@ -31,6 +33,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -298,9 +301,10 @@ def _wait_for(path: Path) -> None:
 
 
 def fingerprint(*values: Any) -> str:
-    """A hash of what values hold: numbers, texts, tensors, networks, and what is made of these.
+    """A hash of what values hold: numbers, texts, tensors, networks, functions, and what is made of
+    these.
 
-    Of functions and other objects it knows the name alone; what a closure holds escapes it.
+    Of other objects it knows the name alone.
     """
     found = hashlib.sha256()
     for value in values:
@@ -308,12 +312,20 @@ def fingerprint(*values: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def _feed(update: Callable[[bytes], Any], value: Any) -> None:
+def _feed(update: Callable[[bytes], Any], value: Any, above: tuple[int, ...] = ()) -> None:
     def word(*words: Any) -> None:
         update(f"{words!r};".encode())
 
+    def feed(part: Any) -> None:
+        _feed(update, part, (*above, id(value)))
+
+    if id(value) in above:  # a function that calls itself
+        word("again", above.index(id(value)))
+        return
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, Tensor):
         word("tensor", str(value.dtype), tuple(value.shape))
         plain = value.detach().cpu().contiguous().reshape(-1)
@@ -324,25 +336,70 @@ def _feed(update: Callable[[bytes], Any], value: Any) -> None:
             apart = ("training", "scope")
             own = [(k, v) for k, v in vars(module).items() if k not in apart and _is_plain(v)]
             word("module", name, type(module).__qualname__, sorted(own))
-        _feed(update, dict(value.state_dict()))
+        feed(dict(value.state_dict()))
     elif isinstance(value, functools.partial):
         word("partial")
-        _feed(update, [value.func, value.args, value.keywords])
+        feed([value.func, value.args, value.keywords])
+    elif isinstance(value, FunctionType):
+        word("function")
+        feed(held_by(value))
     elif isinstance(value, Mapping):
         word("mapping", len(value))
         for key, part in value.items():
-            _feed(update, [key, part])
+            feed([key, part])
     elif isinstance(value, (list, tuple)):
         word("sequence", len(value))
         for part in value:
-            _feed(update, part)
+            feed(part)
+    elif isinstance(value, (set, frozenset)):
+        word("set", sorted(map(fingerprint, value)))  # whose order is another in every process
+    elif isinstance(value, enum.Enum):
+        word("enum", type(value).__qualname__, value.name)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         word("dataclass", type(value).__qualname__)
-        _feed(update, {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    elif value is None or isinstance(value, (bool, int, float, str, bytes)):
+        feed({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    elif value is None or isinstance(value, (*_NUMBERS, str, bytes, *_PLAIN)):
         word(value)
     else:
         word("object", getattr(value, "__qualname__", type(value).__qualname__))
+
+
+_NUMBERS = (bool, int, float, complex)
+_PLAIN = (range, torch.dtype, torch.device)
+
+
+def held_by(function: FunctionType) -> list[Any]:
+    """What tells a function from others: its name, what it does, and with what."""
+    names, code = function.__globals__, function.__code__
+    used = {name: names[name] for name in sorted(_names(code)) if name in names}
+    around = {name: value for name, value in used.items() if _counts(value, function)}
+    closed = {}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # of a name that has no value yet
+            closed[name] = cell.cell_contents
+    given = function.__defaults__, function.__kwdefaults__
+    return [function.__qualname__, _words(code), closed, *given, around]
+
+
+def _counts(value: Any, function: FunctionType) -> bool:
+    """Whether a global value is part of what a function is, and not of a library."""
+    if isinstance(value, FunctionType):
+        return value.__module__ == function.__module__
+    known = (*_NUMBERS, str, bytes, np.ndarray, np.generic, Tensor, nn.Module, functools.partial)
+    is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return isinstance(value, known) or is_data
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that code and functions in it ask for, of attributes too."""
+    inner = (part for part in code.co_consts if isinstance(part, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _words(code: CodeType) -> list[Any]:
+    """Operations, names and numbers of code, and of functions in it."""
+    parts = [_words(part) if isinstance(part, CodeType) else part for part in code.co_consts]
+    return [code.co_code, code.co_names, parts]
 
 
 def _is_plain(value: Any) -> bool:

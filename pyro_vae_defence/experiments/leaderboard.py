@@ -13,6 +13,7 @@ ranking, by paired differences on the same images, and in one line which one is 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections import Counter
@@ -24,9 +25,14 @@ import torch
 
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import chain_words, defence_spec, label
-from pyro_vae_defence.experiments.robustness import reports
+from pyro_vae_defence.experiments.robustness import reports, scored_draws
 from pyro_vae_defence.ops.files import write_atomically
-from pyro_vae_defence.robustness import Difference, RobustnessReport, paired_difference
+from pyro_vae_defence.robustness import (
+    Budget,
+    Difference,
+    RobustnessReport,
+    paired_difference,
+)
 from pyro_vae_defence.robustness.paired import same_images
 
 UNAWARE = "transfer"
@@ -48,7 +54,13 @@ _ALIKE = (
     "model", "classifier", "radius", "dataset", "num_images", "attacks", "engine", "reading",
     "defence_seed", "seed",
 )  # fmt: skip
-_EFFORT = ("num_steps", "num_restarts", "num_draws", "num_chains", "scoring_draws")
+# Of the budget all but what only judges a report, or makes one unreliable where it binds.
+_EFFORT = tuple(
+    field.name
+    for field in dataclasses.fields(Budget)
+    if not field.name.startswith("check_") and field.name != "max_evaluations"
+)
+_FIRST = {"iterates": 1, "iterate_draws": Budget().iterate_draws}  # before there was a choice
 _COLUMNS = [
     "model, radius, images", "defence", "clean", "attacked, defence unknown",
     "attacked, defence known",
@@ -67,18 +79,28 @@ _FURTHER = ["random noise", "worst of all draws", "attacks", "reliable"]
 
 
 class Entry(NamedTuple):
-    """A defence under a suite of attacks: the configuration, its name, the report."""
+    """A defence under a suite of attacks: the result that has it, its name, the report."""
 
-    config: dict[str, Any]
+    result: dict[str, Any]
     defence: str
     report: dict[str, Any]
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The configuration."""
+        found: dict[str, Any] = self.result["config"]
+        return found
+
+    @property
     def setting(self) -> tuple[str, ...]:
         """What is equal where defences are compared, as text, which sorts."""
-        budget = self.config["budget"]
-        alike = [self.config.get(name) for name in _ALIKE] + [budget.get(name) for name in _EFFORT]
-        return tuple(map(repr, alike))
+        config, weights = self.config, self.result["weights"]
+        names = [config["model"]]
+        if self.report["figure"] == "accuracy":
+            names.append(config.get("classifier") or f"{config['model']}_classifier")
+        alike = [config.get(name) for name in _ALIKE]
+        alike += [config["budget"].get(name, _FIRST.get(name)) for name in _EFFORT]
+        return tuple(map(repr, alike + [weights.get(name) for name in names]))
 
     @property
     def unlike(self) -> str:
@@ -94,6 +116,12 @@ class Entry(NamedTuple):
     def worst_case(self) -> float:
         """What is ranked."""
         found: float = self.report["robust"]["mean"]["estimate"]
+        return found
+
+    @property
+    def num_images(self) -> int:
+        """How many images the report has, all or those so far."""
+        found: int = self.report["robust"]["mean"]["num_images"]
         return found
 
 
@@ -116,7 +144,7 @@ def write_leaderboard(results: str | os.PathLike[str]) -> Path:
     for result in found:
         for key, report in reports(result).items():
             target, name = key.split("/")
-            entries[target].append(Entry(result["config"], name, report))
+            entries[target].append(Entry(result, name, report))
     lines = [_LEGEND, "", *_preferred(entries)]
     for target, title in _TITLES.items():
         rows = _rows(entries[target])
@@ -156,11 +184,23 @@ def _rankings(entries: Iterable[Entry]) -> Iterator[Ranking]:
         titles[alike] += 1
         # Another ranking, since something differs that the title does not say.
         other = unlike + ("" if titles[alike] == 1 else f", setting {titles[alike]}")
-        for defence, number in Counter(entry.defence for entry in found).items():
-            if number > 1:
-                of = f"{config['model']}, radius {config['radius']:g}"
-                raise ValueError(f"two results of {defence!r} in one setting ({of}); keep one")
+        by_defence(found)
         yield Ranking(title, other, found)
+
+
+def by_defence(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """Entries of one setting by their defence.
+
+    Raises:
+        ValueError: for two results of one defence, which differ in what no setting says, such as
+            its chains.
+    """
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        if found.setdefault(entry.defence, entry) is not entry:
+            of = f"{entry.config['model']}, radius {entry.config['radius']:g}"
+            raise ValueError(f"two results of {entry.defence!r} in one setting ({of}); keep one")
+    return found
 
 
 def _preferred(entries: dict[str, list[Entry]]) -> Iterator[str]:
@@ -171,11 +211,11 @@ def _preferred(entries: dict[str, list[Entry]]) -> Iterator[str]:
         what = _SHORT[target]
         for ranking in _rankings(entries[target]):
             controls = [e for e in ranking.entries if defence_spec(e.defence).role == "control"]
-            of = ranking.named(ranking.entries[0].report["robust"]["mean"]["num_images"])
             if not controls:
-                without.append(of)
+                without.append(ranking.named(ranking.entries[0].num_images))
                 continue
             control = max(controls, key=lambda entry: entry.worst_case)
+            of = ranking.named(control.num_images)  # those that are compared
             found = dict(_against(control, ranking.entries))
             lines.append(f"- {of}, {what}: {_sentence(found, control.defence)}")
             for name, (difference, word) in found.items():
@@ -235,11 +275,11 @@ def _sentence(found: dict[str, tuple[Difference, str]], control: str) -> str:
 def _rows(entries: Iterable[Entry]) -> Iterator[list[str]]:
     """The rankings, a row for each entry."""
     for ranking in _rankings(entries):
-        for _, defence, report in ranking.entries:
+        for entry in ranking.entries:
+            _, defence, report = entry
             figures = {each["name"]: each["figure"] for each in report["attacks"]}
-            number = report["robust"]["mean"]["num_images"]
             yield [
-                ranking.named(number),
+                ranking.named(entry.num_images),
                 label(defence),
                 tables.interval(report["clean"]["mean"], 2),
                 tables.interval(figures.get(UNAWARE), 2) or tables.NOT_MEASURED,
@@ -259,11 +299,13 @@ def _settings(results: Iterable[dict[str, Any]]) -> Iterator[str]:
         chains = dict.fromkeys(filter(None, map(_chains, reports(result).values())))
         classifier = config.get("classifier")  # which results before this setting do not name
         read_by = "" if classifier is None else f" by `{classifier}`"
+        known = "" if config.get("defence_seed") is None else " of a seed that attackers know"
         yield (
             f"- `{config['model']}`, {config['radius']:g} ({names}): {config['num_images']} "
             f"class-stratified test images, {budget['num_steps']} steps of {config['engine']}, "
-            f"{budget['num_restarts']} restart(s), {budget['scoring_draws']} scored draws, classes "
-            f"read `{config['reading']}`{read_by}{''.join(f'; {words}' for words in chains)}"
+            f"{budget['num_restarts']} restart(s), {scored_draws(config)} scored draws{known}, "
+            f"classes read `{config['reading']}`{read_by}"
+            f"{''.join(f'; {words}' for words in chains)}"
         )
 
 

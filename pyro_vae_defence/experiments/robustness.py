@@ -459,7 +459,7 @@ class Robustness(Measurement[RobustnessConfig]):
         found = reports(result)
         columns = [
             "", "figure", "clean", "random noise", "robust, mean", "robust, averaged",
-            f"worst of {budget['scoring_draws']} draws", "decoder evaluations per image",
+            f"worst of {scored_draws(config)} draws", "decoder evaluations per image",
             "reliable",
         ]  # fmt: skip
         rows = [
@@ -481,8 +481,8 @@ class Robustness(Measurement[RobustnessConfig]):
             f"{config['radius']:g}, model `{config['model']}`{read_by}, classes read "
             f"`{config['reading']}`, {budget['num_steps']} steps of {config['engine']}, "
             f"{budget['num_restarts']} restart(s); {chains}seed {config['seed']}. Higher is more "
-            "robust; per-image worst case over attacks on fresh seeds, 95% intervals over images. "
-            "Heuristic, not certified."
+            f"robust; per-image worst case over attacks {on_seeds(config)}, 95% intervals over "
+            "images. Heuristic, not certified."
         )
         lines = tables.table(columns, rows, ["", "figure", "clean", "robust, mean", "reliable"])
         for key, report in found.items():
@@ -534,6 +534,18 @@ def in_blocks(config: dict[str, Any]) -> str:
     """How many images a cell of a result has, where that is not all."""
     size = config.get("images_per_cell")
     return "" if size is None else f" in blocks of at most {size}"
+
+
+def scored_draws(config: dict[str, Any]) -> int:
+    """How many runs of a defence the figures of a result are of: one where its seed is known."""
+    number: int = config["budget"]["scoring_draws"]
+    return number if config.get("defence_seed") is None else 1  # older results do not name it
+
+
+def on_seeds(config: dict[str, Any]) -> str:
+    """On which seeds a defence was scored."""
+    known = config.get("defence_seed")
+    return "on fresh seeds" if known is None else f"that know the defence's seed, {known}"
 
 
 def so_far(report: dict[str, Any], config: dict[str, Any]) -> str:

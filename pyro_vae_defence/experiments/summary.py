@@ -14,8 +14,8 @@ from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.compare import ADVISED, Headline, headline
 from pyro_vae_defence.experiments.defences import chain_words, chained, colour, label
 from pyro_vae_defence.experiments.drawing import new_figure, save_figure
-from pyro_vae_defence.experiments.leaderboard import Entry
-from pyro_vae_defence.experiments.robustness import reports
+from pyro_vae_defence.experiments.leaderboard import Entry, by_defence
+from pyro_vae_defence.experiments.robustness import reports, so_far
 from pyro_vae_defence.experiments.train import DATASETS
 from pyro_vae_defence.ops.files import write_atomically
 
@@ -39,7 +39,8 @@ def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str
         images: directory of the picture.
 
     Raises:
-        ValueError: for a folder without result files, or a damaged file.
+        ValueError: for a folder without result files, a damaged file, or two results of one defence
+            in one setting.
     """
     results, picture = Path(results), Path(images) / "summary.png"
     found = list(study.read(results / "compare", "compare").values())
@@ -124,16 +125,20 @@ def adaptive(
     suites: list[dict[str, Any]], names: Sequence[str] = ("none", "dark_clip", "hmc", "aware")
 ) -> Iterator[str]:
     """A row per setting and figure: what the worst of all attacks leaves of each defence."""
-    found: dict[tuple[Any, ...], dict[str, Entry]] = {}
+    every: dict[tuple[Any, ...], list[Entry]] = {}
+    targets = list(
+        dict.fromkeys(target for suite in suites for target in suite["config"]["targets"])
+    )
     for suite in suites:
         config = suite["config"]
         models = [f"{name}_vae" for name in DATASETS]
         place = models.index(config["model"]) if config["model"] in models else len(models)
         for key, report in reports(suite).items():
             target, name = key.split("/")
-            entry = Entry(config, name, report)
-            row = (place, config["radius"], config["targets"].index(target), entry.setting)
-            found.setdefault(row, {})[name] = entry
+            entry = Entry(suite, name, report)
+            row = (place, config["radius"], targets.index(target), entry.setting)
+            every.setdefault(row, []).append(entry)
+    found = {row: by_defence(entries) for row, entries in every.items()}
     numbers = sorted({suite["config"]["num_images"] for suite in suites})
     restarts = sorted({suite["config"]["budget"]["num_restarts"] for suite in suites})
     yield (
@@ -147,7 +152,7 @@ def adaptive(
     rows = []
     for row in sorted(found):
         first = next(iter(found[row].values()))
-        config, _, report = first
+        config, report = first.config, first.report
         figure = "accuracy" if report["figure"] == "accuracy" else "similarity"
         title = DATASETS.get(config["model"].removesuffix("_vae"), f"`{config['model']}`")
         clean = report["undefended_clean"]["estimate"]
@@ -179,7 +184,11 @@ def _worst_case(entry: Entry | None) -> str:
     if entry is None:
         return tables.NOT_MEASURED
     mark = " *?*" if entry.report["unreliable"] else ""
-    return tables.interval(entry.report["robust"]["mean"], 2) + mark
+    return (
+        tables.interval(entry.report["robust"]["mean"], 2)
+        + mark
+        + so_far(entry.report, entry.config)
+    )
 
 
 def _kernels(result: dict[str, Any]) -> Iterator[str]:

@@ -32,6 +32,7 @@ chains.
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,10 +118,21 @@ def run(
     warmup_steps: int = 0,
 ) -> Latents:
     """Where the chains of any batched kernel end, with the arguments of :func:`record`."""
-    end = lat.detach(start)
-    for position, _ in _transitions(kernel, x, start, streams, num_transitions, warmup_steps):
-        end = position
-    return end
+    return run_last(kernel, x, start, streams, num_transitions, warmup_steps)[-1]
+
+
+def run_last(
+    kernel: BatchedKernel,
+    x: Tensor,
+    start: LatentsLike,
+    streams: Streams,
+    num_transitions: int,
+    warmup_steps: int = 0,
+    number: int = 1,
+) -> list[Latents]:
+    """As :func:`run`, where chains are after each of the last ``number`` transitions."""
+    steps = _transitions(kernel, x, start, streams, num_transitions, warmup_steps)
+    return list(deque((position for position, _ in steps), maxlen=number))
 
 
 def _transitions(
@@ -253,11 +265,23 @@ class UnrolledKernel:
 
     def __call__(self, x: Tensor, start: LatentsLike, streams: Streams) -> Latents:
         """Where chains end from unconstrained latents of ``N`` rows, for ``N`` images."""
+        return self.last(x, start, streams)[-1]
+
+    def last(
+        self, x: Tensor, start: LatentsLike, streams: Streams, number: int = 1
+    ) -> list[Latents]:
+        """Where they are after each of the last ``number`` transitions, the last one last."""
         kernel = self.make_kernel()
         numbers = self.num_transitions, self.warmup_steps
         if not torch.is_grad_enabled():
-            return run(kernel, x, start, streams, *numbers)
+            return run_last(kernel, x, start, streams, *numbers, number)
         with torch.no_grad():
             _, decisions = record(kernel, x, start, streams, *numbers)
-        metric = kernel.inverse_mass
-        return replay(self.energy, x, start, streams, decisions, metric, recorded=True)
+        first = len(decisions) - number + 1
+        found: list[Latents] = []
+        for part in (decisions[:first], *([each] for each in decisions[first:])):
+            begin = found[-1] if found else start
+            found.append(
+                replay(self.energy, x, begin, streams, part, kernel.inverse_mass, recorded=True)
+            )
+        return found

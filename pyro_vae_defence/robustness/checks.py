@@ -239,7 +239,7 @@ def loss_increases_with_iterations(evidence: Evidence) -> Seen:
     else:
         goal, draws = suite.goal(), suite.known_draws or (max(5, budget.selection_draws),)
         options = {"resample": False, **suite.options()}
-        prepared = adaptive.expected(suite.box.forwards(), goal, *draws, **options)
+        prepared = adaptive.expected(suite.seen.forwards(), goal, *draws, **options)
     objective = prepared(x_ref)
     steps = (max(1, budget.check_steps // 4), budget.check_steps)
     few, many = (evidence.again(strongest, number) for number in steps)

@@ -41,7 +41,8 @@ class ChainCost(NamedTuple):
 def chain_cost(defence: Defence) -> ChainCost | None:
     """What one image costs a defence; ``None`` for :class:`~pyro_vae_defence.defence.NoDefence`.
 
-    That of NUTS is an upper bound, its largest trees; what is not known counts as one.
+    That of NUTS is an upper bound, its largest trees, and so is that of chains that stop when they
+    have converged; what is not known counts as one.
     """
     if isinstance(defence, NoDefence):
         return None
@@ -50,16 +51,17 @@ def chain_cost(defence: Defence) -> ChainCost | None:
     if not isinstance(defence, MCMCDefence):
         return ChainCost(1.0)
     kernel = defence.kernel(target(defence.vae, defence.perturbation))
-    number = defence.warmup_steps + defence.num_samples
-    start = defence.start(defence.vae, kernel).num_gradients
+    begin = defence.start(defence.vae, kernel)
+    made, start = defence.lengths(kernel, begin, 0), begin.num_gradients
+    number = made.warmup_steps + made.num_samples
     if not isinstance(kernel, BatchedKernel):
         length = float(getattr(kernel, "num_steps", None) or 1)
         return ChainCost((start + number * length + 1) * defence.num_chains, length, number)
     lengths = [kernel.gradients_of(0, step) for step in range(number)]
     first = kernel.burn_in
     whole = (start + sum(lengths) + 1) * defence.num_chains
-    # Chains of other kernels attackers run as the defence does, all together.
-    alone = isinstance(kernel, (BatchedHMC, BatchedNUTS))
+    # Chains of other kernels, and those that stop together, attackers run as the defence does.
+    alone = isinstance(kernel, (BatchedHMC, BatchedNUTS)) and defence.until_converged is None
     chains = defence.num_chains if alone else 1
     return ChainCost(float(whole), (sum(lengths) - first) / number, number, chains)
 

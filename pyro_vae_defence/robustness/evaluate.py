@@ -49,9 +49,10 @@ import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.defence.base import check_defence
-from pyro_vae_defence.defence.store import fingerprint, weights_fingerprint
+from pyro_vae_defence.defence.store import fingerprint, held_by, weights_fingerprint
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import same_vae, split
+from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
@@ -61,7 +62,7 @@ from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
-from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scores, make_scorer
+from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scorer, Scores, make_scorer
 from pyro_vae_defence.robustness.steps import Steps
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
@@ -152,8 +153,8 @@ def evaluate_robustness(
             ball,
             dataclasses.asdict(budget),
             attacks,
-            engine,
-            similarity,
+            _own(engine),
+            _own(similarity),
             checks,
             defence_seed,
         )
@@ -178,6 +179,11 @@ def evaluate_robustness(
     return report
 
 
+def _read_by(scorer: Scorer) -> Any:
+    """The classifier of latents, if there is one."""
+    return scorer.classifier.classifier if isinstance(scorer, Accuracy) else None
+
+
 def _own(value: Any, depth: int = 5) -> Any:
     """What a defence, a classifier or a function holds, for a fingerprint, but for what is known
     otherwise: of dataclasses their fields, of other objects their attributes, of functions what
@@ -194,15 +200,15 @@ def _own(value: Any, depth: int = 5) -> Any:
     if isinstance(value, MethodType):
         return own([value.__func__, value.__self__])
     if isinstance(value, FunctionType):
-        cells = dict(zip(value.__code__.co_freevars, value.__closure__ or (), strict=True))
-        closed = {name: cell.cell_contents for name, cell in cells.items()}
-        return [value.__qualname__, value.__code__.co_code, own(closed), own(value.__defaults__)]
-    held: Any
+        return own(held_by(value))
     if dataclasses.is_dataclass(value):
         held = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     else:
-        held = getattr(value, "__dict__", None)
-    if held is None:
+        slots = (getattr(each, "__slots__", ()) for each in type(value).__mro__)
+        names = [n for each in slots for n in ((each,) if isinstance(each, str) else each)]
+        held = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        held |= getattr(value, "__dict__", {})
+    if not held:
         return value
     apart = ("vae", "defence", "batch_size", "progress", "prepare")
     return [type(value).__qualname__, own({k: v for k, v in held.items() if k not in apart})]
@@ -371,6 +377,7 @@ def _report(
         x_adv=x_adv,
         examples=torch.stack([x[few], x_adv[few], shown.reconstruction]).cpu(),
         images=(fingerprint(x),),
+        weights=fingerprint(networks_of(box.vae), networks_of(_read_by(scorer))),
         x_ref=x,
         labels=scorer.labels if isinstance(scorer, Accuracy) else None,
         conditions=conditions,

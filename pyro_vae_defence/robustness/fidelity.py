@@ -180,7 +180,7 @@ def expected_difference(
     goal = suite.goal()
     if suite.known_draws:
         prepared = adaptive.expected(
-            suite.box.forwards(), goal, *suite.known_draws, **suite.options()
+            suite.seen.forwards(), goal, *suite.known_draws, **suite.options()
         )
         objective = prepared(suite.x)
         first, second = objective(ahead), objective(behind)

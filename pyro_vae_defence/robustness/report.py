@@ -98,6 +98,7 @@ class RobustnessReport:
         evidence: what the checks have measured, by their names.
         images: a hash of the images, of each report that was joined; empty for a report that an
             earlier version has written.
+        weights: a hash of the networks of VAE and classifier; empty likewise.
         x_ref, labels, conditions: the references ``(N, C, H, W)``, their classes if these are what
             is measured, and what else the programs take; ``None`` and empty as ``x_adv``. What
             :func:`~pyro_vae_defence.robustness.published.save_attacked` writes.
@@ -125,6 +126,7 @@ class RobustnessReport:
     values: dict[str, Tensor]
     evidence: dict[str, Seen]
     images: tuple[str, ...] = ()
+    weights: str = ""
     x_ref: Tensor | None = None
     labels: Tensor | None = None
     conditions: tuple[Tensor | None, ...] = ()
@@ -159,10 +161,11 @@ class RobustnessReport:
             "robust, averaged": self.robust["averaged"],
             "robust, worst draw": self.robust["worst_of_n"],
         }
+        known = ", whose seed attackers know" if "defence_seed" in threat else ""
         lines = [
             f"{self.figure} of {threat['target']}, {threat['norm']} radius {threat['radius']:g}, "
-            f"{number} images, defence {self.defence.get('defence', 'unknown')}; higher is more "
-            "robust; heuristic, not certified",
+            f"{number} images, defence {self.defence.get('defence', 'unknown')}{known}; higher "
+            "is more robust; heuristic, not certified",
             "",
             *(f"{what:24s}{interval_text(found)}" for what, found in figures.items()),
             "",
@@ -183,6 +186,8 @@ class RobustnessReport:
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in _IMAGES:
             del found[name]
+        if not self.weights:  # of an earlier version, whose reports come out again as they were
+            del found["weights"]
         for name in ("attacks", "checks"):
             found[name] = [entry._asdict() for entry in found[name]]
         found["per_image"] = self.per_image.tolist()
@@ -245,9 +250,10 @@ class RobustnessReport:
         which the bootstrap's are drawn.
 
         Raises:
-            ValueError: for no report, reports of different figures, threat models, budgets or
-                defences, of the same images, which would count twice, or one that an earlier
-                version has written without values per image.
+            ValueError: for no report, reports of different figures, threat models, budgets,
+                defences or, as far as they hold a hash of them, weights, of the same images, which
+                would count twice, or one that an earlier version has written without values per
+                image.
         """
         if not reports:
             raise ValueError("reports is empty; join needs one at least")
@@ -260,6 +266,12 @@ class RobustnessReport:
                 several = [{k: v for k, v in s.items() if k not in _OF_A_RUN} for s in several]
             if any(each != several[0] for each in several):
                 raise ValueError(f"reports of different {name} are not joined: {several[0]}, ...")
+        known = {report.weights: number for number, report in enumerate(reports) if report.weights}
+        if len(known) > 1:
+            raise ValueError(
+                f"reports {' and '.join(map(str, known.values()))} are of models or classifiers "
+                "with different weights, whose mean is no one's; join those of one model"
+            )
         _check_apart(reports)
         if not all(report.values for report in reports):
             raise ValueError(
@@ -306,6 +318,7 @@ class RobustnessReport:
             labels=_joined(reports, "labels"),
             conditions=_joined_conditions(reports),
             evidence=evidence,
+            weights=next(iter(known), ""),
             images=tuple(each for report in reports for each in report.images),
         )
 

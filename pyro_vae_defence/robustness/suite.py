@@ -136,6 +136,8 @@ def _with_transitions(box: WhiteBox) -> str:
 def _with_whole_chain(box: WhiteBox) -> str:
     if not box.steps or box.unrollable:
         return _with_transitions(box)
+    if box.stops:
+        return "chains stop when all of an image's have converged, which is not unrolled"
     before = (
         "burn-in before the transitions" if box.kernel.burn_in else "search for the chain's start"
     )
@@ -267,7 +269,7 @@ class Suite:
         return self.scorer.reading in ("mean", "reencoded")
 
     def draws(self, row: Row) -> tuple[int, ...]:
-        """What a row averages; of a defence whose seed is known its chains, which are all."""
+        """What a row averages; of a defence whose seed is known the draws that it reads: all."""
         return (
             row.draws(self.budget) if row.own_draws else self.known_draws or row.draws(self.budget)
         )
@@ -275,7 +277,15 @@ class Suite:
     @property
     def known_draws(self) -> tuple[int, ...]:
         """How many draws a defence has whose seed is known; empty where it is not."""
-        return () if self.box.seed is None else (self.box.num_chains,)
+        if self.box.seed is None:
+            return ()
+        return (1,) if self.scorer.reading == "last" else (self.box.num_chains * self.seen.draws,)
+
+    @property
+    def seen(self) -> WhiteBox:
+        """The box of a defence whose seed is known, with all draws that are read of a run of it."""
+        every = self.box.seed is not None and self.scorer.reading != "last"
+        return self.box.drawn() if every else self.box
 
     def expected(self, aim: Aim, encode: DefendedEncoder) -> PreparedObjective:
         """Average over draws, which go on from step to step where they can.
@@ -337,7 +347,8 @@ class Suite:
         number, resume = self.budget.persistent_transitions, None
         if self.box.steps and number is not None:
             resume = self.box.transitions(number)
-        prepared = row.objective(self, Aim(self.goal(), num_draws, resume))
+        suite = self if row.own_draws else dataclasses.replace(self, box=self.seen)
+        prepared = row.objective(suite, Aim(self.goal(), num_draws, resume))
         return lambda x_ref: connected(prepared(x_ref))
 
     def attack(

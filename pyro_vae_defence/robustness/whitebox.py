@@ -57,9 +57,11 @@ class _CountedKernel(unrolled.UnrolledKernel):
 
     evaluations: list[int] = field(default_factory=lambda: [0])
 
-    def __call__(self, x: Tensor, start: LatentsLike, streams: Streams) -> Latents:
+    def last(
+        self, x: Tensor, start: LatentsLike, streams: Streams, number: int = 1
+    ) -> list[Latents]:
         self.evaluations[0] += _uncounted(self.make_kernel(), x, streams, self.num_transitions)
-        return super().__call__(x, start, streams)
+        return super().last(x, start, streams, number)
 
 
 def _uncounted(kernel: Any, x: Tensor, streams: Streams, num_transitions: int) -> int:
@@ -88,11 +90,14 @@ class WhiteBox:
     Attributes:
         seed: see above.
         num_chains: chains of the defence per image.
+        draws: how many of the last draws of each chain count where the seed is known; see
+            :meth:`drawn`.
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
         steps: whether its transitions are known: this library's HMC or NUTS.
-        unrollable: whether the whole chain is: such transitions, without a burn-in or a search for
-            their start before them.
+        stops: whether chains stop when those of an image have converged, as the defence decides.
+        unrollable: whether the whole chain is: such transitions, as many in every run, without a
+            burn-in or a search for their start before them.
         decoder: latents on the support of their sites to images.
     """
 
@@ -111,12 +116,15 @@ class WhiteBox:
         self.has_chain = not isinstance(defence, NoDefence)
         self._conditions, self._x, self._fresh = conditions, x, fresh
         self._inverse_temperature = 1.0
+        self.draws = 1
         self._evaluations = [0]  # shared with the boxes of some rows
         self._read()
         kernel = self._make_kernel()
         self.steps = isinstance(kernel, (BatchedHMC, BatchedNUTS))
         searched = getattr(defence, "initial", None) in ("mode", "annealed")
-        self.unrollable = self.steps and kernel.burn_in == 0 and not searched
+        # All chains of an image decide together when they stop.
+        self.stops = getattr(defence, "until_converged", None) is not None
+        self.unrollable = self.steps and kernel.burn_in == 0 and not searched and not self.stops
 
     def _read(self) -> None:
         """What hinges on the conditions of the images."""
@@ -171,7 +179,6 @@ class WhiteBox:
         other._conditions = rows_of(self._conditions, rows)
         if self.steps:
             other.__dict__["step_size"] = self.step_size
-        other.__dict__.pop("_whole", None)
         other._read()
         return other
 
@@ -181,10 +188,22 @@ class WhiteBox:
         (:mod:`pyro_vae_defence.models.tempered`). The defence stays what it is."""
         other = copy.copy(self)
         other._inverse_temperature = inverse_temperature
-        for found in ("step_size", "_whole"):
-            other.__dict__.pop(found, None)
+        other.__dict__.pop("step_size", None)
         other._build()
         return other
+
+    def drawn(self) -> WhiteBox:
+        """The box for readings of all draws that a run with the known seed keeps, and not only of
+        the last of each chain. Streams then number draws, chain after chain, in as many copies of
+        the rows as there are, and a chain runs once."""
+        other = copy.copy(self)
+        other.draws = self._kept
+        return other
+
+    @functools.cached_property
+    def _kept(self) -> int:
+        """Draws of each chain that the defence keeps."""
+        return next(iter(self(self._x).samples.values())).shape[1]
 
     @property
     def evaluations(self) -> int:
@@ -269,17 +288,45 @@ class WhiteBox:
 
     def chain(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
         """Where the defence ends; differentiable if unrollable. Chains that do not start at the
-        encoding, and other defences, start by themselves."""
-        if self.steps:
-            streams = self._known(streams)
+        encoding, those that stop when they have converged, and other defences, start by themselves.
+        """
+        surrogate = self._inverse_temperature < 1
+        if self.steps and (surrogate or not self.stops):
+            known = self._known(streams)
+            x, start = self._once(x), {name: self._once(value) for name, value in start.items()}
+            streams = Streams(known.seed, self._once(known.image), self._once(known.chain))
             if self._own_start is not None:
                 start = self._own_start(x, streams)
             if self.unrollable:
-                return self._whole(x, start, streams)
-            return self._run(self._make_kernel(), x, start, streams)
+                last = self._whole(streams.seed).last(x, start, streams, self.draws)
+            else:
+                last = self._run(self._make_kernel(), x, start, streams)
+            return self._every(last)
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
         self._evaluations[0] += int(result.num_gradients.sum())
-        return self._potential.at(x).unconstrain(result.latents)
+        return self._potential.at(x).unconstrain(self._ends(result, streams))
+
+    def _ends(self, result: DefenceResult, streams: Streams) -> Latents:
+        """Where a run ends; of a known seed each row's own draw of its own chain."""
+        if self.seed is None or self.num_chains * self.draws == 1:
+            return result.latents
+        chain = streams.chain // self.draws % self.num_chains
+        place = streams.chain % self.draws - self.draws
+        image = torch.arange(len(chain), device=chain.device)
+        return {name: value[chain, place, image] for name, value in result.samples.items()}
+
+    def _once(self, value: Tensor) -> Tensor:
+        """Of rows of every draw those of every chain."""
+        if self.draws == 1:
+            return value
+        return value.unflatten(0, (self.num_chains, self.draws, -1))[:, 0].flatten(0, 1)
+
+    def _every(self, last: list[Latents]) -> Latents:
+        """Rows of every draw, where those of every chain were after its last transitions."""
+        if self.draws == 1:
+            return last[-1]
+        chains = [{n: v.unflatten(0, (self.num_chains, -1)) for n, v in z.items()} for z in last]
+        return {n: torch.stack([z[n] for z in chains], 1).flatten(0, 2) for n in last[-1]}
 
     def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:
         """``number`` >= 1 transitions of a defence that :attr:`steps`, to go on with where a chain
@@ -313,24 +360,30 @@ class WhiteBox:
 
     def _known(self, streams: Streams) -> Streams:
         """The defence's own noise in place of ``streams``, if it is known: rows are copies of all
-        images, and draws are its chains."""
+        images, and draws are those of its chains, in turn."""
         if self.seed is None:
             return streams
-        return streams._replace(
-            seed=draw_seed(self._generator()), image=streams.image % len(self._x)
+        return Streams(
+            draw_seed(self._generator()),
+            streams.image % len(self._x),
+            streams.chain // self.draws,
         )
 
-    def _run(self, kernel: Any, x: Tensor, start: Latents, streams: Streams) -> Latents:
-        """Where the whole chains end, burn-in included, without derivatives."""
-        defence: Any = self.defence
-        total = defence.warmup_steps + defence.num_samples
+    def _run(self, kernel: Any, x: Tensor, start: Latents, streams: Streams) -> list[Latents]:
+        """Where whole chains are after their last transitions, as many as there are :attr:`draws`;
+        burn-in included, without derivatives."""
+        total, warmup_steps = self._numbers(kernel, streams.seed)
         self._evaluations[0] += _uncounted(kernel, x, streams, total)
-        return unrolled.run(kernel, x, start, streams, total, defence.warmup_steps)
+        return unrolled.run_last(kernel, x, start, streams, total, warmup_steps, self.draws)
 
-    @functools.cached_property
-    def _whole(self) -> unrolled.UnrolledKernel:
-        defence: Any = self.defence
-        total = defence.warmup_steps + defence.num_samples
-        numbers = total, defence.warmup_steps
+    def _whole(self, seed: int) -> unrolled.UnrolledKernel:
+        """The chains of a run with this seed, which decides how many gradients a transition has."""
+        numbers = self._numbers(self._make_kernel(), seed)
         counter = self._evaluations
         return _CountedKernel(self._make_kernel, self.energy, *numbers, evaluations=counter)
+
+    def _numbers(self, kernel: Any, seed: int) -> tuple[int, int]:
+        """Transitions in all, as many as the defence makes, and how many of them adapt."""
+        defence: Any = self.defence
+        made = defence.lengths(kernel, defence.start(self.vae, kernel), seed)
+        return made.warmup_steps + made.num_samples, made.warmup_steps
