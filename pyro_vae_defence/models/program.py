@@ -262,7 +262,7 @@ class GuideDraws:
             return
         (site,) = sites.values()
         fn = site["fn"]
-        gaussian = isinstance(fn, td.Independent) and isinstance(fn.base_dist, td.Normal)
+        gaussian = isinstance(fn, td.Independent) and _is_plain_normal(fn.base_dist)
         plain = site["mask"] is None and not site["is_observed"]
         if gaussian and plain and fn.batch_shape == (len(x),):
             self.site, self.events = site["name"], fn.reinterpreted_batch_ndims
@@ -278,6 +278,10 @@ class GuideDraws:
         with poutine.block(), _StreamMessenger(streams):
             z = pyro.sample(self.site, draws)
         return {self.site: z}, draws.log_prob(z)
+
+
+def _is_plain_normal(fn: Any) -> bool:
+    return isinstance(fn, td.Normal) and not distributions.own_methods(type(fn), td.Normal)
 
 
 _MOST_NOISE = 1024  # numbers, up to which a Jacobian is worth its time
@@ -519,7 +523,7 @@ def _pointwise(site: Site) -> Tensor:
             f"the likelihood at {site['name']!r} is {type(fn).__name__}, one number for several "
             "values of an image; log-likelihoods of pixels need them independent given the latents"
         )
-    if isinstance(fn, td.Bernoulli):
+    if distributions.is_of(fn, td.Bernoulli):
         # Its own log_prob rounds to 0, for every z, where a pixel is all but certain.
         logits, value = fn.logits.double(), value.double()
         log_prob = value * logsigmoid(logits) + (1 - value) * logsigmoid(-logits)
@@ -899,6 +903,9 @@ def _unconstrained_variances(vae: VAE, x: Tensor, streams: Streams) -> Latents:
 def _closed_form_variance(distribution: td.Distribution) -> Tensor | None:
     """Variance of the unconstrained value; ``None`` where no closed form is known."""
     innermost = distributions.innermost(distribution)
+    kind = type(innermost)
+    if distributions.own_methods(kind, object) and "variance" not in vars(kind):
+        return None  # it may be that of a family the user's class derives from
     if isinstance(innermost, td.LogNormal):
         return innermost.base_dist.variance
     if distributions.is_point(innermost) or not distributions.is_unconstrained(distribution):
