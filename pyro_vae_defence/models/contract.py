@@ -179,7 +179,35 @@ def _check_programs(vae: VAE, x: Tensor) -> None:
         check_same_latents(model, guide, summed_out=True)
         check_latents(guide)
         _check_values(model, guide)
+        _check_memory(vae, x, model)
     check_guide_rows(vae, x)
+
+
+def _check_memory(vae: VAE, x: Tensor, drawn: Trace) -> None:
+    """Refuse a model that goes by what the guide has kept of its last images.
+
+    In training the guide has always seen the same images just before. Chains and scores run the
+    model on images that are not those.
+    """
+    latents = {n: s["value"] for n, s in sample_sites(drawn).items() if not s["is_observed"]}
+
+    def model_after_guide(images: Tensor) -> dict[str, Tensor]:
+        run_on("vae.guide", vae.guide, images)
+        trace = run_on("vae.model", poutine.condition(vae.model, data=latents), x.clone())
+        return _per_image(trace, len(x))
+
+    try:
+        own, others = model_after_guide(x.clone()), model_after_guide(1.0 - x)
+        # Noise would change them as well.
+        if _close(own, others) or not _close(own, model_after_guide(x.clone())):
+            return
+    except ValueError:
+        return  # a fault of the model's own, which those find who need it
+    raise ValueError(
+        f"vae.model gives images {_shown(own)} where vae.guide has run on them before, and "
+        f"{_shown(others)} where it has run on others: it uses what the guide has kept, such as "
+        "features of the encoder; compute in the model what it needs of the image"
+    )
 
 
 def _check_values(model: Trace, guide: Trace) -> None:
@@ -260,7 +288,7 @@ def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
         return get_trace(program, x, *args, **kwargs)
     except (torch.OutOfMemoryError, RefusalError):
         raise
-    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         call = name.rpartition(".")[2]
         mend = mend_networks(program, x) or (
             f"it must run on any number of images, as {call}(x), or as {call}(x, *conditions) "
@@ -309,7 +337,9 @@ def check_rows(
     """Refuse a program in which what is computed for an image is not the image's own.
 
     It is run on a few images twice, at the same latents, and on the last of them alone; in full
-    float32, since TF32 rounds differently where a batch has another size.
+    float32, since TF32 rounds differently where a batch has another size. Densities are compared at
+    what is observed and at what the observations' distributions draw: the images are so unlikely to
+    draws of the prior that noise would be lost in the rounding of huge numbers.
 
     Args:
         name: of the program, in messages.
@@ -331,9 +361,12 @@ def check_rows(
         latents = {site["name"]: site["value"] for site in sites}
         last = len(rows) - 1  # which a program that numbers its rows would not call the first
         own = {s["name"]: s["value"].narrow(rows_dim(s), last, 1) for s in sites}
-        together, again = _per_image(drawn, len(rows)), _per_image(run(rows, latents), len(rows))
-        alone = _per_image(run(rows[last:], own), 1)
-    if not _close(together, again):
+        draws = _draws(drawn)
+        own_draws = {n: v.narrow(rows_dim(drawn.nodes[n]), last, 1) for n, v in draws.items()}
+        second, single = run(rows, latents), run(rows[last:], own)
+        together, again = (_per_image(trace, len(rows), draws) for trace in (drawn, second))
+        alone = _per_image(single, 1, own_draws)
+    if not (_close(together, again) and _observe_alike(drawn, second)):
         raise ValueError(
             f"{name} gives images {_shown(together)} and, at the same latents, {_shown(again)}: it "
             "draws noise outside pyro.sample, such as a binarisation, dequantisation or dropout; "
@@ -347,9 +380,40 @@ def check_rows(
         )
 
 
-def _per_image(trace: Trace, num_images: int) -> dict[str, Tensor]:
-    """Log-probabilities of all sites by image, and where a Delta is."""
+def _draws(trace: Trace) -> dict[str, Tensor]:
+    """A draw at every site that observes something, where its distribution has one."""
+    draws = {}
+    for name, site in sample_sites(trace).items():
+        if site["is_observed"] and not isinstance(site["fn"], dist.Unit):
+            # Those that weigh only have none, nor have parameters out of range.
+            with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+                draws[name] = site["fn"].sample()
+    return draws
+
+
+def _observe_alike(one: Trace, other: Trace) -> bool:
+    """Whether two runs on the same images observe the same, in every part."""
+    there = sample_sites(other)
+    return all(
+        torch.allclose(site["value"], there[name]["value"], rtol=1e-5, equal_nan=True)
+        for name, site in sample_sites(one).items()
+        if site["is_observed"]
+    )
+
+
+def _per_image(
+    trace: Trace, num_images: int, draws: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Log-probabilities of all sites by image, and where a Delta is.
+
+    Of the sites of ``draws`` also those of draws, in multiples of 1 + 1% of their elements: sums of
+    so many numbers may be zero, up to their rounding.
+    """
     found = {}
+    for name, value in (draws or {}).items():
+        with contextlib.suppress(IndexError, KeyError, RuntimeError, ValueError):
+            log_prob = log_prob_per_image({**trace.nodes[name], "value": value}, num_images)
+            found[f"a draw of {name}"] = log_prob / (1 + 0.01 * value.numel() / num_images)
     for name, site in sample_sites(trace).items():
         if is_point(site["fn"]):
             found[name] = image_rows(innermost(site["fn"]).v, site)

@@ -71,6 +71,7 @@ from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
     Kind,
     Site,
+    aside,
     auxiliary_sites,
     check_density,
     check_density_everywhere,
@@ -607,6 +608,7 @@ class ModelPotential:
                 self._program = in_parallel(model, trace, expand)
             if batch.device.type != "meta":
                 check_rows("vae.model", self._run_few, self.num_images, batch)
+                self._check_supports(batch)
 
     def _run_few(self, rows: Tensor, latents: LatentsLike) -> poutine.Trace:
         few = self.take(rows)
@@ -615,6 +617,22 @@ class ModelPotential:
         trace = run_on("vae.model", model, *few._args, **few._kwargs)
         check_untouched("vae.model", x, few.tensors[0])
         return trace
+
+    def _check_supports(self, x: Tensor) -> None:
+        """Refuse bounds of a latent that hinge on other latents or on the image.
+
+        Rows of one image, or of one image and latents, would not show it.
+        """
+        if not self.transforms:
+            return
+        pair = self.take(torch.zeros(2, dtype=torch.long, device=x.device))
+        first, *others = pair.tensors
+        if first[0].dim() == 3:  # an image
+            pair = pair.with_tensors([torch.stack([first[0], 1.0 - first[0]]), *others])
+        with aside(x.device):
+            trace = run_on("vae.model", self._model, *pair._args, **pair._kwargs)
+        for site in _continuous(trace):
+            pair._read_site(site)
 
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
