@@ -132,3 +132,42 @@ def test_other_draws_do_not_change_the_most_likely_image():
     log_prob = -0.5 * (distance / 0.1).square() - math.log(0.1) - 0.5 * math.log(2 * math.pi)
     expected = -log_prob.sum(1) - dist.Normal(0.0, 1.0).log_prob(z["z"]).sum(1)
     torch.testing.assert_close(found, expected)
+
+
+class Shift(dist.transforms.Transform):
+    """Adds what it was told last."""
+
+    domain = codomain = dist.constraints.real_vector
+    bijective = True
+    shift = 0.0
+
+    def _call(self, value):
+        return value + self.shift
+
+    def _inverse(self, value):
+        return value - self.shift
+
+    def log_abs_det_jacobian(self, value, moved):
+        return value.new_zeros(value.shape[:-1])
+
+
+class OneFlow(Programs):
+    """A flow as guide, one for all images, which is told its image in every call."""
+
+    flow = Shift()
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            self.flow.shift = x.flatten(1).sum(1, keepdim=True)
+            base = dist.Normal(x.new_zeros(len(x), 1), 0.3).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_flow_that_is_told_its_image_is_one_for_all_of_them(number):
+    """The divergence of two images would be that of the base distributions, which is zero."""
+    with pytest.raises(ValueError, match="they share what it has computed of its last images"):
+        attacks.PGD(attacks.symmetric_kl(OneFlow()), Linf(0.1), 1)(X[:number])
+    objective = attacks.maximum_damage(OneFlow(likelihood=lambda z: dist.Normal(z, 1.0)))(X)
+    moved = 4 * (1 - 2 * X).flatten(1).sum(1).square()  # of the latent, in each of four pixels
+    torch.testing.assert_close(objective(1 - X), moved)

@@ -247,6 +247,28 @@ def check_guide_rows(vae: VAE, x: Tensor) -> None:
         check_rows("vae.guide", run, len(x), x)
 
 
+def check_kept_guide(vae: VAE, x: Tensor) -> None:
+    """Refuse a guide whose q(z | x), if it is kept, becomes another when it runs on other images.
+
+    A transform that is told its image, ``flow.context = h``, is one object for all of them: what
+    was found at a reference is then compared with itself.
+    """
+    few = slice(0, 3)
+    vae, x = take(vae, few), x[few]
+    with torch.no_grad(), evaluation_mode(vae), aside(x.device):
+        trace = run_on("vae.guide", vae.guide, x.clone())
+        before = _per_image(trace, len(x))
+        run_on("vae.guide", vae.guide, 1.0 - x)
+        after = _per_image(trace, len(x))
+    if not _close(before, after):
+        raise ValueError(
+            f"vae.guide gives images {_shown(before)} and, once it has run on others, those very "
+            f"distributions give {_shown(after)}: they share what it has computed of its last "
+            "images, such as the context of a flow; make new transforms in each call, as "
+            "ConditionalTransform.condition does"
+        )
+
+
 @contextlib.contextmanager
 def evaluation_mode(*programs: Any) -> Iterator[None]:
     """Put every module that ``programs`` can reach into eval mode for a while.
