@@ -371,3 +371,29 @@ def test_bounds_that_move_are_refused_for_a_single_image(lower):
             program.potential(Bounded(), images(number))
     with pytest.raises(ValueError, match="'z'.* has a support that differs between images"):
         program.potential(Bounded(), images(1).expand(3, -1, -1, -1))
+
+
+class Cached(Programs):
+    """Keeps what it has computed once of so many images."""
+
+    def __init__(self, part):
+        self.part, self.cache = part, {}
+
+    def kept(self, part, value):
+        return self.cache.setdefault(len(value), value) if part == self.part else value
+
+    def q(self, x):
+        return dist.Normal(self.kept("encoding", x.flatten(1) @ WEIGHT.T), 0.3).to_event(1)
+
+    def observation(self, x):
+        return self.kept("image", x.flatten(1))
+
+
+@pytest.mark.parametrize(("part", "name"), [("encoding", "guide"), ("image", "model")])
+def test_what_was_computed_of_other_images_of_the_same_shape(part, name):
+    with pytest.raises(ValueError, match=f"vae.{name} .* of other images of the same shape"):
+        metrics.nll(Cached(part), images(4), 2)
+    if name == "guide":
+        with pytest.raises(ValueError, match="vae.guide .* of other images of the same shape"):
+            attacks.symmetric_kl(Cached(part))(images(3))
+    metrics.nll(Cached("nothing"), images(4), 2)

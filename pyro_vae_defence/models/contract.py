@@ -358,7 +358,8 @@ def check_rows(
 ) -> None:
     """Refuse a program in which what is computed for an image is not the image's own.
 
-    It is run on a few images twice, at the same latents, and on the last of them alone; in full
+    It is run on a few images twice, at the same latents, in reverse order, which a program that has
+    kept what it computed of as many images would not see, and on the last of them alone; in full
     float32, since TF32 rounds differently where a batch has another size. Densities are compared at
     what is observed and at what the observations' distributions draw: the images are so unlikely to
     draws of the prior that noise would be lost in the rounding of huge numbers.
@@ -385,9 +386,13 @@ def check_rows(
         own = {s["name"]: s["value"].narrow(rows_dim(s), last, 1) for s in sites}
         draws = _draws(drawn)
         own_draws = {n: v.narrow(rows_dim(drawn.nodes[n]), last, 1) for n, v in draws.items()}
-        second, single = run(rows, latents), run(rows[last:], own)
-        together, again = (_per_image(trace, len(rows), draws) for trace in (drawn, second))
-        alone = _per_image(single, 1, own_draws)
+        together = _per_image(drawn, len(rows), draws)
+        second = run(rows, latents)
+        again = _per_image(second, len(rows), draws)
+        alone = _per_image(run(rows[last:], own), 1, own_draws)
+        turned_latents = {s["name"]: s["value"].flip(rows_dim(s)) for s in sites}
+        turned_draws = {n: v.flip(rows_dim(drawn.nodes[n])) for n, v in draws.items()}
+        turned = _per_image(run(rows.flip(0), turned_latents), len(rows), turned_draws)
     if not (_close(together, again) and _observe_alike(drawn, second)):
         raise ValueError(
             f"{name} gives images {_shown(together)} and, at the same latents, {_shown(again)}: it "
@@ -399,6 +404,12 @@ def check_rows(
             f"{name} gives an image {_shown(together)} among others and {_shown(alone)} alone: it "
             "couples the images of a batch, as batch statistics do, or goes by their number in it; "
             "make what is computed of an image depend on that image alone"
+        )
+    if not _close({key: value.flip(0) for key, value in together.items()}, turned):
+        raise ValueError(
+            f"{name} gives images {_shown(together)} and in another order {_shown(turned)}: it "
+            "keeps what it has computed of other images of the same shape, or goes by their number "
+            "in the batch; make what is computed of an image depend on that image alone"
         )
 
 
@@ -455,7 +466,7 @@ def _per_image(
 
 def _close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(
-        torch.allclose(value, other[name], rtol=1e-4, atol=1e-3, equal_nan=True)
+        name in other and torch.allclose(value, other[name], rtol=1e-4, atol=1e-3, equal_nan=True)
         for name, value in one.items()
     )
 
