@@ -298,3 +298,102 @@ def test_keyword_only_conditions_are_named():
     ):
         with pytest.raises(ValueError, match="'y' of a program is needed and keyword-only"):
             call()
+
+
+# --- What the guide has kept, and what one image does not show ------------------------------------
+
+
+class Keeping(Programs):
+    """The guide keeps features of its images, of which the model makes use."""
+
+    def guide(self, x):
+        self.kept = x.flatten(1) @ WEIGHT.T
+        super().guide(x)
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            pyro.sample(
+                "obs", self.likelihood(x, ((z + self.kept) @ WEIGHT).sigmoid()), obs=x.flatten(1)
+            )
+
+
+@pytest.mark.parametrize("number", [1, 3, 4])
+def test_a_model_that_uses_what_the_guide_has_kept(number):
+    """It trains well, since there the guide has seen the same images just before."""
+    vae, x = Keeping(), images(number)
+    for call in (MCMCDefence(vae, num_samples=1, warmup_steps=0), lambda x: metrics.nll(vae, x, 2)):
+        vae.guide(x[:3])
+        with pytest.raises(ValueError, match="vae.model .* uses what the guide has kept"):
+            call(x)
+
+
+def noise_of(size):
+    return lambda x, mean: dist.Normal(mean + size * torch.randn_like(mean), 1e-4).to_event(1)
+
+
+@pytest.mark.parametrize("part", ["likelihood", "observation"])
+def test_noise_that_is_small_beside_how_unlikely_images_are(part):
+    """It changes energies by some nats; those of a draw of the prior are some 10^8."""
+    sharp = {"likelihood": noise_of(3e-5)}
+    if part == "observation":
+        sharp = {
+            "likelihood": noise_of(0.0),
+            "observation": lambda x: x.flatten(1) + 3e-5 * torch.randn(len(x), 16),
+        }
+    for _ in range(3):
+        with pytest.raises(ValueError, match="vae.model .* draws noise outside"):
+            program.potential(changed(**sharp), images(4))
+    program.potential(changed(likelihood=noise_of(0.0)), images(4))
+
+
+BOUNDS = {
+    "another latent": lambda x, top: dist.Uniform(torch.zeros_like(top), top).to_event(1),
+    "the image": lambda x, top: dist.Uniform(0.0, x.flatten(1).sum(1, keepdim=True)).to_event(1),
+    "the start of a tail": lambda x, top: dist.Pareto(top, torch.full_like(top, 3.0)).to_event(1),
+}
+
+
+@pytest.mark.parametrize("lower", BOUNDS.values(), ids=BOUNDS)
+def test_bounds_that_move_are_refused_for_a_single_image(lower):
+    """One row has the bounds of one draw, which other latents and images do not have."""
+
+    class Bounded(Programs):
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                top = pyro.sample("top", dist.LogNormal(x.new_zeros(len(x), 1), 0.5).to_event(1))
+                z = pyro.sample("z", lower(x, top))
+                mean = (top + z).expand(-1, 16)
+                pyro.sample("obs", self.likelihood(x, mean), obs=self.observation(x))
+
+    for number in (1, 3):
+        with pytest.raises(ValueError, match="'z'.* has a support that differs between images"):
+            program.potential(Bounded(), images(number))
+    with pytest.raises(ValueError, match="'z'.* has a support that differs between images"):
+        program.potential(Bounded(), images(1).expand(3, -1, -1, -1))
+
+
+class Cached(Programs):
+    """Keeps what it has computed once of so many images."""
+
+    def __init__(self, part):
+        self.part, self.cache = part, {}
+
+    def kept(self, part, value):
+        return self.cache.setdefault(len(value), value) if part == self.part else value
+
+    def q(self, x):
+        return dist.Normal(self.kept("encoding", x.flatten(1) @ WEIGHT.T), 0.3).to_event(1)
+
+    def observation(self, x):
+        return self.kept("image", x.flatten(1))
+
+
+@pytest.mark.parametrize(("part", "name"), [("encoding", "guide"), ("image", "model")])
+def test_what_was_computed_of_other_images_of_the_same_shape(part, name):
+    with pytest.raises(ValueError, match=f"vae.{name} .* of other images of the same shape"):
+        metrics.nll(Cached(part), images(4), 2)
+    if name == "guide":
+        with pytest.raises(ValueError, match="vae.guide .* of other images of the same shape"):
+            attacks.symmetric_kl(Cached(part))(images(3))
+    metrics.nll(Cached("nothing"), images(4), 2)

@@ -179,7 +179,35 @@ def _check_programs(vae: VAE, x: Tensor) -> None:
         check_same_latents(model, guide, summed_out=True)
         check_latents(guide)
         _check_values(model, guide)
+        _check_memory(vae, x, model)
     check_guide_rows(vae, x)
+
+
+def _check_memory(vae: VAE, x: Tensor, drawn: Trace) -> None:
+    """Refuse a model that goes by what the guide has kept of its last images.
+
+    In training the guide has always seen the same images just before. Chains and scores run the
+    model on images that are not those.
+    """
+    latents = {n: s["value"] for n, s in sample_sites(drawn).items() if not s["is_observed"]}
+
+    def model_after_guide(images: Tensor) -> dict[str, Tensor]:
+        run_on("vae.guide", vae.guide, images)
+        trace = run_on("vae.model", poutine.condition(vae.model, data=latents), x.clone())
+        return _per_image(trace, len(x))
+
+    try:
+        own, others = model_after_guide(x.clone()), model_after_guide(1.0 - x)
+        # Noise would change them as well.
+        if _close(own, others) or not _close(own, model_after_guide(x.clone())):
+            return
+    except ValueError:
+        return  # a fault of the model's own, which those find who need it
+    raise ValueError(
+        f"vae.model gives images {_shown(own)} where vae.guide has run on them before, and "
+        f"{_shown(others)} where it has run on others: it uses what the guide has kept, such as "
+        "features of the encoder; compute in the model what it needs of the image"
+    )
 
 
 def _check_values(model: Trace, guide: Trace) -> None:
@@ -217,6 +245,28 @@ def check_guide_rows(vae: VAE, x: Tensor) -> None:
 
     with evaluation_mode(vae):
         check_rows("vae.guide", run, len(x), x)
+
+
+def check_kept_guide(vae: VAE, x: Tensor) -> None:
+    """Refuse a guide whose q(z | x), if it is kept, becomes another when it runs on other images.
+
+    A transform that is told its image, ``flow.context = h``, is one object for all of them: what
+    was found at a reference is then compared with itself.
+    """
+    few = slice(0, 3)
+    vae, x = take(vae, few), x[few]
+    with torch.no_grad(), evaluation_mode(vae), aside(x.device):
+        trace = run_on("vae.guide", vae.guide, x.clone())
+        before = _per_image(trace, len(x))
+        run_on("vae.guide", vae.guide, 1.0 - x)
+        after = _per_image(trace, len(x))
+    if not _close(before, after):
+        raise ValueError(
+            f"vae.guide gives images {_shown(before)} and, once it has run on others, those very "
+            f"distributions give {_shown(after)}: they share what it has computed of its last "
+            "images, such as the context of a flow; make new transforms in each call, as "
+            "ConditionalTransform.condition does"
+        )
 
 
 @contextlib.contextmanager
@@ -260,7 +310,7 @@ def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
         return get_trace(program, x, *args, **kwargs)
     except (torch.OutOfMemoryError, RefusalError):
         raise
-    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         call = name.rpartition(".")[2]
         mend = mend_networks(program, x) or (
             f"it must run on any number of images, as {call}(x), or as {call}(x, *conditions) "
@@ -308,8 +358,11 @@ def check_rows(
 ) -> None:
     """Refuse a program in which what is computed for an image is not the image's own.
 
-    It is run on a few images twice, at the same latents, and on the last of them alone; in full
-    float32, since TF32 rounds differently where a batch has another size.
+    It is run on a few images twice, at the same latents, in reverse order, which a program that has
+    kept what it computed of as many images would not see, and on the last of them alone; in full
+    float32, since TF32 rounds differently where a batch has another size. Densities are compared at
+    what is observed and at what the observations' distributions draw: the images are so unlikely to
+    draws of the prior that noise would be lost in the rounding of huge numbers.
 
     Args:
         name: of the program, in messages.
@@ -331,9 +384,16 @@ def check_rows(
         latents = {site["name"]: site["value"] for site in sites}
         last = len(rows) - 1  # which a program that numbers its rows would not call the first
         own = {s["name"]: s["value"].narrow(rows_dim(s), last, 1) for s in sites}
-        together, again = _per_image(drawn, len(rows)), _per_image(run(rows, latents), len(rows))
-        alone = _per_image(run(rows[last:], own), 1)
-    if not _close(together, again):
+        draws = _draws(drawn)
+        own_draws = {n: v.narrow(rows_dim(drawn.nodes[n]), last, 1) for n, v in draws.items()}
+        together = _per_image(drawn, len(rows), draws)
+        second = run(rows, latents)
+        again = _per_image(second, len(rows), draws)
+        alone = _per_image(run(rows[last:], own), 1, own_draws)
+        turned_latents = {s["name"]: s["value"].flip(rows_dim(s)) for s in sites}
+        turned_draws = {n: v.flip(rows_dim(drawn.nodes[n])) for n, v in draws.items()}
+        turned = _per_image(run(rows.flip(0), turned_latents), len(rows), turned_draws)
+    if not (_close(together, again) and _observe_alike(drawn, second)):
         raise ValueError(
             f"{name} gives images {_shown(together)} and, at the same latents, {_shown(again)}: it "
             "draws noise outside pyro.sample, such as a binarisation, dequantisation or dropout; "
@@ -345,11 +405,48 @@ def check_rows(
             "couples the images of a batch, as batch statistics do, or goes by their number in it; "
             "make what is computed of an image depend on that image alone"
         )
+    if not _close({key: value.flip(0) for key, value in together.items()}, turned):
+        raise ValueError(
+            f"{name} gives images {_shown(together)} and in another order {_shown(turned)}: it "
+            "keeps what it has computed of other images of the same shape, or goes by their number "
+            "in the batch; make what is computed of an image depend on that image alone"
+        )
 
 
-def _per_image(trace: Trace, num_images: int) -> dict[str, Tensor]:
-    """Log-probabilities of all sites by image, and where a Delta is."""
+def _draws(trace: Trace) -> dict[str, Tensor]:
+    """A draw at every site that observes something, where its distribution has one."""
+    draws = {}
+    for name, site in sample_sites(trace).items():
+        if site["is_observed"] and not isinstance(site["fn"], dist.Unit):
+            # Those that weigh only have none, nor have parameters out of range.
+            with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+                draws[name] = site["fn"].sample()
+    return draws
+
+
+def _observe_alike(one: Trace, other: Trace) -> bool:
+    """Whether two runs on the same images observe the same, in every part."""
+    there = sample_sites(other)
+    return all(
+        torch.allclose(site["value"], there[name]["value"], rtol=1e-5, equal_nan=True)
+        for name, site in sample_sites(one).items()
+        if site["is_observed"]
+    )
+
+
+def _per_image(
+    trace: Trace, num_images: int, draws: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Log-probabilities of all sites by image, and where a Delta is.
+
+    Of the sites of ``draws`` also those of draws, in multiples of 1 + 1% of their elements: sums of
+    so many numbers may be zero, up to their rounding.
+    """
     found = {}
+    for name, value in (draws or {}).items():
+        with contextlib.suppress(IndexError, KeyError, RuntimeError, ValueError):
+            log_prob = log_prob_per_image({**trace.nodes[name], "value": value}, num_images)
+            found[f"a draw of {name}"] = log_prob / (1 + 0.01 * value.numel() / num_images)
     for name, site in sample_sites(trace).items():
         if is_point(site["fn"]):
             found[name] = image_rows(innermost(site["fn"]).v, site)
@@ -369,7 +466,7 @@ def _per_image(trace: Trace, num_images: int) -> dict[str, Tensor]:
 
 def _close(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(
-        torch.allclose(value, other[name], rtol=1e-4, atol=1e-3, equal_nan=True)
+        name in other and torch.allclose(value, other[name], rtol=1e-4, atol=1e-3, equal_nan=True)
         for name, value in one.items()
     )
 

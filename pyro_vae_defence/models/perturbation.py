@@ -85,7 +85,7 @@ from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.checks import RefusalError
-from pyro_vae_defence.ops.distributions import innermost
+from pyro_vae_defence.ops.distributions import innermost, own_methods
 from pyro_vae_defence.types import PyroProgram
 
 __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_image"]
@@ -202,6 +202,7 @@ def most_likely_value(likelihood: Any, value: Tensor, ball: Ball, site: ImageSit
     """:func:`most_likely_image` in the units of a site, with derivatives in ``value``."""
     if site.scale is None:
         return _moving_image(likelihood, value, ball)
+    _check_own_density(likelihood, in_pixels)
     rescaled = in_pixels(likelihood, site)
     pixels = _moving_image(rescaled, site.to_pixels(value), ball)
     closest = site.to_units(pixels)
@@ -214,6 +215,7 @@ def most_likely_value(likelihood: Any, value: Tensor, ball: Ball, site: ImageSit
 
 def _moving_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
     """The most likely image, with its derivatives where ``x`` has one."""
+    _check_own_density(likelihood, most_likely_image)
     with torch.no_grad():
         closest = most_likely_image(likelihood, x, ball)
     if not (x.requires_grad and torch.is_grad_enabled()):
@@ -230,6 +232,18 @@ def _moving_image(likelihood: Any, x: Tensor, ball: Ball) -> Tensor:
         reached = ~held & ((closest - mean).abs() <= rounding)
         moving = moving + torch.where(reached, mean - mean.detach(), 0.0)
     return moving
+
+
+def _check_own_density(likelihood: Any, known: Any) -> None:
+    """Refuse a likelihood of another density than the class that ``known`` has registered."""
+    kind = type(innermost(likelihood))
+    family = next(base for base in kind.__mro__ if base in known.registry)
+    if family is not object and "log_prob" in own_methods(kind, family):
+        raise RefusalError(
+            f"the likelihood {kind.__name__} has a log_prob of its own, and what is known of "
+            f"{family.__name__} does not hold for it; register its minimiser with "
+            "most_likely_image.register, and observe the image in [0, 1]"
+        )
 
 
 @dataclass(frozen=True)

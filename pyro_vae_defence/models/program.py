@@ -71,6 +71,7 @@ from pyro_vae_defence.models.perturbation import Perturbation, PerturbationAware
 from pyro_vae_defence.models.sites import (
     Kind,
     Site,
+    aside,
     auxiliary_sites,
     check_density,
     check_density_everywhere,
@@ -262,7 +263,7 @@ class GuideDraws:
             return
         (site,) = sites.values()
         fn = site["fn"]
-        gaussian = isinstance(fn, td.Independent) and isinstance(fn.base_dist, td.Normal)
+        gaussian = isinstance(fn, td.Independent) and _is_plain_normal(fn.base_dist)
         plain = site["mask"] is None and not site["is_observed"]
         if gaussian and plain and fn.batch_shape == (len(x),):
             self.site, self.events = site["name"], fn.reinterpreted_batch_ndims
@@ -278,6 +279,10 @@ class GuideDraws:
         with poutine.block(), _StreamMessenger(streams):
             z = pyro.sample(self.site, draws)
         return {self.site: z}, draws.log_prob(z)
+
+
+def _is_plain_normal(fn: Any) -> bool:
+    return isinstance(fn, td.Normal) and not distributions.own_methods(type(fn), td.Normal)
 
 
 _MOST_NOISE = 1024  # numbers, up to which a Jacobian is worth its time
@@ -519,7 +524,7 @@ def _pointwise(site: Site) -> Tensor:
             f"the likelihood at {site['name']!r} is {type(fn).__name__}, one number for several "
             "values of an image; log-likelihoods of pixels need them independent given the latents"
         )
-    if isinstance(fn, td.Bernoulli):
+    if distributions.is_of(fn, td.Bernoulli):
         # Its own log_prob rounds to 0, for every z, where a pixel is all but certain.
         logits, value = fn.logits.double(), value.double()
         log_prob = value * logsigmoid(logits) + (1 - value) * logsigmoid(-logits)
@@ -603,6 +608,7 @@ class ModelPotential:
                 self._program = in_parallel(model, trace, expand)
             if batch.device.type != "meta":
                 check_rows("vae.model", self._run_few, self.num_images, batch)
+                self._check_supports(batch)
 
     def _run_few(self, rows: Tensor, latents: LatentsLike) -> poutine.Trace:
         few = self.take(rows)
@@ -611,6 +617,22 @@ class ModelPotential:
         trace = run_on("vae.model", model, *few._args, **few._kwargs)
         check_untouched("vae.model", x, few.tensors[0])
         return trace
+
+    def _check_supports(self, x: Tensor) -> None:
+        """Refuse bounds of a latent that hinge on other latents or on the image.
+
+        Rows of one image, or of one image and latents, would not show it.
+        """
+        if not self.transforms:
+            return
+        pair = self.take(torch.zeros(2, dtype=torch.long, device=x.device))
+        first, *others = pair.tensors
+        if first[0].dim() == 3:  # an image
+            pair = pair.with_tensors([torch.stack([first[0], 1.0 - first[0]]), *others])
+        with aside(x.device):
+            trace = run_on("vae.model", self._model, *pair._args, **pair._kwargs)
+        for site in _continuous(trace):
+            pair._read_site(site)
 
     def _read_site(self, site: Any) -> LatentSite:
         name, fn, value = site["name"], site["fn"], site["value"]
@@ -899,6 +921,9 @@ def _unconstrained_variances(vae: VAE, x: Tensor, streams: Streams) -> Latents:
 def _closed_form_variance(distribution: td.Distribution) -> Tensor | None:
     """Variance of the unconstrained value; ``None`` where no closed form is known."""
     innermost = distributions.innermost(distribution)
+    kind = type(innermost)
+    if distributions.own_methods(kind, object) and "variance" not in vars(kind):
+        return None  # it may be that of a family the user's class derives from
     if isinstance(innermost, td.LogNormal):
         return innermost.base_dist.variance
     if distributions.is_point(innermost) or not distributions.is_unconstrained(distribution):

@@ -21,7 +21,13 @@ from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae_defence.ops.distributions import counted, innermost, is_discrete, is_point
+from pyro_vae_defence.ops.distributions import (
+    counted,
+    innermost,
+    is_discrete,
+    is_of,
+    is_point,
+)
 from pyro_vae_defence.types import PyroProgram
 
 Site: TypeAlias = Any
@@ -350,7 +356,7 @@ def gaussians(sites: list[Site]) -> tuple[Tensor, Tensor]:
     locs, scales = [], []
     for site in sites:
         fn = innermost(site["fn"])
-        if not isinstance(fn, Normal):
+        if not is_of(fn, Normal):
             raise ValueError(
                 f"site {site['name']!r} is {type(fn).__name__}; this objective needs Gaussian "
                 "latents: sample pyro.distributions.Normal(loc, scale).to_event()"

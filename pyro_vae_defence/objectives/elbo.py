@@ -32,7 +32,6 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.util import warn_if_nan
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pyro_vae_defence.models.observation import ImageMap, read_images_with
 from pyro_vae_defence.models.program import evaluation_mode
@@ -48,6 +47,7 @@ from pyro_vae_defence.models.sites import (
 )
 from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.distributions import innermost, is_point
+from pyro_vae_defence.ops.divergences import known_kl
 from pyro_vae_defence.types import PyroProgram
 
 Terms: TypeAlias = dict[str, Tensor]
@@ -319,7 +319,7 @@ def site_kl(guide_site: Site, model_trace: Trace) -> Tensor:
     p: Any = model_trace.nodes[guide_site["name"]]["fn"]
     try:
         if not is_point(q):  # PyTorch's registry has one for Pyro's Delta, without its log_density
-            return kl_divergence(q, p)
+            return known_kl(q, p)
     except NotImplementedError:
         pass
     return q.log_prob(value) - p.log_prob(value)

@@ -14,12 +14,33 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints
 
+_KNOWN = {"torch", "pyro", __name__.partition(".")[0]}
+
 
 def innermost(distribution: Any) -> Any:
     """The distribution inside all ``Independent`` and ``MaskedDistribution``."""
     while isinstance(distribution, (Independent, MaskedDistribution)):
         distribution = distribution.base_dist
     return distribution
+
+
+def own_methods(kind: type, family: type) -> frozenset[str]:
+    """Which of ``log_prob``, ``sample`` and ``rsample`` a user's class has made anew of a family.
+
+    A truncated Gaussian may well be derived from ``Normal``, but formulas for Gaussians are not its
+    own. Classes that torch, Pyro and this library derive are what their family is.
+    """
+    kinds = kind.__mro__
+    derived = kinds[: kinds.index(family)] if family in kinds else kinds
+    users = [k for k in derived if k.__module__.partition(".")[0] not in _KNOWN]
+    methods = ("log_prob", "sample", "rsample")
+    return frozenset(name for name in methods if any(name in vars(k) for k in users))
+
+
+def is_of(distribution: Any, family: type) -> bool:
+    """Whether a distribution is of a family and has its density."""
+    found = isinstance(distribution, family)
+    return found and "log_prob" not in own_methods(type(distribution), family)
 
 
 def is_point(distribution: Any) -> bool:

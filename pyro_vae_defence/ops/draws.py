@@ -28,6 +28,7 @@ from pyro.distributions import ProjectedNormal
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 
+from pyro_vae_defence.ops.distributions import own_methods
 from pyro_vae_defence.ops.streams import Streams
 
 _PROPOSALS = 8
@@ -63,19 +64,30 @@ class Noise:
         return self.uniform(like).clamp(max=1 - torch.finfo(like.dtype).eps)
 
 
-@functools.singledispatch
 def draw(distribution: Any, noise: Noise) -> Tensor | None:
-    """A draw of a ``distribution`` whose first batch dimension is the rows; ``None`` if unknown."""
+    """A draw of a ``distribution`` whose first batch dimension is the rows; ``None`` if unknown.
+
+    Unknown is also what a user's class draws that samples in its own way.
+    """
+    kind = type(distribution)
+    family = next((base for base in kind.__mro__ if base in _draw.registry), object)
+    if own_methods(kind, family) & {"sample", "rsample"}:
+        return None
+    return _draw(distribution, noise)
+
+
+@functools.singledispatch
+def _draw(distribution: Any, noise: Noise) -> Tensor | None:
     return None
 
 
-@draw.register(td.Independent)
-@draw.register(MaskedDistribution)
+@_draw.register(td.Independent)
+@_draw.register(MaskedDistribution)
 def _wrapped(fn: Any, noise: Noise) -> Tensor | None:
     return draw(fn.base_dist, noise)
 
 
-@draw.register
+@_draw.register
 def _transformed(fn: td.TransformedDistribution, noise: Noise) -> Tensor | None:
     if type(fn).rsample is not td.TransformedDistribution.rsample:
         return None  # such as a straight-through gradient
@@ -83,79 +95,79 @@ def _transformed(fn: td.TransformedDistribution, noise: Noise) -> Tensor | None:
     return None if value is None else td.transforms.ComposeTransform(fn.transforms)(value)
 
 
-@draw.register
+@_draw.register
 def _normal(fn: td.Normal, noise: Noise) -> Tensor:
     return fn.loc + fn.scale * noise.normal(fn.loc)
 
 
-@draw.register
+@_draw.register
 def _multivariate(fn: td.MultivariateNormal, noise: Noise) -> Tensor:
     return fn.loc + (fn.scale_tril @ noise.normal(fn.loc)[..., None])[..., 0]
 
 
-@draw.register
+@_draw.register
 def _projected(fn: ProjectedNormal, noise: Noise) -> Tensor:
     return torch.nn.functional.normalize(fn.concentration + noise.normal(fn.concentration), dim=-1)
 
 
-@draw.register
+@_draw.register
 def _low_rank(fn: td.LowRankMultivariateNormal, noise: Noise) -> Tensor:
     factor = fn.cov_factor @ noise.normal(fn.cov_factor[..., 0, :])[..., None]
     return fn.loc + factor[..., 0] + fn.cov_diag.sqrt() * noise.normal(fn.loc)
 
 
-@draw.register
+@_draw.register
 def _uniform(fn: td.Uniform, noise: Noise) -> Tensor:
     return fn.low + noise.inside(fn.low) * (fn.high - fn.low)
 
 
-@draw.register
+@_draw.register
 def _laplace(fn: td.Laplace, noise: Noise) -> Tensor:
     centred = 2 * noise.inside(fn.loc) - 1
     return fn.loc - fn.scale * centred.sign() * torch.log1p(-centred.abs())
 
 
-@draw.register
+@_draw.register
 def _relaxed_classes(fn: td.relaxed_categorical.ExpRelaxedCategorical, noise: Noise) -> Tensor:
     gumbel = -(-noise.inside(fn.logits).log()).log()
     return ((fn.logits + gumbel) / fn.temperature).log_softmax(-1)
 
 
-@draw.register
+@_draw.register
 def _relaxed_bit(fn: td.relaxed_bernoulli.LogitRelaxedBernoulli, noise: Noise) -> Tensor:
     return (noise.inside(fn.logits).logit() + fn.logits) / fn.temperature
 
 
-@draw.register
+@_draw.register
 def _gamma(fn: td.Gamma, noise: Noise) -> Tensor:
     return _standard_gamma(fn.concentration, noise) / fn.rate
 
 
-@draw.register
+@_draw.register
 def _beta(fn: td.Beta, noise: Noise) -> Tensor:
     one, other = (_standard_gamma(c, noise) for c in (fn.concentration1, fn.concentration0))
     return _inside(one / (one + other))
 
 
-@draw.register
+@_draw.register
 def _dirichlet(fn: td.Dirichlet, noise: Noise) -> Tensor:
     values = _standard_gamma(fn.concentration, noise)
     return _inside(values / values.sum(-1, keepdim=True))
 
 
-@draw.register
+@_draw.register
 def _student(fn: td.StudentT, noise: Noise) -> Tensor:
     chi2 = 2 * _standard_gamma(fn.df / 2, noise)
     return fn.loc + fn.scale * noise.normal(fn.loc) * (fn.df / chi2).sqrt()
 
 
-@draw.register
+@_draw.register
 def _bit(fn: td.Bernoulli, noise: Noise) -> Tensor:
     return (noise.uniform(fn.probs) <= fn.probs).to(fn.probs.dtype)
 
 
-@draw.register(td.Categorical)
-@draw.register(td.OneHotCategorical)
+@_draw.register(td.Categorical)
+@_draw.register(td.OneHotCategorical)
 def _class(fn: Any, noise: Noise) -> Tensor | None:
     if fn.has_rsample:
         return None  # a straight-through gradient
@@ -166,7 +178,7 @@ def _class(fn: Any, noise: Noise) -> Tensor | None:
     return torch.nn.functional.one_hot(value, fn.probs.shape[-1]).to(fn.probs.dtype)
 
 
-@draw.register
+@_draw.register
 def _mixture(fn: td.MixtureSameFamily, noise: Noise) -> Tensor | None:
     which, parts = draw(fn.mixture_distribution, noise), draw(fn.component_distribution, noise)
     if which is None or parts is None:

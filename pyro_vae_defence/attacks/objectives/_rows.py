@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import BoundVAE, bind, take
-from pyro_vae_defence.models.contract import check_networks_on_device
+from pyro_vae_defence.models.contract import check_kept_guide, check_networks_on_device
 from pyro_vae_defence.ops.checks import check_integer, check_on_device
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
@@ -120,10 +120,15 @@ def reconstruct(of: LatentsOf, vae: VAE, like: Tensor) -> Callable[[Tensor, Stre
 
 
 class GuideCheck:
-    """Checks references, and a guide once for those of each shape: attacks prepare many times."""
+    """Checks references, and a guide once for those of each shape: attacks prepare many times.
 
-    def __init__(self) -> None:
+    Args:
+        kept: whether its distributions are kept, to be compared with those at other images.
+    """
+
+    def __init__(self, *, kept: bool = False) -> None:
         self._seen: set[Any] = set()
+        self._kept = kept
 
     def __call__(self, vae: VAE, x: Tensor, streams: Streams) -> None:
         """As :func:`~pyro_vae_defence.models.program.check_guide`."""
@@ -132,6 +137,8 @@ class GuideCheck:
         if kind not in self._seen:
             check_networks_on_device("vae", vae, "x_ref", x)
             program.check_guide(vae, x, streams=streams)
+            if self._kept and x.device.type != "meta":
+                check_kept_guide(vae, x)
             self._seen.add(kind)
 
 
@@ -141,18 +148,21 @@ def between(
     distance: Callable[[T, T], Tensor],
     x_target: Tensor | None,
     num_draws: int,
+    *,
+    kept: bool = False,
 ) -> PreparedObjective:
     """Distance of what is read of an image from what is read of its reference, or minus that from
     its target: averaged over draws, whose noise is the same for both images.
 
-    ``reader`` is given the VAE at some rows, and their references, and returns what reads images.
+    ``reader`` is given the VAE at some rows, and their references, and returns what reads images:
+    distributions of the guide if they are ``kept``.
     """
     program.check_vae(vae)
     check_integer("num_draws", num_draws)
     if x_target is not None:
         program.check_images(x_target, "x_target")
     sign = 1.0 if x_target is None else -1.0
-    check = GuideCheck()
+    check = GuideCheck(kept=kept)
 
     def prepare(
         x_ref: Tensor, streams: Streams | None = None, conditions: tuple[Tensor, ...] = ()

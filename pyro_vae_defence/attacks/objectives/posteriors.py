@@ -110,7 +110,7 @@ def _between_posteriors(
     def reader(vae: VAE, x_ref: Tensor) -> Callable[[Tensor, Streams], Posterior]:
         return lambda x, noise: _choose(posterior(vae, x, streams=noise), sites)
 
-    return between(vae, reader, divergence, x_target, num_draws)
+    return between(vae, reader, divergence, x_target, num_draws, kept=True)
 
 
 def _choose(q: Posterior, sites: Sites) -> Posterior:

@@ -1,0 +1,173 @@
+"""A user's class derived from a known family has its own draws and density, not the family's."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+
+from pyro_vae_defence import attacks, metrics
+from pyro_vae_defence.defence import MCMCDefence
+from pyro_vae_defence.models import program
+from pyro_vae_defence.objectives import AVAE, BetaELBO
+from pyro_vae_defence.ops.balls import Linf
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Twice(dist.Normal):
+    """A Gaussian of twice the scale it says."""
+
+    @property
+    def true(self):
+        return dist.Normal(self.loc, 2 * self.scale)
+
+    def rsample(self, sample_shape=()):
+        return self.true.rsample(sample_shape)
+
+    def sample(self, sample_shape=()):
+        return self.true.sample(sample_shape)
+
+    def log_prob(self, value):
+        return self.true.log_prob(value)
+
+
+class Quadratic(dist.Bernoulli):
+    """Weighs an intensity by its distance from the mean."""
+
+    def log_prob(self, value):
+        return -10 * (value - self.probs).square()
+
+
+class Noisy(dist.Normal):
+    """Draws in its own way, with the density of its family."""
+
+    def sample(self, sample_shape=()):
+        return self.loc.expand(sample_shape + self.batch_shape)
+
+
+class Programs:
+    """One latent, an image that does not depend on it unless a test says so."""
+
+    def __init__(self, q=Twice, scale=0.6, likelihood=None):
+        self.q, self.scale, self.likelihood = q, scale, likelihood
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+            mean = x.new_zeros(len(x), 4)
+            fn = self.likelihood(mean + z) if self.likelihood else dist.Normal(mean, 1.0)
+            pyro.sample("obs", fn.to_event(1), obs=x.flatten(1))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            loc = 0.1 * x.flatten(1).sum(1, keepdim=True)
+            pyro.sample("z", self.q(loc, self.scale).to_event(1))
+
+
+X = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_evidence_is_that_of_its_own_draws():
+    """With draws of half the scale the estimate would be off by 0.1 nats or more."""
+    exact = -dist.Normal(0.0, 1.0).log_prob(X.flatten(1)).sum(1)
+    found = metrics.nll(Programs(), X, 20_000, generator=torch.Generator().manual_seed(0))
+    assert (found - exact).abs().max() < 0.02  # four standard errors
+
+
+def test_its_variance_is_that_of_its_own_draws():
+    found = program.mean_posterior_variance(Programs(), [X.repeat(300, 1, 1, 1)])["z"]
+    assert abs(found.item() - 1.44) < 0.1
+
+
+def test_divergences_of_the_family_are_not_its_own():
+    vae = Programs()
+    with pytest.raises(ValueError, match="no KL-divergence is registered"):
+        attacks.PGD(attacks.symmetric_kl(vae), Linf(0.1), 1)(X)
+    with pytest.raises(ValueError, match="'z' is Twice; this objective needs Gaussian"):
+        AVAE().loss(vae.model, vae.guide, X)
+
+
+def test_the_elbo_is_that_of_its_own_density():
+    """An estimate at the draw, as Pyro's ``Trace_ELBO`` has it, not the family's closed form."""
+    vae = Programs()
+    torch.manual_seed(1)
+    found = BetaELBO().terms(vae.model, vae.guide, X)["kl"]
+    torch.manual_seed(1)
+    guide = poutine.trace(vae.guide).get_trace(X)
+    z = guide.nodes["z"]["value"]
+    q = dist.Normal(0.1 * X.flatten(1).sum(1, keepdim=True), 1.2)
+    expected = (q.log_prob(z) - dist.Normal(0.0, 1.0).log_prob(z)).sum(1)
+    torch.testing.assert_close(found, expected)
+
+
+def bernoulli(mean):
+    return Quadratic(logits=mean, validate_args=False)
+
+
+def twice(mean):
+    return Twice(mean, 0.1)
+
+
+@pytest.mark.parametrize("likelihood", [bernoulli, twice])
+def test_the_most_likely_image_of_the_family_is_not_its_own(likelihood):
+    vae = Programs(dist.Normal, likelihood=likelihood)
+    name = type(likelihood(X)).__name__
+    with pytest.raises(ValueError, match=f"the likelihood {name} has a log_prob of its own"):
+        MCMCDefence(vae, perturbation=Linf(0.1))(X)
+
+
+def test_other_draws_do_not_change_the_most_likely_image():
+    z = {"z": torch.tensor([[0.2], [0.4], [-0.3]])}
+    found = program.potential(
+        Programs(dist.Normal, likelihood=lambda m: Noisy(m, 0.1)), X, Linf(0.1)
+    )(z)
+    distance = ((X.flatten(1) - z["z"]).abs() - 0.1).clamp(min=0)
+    below = torch.minimum(X.flatten(1), torch.tensor(0.1))  # as far as 0 at most
+    distance = torch.where(z["z"] < 0, X.flatten(1) - below - z["z"], distance)
+    log_prob = -0.5 * (distance / 0.1).square() - math.log(0.1) - 0.5 * math.log(2 * math.pi)
+    expected = -log_prob.sum(1) - dist.Normal(0.0, 1.0).log_prob(z["z"]).sum(1)
+    torch.testing.assert_close(found, expected)
+
+
+class Shift(dist.transforms.Transform):
+    """Adds what it was told last."""
+
+    domain = codomain = dist.constraints.real_vector
+    bijective = True
+    shift = 0.0
+
+    def _call(self, value):
+        return value + self.shift
+
+    def _inverse(self, value):
+        return value - self.shift
+
+    def log_abs_det_jacobian(self, value, moved):
+        return value.new_zeros(value.shape[:-1])
+
+
+class OneFlow(Programs):
+    """A flow as guide, one for all images, which is told its image in every call."""
+
+    flow = Shift()
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            self.flow.shift = x.flatten(1).sum(1, keepdim=True)
+            base = dist.Normal(x.new_zeros(len(x), 1), 0.3).to_event(1)
+            pyro.sample("z", dist.TransformedDistribution(base, [self.flow]))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_flow_that_is_told_its_image_is_one_for_all_of_them(number):
+    """The divergence of two images would be that of the base distributions, which is zero."""
+    with pytest.raises(ValueError, match="they share what it has computed of its last images"):
+        attacks.PGD(attacks.symmetric_kl(OneFlow()), Linf(0.1), 1)(X[:number])
+    objective = attacks.maximum_damage(OneFlow(likelihood=lambda z: dist.Normal(z, 1.0)))(X)
+    moved = 4 * (1 - 2 * X).flatten(1).sum(1).square()  # of the latent, in each of four pixels
+    torch.testing.assert_close(objective(1 - X), moved)
