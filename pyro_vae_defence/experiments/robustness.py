@@ -299,8 +299,9 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
     before they are re-encoded. ``<dataset>_vote_<radius>`` lets every draw of the four vote, which
     loses fewer classes. ``<dataset>_known_seed_<radius>`` is one chain whose attacker knows its
     random numbers, so that the gradient through the whole chain is exact.
-    ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most, with twice
-    the steps: what they leave less than before is what the budget was too small for.
+    ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most and
+    continuation, with twice the steps: what they leave less than before is what the budget was too
+    small for.
 
     A report of one chain is 10 million gradients, about an hour of one thread, and one of the
     recommended four 15 million. Where seeds are fresh, the suite is that without unrolling, which a
@@ -328,7 +329,7 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
         "doubled": {
             "defences": ("recommended",),
             "targets": ("classification",),
-            "attacks": ("equilibrium", "implicit", "truncated"),
+            "attacks": ("equilibrium", "implicit", "truncated", "continuation"),
             "reading": "vote",
             "budget": replace(budget, num_steps=2 * budget.num_steps),
         },
