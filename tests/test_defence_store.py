@@ -335,6 +335,20 @@ def test_what_a_function_computes_with_tells_it_from_others(text):
     assert first == same != other
 
 
+def test_functions_that_all_call_each_other_are_hashed_once_each():
+    """Along all ways from one to another there would be 20 factorial."""
+
+    def made(k):
+        names = [f"f{number}" for number in range(20)]
+        around = {}
+        for name in names:
+            own = k if name == names[-1] else 0
+            exec(f"def {name}(x): return {own} + " + " + ".join(f"{n}(x)" for n in names), around)
+        return around["f0"]
+
+    assert store.fingerprint(made(1)) == store.fingerprint(made(1)) != store.fingerprint(made(2))
+
+
 def test_sets_are_equal_whatever_their_order_and_kinds_are_told_apart():
     words = [str(k) for k in range(50)]
     assert store.fingerprint(set(words)) == store.fingerprint(set(reversed(words)))

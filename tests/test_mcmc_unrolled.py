@@ -206,3 +206,8 @@ def test_mistakes(float64):
         record(object(), x, start, streams, 3)
     with pytest.raises(ValueError, match="num_transitions must be at least 1, got 0"):
         record(KERNELS["hmc"](vae.model), x, start, streams, 0)
+    for number in (0, 3):
+        with pytest.raises(ValueError, match=f"number must be in 1..2, .* got {number}"):
+            UnrolledKernel(lambda: KERNELS["hmc"](vae.model), None, 2).last(
+                x, start, streams, number
+            )

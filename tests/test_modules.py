@@ -278,3 +278,20 @@ def test_networks_of_an_imported_module():
     found = {"networks": namespace, "__name__": "__main__"}
     exec(source, found)
     assert modules_of(found["model"]) == [namespace.decoder]
+
+
+def test_networks_that_a_wrapped_program_names():
+    """What wraps a program of the library goes by the name of its module, and is not its code."""
+
+    @functools.wraps(ConvVAE.guide)
+    def guide(vae, x):
+        return ConvVAE.guide(vae, global_net(x))
+
+    assert guide.__module__.startswith("pyro_vae_defence")
+    assert set(global_net.modules()) <= set(modules_of(guide))
+
+
+def test_a_module_of_a_users_that_is_called_as_a_standard_one():
+    around = {"net": net(), "__name__": "code"}
+    exec("def guide(x): return net(x)", around)
+    assert set(modules_of(around["guide"])) == set(around["net"].modules())

@@ -79,6 +79,44 @@ def test_evidence_is_that_of_its_own_draws():
     assert (found - exact).abs().max() < 0.02  # four standard errors
 
 
+class Together(dist.Independent):
+    """As :class:`Twice`, with the density of all elements at once."""
+
+    def __init__(self, loc, scale):
+        super().__init__(dist.Normal(loc, scale), 1)
+        self.true = dist.Normal(loc, 2 * scale).to_event(1)
+
+    def expand(self, batch_shape, _instance=None):
+        shape = (*batch_shape, self.base_dist.loc.shape[-1])
+        return Together(self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape))
+
+    def rsample(self, sample_shape=()):
+        return self.true.rsample(sample_shape)
+
+    def sample(self, sample_shape=()):
+        return self.true.sample(sample_shape)
+
+    def log_prob(self, value):
+        return self.true.log_prob(value)
+
+
+def test_a_class_of_independent_elements_is_not_what_is_inside():
+    """Whose density, draws and divergences would be those of half the scale."""
+
+    class Apart(Programs):
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", Together(0.1 * x.flatten(1).sum(1, keepdim=True), 0.6))
+
+    exact = -dist.Normal(0.0, 1.0).log_prob(X.flatten(1)).sum(1)
+    found = metrics.nll(Apart(), X, 20_000, generator=torch.Generator().manual_seed(0))
+    assert (found - exact).abs().max() < 0.02  # four standard errors
+    with pytest.raises(ValueError, match="no KL-divergence is registered"):
+        attacks.PGD(attacks.symmetric_kl(Apart()), Linf(0.1), 1)(X)
+    with pytest.raises(ValueError, match="'z' is Together; this objective needs Gaussian"):
+        AVAE().loss(Apart().model, Apart().guide, X)
+
+
 def test_its_variance_is_that_of_its_own_draws():
     found = program.mean_posterior_variance(Programs(), [X.repeat(300, 1, 1, 1)])["z"]
     assert abs(found.item() - 1.44) < 0.1

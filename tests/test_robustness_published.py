@@ -150,6 +150,39 @@ class TestKnownSeed:
         found, _ = expected_difference(suite, moved, x, 16, 0)
         torch.testing.assert_close(found, margin(moved) - margin(x))
 
+    def test_a_defence_that_runs_by_itself_runs_once_for_all_draws_of_a_reading(self):
+        """And not once for each of them, all of which every run has."""
+        vae, x, labels = problem(4)
+        chains = MCMCDefence(vae, HMC, 3, 2, num_chains=2, keep_draws=3)
+        runs = []
+
+        class Unknown:
+            num_chains = 2
+
+            def __init__(self):
+                self.vae = vae
+
+            def __call__(self, images, generator=None):
+                runs.append(len(images))
+                return chains(images, generator)
+
+        defence = Unknown()
+        box = WhiteBox(vae, defence, x, seed=SEED)
+        read = DefendedClassifier(defence, classify, "vote")
+        suite = Suite(box, Accuracy(box, x, labels, read, Fresh(3)), x, Linf(0.3), SMALL, None)
+        bpda = next(row for row in ATTACKS if row.name == "bpda")
+        assert suite.draws(bpda) == (6,)
+        both, moved = x.repeat(2, 1, 1, 1), (x + 0.1).clamp(0, 1)
+        objective = suite.objective(bpda, 6)(both)
+        runs.clear()
+        value = objective(torch.cat([x, moved]))
+        assert runs == [4, 4]  # those of two restarts
+        known = WhiteBox(vae, chains, x, seed=SEED)
+        read = DefendedClassifier(chains, classify, "vote")
+        suite = Suite(known, Accuracy(known, x, labels, read, Fresh(3)), x, Linf(0.3), SMALL, None)
+        expected = suite.objective(bpda, 6)(both)(torch.cat([x, moved]))
+        torch.testing.assert_close(value, expected)
+
     def test_noise_protects_only_who_keeps_it_to_himself(self):
         vae, x, labels = problem(10)
         defence = Flipped(vae)

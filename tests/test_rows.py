@@ -397,3 +397,23 @@ def test_what_was_computed_of_other_images_of_the_same_shape(part, name):
         with pytest.raises(ValueError, match="vae.guide .* of other images of the same shape"):
             attacks.symmetric_kl(Cached(part))(images(3))
     metrics.nll(Cached("nothing"), images(4), 2)
+
+
+class Sampler(dist.Normal):
+    """Draws of another shape than that of what is observed, which are nothing to compare."""
+
+    def sample(self):
+        return super().sample()[..., 0]
+
+
+def test_points_that_are_observed_and_draws_of_another_shape_are_no_fault():
+    """A point that is rounded otherwise in another order of images has no density where it was."""
+
+    class Observing(Programs):
+        def likelihood(self, x, mean):
+            mean = mean * (1 + 1e-7 * len(x))
+            pyro.sample("mean", dist.Delta(mean).to_event(1), obs=mean)
+            return Sampler(mean, 0.3).to_event(1)
+
+    for number in (1, 3):
+        assert program.potential(Observing(), images(number)).sites[0].name == "z"

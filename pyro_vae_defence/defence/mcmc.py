@@ -289,8 +289,12 @@ class MCMCDefence(BaseDefence):
         return ChainStart(vae, self.initial, self.mode_steps, self.num_temperatures, metric)
 
     def lengths(self, kernel: MCMCKernel, start: ChainStart, seed: int) -> Lengths:
-        """Transitions of a run of ``kernel`` with this seed, the most where chains may converge
-        earlier; without effect of ``max_gradients`` on a kernel that knows no bound."""
+        """How many transitions a run of ``kernel`` with this seed makes, at most where chains may
+        converge earlier. ``max_gradients`` cuts the kernels of this library alone.
+
+        Raises:
+            ValueError: if ``max_gradients`` leaves no transition.
+        """
         lengths = Lengths(self.warmup_steps, self.num_samples, self.num_chains, self._kept_draws)
         if self.max_gradients is None or not isinstance(kernel, BatchedKernel):
             return lengths

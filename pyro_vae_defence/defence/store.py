@@ -306,22 +306,19 @@ def fingerprint(*values: Any) -> str:
 
     Of other objects it knows the name alone.
     """
-    found = hashlib.sha256()
+    found, seen = hashlib.sha256(), dict[FunctionType, int]()
     for value in values:
-        _feed(found.update, value)
+        _feed(found.update, value, seen)
     return found.hexdigest()[:16]
 
 
-def _feed(update: Callable[[bytes], Any], value: Any, above: tuple[int, ...] = ()) -> None:
+def _feed(update: Callable[[bytes], Any], value: Any, seen: dict[FunctionType, int]) -> None:
     def word(*words: Any) -> None:
         update(f"{words!r};".encode())
 
     def feed(part: Any) -> None:
-        _feed(update, part, (*above, id(value)))
+        _feed(update, part, seen)
 
-    if id(value) in above:  # a function that calls itself
-        word("again", above.index(id(value)))
-        return
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     if isinstance(value, np.generic):
@@ -341,8 +338,11 @@ def _feed(update: Callable[[bytes], Any], value: Any, above: tuple[int, ...] = (
         word("partial")
         feed([value.func, value.args, value.keywords])
     elif isinstance(value, FunctionType):
-        word("function")
-        feed(held_by(value))
+        # Functions call themselves and each other, along more ways than can be gone.
+        known = value in seen
+        word("function", seen.setdefault(value, len(seen)))
+        if not known:
+            feed(held_by(value))
     elif isinstance(value, Mapping):
         word("mapping", len(value))
         for key, part in value.items():

@@ -270,7 +270,15 @@ class UnrolledKernel:
     def last(
         self, x: Tensor, start: LatentsLike, streams: Streams, number: int = 1
     ) -> list[Latents]:
-        """Where they are after each of the last ``number`` transitions, the last one last."""
+        """Where they are after each of the last ``number`` transitions, the last one last.
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        if not 1 <= number <= max(1, self.num_transitions):
+            raise ValueError(
+                f"number must be in 1..{self.num_transitions}, the transitions, got {number!r}"
+            )
         kernel = self.make_kernel()
         numbers = self.num_transitions, self.warmup_steps
         if not torch.is_grad_enabled():

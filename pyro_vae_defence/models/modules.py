@@ -45,11 +45,12 @@ _LEAVES = {
 _ENDS = (Tensor, ModuleType, Dataset, DataLoader, Optimizer)
 # Attributes that every module has; its children are read from one of them.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OWN = __name__.partition(".")[0]
 # Packages whose code leads to themselves, not to a VAE: this one too, whose models hold their
 # networks as attributes. Nor do objects of the standard ones, but for those that hold attributes
 # and those that wrap a function, which has one of three names.
 _STANDARD = frozenset(sys.stdlib_module_names) - {"__main__"}
-_FOREIGN = _STANDARD | {"torch", "pyro", __name__.partition(".")[0]}
+_FOREIGN = _STANDARD | {"torch", "pyro", _OWN}
 _HOLDERS = (SimpleNamespace, argparse.Namespace)
 _CACHED = type(functools.lru_cache(len))
 _WRAPPERS = (property, staticmethod, classmethod, functools.cached_property, _CACHED)
@@ -223,11 +224,12 @@ class _Walk:
         # Decorators keep what they wrap there.
         if function.__dict__:
             self._visit_all(function.__dict__.items(), position)
-        if (package := _package(function)) in _FOREIGN:
+        known = function.__globals__
+        # Where it is written: what functools.wraps makes goes by the name of what it wraps.
+        if (known.get("__name__") or "").partition(".")[0] == _OWN:
             return
         installed, names = _reading(function.__code__)
-        if not installed or package in self._packages:
-            known = function.__globals__
+        if not installed or _package(function) in self._packages - _FOREIGN:
             for name in names:
                 if type(value := known.get(name)) not in _LEAVES:
                     self._visit(value, position, name)

@@ -263,7 +263,7 @@ class GuideDraws:
             return
         (site,) = sites.values()
         fn = site["fn"]
-        gaussian = isinstance(fn, td.Independent) and _is_plain_normal(fn.base_dist)
+        gaussian = _is_plain(fn, td.Independent) and _is_plain(fn.base_dist, td.Normal)
         plain = site["mask"] is None and not site["is_observed"]
         if gaussian and plain and fn.batch_shape == (len(x),):
             self.site, self.events = site["name"], fn.reinterpreted_batch_ndims
@@ -281,8 +281,8 @@ class GuideDraws:
         return {self.site: z}, draws.log_prob(z)
 
 
-def _is_plain_normal(fn: Any) -> bool:
-    return isinstance(fn, td.Normal) and not distributions.own_methods(type(fn), td.Normal)
+def _is_plain(fn: Any, family: type) -> bool:
+    return isinstance(fn, family) and not distributions.own_methods(type(fn), family)
 
 
 _MOST_NOISE = 1024  # numbers, up to which a Jacobian is worth its time
@@ -517,7 +517,7 @@ def _known(site: Site) -> Site:
 def _pointwise(site: Site) -> Tensor:
     """The log-probability of every element of an observation, ``(M, elements)``."""
     fn, value = site["fn"], site["value"]
-    while isinstance(fn, td.Independent):
+    while distributions.is_of(fn, td.Independent):
         fn = fn.base_dist
     if fn.event_shape:
         raise ValueError(

@@ -18,8 +18,9 @@ _KNOWN = {"torch", "pyro", __name__.partition(".")[0]}
 
 
 def innermost(distribution: Any) -> Any:
-    """The distribution inside all ``Independent`` and ``MaskedDistribution``."""
-    while isinstance(distribution, (Independent, MaskedDistribution)):
+    """The distribution inside all ``Independent`` and ``MaskedDistribution``; a user's class that
+    derives from these and has a density of its own is one by itself."""
+    while is_of(distribution, Independent) or is_of(distribution, MaskedDistribution):
         distribution = distribution.base_dist
     return distribution
 

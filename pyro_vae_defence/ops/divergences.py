@@ -67,15 +67,17 @@ def known_kl(p: Distribution, q: Distribution) -> Tensor:
         NotImplementedError: if none is registered, or only one of classes that a user's class with
             a density of its own derives from.
     """
-    bare = [type(innermost(distribution)) for distribution in (p, q)]
-    if not any("log_prob" in own_methods(kind, object) for kind in bare):
-        return kl_divergence(p, q)
-    pairs = [pair for pair in _KL_REGISTRY if all(map(issubclass, bare, pair))]
-    for position, kind in enumerate(bare):
-        families = {pair[position] for pair in pairs}
-        family = next((base for base in kind.__mro__ if base in families), None)
-        if family is not None and "log_prob" in own_methods(kind, family):
-            raise NotImplementedError(f"{kind.__name__} has another density than {family.__name__}")
+    for kinds in ((type(p), type(q)), (type(innermost(p)), type(innermost(q)))):
+        if not any("log_prob" in own_methods(kind, object) for kind in kinds):
+            continue
+        pairs = [pair for pair in _KL_REGISTRY if all(map(issubclass, kinds, pair))]
+        for position, kind in enumerate(kinds):
+            families = {pair[position] for pair in pairs}
+            family = next((base for base in kind.__mro__ if base in families), None)
+            if family is not None and "log_prob" in own_methods(kind, family):
+                raise NotImplementedError(
+                    f"{kind.__name__} has another density than {family.__name__}"
+                )
     return kl_divergence(p, q)
 
 

@@ -302,9 +302,11 @@ class WhiteBox:
             else:
                 last = self._run(self._make_kernel(), x, start, streams)
             return self._every(last)
+        # Rows of every draw are copies of the same images, which one run has all draws of.
+        x = x[: len(x) // (self.num_chains * self.draws)] if self.draws > 1 else x
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
         self._evaluations[0] += int(result.num_gradients.sum())
-        return self._potential.at(x).unconstrain(self._ends(result, streams))
+        return self._potential.unconstrain(self._ends(result, streams))
 
     def _ends(self, result: DefenceResult, streams: Streams) -> Latents:
         """Where a run ends; of a known seed each row's own draw of its own chain."""
@@ -312,7 +314,7 @@ class WhiteBox:
             return result.latents
         chain = streams.chain // self.draws % self.num_chains
         place = streams.chain % self.draws - self.draws
-        image = torch.arange(len(chain), device=chain.device)
+        image = torch.arange(len(chain), device=chain.device) % len(result.x)
         return {name: value[chain, place, image] for name, value in result.samples.items()}
 
     def _once(self, value: Tensor) -> Tensor:
