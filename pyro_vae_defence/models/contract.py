@@ -39,7 +39,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops.boundary import note, public
 from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_precision
-from pyro_vae_defence.ops.distributions import innermost, is_point
+from pyro_vae_defence.ops.distributions import innermost, is_point, own_methods
 from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike, PyroProgram
 
@@ -416,12 +416,15 @@ def check_rows(
 def _draws(trace: Trace) -> dict[str, Tensor]:
     """A draw at every site that observes something, where its distribution has one.
 
-    Points are left out: at a draw, which is theirs, rounding alone takes all of the density.
+    Points are left out: at a draw, which is theirs, rounding alone takes all of the density. So are
+    classes that sample in their own way, such as pixel by pixel, a network at a time.
     """
     draws = {}
     for name, site in sample_sites(trace).items():
         fn = site["fn"]
-        if site["is_observed"] and not (isinstance(fn, dist.Unit) or is_point(fn)):
+        without = isinstance(fn, dist.Unit) or is_point(fn)
+        own = own_methods(type(innermost(fn)), object) & {"sample", "rsample"}
+        if site["is_observed"] and not (without or own):
             # Those that weigh only have none, nor have parameters out of range.
             with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
                 value = fn.sample()
