@@ -225,3 +225,15 @@ class TestWhichToPrefer:
         assert "so that nothing can be preferred: " in page
         assert "`mnist_vae`, 0.2, 20;" in page
         assert "| verdict |" not in page
+
+
+def test_a_ranking_says_how_classes_are_read_and_whether_the_seed_is_known(results):
+    protocol = results / "robustness_protocol"
+    shutil.copy(protocol / "mnist_protocol_0.1.json", protocol / "other.json")
+    change(protocol / "other.json", ["name"], "other")
+    change(protocol / "other.json", ["config", "defence_seed"], 3)
+    change(protocol / "other.json", ["config", "reading"], "vote")
+    page = write_leaderboard(results).read_text()
+    clip = "| control: dark-pixel clipping δ = radius | 0.98 "
+    assert page.count(f"| `mnist_vae`, 0.1, 100 {clip}") == 2  # in short, and with all columns
+    assert page.count(f"| `mnist_vae`, 0.1, 100, read `vote`, seed known {clip}") == 2
