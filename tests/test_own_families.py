@@ -19,12 +19,8 @@ from pyro_vae_defence.ops.balls import Linf
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-class Twice(dist.Normal):
-    """A Gaussian of twice the scale it says."""
-
-    @property
-    def true(self):
-        return dist.Normal(self.loc, 2 * self.scale)
+class OfAnother:
+    """Draws and density of ``true``, whatever family else a class derives from."""
 
     def rsample(self, sample_shape=()):
         return self.true.rsample(sample_shape)
@@ -34,6 +30,14 @@ class Twice(dist.Normal):
 
     def log_prob(self, value):
         return self.true.log_prob(value)
+
+
+class Twice(OfAnother, dist.Normal):
+    """A Gaussian of twice the scale it says."""
+
+    @property
+    def true(self):
+        return dist.Normal(self.loc, 2 * self.scale)
 
 
 class Quadratic(dist.Bernoulli):
@@ -79,7 +83,7 @@ def test_evidence_is_that_of_its_own_draws():
     assert (found - exact).abs().max() < 0.02  # four standard errors
 
 
-class Together(dist.Independent):
+class Together(OfAnother, dist.Independent):
     """As :class:`Twice`, with the density of all elements at once."""
 
     def __init__(self, loc, scale):
@@ -89,15 +93,6 @@ class Together(dist.Independent):
     def expand(self, batch_shape, _instance=None):
         shape = (*batch_shape, self.base_dist.loc.shape[-1])
         return Together(self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape))
-
-    def rsample(self, sample_shape=()):
-        return self.true.rsample(sample_shape)
-
-    def sample(self, sample_shape=()):
-        return self.true.sample(sample_shape)
-
-    def log_prob(self, value):
-        return self.true.log_prob(value)
 
 
 def test_a_class_of_independent_elements_is_not_what_is_inside():

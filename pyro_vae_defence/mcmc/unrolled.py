@@ -116,21 +116,10 @@ def run(
     streams: Streams,
     num_transitions: int,
     warmup_steps: int = 0,
-) -> Latents:
-    """Where the chains of any batched kernel end, with the arguments of :func:`record`."""
-    return run_last(kernel, x, start, streams, num_transitions, warmup_steps)[-1]
-
-
-def run_last(
-    kernel: BatchedKernel,
-    x: Tensor,
-    start: LatentsLike,
-    streams: Streams,
-    num_transitions: int,
-    warmup_steps: int = 0,
     number: int = 1,
 ) -> list[Latents]:
-    """As :func:`run`, where chains are after each of the last ``number`` transitions."""
+    """Where the chains of any batched kernel are after each of the last ``number`` transitions, the
+    last one last; the other arguments are those of :func:`record`."""
     steps = _transitions(kernel, x, start, streams, num_transitions, warmup_steps)
     return list(deque((position for position, _ in steps), maxlen=number))
 
@@ -282,7 +271,7 @@ class UnrolledKernel:
         kernel = self.make_kernel()
         numbers = self.num_transitions, self.warmup_steps
         if not torch.is_grad_enabled():
-            return run_last(kernel, x, start, streams, *numbers, number)
+            return run(kernel, x, start, streams, *numbers, number)
         with torch.no_grad():
             _, decisions = record(kernel, x, start, streams, *numbers)
         first = len(decisions) - number + 1

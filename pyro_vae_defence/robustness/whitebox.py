@@ -376,7 +376,7 @@ class WhiteBox:
         burn-in included, without derivatives."""
         total, warmup_steps = self._numbers(kernel, streams.seed)
         self._evaluations[0] += _uncounted(kernel, x, streams, total)
-        return unrolled.run_last(kernel, x, start, streams, total, warmup_steps, self.draws)
+        return unrolled.run(kernel, x, start, streams, total, warmup_steps, self.draws)
 
     def _whole(self, seed: int) -> unrolled.UnrolledKernel:
         """The chains of a run with this seed, which decides how many gradients a transition has."""
