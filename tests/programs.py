@@ -147,6 +147,24 @@ class PlaneVAE(nn.Module):
             pyro.sample("z", dist.Normal(mean, 0.4 * torch.ones_like(mean)).to_event(1))
 
 
+def energies_under_common_attack(image, epsilon, delta, own, q, other):
+    """Energies ``(B,)`` of Bernoulli logits ``other`` ``(B, P)`` in the ball of radius delta around
+    the attack that serves each best, plus what it gives to logits ``own`` ``(A, P)`` with weights
+    ``q`` ``(A,)``: the least over a net of every pixel, kinks included. ``image`` is ``(P,)``."""
+
+    def energies(pixels, logits, radius):
+        reached = (pixels + radius * logits.sign()).clamp(0, 1)
+        return torch.nn.functional.softplus(logits) - logits * reached
+
+    net = torch.linspace(-1, 1, 201, dtype=image.dtype)[:, None] * epsilon + image
+    kinks = image.new_tensor([delta, 1 - delta])[:, None].expand(2, len(image))
+    kinks = torch.maximum(torch.minimum(kinks, net[-1]), net[0])
+    net = torch.cat([net, kinks]).clamp(0, 1)[:, None]
+    clean = energies(image, own, delta - epsilon)
+    gain = ((clean - energies(net, own, delta)) * q[:, None]).sum(1, keepdim=True)
+    return (energies(net, other, delta) + gain).amin(0).sum(1)
+
+
 def plane_classifier(latents):
     """Three classes: sectors of the plane."""
     angles = latents.new_tensor([0.3, 2.4, 4.5])

@@ -20,7 +20,9 @@ U_{\delta-\epsilon}(z; x^r)`, class by class, hence
 
 The class stays y under *every* attack in the ball if :math:`\pi_y M_y^{\delta-\epsilon}(x^r)`
 exceeds all :math:`\pi_k M_k^{\delta+\epsilon}(x^r)` of other classes k, which are functions of the
-clean image. No walk has to be kept in a set of latents, as for
+clean image. Where one attack on both classes can be told
+(:mod:`pyro_vae_defence.models.common_attack`), masses of other classes are those under attacks that
+y must bear as well, which are smaller. No walk has to be kept in a set of latents, as for
 :func:`~pyro_vae_defence.robustness.mass_bound`. It is estimated, for exact inference: the
 inequality is proved; the masses are estimated, not certified.
 
@@ -45,9 +47,9 @@ lower bound of log p(x | y) by optimisation, and bound the L2 perturbation that 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,9 +57,10 @@ from torch.nn.functional import one_hot
 
 from pyro_vae_defence.mcmc import annealed
 from pyro_vae_defence.metrics.likelihood import sigmoid_schedule
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import common_attack, program
+from pyro_vae_defence.models.common_attack import MeanSlopes
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.balls import Ball, check_ball, reaches
+from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -94,17 +97,20 @@ class MarginBound(NamedTuple):
     Attributes:
         right: log-mass of the label's class in the smaller ball, prior included, ``(N,)``, in nats:
             the smaller of two estimates.
-        wrong: log-masses of all classes in the larger ball, likewise, ``(N, K)``: the larger of two
-            estimates, and -inf for the label itself.
+        wrong: log-masses of all classes in the larger ball, or what of them one attack on both
+            classes leaves, likewise, ``(N, K)``: the larger of two estimates, and -inf for the
+            label itself.
         standard_error: of the margin, by the spread of weights of rising walks, ``(N,)``.
         gap: what falling walks say more than rising ones, of the right class and of the wrong one
             that decides, ``(N, 2)``: near 0 the masses are known.
+        common_attack: whether it is one attack on both classes.
     """
 
     right: Tensor
     wrong: Tensor
     standard_error: Tensor
     gap: Tensor
+    common_attack: bool
 
     @property
     def margin(self) -> Tensor:
@@ -210,7 +216,7 @@ class AnalysisBySynthesis:
                 pairs = _Pairs(
                     number.repeat(self.num_classes), every.repeat_interleave(len(number))
                 )
-                walks = _Walks(self, x, pairs, self.perturbation, seed)
+                walks = _Walks(self, x, pairs, _within(self.perturbation), seed)
                 risen = walks.rise()
                 parts.append(
                     ClassMasses(
@@ -261,7 +267,7 @@ class AnalysisBySynthesis:
         seed, parts = draw_seed(generator), []
         with program.evaluation_mode(self.vae):
             for some in self._parts(pairs):
-                walks = _Walks(self, x, some, self.perturbation, seed)
+                walks = _Walks(self, x, some, _within(self.perturbation), seed)
                 end = walks.energy.constrain(walks.rise().end.position)
                 parts.append({name: lat.unfold(v, self.num_walks) for name, v in end.items()})
         return {name: torch.cat([each[name] for each in parts], 1) for name in parts[0]}
@@ -312,8 +318,15 @@ class AnalysisBySynthesis:
         wrong = (labels[:, None] + others) % self.num_classes
         pairs = _Pairs(image.repeat_interleave(len(others)), wrong.flatten())
         with program.evaluation_mode(self.vae):
-            of_right = self._both(x, _Pairs(image, labels), narrow, seed, num_falling)
-            of_wrong = self._both(x, pairs, wide, seed, num_falling)
+            slopes: list[MeanSlopes] | None = None
+            if common_attack.is_known(*_at(self, x[:1], labels[:1]), ball):
+                slopes = []
+            within = _within(narrow)
+            of_right = self._both(x, _Pairs(image, labels), within, seed, num_falling, slopes)
+            energies = _within(wide)
+            if slopes is not None and isinstance(ball, Linf):
+                energies = _under_attack(ball, self.perturbation.radius, slopes)
+            of_wrong = self._both(x, pairs, energies, seed, num_falling)
         prior = self._prior(of_right.rising)
         right = torch.minimum(of_right.rising, of_right.falling) + prior[labels]
         most = torch.maximum(of_wrong.rising, of_wrong.falling)
@@ -324,16 +337,27 @@ class AnalysisBySynthesis:
         decides = most.argmax(1) + len(others) * image
         error = of_right.standard_error.square() + of_wrong.standard_error[decides].square()
         gaps = [each.falling - each.rising for each in (of_right, of_wrong)]
-        return MarginBound(right, every, error.sqrt(), torch.stack([gaps[0], gaps[1][decides]], 1))
+        gap = torch.stack([gaps[0], gaps[1][decides]], 1)
+        return MarginBound(right, every, error.sqrt(), gap, slopes is not None)
 
     def _both(
-        self, x: Tensor, pairs: _Pairs, reach: Ball | None, seed: int, num_falling: int
+        self,
+        x: Tensor,
+        pairs: _Pairs,
+        energies: _Energies,
+        seed: int,
+        num_falling: int,
+        slopes: list[MeanSlopes] | None = None,
     ) -> _Both:
         parts = []
         for some in self._parts(pairs):
-            walks = _Walks(self, x, some, reach, seed)
+            walks = _Walks(self, x, some, energies, seed)
             risen = walks.rise()
-            fallen = walks.fall(risen, num_falling)
+            seen = None
+            if slopes is not None:
+                seen = MeanSlopes(walks.vae, walks.x)
+                slopes.append(seen)
+            fallen = walks.fall(risen, num_falling, seen)
             parts.append(_Both(risen.log_mass, fallen.log_mass, risen.variance.sqrt()))
         return _Both(*map(torch.cat, zip(*parts, strict=True)))
 
@@ -501,6 +525,24 @@ def _at(of: AnalysisBySynthesis, x: Tensor, classes: Tensor) -> tuple[VAE, Tenso
 # --- Walks ----------------------------------------------------------------------------------------
 
 
+_Energies: TypeAlias = Callable[[VAE, Tensor, _Pairs], program.ModelPotential]
+"""The energy of pairs, from a VAE that is bound to their classes and from their images."""
+
+
+def _within(reach: Ball | None) -> _Energies:
+    """With the perturbation that serves every latent best."""
+    return lambda vae, images, pairs: program.potential(vae, images, reach)
+
+
+def _under_attack(ball: Linf, delta: float, slopes: Sequence[MeanSlopes]) -> _Energies:
+    """With the attack that serves every latent best, which the right class must bear as well."""
+    names = slopes[0].means
+    means = {name: torch.cat([each.means[name] for each in slopes]) for name in names}
+    return lambda vae, images, pairs: common_attack.potential(
+        vae, images, ball, delta, {name: mean[pairs.image] for name, mean in means.items()}
+    )
+
+
 class _Walks:
     """Walks of pairs of an image and a class, in rows walk after walk."""
 
@@ -509,13 +551,13 @@ class _Walks:
         of: AnalysisBySynthesis,
         x: Tensor,
         pairs: _Pairs,
-        reach: Ball | None,
+        energies: _Energies,
         seed: int,
     ) -> None:
         self.of, self.pairs = of, pairs
-        vae, images = _at(of, x.detach()[pairs.image], pairs.classes)
-        self.energy, self.x = program.potential(vae, images, reach), images
-        self.base = of._base(images)
+        self.vae, self.x = _at(of, x.detach()[pairs.image], pairs.classes)
+        self.energy = energies(self.vae, self.x, pairs)
+        self.base = of._base(self.x)
         self.streams = Streams(seed, pairs.image, pairs.classes)
         self.schedule = sigmoid_schedule(of.num_temperatures)
 
@@ -560,8 +602,11 @@ class _Walks:
             sizes.repeat(1, number), self.of.num_steps, metric, tune=tune,
         )  # fmt: skip
 
-    def fall(self, risen: annealed.WalkResult, number: int) -> annealed.WalkResult:
-        """Back to the mixture, from where rising walks have ended and gone on."""
+    def fall(
+        self, risen: annealed.WalkResult, number: int, slopes: MeanSlopes | None = None
+    ) -> annealed.WalkResult:
+        """Back to the mixture, from where rising walks have ended and gone on; counts slopes there
+        in."""
         walks, pairs = self.of.num_walks, len(self.x)
         # Some at random: walks that were drawn anew are next to their copies.
         first = (self.streams.uniform(0, _CHOICE) * walks).long()
@@ -571,10 +616,15 @@ class _Walks:
         target, base = self._densities(number)
         rows = self._repeat(self._seeded(1), number)
         point, size = risen.end.take(chosen), self.sizes[-1].repeat(number)
+        draws = [risen.end.position]
         for step in range(self.of.num_temperatures // 2):
             point, _ = annealed.move(
                 target, base, point, 1.0, step, rows, size, self.of.num_steps, self._metric(1.0)
             )
+            draws.append(point.position)
+        if slopes is not None:
+            for each in draws:
+                slopes.add(self.energy.constrain(each))
         return annealed.walk(
             target, base, point.position, number, self.schedule.flip(0),
             self._repeat(self._seeded(2), number), self.sizes.flip(0).repeat(1, number),

@@ -21,6 +21,7 @@ from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.blocks import InBlocks
 from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval
+from pyro_vae_defence.experiments.synthesis import bounded_by
 from pyro_vae_defence.ops.balls import Linf, reaches
 from pyro_vae_defence.robustness import (
     KNOWLEDGE,
@@ -198,7 +199,8 @@ class Bound(Measurement[BoundConfig]):
             f"Model `{config['model']}`, {of} images{read_by}, perturbation-aware, "
             f"{config['num_walks']} "
             f"rising and {config['num_falling']} falling walks of {config['num_temperatures']} "
-            f"temperatures for each image and set, seed {config['seed']}; attacks: "
+            f"temperatures for each image and set, seed {config['seed']}; "
+            f"{bounded_by(result['bounds'])}; attacks: "
             f"{', '.join(attacks) or 'none'}. Estimated, for exact inference: not "
             "certified. 95% intervals over images; differences of walks are medians."
         )

@@ -9,7 +9,7 @@ known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -138,6 +138,7 @@ class Synthesis(Measurement[SynthesisConfig]):
         )
         return {
             "right": (predicted == labels).tolist(),
+            "common_attack": found.common_attack,
             "margin": found.margin.tolist(),
             "standard_error": found.standard_error.tolist(),
             "gap_right": found.gap[:, 0].tolist(),
@@ -196,8 +197,9 @@ class Synthesis(Measurement[SynthesisConfig]):
             f"Model `{config['model']}`; the classifier assumes the attack's radius; "
             f"{config['num_walks']} rising and {config['num_falling']} falling walks of "
             f"{config['num_temperatures']} temperatures for each image and class, seed "
-            f"{config['seed']}; {attacks}. Estimated, for exact inference: not certified. 95% "
-            "intervals over images; the last four columns are medians."
+            f"{config['seed']}; {bounded_by(result['bounds'])}; {attacks}. Estimated, for exact "
+            "inference: not certified. 95% intervals over images; the last four columns are "
+            "medians."
         )
         shown = ["radius", *columns[2:6]]
         lines = tables.table(columns, rows, shown)
@@ -231,6 +233,15 @@ def side_by_side(results: dict[str, dict[str, Any]]) -> str:
     ordered = sorted(lines, key=lambda line: line[0])
     few = [name for name in columns if name != "images attacked"]
     return "\n".join(tables.table(columns, [cells for _, cells in ordered], few))
+
+
+def bounded_by(bounds: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which attacks the blocks of a result bound, radius by radius, in words."""
+    blocks = [block for of_radius in bounds.values() for block in of_radius.values()]
+    # Older results do not name it.
+    if all(block.get("common_attack", False) for block in blocks):
+        return "bounds of one attack on both sides"
+    return "bounds of two attacks, one on either side"
 
 
 def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]:

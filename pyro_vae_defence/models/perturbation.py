@@ -85,7 +85,7 @@ from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.checks import RefusalError
-from pyro_vae_defence.ops.distributions import innermost, own_methods
+from pyro_vae_defence.ops.distributions import counted, innermost, is_of, own_methods
 from pyro_vae_defence.types import PyroProgram
 
 __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_image"]
@@ -196,6 +196,17 @@ def _(likelihood: Any, site: ImageSite) -> Any:
     assert site.scale is not None
     logits = likelihood.logits * site.scale.to(likelihood.logits)
     return type(likelihood)(logits=logits, validate_args=False)
+
+
+def linear_slopes(likelihood: Any, site: ImageSite) -> Tensor | None:
+    """Slopes of log p(x | z) in pixels in [0, 1], where it is linear in them; ``None`` elsewhere,
+    and where elements of the likelihood are masked."""
+    if counted(likelihood) is not True:
+        return None
+    rescaled = likelihood if site.scale is None else in_pixels(likelihood, site)
+    found = innermost(rescaled)
+    linear = is_of(found, Bernoulli) or is_of(found, ContinuousBernoulli)
+    return found.logits if linear else None
 
 
 def most_likely_value(likelihood: Any, value: Tensor, ball: Ball, site: ImageSite) -> Tensor:
@@ -405,10 +416,14 @@ class PerturbationAware:
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its observation, or its likelihood, replaced."""
+        with _MostLikely(self.perturbation, self.images(x, args, kwargs)):
+            return self.model(x, *args, **kwargs)
+
+    def images(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ImageMap:
+        """How the model observes images like ``x``, read once; a ``ValueError`` as the class."""
         key = (tuple(x.shape[1:]), x.dtype, x.device)
         if key not in self._images:
             images = read_images_with(self.model, x, args, kwargs)
             images.check_perturbable()
             self._images[key] = images
-        with _MostLikely(self.perturbation, self._images[key]):
-            return self.model(x, *args, **kwargs)
+        return self._images[key]

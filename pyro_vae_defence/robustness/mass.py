@@ -18,6 +18,11 @@ of draws of class y, under *every* attack in the ball, is at least
 which is a function of the clean image alone. Where it exceeds one half, the majority of draws
 (``reading="vote"``) keeps class y.
 
+The two sides are those of two attacks, one that hurts each latent of A and one that serves each of
+the others. For likelihoods of which :mod:`pyro_vae_defence.models.common_attack` knows how, the
+mass of the others is therefore that under attacks which A must bear as well: a smaller one, and a
+better bound.
+
 The inequality is proved; the two masses are *estimated*. Both walks are kept in their set of
 latents, Hamiltonian moves out of it being rejected. *Rising* walks are sequential Monte Carlo from
 a mixture of Gaussians, fitted to encodings of clean images of the classes and restricted to the
@@ -54,14 +59,13 @@ from torch import Tensor
 
 from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.mcmc import annealed
-from pyro_vae_defence.metrics.likelihood import sigmoid_schedule
-from pyro_vae_defence.models import program
+from pyro_vae_defence.models import common_attack, program
 from pyro_vae_defence.models.classifier import class_scores, flatten_latents
 from pyro_vae_defence.models.conditions import BoundVAE
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.enumeration import enumerable
 from pyro_vae_defence.models.sites import get_trace
-from pyro_vae_defence.ops.balls import Ball, check_ball, reaches
+from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -74,8 +78,11 @@ ROWS = 2000
 _BASE_DRAWS = 300  # draws of each class's Gaussian: where walks start
 _LEAST_DRAWS = 30  # of these in a set, below which their share is not known well enough
 _LEAST_SCALE = 1e-3  # of a Gaussian, for a guide that has no variance
+_STEP_SIZE = 0.3  # which tuning begins with
+# Of inverse temperatures: rising and falling walks part at small ones, and hardly above 0.8.
+_POWER = 3
 _START, _CHOICE = 3, 4  # purposes of the streams, beside those of HMC and of redrawing
-_PILOTS = 4  # clean images on which step sizes are tuned
+_TUNING = 4  # walks of each image and set that tune step sizes
 
 
 class Masses(NamedTuple):
@@ -110,13 +117,16 @@ class MassBound:
     Attributes:
         epsilon, delta: radii of the attacker's and of the defender's ball.
         right: masses of the latents read as the label, in the ball of radius delta - epsilon.
-        wrong: masses of all others, in that of radius delta + epsilon.
+        wrong: masses of all others, in that of radius delta + epsilon, or what of them one attack
+            for both sets leaves.
+        common_attack: whether it is one attack for both.
     """
 
     epsilon: float
     delta: float
     right: Masses
     wrong: Masses
+    common_attack: bool
 
     @property
     def log_ratio(self) -> Tensor:
@@ -146,6 +156,7 @@ class MassBound:
     def to_dict(self) -> dict[str, Any]:
         """All estimates image by image, as JSON knows them."""
         found: dict[str, Any] = {"epsilon": self.epsilon, "delta": self.delta}
+        found["common_attack"] = self.common_attack
         found["log_ratio"] = self.log_ratio.tolist()
         for name, masses in (("right", self.right), ("wrong", self.wrong)):
             found[name] = {key: value.tolist() for key, value in masses._asdict().items()}
@@ -221,31 +232,28 @@ def mass_bound(
     if found is None:
         raise ValueError("labels must be the classes of x, got None")
     seed = draw_seed(generator)
-    settings = _Settings(sigmoid_schedule(num_temperatures), num_steps, num_walks, num_falling)
+    schedule = torch.linspace(0, 1, num_temperatures) ** _POWER
+    settings = _Settings(schedule, num_steps, num_walks, num_falling)
     with program.evaluation_mode(vae), program.evaluation_mode(classifier):
+        attack = None
+        if isinstance(ball, Linf) and common_attack.is_known(vae, x[:1], ball):
+            attack = ball, float(delta)
         base = _Base.fit(vae, clean, classifier, found, seed)
-        # On clean images, so that no image's walk depends on who is beside it.
-        few = slice(0, min(_PILOTS, len(clean)))
-        pilots = _Walks(vae, clean[few], base.labels[few], classifier, base)
-        # A set has three seeds of its own, and one for its pilots.
+        # A set has four seeds of its own.
         sets = [(right, False, seed + 1), (wrong, True, seed + 5)]
-        tuned = []
-        for reach, outside, own in sets:
-            streams = Streams.create(len(clean[few]), num_walks, seed=own + 3, device=x.device)
-            tuned.append(pilots.tune(reach, outside, settings, streams))
         parts: list[list[Masses]] = [[], []]
         size = max(1, rows // num_walks)
         for first in range(0, len(x), size):
             part = slice(first, first + size)
-            walks = _Walks(vae, x[part], found[part], classifier, base)
+            walks = _Walks(vae, x[part], found[part], classifier, base, attack)
             for number, (reach, outside, own) in enumerate(sets):
                 streams = Streams.create(
                     len(x[part]), num_walks, seed=own, first_image=first, device=x.device
                 )
-                masses = walks.masses(reach, outside, tuned[number], settings, streams)
+                masses = walks.masses(reach, outside, settings, streams)
                 parts[number].append(masses)
     of_right, of_wrong = (Masses(*map(torch.cat, zip(*each, strict=True))) for each in parts)
-    return MassBound(ball.radius, float(delta), of_right, of_wrong)
+    return MassBound(ball.radius, float(delta), of_right, of_wrong, attack is not None)
 
 
 class _Settings(NamedTuple):
@@ -320,7 +328,6 @@ class _Base(NamedTuple):
         draws: from them, ``(classes, draws, D)``.
         read: the classes these are read as, ``(classes, draws)``.
         variance: the guide's, the metric at the target, ``(D,)``.
-        labels: classes read from the clean images themselves, ``(M,)``.
     """
 
     loc: Tensor
@@ -328,7 +335,6 @@ class _Base(NamedTuple):
     draws: Tensor
     read: Tensor
     variance: Tensor
-    labels: Tensor
 
     @classmethod
     @torch.no_grad()
@@ -365,7 +371,7 @@ class _Base(NamedTuple):
             gaussians.append((loc, scale, made, found))
         locs, scales, draws, reads = map(torch.stack, zip(*gaussians, strict=True))
         variance = variance.clamp(min=_LEAST_SCALE**2)
-        base = cls(locs, scales, draws, reads, variance, scores.argmax(-1))
+        base = cls(locs, scales, draws, reads, variance)
         base._check_sets(labels.unique())
         return base
 
@@ -428,7 +434,10 @@ class _Base(NamedTuple):
 
 
 class _Walks:
-    """Walks of some images, each in the set of its label or outside it."""
+    """Walks of some images, each in the set of its label or outside it.
+
+    With an ``attack``, those in the set come first: those outside are under the same attack.
+    """
 
     def __init__(
         self,
@@ -437,8 +446,10 @@ class _Walks:
         labels: Tensor,
         classifier: Callable[[Tensor], Tensor],
         base: _Base,
+        attack: tuple[Linf, float] | None = None,
     ) -> None:
-        self.vae, self.x, self.labels, self.base = vae, x, labels, base
+        self.vae, self.x, self.labels, self.base, self.attack = vae, x, labels, base, attack
+        self.slopes = None if attack is None else common_attack.MeanSlopes(vae, x)
         self.read = _reader(vae, x, classifier)
         self.energy = program.potential(vae, x)
         self.shapes = _Shapes.of(self.energy)
@@ -456,8 +467,11 @@ class _Walks:
         self, reach: Ball | None, outside: bool, labels: Tensor
     ) -> tuple[program.ModelPotential, _Mixture]:
         """Energies of target and base, of rows that are copies of the images."""
-        copies = len(labels) // len(self.x)
-        target = program.potential(self.vae, self.x.repeat(copies, 1, 1, 1), reach)
+        x = self.x.repeat(len(labels) // len(self.x), 1, 1, 1)
+        if outside and self.attack is not None and self.slopes is not None:
+            target = common_attack.potential(self.vae, x, *self.attack, self.slopes.means)
+        else:
+            target = program.potential(self.vae, x, reach)
         weights = self.base.log_weights(labels, outside)
         return target, _Mixture(self.base.loc, self.base.scale, weights, self.shapes)
 
@@ -480,7 +494,7 @@ class _Walks:
             number,
             settings.schedule,
             streams,
-            step_sizes,
+            step_sizes.repeat(1, number),
             settings.num_steps,
             self.metric,
             self.allowed(labels, outside),
@@ -490,21 +504,23 @@ class _Walks:
     def tune(
         self, reach: Ball | None, outside: bool, settings: _Settings, streams: Streams
     ) -> Tensor:
-        """A step size for each temperature, ``(K - 1,)``, the median over rows."""
-        sizes = self.base.loc.new_full((len(settings.schedule) - 2,), 0.3)
-        return self.rising(reach, outside, sizes, settings, streams, True).step_sizes.median(-1)[0]
+        """Step sizes of each temperature and image, ``(K - 1, N)``, on walks of their own."""
+        number, images = min(_TUNING, settings.num_walks), len(self.x)
+        first = slice(0, number * images)
+        own = Streams(streams.seed + 3, streams.image[first], streams.chain[first])
+        sizes = self.base.loc.new_full((len(settings.schedule) - 2, images), _STEP_SIZE)
+        few = settings._replace(num_walks=number)
+        tuned = self.rising(reach, outside, sizes, few, own, True).step_sizes
+        return tuned.unflatten(1, (number, images)).log().mean(1).exp()
 
     def masses(
-        self,
-        reach: Ball | None,
-        outside: bool,
-        step_sizes: Tensor,
-        settings: _Settings,
-        streams: Streams,
+        self, reach: Ball | None, outside: bool, settings: _Settings, streams: Streams
     ) -> Masses:
         """Both estimates of the log-mass of the set."""
+        step_sizes = self.tune(reach, outside, settings, streams)
         risen = self.rising(reach, outside, step_sizes, settings, streams)
         images, number = len(self.x), settings.num_falling
+        draws = [risen.end.position]
         # Of the walks, drawn anew by their weights, some at random: neighbours may be copies.
         first = (streams.uniform(0, _CHOICE).view(-1, images)[:1] * settings.num_walks).long()
         apart = settings.num_walks // number * torch.arange(number, device=first.device)
@@ -514,12 +530,16 @@ class _Walks:
         target, base = self.densities(reach, outside, labels)
         allowed = self.allowed(labels, outside)
         streams = Streams(streams.seed + 1, streams.image[rows], rows // images)
-        point, size = risen.end.take(rows), step_sizes[-1].expand(len(rows))
+        point, size = risen.end.take(rows), step_sizes[-1].repeat(number)
         for step in range(len(settings.schedule) // 4):
             point, _ = annealed.move(
                 target, base, point, 1.0, step, streams, size, settings.num_steps,
                 self.metric(1.0), allowed,
             )  # fmt: skip
+            draws.append(point.position)
+        if self.slopes is not None and not outside:
+            for each in draws:
+                self.slopes.add(self.energy.constrain(each))
         fallen = annealed.walk(
             target,
             base,
@@ -527,7 +547,7 @@ class _Walks:
             number,
             settings.schedule.flip(0),
             streams._replace(seed=streams.seed + 1),
-            step_sizes.flip(0),
+            step_sizes.flip(0).repeat(1, number),
             settings.num_steps,
             self.metric,
             allowed,

@@ -14,9 +14,9 @@ x)]` over each class's posterior (:mod:`pyro_vae_defence.defence.synthesis`). Tw
 
 ``class_evidence``
     Two populations of chains, of the label's posterior and of one other class's, go on from step to
-    step while the image moves: cheap, but for one other class at a time. Those of largest
-    :math:`\pi_k M_k^{\delta+\epsilon}(x^r)`, which the bound compares, promise most. Chains of the
-    other class start where they explain some image of the larger ball.
+    step while the image moves: cheap, but for one other class at a time. Those of largest mass in
+    the bound promise most. Chains of the other class start where they explain some image of the
+    larger ball.
 """
 
 from __future__ import annotations

@@ -1,0 +1,216 @@
+r"""Energies of one set of latents under the attacks that another set must bear as well.
+
+Of two sets of latents A and B, an attack wants the mass of A small and that of B large. The attack
+that hurts one latent of A most, and the one that serves one latent of B most, are two images; an
+attack is one. Let it be within :math:`\epsilon \le \delta` of the clean image :math:`x^r`, and q
+the perturbation-aware posterior of the clean image in the smaller ball, restricted to A, :math:`q
+\propto e^{-U_{\delta-\epsilon}(z; x^r)}`. By Jensen's inequality
+
+.. math::
+    \log M_A^\delta(x) \ge \log M_A^{\delta-\epsilon}(x^r) + G(x), \qquad
+    G(x) = E_q[U_{\delta-\epsilon}(z; x^r) - U_\delta(z; x)],
+
+for every image x, where the gain :math:`G(x) \ge 0` for those that attacks can reach. Hence for
+each of these
+
+.. math::
+    \frac{M_B^\delta(x)}{M_A^\delta(x)} \le
+    \frac{1}{M_A^{\delta-\epsilon}(x^r)} \int_B e^{-V(z)}\,dz, \qquad
+    V(z) = \min_{\|x - x^r\|_\infty \le \epsilon,\; 0 \le x \le 1} [U_\delta(z; x) + G(x)],
+
+and :math:`V(z) \ge U_{\delta+\epsilon}(z; x^r)`: never a worse bound than that of two attacks, and
+a better one wherever a pixel that serves B would serve A, too.
+
+V is in closed form where a likelihood's logarithm is linear in the image with slopes s(z), as a
+Bernoulli's is, in an L_inf ball. A pixel of the most likely image in reach of x is then
+
+.. math:: h = \min(x + \delta, 1) \text{ where } s > 0, \qquad l = \max(x - \delta, 0)
+    \text{ where } s < 0,
+
+so that :math:`U_\delta(z; x)` has the terms :math:`-s^+ h(x) + s^- l(x)`, and G the same with the
+means of :math:`s^+` and :math:`s^-` over q in the place of both, less their value at the clean
+image. Their sum is piecewise linear in the pixel, with kinks at :math:`\delta` and
+:math:`1 - \delta`: its least value is at one of these or at an end of the interval.
+
+The means over q are estimated by draws (:class:`MeanSlopes`). V is concave in them, so that their
+error makes the bound more careful, on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.util import sum_rightmost
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from pyro_vae_defence.models.conditions import BoundProgram
+from pyro_vae_defence.models.enumeration import enumerable
+from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
+from pyro_vae_defence.models.perturbation import PerturbationAware, linear_slopes
+from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.models.sites import get_trace
+from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.types import VAE, LatentsLike, PyroProgram
+
+_UP, _DOWN = "_slopes_up_", "_slopes_down_"  # keywords of a program, with a site's name
+
+
+class MeanSlopes:
+    """Mean slopes of the log-likelihood in the image, over draws of latents, image by image.
+
+    Args:
+        vae: the VAE, bound to the images' conditions if it has any.
+        x: clean images ``(N, C, H, W)``.
+
+    Attributes:
+        means: tensors by keyword, a row for each image: what :func:`potential` takes.
+    """
+
+    def __init__(self, vae: VAE, x: Tensor) -> None:
+        self.vae, self.x, self._number = vae, x, 0
+        self._images = read_images(vae.model, x)
+        self.means: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, latents: LatentsLike) -> None:
+        """Count draws in, constrained, rows that are copies of the images."""
+        found = _slopes(self.vae, self.x, self._images, latents)
+        assert found is not None
+        copies = next(iter(found.values())).shape[0] // len(self.x)
+        self._number += copies
+        for site, slopes in found.items():
+            by_copy = slopes.unflatten(0, (copies, len(self.x)))
+            for name, part in ((_UP, by_copy), (_DOWN, -by_copy)):
+                mean = part.clamp(min=0).mean(0)
+                before = self.means.get(name + site, torch.zeros_like(mean))
+                self.means[name + site] = before + (mean - before) * (copies / self._number)
+
+
+def is_known(vae: VAE, x: Tensor, ball: Ball) -> bool:
+    """Whether :func:`potential` has a closed form: an L_inf ball, and likelihoods of all pixels
+    whose logarithms are linear in them, none of them masked, without discrete latents.
+
+    The images ``x``, one is enough, are those of which the model is asked.
+    """
+    if not isinstance(ball, Linf):
+        return False
+    if enumerable(get_trace(vae.model, x)):
+        return False
+    return _slopes(vae, x, read_images(vae.model, x), {}) is not None
+
+
+def potential(
+    vae: VAE, x: Tensor, ball: Linf, delta: float, means: Mapping[str, Tensor]
+) -> ModelPotential:
+    """The energy V of the module's text, where :func:`is_known` says that it is one.
+
+    Args:
+        vae: the VAE, bound to the images' conditions if it has any.
+        x: clean images ``(M, C, H, W)``, as many as ``means`` has rows or copies of them.
+        ball: the attacker's.
+        delta: radius that the defender assumes.
+        means: of :class:`MeanSlopes`, over draws of the set that the attack wants small.
+    """
+    model = vae.model
+    bound = model if isinstance(model, BoundProgram) else BoundProgram(model, (), {})
+    program = _UnderCommonAttack(bound.program, ball.radius, delta)
+    return ModelPotential(BoundProgram(program, bound.conditions, {**bound.keywords, **means}), x)
+
+
+def _slopes(
+    vae: VAE, x: Tensor, images: ImageMap, latents: LatentsLike
+) -> dict[str, Tensor] | None:
+    """Slopes at every image site, in pixels in [0, 1]; ``None`` where a site has none or a mask.
+
+    Without latents at those that the model draws.
+    """
+    rows = len(next(iter(latents.values()))) if latents else len(x)
+    model = poutine.condition(vae.model, data=dict(latents)) if latents else vae.model
+    trace = get_trace(model, x.repeat(rows // len(x), 1, 1, 1))
+    found = {}
+    for site in images.sites:
+        node: Any = trace.nodes[site.name]
+        slopes = None if isinstance(node["mask"], Tensor) else linear_slopes(node["fn"], site)
+        if slopes is None:
+            return None
+        found[site.name] = slopes.expand(node["value"].shape)
+    return found
+
+
+class _UnderCommonAttack:
+    """A model whose likelihood is that of the attack that serves its latents best, less what this
+    gives to the draws that its keywords tell of."""
+
+    def __init__(self, model: PyroProgram, epsilon: float, delta: float) -> None:
+        self.epsilon, self.delta = epsilon, delta
+        self._aware = PerturbationAware(model, Linf(delta))
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith((_UP, _DOWN))}
+        images = self._aware.images(x, args, kwargs)
+        with _Attacked(self, images, own):
+            return self._aware.model(x, *args, **kwargs)
+
+
+class _Attacked(Messenger):
+    """Replace likelihoods of the image."""
+
+    def __init__(
+        self, program: _UnderCommonAttack, images: ImageMap, means: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.program, self.means = program, means
+        self.images = {site.name: site for site in images.sites}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        site = self.images.get(msg["name"])
+        if site is not None:
+            up, down = self.means[_UP + site.name], self.means[_DOWN + site.name]
+            msg["fn"] = _Likelihood(msg["fn"], site, self.program, up, down)
+
+
+class _Likelihood(TorchDistribution):
+    """The likelihood of a clean image as it was observed, by the attack of the module's text."""
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(
+        self, likelihood: Any, site: ImageSite, program: _UnderCommonAttack, up: Tensor,
+        down: Tensor,
+    ) -> None:  # fmt: skip
+        self.likelihood, self.site, self.program = likelihood, site, program
+        self.up, self.down = up, down
+        super().__init__(likelihood.batch_shape, likelihood.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.likelihood.support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        slopes = linear_slopes(self.likelihood, self.site)
+        assert slopes is not None
+        with torch.no_grad():
+            closest, gain = self._attack(slopes, self.site.to_pixels(value))
+        log_prob = self.likelihood.log_prob(self.site.to_units(closest))
+        return log_prob - sum_rightmost(gain, len(self.event_shape))
+
+    def _attack(self, slopes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the best attack: the most likely image in its reach, and G, pixel by pixel."""
+        epsilon, delta = self.program.epsilon, self.program.delta
+        least, most = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
+        kinks = [torch.full_like(x, kink).clamp(least, most) for kink in (delta, 1 - delta)]
+        attacked = torch.stack([least, most, *kinks])
+        high, low = (attacked + delta).clamp(max=1), (attacked - delta).clamp(min=0)
+        # As far as it depends on the attack; then the whole of it.
+        gain = self.up * high - self.down * low
+        energy = gain - slopes.clamp(min=0) * high - slopes.clamp(max=0) * low
+        best = energy.argmin(0, keepdim=True)
+        high, low, gain = (each.gather(0, best)[0] for each in (high, low, gain))
+        narrow = delta - epsilon
+        gain = gain - self.up * (x + narrow).clamp(max=1) + self.down * (x - narrow).clamp(min=0)
+        return torch.where(slopes > 0, high, low), gain
