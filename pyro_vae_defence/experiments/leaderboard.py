@@ -71,7 +71,8 @@ _PREFERRED = (
     "a ranking together in 95% of cases. *Better* and *worse* are said where the interval excludes "
     "0, random signs of the differences would seldom lead as far, and the report of the one that "
     "is ahead passes its own checks; a lead in a report that does not may be that of weak attacks. "
-    "The control is the best of several on the same images, which is in its favour."
+    "The control is the best of several on the same images, which is in its favour. Where the mode "
+    "of the target that chains sample was attacked, it is a second rival of theirs."
 )
 _BETTER, _WORSE, _NOT_APART = "better", "worse", "not told apart"
 _AHEAD, _BEHIND = "ahead in an unreliable report", "behind an unreliable report"
@@ -214,14 +215,20 @@ def _preferred(entries: dict[str, list[Entry]]) -> Iterator[str]:
             if not controls:
                 without.append(ranking.named(ranking.entries[0].num_images))
                 continue
-            control = max(controls, key=lambda entry: entry.worst_case)
-            of = ranking.named(control.num_images)  # those that are compared
-            found = dict(_against(control, ranking.entries))
-            lines.append(f"- {of}, {what}: {_sentence(found, control.defence)}")
-            for name, (difference, word) in found.items():
-                shown = tables.interval(difference._asdict(), 2)
-                rows.append([word, f"{of}, {what}", label(name), label(control.defence), shown])
-    columns = ["verdict", "model, radius, images", "defence", "best control", "difference"]
+            best = max(controls, key=lambda entry: entry.worst_case)
+            name = label(best.defence).removeprefix("control: ")
+            rivals = [(best, ranking.entries, f"the best control ({name})")]
+            for mode in ranking.entries:
+                if chains := [e for e in ranking.entries if _is_mode_of(mode, e)]:
+                    rivals.append((mode, chains, f"the {label(mode.defence)}, of the same target"))
+            for rival, entries_of, words in rivals:
+                of = ranking.named(rival.num_images)  # those that are compared
+                found = dict(_against(rival, entries_of))
+                lines.append(f"- {of}, {what}: {_sentence(found, words)}")
+                for name, (difference, word) in found.items():
+                    shown = tables.interval(difference._asdict(), 2)
+                    rows.append([word, f"{of}, {what}", label(name), label(rival.defence), shown])
+    columns = ["verdict", "model, radius, images", "defence", "rival", "difference"]
     yield from ("## Which defence to prefer", "", "<!-- begin preferred -->", "", _PREFERRED, "")
     yield from (*lines, "")
     if without:
@@ -232,11 +239,18 @@ def _preferred(entries: dict[str, list[Entry]]) -> Iterator[str]:
     yield from ("<!-- end preferred -->", "")
 
 
+def _is_mode_of(mode: Entry, chain: Entry) -> bool:
+    """Whether one defence is the mode of the target that the other's chains sample."""
+    one, other = defence_spec(mode.defence), defence_spec(chain.defence)
+    chains = ("aware", "annealed", "recommended")
+    return one.kind == "aware_mode" and other.kind in chains and one.radius == other.radius
+
+
 def _against(
-    control: Entry, entries: Iterable[Entry]
+    other: Entry, entries: Iterable[Entry]
 ) -> Iterator[tuple[str, tuple[Difference, str]]]:
-    """Defences that have been attacked on the control's images: difference and verdict."""
-    rival = RobustnessReport.from_dict(control.report)
+    """Defences that have been attacked on a rival's images: difference and verdict."""
+    rival = RobustnessReport.from_dict(other.report)
     compared = [
         (entry, report)
         for entry in entries
@@ -255,9 +269,8 @@ def _against(
         yield entry.defence, (difference, word)
 
 
-def _sentence(found: dict[str, tuple[Difference, str]], control: str) -> str:
-    """Which of some defences is to be preferred to a control."""
-    rival = f"the best control ({label(control).removeprefix('control: ')})"
+def _sentence(found: dict[str, tuple[Difference, str]], rival: str) -> str:
+    """Which of some defences is to be preferred to a rival."""
     if not found:
         return f"no defence was attacked on the images of {rival}."
     said = {
