@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import energies_under_common_attack
 from torch.distributions import Normal, kl_divergence
 
 from pyro_vae_defence.models import ConditionalVAE
@@ -14,7 +15,8 @@ from pyro_vae_defence.objectives import MassMargin
 from pyro_vae_defence.objectives.margin import _others, _wrong
 from pyro_vae_defence.ops.balls import L2, Linf
 
-BALL, WIDE = Linf(0.05), Linf(0.1)
+BALL, WIDE = L2(0.3), L2(0.6)
+INF = Linf(0.05)
 
 
 @pytest.fixture
@@ -35,7 +37,42 @@ def elbo(vae, x, y, reach):
     return likelihood.log_prob(image) - kl_divergence(q, Normal(0.0, 1.0)).sum(1)
 
 
-def test_value_is_that_of_the_formula(vae, batch):
+def under_common_attack(vae, x, y):
+    """ELBOs of the label, and ``(2, N)`` of other classes under an attack on both, at a draw."""
+    q = vae.posterior(x, y).base_dist
+    own = vae.observation(q.rsample(), y).base_dist.logits
+    right = dist.Bernoulli(logits=own, validate_args=False).log_prob(x).flatten(1).sum(1)
+    right = right - kl_divergence(q, Normal(0.0, 1.0)).sum(1)
+    others = torch.cat([y.roll(1, 1), y.roll(2, 1)])
+    q = vae.posterior(x.repeat(2, 1, 1, 1), others).base_dist
+    logits = vae.observation(q.rsample(), others).base_dist.logits.flatten(1)
+    images, own, radius = x.flatten(1).repeat(2, 1), own.flatten(1).repeat(2, 1), INF.radius
+    rows = zip(images, own[:, None], logits[:, None], strict=True)
+    energies = [
+        energies_under_common_attack(image, radius, radius, label, torch.ones(1), other)
+        for image, label, other in rows
+    ]
+    wrong = -torch.cat(energies) - kl_divergence(q, Normal(0.0, 1.0)).sum(1)
+    return right, wrong.view(2, -1)
+
+
+def test_value_is_that_of_the_formula_under_one_attack_on_both_classes(vae, batch):
+    """And the decoder's derivative, also by what it says of the label."""
+    torch.manual_seed(1)
+    terms = MassMargin(INF, 3.0).terms(vae.model, vae.guide, *batch)
+    torch.manual_seed(1)
+    right, wrong = under_common_attack(vae, *batch)
+    margin = torch.log1p((wrong - right).exp().sum(0))
+    torch.testing.assert_close(terms["margin"], margin)
+    torch.testing.assert_close(terms["loss"], -right + 3 * margin)
+    parameters = list(vae.decoder.parameters())
+    found = torch.autograd.grad(terms["margin"].sum(), parameters, retain_graph=True)
+    torch.testing.assert_close(found, torch.autograd.grad(margin.sum(), parameters))
+    of_two = elbo(vae, batch[0].repeat(2, 1, 1, 1), _others(batch[1]), Linf(0.1)).view(2, -1)
+    assert bool((wrong < of_two).any())
+
+
+def test_value_is_that_of_the_formula_of_two_attacks(vae, batch):
     torch.manual_seed(1)
     terms = MassMargin(BALL, 3.0).terms(vae.model, vae.guide, *batch)
     torch.manual_seed(1)
@@ -99,7 +136,7 @@ def test_guides_raise_what_decoders_lower(vae, batch):
 
 def test_training_by_svi_and_validation_without_gradients(vae, batch):
     svi = pyro.infer.SVI(
-        vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), objective := MassMargin(BALL)
+        vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-2}), objective := MassMargin(INF)
     )
     first = sum(svi.step(*batch) for _ in range(5))
     for _ in range(40):

@@ -45,6 +45,7 @@ import torch
 from pyro import poutine
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.distributions.util import sum_rightmost
+from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
@@ -81,14 +82,12 @@ class MeanSlopes:
         """Count draws in, constrained, rows that are copies of the images."""
         found = _slopes(self.vae, self.x, self._images, latents)
         assert found is not None
-        copies = next(iter(found.values())).shape[0] // len(self.x)
+        copies = len(next(iter(latents.values()))) // len(self.x)
         self._number += copies
-        for site, slopes in found.items():
-            by_copy = slopes.unflatten(0, (copies, len(self.x)))
-            for name, part in ((_UP, by_copy), (_DOWN, -by_copy)):
-                mean = part.clamp(min=0).mean(0)
-                before = self.means.get(name + site, torch.zeros_like(mean))
-                self.means[name + site] = before + (mean - before) * (copies / self._number)
+        for name, part in keywords(found).items():
+            mean = part.unflatten(0, (copies, len(self.x))).mean(0)
+            before = self.means.get(name, torch.zeros_like(mean))
+            self.means[name] = before + (mean - before) * (copies / self._number)
 
 
 def is_known(vae: VAE, x: Tensor, ball: Ball) -> bool:
@@ -118,7 +117,7 @@ def potential(
     """
     model = vae.model
     bound = model if isinstance(model, BoundProgram) else BoundProgram(model, (), {})
-    program = _UnderCommonAttack(bound.program, ball.radius, delta)
+    program = UnderCommonAttack(bound.program, ball, delta)
     return ModelPotential(BoundProgram(program, bound.conditions, {**bound.keywords, **means}), x)
 
 
@@ -131,7 +130,12 @@ def _slopes(
     """
     rows = len(next(iter(latents.values()))) if latents else len(x)
     model = poutine.condition(vae.model, data=dict(latents)) if latents else vae.model
-    trace = get_trace(model, x.repeat(rows // len(x), 1, 1, 1))
+    return slopes_of(get_trace(model, x.repeat(rows // len(x), 1, 1, 1)), images)
+
+
+def slopes_of(trace: Trace, images: ImageMap) -> dict[str, Tensor] | None:
+    """Slopes of a run's log-likelihoods in pixels in [0, 1], by image site; ``None`` where a site
+    has none or a mask."""
     found = {}
     for site in images.sites:
         node: Any = trace.nodes[site.name]
@@ -142,26 +146,47 @@ def _slopes(
     return found
 
 
-class _UnderCommonAttack:
-    """A model whose likelihood is that of the attack that serves its latents best, less what this
-    gives to the draws that its keywords tell of."""
+def keywords(slopes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What :class:`UnderCommonAttack` is told of slopes: their positive parts, and their negative
+    ones."""
+    up = {_UP + site: value.clamp(min=0) for site, value in slopes.items()}
+    return up | {_DOWN + site: (-value).clamp(min=0) for site, value in slopes.items()}
 
-    def __init__(self, model: PyroProgram, epsilon: float, delta: float) -> None:
-        self.epsilon, self.delta = epsilon, delta
+
+class UnderCommonAttack:
+    """A model whose likelihood is that of the attack that serves its latents best, less what this
+    gives to those of another set: minus its log-density is V of the module's text.
+
+    Its arguments are those of the model, and by keyword the means of :func:`keywords` of the other
+    set's slopes, rows as the images.
+
+    Args:
+        model: Pyro model p(x, z) that observes its image.
+        ball: the attacker's.
+        delta: radius that the defender assumes, at least the attacker's.
+    """
+
+    def __init__(self, model: PyroProgram, ball: Linf, delta: float) -> None:
+        self.epsilon, self.delta = ball.radius, delta
         self._aware = PerturbationAware(model, Linf(delta))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the model with its likelihood replaced."""
         own = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith((_UP, _DOWN))}
         images = self._aware.images(x, args, kwargs)
         with _Attacked(self, images, own):
             return self._aware.model(x, *args, **kwargs)
+
+    def slopes(self, trace: Trace, x: Tensor, *args: Any) -> dict[str, Tensor] | None:
+        """:func:`slopes_of` a run of the model on these arguments."""
+        return slopes_of(trace, self._aware.images(x, args, {}))
 
 
 class _Attacked(Messenger):
     """Replace likelihoods of the image."""
 
     def __init__(
-        self, program: _UnderCommonAttack, images: ImageMap, means: Mapping[str, Tensor]
+        self, program: UnderCommonAttack, images: ImageMap, means: Mapping[str, Tensor]
     ) -> None:
         super().__init__()
         self.program, self.means = program, means
@@ -180,7 +205,7 @@ class _Likelihood(TorchDistribution):
     arg_constraints: dict[str, Any] = {}
 
     def __init__(
-        self, likelihood: Any, site: ImageSite, program: _UnderCommonAttack, up: Tensor,
+        self, likelihood: Any, site: ImageSite, program: UnderCommonAttack, up: Tensor,
         down: Tensor,
     ) -> None:  # fmt: skip
         self.likelihood, self.site, self.program = likelihood, site, program
@@ -194,23 +219,22 @@ class _Likelihood(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         slopes = linear_slopes(self.likelihood, self.site)
         assert slopes is not None
+        x, narrow = self.site.to_pixels(value), self.program.delta - self.program.epsilon
         with torch.no_grad():
-            closest, gain = self._attack(slopes, self.site.to_pixels(value))
+            high, low = self._reached(slopes, x)
+            closest = torch.where(slopes > 0, high, low)
+        gain = self.up * (high - (x + narrow).clamp(max=1))
+        gain = gain - self.down * (low - (x - narrow).clamp(min=0))
         log_prob = self.likelihood.log_prob(self.site.to_units(closest))
         return log_prob - sum_rightmost(gain, len(self.event_shape))
 
-    def _attack(self, slopes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the best attack: the most likely image in its reach, and G, pixel by pixel."""
+    def _reached(self, slopes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the defender reaches from the best attack, upwards and downwards."""
         epsilon, delta = self.program.epsilon, self.program.delta
         least, most = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
         kinks = [torch.full_like(x, kink).clamp(least, most) for kink in (delta, 1 - delta)]
         attacked = torch.stack([least, most, *kinks])
         high, low = (attacked + delta).clamp(max=1), (attacked - delta).clamp(min=0)
-        # As far as it depends on the attack; then the whole of it.
-        gain = self.up * high - self.down * low
-        energy = gain - slopes.clamp(min=0) * high - slopes.clamp(max=0) * low
+        energy = (self.up - slopes.clamp(min=0)) * high - (self.down + slopes.clamp(max=0)) * low
         best = energy.argmin(0, keepdim=True)
-        high, low, gain = (each.gather(0, best)[0] for each in (high, low, gain))
-        narrow = delta - epsilon
-        gain = gain - self.up * (x + narrow).clamp(max=1) + self.down * (x - narrow).clamp(min=0)
-        return torch.where(slopes > 0, high, low), gain
+        return high.gather(0, best)[0], low.gather(0, best)[0]

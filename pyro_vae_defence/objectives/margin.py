@@ -15,6 +15,12 @@ in place of each mass's logarithm, minimise
 
 the last of which estimates minus the logarithm of the probability that the label keeps under every
 attack. It is no bound of that: too favourable where the guide of other classes is loose.
+
+In an L_inf ball and for a likelihood that is linear in the image, the attack is one for both
+classes (:mod:`pyro_vae_defence.models.common_attack`): :math:`\mathcal L_k^{2\epsilon}` is then the
+ELBO under the attack that serves class k best, less what this attack gives to the label's draw.
+There is less to be trained away, and the likelihood suffers less.
+
 The inner maximum over perturbations has a closed form
 (:mod:`pyro_vae_defence.models.perturbation`) and its derivative needs no derivative of the
 maximiser: there is no attack in the loop.
@@ -28,17 +34,20 @@ depends on draws of another. The prior p(z | k) should have no parameters.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine import Trace
 from torch import Tensor
 
+from pyro_vae_defence.models.common_attack import UnderCommonAttack, keywords
 from pyro_vae_defence.models.perturbation import PerturbationAware
 from pyro_vae_defence.models.sites import latent_sites, sample_sites
 from pyro_vae_defence.objectives.elbo import ImageELBO, Terms, elbo_terms, log_likelihood
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.balls import Ball, check_ball, reaches
+from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
 from pyro_vae_defence.ops.checks import check_positive
 from pyro_vae_defence.types import Latents, PyroProgram
 
@@ -57,9 +66,11 @@ class MassMargin(ImageELBO):
 
     def __init__(self, ball: Ball, weight: float = 1.0, *, num_particles: int = 1) -> None:
         super().__init__(num_particles=num_particles)
-        self.wide = reaches(check_ball(ball), ball.radius)[1]
+        self.ball, self.wide = ball, reaches(check_ball(ball), ball.radius)[1]
         self.weight = check_positive("weight", weight)
-        self._aware: tuple[PyroProgram, PyroProgram] | None = None
+        self._model: PyroProgram | None = None
+        self._aware: PyroProgram
+        self._common: UnderCommonAttack | None
         self._checked: set[torch.Size] = set()
 
     def particle_terms(
@@ -78,9 +89,8 @@ class MassMargin(ImageELBO):
         others = _others(y)
         copies = len(others) // len(x)
         images = x.repeat(copies, 1, 1, 1)
-        if self._aware is None or self._aware[0] != model:
-            self._aware = model, PerturbationAware(model, self.wide)
-        evidence, guides = _wrong(self._aware[1], guide, images, others)
+        attacked = self._attacked(model, traces[0], x, y, copies)
+        evidence, guides = _wrong(attacked, guide, images, others)
         log_ratio = evidence.view(copies, -1) + terms["loss"]
         zero = torch.zeros_like(log_ratio[:1])
         margin = torch.cat([zero, log_ratio]).logsumexp(0).masked_fill(~one_hot, torch.nan)
@@ -91,6 +101,20 @@ class MassMargin(ImageELBO):
             "guide": own,
             "loss": terms["loss"] + self.weight * margin + own,
         }
+
+    def _attacked(
+        self, model: PyroProgram, trace: Trace, x: Tensor, y: Tensor, copies: int
+    ) -> PyroProgram:
+        """The model of so many copies of the images, attacked, given a run at their labels."""
+        if self._model != model:
+            self._model, self._aware = model, PerturbationAware(model, self.wide)
+            self._common = None
+            if isinstance(self.ball, Linf):
+                self._common = UnderCommonAttack(model, self.ball, self.ball.radius)
+        if self._common is not None and (found := self._common.slopes(trace, x, y)) is not None:
+            of_rows = {n: v.repeat(copies, *(1,) * (v.dim() - 1)) for n, v in found.items()}
+            return functools.partial(self._common, **keywords(of_rows))
+        return self._aware
 
     def _check(self, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
         """The classes, and which of them are one-hot, bool ``(N,)``."""
