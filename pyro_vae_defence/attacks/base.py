@@ -31,7 +31,13 @@ from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, plain
-from pyro_vae_defence.ops.files import atomic_save, load_tensors, naming
+from pyro_vae_defence.ops.files import (
+    atomic_save,
+    check_writable,
+    load_tensors,
+    naming,
+    real_place,
+)
 from pyro_vae_defence.ops.latents import rows, unfold
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import (
@@ -459,7 +465,15 @@ class _Progress:
     """Finished micro-batches and the one under way, in memory and in the checkpoint's file."""
 
     def __init__(self, attack: Attack, images: tuple[Tensor, ...], seed: int) -> None:
-        self.path = None if attack.checkpoint is None else Path(attack.checkpoint)
+        self.path: Path | None = None
+        if attack.checkpoint is not None:
+            try:
+                check_writable(attack.checkpoint)
+                self.path = real_place(attack.checkpoint)
+            except OSError as error:
+                raise ValueError(
+                    f"checkpoint {attack.checkpoint} cannot be written: {error}"
+                ) from error
         self.every = attack.checkpoint_every
         self.identity = "" if self.path is None else _identity(attack, images)
         self.seed = seed

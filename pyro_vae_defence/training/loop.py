@@ -153,7 +153,8 @@ def fit(
                 f"or a DataLoader, got {batches!r}"
             )
     run = _Run(vae, objective, loader, config, validation, place)
-    path = None if checkpoint is None else Path(checkpoint)
+    # Wherever links lead, and whatever directory is the current one later.
+    path = None if checkpoint is None else Path(os.path.realpath(checkpoint))
     with contextlib.ExitStack() as stack:
         if path is not None:
             _take_place(path, stack)
