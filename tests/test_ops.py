@@ -444,9 +444,9 @@ class TestSoleWriter:
             pass
         assert not list((tmp_path / "real").iterdir())
         (tmp_path / "b.json").symlink_to("real/a.json")  # a file that is not there yet
-        with sole_writer(tmp_path / "b.json"):
-            with pytest.raises(ValueError, match="is being written by this very process"):
-                sole_writer(tmp_path / "real" / "a.json").__enter__()
+        said = pytest.raises(ValueError, match="is being written by this very process")
+        with sole_writer(tmp_path / "b.json"), said:
+            sole_writer(tmp_path / "real" / "a.json").__enter__()
 
     def test_one_of_many_threads_writes(self, tmp_path):
         start, end = threading.Barrier(8), threading.Barrier(8)

@@ -133,7 +133,13 @@ class Problem:
         """A random point of the ball, clipped so that the image is valid; or what is nearest to
         where to start from."""
         if self.start_from is not None:
-            return self.project(self.start_from(self.x_ref, self.streams) - self.x_ref)
+            found = self.start_from(self.x_ref, self.streams)
+            if found.shape != self.x_ref.shape:
+                raise ValueError(
+                    "start must return an image for each reference, shape "
+                    f"{tuple(self.x_ref.shape)}, got {tuple(found.shape)}"
+                )
+            return self.project(found.detach().to(self.x_ref.dtype) - self.x_ref)
         start = self.ball.random_start(self.x_ref, self.streams)
         return torch.minimum(torch.maximum(start, -self.x_ref), 1.0 - self.x_ref)
 
@@ -354,8 +360,8 @@ class Attack:
         return result
 
     def _check_entries(self, num_images: int) -> None:
-        """``ValueError`` if labels or targets are not of so many images."""
-        for prepared in (self.objective, self.stop):
+        """``ValueError`` if labels, targets or starts are not of so many images."""
+        for prepared in (self.objective, self.stop, self.start):
             if prepared is not None:
                 check_entries(prepared, num_images)
 

@@ -39,6 +39,13 @@ def check_positive(name: str, value: Any) -> float:
     return plain(value)
 
 
+def check_not_negative(name: str, value: Any) -> None:
+    """``ValueError`` naming the argument unless it is finite and at least 0."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number and 0 <= value < math.inf):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
+
+
 def plain(value: Any) -> Any:
     """``value``, a scalar of NumPy as Python's number, so that settings compare and are stored."""
     return value.item() if isinstance(value, np.generic) else value
