@@ -31,6 +31,12 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """``ValueError`` naming the argument unless it is a bool: any text, "false" too, is true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_positive(name: str, value: Any) -> float:
     """``value``, or a ``ValueError`` naming the argument unless it is positive and finite."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
