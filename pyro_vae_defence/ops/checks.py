@@ -24,6 +24,23 @@ def check_on_device(name: str, value: Tensor, other_name: str, device: torch.dev
         )
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """``ValueError`` naming the argument unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor, got a {type(value).__name__}; torch.as_tensor makes one"
+        )
+
+
+def check_generator(generator: Any) -> None:
+    """``ValueError`` unless it is a generator, or ``None``."""
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise ValueError(
+            "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), or "
+            f"None, got {generator!r}"
+        )
+
+
 def check_integer(name: str, value: Any, least: int = 1) -> None:
     """``ValueError`` naming the argument unless ``value`` is an integer of at least ``least``."""
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
