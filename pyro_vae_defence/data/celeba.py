@@ -64,7 +64,8 @@ def load_celeba(root: Path, split: str, download: bool = False) -> ImageFiles:
         )
     chosen = [file for file, part in partition.items() if part == SPLITS.index(split)]
     paths = [pictures / file for file in chosen]
-    labels = (torch.tensor([attributes[file] for file in chosen]).reshape(-1, len(names)) + 1) // 2
+    signs = torch.tensor([attributes[file] for file in chosen], device="cpu")
+    labels = (signs.reshape(-1, len(names)) + 1) // 2
     return ImageFiles(paths, labels, "celeba64", split, names, (3, SIZE, SIZE), _crop_face)
 
 

@@ -63,7 +63,7 @@ class Images(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def _items(self, index: Index | None) -> Tensor:
         """The numbers of the images at ``index``, int64; a scalar for one image."""
-        return torch.arange(len(self))[slice(None) if index is None else index]
+        return torch.arange(len(self), device="cpu")[slice(None) if index is None else index]
 
 
 class ImageDataset(Images):

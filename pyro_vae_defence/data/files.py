@@ -77,7 +77,7 @@ class ImageFiles(Images):
             ValueError: naming the file, if one is missing, truncated, no image, or unfit.
         """
         items = self._items(index)
-        pixels = torch.empty(items.numel(), *self.image_shape, dtype=torch.uint8)
+        pixels = torch.empty(items.numel(), *self.image_shape, dtype=torch.uint8, device="cpu")
         for row, item in zip(pixels, items.flatten().tolist()):
             row.copy_(self._read(self.paths[item]))
         return pixels.float().div_(255).reshape((*items.shape, *self.image_shape))
@@ -295,7 +295,8 @@ def load_folder(
             if other.is_dir() and other != folder and not other.name.startswith("."):
                 classes |= _classes_of(_files_of(other))
     names = sorted(classes) or [name]
-    labels = torch.tensor([names.index(file.parts[0]) if classes else 0 for file in files])
+    numbers = [names.index(file.parts[0]) if classes else 0 for file in files]
+    labels = torch.tensor(numbers, device="cpu")
     paths = [folder / file for file in files]
     if size is None or channels is None:
         channels, height, width = _common_shape(paths, size, channels)

@@ -176,7 +176,9 @@ def stratified(
                 f"num={num} needs {rounds} images of class {int(label)}, {dataset!r} has "
                 f"{len(members)}; ask for at most {len(members) * len(classes)}"
             )
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:rounds]])
+        chosen.append(
+            members[torch.randperm(len(members), generator=generator, device="cpu")[:rounds]]
+        )
     return torch.stack(chosen, 1).flatten()[:num]
 
 
@@ -202,7 +204,7 @@ def random_split(
     _check_dataset(dataset)
     if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
         raise ValueError(f"fractions={fractions} must be positive and sum to 1, e.g. (0.8, 0.2)")
-    shuffled = torch.randperm(len(dataset), generator=generator)
+    shuffled = torch.randperm(len(dataset), generator=generator, device="cpu")
     ends = [round(len(dataset) * sum(fractions[: i + 1])) for i in range(len(fractions))]
     parts = [shuffled[start:end] for start, end in zip([0, *ends], ends)]
     if not all(len(part) for part in parts):

@@ -203,7 +203,7 @@ def rebuild(
 
     Raises ``ValueError`` naming the file in ``directory`` if the weights do not fit.
     """
-    with _misfit(card, directory):
+    with _misfit(card, directory), torch.device("cpu"):  # whatever the caller's default is
         return architecture(card.architecture_config, tensors)
 
 

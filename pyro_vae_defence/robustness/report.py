@@ -230,7 +230,7 @@ class RobustnessReport:
             "checks": tuple(Check(**entry) for entry in found["checks"]),
             "reasons": tuple(found["reasons"]),
             "strongest": tuple(found["strongest"]),
-            "per_image": values.get("robust/mean", torch.tensor(found["per_image"])),
+            "per_image": values.get("robust/mean", torch.tensor(found["per_image"], device="cpu")),
             "values": values,
             "evidence": evidence,
             "x_adv": None,
@@ -455,6 +455,6 @@ def _tensors(texts: Mapping[str, str]) -> dict[str, Tensor]:
     found = {}
     for name, text in texts.items():
         kind, *numbers = text.split()
-        exact = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        exact = torch.tensor([*map(float, numbers)], dtype=torch.float64, device="cpu")
         found[name] = exact.to(getattr(torch, kind))
     return found
