@@ -43,7 +43,7 @@ class ImageFiles(Images):
     """Images decoded one by one from their files, float32 in [0, 1].
 
     Args:
-        paths: one file per image.
+        paths: one file per image; the same files whatever directory is the current one later.
         labels, name, split, class_names: see :class:`~pyro_vae_defence.data.datasets.Images`.
         image_shape: ``(C, H, W)`` with 1 or 3 channels.
         prepare: cuts and scales a decoded image to ``H`` by ``W``.
@@ -67,7 +67,7 @@ class ImageFiles(Images):
                 "others can be made by a transform"
             )
         super().__init__(labels, name, split, class_names)
-        self.paths = tuple(os.fspath(path) for path in paths)
+        self.paths = tuple(os.path.abspath(path) for path in paths)
         self.image_shape, self._prepare = image_shape, prepare
 
     def images(self, index: Index | None = None) -> Tensor:
