@@ -174,7 +174,7 @@ class _Store:
     def check(self, place: Path) -> None:
         """Raise ``ValueError`` if something else is there than this store."""
         try:
-            found = json.loads((place / ".zattrs").read_text())
+            found = json.loads((place / ".zattrs").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{place} is no store of to_zarr; choose another path") from error
         was, now = _flat(found), _flat(self.identity)
