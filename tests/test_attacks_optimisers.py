@@ -4,6 +4,7 @@ counts."""
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -304,6 +305,40 @@ def test_resumes_where_it_was_interrupted(name, stop, tmp_path):
     assert not path.exists()
 
 
+def test_a_place_where_no_checkpoint_can_be_is_found_before_any_step(tmp_path):
+    x = problem("quadratic")[0]
+    steps = []
+    counting = lambda x_ref: lambda y: steps.append(1)  # noqa: E731
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "c.pt", tmp_path):
+        with pytest.raises(ValueError, match=f"checkpoint {place} cannot be written"):
+            attacks.PGD(counting, L2(0.5), 3, checkpoint=place)(x)
+    assert not steps
+
+
+def test_a_checkpoint_stays_where_it_was_asked_for(tmp_path, monkeypatch):
+    x = problem("quadratic")[0]
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    calls = []
+
+    def wandering(x_ref):
+        def objective(y):
+            monkeypatch.chdir(tmp_path / "there")
+            calls.append(1)
+            if len(calls) == 3:
+                raise _Interrupt
+            return y.flatten(1).sum(1)
+
+        return objective
+
+    with pytest.raises(_Interrupt):
+        attacks.PGD(wandering, L2(0.5), 3, checkpoint="c.pt", checkpoint_every=1)(x)
+    assert (tmp_path / "here" / "c.pt").exists()
+    assert not list((tmp_path / "there").iterdir())
+
+
 def test_checkpoint_of_another_attack(tmp_path):
     x, prepare, _ = problem("quadratic")
 
@@ -446,14 +481,18 @@ def test_rows_without_a_finite_value_stay_in_the_ball(name):
         (attacks.APGD, {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         (attacks.APGD, {"stop": 3}, "stop must be a prepared criterion"),
         (attacks.APGD, {"checkpoint_every": 0}, "checkpoint_every must be an integer"),
-        (attacks.MomentumPGD, {"decay": -1.0}, "decay must be at least 0, got -1.0"),
-        (attacks.MomentumPGD, {"step_size": 0.0}, "step_size must be positive, got 0.0"),
+        (attacks.MomentumPGD, {"decay": -1.0}, "decay must be at least 0 and finite, got -1.0"),
+        (attacks.MomentumPGD, {"decay": math.inf}, "decay must be at least 0 and finite, got inf"),
+        (attacks.MomentumPGD, {"step_size": 0.0}, "step_size must be a positive .* got 0.0"),
+        (attacks.PGD, {"step_size": math.inf}, "step_size must be a positive .* got inf"),
+        (attacks.PGD, {"step_size": True}, "step_size must be a positive .* got True"),
         (attacks.LBFGS, {"memory": 0}, "memory must be an integer of at least 1, got 0"),
         (attacks.LBFGS, {"inner_steps": 0}, "inner_steps must be an integer of at least 1"),
         (attacks.Square, {"ball": L1(3.0)}, "Square needs an Linf or L2 ball"),
         (attacks.Square, {"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
         (attacks.NES, {"num_directions": 5}, "num_directions must be even, got 5"),
-        (attacks.NES, {"scale": -1.0}, "scale must be positive, got -1.0"),
+        (attacks.NES, {"scale": -1.0}, "scale must be a positive .* got -1.0"),
+        (attacks.NES, {"scale": math.inf}, "scale must be a positive .* got inf"),
     ],
 )
 def test_bad_settings(optimiser, settings, message):

@@ -9,7 +9,7 @@ import torch
 from optimisers import OPTIMISERS
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.attacks.starts import in_turn, other_class, stripes
+from pyro_vae_defence.attacks.starts import given, in_turn, other_class, stripes
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 
 
@@ -101,5 +101,51 @@ def test_mistakes(images):
     with pytest.raises(ValueError, match="preset='paper' has a start of its own"):
         attacks.PGD(prepare, Linf(0.1), preset="paper", start=stripes())
     start = other_class(labels, others, image_labels)
-    with pytest.raises(ValueError, match="labels has 2 entries, but the attack has at least 3"):
+    with pytest.raises(ValueError, match="labels has 2 entries, but the attack has 3"):
         attacks.APGD(prepare, Linf(0.1), num_steps=1, start=start)(x[:1].repeat(3, 1, 1, 1))
+
+
+def test_starts_for_other_references_are_refused(images):
+    """Those of the first images would be taken for these."""
+    x, _, others, image_labels = images
+    nine = torch.arange(9) % 2
+    for start, what in (
+        (other_class(nine, others, image_labels), "labels has 9 entries"),
+        (given(torch.rand(1, 9, 1, 4, 4)), "images has 9 entries"),
+        (
+            in_turn(stripes(), other_class(nine, others, image_labels)),
+            "labels of start 1 has 9 entries",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"{what}, but the attack has 2 images"):
+            first_images(start, Linf(0.1), x)
+
+
+def test_a_start_of_another_shape_is_refused_and_one_of_another_dtype_converted(images):
+    x = images[0]
+    with pytest.raises(ValueError, match=r"start must return an image .* \(2, 1, 4, 4\), got"):
+        first_images(lambda x_ref, streams: x_ref[:1], Linf(0.1), x)
+    found = first_images(given((x + 0.05)[None].float()), Linf(0.1), x)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found[0], x + 0.05, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.rand(5, 1, 4, 4) * 255}, r"images must lie in \[0, 1\]"),
+        ({"images": torch.full((5, 1, 4, 4), torch.nan)}, "images is not finite"),
+        ({"labels": [0, 1]}, "labels must be a vector of integer classes"),
+        ({"image_labels": torch.rand(5)}, "image_labels must be a vector of integer classes"),
+    ],
+)
+def test_images_to_start_from_are_checked(change, message, images):
+    _, labels, others, image_labels = images
+    entries = {"labels": labels, "images": others, "image_labels": image_labels, **change}
+    with pytest.raises(ValueError, match=message):
+        other_class(**entries)
+
+
+def test_noise_does_not_hang_on_the_images():
+    x = torch.rand(2, 1, 4, 4, requires_grad=True)
+    assert not attacks.random_noise(x, Linf(0.1)).requires_grad

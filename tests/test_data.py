@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import shared_path
@@ -213,6 +214,34 @@ def test_inconsistent_arrays():
         data.ImageDataset(images.float(), torch.zeros(3), "x", "test", [])
     with pytest.raises(ValueError, match="3 images but 2 labels"):
         data.ImageDataset(images, torch.zeros(2), "x", "test", [])
+
+
+@pytest.mark.parametrize("name", ["mnist_subset", "mnist_subset_textured", "color_mnist_subset"])
+def test_a_tuple_of_numbers_is_a_list_of_them(name):
+    """A tensor takes it for one number per dimension: image 5, channel 0."""
+    dataset = data.load(name, "test")
+    for one, other in zip(dataset[5, 0], dataset[[5, 0]], strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(dataset.images((5, 0)), dataset.images([5, 0]))
+    with pytest.raises(ValueError, match="index must be the numbers of images, got True"):
+        dataset[True]
+
+
+def test_a_column_of_labels_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"column=1 must be below 1, the labels of .*'mnist_subs"):
+        data.stratified(data.load("mnist_subset", "test"), 10, column=1)
+    with pytest.raises(ValueError, match="column=2 must be below 2"):
+        data.stratified(data.load("color_mnist_subset", "test"), 10, column=2)
+
+
+def test_numpys_numbers_and_arrays_are_taken_and_lists_of_labels_named():
+    test = data.load("mnist_subset", "test")
+    assert len(next(iter(data.batches(test, np.int64(3))))[0]) == 3
+    assert [len(part) for part in data.random_split(test, np.array([0.7, 0.3]))] == [700, 300]
+    with pytest.raises(ValueError, match="must be positive and sum to 1"):
+        data.random_split(test, (float("nan"), 0.5))
+    with pytest.raises(ValueError, match="labels must be a tensor, got a list"):
+        data.ImageDataset(torch.zeros(2, 1, 2, 2, dtype=torch.uint8), [0, 1], "x", "test", [])
 
 
 @pytest.mark.parametrize("labels", [True, False])

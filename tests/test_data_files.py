@@ -454,3 +454,14 @@ class TestRandomSplit:
     def test_bad_fractions(self, folder, fractions, message):
         with pytest.raises(ValueError, match=message):
             data.random_split(data.load_folder(folder, 28, split="."), fractions)
+
+
+def test_files_are_found_whatever_the_current_directory_is_later(tmp_path, monkeypatch):
+    for number, name in enumerate(("here", "there")):
+        (tmp_path / name / "pictures").mkdir(parents=True)
+        grey = Image.fromarray(np.full((4, 4), 100 * number, np.uint8))
+        grey.save(tmp_path / name / "pictures" / "a.png")
+    monkeypatch.chdir(tmp_path / "here")
+    folder = data.load_folder("pictures")
+    monkeypatch.chdir(tmp_path / "there")
+    assert (folder.images() == 0).all()

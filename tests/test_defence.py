@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 
@@ -205,6 +206,36 @@ def test_every_defence_streams_and_joins(linear_vae, make):
         for name in tensors:
             got, expected = getattr(result, name), getattr(whole, name)
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_results_of_several_defences_are_not_joined(linear_vae):
+    x = torch.rand(2, 1, 4, 4)
+    chains = functools.partial(MCMCDefence, linear_vae, warmup_steps=1)
+    found = chains(num_samples=2)(x)
+    for other, name in (
+        (chains(num_samples=2, perturbation=Linf(0.1))(x), "settings"),
+        (NoDefence(linear_vae)(x), "settings"),
+        (dataclasses.replace(found, observation="other"), "observation"),
+        (dataclasses.replace(found, samples={"z": found.samples["z"][:, :1]}), "samples"),
+    ):
+        with pytest.raises(ValueError, match=f"results of different {name} are not joined"):
+            DefenceResult.join([found, other])
+    with pytest.raises(ValueError, match="parts is empty"):
+        DefenceResult.join([])
+
+
+def test_results_do_not_hang_on_images_with_a_gradient(linear_vae):
+    x = torch.rand(2, 1, 4, 4, requires_grad=True)
+    result = NoDefence(linear_vae)(x)
+    assert not any(
+        value.requires_grad for value in (result.x, result.reconstruction, result.latents["z"])
+    )
+
+
+@pytest.mark.parametrize("generator", [0, "a", 1.5])
+def test_a_generator_is_no_number(linear_vae, generator):
+    with pytest.raises(ValueError, match=f"generator must be a torch.Generator, .* {generator!r}"):
+        NoDefence(linear_vae)(torch.rand(2, 1, 4, 4), generator)
 
 
 # --- Kernels that are not of this library ---------------------------------------------------------

@@ -270,6 +270,43 @@ class TestDetector:
         assert torch.equal(score, detection_scores(defence, defence(clean, seeded(1)))[expected])
         assert detector.predict(clean, seeded(1)).sum() == 1  # 2 of 21 are allowed, a new one too
 
+    def test_the_generator_governs_kernels_of_others_too(self, linear_vae):
+        """Their noise comes from torch's global seed."""
+        kernel = functools.partial(pyro.infer.HMC, num_steps=2, step_size=0.1)
+        defence, x = MCMCDefence(linear_vae, kernel, 2, 1), torch.rand(2, 1, 4, 4)
+        detector = Detector(defence, "end_energy")
+        found = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            found.append(detector.score(x, seeded()))
+        assert torch.equal(*found)
+        expected = detection_scores(defence, defence(x, seeded()))["end_energy"]
+        assert torch.equal(found[0], expected)
+
+    def test_a_threshold_is_of_one_score(self, linear_vae):
+        detector = Detector(NoDefence(linear_vae)).fit(torch.rand(20, 1, 4, 4), 0.1, seeded())
+        detector.score_name = "start_energy"
+        with pytest.raises(ValueError, match="threshold is of score_name='start_error', which is"):
+            detector.predict(torch.rand(2, 1, 4, 4))
+
+    @pytest.mark.parametrize(
+        ("variance", "message"),
+        [
+            ({"z": torch.tensor([1.0, -1.0])}, r"variance\['z'\] must be positive and finite"),
+            ({"z": torch.tensor([1.0, math.nan])}, r"variance\['z'\] must be positive and finite"),
+            ({"z": 1.0}, "variance must be a dict from site to tensor"),
+            ([1.0], "variance must be a dict from site to tensor, got list"),
+        ],
+    )
+    def test_what_is_no_variance(self, linear_vae, variance, message):
+        with pytest.raises(ValueError, match=message):
+            Detector(NoDefence(linear_vae), variance=variance)
+
+    def test_a_variance_of_another_shape(self, linear_vae):
+        detector = Detector(MCMCDefence(linear_vae, KERNEL, 2, 1), variance={"z": torch.ones(7)})
+        with pytest.raises(ValueError, match=r"variance\['z'\] must have one image's shape \("):
+            detector.score(torch.rand(2, 1, 4, 4))
+
     def test_scores_do_not_depend_on_micro_batches(self, linear_vae):
         x = torch.rand(7, 1, 4, 4)
         found = [

@@ -5,12 +5,14 @@ The other device is ``meta``, whose tensors have no values: whoever computes fai
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from programs import LinearGaussianVAE, TutorialVAE
 from test_conditions import VAE as CONDITIONAL
 
-from pyro_vae_defence import attacks, metrics
+from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.defence import (
     DefendedClassifier,
     MCMCDefence,
@@ -21,7 +23,9 @@ from pyro_vae_defence.defence import (
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier
 from pyro_vae_defence.models.contract import check_networks_on_device
+from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.robustness import RobustnessReport
 
 X = torch.rand(3, 1, 28, 28)
 LABELS = torch.tensor([0, 1, 2])
@@ -151,3 +155,52 @@ def test_networks_on_several_devices_are_their_programs_affair():
 def test_a_metric_follows_the_latents():
     kernel = MCMCDefence(vae(), num_samples=1, warmup_steps=1)
     assert kernel(X).latents["latent"].device == X.device
+
+
+def _report(values):
+    names = [field.name for field in dataclasses.fields(RobustnessReport)]
+    lists = dict.fromkeys(("attacks", "checks", "reasons", "strongest"), ())
+    return RobustnessReport.from_dict(
+        {**dict.fromkeys(names), **lists, "per_image": [0.5], "evidence": {}, "values": values}
+        | {"images": ()}
+    )
+
+
+def _seeded():
+    return torch.Generator("cpu").manual_seed(0)
+
+
+PAIR = vae(), X
+# What is made for images on the CPU, and computed there.
+ON_THE_CPU = {
+    "mean": lambda: torch.tensor(metrics.bootstrap_interval(SCORES), device="cpu"),
+    "median": lambda: torch.tensor(
+        metrics.bootstrap_interval(SCORES, statistic="median"), device="cpu"
+    ),
+    "detection": lambda: torch.tensor(
+        metrics.detection_interval(metrics.auroc, SCORES, SCORES + 0.1), device="cpu"
+    ),
+    "chains": lambda: MCMCDefence(PAIR[0], num_samples=1)(PAIR[1], _seeded()).latents["latent"],
+    "likelihood": lambda: metrics.nll(*PAIR, num_samples=3, generator=_seeded()),
+    "schedule": lambda: metrics.sigmoid_schedule(5),
+    "images": lambda: data.load("color_mnist_subset_textured", "test").images([1, 2]),
+    "chosen": lambda: data.stratified(data.load("mnist_subset", "test"), 20, _seeded()),
+    "report": lambda: _report({"robust/mean": "float32 0.5"}).per_image,
+    "weights": lambda: next(load_pretrained("mnist_vae").parameters()),
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_CPU)
+def test_torchs_default_device_decides_nothing(name):
+    def found():
+        torch.manual_seed(0)
+        return ON_THE_CPU[name]()
+
+    expected = found()
+    torch.set_default_device("meta")
+    try:
+        result = found()
+    finally:
+        torch.set_default_device(None)
+    assert result.device.type == "cpu"
+    assert torch.equal(result, expected)

@@ -255,6 +255,20 @@ def test_avae_ss_needs_a_trained_model():
         TrainConfig("mnist", "avae_ss")
 
 
+def test_the_list_of_commands_in_any_locale(monkeypatch, capsys):
+    """Modules are read for it, whose texts have Greek letters."""
+    opened = Path.open
+
+    def ascii_unless_told(path, mode="r", encoding=None, **options):
+        ours = "b" in mode or encoding not in (None, "locale")
+        return opened(path, mode, encoding=encoding if ours else "ascii", **options)
+
+    monkeypatch.setattr(Path, "open", ascii_unless_told)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "robustness  " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

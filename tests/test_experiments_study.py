@@ -21,9 +21,10 @@ from pyro_vae_defence.experiments.configuration import (
     Radius,
     describe,
     override,
-    parse_setting,
+    parse_settings,
 )
 from pyro_vae_defence.experiments.defences import KINDS, Setting, label, make_defence
+from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.study import Measurement, write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.perturbation import UnknownRadius
@@ -293,13 +294,26 @@ class TestConfigurations:
             override(ToyConfig(), {key: value})
 
     def test_nested_settings_change_what_they_name(self):
-        settings = dict(map(parse_setting, ("chain.burn_in=30", "how=b", "radii=0.1,0.2")))
+        settings = parse_settings(("chain.burn_in=30", "how=b", "radii=0.1,0.2"))
         config = override(ToyConfig(), settings)
         assert config == ToyConfig(
             how="b", radii=(0.1, 0.2), chain=ChainConfig(step_size=0.3, burn_in=30)
         )
         with pytest.raises(ValueError, match="--set takes KEY=VALUE, got 'number'"):
-            parse_setting("number")
+            parse_settings(["number"])
+
+    def test_a_setting_has_one_value(self):
+        with pytest.raises(ValueError, match="number is set twice, to 1 and 2; set it once"):
+            parse_settings(["number=1", "how=b", "number=2"])
+        assert parse_settings(["number=1", "number=1"]) == {"number": 1}
+
+    def test_a_seed_is_one_of_torchs(self):
+        config = Defend.names["mnist_radius_0.1"]
+        assert override(config, {"seed": 2**63 - 1}).seed == 2**63 - 1
+        with pytest.raises(
+            ValueError, match=r"seed must be below 2\*\*63, .* got 9223372036854775808"
+        ):
+            override(config, {"seed": 2**63})
 
     def test_help_comes_from_fields_and_docstring(self):
         lines = list(describe(ToyConfig()))

@@ -47,7 +47,31 @@ def test_frechet_of_images_runs_the_extractor_in_chunks():
     assert sizes == [3, 3, 1, 3, 2]
 
 
+def test_an_extractor_is_in_eval_mode_and_stays_as_it_was():
+    """Dropout would be drawn, and batch norm would couple images and move its averages."""
+    network = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.BatchNorm1d(16), torch.nn.Dropout(0.5)
+    ).train()
+    x, y = torch.rand(2, 8, 1, 4, 4)
+    found = metrics.frechet(x, y, network)
+    assert network.training
+    assert int(network[1].num_batches_tracked) == 0
+    expected = metrics.frechet_distance(network.eval()(x), network(y))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("distance", [metrics.fid, lambda *a: metrics.frechet(*a, torch.flatten)])
+def test_images_of_another_range_are_refused(distance):
+    x = torch.rand(4, 1, 28, 28)
+    for other in (255 * x, (255 * x).byte(), -x, x * torch.nan, x.numpy()):
+        for name, pair in (("x", (other, x)), ("y", (x, other))):
+            with pytest.raises(ValueError, match=f"^{name} (must|is not finite)"):
+                distance(*pair)
+
+
 def test_bad_features_are_refused():
+    with pytest.raises(ValueError, match="rows must be an integer of at least 1, got 0"):
+        metrics.frechet(torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4), torch.flatten, rows=0)
     with pytest.raises(ValueError, match=r"features has shape \(1, 3\): pass \(N, F\)"):
         metrics.frechet_distance(torch.zeros(1, 3), torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"other has shape \(5, 2\)"):

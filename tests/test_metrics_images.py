@@ -224,5 +224,5 @@ def test_sizes_variants_and_scales_out_of_range_are_refused():
         ssim(tiny[..., :10, :], tiny[..., :10, :])
     with pytest.raises(ValueError, match="variant='published' is unknown: choose one of"):
         ms_ssim(small, small, variant="published")
-    with pytest.raises(ValueError, match="scale=0 must be positive: use 255"):
+    with pytest.raises(ValueError, match="scale must be a positive finite number, got 0"):
         mse(small, small, scale=0)

@@ -7,11 +7,14 @@ chance below 1 percent.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
+from pyro_vae_defence import metrics
 from pyro_vae_defence.metrics import bootstrap_interval
 
 NUM_SIMULATIONS = 400
@@ -137,3 +140,29 @@ def test_bad_arguments_are_refused():
         bootstrap_interval(values, num_resamples=0)
     with pytest.raises(ValueError, match="statistic='mode' is unknown: choose 'mean' or 'median'"):
         bootstrap_interval(values, statistic="mode")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: metrics.bootstrap_interval([1.0, 2.0]), "values must be a tensor, got a list"),
+        (lambda: metrics.bootstrap_interval(torch.rand(2), [0, 1]), "groups must be a tensor"),
+        (lambda: metrics.bootstrap_interval(torch.rand(2) + 1j), "values has dtype torch.complex"),
+        (lambda: metrics.bootstrap_interval(torch.rand(2), level="95"), "level='95' must lie"),
+        (lambda: metrics.bootstrap_interval(torch.rand(2), generator=0), "generator must be a tor"),
+        (lambda: metrics.auroc(np.ones(2), np.ones(2)), "negatives must be a tensor, got a ndarr"),
+        (lambda: metrics.ks_test([1.0], torch.rand(2)), "a must be a tensor"),
+        (lambda: metrics.active_units([[1.0], [2.0]]), "means must be a tensor"),
+        (lambda: metrics.active_units(torch.tensor([[1], [2]])), "means has dtype torch.int64"),
+        (lambda: metrics.correct([1], torch.tensor([1])), "prediction must be a tensor"),
+        (lambda: metrics.rate_interval([True]), "alarms must be a tensor"),
+        (lambda: metrics.mse(np.ones((1, 1, 2, 2)), torch.ones(1, 1, 2, 2)), "x must be a tensor"),
+        (lambda: metrics.mse(*torch.rand(2, 1, 1, 2, 2), scale=math.inf), "scale must be a pos"),
+        (lambda: metrics.frechet_distance([[1.0]], torch.rand(2, 1)), "features must be a tensor"),
+        (lambda: metrics.sigmoid_schedule(3, 1e-20), "steepness=1e-20 leaves no difference"),
+        (lambda: metrics.sigmoid_schedule(3, 1e3), "steepness=1000.0 leaves no difference"),
+    ],
+)
+def test_what_is_no_tensor_or_number_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -22,8 +22,10 @@ from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.files import (
     atomic_path,
     atomic_save,
+    check_writable,
     load_tensors,
     naming,
+    remove_partial,
     write_atomically,
     write_json,
 )
@@ -308,6 +310,52 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["x.json"]
 
 
+def test_permissions_are_those_of_the_umask_or_of_the_file_before(tmp_path):
+    before = os.umask(0o077)
+    try:
+        for mask, mode in ((0o077, 0o600), (0o002, 0o664)):
+            os.umask(mask)
+            write_json(tmp_path / f"{mask}", [])
+            assert (tmp_path / f"{mask}").stat().st_mode & 0o777 == mode
+        (tmp_path / "2").chmod(0o640)
+        write_json(tmp_path / "2", [1])
+        assert (tmp_path / "2").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    for name in ("disk", "home"):
+        (tmp_path / name).mkdir()
+    link = tmp_path / "home" / "x.json"
+    link.symlink_to(tmp_path / "disk" / "y.json")  # not there yet
+    for contents in ([1], [2]):
+        write_json(link, contents)
+        assert link.is_symlink()
+        assert json.loads((tmp_path / "disk" / "y.json").read_text()) == contents
+    (tmp_path / "disk" / ".y.json.0.partial").touch()
+    remove_partial(link)
+    assert [p.name for p in tmp_path.rglob("*.json")] == ["y.json", "x.json"]
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for touch in (check_writable, lambda path: write_json(path, [])):
+        with pytest.raises(OSError, match=f"{pipe} is no ordinary file"):
+            touch(pipe)
+        with pytest.raises(IsADirectoryError, match=f"{tmp_path} is a directory"):
+            touch(tmp_path)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_name_for_which_there_is_no_temporary_one_is_found_beforehand(tmp_path):
+    with pytest.raises(OSError, match="File name too long"):
+        check_writable(tmp_path / ("a" * 250))
+
+
 def test_a_full_disk_is_said_with_the_file(tmp_path):
     resource = pytest.importorskip("resource")
     path = tmp_path / "c.pt"
@@ -395,6 +443,10 @@ class TestSoleWriter:
         with sole_writer(tmp_path / "link" / "a.json"):
             pass
         assert not list((tmp_path / "real").iterdir())
+        (tmp_path / "b.json").symlink_to("real/a.json")  # a file that is not there yet
+        said = pytest.raises(ValueError, match="is being written by this very process")
+        with sole_writer(tmp_path / "b.json"), said:
+            sole_writer(tmp_path / "real" / "a.json").__enter__()
 
     def test_one_of_many_threads_writes(self, tmp_path):
         start, end = threading.Barrier(8), threading.Barrier(8)

@@ -8,11 +8,13 @@ import functools
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 from programs import LinearGaussianVAE
 
 from pyro_vae_defence import data
+from pyro_vae_defence.attacks import APGD
 from pyro_vae_defence.defence import (
     DefendedClassifier,
     EncoderDefence,
@@ -387,6 +389,55 @@ def test_the_white_box_of_what_has_no_known_transitions():
     assert torch.equal(end["z"], mode(x).latents["z"])
     # Counted as the defence counts itself.
     assert box.evaluations == before + int(mode(x).num_gradients.sum())
+
+
+def _similarity(a, b):
+    return 1 - (a - b).square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("similarity", "message"),
+    [
+        (lambda a, b: (a - b).square().flatten(1).mean(1), "a distance has to be turned round"),
+        (lambda a, b: _similarity(a, b).mean(), r"shape \(3,\), got torch.float32 of shape \(\)"),
+        (lambda a, b: _similarity(a, b)[:, None], r"got torch.float32 of shape \(3, 1\)"),
+        (lambda a, b: (_similarity(a, b) > 0.5).long(), "got torch.int64"),
+        (lambda a, b: 1.0, "got float"),
+        ("ssim", "similarity must map two batches"),
+    ],
+)
+def test_what_is_no_similarity_is_refused_at_the_start(similarity, message):
+    vae, x = LinearGaussianVAE(), torch.rand(3, 1, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(vae, NoDefence(vae), x, similarity=similarity, budget=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": None}, "engine must be an optimiser"),
+        ({"engine": APGD(lambda x: None, Linf(0.1))}, "engine must be an optimiser such as"),
+        ({"checks": "no"}, "checks must be True or False, got 'no'"),
+        ({"labels": ["a", "b", "c"], "classifier": classify}, "labels must be classes, .*'a'"),
+    ],
+)
+def test_settings_that_fit_nothing_are_refused_at_the_start(settings, message):
+    vae, x = LinearGaussianVAE(), torch.rand(3, 1, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        evaluate_robustness(vae, NoDefence(vae), x, budget=SMALL, **settings)
+
+
+def test_attacks_from_an_iterator_numpys_seed_and_images_with_a_gradient():
+    vae = LinearGaussianVAE()
+    x = torch.rand(3, 1, 4, 4, requires_grad=True)
+    report = evaluate_robustness(
+        vae, NoDefence(vae), x, similarity=_similarity, budget=SMALL, checks=False,
+        attacks=iter(["encoder"]), defence_seed=np.int64(3),
+    )  # fmt: skip
+    assert [each.name for each in report.attacks] == ["encoder"]
+    assert not report.x_adv.requires_grad
+    assert not report.x_ref.requires_grad
+    assert type(report.threat_model["defence_seed"]) is int
 
 
 def test_reconstructions_are_scored_by_similarity():

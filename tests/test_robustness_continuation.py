@@ -338,5 +338,5 @@ def test_starts_that_do_not_fit(shape):
     attack = attacks.PGD(
         flat, Linf(0.1), num_steps=1, num_restarts=2, start=given(torch.rand(shape))
     )
-    with pytest.raises(ValueError, match=r"images must be one .* \(num_restarts, N, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match="images (must be one for every|has 2 entries)"):
         attack(x)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -137,6 +140,63 @@ def test_annealing_and_loader_generator_are_resumed(images, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+class Augmented(torch.utils.data.Dataset):
+    """Images that are dimmed at random, in different ways."""
+
+    def __init__(self, images, draw):
+        self.images, self.draw = images, draw
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index] * self.draw()
+
+
+def _sampled(images):
+    generator = torch.Generator().manual_seed(int(torch.randint(2**30, ())))
+    sampler = torch.utils.data.RandomSampler(images, generator=generator)
+    return torch.utils.data.DataLoader(images, 8, sampler=sampler)
+
+
+def _batch_sampled(images):
+    inner = torch.utils.data.BatchSampler(_sampled(images).sampler, 8, False)
+    return torch.utils.data.DataLoader(images, batch_sampler=inner)
+
+
+@pytest.mark.parametrize("killed_at", [2, 5, 8])
+@pytest.mark.parametrize(
+    "make",
+    [
+        _sampled,
+        _batch_sampled,
+        lambda images: torch.utils.data.DataLoader(Augmented(images, random.random), 8),
+        lambda images: torch.utils.data.DataLoader(
+            Augmented(images, lambda: np.float32(np.random.rand())),  # noqa: NPY002
+            8,
+        ),
+    ],
+    ids=["sampler", "batch sampler", "random", "numpy"],
+)
+def test_resumption_knows_all_generators(images, tmp_path, make, killed_at):
+    """Of samplers, NumPy and Python, too, not of torch and the loader alone."""
+
+    def run(objective, seed, path):
+        pyro.clear_param_store()  # as a new process would
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        vae = TutorialVAE()
+        fit(vae, objective, make(images), config(epochs=2, checkpoint_every=2), checkpoint=path)
+        return vae.state_dict()
+
+    whole = run(TraceMeanField_ELBO(), 0, None)
+    with pytest.raises(Killed):
+        run(KilledAfter(killed_at), 0, tmp_path / "c.pt")
+    resumed = run(TraceMeanField_ELBO(), 99, tmp_path / "c.pt")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_programs_without_a_module_train_and_resume(tmp_path):
     x = torch.rand(16, 1, 2, 2)
     path = tmp_path / "c.pt"
@@ -258,11 +318,20 @@ class TestErrors:
         ("changes", "message"),
         [
             ({"epochs": 0}, "epochs must be an integer of at least 1, got 0"),
-            ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
+            ({"learning_rate": -1.0}, "learning_rate must be a positive finite number, got -1.0"),
+            ({"learning_rate": "1e-3"}, "learning_rate must be a positive finite number, got '1e"),
+            ({"learning_rate": True}, "learning_rate must be a positive finite number, got True"),
             ({"schedule": "cosine"}, "schedule must be 'plateau', 'one_cycle' or 'constant'"),
             ({"factor": 1.5}, "factor must lie in (0, 1), got 1.5"),
-            ({"patience": -1}, "patience must be at least 0"),
-            ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
+            ({"factor": "0.5"}, "factor must lie in (0, 1), got '0.5'"),
+            ({"patience": -1}, "patience must be an integer of at least 0"),
+            ({"patience": 1.5}, "patience must be an integer of at least 0, got 1.5"),
+            ({"checkpoint_every": 0}, "checkpoint_every must be an integer of at least 1"),
+            ({"checkpoint_every": 2.5}, "checkpoint_every must be an integer of at least 1"),
+            ({"compile": "false"}, "compile must be True or False, got 'false'"),
+            ({"posterior_variance": "no"}, "posterior_variance must be True or False"),
+            ({"progress": 0}, "progress must be True or False, got 0"),
+            ({"name": 3}, "name must be text, got 3"),
         ],
     )
     def test_config(self, changes, message):
@@ -278,6 +347,25 @@ class TestErrors:
     def test_objective_must_be_an_elbo(self, images):
         with pytest.raises(ValueError, match="objective must be a Pyro ELBO"):
             fit(TutorialVAE(), nn.MSELoss(), loader(images), config())
+
+    def test_what_is_called_later_is_checked_at_the_start(self, images):
+        seen = []
+
+        class Counting(TraceMeanField_ELBO):
+            def loss_and_grads(self, *arguments):
+                seen.append(1)
+                return super().loss_and_grads(*arguments)
+
+        for settings, message in (
+            ({"on_epoch": "print"}, "on_epoch must be callable"),
+            ({"config": {"epochs": 1}}, "config must be a FitConfig"),
+        ):
+            given = {"config": config(), **settings}
+            with pytest.raises(ValueError, match=message):
+                fit(TutorialVAE(), Counting(), loader(images), **given)
+        assert not seen
+        with pytest.raises(ValueError, match="objective must be a Pyro ELBO"):
+            evaluate(TutorialVAE(), Trace_ELBO, loader(images))
 
     def test_images_out_of_range(self, images):
         with pytest.raises(ValueError, match=r"loader's first batch must lie in \[0, 1\]"):

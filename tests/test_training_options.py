@@ -44,7 +44,7 @@ def new(vae=TutorialVAE):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"clip_norm": 0.0}, "clip_norm must be positive, or None for no limit; got 0.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be a positive finite number, got 0.0"),
         ({"ema_decay": 1.0}, "ema_decay must lie in (0, 1), or be None for no average; got 1.0"),
         ({"precision": "half"}, "precision must be 'float32' or 'bfloat16', got 'half'"),
     ],

@@ -31,7 +31,13 @@ from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, plain
-from pyro_vae_defence.ops.files import atomic_save, load_tensors, naming
+from pyro_vae_defence.ops.files import (
+    atomic_save,
+    check_writable,
+    load_tensors,
+    naming,
+    real_place,
+)
 from pyro_vae_defence.ops.latents import rows, unfold
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import (
@@ -127,7 +133,13 @@ class Problem:
         """A random point of the ball, clipped so that the image is valid; or what is nearest to
         where to start from."""
         if self.start_from is not None:
-            return self.project(self.start_from(self.x_ref, self.streams) - self.x_ref)
+            found = self.start_from(self.x_ref, self.streams)
+            if found.shape != self.x_ref.shape:
+                raise ValueError(
+                    "start must return an image for each reference, shape "
+                    f"{tuple(self.x_ref.shape)}, got {tuple(found.shape)}"
+                )
+            return self.project(found.detach().to(self.x_ref.dtype) - self.x_ref)
         start = self.ball.random_start(self.x_ref, self.streams)
         return torch.minimum(torch.maximum(start, -self.x_ref), 1.0 - self.x_ref)
 
@@ -348,8 +360,8 @@ class Attack:
         return result
 
     def _check_entries(self, num_images: int) -> None:
-        """``ValueError`` if labels or targets are not of so many images."""
-        for prepared in (self.objective, self.stop):
+        """``ValueError`` if labels, targets or starts are not of so many images."""
+        for prepared in (self.objective, self.stop, self.start):
             if prepared is not None:
                 check_entries(prepared, num_images)
 
@@ -459,7 +471,15 @@ class _Progress:
     """Finished micro-batches and the one under way, in memory and in the checkpoint's file."""
 
     def __init__(self, attack: Attack, images: tuple[Tensor, ...], seed: int) -> None:
-        self.path = None if attack.checkpoint is None else Path(attack.checkpoint)
+        self.path: Path | None = None
+        if attack.checkpoint is not None:
+            try:
+                check_writable(attack.checkpoint)
+                self.path = real_place(attack.checkpoint)
+            except OSError as error:
+                raise ValueError(
+                    f"checkpoint {attack.checkpoint} cannot be written: {error}"
+                ) from error
         self.every = attack.checkpoint_every
         self.identity = "" if self.path is None else _identity(attack, images)
         self.seed = seed

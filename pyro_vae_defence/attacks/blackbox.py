@@ -42,7 +42,7 @@ from pyro_vae_defence.attacks.base import (
 )
 from pyro_vae_defence.attacks.pgd import Ascent
 from pyro_vae_defence.ops.balls import L2, Linf
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.types import Objective
 
@@ -108,8 +108,7 @@ class NES(Ascent):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("num_directions", self.num_directions)
-        if not self.scale > 0:
-            raise ValueError(f"scale must be positive, got {self.scale!r}")
+        check_positive("scale", self.scale)
         if self.num_directions % 2:
             raise ValueError(f"num_directions must be even, got {self.num_directions!r}")
 

@@ -46,6 +46,7 @@ def random_noise(x: Tensor, ball: Ball, generator: torch.Generator | None = None
     """
     check_images(x)
     check_ball(ball)
+    x = x.detach()  # or the noise would hang on it
     streams = Streams.create(x.shape[0], seed=draw_seed(generator), device=x.device)
     noise = streams.normal(0, 0, tuple(x.shape[1:]), x.dtype)
     perturbation = ball.project(ball.radius * ball.steepest_ascent(noise))

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.attacks.base import Attack, Problem, State, first_result, keep_best
+from pyro_vae_defence.ops.checks import check_not_negative, check_positive
 from pyro_vae_defence.ops.latents import rows
 
 PAPER_START_SCALE = 0.2
@@ -51,8 +52,8 @@ class Ascent(Attack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size!r}")
+        if self.step_size is not None:
+            check_positive("step_size", self.step_size)
 
     def _direction(self, problem: Problem, state: State, t: int) -> tuple[Tensor, Tensor, State]:
         """Value and direction at ``state["perturbation"]``, and what changes in the state."""
@@ -148,8 +149,7 @@ class MomentumPGD(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.decay >= 0:
-            raise ValueError(f"decay must be at least 0, got {self.decay!r}")
+        check_not_negative("decay", self.decay)
 
     def _start(self, problem: Problem) -> State:
         state = super()._start(problem)

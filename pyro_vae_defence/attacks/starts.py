@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks.base import BLACK_BOX_PURPOSE, Start, random_signs
 from pyro_vae_defence.attacks.noise import low_frequency_noise
-from pyro_vae_defence.attacks.objectives._rows import of_rows
+from pyro_vae_defence.attacks.objectives._rows import of_rows, with_entries
+from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.ops.streams import Streams
 
@@ -40,10 +41,15 @@ def other_class(labels: Tensor, images: Tensor, image_labels: Tensor) -> Start:
         image_labels: their classes, integers ``(K,)``.
 
     Raises:
-        ValueError: if ``image_labels`` are not those of the images, or there is a class of
-            references that all images have.
+        ValueError: for images not in [0, 1], classes that are no integers, or ``image_labels`` not
+            those of the images; if there is a class of references that all images have; and in an
+            attack on another number of references.
     """
-    if image_labels.shape != (len(images),):
+    check_images(images, "images")
+    for name, classes in (("labels", labels), ("image_labels", image_labels)):
+        if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dim() != 1:
+            raise ValueError(f"{name} must be a vector of integer classes, got {classes!r:.200}")
+    if len(image_labels) != len(images):
         raise ValueError(
             f"image_labels must be one class per image, shape ({len(images)},), got "
             f"{tuple(image_labels.shape)}"
@@ -57,12 +63,12 @@ def other_class(labels: Tensor, images: Tensor, image_labels: Tensor) -> Start:
 
     def start(x_ref: Tensor, streams: Streams) -> Tensor:
         own = of_rows(labels, streams, "labels")[:, None]
-        distance = torch.cdist(x_ref.flatten(1), images.flatten(1))
+        distance = torch.cdist(x_ref.flatten(1), images.flatten(1).to(x_ref.dtype))
         nearest = distance.masked_fill(own == image_labels, torch.inf).argsort(1)
         rank = streams.chain % (own != image_labels).sum(1)
         return images[nearest.gather(1, rank[:, None])[:, 0]]
 
-    return start
+    return with_entries(start, labels=labels)
 
 
 def stripes() -> Start:
@@ -90,8 +96,8 @@ def given(images: Tensor) -> Start:
     """Start from images ``(num_restarts, N, C, H, W)``, one for every restart and reference.
 
     Raises:
-        ValueError: in an attack whose images have another shape, or which has more of them or more
-            restarts.
+        ValueError: in an attack whose images have another shape or are another number, or which has
+            more restarts.
     """
 
     def start(x_ref: Tensor, streams: Streams) -> Tensor:
@@ -108,7 +114,7 @@ def given(images: Tensor) -> Start:
             )
         return images[streams.chain, streams.image]
 
-    return start
+    return with_entries(start, images=images[0]) if images.dim() == 5 else start
 
 
 def in_turn(*starts: Start) -> Start:
@@ -127,4 +133,9 @@ def in_turn(*starts: Start) -> Start:
         found = torch.stack([each(x_ref, own) for each in starts])
         return found[streams.chain % number, torch.arange(len(x_ref), device=x_ref.device)]
 
+    start.entries = {  # type: ignore[attr-defined]
+        f"{name} of start {number}": count
+        for number, each in enumerate(starts)
+        for name, count in getattr(each, "entries", {}).items()
+    }
     return start

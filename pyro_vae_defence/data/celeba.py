@@ -64,7 +64,8 @@ def load_celeba(root: Path, split: str, download: bool = False) -> ImageFiles:
         )
     chosen = [file for file, part in partition.items() if part == SPLITS.index(split)]
     paths = [pictures / file for file in chosen]
-    labels = (torch.tensor([attributes[file] for file in chosen]).reshape(-1, len(names)) + 1) // 2
+    signs = torch.tensor([attributes[file] for file in chosen], device="cpu")
+    labels = (signs.reshape(-1, len(names)) + 1) // 2
     return ImageFiles(paths, labels, "celeba64", split, names, (3, SIZE, SIZE), _crop_face)
 
 
@@ -78,7 +79,7 @@ def _crop_face(image: Image.Image) -> Image.Image:
 def _read_partition(path: Path) -> dict[str, int]:
     """File -> number of its split, in the order of :data:`SPLITS`."""
     partition = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         fields = line.split()
         if len(fields) != 2 or fields[1] not in ("0", "1", "2"):
             raise ValueError(f"{path}, line {number}: expected a file and 0, 1 or 2, got {line!r}")
@@ -88,7 +89,7 @@ def _read_partition(path: Path) -> dict[str, int]:
 
 def _read_attributes(path: Path) -> tuple[list[str], dict[str, list[int]]]:
     """Names of the attributes, and file -> one value of -1 or 1 per attribute."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     if len(lines) < 2 or not lines[0].strip().isdigit():
         raise ValueError(
             f"{path} must start with the number of images and the attributes' names; fetch it again"

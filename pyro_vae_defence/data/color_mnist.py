@@ -34,7 +34,10 @@ class ColoredImages(Images):
 
     def __init__(self, grey: Images, name: str) -> None:
         count = len(COLORS)
-        columns = grey.labels.repeat_interleave(count), torch.arange(count).repeat(len(grey))
+        columns = (
+            grey.labels.repeat_interleave(count),
+            torch.arange(count, device="cpu").repeat(len(grey)),
+        )
         super().__init__(torch.stack(columns, 1), name, grey.split, grey.class_names)
         self._grey = grey
         self.image_shape = 3, *grey.image_shape[1:]
@@ -42,7 +45,9 @@ class ColoredImages(Images):
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1], three channels."""
         items = self._items(index)
-        colors = torch.tensor(list(COLORS.values()), dtype=torch.float32)[items % len(COLORS)]
+        colors = torch.tensor([*COLORS.values()], dtype=torch.float32, device="cpu")[
+            items % len(COLORS)
+        ]
         return self._grey.images(items // len(COLORS)) * colors[..., None, None]
 
 

@@ -10,11 +10,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from pyro_vae_defence.ops.checks import check_tensor
 
 Index = int | slice | Tensor | Sequence[int]
 Split = Literal["train", "validation", "test"]
@@ -27,6 +30,16 @@ def default_root() -> Path:
     """Where full datasets are looked for: ``$PYRO_VAE_DEFENCE_DATA``, or the user's cache."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get(ROOT_VARIABLE) or cache / "pyro_vae_defence")
+
+
+def as_index(index: Any) -> Any:
+    """What tensors are to be indexed with: a tuple is for them one index per dimension, and a bool
+    a mask of them as a whole."""
+    if isinstance(index, (bool, np.bool_)):
+        raise ValueError(f"index must be the numbers of images, got {index!r}")
+    if index is None:
+        return slice(None)
+    return list(index) if isinstance(index, tuple) else index
 
 
 class Images(Dataset[tuple[Tensor, Tensor]], ABC):
@@ -55,7 +68,7 @@ class Images(Dataset[tuple[Tensor, Tensor]], ABC):
         return f"{type(self).__name__}({self.name!r}, {self.split!r}, {len(self)} images)"
 
     def __getitem__(self, index: Index) -> tuple[Tensor, Tensor]:
-        return self.images(index), self.labels[index]
+        return self.images(index), self.labels[as_index(index)]
 
     @abstractmethod
     def images(self, index: Index | None = None) -> Tensor:
@@ -63,7 +76,7 @@ class Images(Dataset[tuple[Tensor, Tensor]], ABC):
 
     def _items(self, index: Index | None) -> Tensor:
         """The numbers of the images at ``index``, int64; a scalar for one image."""
-        return torch.arange(len(self))[slice(None) if index is None else index]
+        return torch.arange(len(self), device="cpu")[as_index(index)]
 
 
 class ImageDataset(Images):
@@ -72,9 +85,11 @@ class ImageDataset(Images):
     def __init__(
         self, images: Tensor, labels: Tensor, name: str, split: str, class_names: Sequence[str]
     ) -> None:
+        check_tensor("images", images)
         if images.dtype != torch.uint8 or images.dim() != 4:
             found = f"{images.dtype} {tuple(images.shape)}"
             raise ValueError(f"images must be uint8 of shape (N, C, H, W), got {found}")
+        check_tensor("labels", labels)
         if labels.shape[:1] != images.shape[:1]:
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
         super().__init__(labels, name, split, class_names)
@@ -84,7 +99,7 @@ class ImageDataset(Images):
 
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
-        return self._images[slice(None) if index is None else index].float().div_(255)
+        return self._images[as_index(index)].float().div_(255)
 
 
 class PartOfImages(Images):

@@ -43,7 +43,7 @@ class ImageFiles(Images):
     """Images decoded one by one from their files, float32 in [0, 1].
 
     Args:
-        paths: one file per image.
+        paths: one file per image; the same files whatever directory is the current one later.
         labels, name, split, class_names: see :class:`~pyro_vae_defence.data.datasets.Images`.
         image_shape: ``(C, H, W)`` with 1 or 3 channels.
         prepare: cuts and scales a decoded image to ``H`` by ``W``.
@@ -67,7 +67,7 @@ class ImageFiles(Images):
                 "others can be made by a transform"
             )
         super().__init__(labels, name, split, class_names)
-        self.paths = tuple(os.fspath(path) for path in paths)
+        self.paths = tuple(os.path.abspath(path) for path in paths)
         self.image_shape, self._prepare = image_shape, prepare
 
     def images(self, index: Index | None = None) -> Tensor:
@@ -77,7 +77,7 @@ class ImageFiles(Images):
             ValueError: naming the file, if one is missing, truncated, no image, or unfit.
         """
         items = self._items(index)
-        pixels = torch.empty(items.numel(), *self.image_shape, dtype=torch.uint8)
+        pixels = torch.empty(items.numel(), *self.image_shape, dtype=torch.uint8, device="cpu")
         for row, item in zip(pixels, items.flatten().tolist()):
             row.copy_(self._read(self.paths[item]))
         return pixels.float().div_(255).reshape((*items.shape, *self.image_shape))
@@ -295,7 +295,8 @@ def load_folder(
             if other.is_dir() and other != folder and not other.name.startswith("."):
                 classes |= _classes_of(_files_of(other))
     names = sorted(classes) or [name]
-    labels = torch.tensor([names.index(file.parts[0]) if classes else 0 for file in files])
+    numbers = [names.index(file.parts[0]) if classes else 0 for file in files]
+    labels = torch.tensor(numbers, device="cpu")
     paths = [folder / file for file in files]
     if size is None or channels is None:
         channels, height, width = _common_shape(paths, size, channels)

@@ -24,7 +24,7 @@ from pyro_vae_defence.data.datasets import SPLITS, Images, PartOfImages, Split, 
 from pyro_vae_defence.data.fashion_mnist import FASHION_MNIST
 from pyro_vae_defence.data.mnist import MNIST
 from pyro_vae_defence.data.variants import ImageTransform, TexturedImages, TransformedImages, invert
-from pyro_vae_defence.ops.checks import as_device, check_integer
+from pyro_vae_defence.ops.checks import as_device, check_integer, plain
 
 # A new dataset is a file of this package and a line here: root, split, download -> images.
 _PLAIN: dict[str, Callable[[Path, str, bool], Images]] = {
@@ -115,7 +115,7 @@ def batches(
     order: Any = SequentialSampler(dataset)
     if shuffle:
         order = RandomSampler(dataset, generator=generator)
-    sampler = BatchSampler(order, batch_size, drop_last)
+    sampler = BatchSampler(order, plain(batch_size), drop_last)
     collate: Any = None if labels else images_alone
     if place is not None:
         collate = partial(_moved, place, collate or default_convert)
@@ -164,7 +164,13 @@ def stratified(
         int64 ``(num,)``, ordered by class in turn: any leading part is as balanced as it can be.
     """
     _check_dataset(dataset)
-    labels = dataset.labels if dataset.labels.dim() == 1 else dataset.labels[:, column]
+    check_integer("column", column, 0)
+    columns = dataset.labels if dataset.labels.dim() > 1 else dataset.labels[:, None]
+    if column >= columns.shape[1]:
+        raise ValueError(
+            f"column={column!r} must be below {columns.shape[1]}, the labels of {dataset!r}"
+        )
+    labels = columns[:, column]
     classes = labels.unique()
     check_integer("num", num)
     rounds = -(-num // len(classes))
@@ -176,7 +182,9 @@ def stratified(
                 f"num={num} needs {rounds} images of class {int(label)}, {dataset!r} has "
                 f"{len(members)}; ask for at most {len(members) * len(classes)}"
             )
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:rounds]])
+        chosen.append(
+            members[torch.randperm(len(members), generator=generator, device="cpu")[:rounds]]
+        )
     return torch.stack(chosen, 1).flatten()[:num]
 
 
@@ -200,10 +208,11 @@ def random_split(
         [500, 300, 200]
     """
     _check_dataset(dataset)
-    if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-6:
+    shares = [float(fraction) for fraction in fractions]
+    if not all(share > 0 for share in shares) or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(f"fractions={fractions} must be positive and sum to 1, e.g. (0.8, 0.2)")
-    shuffled = torch.randperm(len(dataset), generator=generator)
-    ends = [round(len(dataset) * sum(fractions[: i + 1])) for i in range(len(fractions))]
+    shuffled = torch.randperm(len(dataset), generator=generator, device="cpu")
+    ends = [round(len(dataset) * sum(shares[: i + 1])) for i in range(len(shares))]
     parts = [shuffled[start:end] for start, end in zip([0, *ends], ends)]
     if not all(len(part) for part in parts):
         raise ValueError(

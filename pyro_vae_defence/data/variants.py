@@ -54,7 +54,9 @@ class TransformedImages(Images):
         self._transform = transform
         # One image tells the shape; its draws must not shift those of the user's run.
         with torch.random.fork_rng(devices=[]):
-            channels, height, width = self._apply(torch.zeros(1, *dataset.image_shape)).shape[1:]
+            channels, height, width = self._apply(
+                torch.zeros(1, *dataset.image_shape, device="cpu")
+            ).shape[1:]
         self.image_shape = channels, height, width
 
     def images(self, index: Index | None = None) -> Tensor:

@@ -235,6 +235,7 @@ class BaseDefence(ABC):
     ) -> DefenceResult:
         # The generator is there for what :func:`public` does with it.
         started = time.perf_counter()
+        x = x.detach()  # or the result would hang on it
         with program.evaluation_mode(vae):
             x = self._filter(x)
             streams = Streams.create(

@@ -31,7 +31,8 @@ random noise of the same size, which tells a detector of attacks from one of any
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,13 +71,24 @@ def detection_scores(
         The scores that such a defence has: which ones depends on its settings, never on images.
 
     Raises:
-        ValueError: if ``variance`` has other sites than the latents.
+        ValueError: if ``variance`` has other sites or shapes than the latents, or a number that is
+            not positive.
     """
-    if variance is not None and variance.keys() != result.samples.keys():
-        raise ValueError(
-            f"variance must have the latents' sites {sorted(result.samples)}, got "
-            f"{sorted(variance)}"
-        )
+    if variance is not None:
+        check_variance(variance)
+        if variance.keys() != result.samples.keys():
+            raise ValueError(
+                f"variance must have the latents' sites {sorted(result.samples)}, got "
+                f"{sorted(variance)}"
+            )
+        for name, value in variance.items():
+            event = tuple(result.samples[name].shape[3:])
+            ends = zip(reversed(value.shape), reversed(event))
+            if value.dim() > len(event) or any(size not in (1, full) for size, full in ends):
+                raise ValueError(
+                    f"variance[{name!r}] must have one image's shape {event}, got "
+                    f"{tuple(value.shape)}"
+                )
     perturbation = getattr(defence, "perturbation", None)
     encoder, moves = isinstance(defence, EncoderDefence), _moves(defence)
     encoded = _encoded(defence)
@@ -136,6 +148,17 @@ def detection_scores(
         spread = {name: value - value.mean(0) for name, value in means.items()}
         scores["disagreement"] = _length(spread, variance).square().mean(0).sqrt()
     return scores
+
+
+def check_variance(variance: Any) -> None:
+    """``ValueError`` unless it holds positive numbers by site."""
+    if not (isinstance(variance, Mapping) and all(map(torch.is_tensor, variance.values()))):
+        raise ValueError(
+            f"variance must be a dict from site to tensor, got {type(variance).__name__}"
+        )
+    for name, value in variance.items():
+        if not value.is_meta and not bool(((value > 0) & value.isfinite()).all()):
+            raise ValueError(f"variance[{name!r}] must be positive and finite everywhere")
 
 
 def score_names(defence: Defence) -> tuple[str, ...]:
@@ -219,7 +242,7 @@ def runs(
 ) -> Iterator[DefenceResult]:
     """What ``defence`` returns for images, in micro-batches whose chains can be forgotten."""
     if isinstance(defence, BaseDefence):
-        yield from defence.parts(x, "x", draw_seed(generator), 0)
+        yield from defence.parts(x, "x", draw_seed(generator), 0, generator is not None)
     else:
         yield defence(x, generator)
 

@@ -58,7 +58,12 @@ from torch import Tensor
 from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks.noise import random_noise
 from pyro_vae_defence.defence.base import Defence, check_defence
-from pyro_vae_defence.defence.detection import detection_scores, runs, score_names
+from pyro_vae_defence.defence.detection import (
+    check_variance,
+    detection_scores,
+    runs,
+    score_names,
+)
 from pyro_vae_defence.defence.least_energy import (
     ENERGY_SCORES,
     calibrate_energies,
@@ -117,6 +122,8 @@ class Detector:
         check_defence(self.defence)
         if self.variance is None:
             self.variance = getattr(self.defence.vae, "mean_posterior_variance", None)
+        if self.variance is not None:
+            check_variance(self.variance)
         if self.score_name is None:
             aware = getattr(self.defence, "perturbation", None) is not None
             self.score_name = "energy_drop" if aware else "start_error"
@@ -163,7 +170,7 @@ class Detector:
                 "or mend the VAE"
             )
         self.false_alarm, self.threshold, self.clean_scores = false_alarm, threshold, found
-        self._anchors = anchors
+        self._anchors, self._fitted_to = anchors, self.score_name
         self._calibration = {fingerprint(image) for image in images}
         return self
 
@@ -337,6 +344,11 @@ class Detector:
     def _check_fitted(self) -> None:
         if not hasattr(self, "threshold"):
             raise ValueError("the detector has no threshold yet: call fit(clean_images) first")
+        if self._fitted_to != self.score_name:
+            raise ValueError(
+                f"the threshold is of score_name={self._fitted_to!r}, which is "
+                f"{self.score_name!r} now: call fit(clean_images) again"
+            )
 
 
 @dataclass(frozen=True)

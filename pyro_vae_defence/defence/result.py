@@ -83,12 +83,38 @@ class DefenceResult:
 
     @classmethod
     def join(cls, parts: Sequence[DefenceResult]) -> DefenceResult:
-        """The result of all images from those of consecutive micro-batches."""
+        """The result of all images from those of consecutive micro-batches.
+
+        Raises:
+            ValueError: for no part, or parts of different settings or shapes, as of two defences.
+        """
+        if not parts:
+            raise ValueError("parts is empty; join needs one result at least")
         if len(parts) == 1:
             return parts[0]
+        kinds = [part._kind() for part in parts]
+        for name, first in kinds[0].items():
+            if other := [kind[name] for kind in kinds if kind[name] != first]:
+                raise ValueError(
+                    f"results of different {name} are not joined: {first}, {other[0]}; they must "
+                    "be of one defence"
+                )
         seconds = sum(part.seconds for part in parts)
         joined = _along_images(torch.cat, [_per_image(part) for part in parts])
         return replace(parts[0], seconds=seconds, **joined)
+
+    def _kind(self) -> dict[str, Any]:
+        """What results of one defence have in common."""
+        own = {k: v for k, v in self.settings.items() if k not in OF_A_RUN}
+        samples = {n: (*v.shape[:2], *v.shape[3:]) for n, v in self.samples.items()}
+        return {
+            "settings": own,
+            "observation": self.observation,
+            "samples": samples,
+            "sample_stats": sorted(self.sample_stats),
+            "convergence": sorted(self.convergence),
+            "conditions": [value is None for value in self.conditions],
+        }
 
     def to_datatree(self, image: int | None = None, *, log_likelihood: VAE | None = None) -> Any:
         """The chains as an ``xarray.DataTree``; see :mod:`pyro_vae_defence.diagnostics`.
@@ -168,6 +194,8 @@ class DefenceResult:
 
 # Most images whose pixels' log-likelihoods are computed at a time.
 _ROWS = 4096
+OF_A_RUN = ("prepare_why_not",)
+"""Settings that say how a run went, and not what it was made with."""
 _OF_THE_WHOLE = ("seconds", "observation", "settings")
 _IMAGE_DIM = {"initial": 1, "samples": 2, "sample_stats": 2}  # 0 in all others
 

@@ -27,8 +27,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -174,7 +174,7 @@ class _Store:
     def check(self, place: Path) -> None:
         """Raise ``ValueError`` if something else is there than this store."""
         try:
-            found = json.loads((place / ".zattrs").read_text())
+            found = json.loads((place / ".zattrs").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{place} is no store of to_zarr; choose another path") from error
         was, now = _flat(found), _flat(self.identity)
@@ -199,7 +199,9 @@ class _Store:
 
         version: dict[str, Any] = {"zarr_format": 2} if int(zarr.__version__[0]) > 2 else {}
         self.partial.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(_NEW, f".{self.path.name}.", self.partial.parent))
+        # No mkdtemp, whose directories are their owner's alone whatever the umask.
+        new = self.partial.with_name(f".{self.path.name}.{secrets.token_hex(8)}{_NEW}")
+        new.mkdir()
         place = str(new)
         import xarray
 
@@ -221,7 +223,6 @@ class _Store:
             arrays[f"{name}/image"][:] = np.arange(length)
         zarr.consolidate_metadata(place)
         (new / _FINISHED).mkdir()
-        new.chmod(0o755)  # mkdtemp's directories are their owner's alone
         new.rename(self.partial)
 
     def put(self, groups: Mapping[str, xarray.Dataset], number: int, first: int) -> None:

@@ -184,7 +184,7 @@ class AnalysisBySynthesis:
         ):
             check_integer(name, getattr(self, name), least)
         if self.log_prior is not None:
-            found = torch.as_tensor(self.log_prior)
+            found = torch.as_tensor(self.log_prior, device="cpu")
             if tuple(found.shape) != (self.num_classes,) or not bool(found.isfinite().all()):
                 raise ValueError(
                     f"log_prior must be {self.num_classes} finite numbers, one per class, got "
@@ -370,7 +370,7 @@ class AnalysisBySynthesis:
     def _prior(self, like: Tensor) -> Tensor:
         if self.log_prior is None:
             return like.new_zeros(self.num_classes)
-        return torch.as_tensor(self.log_prior).to(like)
+        return torch.as_tensor(self.log_prior, device=like.device).to(like)
 
     def _check_images(self, x: Tensor) -> None:
         if isinstance(x, (tuple, list)):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_vae_defence.experiments.configuration import describe, parse_setting
+from pyro_vae_defence.experiments.configuration import describe, parse_settings
 
 if TYPE_CHECKING:
     from pyro_vae_defence.experiments.study import Measurement, Study
@@ -119,7 +119,7 @@ def _commands() -> str:
     lines = []
     for command, places in STUDIES.items():
         place = places[0].split(":")[0].replace(".", "/")
-        text = (Path(__file__).parent / f"{place}.py").read_text()
+        text = (Path(__file__).parent / f"{place}.py").read_text(encoding="utf-8")
         first = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
         lines.append(f"  {command:<12}{first}")
     lines += [f"  {command:<12}{what}" for command, what in BESIDE.items()]
@@ -131,7 +131,7 @@ def _study(command: str, words: Sequence[str]) -> None:
     options = _parser(command, studies).parse_args(words)
     if not all(study.shared for study in studies) and _superfluous(command):
         return
-    settings = dict(map(parse_setting, options.set))
+    settings = parse_settings(options.set)
     from pyro_vae_defence.experiments.study import check_pages, write_pages
     from pyro_vae_defence.ops import ranks
 

@@ -70,7 +70,8 @@ def one_of(known: Iterable[str]) -> Mark:
 not_empty = must_be("a tuple that is not empty", lambda value: isinstance(value, tuple) and value)
 
 Count = Annotated[int, at_least(1)]
-Natural = Annotated[int, at_least(0)]
+_for_torch = must_be("below 2**63, as torch's seeds are", lambda value: value < 2**63)
+Natural = Annotated[int, at_least(0), _for_torch]
 Several = Annotated[int, at_least(2)]
 """Of images whose figures get an interval."""
 _positive = must_be("positive and finite", lambda value: _is_number(value) and 0 < value < math.inf)
@@ -188,6 +189,20 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return key, value
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """:func:`parse_setting` of each, by key.
+
+    Raises:
+        ValueError: also for a key that is given two values.
+    """
+    found: dict[str, Any] = {}
+    for key, value in map(parse_setting, texts):
+        if key in found and found[key] != value:
+            raise ValueError(f"{key} is set twice, to {found[key]!r} and {value!r}; set it once")
+        found[key] = value
+    return found
 
 
 def describe(config: Any) -> Iterator[tuple[str, str, str]]:

@@ -671,7 +671,7 @@ def load(path: Path, run: str = "the experiment") -> dict[str, Any]:
         ValueError: if it is damaged.
     """
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"result file {path} is damaged ({error}); move it away and run {run} again"

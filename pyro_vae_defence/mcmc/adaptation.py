@@ -22,6 +22,7 @@ Kuzina, Welling, Tomczak, NeurIPS 2022, eq. 67.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,5 +143,5 @@ class PaperStepSize(StepSizeRule):
 
 
 def _check_target(target: float) -> None:
-    if not 0 < target < 1:
-        raise ValueError(f"target_accept_prob must lie in (0, 1), got {target}")
+    if not (isinstance(target, numbers.Real) and 0 < float(target) < 1):
+        raise ValueError(f"target_accept_prob must lie in (0, 1), got {target!r}")

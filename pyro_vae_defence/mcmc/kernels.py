@@ -29,7 +29,14 @@ from pyro_vae_defence.models.compiled import RecordedPotential
 from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.ops.boundary import drop_references, note, public, referenced
-from pyro_vae_defence.ops.checks import check_integer, check_positive, check_precision, plain
+from pyro_vae_defence.ops.checks import (
+    check_flag,
+    check_generator,
+    check_integer,
+    check_positive,
+    check_precision,
+    plain,
+)
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
@@ -117,6 +124,8 @@ class BatchedKernel(MCMCKernel):
                 raise ValueError(f"{name} must be callable, got {type(value).__name__}")
         step_size = check_positive("step_size", step_size)
         check_integer("burn_in", burn_in, 0)
+        check_flag("adapt_step_size", adapt_step_size)
+        check_generator(generator)
         if inverse_mass_matrix is not None:
             _check_inverse_mass(inverse_mass_matrix)
         # Built in any case, so that a target out of range never passes in silence.

@@ -29,7 +29,7 @@ from pyro_vae_defence.metrics.intervals import (
     check_bootstrap,
     tails,
 )
-from pyro_vae_defence.ops.checks import check_on_device
+from pyro_vae_defence.ops.checks import check_on_device, check_tensor
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
@@ -109,7 +109,9 @@ def detection_interval(
         )
     check_bootstrap(level, num_resamples, generator)
     negatives, positives = (v.detach().to("cpu", torch.float64) for v in (negatives, positives))
-    drawn = torch.randint(num_images, (num_resamples, num_images), generator=generator)
+    drawn = torch.randint(
+        num_images, (num_resamples, num_images), generator=generator, device="cpu"
+    )
     of_resamples = next((many for one, many in _OF_RESAMPLES if one is statistic), None)
     if of_resamples is not None:
         parts = drawn.split(RESAMPLES_AT_ONCE)
@@ -136,6 +138,7 @@ def rate_interval(alarms: Tensor, level: float = 0.95) -> Interval:
     Reference: Wilson, "Probable inference, the law of succession, and statistical inference", 1927,
     https://doi.org/10.1080/01621459.1927.10502953.
     """
+    check_tensor("alarms", alarms)
     if alarms.ndim != 1 or alarms.shape[0] == 0 or alarms.dtype != torch.bool:
         raise ValueError(
             f"alarms has shape {tuple(alarms.shape)} and dtype {alarms.dtype}: pass one bool per "
@@ -153,6 +156,7 @@ def rate_interval(alarms: Tensor, level: float = 0.95) -> Interval:
 
 def _check(negatives: Tensor, positives: Tensor) -> None:
     for name, scores in (("negatives", negatives), ("positives", positives)):
+        check_tensor(name, scores)
         if scores.ndim != 1 or scores.shape[0] == 0 or not scores.is_floating_point():
             raise ValueError(
                 f"{name} has shape {tuple(scores.shape)} and dtype {scores.dtype}: "

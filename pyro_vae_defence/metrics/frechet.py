@@ -23,9 +23,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.contract import check_networks_on_device
+from pyro_vae_defence.models.contract import (
+    check_images,
+    check_networks_on_device,
+    evaluation_mode,
+)
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_finite, check_on_device
+from pyro_vae_defence.ops.checks import check_finite, check_integer, check_on_device, check_tensor
 
 Extractor = Callable[[Tensor], Tensor]
 """Images ``(N, C, H, W)`` in [0, 1] -> features ``(N, F)``."""
@@ -42,6 +46,7 @@ def frechet_distance(features: Tensor, other: Tensor) -> Tensor:
         ValueError: the shapes do not fit, devices differ, or features are not finite.
     """
     for name, value in (("features", features), ("other", other)):
+        check_tensor(name, value)
         if value.ndim != 2 or value.shape[0] < 2 or value.shape[1] != features.shape[1]:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}: pass (N, F) with two rows or more and "
@@ -65,12 +70,17 @@ def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tens
 
     Args:
         x, y: images ``(N, C, H, W)`` and ``(M, C, H, W)`` in [0, 1].
-        extractor: images to features, e.g. ``models.classifier.ConvClassifier(...).features``.
+        extractor: images to features, e.g. ``models.classifier.ConvClassifier(...).features``; its
+            networks are in eval mode while it runs.
         rows: images at once.
+
+    Raises:
+        ValueError: the images are none in [0, 1], or as :func:`frechet_distance`.
     """
-    check_on_device("y", y, "x", x.device)
+    _check(x, y, rows)
     check_networks_on_device("extractor", extractor, "x", x)
-    sets = (torch.cat([extractor(batch) for batch in images.split(rows)]) for images in (x, y))
+    with evaluation_mode(extractor):
+        sets = [torch.cat([extractor(batch) for batch in images.split(rows)]) for images in (x, y)]
     return frechet_distance(*sets)
 
 
@@ -95,13 +105,13 @@ def fid(
             f"weights_path={str(weights_path)!r} is no file: download torch-fidelity's Inception "
             "weights and pass their path"
         )
+    _check(x, y, rows)
     for name, images in (("x", x), ("y", y)):
-        if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[0] < 2:
+        if images.shape[1] not in (1, 3) or images.shape[0] < 2:
             raise ValueError(
                 f"{name} has shape {tuple(images.shape)}: pass (N, C, H, W) with two images or "
                 "more and one or three channels"
             )
-        check_finite(name, images, "drop or repair these images first")
     path = None if weights_path is None else str(weights_path)
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -114,8 +124,15 @@ def fid(
     inception.to(x.device)
     for images, real in ((x, True), (y, False)):
         for batch in images.split(rows):
-            inception.update(batch.expand(-1, 3, -1, -1).clamp(0, 1), real=real)
+            inception.update(batch.expand(-1, 3, -1, -1), real=real)
     return inception.compute()
+
+
+def _check(x: Tensor, y: Tensor, rows: int) -> None:
+    check_images(x)
+    check_images(y, "y")
+    check_on_device("y", y, "x", x.device)
+    check_integer("rows", rows)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pyro_vae_defence.models.contract import check_range
 from pyro_vae_defence.ops.boundary import nested, public
-from pyro_vae_defence.ops.checks import check_finite, check_on_device
+from pyro_vae_defence.ops.checks import check_finite, check_on_device, check_positive, check_tensor
 
 MS_SSIM_VARIANTS = ("paper", "standard")
 """The variants of :func:`ms_ssim`."""
@@ -120,8 +120,7 @@ def mse(x: Tensor, y: Tensor, scale: float = 255.0) -> Tensor:
     decoded image does where its likelihood is Gaussian.
     """
     _check_pair(x, y, any_range=True)
-    if not scale > 0:
-        raise ValueError(f"scale={scale} must be positive: use 255 for the paper's units")
+    check_positive("scale", scale)
     return (scale * (x - y)).square().mean(dim=(1, 2, 3))
 
 
@@ -176,6 +175,8 @@ def _relu_power(base: Tensor, exponent: float) -> Tensor:
 
 
 def _check_pair(x: Tensor, y: Tensor, *, any_range: bool = False) -> None:
+    for name, images in (("x", x), ("y", y)):
+        check_tensor(name, images)
     if x.ndim != 4:
         raise ValueError(f"x has shape {tuple(x.shape)}: reshape the images to (N, C, H, W)")
     if x.shape != y.shape:

@@ -16,12 +16,13 @@ Efron, "Better bootstrap confidence intervals", 1987; https://doi.org/10.1080/01
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_generator, check_integer, check_tensor
 
 RESAMPLES_AT_ONCE = 256  # bounds the memory; fixed, so that results do not depend on it
 
@@ -80,11 +81,15 @@ def bootstrap_interval(
         ValueError: empty, non-finite or non-vector values, fewer than two groups, groups of another
             shape or dtype, or a level, number of resamples or statistic out of range.
     """
+    check_tensor("values", values)
+    if values.is_complex():
+        raise ValueError(f"values has dtype {values.dtype}: pass real numbers")
     if values.ndim != 1 or values.shape[0] == 0:
         raise ValueError(f"values has shape {tuple(values.shape)}: pass one value per image, (N,)")
     if count := int((~torch.isfinite(values)).sum()):
         raise ValueError(f"values has {count} non-finite entries: report and drop them first")
-    groups = torch.arange(len(values)) if groups is None else groups
+    groups = torch.arange(len(values), device="cpu") if groups is None else groups
+    check_tensor("groups", groups)
     if groups.shape != values.shape or groups.is_floating_point():
         raise ValueError(
             f"groups has shape {tuple(groups.shape)} and dtype {groups.dtype}: "
@@ -100,13 +105,13 @@ def bootstrap_interval(
         raise ValueError("values come from one image or group: an interval needs two or more")
 
     of_weighted = _weighted_mean if statistic == "mean" else _weighted_median
-    estimate = of_weighted(sample, torch.ones(1, len(sample), dtype=torch.float64))
+    estimate = of_weighted(sample, torch.ones_like(sample)[None])
     parts = []
     for start in range(0, num_resamples, RESAMPLES_AT_ONCE):
         # A resample is a count per unit.
         shape = (min(RESAMPLES_AT_ONCE, num_resamples - start), num_units)
-        drawn = torch.randint(num_units, shape, generator=generator)
-        ones = torch.ones(shape, dtype=torch.float64)
+        drawn = torch.randint(num_units, shape, generator=generator, device="cpu")
+        ones = sample.new_ones(shape)
         counts = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
         parts.append(of_weighted(sample, counts[:, unit]))
     resampled = torch.cat(parts)
@@ -131,7 +136,7 @@ def _weighted_median(values: Tensor, weights: Tensor) -> Tensor:
 
 def _acceleration_of_mean(values: Tensor, unit: Tensor, num_units: int) -> Tensor:
     def total(per_value: Tensor) -> Tensor:
-        return torch.zeros(num_units, dtype=values.dtype).index_add(0, unit, per_value)
+        return values.new_zeros(num_units).index_add(0, unit, per_value)
 
     sums, counts = total(values), total(torch.ones_like(values))
     left_out = (sums.sum() - sums) / (counts.sum() - counts)
@@ -153,16 +158,18 @@ def _bca_levels(
 
 def tails(level: float) -> Tensor:
     """Levels of the two quantiles between which a share ``level`` lies, float64 ``(2,)``."""
-    return torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    levels = [(1 - level) / 2, (1 + level) / 2]
+    return torch.tensor(levels, dtype=torch.float64, device="cpu")
 
 
 def check_bootstrap(level: float, num_resamples: int, generator: torch.Generator | None) -> None:
     """``ValueError`` unless the options of a bootstrap interval are in range."""
+    check_generator(generator)
     if generator is not None and generator.device.type != "cpu":
         raise ValueError(
             f"generator is on {generator.device}, but images are resampled on the CPU; pass "
             "torch.Generator()"
         )
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1: use 0.95 for 95 percent")
+    if not (isinstance(level, numbers.Real) and 0 < float(level) < 1):
+        raise ValueError(f"level={level!r} must lie between 0 and 1: use 0.95 for 95 percent")
     check_integer("num_resamples", num_resamples)

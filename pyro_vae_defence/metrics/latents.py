@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pyro_vae_defence.ops.checks import check_tensor
+
 ACTIVITY_THRESHOLD = 0.01
 """Burda et al. (2016), section 5.2."""
 
@@ -26,6 +28,9 @@ def active_units(means: Tensor, threshold: float = ACTIVITY_THRESHOLD) -> Tensor
         ValueError: fewer than two rows, no latent dimension, means that are not finite, or a
             negative threshold.
     """
+    check_tensor("means", means)
+    if not means.is_floating_point():
+        raise ValueError(f"means has dtype {means.dtype}: pass floating-point numbers")
     if means.ndim < 2 or means.shape[0] < 2:
         shape = tuple(means.shape)
         raise ValueError(f"means has shape {shape}: pass (N, *event), one row per image, N >= 2")

@@ -147,11 +147,18 @@ def sigmoid_schedule(num_steps: int, steepness: float = 4.0) -> Tensor:
         steepness: positive; near 0 the schedule is linear.
 
     Raises:
-        ValueError: an argument is not positive.
+        ValueError: an argument is not positive, or temperatures agree to the last digit.
     """
     check_integer("num_steps", num_steps)
     check_positive("steepness", steepness)
-    logistic = torch.linspace(-steepness, steepness, num_steps + 1, dtype=torch.float64).sigmoid()
+    ends = -steepness, steepness
+    grid = torch.linspace(*ends, num_steps + 1, dtype=torch.float64, device="cpu")
+    logistic = grid.sigmoid()
+    if not bool((logistic.diff() > 0).all()):
+        raise ValueError(
+            f"steepness={steepness!r} leaves no difference between temperatures in float64; use "
+            "one between 0.001 and 30"
+        )
     return (logistic - logistic[0]) / (logistic[-1] - logistic[0])
 
 

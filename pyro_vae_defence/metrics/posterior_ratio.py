@@ -27,7 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_on_device
+from pyro_vae_defence.ops.checks import check_on_device, check_tensor
 from pyro_vae_defence.types import LatentsLike, Potential
 
 
@@ -108,6 +108,7 @@ def _probability_of_distance(distance: int, n: int, m: int) -> float:
 
 
 def _sorted_sample(name: str, sample: Tensor) -> np.ndarray:
+    check_tensor(name, sample)
     if sample.ndim != 1 or sample.shape[0] == 0:
         raise ValueError(f"{name} has shape {tuple(sample.shape)}: pass a vector with values")
     values = np.sort(sample.detach().cpu().double().numpy())

@@ -107,8 +107,11 @@ class ImageMap(NamedTuple):
     def _counts(self) -> Tensor:
         """How often each pixel is observed."""
         size = torch.Size(self.shape).numel()
-        seen = [torch.arange(size) if s.pixels is None else s.pixels.cpu() for s in self.sites]
-        every = torch.cat([torch.empty(0, dtype=torch.long), *seen])
+        seen = [
+            torch.arange(size, device="cpu") if s.pixels is None else s.pixels.cpu()
+            for s in self.sites
+        ]
+        every = torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *seen])
         return torch.bincount(every, minlength=size)
 
     def check_known(self) -> None:
@@ -221,7 +224,7 @@ def probes(like: Tensor) -> Tensor:
     rows = [_LOW + (_HIGH - _LOW) * value.to(like.dtype) / digits for value in unit]
     rows += [torch.full_like(rows[0], edge) for edge in _EDGES]
     generator = torch.Generator().manual_seed(0)
-    noise = torch.rand(size, generator=generator, dtype=torch.float64).to(like)
+    noise = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu").to(like)
     rows.append(_EDGES[0] + (_EDGES[1] - _EDGES[0]) * noise)
     return torch.stack(rows).reshape((NUM_PROBES, *like.shape[1:]))
 

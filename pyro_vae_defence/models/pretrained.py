@@ -129,7 +129,7 @@ def load_card(name: str, directory: str | os.PathLike[str] | None = None) -> Wei
     """Read the card of a model; ``ValueError`` if there is no such model, or a damaged card."""
     path = find(name, directory) / f"{name}.json"
     with naming(f"card {path} is damaged", _RESTORE):
-        entries = json.loads(path.read_text())
+        entries = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(entries, dict):
             raise ValueError(f"it holds a {type(entries).__name__}, no entries by name")
         # A copy under another name is another model: what is measured goes to its own card.
@@ -203,7 +203,7 @@ def rebuild(
 
     Raises ``ValueError`` naming the file in ``directory`` if the weights do not fit.
     """
-    with _misfit(card, directory):
+    with _misfit(card, directory), torch.device("cpu"):  # whatever the caller's default is
         return architecture(card.architecture_config, tensors)
 
 

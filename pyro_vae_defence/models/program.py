@@ -325,7 +325,9 @@ def _check_log_density(vae: VAE, x: Tensor, made: list[str]) -> None:
     for site in sample_sites(trace).values():
         if isinstance(site["fn"], dist.Unit):  # a factor may hold it as well
             given = given + site["fn"].log_prob(site["value"]).sum()
-    if not torch.allclose(torch.as_tensor(given), expected, rtol=1e-3, atol=1e-2):
+    if not torch.allclose(
+        torch.as_tensor(given, device=expected.device), expected, rtol=1e-3, atol=1e-2
+    ):
         raise ValueError(
             f"sites {made} of the guide have the log_density {float(given):.6g} where their "
             f"function of the noise has {float(expected):.6g}; pass log_density, minus the "

@@ -190,7 +190,8 @@ def _same(one: Any, other: Any) -> bool:
     if ends is None or others is None:
         return type(one) is type(other)
     pairs = zip(ends, others, strict=True)
-    return all(bool((torch.as_tensor(a) == torch.as_tensor(b)).all()) for a, b in pairs)
+    on_host = [[torch.as_tensor(end, device="cpu") for end in pair] for pair in pairs]
+    return all(bool((a == b).all()) for a, b in on_host)
 
 
 def _map_bounds(support: Any, change: Callable[[Tensor], Tensor]) -> Any:

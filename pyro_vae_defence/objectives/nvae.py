@@ -177,7 +177,8 @@ def kl_balance_weights(config: NVAEConfig) -> Tensor:
     Per scale it grows as the number of latent variables, and the groups of a scale share it.
     """
     groups = enumerate(reversed(config.groups_per_scale))
-    alpha = torch.tensor([4.0**scale / count for scale, count in groups for _ in range(count)])
+    shares = [4.0**scale / count for scale, count in groups for _ in range(count)]
+    alpha = torch.tensor(shares, device="cpu")
     return alpha / alpha.min()
 
 

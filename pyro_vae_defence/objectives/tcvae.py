@@ -130,8 +130,8 @@ def _stratified_log_weights(batch_size: int, data_size: int) -> Tensor:
     if batch_size < 2:
         raise ValueError("estimator='mss' needs batches of at least 2 images; use 'mws' or drop it")
     others = batch_size - 1
-    weights = torch.full((batch_size, batch_size), 1 / others, dtype=torch.float64)
-    image = torch.arange(batch_size)
+    weights = torch.full((batch_size, batch_size), 1 / others, dtype=torch.float64, device="cpu")
+    image = torch.arange(batch_size, device="cpu")
     weights[image, (image + 1) % batch_size] = (data_size - others) / (data_size * others)
     weights[image, image] = 1 / data_size
     return weights.log()

@@ -24,11 +24,34 @@ def check_on_device(name: str, value: Tensor, other_name: str, device: torch.dev
         )
 
 
+def check_tensor(name: str, value: Any) -> None:
+    """``ValueError`` naming the argument unless it is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor, got a {type(value).__name__}; torch.as_tensor makes one"
+        )
+
+
+def check_generator(generator: Any) -> None:
+    """``ValueError`` unless it is a generator, or ``None``."""
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise ValueError(
+            "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), or "
+            f"None, got {generator!r}"
+        )
+
+
 def check_integer(name: str, value: Any, least: int = 1) -> None:
     """``ValueError`` naming the argument unless ``value`` is an integer of at least ``least``."""
     integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not (integer and value >= least):
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """``ValueError`` naming the argument unless it is a bool: any text, "false" too, is true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_positive(name: str, value: Any) -> float:
@@ -37,6 +60,13 @@ def check_positive(name: str, value: Any) -> float:
     if not (number and 0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return plain(value)
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """``ValueError`` naming the argument unless it is finite and at least 0."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (number and 0 <= value < math.inf):
+        raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,8 @@ import math
 import os
 import pickle
 import re
-import tempfile
+import secrets
+import stat
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,19 +30,18 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file for the block to write, which then takes the place of ``path``.
 
     No reader ever sees half a file, and an error within the block leaves ``path`` as it was.
-    Parent directories are made. ``OSError`` naming ``path`` if it cannot be written.
+    Parent directories are made. A file that is there keeps its permissions, a new one has what the
+    umask leaves; a symbolic link stays, and what it leads to is replaced. ``OSError`` naming
+    ``path`` if it cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(_PARTIAL, f".{path.name}.", path.parent)
-    temporary = Path(name)
-    os.close(descriptor)
+    path = real_place(path)
+    temporary = _new_beside(path)
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp's files are readable by their owner alone.
-        temporary.chmod(0o644)
+        with contextlib.suppress(FileNotFoundError):
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -49,6 +49,32 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             # As of a full disk, which does not say where it is.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def real_place(path: str | os.PathLike[str]) -> Path:
+    """The absolute path of a file to be written, wherever symbolic links lead.
+
+    Raises:
+        OSError: if a directory is there, or anything else that is no file, such as ``/dev/null``,
+            which a file would replace.
+    """
+    place = Path(os.path.realpath(path))
+    if place.is_dir():
+        raise IsADirectoryError(f"{path} is a directory")
+    if place.exists() and not place.is_file():
+        raise OSError(f"{path} is no ordinary file, and would be replaced by one; name another")
+    return place
+
+
+def _new_beside(path: Path) -> Path:
+    """An empty temporary file in the directory of ``path``, which is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        name = f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}"
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(path.with_name(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            os.close(descriptor)
+            return path.with_name(name)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
@@ -177,15 +203,11 @@ def check_archive(path: str | os.PathLike[str]) -> None:
 
 def remove_partial(path: Path) -> None:
     """Delete the temporary files that killed processes have left beside ``path``."""
+    path = real_place(path)
     for name in path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"):
         name.unlink(missing_ok=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """``OSError`` if :func:`atomic_path` could not write ``path``; its directory is made."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    _new_beside(real_place(path)).unlink()

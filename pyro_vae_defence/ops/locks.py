@@ -37,9 +37,8 @@ def sole_writer(path: str | os.PathLike[str]) -> Iterator[None]:
         ValueError: if another process, or another part of this one, is writing it; or if the lock
             is a file of another user.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # one name, whatever links lead there
     path.parent.mkdir(parents=True, exist_ok=True)
-    path = path.parent.resolve() / path.name  # one name, whatever links lead there
     place = path.with_name(f".{path.name}.lock")
     with _looking:
         if path in _held:

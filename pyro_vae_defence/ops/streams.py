@@ -25,6 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae_defence.ops.checks import check_generator
+
 Shape: TypeAlias = tuple[int, ...]
 
 _MASK = 0xFFFFFFFF
@@ -61,7 +63,11 @@ def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[An
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
-    """Draw a 62-bit seed from ``generator``, or from torch's global seed when it is ``None``."""
+    """Draw a 62-bit seed from ``generator``, or from torch's global seed when it is ``None``.
+
+    Raises ``ValueError`` for anything else, such as a number.
+    """
+    check_generator(generator)
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=device))
 

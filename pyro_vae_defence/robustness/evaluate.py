@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import pyro_vae_defence
-from pyro_vae_defence.attacks import APGD, random_noise
+from pyro_vae_defence.attacks import APGD, Attack, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.defence.base import check_defence
 from pyro_vae_defence.defence.store import fingerprint, held_by, weights_fingerprint
@@ -55,7 +55,7 @@ from pyro_vae_defence.models.conditions import same_vae, split
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_flag, check_integer
 from pyro_vae_defence.ops.files import check_writable
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
@@ -130,6 +130,7 @@ def evaluate_robustness(
     """
     conditions = split(x)[1]
     vae, x = program.at_images(vae, x)
+    x = x.detach()  # or the report would hang on it
     check_defence(defence, needs_vae=False)
     check_same(vae, defence, classifier)
     if len(x) < 2:
@@ -137,14 +138,17 @@ def evaluate_robustness(
     ball = check_ball(Linf(0.1) if ball is None else ball)
     if not (budget is None or isinstance(budget, Budget)):
         raise ValueError(f"budget must be a Budget such as Budget.quick(), got {budget!r}")
-    attacks = tuple(KNOWLEDGE) if attacks is None else attacks
+    if not callable(engine) or isinstance(engine, Attack):
+        raise ValueError(f"engine must be an optimiser such as attacks.APGD itself, got {engine!r}")
+    check_flag("checks", checks)
+    attacks = tuple(KNOWLEDGE if attacks is None else attacks)
     unknown = sorted(set(attacks) - set(KNOWLEDGE))
     if unknown or not attacks:
         raise ValueError(
             f"attacks must be names among {', '.join(KNOWLEDGE)}, got {unknown or attacks}"
         )
     labels = check_labels(labels, x, classifier)
-    check_seed(defence_seed)
+    defence_seed = check_seed(defence_seed)
     budget = budget or Budget.standard()
     identity = ""
     if checkpoint is not None:
@@ -214,12 +218,14 @@ def _own(value: Any, depth: int = 5) -> Any:
     return [type(value).__qualname__, own({k: v for k, v in held.items() if k not in apart})]
 
 
-def check_seed(defence_seed: Any) -> None:
-    """Refuse what is no seed of a generator."""
-    if defence_seed is not None:
-        check_integer("defence_seed", defence_seed, 0)
-        if defence_seed >= 2**63:
-            raise ValueError(f"defence_seed must be below 2**63, got {defence_seed!r}")
+def check_seed(defence_seed: Any) -> int | None:
+    """The seed; what is none of a generator is refused."""
+    if defence_seed is None:
+        return None
+    check_integer("defence_seed", defence_seed, 0)
+    if defence_seed >= 2**63:
+        raise ValueError(f"defence_seed must be below 2**63, got {defence_seed!r}")
+    return int(defence_seed)
 
 
 def check_same(vae: VAE, defence: Defence, classifier: Any) -> None:
@@ -241,7 +247,12 @@ def check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
     """Labels as int64 on the device of the images ``x``."""
     if labels is None:
         return None
-    found = torch.as_tensor(labels, device=x.device)
+    try:
+        found = torch.as_tensor(labels, device=x.device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"labels must be classes, integers from 0 on, got {labels!r:.200}"
+        ) from error
     if tuple(found.shape) != (len(x),):
         raise ValueError(f"labels must have shape ({len(x)},), got {tuple(found.shape)}")
     if classifier is None:

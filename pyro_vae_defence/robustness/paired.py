@@ -114,6 +114,6 @@ def sign_flip_chance(values: Tensor, generator: torch.Generator | None = None) -
     bar = float(values.sum().abs() - 1e-6 * values.abs().sum())
     reached = 1
     for _ in range(_FLIPS // _AT_ONCE):
-        ones = torch.randint(2, (_AT_ONCE, len(values)), generator=generator)
+        ones = torch.randint(2, (_AT_ONCE, len(values)), generator=generator, device="cpu")
         reached += int((((2 * ones - 1).double() @ values).abs() >= bar).sum())
     return reached / (_FLIPS + 1)

@@ -28,7 +28,7 @@ from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import split
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import as_device, check_integer
 from pyro_vae_defence.ops.files import naming, write_atomically
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.evaluate import check_same, check_seed
@@ -147,7 +147,8 @@ def rescore(
             fit it.
     """
     check_integer("num_draws", num_draws)
-    check_seed(defence_seed)
+    defence_seed = check_seed(defence_seed)
+    device = as_device("device", device)
     check_same(vae, defence, classifier)
     report = load_attacked(path, device)
     needed = {

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import plots
+from pyro_vae_defence.defence.result import OF_A_RUN
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.html import interval as interval_text
 from pyro_vae_defence.robustness import html
@@ -31,7 +32,6 @@ from pyro_vae_defence.robustness.suite import KNOWLEDGE
 SUMMARIES = ("mean", "single", "worst_of_n", "averaged")
 """What a report says of the draws of an image."""
 
-_OF_A_RUN = ("prepare_why_not",)
 _IMAGES = ("x_adv", "examples", "x_ref", "labels", "conditions")  # not in JSON
 _CHECK = "check "  # how the reasons of checks begin
 
@@ -230,7 +230,7 @@ class RobustnessReport:
             "checks": tuple(Check(**entry) for entry in found["checks"]),
             "reasons": tuple(found["reasons"]),
             "strongest": tuple(found["strongest"]),
-            "per_image": values.get("robust/mean", torch.tensor(found["per_image"])),
+            "per_image": values.get("robust/mean", torch.tensor(found["per_image"], device="cpu")),
             "values": values,
             "evidence": evidence,
             "x_adv": None,
@@ -263,7 +263,7 @@ class RobustnessReport:
         for name in ("figure", "threat_model", "budget", "defence"):
             several = [getattr(report, name) for report in reports]
             if name == "defence":  # what it is, and not how a run went
-                several = [{k: v for k, v in s.items() if k not in _OF_A_RUN} for s in several]
+                several = [{k: v for k, v in s.items() if k not in OF_A_RUN} for s in several]
             if any(each != several[0] for each in several):
                 raise ValueError(f"reports of different {name} are not joined: {several[0]}, ...")
         known = {report.weights: number for number, report in enumerate(reports) if report.weights}
@@ -455,6 +455,6 @@ def _tensors(texts: Mapping[str, str]) -> dict[str, Tensor]:
     found = {}
     for name, text in texts.items():
         kind, *numbers = text.split()
-        exact = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+        exact = torch.tensor([*map(float, numbers)], dtype=torch.float64, device="cpu")
         found[name] = exact.to(getattr(torch, kind))
     return found

@@ -167,6 +167,8 @@ class Similarity(Scorer):
         self.figure = "similarity" if compare else metrics.metric_name("ms_ssim", "paper")
         self.compare = compare or functools.partial(metrics.ms_ssim, variant="paper")
         self.reference, again = (NoDefence(box.vae)(x, fresh()).reconstruction for _ in range(2))
+        if compare is not None:
+            _check_similarity(compare, self.reference)
         self.undefended = self.compare(self.reference, again)
 
     def at(self, rows: slice) -> Similarity:
@@ -179,6 +181,28 @@ class Similarity(Scorer):
         images = lat.unfold(result.reconstruction, num_draws)
         per_draw = torch.stack([self.compare(image, self.reference) for image in images])
         return Scores(per_draw, self.compare(images.mean(0), self.reference))
+
+
+def _check_similarity(compare: Any, images: Tensor) -> None:
+    """``ValueError`` unless it says per image how alike two are, and not how far apart."""
+    if not callable(compare):
+        raise ValueError(f"similarity must map two batches of images to numbers, got {compare!r}")
+    with torch.no_grad():
+        same, inverted = compare(images, images), compare(images, 1 - images)
+    for found in (same, inverted):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else None
+        if shape != (len(images),) or not found.is_floating_point():
+            what = type(found).__name__ if shape is None else f"{found.dtype} of shape {shape}"
+            raise ValueError(
+                "similarity must return one floating-point number per pair of images, shape "
+                f"({len(images)},), got {what}; average over pixels, not over images"
+            )
+    if bool(inverted.mean() > same.mean()):
+        raise ValueError(
+            "similarity must be 1 for equal images and less for others, but it is "
+            f"{float(same.mean()):.4g} for images and themselves, {float(inverted.mean()):.4g} for "
+            "them and their inverse: a distance has to be turned round, such as 1 - distance"
+        )
 
 
 def make_scorer(

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from pyro_vae_defence.ops.files import atomic_save, load_tensors, naming
+from pyro_vae_defence.ops.files import atomic_save, load_tensors, naming, real_place
 from pyro_vae_defence.robustness.scoring import Fresh
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 
@@ -45,7 +44,7 @@ class Steps:
         seed: int,
         device: torch.device,
     ) -> None:
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else real_place(path)
         self.identity, self.seed = identity, seed
         self._done: dict[str, tuple[Any, dict[str, Any]]] = {}
         self._before, self._began = 0.0, time.perf_counter()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pyro_vae_defence.ops.files import load_tensors, naming
@@ -28,21 +30,52 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def get_rng(loader: Iterable[Any]) -> dict[str, Any]:
-    """States of torch's global generators and of the loader's own."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state()}
+    """States of the global generators of torch, NumPy and Python, and of a loader's own."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002  # the global one's
+    name, words, *rest = numpy
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(words.astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
-    generator = getattr(loader, "generator", None)
-    if isinstance(generator, torch.Generator):
-        state["loader"] = generator.get_state()
+    own, of_samplers = _generators(loader)
+    if own is not None:
+        state["loader"] = own.get_state()
+    state["samplers"] = [generator.get_state() for generator in of_samplers]
     return state
 
 
 def set_rng(state: dict[str, Any], loader: Iterable[Any]) -> None:
-    """Undo :func:`get_rng`."""
+    """Undo :func:`get_rng`; files of earlier versions do not hold all of it."""
     torch.set_rng_state(state["torch"])
+    if "numpy" in state:
+        name, words, *rest = state["numpy"]
+        words = words.numpy().astype(np.uint32)
+        np.random.set_state((name, words, *rest))  # noqa: NPY002
+    if "python" in state:
+        random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    generator = getattr(loader, "generator", None)
-    if isinstance(generator, torch.Generator) and "loader" in state:
-        generator.set_state(state["loader"])
+    own, of_samplers = _generators(loader)
+    if own is not None and "loader" in state:
+        own.set_state(state["loader"])
+    for generator, known in zip(of_samplers, state.get("samplers", ())):
+        generator.set_state(known)
+
+
+def chain(loader: Any) -> Iterator[Any]:
+    """A loader, its sampler, that one's, and so on."""
+    while loader is not None:
+        yield loader
+        inner = getattr(loader, "batch_sampler", None)
+        loader = getattr(loader, "sampler", None) if inner is None else inner
+
+
+def _generators(loader: Any) -> tuple[torch.Generator | None, list[torch.Generator]]:
+    """The loader's own generator, if it has one, and others that its samplers have."""
+    found = [getattr(each, "generator", None) for each in chain(loader)]
+    own = found[0] if isinstance(found[0], torch.Generator) else None
+    others = [each for each in found[1:] if isinstance(each, torch.Generator)]
+    return own, [each for each in dict.fromkeys(others) if each is not own]

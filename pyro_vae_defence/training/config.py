@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import inf
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
-from pyro_vae_defence.ops.checks import check_integer, plain
+from pyro_vae_defence.ops.checks import check_flag, check_integer, check_positive, plain
 from pyro_vae_defence.types import Latents
 
 LearningRateSchedule = Literal["plateau", "one_cycle", "constant"]
@@ -65,23 +65,35 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs)
-        clip, ema, every = self.clip_norm, self.ema_decay, self.checkpoint_every
+        check_integer("patience", self.patience, 0)
+        check_positive("learning_rate", self.learning_rate)
+        if self.clip_norm is not None:
+            check_positive("clip_norm", self.clip_norm)
+        if self.checkpoint_every is not None:
+            check_integer("checkpoint_every", self.checkpoint_every)
+        for name in ("compile", "posterior_variance", "progress"):
+            check_flag(name, getattr(self, name))
+        ema, factor = self.ema_decay, self.factor
         schedules, precisions = get_args(LearningRateSchedule), get_args(Precision)
         allowed = {
-            "learning_rate": (0 < self.learning_rate < inf, "be positive,"),
             "schedule": (self.schedule in schedules, "be 'plateau', 'one_cycle' or 'constant',"),
-            "factor": (0 < self.factor < 1, "lie in (0, 1),"),
-            "patience": (self.patience >= 0, "be at least 0,"),
-            "clip_norm": (clip is None or 0 < clip < inf, "be positive, or None for no limit;"),
-            "ema_decay": (ema is None or 0 < ema < 1, "lie in (0, 1), or be None for no average;"),
+            "factor": (_is_share(factor), "lie in (0, 1),"),
+            "ema_decay": (
+                ema is None or _is_share(ema),
+                "lie in (0, 1), or be None for no average;",
+            ),
             "precision": (self.precision in precisions, "be 'float32' or 'bfloat16',"),
-            "checkpoint_every": (every is None or every >= 1, "be at least 1,"),
+            "name": (isinstance(self.name, str), "be text,"),
         }
         for name, (holds, rule) in allowed.items():
             if not holds:
                 raise ValueError(f"{name} must {rule} got {getattr(self, name)!r}")
         for entry in fields(self):
             object.__setattr__(self, entry.name, plain(getattr(self, entry.name)))
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and 0 < float(value) < 1
 
 
 @dataclass(frozen=True)

@@ -76,10 +76,11 @@ def fit(
 
     With ``checkpoint`` the run is resumed from that file when it exists, and continues exactly
     where it stood, whenever it was killed: on the same machine and number of threads the weights
-    equal those of an uninterrupted run. Exact resumption needs a loader whose order depends on
-    torch's global seed, on its own ``generator`` attribute, or on ``set_epoch`` of its sampler,
-    alone (``torch.utils.data.DataLoader`` does). What programs count themselves has to be a buffer
-    of a module.
+    equal those of an uninterrupted run. Exact resumption needs a loader whose order, and whose
+    random transforms, depend on the global seeds of torch, NumPy and Python, on the ``generator``
+    attribute of itself or its samplers, or on ``set_epoch`` of a sampler, alone
+    (``torch.utils.data.DataLoader`` does). What programs count themselves has to be a buffer of a
+    module.
 
     What is trained is what the programs register with Pyro, whenever they do. Modules are found
     wherever the programs reach them (:func:`pyro_vae_defence.models.modules.modules_of`).
@@ -111,7 +112,7 @@ def fit(
             module by their names. An average is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
         on_epoch: called with each new entry of the history, the weights being those validated. What
-            it draws from torch's generators does not change the run.
+            it draws from global generators does not change the run.
         device: where to train, e.g. ``"cuda"``: all modules of the VAE are moved there, and stay
             there, and so is every batch. Parameters of no module are made by the programs, where
             the images are. ``None`` leaves the modules where they are and moves batches to the
@@ -131,11 +132,12 @@ def fit(
     """
     program.check_vae(vae)
     note(modules_of(vae))
-    if not isinstance(objective, ELBO):
-        raise ValueError(
-            f"objective must be a Pyro ELBO such as pyro.infer.Trace_ELBO(), got {objective!r}"
-        )
+    _check_objective(objective)
     config = FitConfig() if config is None else config
+    if not isinstance(config, FitConfig):
+        raise ValueError(f"config must be a FitConfig such as FitConfig(epochs=10), got {config!r}")
+    if not (on_epoch is None or callable(on_epoch)):
+        raise ValueError(f"on_epoch must be callable, an entry of the history, got {on_epoch!r}")
     if config.schedule == "plateau" and validation is None:
         raise ValueError(
             "schedule='plateau' watches the validation loss: pass validation=..., "
@@ -153,7 +155,8 @@ def fit(
                 f"or a DataLoader, got {batches!r}"
             )
     run = _Run(vae, objective, loader, config, validation, place)
-    path = None if checkpoint is None else Path(checkpoint)
+    # Wherever links lead, and whatever directory is the current one later.
+    path = None if checkpoint is None else Path(os.path.realpath(checkpoint))
     with contextlib.ExitStack() as stack:
         if path is not None:
             _take_place(path, stack)
@@ -199,10 +202,19 @@ def evaluate(vae: VAE, objective: Any, loader: Iterable[Any]) -> float:
 
     Batches are what :func:`fit` takes, checked and moved to the VAE's device in the same way.
     """
+    program.check_vae(vae)
+    _check_objective(objective)
     total, count = _loss_and_count(Reader(vae), objective, loader, "loader")
     if count == 0:
         raise ValueError("the loader is empty; pass at least one batch")
     return total / count
+
+
+def _check_objective(objective: Any) -> None:
+    if not isinstance(objective, ELBO):
+        raise ValueError(
+            f"objective must be a Pyro ELBO such as pyro.infer.Trace_ELBO(), got {objective!r}"
+        )
 
 
 def _loss_and_count(
@@ -248,11 +260,9 @@ def _open_log(
 
 def _set_epoch(loader: Any, epoch: int) -> None:
     """Tell samplers that shuffle by epoch, as torch's distributed one, which epoch it is."""
-    while loader is not None:
-        if callable(getattr(loader, "set_epoch", None)):
-            loader.set_epoch(epoch)
-        inner = getattr(loader, "batch_sampler", None)
-        loader = getattr(loader, "sampler", None) if inner is None else inner
+    for each in checkpoints.chain(loader):
+        if callable(getattr(each, "set_epoch", None)):
+            each.set_epoch(epoch)
 
 
 class _Run:

@@ -78,7 +78,7 @@ def check_shares(length: int | None, x: Tensor | None) -> None:
 def separate_noise() -> None:
     """Seed the processes differently, from what each has in its global generator."""
     if world_size() > 1:
-        torch.manual_seed(int(torch.randint(2**62, ())) + rank())
+        torch.manual_seed(int(torch.randint(2**62, (), device="cpu")) + rank())
 
 
 def total(*numbers: float) -> list[float]:

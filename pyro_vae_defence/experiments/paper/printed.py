@@ -34,7 +34,7 @@ class Printed(NamedTuple):
 @functools.cache
 def printed() -> tuple[Printed, ...]:
     """All printed numbers, in the order of the paper."""
-    with Path(__file__).with_name("printed.csv").open(newline="") as file:
+    with Path(__file__).with_name("printed.csv").open(newline="", encoding="utf-8") as file:
         return tuple(Printed(**row) for row in csv.DictReader(file))
 
 
