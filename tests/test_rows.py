@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
 from pyro_vae_defence import attacks, metrics
@@ -189,6 +190,36 @@ def test_energies_that_read_the_image_have_no_perturbation(vae):
         program.potential(vae, x, Linf(0.1))
 
 
+MISSING = {
+    "black pixels masked": lambda x, mean: dist.Normal(mean, 0.1).mask(x.flatten(1) > 0),
+    "white pixels masked": lambda x, mean: dist.Normal(mean, 0.1).mask(x.flatten(1) < 1),
+    "black pixels uncertain": lambda x, mean: dist.Normal(
+        mean, torch.where(x.flatten(1) == 0, 1.0, 0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("likelihood", MISSING.values(), ids=MISSING)
+def test_pixels_that_stand_for_missing_ones_have_no_perturbation(likelihood):
+    """A perturbation could make a pixel count that did not, or hide it."""
+    vae = changed(likelihood=lambda x, mean: likelihood(x, mean).to_event(1))
+    z = {"z": torch.randn(4, 3)}
+    decoded = program.decode(vae, z, SHAPE)
+    torch.testing.assert_close(decoded.flatten(1), (z["z"] @ WEIGHT).sigmoid())
+    with pytest.raises(ValueError, match="reads the image otherwise than to observe it"):
+        program.potential(vae, images(4), Linf(0.1))
+
+
+def test_a_mean_that_reads_black_pixels_is_not_decoded():
+    vae = changed(
+        likelihood=lambda x, mean: dist.Normal(
+            torch.where(x.flatten(1) == 0, 0.0, mean), 0.1
+        ).to_event(1)
+    )
+    with pytest.raises(ValueError, match="the model reads the image"):
+        NoDefence(vae)(images(3))
+
+
 OTHER_PIXELS = {
     "background removed": lambda x: torch.where(x < 0.2, 0.0, x).flatten(1),
     "light saturated": lambda x: torch.where(x > 0.8, 1.0, x).flatten(1),
@@ -264,6 +295,47 @@ def test_units_that_are_a_condition_are_refused():
     same = NoDefence(Conditioned())((x, torch.full((4,), 2.0)))
     expected = (same.latents["z"] @ WEIGHT).sigmoid()
     torch.testing.assert_close(same.reconstruction.flatten(1), expected)
+
+
+class Labelled(Programs):
+    """Observes the image and, where it is known, its class."""
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            pyro.sample(
+                "obs", dist.Normal((z @ WEIGHT).sigmoid(), 0.1).to_event(1), obs=x.flatten(1)
+            )
+            with poutine.mask(mask=y >= 0):
+                pyro.sample("label", dist.Categorical(logits=z), obs=y.clamp(min=0))
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.q(x))
+
+
+def test_classes_that_are_observed_are_not_perturbed():
+    x, y, z = images(4), torch.tensor([0, 2, -1, 1]), torch.randn(4, 3)
+    vae, x = program.at_images(Labelled(), (x, y))
+    label = z.log_softmax(1).gather(1, y.clamp(min=0)[:, None])[:, 0]
+    expected = program.potential(Programs(), x, Linf(0.1))({"z": z}) - label * (y >= 0)
+    torch.testing.assert_close(program.potential(vae, x, Linf(0.1))({"z": z}), expected)
+
+
+def test_a_class_that_says_which_part_is_observed_is_no_label():
+    """Under the class of the first image nothing of it is."""
+
+    class Shown(Labelled):
+        def model(self, x, y):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior(x))
+                fn = dist.Normal((z @ WEIGHT).sigmoid(), 0.1).to_event(1)
+                pyro.sample("obs", fn, obs=x.flatten(1))
+                pyro.sample("shown", fn, obs=y[:, None] * x.flatten(1))
+
+    vae, x = program.at_images(Shown(), (images(3), torch.tensor([0.0, 1.0, 1.0])))
+    with pytest.raises(ValueError, match=r"another kind at \['shown'\]"):
+        program.potential(vae, x, Linf(0.1))
 
 
 def test_none_among_conditions():

@@ -12,8 +12,9 @@ average of pixels, noise) is found out by that. Means of the likelihood, draws f
 and range of a perturbation go through the map; a user's images stay in [0, 1].
 
 A model that *reads* its image otherwise than to observe it has no mean image given latents alone:
-with latents the same and images not, its likelihood differs. Such programs are not decoded. They
-pass what they read as a condition (:mod:`pyro_vae_defence.models.conditions`), or have a method
+with latents the same and images not, its likelihood differs; where pixels that are exactly black or
+white stand for missing ones, at these alone. Such programs are not decoded. They pass what they
+read as a condition (:mod:`pyro_vae_defence.models.conditions`), or have a method
 ``to_images(latents, *conditions)``.
 """
 
@@ -260,20 +261,25 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         trace = run_on("vae.model", one, x)
         sites = sample_sites(trace)
         latents = {n: site["value"] for n, site in sites.items() if not site["is_observed"]}
-        # Latents as they were, other images, and one image more: what changes has seen images.
+        # Latents as they were, other images, and more of them: what changes has seen images.
         dims = {n: rows_dim(s) for n, s in sites.items()}
-        more = {n: torch.cat([v, v.narrow(dims[n], 0, 1)], dims[n]) for n, v in latents.items()}
-        others_x = torch.cat([x.roll(1, 0), torch.ones_like(x[:1])])
+        extremes = torch.stack([torch.zeros_like(x[0]), torch.ones_like(x[0])])
+        others_x = torch.cat([x.roll(1, 0), extremes])
+        rows_of = torch.cat([torch.arange(len(x)), torch.zeros(len(extremes), dtype=torch.long)])
+        rows_of = rows_of.to(x.device)
+        more = {n: v.index_select(dims[n], rows_of) for n, v in latents.items()}
         conditioned = poutine.condition(one, data=more)
         moved = sample_sites(run_on("vae.model", conditioned, others_x))
         for each, number in ((sites, len(x)), (moved, len(others_x))):
             for site in each.values():
                 data_frame(site, number)
-        # One image under the conditions of all.
-        every = {}
+        # One image, and another, under the conditions of all.
+        every, other = {}, {}
         if isinstance(model, BoundProgram) and model.num_images > 1:
-            same = x[-1:].expand(model.num_images, *shape)
-            every = sample_sites(run_on("vae.model", model, same))
+            every, other = (
+                sample_sites(run_on("vae.model", model, same.expand(model.num_images, *shape)))
+                for same in (x[-1:], x[:1])
+            )
     images: list[ImageSite] = []
     others: list[str] = []
     noisy: list[str] = []
@@ -284,19 +290,24 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             continue
         value = site["value"]
         rows = image_rows(value, site)
-        if _differ(rows, image_rows(moved[name]["value"], moved[name])[:-1].roll(-1, 0)):
+        if _differ(rows, image_rows(moved[name]["value"], moved[name])[: len(x)].roll(-1, 0)):
             noisy.append(name)
             continue
         found = _read_site(name, rows.to(x.dtype), x.flatten(1))
         if found is not None and found.scale is not None and found.shift is not None:
             scale, shift = (_in_layout(part, site) for part in (found.scale, found.shift))
             found = found._replace(scale=scale, shift=shift)
-        alike = not every or not _differ(image_rows(every[name]["value"], every[name]), rows[-1:])
+        label = found is not None and found.pixels is not None and len(found.pixels) == 0
+        alike = True
+        if every:
+            under_all = image_rows(every[name]["value"], every[name])
+            expected = image_rows(other[name]["value"], other[name]) if label else rows[-1:]
+            alike = not _differ(under_all, expected)
         if found is None or not alike:
             others.append(name)
             continue
-        if found.pixels is not None and len(found.pixels) == 0:
-            continue  # a further observation, such as a label
+        if label:
+            continue  # a further observation, whatever the conditions
         images.append(found)
         try:
             mean = site["fn"].mean
@@ -311,8 +322,8 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             each.expand(s["value"].shape)
             for each, s in ((mean, site), (moved[name]["fn"].mean, moved[name]))
         )
-        reads |= _differ(image_rows(here, site), image_rows(there, moved[name])[:-1])
-    density = all(_same_density(site, moved[name], dims[name]) for name, site in sites.items())
+        reads |= _differ(image_rows(here, site)[rows_of], image_rows(there, moved[name]))
+    density = all(_same_density(s, moved[n], dims[n], rows_of) for n, s in sites.items())
     return ImageMap(
         shape,
         tuple(images),
@@ -324,13 +335,12 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     )
 
 
-def _same_density(site: Site, moved: Site, dim: int) -> bool:
-    """Whether a site has the same density at its values in both runs."""
-    value = site["value"]
-    again = {**moved, "value": torch.cat([value, value.narrow(dim, 0, 1)], dim)}
-    number = data_frame(site).size
-    here, there = log_prob_per_image(site, number), log_prob_per_image(again, number + 1)
-    return torch.allclose(here, there[:-1], rtol=1e-4, atol=1e-3, equal_nan=True)
+def _same_density(site: Site, moved: Site, dim: int, rows: Tensor) -> bool:
+    """Whether a site has the same density at its values, of these ``rows``, in both runs."""
+    again = {**moved, "value": site["value"].index_select(dim, rows)}
+    here = log_prob_per_image(site, data_frame(site).size)[rows]
+    there = log_prob_per_image(again, len(rows))
+    return torch.allclose(here, there, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def _in_layout(row: Tensor, site: Site) -> Tensor:
