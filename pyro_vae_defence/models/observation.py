@@ -42,6 +42,7 @@ from pyro_vae_defence.models.sites import (
     sample_sites,
 )
 from pyro_vae_defence.ops.checks import RefusalError
+from pyro_vae_defence.ops.distributions import mean_is_own
 from pyro_vae_defence.types import PyroProgram
 
 ADVICE = (
@@ -89,7 +90,7 @@ class ImageMap(NamedTuple):
         noisy: names of the sites that observe something else at every run.
         reads: whether the mean image depends on the image when the latents do not.
         others_read: whether any density does, at the same observation.
-        without_mean: names of image sites whose distribution has no finite mean.
+        without_mean: names of image sites whose distribution has no finite mean, or not its own.
     """
 
     shape: tuple[int, ...]
@@ -168,7 +169,8 @@ class ImageMap(NamedTuple):
         if self.without_mean:
             raise ValueError(
                 f"the likelihood at {list(self.without_mean)} has no mean that is known and "
-                f"finite, so that there is nothing to decode to; {ADVICE}"
+                "finite, so that there is nothing to decode to (a class with a log_prob of its own "
+                f"needs a mean of its own); {ADVICE}"
             )
 
     def assemble(
@@ -312,6 +314,9 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         try:
             mean = site["fn"].mean
         except NotImplementedError:
+            without_mean.append(name)
+            continue
+        if not mean_is_own(site["fn"]):
             without_mean.append(name)
             continue
         # Where no density is finite either, the fault is another, which energies will show.
