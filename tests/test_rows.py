@@ -147,6 +147,90 @@ def test_images_changed_in_place():
     assert torch.equal(x, before)
 
 
+IN_PLACE = {
+    "doubles": lambda z: z.mul_(2.0),
+    "rectifies": nn.ReLU(inplace=True),
+    "clamps": lambda z: z.clamp_(-9.0, 9.0),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("part", ["model", "guide"])
+def test_latents_changed_in_place(part, change):
+    """Draws would be weighted by the density of what has become of them."""
+
+    class Changing(Programs):
+        pass
+
+    def changing(vae, x):
+        with pyro.plate("data", len(x)):
+            fn = vae.q(x) if part == "guide" else vae.prior(x)
+            z = change(pyro.sample("z", fn))
+            if part == "model":
+                pyro.sample("obs", vae.likelihood(x, (z @ WEIGHT).sigmoid()), obs=x.flatten(1))
+
+    setattr(Changing, part, changing)
+    for compute in (metrics.nll, lambda vae, x: MCMCDefence(vae)(x)):
+        with pytest.raises(ValueError, match=rf"vae.{part} changes in place what .* \['z'\]"):
+            compute(Changing(), images(4))
+
+
+def test_a_part_of_what_is_filled_later():
+    """A view of a tensor whose other parts change; the draw is what it was."""
+
+    class Filling(Programs):
+        def guide(self, x):
+            means = x.new_zeros(len(x), 2, 3)
+            means[:, 0] = x.flatten(1) @ WEIGHT.T
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Delta(means[:, 0], event_dim=1))
+            means[:, 1] = 1.0
+
+    result = NoDefence(Filling())(images(3))
+    torch.testing.assert_close(result.latents["z"], images(3).flatten(1) @ WEIGHT.T)
+
+
+@pytest.mark.parametrize("part", ["model", "guide"])
+def test_conditions_changed_in_place(part):
+    class Repairing(Programs):
+        def model(self, x, y):
+            if part == "model":
+                y[y < 0] = 0
+            super().model(x)
+
+        def guide(self, x, y):
+            if part == "guide":
+                y[y < 0] = 0
+            super().guide(x)
+
+    y = torch.tensor([1, -1, 2, -1])
+    for compute in (
+        metrics.nll,
+        lambda vae, images: MCMCDefence(vae)(images),
+        lambda vae, images: attacks.PGD(attacks.maximum_damage(vae), Linf(0.1), 1)(images),
+    ):
+        with pytest.raises(ValueError, match=f"vae.{part} changes what comes with its images"):
+            compute(Repairing(), (images(4), y))
+    assert y.tolist() == [1, -1, 2, -1]
+
+
+def half(fn):
+    return dist.Normal(fn.mean.bfloat16(), fn.stddev.bfloat16()).to_event(1)
+
+
+def test_log_probabilities_in_half_precision():
+    """As of a network that computes in it: sums of hundreds, to three digits."""
+    message = r"log-probabilities in torch.bfloat16.*loc.float\(\)"
+    with pytest.raises(ValueError, match=message):
+        attacks.symmetric_kl(changed(q=lambda x: half(Programs().q(x))))(images(3))
+    vae = changed(
+        observation=lambda x: x.flatten(1).bfloat16(),
+        likelihood=lambda x, mean: half(Programs().likelihood(x, mean)),
+    )
+    with pytest.raises(ValueError, match=message):
+        metrics.nll(vae, images(3))
+
+
 def test_latents_of_a_plate_left_of_the_data_plate():
     class Plated(Programs):
         def guide(self, x):

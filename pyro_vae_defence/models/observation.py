@@ -30,7 +30,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
-from pyro_vae_defence.models.contract import run_on
+from pyro_vae_defence.models.contract import run_on, run_untouched
 from pyro_vae_defence.models.sites import (
     Site,
     aside,
@@ -258,9 +258,10 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     if like.device.type == "meta":  # no values to look at
         names = [n for n, s in sample_sites(get_trace(model, x)).items() if _observes(s)]
         return ImageMap(shape, tuple(ImageSite(n, None, None, None) for n in names))
-    one = model.take(slice(0, 1)) if isinstance(model, BoundProgram) else model
+    first = torch.zeros(1, dtype=torch.long, device=like.device)
+    one = model.take(first) if isinstance(model, BoundProgram) else model
     with aside(like.device):
-        trace = run_on("vae.model", one, x)
+        trace = run_untouched("vae.model", one, x)
         sites = sample_sites(trace)
         latents = {n: site["value"] for n, site in sites.items() if not site["is_observed"]}
         # Latents as they were, other images, and more of them: what changes has seen images.
@@ -278,8 +279,10 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         # One image, and another, under the conditions of all.
         every, other = {}, {}
         if isinstance(model, BoundProgram) and model.num_images > 1:
+            number = model.num_images
+            whole = model.take(torch.arange(number, device=like.device))
             every, other = (
-                sample_sites(run_on("vae.model", model, same.expand(model.num_images, *shape)))
+                sample_sites(run_untouched("vae.model", whole, same.repeat(number, 1, 1, 1)))
                 for same in (x[-1:], x[:1])
             )
     images: list[ImageSite] = []
