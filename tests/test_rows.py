@@ -406,6 +406,28 @@ def test_classes_that_are_observed_are_not_perturbed():
     torch.testing.assert_close(program.potential(vae, x, Linf(0.1))({"z": z}), expected)
 
 
+def test_simulated_latents_are_draws_of_the_posterior():
+    """Given a class that depends on them they are not, nor where the prior reads the image."""
+
+    class Independent(Labelled):
+        def model(self, x, y):
+            with pyro.plate("data", len(x)):
+                pyro.sample("label", dist.Categorical(torch.ones(3)), obs=y)
+                z = pyro.sample("z", dist.Normal(y[:, None].to(x), x.new_ones(3)).to_event(1))
+                fn = dist.Normal((z @ WEIGHT).sigmoid(), 0.1).to_event(1)
+                pyro.sample("obs", fn, obs=x.flatten(1))
+
+    x, y = images(4), torch.tensor([0, 2, 1, 1])
+    with pytest.raises(ValueError, match=r"observes \['label'\] beside the image"):
+        metrics.simulate(Labelled(), (x, y))
+    latents, drawn = metrics.simulate(Independent(), (x, y))
+    assert drawn.shape == x.shape
+    assert latents["z"].shape == (4, 3)
+    for name in ("prior", "scale of the likelihood", "factor"):
+        with pytest.raises(ValueError, match="draws of its prior are none"):
+            metrics.simulate(READS[name], x)
+
+
 def test_a_class_that_says_which_part_is_observed_is_no_label():
     """Under the class of the first image nothing of it is."""
 
