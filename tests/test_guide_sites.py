@@ -22,6 +22,7 @@ from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program, sites
 from pyro_vae_defence.models.sites import Kind
 from pyro_vae_defence.objectives import AVAE, AVAESS, SE, BetaELBO, BetaTCVAE
+from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.streams import Streams
 
@@ -390,6 +391,47 @@ def test_flows_have_no_mean():
         program.posterior_mean(Flow(), images())
     with pytest.raises(ValueError, match="'z' is TransformedDistribution.*symmetric_kl"):
         attacks.mean_distance(Flow())(images())
+
+
+def test_an_infinite_mean():
+    class Heavy(Programs):
+        def latents(self, x):
+            pyro.sample("z", dist.HalfCauchy(scale(x)).to_event(1))
+
+    with pytest.raises(ValueError, match="'z' is HalfCauchy, whose mean is infinite"):
+        program.posterior_mean(Heavy(), images())
+
+
+class Folded(Programs):
+    """|u| for Gaussian u, whose divergence is less than that of u."""
+
+    def prior(self, x):
+        return dist.HalfNormal(x.new_ones(3)).to_event(1)
+
+    def latents(self, x):
+        pyro.sample("z", dist.FoldedDistribution(dist.Normal(loc(x), scale(x))).to_event(1))
+
+
+def test_a_fold_has_no_divergence_of_its_base():
+    x = images()
+    with pytest.raises(ValueError, match="no KL-divergence is registered"):
+        attacks.symmetric_kl(Folded())(x)
+    q = dist.Normal(loc(x), scale(x)).to_event(1)
+    base = dist.TransformedDistribution(q, dist.transforms.SoftmaxTransform())
+    with pytest.raises(ValueError, match="no KL-divergence is registered"):
+        divergences.kl({"z": base}, {"z": base})
+    within = dist.TransformedDistribution(base, dist.transforms.AffineTransform(0.0, 2.0))
+    with pytest.raises(ValueError, match="no KL-divergence is registered"):
+        divergences.kl({"z": within}, {"z": within})
+
+
+def test_half_gaussians_have_the_divergence_of_whole_ones():
+    scales = torch.tensor([[0.5, 2.0]]), torch.tensor([[1.0, 0.7]])
+    whole, half = (
+        divergences.kl(*({"z": make(s).to_event(1)} for s in scales))
+        for make in (lambda s: dist.Normal(0 * s, s), dist.HalfNormal)
+    )
+    torch.testing.assert_close(whole, half)
 
 
 # --- The variance as a metric ---------------------------------------------------------------------

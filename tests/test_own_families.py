@@ -22,6 +22,10 @@ pytestmark = pytest.mark.usefixtures("float64")
 class OfAnother:
     """Draws and density of ``true``, whatever family else a class derives from."""
 
+    @property
+    def mean(self):
+        return self.true.mean
+
     def rsample(self, sample_shape=()):
         return self.true.rsample(sample_shape)
 
@@ -42,6 +46,8 @@ class Twice(OfAnother, dist.Normal):
 
 class Quadratic(dist.Bernoulli):
     """Weighs an intensity by its distance from the mean."""
+
+    mean = dist.Bernoulli.mean
 
     def log_prob(self, value):
         return -10 * (value - self.probs).square()
@@ -165,6 +171,63 @@ def test_other_draws_do_not_change_the_most_likely_image():
     log_prob = -0.5 * (distance / 0.1).square() - math.log(0.1) - 0.5 * math.log(2 * math.pi)
     expected = -log_prob.sum(1) - dist.Normal(0.0, 1.0).log_prob(z["z"]).sum(1)
     torch.testing.assert_close(found, expected)
+
+
+class Truncated(dist.Normal):
+    """A Gaussian on [0, 1]."""
+
+    def log_prob(self, value):
+        mass = self.cdf(torch.ones(())) - self.cdf(torch.zeros(()))
+        return super().log_prob(value) - mass.log()
+
+
+class Exact(Truncated):
+    """... that knows its mean."""
+
+    @property
+    def mean(self):
+        unit = dist.Normal(0.0, 1.0)
+        low, high = -self.loc / self.scale, (1 - self.loc) / self.scale
+        mass = unit.cdf(high) - unit.cdf(low)
+        difference = unit.log_prob(low).exp() - unit.log_prob(high).exp()
+        return self.loc + self.scale * difference / mass
+
+
+class Same(dist.Normal):
+    """A Gaussian, written anew."""
+
+    def log_prob(self, value):
+        return -0.5 * ((value - self.loc) / self.scale).square() - (
+            self.scale.log() + 0.5 * math.log(2 * math.pi)
+        )
+
+
+def mixture(family):
+    def likelihood(mean):
+        components = family(mean[..., None] + torch.tensor([0.0, 0.5]), 0.3)
+        return dist.MixtureSameFamily(dist.Categorical(logits=torch.zeros(2)), components)
+
+    return likelihood
+
+
+@pytest.mark.parametrize("likelihood", [lambda m: Truncated(m, 0.3), mixture(Truncated)])
+def test_the_mean_of_the_family_is_not_its_own(likelihood):
+    """At the edge it is another than zero, where an image would be decoded to."""
+    with pytest.raises(ValueError, match="needs a mean of its own"):
+        MCMCDefence(Programs(dist.Normal, likelihood=likelihood))(X)
+
+
+def test_nor_is_that_of_a_guide():
+    with pytest.raises(ValueError, match="'z' is Truncated, which has a log_prob of its own"):
+        attacks.mean_distance(Programs(Truncated))(X)
+
+
+@pytest.mark.parametrize(("family", "offset"), [(Exact, 0.2386448), (Same, 0.0)])
+def test_a_mean_of_its_own_or_of_the_same_density(family, offset):
+    """The mean of N(0, .3^2) on [0, 1] is .3 (phi(0) - phi(10 / 3)) / (Phi(10 / 3) - 1 / 2)."""
+    vae = Programs(dist.Normal, likelihood=lambda m: family(m, 0.3))
+    decoded = program.decode(vae, {"z": torch.zeros(2, 1)}, (1, 2, 2))
+    torch.testing.assert_close(decoded, torch.full((2, 1, 2, 2), offset), rtol=1e-6, atol=0)
 
 
 class Shift(dist.transforms.Transform):

@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from torch import nn
 
 from pyro_vae_defence import attacks, metrics
@@ -146,6 +147,90 @@ def test_images_changed_in_place():
     assert torch.equal(x, before)
 
 
+IN_PLACE = {
+    "doubles": lambda z: z.mul_(2.0),
+    "rectifies": nn.ReLU(inplace=True),
+    "clamps": lambda z: z.clamp_(-9.0, 9.0),
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+@pytest.mark.parametrize("part", ["model", "guide"])
+def test_latents_changed_in_place(part, change):
+    """Draws would be weighted by the density of what has become of them."""
+
+    class Changing(Programs):
+        pass
+
+    def changing(vae, x):
+        with pyro.plate("data", len(x)):
+            fn = vae.q(x) if part == "guide" else vae.prior(x)
+            z = change(pyro.sample("z", fn))
+            if part == "model":
+                pyro.sample("obs", vae.likelihood(x, (z @ WEIGHT).sigmoid()), obs=x.flatten(1))
+
+    setattr(Changing, part, changing)
+    for compute in (metrics.nll, lambda vae, x: MCMCDefence(vae)(x)):
+        with pytest.raises(ValueError, match=rf"vae.{part} changes in place what .* \['z'\]"):
+            compute(Changing(), images(4))
+
+
+def test_a_part_of_what_is_filled_later():
+    """A view of a tensor whose other parts change; the draw is what it was."""
+
+    class Filling(Programs):
+        def guide(self, x):
+            means = x.new_zeros(len(x), 2, 3)
+            means[:, 0] = x.flatten(1) @ WEIGHT.T
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Delta(means[:, 0], event_dim=1))
+            means[:, 1] = 1.0
+
+    result = NoDefence(Filling())(images(3))
+    torch.testing.assert_close(result.latents["z"], images(3).flatten(1) @ WEIGHT.T)
+
+
+@pytest.mark.parametrize("part", ["model", "guide"])
+def test_conditions_changed_in_place(part):
+    class Repairing(Programs):
+        def model(self, x, y):
+            if part == "model":
+                y[y < 0] = 0
+            super().model(x)
+
+        def guide(self, x, y):
+            if part == "guide":
+                y[y < 0] = 0
+            super().guide(x)
+
+    y = torch.tensor([1, -1, 2, -1])
+    for compute in (
+        metrics.nll,
+        lambda vae, images: MCMCDefence(vae)(images),
+        lambda vae, images: attacks.PGD(attacks.maximum_damage(vae), Linf(0.1), 1)(images),
+    ):
+        with pytest.raises(ValueError, match=f"vae.{part} changes what comes with its images"):
+            compute(Repairing(), (images(4), y))
+    assert y.tolist() == [1, -1, 2, -1]
+
+
+def half(fn):
+    return dist.Normal(fn.mean.bfloat16(), fn.stddev.bfloat16()).to_event(1)
+
+
+def test_log_probabilities_in_half_precision():
+    """As of a network that computes in it: sums of hundreds, to three digits."""
+    message = r"log-probabilities in torch.bfloat16.*loc.float\(\)"
+    with pytest.raises(ValueError, match=message):
+        attacks.symmetric_kl(changed(q=lambda x: half(Programs().q(x))))(images(3))
+    vae = changed(
+        observation=lambda x: x.flatten(1).bfloat16(),
+        likelihood=lambda x, mean: half(Programs().likelihood(x, mean)),
+    )
+    with pytest.raises(ValueError, match=message):
+        metrics.nll(vae, images(3))
+
+
 def test_latents_of_a_plate_left_of_the_data_plate():
     class Plated(Programs):
         def guide(self, x):
@@ -187,6 +272,36 @@ def test_energies_that_read_the_image_have_no_perturbation(vae):
     torch.testing.assert_close(decoded.flatten(1), (z @ WEIGHT).sigmoid())
     with pytest.raises(ValueError, match="perturbation"):
         program.potential(vae, x, Linf(0.1))
+
+
+MISSING = {
+    "black pixels masked": lambda x, mean: dist.Normal(mean, 0.1).mask(x.flatten(1) > 0),
+    "white pixels masked": lambda x, mean: dist.Normal(mean, 0.1).mask(x.flatten(1) < 1),
+    "black pixels uncertain": lambda x, mean: dist.Normal(
+        mean, torch.where(x.flatten(1) == 0, 1.0, 0.1)
+    ),
+}
+
+
+@pytest.mark.parametrize("likelihood", MISSING.values(), ids=MISSING)
+def test_pixels_that_stand_for_missing_ones_have_no_perturbation(likelihood):
+    """A perturbation could make a pixel count that did not, or hide it."""
+    vae = changed(likelihood=lambda x, mean: likelihood(x, mean).to_event(1))
+    z = {"z": torch.randn(4, 3)}
+    decoded = program.decode(vae, z, SHAPE)
+    torch.testing.assert_close(decoded.flatten(1), (z["z"] @ WEIGHT).sigmoid())
+    with pytest.raises(ValueError, match="reads the image otherwise than to observe it"):
+        program.potential(vae, images(4), Linf(0.1))
+
+
+def test_a_mean_that_reads_black_pixels_is_not_decoded():
+    vae = changed(
+        likelihood=lambda x, mean: dist.Normal(
+            torch.where(x.flatten(1) == 0, 0.0, mean), 0.1
+        ).to_event(1)
+    )
+    with pytest.raises(ValueError, match="the model reads the image"):
+        NoDefence(vae)(images(3))
 
 
 OTHER_PIXELS = {
@@ -264,6 +379,69 @@ def test_units_that_are_a_condition_are_refused():
     same = NoDefence(Conditioned())((x, torch.full((4,), 2.0)))
     expected = (same.latents["z"] @ WEIGHT).sigmoid()
     torch.testing.assert_close(same.reconstruction.flatten(1), expected)
+
+
+class Labelled(Programs):
+    """Observes the image and, where it is known, its class."""
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.prior(x))
+            pyro.sample(
+                "obs", dist.Normal((z @ WEIGHT).sigmoid(), 0.1).to_event(1), obs=x.flatten(1)
+            )
+            with poutine.mask(mask=y >= 0):
+                pyro.sample("label", dist.Categorical(logits=z), obs=y.clamp(min=0))
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.q(x))
+
+
+def test_classes_that_are_observed_are_not_perturbed():
+    x, y, z = images(4), torch.tensor([0, 2, -1, 1]), torch.randn(4, 3)
+    vae, x = program.at_images(Labelled(), (x, y))
+    label = z.log_softmax(1).gather(1, y.clamp(min=0)[:, None])[:, 0]
+    expected = program.potential(Programs(), x, Linf(0.1))({"z": z}) - label * (y >= 0)
+    torch.testing.assert_close(program.potential(vae, x, Linf(0.1))({"z": z}), expected)
+
+
+def test_simulated_latents_are_draws_of_the_posterior():
+    """Given a class that depends on them they are not, nor where the prior reads the image."""
+
+    class Independent(Labelled):
+        def model(self, x, y):
+            with pyro.plate("data", len(x)):
+                pyro.sample("label", dist.Categorical(torch.ones(3)), obs=y)
+                z = pyro.sample("z", dist.Normal(y[:, None].to(x), x.new_ones(3)).to_event(1))
+                fn = dist.Normal((z @ WEIGHT).sigmoid(), 0.1).to_event(1)
+                pyro.sample("obs", fn, obs=x.flatten(1))
+
+    x, y = images(4), torch.tensor([0, 2, 1, 1])
+    with pytest.raises(ValueError, match=r"observes \['label'\] beside the image"):
+        metrics.simulate(Labelled(), (x, y))
+    latents, drawn = metrics.simulate(Independent(), (x, y))
+    assert drawn.shape == x.shape
+    assert latents["z"].shape == (4, 3)
+    for name in ("prior", "scale of the likelihood", "factor"):
+        with pytest.raises(ValueError, match="draws of its prior are none"):
+            metrics.simulate(READS[name], x)
+
+
+def test_a_class_that_says_which_part_is_observed_is_no_label():
+    """Under the class of the first image nothing of it is."""
+
+    class Shown(Labelled):
+        def model(self, x, y):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", self.prior(x))
+                fn = dist.Normal((z @ WEIGHT).sigmoid(), 0.1).to_event(1)
+                pyro.sample("obs", fn, obs=x.flatten(1))
+                pyro.sample("shown", fn, obs=y[:, None] * x.flatten(1))
+
+    vae, x = program.at_images(Shown(), (images(3), torch.tensor([0.0, 1.0, 1.0])))
+    with pytest.raises(ValueError, match=r"another kind at \['shown'\]"):
+        program.potential(vae, x, Linf(0.1))
 
 
 def test_none_among_conditions():

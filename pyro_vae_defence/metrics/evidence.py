@@ -19,7 +19,8 @@ from torch import distributions as td
 from pyro_vae_defence.metrics.likelihood import Transition, ais, importance_nll, sigmoid_schedule
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import take
-from pyro_vae_defence.models.sites import get_trace, sample_sites
+from pyro_vae_defence.models.observation import ImageMap
+from pyro_vae_defence.models.sites import aside, get_trace, log_prob_per_image, sample_sites
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
@@ -187,8 +188,45 @@ def simulate(vae: VAE, x: ImagesLike) -> tuple[Latents, Tensor]:
         vae: any Pyro VAE whose likelihood can be sampled.
         x: images ``(N, C, H, W)``, of which only shape, dtype and device matter, or
             ``(x, *conditions)``.
+
+    Raises:
+        ValueError: for a likelihood that cannot be sampled, and for a model in which p(x, z) is not
+            the prior times that likelihood: it reads the image in another place, or observes more
+            that tells of the latents.
     """
     vae, x = program.at_images(vae, x, unit_interval=False)
     with program.evaluation_mode(vae):
         latents = program.prior(vae, x)
-        return latents, program.Decoder(vae, x).sample(latents)
+        decoder = program.Decoder(vae, x)
+        images = decoder.sample(latents)
+        _check_joint(vae, x, latents, decoder.images)
+        return latents, images
+
+
+def _check_joint(vae: VAE, x: Tensor, latents: Latents, images: ImageMap) -> None:
+    """Refuse a model whose latents, given the image, depend on more than prior and likelihood."""
+    if images.others_read:
+        raise ValueError(
+            "the model reads the image otherwise than to observe it, as a prior p(z | x) does, so "
+            "that draws of its prior are none of p(z | x) at the images simulated; pass what it "
+            "reads as a condition, model(x, part) called with (x, part)"
+        )
+    if x.device.type == "meta":
+        return
+    with aside(x.device):
+        others = program.prior(vae, x)
+    known = {site.name for site in images.sites}
+    here, there = (
+        {
+            name: log_prob_per_image(site, len(x))
+            for name, site in program.observed(vae.model, values, x).items()
+            if name not in known
+        }
+        for values in (latents, others)
+    )
+    if telling := [name for name in here if not torch.allclose(here[name], there[name])]:
+        raise ValueError(
+            f"the model observes {telling} beside the image, and these depend on the latents, so "
+            "that draws of its prior are none of p(z | x) given them; simulate from a model that "
+            "does not observe them"
+        )

@@ -17,9 +17,10 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae_defence.models.conditions import bind, split, take
+from pyro_vae_defence.models.conditions import BoundProgram, bind, split, take
 from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.sites import (
     DATA_PLATE,
@@ -167,15 +168,15 @@ def at_images(
         x = x.float()
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
-        few = slice(0, 3)
-        _check_programs(take(vae, few), x[few].clone())
+        few = torch.arange(min(3, len(x)), device=x.device)  # of which an index makes copies
+        _check_programs(take(vae, few), x[few])
     return vae, x
 
 
 def _check_programs(vae: VAE, x: Tensor) -> None:
     with torch.no_grad(), evaluation_mode(vae), aside(x.device):
-        model = run_on("vae.model", vae.model, x.clone())
-        guide = run_on("vae.guide", vae.guide, x.clone())
+        model = run_untouched("vae.model", vae.model, x.clone())
+        guide = run_untouched("vae.guide", vae.guide, x.clone())
         check_same_latents(model, guide, summed_out=True)
         check_latents(guide)
         _check_values(model, guide)
@@ -236,12 +237,7 @@ def check_guide_rows(vae: VAE, x: Tensor) -> None:
     """:func:`check_rows` of the guide at images ``x``, which it must not change either."""
 
     def run(rows: Tensor, latents: LatentsLike) -> Trace:
-        guide = take(vae, rows).guide
-        conditioned = poutine.condition(guide, data=dict(latents)) if latents else guide
-        few = x[rows]
-        trace = run_on("vae.guide", conditioned, few)
-        check_untouched("vae.guide", x[rows], few)
-        return trace
+        return run_untouched("vae.guide", take(vae, rows).guide, x[rows], latents=latents)
 
     with evaluation_mode(vae):
         check_rows("vae.guide", run, len(x), x)
@@ -461,7 +457,7 @@ def _per_image(
             found[name] = image_rows(innermost(site["fn"]).v, site)
             continue
         try:
-            found[name] = log_prob_per_image(site, num_images)
+            log_prob = log_prob_per_image(site, num_images)
         except torch.OutOfMemoryError:
             raise
         except (IndexError, KeyError, RuntimeError) as error:
@@ -470,6 +466,14 @@ def _per_image(
                 f"at its values of shape {tuple(site['value'].shape)}: {error}; a latent's density "
                 "must be known everywhere, an observation must be of its distribution's kind"
             ) from error
+        if log_prob.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"site {name!r} has log-probabilities in {log_prob.dtype}, sums that lose their "
+                "differences; convert its value and its parameters, as in "
+                "dist.Normal(loc.float(), scale.float()), where a network computes in half "
+                "precision"
+            )
+        found[name] = log_prob
     return found
 
 
@@ -484,10 +488,68 @@ def _shown(found: dict[str, Tensor]) -> str:
     return "log-probabilities " + ", ".join(f"{n} {float(v.sum()):.6g}" for n, v in found.items())
 
 
-def check_untouched(name: str, before: Tensor, after: Tensor) -> None:
-    """Refuse the program ``name`` if the images it ran on are not what they were."""
-    if not torch.equal(before, after):
-        raise ValueError(f"{name} changes its images in place; let it work on a copy, x.clone()")
+def run_untouched(
+    name: str,
+    program: PyroProgram,
+    x: Tensor,
+    *args: Any,
+    latents: LatentsLike | None = None,
+    handler: Messenger | None = None,
+    **kwargs: Any,
+) -> Trace:
+    """:func:`run_on` of a program, conditioned on ``latents`` or under a ``handler``, if any.
+
+    Raises:
+        ValueError: if it changes in place what it is given or has sampled, and as :func:`run_on`.
+    """
+    others = [*args, *kwargs.values()]
+    if isinstance(program, BoundProgram):
+        others += [*program.conditions, *program.keywords.values()]
+    given = [("its images", x)]
+    given += [("what comes with its images", v) for v in others if isinstance(v, Tensor)]
+    before = [value.clone() for _, value in given]
+    samples = _Samples()
+    handled = poutine.condition(program, data=dict(latents)) if latents else program
+    handled = handled if handler is None else handler(handled)
+    trace = run_on(name, samples(handled), x, *args, **kwargs)
+    for (what, value), was in zip(given, before, strict=True):
+        if not _equal(value, was):
+            raise ValueError(f"{name} changes {what} in place; let it work on a copy, x.clone()")
+    if changed := samples.changed():
+        raise ValueError(
+            f"{name} changes in place what it has sampled at {changed}, as z.clamp_() and "
+            "nn.ReLU(inplace=True) do, so that its density is that of another value; let it work "
+            "on a copy, z.clone()"
+        )
+    return trace
+
+
+class _Samples(Messenger):
+    """Remembers latents as they were when they were sampled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor) and not (msg["is_observed"] or value.is_inference()):
+            self._found[msg["name"]] = value, value.clone(), value._version
+
+    def changed(self) -> list[str]:
+        """Names of the sites whose values have been changed since.
+
+        A view counts the changes of all of the tensor that it is a part of.
+        """
+        return [
+            name
+            for name, (value, was, version) in self._found.items()
+            if not _equal(value, was) or (value._version != version and not value._is_view())
+        ]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return bool(((one == other) | ((one != one) & (other != other))).all())
 
 
 _STRAIGHT_THROUGH = (

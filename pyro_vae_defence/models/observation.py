@@ -12,8 +12,9 @@ average of pixels, noise) is found out by that. Means of the likelihood, draws f
 and range of a perturbation go through the map; a user's images stay in [0, 1].
 
 A model that *reads* its image otherwise than to observe it has no mean image given latents alone:
-with latents the same and images not, its likelihood differs. Such programs are not decoded. They
-pass what they read as a condition (:mod:`pyro_vae_defence.models.conditions`), or have a method
+with latents the same and images not, its likelihood differs; where pixels that are exactly black or
+white stand for missing ones, at these alone. Such programs are not decoded. They pass what they
+read as a condition (:mod:`pyro_vae_defence.models.conditions`), or have a method
 ``to_images(latents, *conditions)``.
 """
 
@@ -29,7 +30,7 @@ from pyro.distributions import Unit
 from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
-from pyro_vae_defence.models.contract import run_on
+from pyro_vae_defence.models.contract import run_on, run_untouched
 from pyro_vae_defence.models.sites import (
     Site,
     aside,
@@ -41,6 +42,7 @@ from pyro_vae_defence.models.sites import (
     sample_sites,
 )
 from pyro_vae_defence.ops.checks import RefusalError
+from pyro_vae_defence.ops.distributions import mean_is_own
 from pyro_vae_defence.types import PyroProgram
 
 ADVICE = (
@@ -88,7 +90,7 @@ class ImageMap(NamedTuple):
         noisy: names of the sites that observe something else at every run.
         reads: whether the mean image depends on the image when the latents do not.
         others_read: whether any density does, at the same observation.
-        without_mean: names of image sites whose distribution has no finite mean.
+        without_mean: names of image sites whose distribution has no finite mean, or not its own.
     """
 
     shape: tuple[int, ...]
@@ -170,7 +172,8 @@ class ImageMap(NamedTuple):
         if self.without_mean:
             raise ValueError(
                 f"the likelihood at {list(self.without_mean)} has no mean that is known and "
-                f"finite, so that there is nothing to decode to; {ADVICE}"
+                "finite, so that there is nothing to decode to (a class with a log_prob of its own "
+                f"needs a mean of its own); {ADVICE}"
             )
 
     def assemble(
@@ -258,25 +261,33 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     if like.device.type == "meta":  # no values to look at
         names = [n for n, s in sample_sites(get_trace(model, x)).items() if _observes(s)]
         return ImageMap(shape, tuple(ImageSite(n, None, None, None) for n in names))
-    one = model.take(slice(0, 1)) if isinstance(model, BoundProgram) else model
+    first = torch.zeros(1, dtype=torch.long, device=like.device)
+    one = model.take(first) if isinstance(model, BoundProgram) else model
     with aside(like.device):
-        trace = run_on("vae.model", one, x)
+        trace = run_untouched("vae.model", one, x)
         sites = sample_sites(trace)
         latents = {n: site["value"] for n, site in sites.items() if not site["is_observed"]}
-        # Latents as they were, other images, and one image more: what changes has seen images.
+        # Latents as they were, other images, and more of them: what changes has seen images.
         dims = {n: rows_dim(s) for n, s in sites.items()}
-        more = {n: torch.cat([v, v.narrow(dims[n], 0, 1)], dims[n]) for n, v in latents.items()}
-        others_x = torch.cat([x.roll(1, 0), torch.ones_like(x[:1])])
+        extremes = torch.stack([torch.zeros_like(x[0]), torch.ones_like(x[0])])
+        others_x = torch.cat([x.roll(1, 0), extremes])
+        rows_of = torch.cat([torch.arange(len(x)), torch.zeros(len(extremes), dtype=torch.long)])
+        rows_of = rows_of.to(x.device)
+        more = {n: v.index_select(dims[n], rows_of) for n, v in latents.items()}
         conditioned = poutine.condition(one, data=more)
         moved = sample_sites(run_on("vae.model", conditioned, others_x))
         for each, number in ((sites, len(x)), (moved, len(others_x))):
             for site in each.values():
                 data_frame(site, number)
-        # One image under the conditions of all.
-        every = {}
+        # One image, and another, under the conditions of all.
+        every, other = {}, {}
         if isinstance(model, BoundProgram) and model.num_images > 1:
-            same = x[-1:].expand(model.num_images, *shape)
-            every = sample_sites(run_on("vae.model", model, same))
+            number = model.num_images
+            whole = model.take(torch.arange(number, device=like.device))
+            every, other = (
+                sample_sites(run_untouched("vae.model", whole, same.repeat(number, 1, 1, 1)))
+                for same in (x[-1:], x[:1])
+            )
     images: list[ImageSite] = []
     others: list[str] = []
     noisy: list[str] = []
@@ -287,23 +298,31 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             continue
         value = site["value"]
         rows = image_rows(value, site)
-        if _differ(rows, image_rows(moved[name]["value"], moved[name])[:-1].roll(-1, 0)):
+        if _differ(rows, image_rows(moved[name]["value"], moved[name])[: len(x)].roll(-1, 0)):
             noisy.append(name)
             continue
         found = _read_site(name, rows.to(x.dtype), x.flatten(1))
         if found is not None and found.scale is not None and found.shift is not None:
             scale, shift = (_in_layout(part, site) for part in (found.scale, found.shift))
             found = found._replace(scale=scale, shift=shift)
-        alike = not every or not _differ(image_rows(every[name]["value"], every[name]), rows[-1:])
+        label = found is not None and found.pixels is not None and len(found.pixels) == 0
+        alike = True
+        if every:
+            under_all = image_rows(every[name]["value"], every[name])
+            expected = image_rows(other[name]["value"], other[name]) if label else rows[-1:]
+            alike = not _differ(under_all, expected)
         if found is None or not alike:
             others.append(name)
             continue
-        if found.pixels is not None and len(found.pixels) == 0:
-            continue  # a further observation, such as a label
+        if label:
+            continue  # a further observation, whatever the conditions
         images.append(found)
         try:
             mean = site["fn"].mean
         except NotImplementedError:
+            without_mean.append(name)
+            continue
+        if not mean_is_own(site["fn"]):
             without_mean.append(name)
             continue
         # Where no density is finite either, the fault is another, which energies will show.
@@ -314,8 +333,8 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             each.expand(s["value"].shape)
             for each, s in ((mean, site), (moved[name]["fn"].mean, moved[name]))
         )
-        reads |= _differ(image_rows(here, site), image_rows(there, moved[name])[:-1])
-    density = all(_same_density(site, moved[name], dims[name]) for name, site in sites.items())
+        reads |= _differ(image_rows(here, site)[rows_of], image_rows(there, moved[name]))
+    density = all(_same_density(s, moved[n], dims[n], rows_of) for n, s in sites.items())
     return ImageMap(
         shape,
         tuple(images),
@@ -327,13 +346,12 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     )
 
 
-def _same_density(site: Site, moved: Site, dim: int) -> bool:
-    """Whether a site has the same density at its values in both runs."""
-    value = site["value"]
-    again = {**moved, "value": torch.cat([value, value.narrow(dim, 0, 1)], dim)}
-    number = data_frame(site).size
-    here, there = log_prob_per_image(site, number), log_prob_per_image(again, number + 1)
-    return torch.allclose(here, there[:-1], rtol=1e-4, atol=1e-3, equal_nan=True)
+def _same_density(site: Site, moved: Site, dim: int, rows: Tensor) -> bool:
+    """Whether a site has the same density at its values, of these ``rows``, in both runs."""
+    again = {**moved, "value": site["value"].index_select(dim, rows)}
+    here = log_prob_per_image(site, data_frame(site).size)[rows]
+    there = log_prob_per_image(again, len(rows))
+    return torch.allclose(here, there, rtol=1e-4, atol=1e-3, equal_nan=True)
 
 
 def _in_layout(row: Tensor, site: Site) -> Tensor:

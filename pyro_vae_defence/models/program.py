@@ -52,8 +52,8 @@ from pyro_vae_defence.models.contract import (
     check_latents,
     check_networks_on_device,
     check_rows,
-    check_untouched,
     run_on,
+    run_untouched,
 )
 from pyro_vae_defence.models.contract import check_images as check_images
 from pyro_vae_defence.models.contract import check_vae as check_vae
@@ -207,8 +207,10 @@ def check_guide(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> None:
     """
     check_vae(vae)
     with torch.no_grad(), evaluation_mode(vae):
-        guide = vae.guide if streams is None else _StreamMessenger(streams)(vae.guide)
-        trace = run_on("vae.guide", guide, x)
+        if isinstance(vae, BoundVAE):  # on copies of what comes with the images
+            vae = vae.take(torch.arange(vae.num_images, device=x.device))
+        handler = None if streams is None else _StreamMessenger(streams)
+        trace = run_untouched("vae.guide", vae.guide, x, handler=handler)
     if not latent_sites(trace):
         raise ValueError("vae.guide has no latent site; it must sample every latent of the model")
     for site in sample_sites(trace).values():
@@ -614,11 +616,7 @@ class ModelPotential:
 
     def _run_few(self, rows: Tensor, latents: LatentsLike) -> poutine.Trace:
         few = self.take(rows)
-        model = poutine.condition(self._model, data=dict(latents)) if latents else self._model
-        x = few.tensors[0].clone()
-        trace = run_on("vae.model", model, *few._args, **few._kwargs)
-        check_untouched("vae.model", x, few.tensors[0])
-        return trace
+        return run_untouched("vae.model", self._model, *few._args, latents=latents, **few._kwargs)
 
     def _check_supports(self, x: Tensor) -> None:
         """Refuse bounds of a latent that hinge on other latents or on the image.

@@ -9,10 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, constraints
+from torch.distributions import (
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    Normal,
+    constraints,
+)
 
 _KNOWN = {"torch", "pyro", __name__.partition(".")[0]}
 
@@ -99,16 +106,43 @@ def mean(distribution: Distribution, site: str, mend: str) -> Tensor:
     """Its mean, in the shape of a draw.
 
     Raises:
-        ValueError: if it has none or it is NaN; the message names the ``site`` and ends with
-            ``mend``.
+        ValueError: if it has none, it is not finite or that of another density; the message names
+            the ``site`` and ends with ``mend``.
     """
     kind = innermost(distribution)
+    title = f"site {site!r} is {type(kind).__name__}"
     try:
         found: Tensor = distribution.mean
     except (NotImplementedError, AttributeError):
-        message = f"site {site!r} is {type(kind).__name__}, whose mean is not known; {mend}"
-        raise ValueError(message) from None
+        raise ValueError(f"{title}, whose mean is not known; {mend}") from None
+    if not mean_is_own(distribution):
+        raise ValueError(
+            f"{title}, which has a log_prob of its own and has inherited the mean of another "
+            f"density; define mean in its class, or {mend}"
+        )
     # The two families of which it is known cost no synchronisation with the device.
-    if not isinstance(kind, (Normal, Delta)) and bool(found.isnan().any()):
-        raise ValueError(f"site {site!r} is {type(kind).__name__}, whose mean is NaN; {mend}")
+    if not isinstance(kind, (Normal, Delta)) and not bool(found.isfinite().all()):
+        value = "NaN" if bool(found.isnan().any()) else "infinite"
+        raise ValueError(f"{title}, whose mean is {value}; {mend}")
     return found
+
+
+def mean_is_own(distribution: Any) -> bool:
+    """Whether a distribution that has a mean has that of its density.
+
+    A user's class with a ``log_prob`` of its own, such as a truncated Gaussian, may have inherited
+    the mean of its family. Where both densities are the same around the mean, it is taken for that.
+    """
+    inside = innermost(distribution)
+    if is_of(inside, MixtureSameFamily):
+        return mean_is_own(inside.component_distribution)
+    kind = type(inside)
+    family: Any = next((base for base in kind.__mro__ if "mean" in vars(base)), object)
+    if "log_prob" not in own_methods(kind, family):
+        return True
+    with torch.no_grad():
+        near = [inside.mean + step for step in (-0.1, 0.0, 0.1)]
+        return all(
+            torch.allclose(inside.log_prob(at), family.log_prob(inside, at), equal_nan=True)
+            for at in near
+        )

@@ -20,12 +20,27 @@ only its mean can be compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.transforms import Normalize
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Distribution, Normal, kl_divergence
+from torch.distributions import (
+    Distribution,
+    HalfCauchy,
+    HalfNormal,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
 from torch.distributions.kl import _KL_REGISTRY
+from torch.distributions.transforms import (
+    AbsTransform,
+    ComposeTransform,
+    IndependentTransform,
+    SoftmaxTransform,
+)
 
 from pyro_vae_defence.ops.distributions import (
     counted,
@@ -38,6 +53,7 @@ from pyro_vae_defence.ops.distributions import (
 from pyro_vae_defence.ops.latents import sum_sites
 
 Posterior = Mapping[str, Distribution]
+_FOLDS = (AbsTransform, Normalize, SoftmaxTransform)
 
 
 def kl(p: Posterior, q: Posterior) -> Tensor:
@@ -65,8 +81,11 @@ def known_kl(p: Distribution, q: Distribution) -> Tensor:
 
     Raises:
         NotImplementedError: if none is registered, or only one of classes that a user's class with
-            a density of its own derives from.
+            a density of its own derives from, or of what stands before a transform that is not
+            one to one.
     """
+    if any(map(_is_folded, (p, q))):
+        raise NotImplementedError("a divergence changes under a transform that is not one to one")
     for kinds in ((type(p), type(q)), (type(innermost(p)), type(innermost(q)))):
         if not any("log_prob" in own_methods(kind, object) for kind in kinds):
             continue
@@ -79,6 +98,27 @@ def known_kl(p: Distribution, q: Distribution) -> Tensor:
                     f"{kind.__name__} has another density than {family.__name__}"
                 )
     return kl_divergence(p, q)
+
+
+def _is_folded(distribution: Distribution) -> bool:
+    """Whether several draws of what it transforms become one, as with an absolute value.
+
+    Half Gaussians and half Cauchys fold what is symmetric, which changes no divergence.
+    """
+    inside = innermost(distribution)
+    if isinstance(inside, (HalfNormal, HalfCauchy)) or not isinstance(
+        inside, TransformedDistribution
+    ):
+        return False
+    parts = ComposeTransform(inside.transforms).parts
+    folds = any(isinstance(_base_transform(part), _FOLDS) for part in parts)
+    return folds or _is_folded(inside.base_dist)
+
+
+def _base_transform(transform: Any) -> Any:
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return transform
 
 
 def _kl_site(site: str, p: Distribution, q: Distribution) -> Tensor:
