@@ -220,7 +220,7 @@ class TestKnownSeed:
         ahead, behind = (x + 0.1).clamp(0, 1), (x - 0.1).clamp(0, 1)
         difference, limit = expected_difference(suite, ahead, behind, 16, 0)
         goal = suite.goal()(x)
-        ends = [goal(defence(each, at_seed()).latents) for each in (ahead, behind)]
+        ends = [goal(defence(each, at_seed()).latents, each) for each in (ahead, behind)]
         torch.testing.assert_close(difference, ends[0] - ends[1])
         assert (limit < 1e-9).all()
 

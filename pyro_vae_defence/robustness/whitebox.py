@@ -276,9 +276,9 @@ class WhiteBox:
         """Latents on the support of each site, as classifiers read them."""
         return self._potential.constrain(latents)
 
-    def decode(self, latents: Latents) -> Tensor:
-        """Mean images ``(M, C, H, W)``."""
-        return self.decoder(self.constrain(latents))
+    def decode(self, latents: Latents, x: Tensor) -> Tensor:
+        """Reconstructions ``(M, C, H, W)`` of images ``x`` from their latents."""
+        return self.decoder(self.constrain(latents), x)
 
     def forwards(self) -> DefendedEncoder:
         """The defence run forwards, with the derivative of its start."""
