@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
@@ -90,7 +91,8 @@ def known_kl(p: Distribution, q: Distribution) -> Tensor:
 
 def _layers(distribution: Distribution) -> list[type]:
     """Classes of a distribution, of what it wraps, and so on."""
-    kinds, inner = [], distribution
+    kinds: list[type] = []
+    inner: Any = distribution
     while inner is not None:
         kinds.append(type(inner))
         inner = getattr(inner, "base_dist", None)
