@@ -58,7 +58,7 @@ def contraction(vae, keep, sd=0.05):
 
 def quadratic(x_ref):
     """f(z) = sum(z^2 / 2 + z), for which E f is known under a Gaussian."""
-    return lambda latents: (0.5 * latents["z"].square() + latents["z"]).sum(1)
+    return lambda latents, x: (0.5 * latents["z"].square() + latents["z"]).sum(1)
 
 
 def value_and_gradient(objective, x):
@@ -111,7 +111,7 @@ def test_pathwise_estimators_and_their_biases_in_closed_form(linear, name):
     objective, seed = prepared(encodes[name])
     value, gradient = value_and_gradient(objective(x), x)
     z = end_of(encodes[name], x, seed)
-    assert torch.allclose(value, quadratic(x)({"z": z}))
+    assert torch.allclose(value, quadratic(x)({"z": z}, x))
     assert torch.allclose(gradient, pull(z + 1, derivative), atol=1e-9)
 
 
@@ -246,7 +246,7 @@ def test_equilibrium_is_unbiased_for_exact_draws(linear, of_mean):
     mean = vae.exact(x)[0]
     # f is quadratic: E f(z) and f(E z) differ by a constant, and both have derivative f'(mean) A.
     assert_unbiased(gradients.unflatten(0, (COPIES, ROWS)), pull(mean + 1, jacobian))
-    expected = quadratic(x)({"z": mean}) + 0.5 * covariance.trace() * (1 / 50 if of_mean else 1)
+    expected = quadratic(x)({"z": mean}, x) + 0.5 * covariance.trace() * (1 / 50 if of_mean else 1)
     values = values.unflatten(0, (COPIES, ROWS))
     error = values.std(0) / COPIES**0.5
     assert ((values.mean(0) - expected) / error).abs().max() < STANDARD_ERRORS
@@ -307,7 +307,7 @@ def test_equilibrium_of_the_perturbation_aware_posterior_by_quadrature(float64, 
         truth = (expectation(x + h * direction) - expectation(x - h * direction)) / (2 * h)
     copies = x.repeat(40, 1, 1, 1)
     objective = adaptive.equilibrium(
-        lambda x, streams: {}, draw, potential, lambda x_ref: lambda z: z[site][:, 0].sin(), 200
+        lambda x, streams: {}, draw, potential, lambda x_ref: lambda z, x: z[site][:, 0].sin(), 200
     )(copies)
     slopes = (value_and_gradient(objective, copies)[1] * direction).flatten(1).sum(1)
     assert_unbiased(slopes, truth)
@@ -356,13 +356,13 @@ def test_expectation_over_draws(linear):
     many = adaptive.expected(encode, quadratic, 2000, resample=False)(x)(x)
     mean, covariance = vae.exact(x)
     variance = covariance.diagonal()
-    truth = quadratic(x)({"z": mean}) + 0.5 * variance.sum()
+    truth = quadratic(x)({"z": mean}, x) + 0.5 * variance.sum()
     # Var f = sum (m + 1)^2 v + v^2 / 2 for the guide's independent components.
     error = (((mean + 1).square() * variance + 0.5 * variance.square()).sum(1) / 2000).sqrt()
     assert ((many - truth) / error).abs().max() < STANDARD_ERRORS
     averaged = adaptive.expected(encode, quadratic, 2000, of_mean=True, resample=False)(x)(x)
     error = ((mean + 1).square() @ variance / 2000).sqrt()
-    assert ((averaged - quadratic(x)({"z": mean})) / error).abs().max() < STANDARD_ERRORS
+    assert ((averaged - quadratic(x)({"z": mean}, x)) / error).abs().max() < STANDARD_ERRORS
 
 
 def test_persistent_chains_go_on(linear):
@@ -405,17 +405,17 @@ def test_every_estimator_drives_an_attack(linear, name, target):
     start = encoder(vae)
     normal = torch.randn(3, 2, generator=torch.Generator().manual_seed(1))
 
-    def decode(latents):
+    def decode(latents, x):
         return program.decode(vae, latents, (1, 4, 4))
 
-    def classify(latents):
+    def classify(latents, x):
         return latents["z"] @ normal
 
-    labels = classify(program.posterior_mean(vae, x)).argmax(-1)
+    labels = classify(program.posterior_mean(vae, x), x).argmax(-1)
     goal = {
         "latents": adaptive.latent_distance(lambda x: program.posterior_mean(vae, x)),
         "reconstruction": adaptive.output_damage(
-            decode, lambda x: decode(program.posterior_mean(vae, x))
+            decode, lambda x: decode(program.posterior_mean(vae, x), x)
         ),
         "classifier": adaptive.misclassification(classify, labels),
     }[target]

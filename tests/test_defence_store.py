@@ -322,17 +322,36 @@ def test_fingerprints_tell_apart_what_differs():
         "lambda x: helper(x)",
         "lambda x: [y * {k} for y in x]",
         "functools.partial(lambda by, x: by * x, {k})",
+        "lambda x: table[0] * x",
+        "lambda x: nested['a'] * x",
+        "lambda x: x in chosen",
+        "lambda x: array * tensor * x",
     ],
 )
 def test_what_a_function_computes_with_tells_it_from_others(text):
     def made(k):
         around = {"by": k, "functools": functools, "net": torch.nn.Linear(1, 1, bias=False)}
         torch.nn.init.constant_(around["net"].weight, k)
+        around |= {"table": [k, 2], "nested": {"a": (1, {"b": [k]})}, "chosen": {"x", k}}
+        around |= {"array": np.array([1.0, k]), "tensor": torch.tensor(k)}
         exec(f"def helper(x): return helper(x - 1) if x > {k} else x", around)
         return eval(text.format(k=k), around)
 
     first, same, other = (store.fingerprint(made(k)) for k in (0.5, 0.5, 0.9))
     assert first == same != other
+
+
+@pytest.mark.parametrize("kind", ["itself", "many", "objects"])
+def test_containers_that_are_no_settings_are_left_out(kind):
+    """Those that hold themselves, a dataset or a cache, and what has no known value."""
+
+    def made(k):
+        table = {"many": [k] * 20_000, "objects": {k: object()}}.get(kind, [k])
+        if kind == "itself":
+            table.append({"again": table})
+        return eval("lambda x: table[x]", {"table": table})
+
+    assert store.fingerprint(made(1)) == store.fingerprint(made(2))
 
 
 def test_functions_that_all_call_each_other_are_hashed_once_each():

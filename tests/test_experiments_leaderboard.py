@@ -133,7 +133,7 @@ def test_a_seed_that_attackers_know_is_said_with_the_one_run_there_is(results):
     change(path, ["config", "budget", "scoring_draws"], 5)
     settings = write_leaderboard(results).read_text().split("## Settings")[1]
     (line,) = (line for line in settings.splitlines() if "attackers know" in line)
-    assert "1 scored draws of a seed that attackers know" in line
+    assert "1 scored draw of a seed that attackers know" in line
     result = json.loads(path.read_text())
     section = Robustness.section(result, [])
     assert "worst case over attacks that know the defence's seed, 7, 95% intervals" in section

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import pyro
@@ -9,11 +11,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from torch.distributions import kl
 
 from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.perturbation import most_likely_image
 from pyro_vae_defence.objectives import AVAE, BetaELBO
+from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops.balls import Linf
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -129,6 +134,69 @@ def test_divergences_of_the_family_are_not_its_own():
         attacks.PGD(attacks.symmetric_kl(vae), Linf(0.1), 1)(X)
     with pytest.raises(ValueError, match="'z' is Twice; this objective needs Gaussian"):
         AVAE().loss(vae.model, vae.guide, X)
+
+
+def wrappers(loc):
+    """Layers around a class of one's own: which one it is, distributions from the outside."""
+    other = dist.Normal(loc, 1.0).expand((3, 2, 4)).to_event(1)
+    loc = loc.expand(3, 2, 4)
+    return {
+        "mixed": (dist.Independent(Together(loc, 0.6), 1), other.to_event(1)),
+        "independent": (dist.Independent(Together(loc, 0.6), 1),) * 2,
+        "masked": (Together(loc, 0.6).mask(torch.ones(3, 2) > 0).to_event(1),) * 2,
+        "transformed": (exp_of(Twice(loc, 0.6)), exp_of(Twice(loc + 1, 0.6))),
+    }
+
+
+def exp_of(base):
+    return dist.TransformedDistribution(base, [dist.transforms.ExpTransform()]).to_event(2)
+
+
+@pytest.mark.parametrize("name", ["mixed", "independent", "masked", "transformed"])
+def test_nor_are_they_inside_of_other_wrappers(name):
+    for p, q in itertools.permutations(wrappers(torch.zeros(1))[name]):
+        with pytest.raises(ValueError, match="no KL-divergence .* has a log_prob of its own"):
+            divergences.kl({"z": p}, {"z": q})
+
+
+class Same(dist.Normal):
+    """A Gaussian whose density is written anew."""
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc, self.scale).log_prob(value)
+
+
+def test_refusals_name_what_works(monkeypatch):
+    """For the same density written anew, and for whatever ``squared_wasserstein`` is not."""
+    vae, student = Programs(Same), functools.partial(dist.StudentT, 0.5)
+    with pytest.raises(ValueError, match="register one for these classes .*register_kl"):
+        attacks.symmetric_kl(vae)(X)(1 - X)
+    with pytest.raises(ValueError, match=r"use attacks\.mean_distance"):
+        attacks.squared_wasserstein(vae)(X)(1 - X)
+    with pytest.raises(ValueError, match=r"use attacks\.symmetric_kl"):
+        attacks.squared_wasserstein(Programs(dist.Laplace))(X)(1 - X)
+    with pytest.raises(ValueError, match=r"use attacks\.maximum_damage"):
+        attacks.squared_wasserstein(Programs(student))(X)(1 - X)
+    known = {"mean_distance": [Same, dist.Laplace], "symmetric_kl": [dist.Laplace]}
+    for name, families in known.items():
+        for q in families:
+            assert bool((getattr(attacks, name)(Programs(q))(X)(1 - X) > 0).all())
+    likelihood = lambda mean: Same(mean, 0.1)  # noqa: E731
+    aware = Programs(dist.Normal, likelihood=likelihood)
+    z = {"z": torch.tensor([[0.2], [0.4], [-0.3]])}
+    with pytest.raises(ValueError, match=r"\(Same, minimiser\), .*dispatch\(Normal\) where"):
+        program.potential(aware, X, Linf(0.1))(z)
+
+    # The two mends.
+    monkeypatch.setitem(kl._KL_REGISTRY, (Same, Same), kl._kl_normal_normal)
+    monkeypatch.setattr(kl, "_KL_MEMOIZE", {})
+    gaussian = Programs(dist.Normal)
+    found = attacks.symmetric_kl(vae)(X)(1 - X)
+    torch.testing.assert_close(found, attacks.symmetric_kl(gaussian)(X)(1 - X))
+    most_likely_image.register(Same, most_likely_image.dispatch(dist.Normal))
+    plain = Programs(dist.Normal, likelihood=lambda mean: dist.Normal(mean, 0.1))
+    expected = program.potential(plain, X, Linf(0.1))(z)
+    torch.testing.assert_close(program.potential(aware, X, Linf(0.1))(z), expected)
 
 
 def test_the_elbo_is_that_of_its_own_density():

@@ -633,6 +633,10 @@ class TestJoin:
             RobustnessReport.join([*parts[:2], again])
         with pytest.raises(ValueError, match="reports 0 and 1 are of the same images"):
             RobustnessReport.join([RobustnessReport.join(parts), again])
+        overlapping = torch.cat([parts[1].x_ref[1:], parts[0].x_ref[:1]])
+        other = dataclasses.replace(parts[1], images=("other",), x_ref=overlapping)
+        with pytest.raises(ValueError, match="reports 0 and 1 are of the same images, all or some"):
+            RobustnessReport.join([parts[0], other])
         # How gradients came about in a run is no other defence.
         how = parts[1].defence | {"prepare_why_not": "no GPU"}
         RobustnessReport.join([parts[0], dataclasses.replace(parts[1], defence=how)])

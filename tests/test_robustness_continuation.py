@@ -313,7 +313,7 @@ class TestContinuation:
 def hard(suite, x_ref):
     """Whether the sign of z_0 is wrong, which has no derivative."""
     labels = suite.scorer.labels.repeat(len(x_ref) // len(suite.x))
-    return lambda latents: ((latents["z"][:, 0] > 0) == (labels == 1)).to(x_ref)
+    return lambda latents, x: ((latents["z"][:, 0] > 0) == (labels == 1)).to(x_ref)
 
 
 def test_starts_that_are_given(float64):

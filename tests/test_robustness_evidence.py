@@ -99,7 +99,7 @@ def defence(vae):
 
 
 def margin(vae, labels, x_ref):
-    def classify(latents):
+    def classify(latents, x):
         decoded = (latents["z"] @ vae.weight.T).sigmoid().view(-1, 1, 2, 4)
         return plane_classifier(program.posterior_mean(vae, decoded)["z"])
 
@@ -122,7 +122,7 @@ def test_populations_stay_in_their_sets_and_reach_their_moments(vae, x, labels, 
             streams = Streams.create(len(x), chains, seed=100 + call)
             latents, there = population(copies, latents, streams)
             assert bool(there.all())
-            assert bool(((of_class(copies)(latents) > 0) == wrong).all())
+            assert bool(((of_class(copies)(latents, copies) > 0) == wrong).all())
             means.append(box.energy(copies, latents).view(chains, -1).mean(0))
         weights = (-energies).masked_fill(~inside, -torch.inf).softmax(0)
         exact = (weights * energies).sum(0)
@@ -134,7 +134,7 @@ def test_populations_stay_in_their_sets_and_reach_their_moments(vae, x, labels, 
 
 def test_a_set_without_a_candidate_pulls_nobody(vae, x, labels, defence):
     box = WhiteBox(vae, defence, x)
-    everywhere = lambda x_ref: lambda latents: -torch.ones(len(x_ref))  # noqa: E731
+    everywhere = lambda x_ref: lambda latents, x: -torch.ones(len(x_ref))  # noqa: E731
     own = Constrained(box, everywhere, Linf(EPSILON), 2, number=1)
     _, there = own.wrong(x.repeat(2, 1, 1, 1))(
         x.repeat(2, 1, 1, 1), None, Streams.create(len(x), 2, seed=0)

@@ -9,6 +9,7 @@ import json
 import pytest
 import torch
 from programs import LinearGaussianVAE
+from pyro import infer
 from test_robustness import HMC, SMALL, classify, problem, run
 
 from pyro_vae_defence.defence import (
@@ -183,6 +184,23 @@ class TestKnownSeed:
         expected = suite.objective(bpda, 6)(both)(torch.cat([x, moved]))
         torch.testing.assert_close(value, expected)
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"keep_draws": 2},
+            {"max_gradients": 20},
+            {"kernel": functools.partial(infer.HMC, step_size=0.1)},
+        ],
+        ids=["few", "cut", "foreign"],
+    )
+    def test_the_number_of_draws_is_known_without_a_run(self, options, monkeypatch):
+        vae, x, _ = problem(2)
+        given = {"kernel": HMC, "num_samples": 4, "warmup_steps": 1, **options}
+        defence = MCMCDefence(vae, **given)
+        kept = defence(x, at_seed()).samples["z"].shape[1]
+        monkeypatch.setattr(MCMCDefence, "_run", None)
+        assert WhiteBox(vae, defence, x, seed=SEED).drawn().draws == kept
+
     def test_noise_protects_only_who_keeps_it_to_himself(self):
         vae, x, labels = problem(10)
         defence = Flipped(vae)
@@ -220,7 +238,7 @@ class TestKnownSeed:
         ahead, behind = (x + 0.1).clamp(0, 1), (x - 0.1).clamp(0, 1)
         difference, limit = expected_difference(suite, ahead, behind, 16, 0)
         goal = suite.goal()(x)
-        ends = [goal(defence(each, at_seed()).latents) for each in (ahead, behind)]
+        ends = [goal(defence(each, at_seed()).latents, each) for each in (ahead, behind)]
         torch.testing.assert_close(difference, ends[0] - ends[1])
         assert (limit < 1e-9).all()
 
@@ -384,6 +402,7 @@ class TestPublished:
         assert found.robust["mean"]["num_images"] == 4
         bound, _ = program.at_images(conditional, given)
         assert bound is not conditional
-        joined = RobustnessReport.join([report, dataclasses.replace(report, images=("another",))])
+        another = dataclasses.replace(report, images=("another",), x_ref=1 - report.x_ref)
+        joined = RobustnessReport.join([report, another])
         assert torch.equal(joined.conditions[1], torch.cat([shift, shift]))
         assert joined.x_ref.shape == (8, 1, 4, 4)

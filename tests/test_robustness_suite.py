@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import types
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from test_robustness import SMALL, classify, problem, run
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.defence import DefendedClassifier, NoDefence
+from pyro_vae_defence.attacks import adaptive
+from pyro_vae_defence.defence import DefendedClassifier, EncoderDefence, NoDefence
 from pyro_vae_defence.ops.balls import L1, Linf
 from pyro_vae_defence.robustness import ATTACKS, Budget, WhiteBox
-from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scores
+from pyro_vae_defence.robustness.fidelity import expected_difference
+from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scores, Similarity
 from pyro_vae_defence.robustness.suite import Memory, Suite
 
 ROWS = {row.name: row for row in ATTACKS}
@@ -146,3 +150,78 @@ class TestSquare:
         report = run(vae, NoDefence(vae), x, labels, budget, attacks=("square",), checks=False)
         assert report.clean["mean"]["estimate"] > 0.9
         assert report.robust["mean"]["estimate"] < 0.3
+
+
+class Mixture:
+    """z in the plane, a class y of three, and pixels that both brighten."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(4)
+        self.weight, self.centre = torch.randn(2, 4, 4, generator=generator)[:, :3]
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(3) / 3))
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            logits = z @ self.weight[:2] + self.centre[y]
+            fn = dist.Bernoulli(logits=logits, validate_args=False).to_event(1)
+            pyro.sample("obs", fn, obs=x.flatten(1))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(3) / 3))
+            loc = x.flatten(1) @ self.weight[:2].T
+            pyro.sample("z", dist.Normal(loc, 0.3).to_event(1))
+            return y
+
+
+class TestDiscreteLatents:
+    """Attackers decode what is scored: given the image, which tells of the discrete latents."""
+
+    def suite(self, reading, x):
+        vae, fresh = Mixture(), Fresh(3)
+        box = WhiteBox(vae, EncoderDefence(vae, num_samples=2), x, fresh)
+        compare = lambda one, other: -(one - other).abs().flatten(1).sum(1)  # noqa: E731
+        if reading is None:
+            scorer = Similarity(box, x, compare, fresh)
+        else:
+            linear = lambda z: torch.stack([z[:, 0], z[:, 1], -z.sum(1)], 1)  # noqa: E731
+            classifier = DefendedClassifier(box, linear, reading)
+            scorer = Accuracy(box, x, torch.tensor([0, 1, 2]), classifier, fresh)
+        return Suite(box, scorer, x, Linf(0.3), SMALL, attacks.APGD)
+
+    @pytest.mark.parametrize("reading", [None, "last", "reencoded"])
+    def test_the_goal_is_what_is_scored(self, float64, reading):
+        x = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(1)).round()
+        suite = self.suite(reading, x)
+        attacked = (0.7 * x + 0.2).clamp(0, 1)
+        result = suite.box.defence(attacked, torch.Generator().manual_seed(2))
+        if reading is None:
+            scored = 1.0 - suite.scorer.compare(result.reconstruction, suite.scorer.reference)
+        else:
+            log_probs = suite.scorer.classifier.log_probabilities(result)
+            scored = adaptive.misclassification(lambda *_: log_probs, suite.scorer.labels)(x)(0, 0)
+        mean = {"z": result.samples["z"].mean((0, 1))}
+        latents = mean if reading == "reencoded" else result.latents
+        goal = suite.goal()
+        torch.testing.assert_close(goal(x)(latents, attacked), scored)
+
+        # So it is wherever the goal is asked.
+        def encode(images, streams, previous=None):
+            return {"z": latents["z"].repeat(len(images) // len(x), 1)}
+
+        nothing = lambda images, latents: images.flatten(1).sum(1)  # noqa: E731
+        for of_mean in (False, True):
+            options = {"goal": goal, "of_mean": of_mean}
+            for objective in (
+                adaptive.expected(encode, num_draws=2, **options),
+                adaptive.equilibrium(encode, lambda x, z, _: z, nothing, num_chains=2, **options),
+            ):
+                torch.testing.assert_close(objective(x)(attacked), scored)
+        box = types.SimpleNamespace(forwards=lambda: encode, steps=True, has_chain=True, seed=None)
+        other = goal(x)(latents, x)
+        suite = dataclasses.replace(suite, box=box)
+        object.__setattr__(suite, "goal", lambda: goal)
+        difference, _ = expected_difference(suite, attacked, x, 2, 0)
+        torch.testing.assert_close(difference, scored - other)
+        assert bool((difference.abs() > 1e-6).all()) == (reading != "last")

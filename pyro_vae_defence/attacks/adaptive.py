@@ -91,8 +91,9 @@ Directions: TypeAlias = Callable[[Streams, int, int, Tensor], Tensor]
 """Streams of rows, a step and a purpose of theirs, and images ``(M, C, H, W)`` -> directions of the
 shape of the images, Gaussian with a standard deviation of 1 per pixel."""
 
-Goal: TypeAlias = Callable[[Latents], Tensor]
-"""Latents of M rows -> what the attacker maximises of them, ``(M,)``, differentiable."""
+Goal: TypeAlias = Callable[[Latents, Tensor], Tensor]
+"""Latents of M rows and the attacked images whose latents they are, ``(M, C, H, W)``, which tell of
+discrete latents -> what the attacker maximises, ``(M,)``, differentiable."""
 
 PreparedGoal: TypeAlias = Callable[[Tensor], Goal]
 """Reference images ``(M, C, H, W)`` -> the :data:`Goal` against these references, row by row."""
@@ -300,12 +301,13 @@ def expected(
 
         def objective(x: Tensor) -> Tensor:
             nonlocal previous
-            latents = encode(x.repeat(num_draws, 1, 1, 1), noise(x), previous)
+            images = x.repeat(num_draws, 1, 1, 1)
+            latents = encode(images, noise(x), previous)
             if persistent:
                 previous = lat.detach(latents)
             if of_mean:
-                return goal_ref(_mean(latents, num_draws))
-            return lat.unfold(goal_ref(latents), num_draws).mean(0)
+                return goal_ref(_mean(latents, num_draws), x)
+            return lat.unfold(goal_ref(latents, images), num_draws).mean(0)
 
         return objective
 
@@ -327,7 +329,8 @@ def equilibrium(
     r"""The goal at stationarity, with derivative :math:`-\mathrm{Cov}(f(z), \nabla_x U(z; x))`.
 
     The covariance is the unbiased one, over chains of one image, which are independent. The goal
-    need not be differentiable, unless ``of_mean``.
+    need not be differentiable, unless ``of_mean``; what it reads of the image itself counts as
+    constant.
 
     Args:
         start, chain, resume: see the module's text; the chain reaches stationarity.
@@ -356,11 +359,13 @@ def equilibrium(
             latents = _run(chain, resume, images, begin, streams, previous)
             previous = latents
             if of_mean:
-                value, slope = lat.value_and_gradient(goal_ref, _mean(latents, num_chains))
+                value, slope = lat.value_and_gradient(
+                    lambda z: goal_ref(z, x.detach()), _mean(latents, num_chains)
+                )
                 per_chain = lat.dot(lat.repeat(slope, num_chains), latents)
             else:
                 with torch.no_grad():
-                    per_chain = goal_ref(latents)
+                    per_chain = goal_ref(latents, images)
                 value = lat.unfold(per_chain, num_chains).mean(0)
             per_chain = lat.unfold(per_chain, num_chains)
             weight = (per_chain - per_chain.mean(0)) / (num_chains - 1)
@@ -525,7 +530,7 @@ def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedGoal:
         with torch.no_grad():
             reference = lat.detach(encode(x_ref))
 
-        def goal(latents: Latents) -> Tensor:
+        def goal(latents: Latents, x: Tensor) -> Tensor:
             difference = lat.add(latents, reference, -1.0)
             return lat.dot(difference, difference)
 
@@ -535,14 +540,14 @@ def latent_distance(encode: Callable[[Tensor], Latents]) -> PreparedGoal:
 
 
 def output_damage(
-    decode: Callable[[Latents], Tensor],
+    decode: Callable[[Latents, Tensor], Tensor],
     reconstruct: Callable[[Tensor], Tensor],
     distance: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> PreparedGoal:
     """How far the decoded latents are from the reference's reconstruction.
 
     Args:
-        decode: latents to images, differentiable.
+        decode: latents and the images attacked to the images decoded, differentiable.
         reconstruct: reference images to their reconstructions; called once, without gradient.
         distance: of image pairs, one value per pair; squared and summed over pixels when ``None``.
     """
@@ -551,21 +556,23 @@ def output_damage(
         with torch.no_grad():
             reference = reconstruct(x_ref)
 
-        def goal(latents: Latents) -> Tensor:
+        def goal(latents: Latents, x: Tensor) -> Tensor:
             if distance is not None:
-                return distance(decode(latents), reference)
-            return (decode(latents) - reference).square().flatten(1).sum(1)
+                return distance(decode(latents, x), reference)
+            return (decode(latents, x) - reference).square().flatten(1).sum(1)
 
         return goal
 
     return prepare
 
 
-def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> PreparedGoal:
+def misclassification(
+    classify: Callable[[Latents, Tensor], Tensor], labels: Tensor
+) -> PreparedGoal:
     r"""The margin :math:`\max_{j \ne y} s_j - s_y` of scores: positive where the classifier errs.
 
     Args:
-        classify: latents of M rows to scores ``(M, classes)``, differentiable.
+        classify: latents and attacked images of M rows to scores ``(M, classes)``, differentiable.
         labels: classes of the references, int64 ``(N,)``. References may come repeated whole.
 
     Raises:
@@ -581,8 +588,8 @@ def misclassification(classify: Callable[[Latents], Tensor], labels: Tensor) -> 
             )
         repeated = labels.repeat(times)[:, None]
 
-        def goal(latents: Latents) -> Tensor:
-            scores = classify(latents)
+        def goal(latents: Latents, x: Tensor) -> Tensor:
+            scores = classify(latents, x)
             own = scores.gather(1, repeated)[:, 0]
             return scores.scatter(1, repeated, -torch.inf).amax(1) - own
 

@@ -386,9 +386,28 @@ def _counts(value: Any, function: FunctionType) -> bool:
     """Whether a global value is part of what a function is, and not of a library."""
     if isinstance(value, FunctionType):
         return value.__module__ == function.__module__
-    known = (*_NUMBERS, str, bytes, np.ndarray, np.generic, Tensor, nn.Module, functools.partial)
-    is_data = dataclasses.is_dataclass(value) and not isinstance(value, type)
-    return isinstance(value, known) or is_data
+    is_dataclass = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return is_dataclass or isinstance(value, (nn.Module, functools.partial)) or _is_data(value)
+
+
+_MOST_DATA = 10_000  # parts of a container, beyond which it is a dataset or a cache, not a setting
+
+
+def _is_data(value: Any) -> bool:
+    """Whether a value is a number, a text, an array, or a container of such and of such containers,
+    of at most so many parts in all; one that holds itself has more."""
+    leaves = (*_NUMBERS, *_PLAIN, str, bytes, np.ndarray, np.generic, Tensor, type(None))
+    todo, seen = [value], 0
+    while todo:
+        part = todo.pop()
+        if isinstance(part, (dict, list, tuple, set, frozenset)):
+            seen += len(part)
+            if seen > _MOST_DATA:
+                return False
+            todo += [*part, *part.values()] if isinstance(part, dict) else part
+        elif not isinstance(part, leaves):
+            return False
+    return True
 
 
 def _names(code: CodeType) -> set[str]:

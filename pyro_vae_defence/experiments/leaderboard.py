@@ -313,10 +313,11 @@ def _settings(results: Iterable[dict[str, Any]]) -> Iterator[str]:
         classifier = config.get("classifier")  # which results before this setting do not name
         read_by = "" if classifier is None else f" by `{classifier}`"
         known = "" if config.get("defence_seed") is None else " of a seed that attackers know"
+        draws = scored_draws(config)
         yield (
             f"- `{config['model']}`, {config['radius']:g} ({names}): {config['num_images']} "
             f"class-stratified test images, {budget['num_steps']} steps of {config['engine']}, "
-            f"{budget['num_restarts']} restart(s), {scored_draws(config)} scored draws{known}, "
+            f"{budget['num_restarts']} restart(s), {draws} scored draw{'s' * (draws > 1)}{known}, "
             f"classes read `{config['reading']}`{read_by}"
             f"{''.join(f'; {words}' for words in chains)}"
         )

@@ -252,8 +252,10 @@ def _check_own_density(likelihood: Any, known: Any) -> None:
     if family is not object and "log_prob" in own_methods(kind, family):
         raise RefusalError(
             f"the likelihood {kind.__name__} has a log_prob of its own, and what is known of "
-            f"{family.__name__} does not hold for it; register its minimiser with "
-            "most_likely_image.register, and observe the image in [0, 1]"
+            f"{family.__name__} need not hold for it; register its minimiser with "
+            f"most_likely_image.register({kind.__name__}, minimiser), which is "
+            f"most_likely_image.dispatch({family.__name__}) where the density is the same, and "
+            "observe the image in [0, 1]"
         )
 
 

@@ -19,6 +19,7 @@ only its mean can be compared.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,17 +87,23 @@ def known_kl(p: Distribution, q: Distribution) -> Tensor:
     """
     if any(map(_is_folded, (p, q))):
         raise NotImplementedError("a divergence changes under a transform that is not one to one")
-    for kinds in ((type(p), type(q)), (type(innermost(p)), type(innermost(q)))):
-        if not any("log_prob" in own_methods(kind, object) for kind in kinds):
+    # What is registered for wrappers is that of what is inside.
+    layers = _layers(p), _layers(q)
+    for position, own in enumerate(layers):
+        kind = next((kind for kind in own if "log_prob" in own_methods(kind, object)), None)
+        if kind is None:
             continue
-        pairs = [pair for pair in _KL_REGISTRY if all(map(issubclass, kinds, pair))]
-        for position, kind in enumerate(kinds):
-            families = {pair[position] for pair in pairs}
-            family = next((base for base in kind.__mro__ if base in families), None)
-            if family is not None and "log_prob" in own_methods(kind, family):
-                raise NotImplementedError(
-                    f"{kind.__name__} has another density than {family.__name__}"
-                )
+        families = {
+            pair[position]
+            for pair in _KL_REGISTRY
+            if any(issubclass(other, pair[1 - position]) for other in layers[1 - position])
+        }
+        family = next((base for base in kind.__mro__ if base in families), None)
+        if family is not None and "log_prob" in own_methods(kind, family):
+            raise NotImplementedError(
+                f"{kind.__name__} has a log_prob of its own, which may be another density than "
+                f"that of {family.__name__}"
+            )
     return kl_divergence(p, q)
 
 
@@ -121,6 +128,16 @@ def _base_transform(transform: Any) -> Any:
     return transform
 
 
+def _layers(distribution: Distribution) -> list[type]:
+    """Classes of a distribution, of what it wraps, and so on."""
+    kinds: list[type] = []
+    inner: Any = distribution
+    while inner is not None:
+        kinds.append(type(inner))
+        inner = getattr(inner, "base_dist", None)
+    return kinds
+
+
 def _kl_site(site: str, p: Distribution, q: Distribution) -> Tensor:
     if is_point(p) or is_point(q):
         raise ValueError(
@@ -138,9 +155,9 @@ def _kl_site(site: str, p: Distribution, q: Distribution) -> Tensor:
         divergence = known_kl(*bare)
     except NotImplementedError as error:
         raise ValueError(
-            f"site {site!r}: no KL-divergence is registered between {bare[0]} and {bare[1]}; "
-            "register one with torch.distributions.kl.register_kl, or compare means "
-            "(attacks.mean_distance) or outputs (attacks.maximum_damage)"
+            f"site {site!r}: no KL-divergence is registered between {bare[0]} and {bare[1]}: "
+            f"{error}; register one for these classes with torch.distributions.kl.register_kl, or "
+            "compare means (attacks.mean_distance) or outputs (attacks.maximum_damage)"
         ) from error
     return _counting(divergence, count)
 
@@ -154,13 +171,24 @@ def _squared_mean_distance_site(site: str, p: Distribution, q: Distribution) -> 
 def _squared_wasserstein_site(site: str, p: Distribution, q: Distribution) -> Tensor:
     for distribution in (p, q):
         if not is_of(innermost(distribution), Normal):
-            other = "squared_mean_distance" if is_point(distribution) else "symmetric_kl"
             raise ValueError(
                 f"site {site!r}: squared_wasserstein needs factorised Gaussian distributions, "
-                f"got {distribution}; use {other} for this family"
+                f"got {distribution}; use attacks.{_known_objective(site, p, q)}"
             )
     square = (p.mean - q.mean).square() + (p.stddev - q.stddev).square()
     return _counting(square, counted(p) & counted(q))
+
+
+def _known_objective(site: str, p: Distribution, q: Distribution) -> str:
+    """The objective that compares such distributions, or else their images."""
+    for name, divergence in (
+        ("symmetric_kl", _kl_site),
+        ("mean_distance", _squared_mean_distance_site),
+    ):
+        with contextlib.suppress(ValueError):
+            divergence(site, p, q)
+            return name
+    return "maximum_damage"
 
 
 def _counting(value: Tensor, count: Tensor | bool) -> Tensor:

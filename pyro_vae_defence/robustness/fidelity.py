@@ -186,7 +186,9 @@ def expected_difference(
         first, second = objective(ahead), objective(behind)
         return first - second, _rounding(first, second)
     (first, first_without), (second, second_without) = (
-        _with_and_without(_ends(suite, x, num_draws, seed), goal, suite.x, num_draws, suite.of_mean)
+        _with_and_without(
+            _ends(suite, x, num_draws, seed), x, goal, suite.x, num_draws, suite.of_mean
+        )
         for x in (ahead, behind)
     )
     without = first_without - second_without
@@ -214,12 +216,12 @@ def _ends(suite: Suite, x: Tensor, num_draws: int, seed: int) -> Latents:
 
 
 def _with_and_without(
-    latents: Latents, goal: PreparedGoal, x_ref: Tensor, num_draws: int, of_mean: bool
+    latents: Latents, x: Tensor, goal: PreparedGoal, x_ref: Tensor, num_draws: int, of_mean: bool
 ) -> tuple[Tensor, Tensor]:
     """The goal's expectation from all draws, ``(N,)``, and without each of them, ``(draws, N)``."""
-    copies = goal(x_ref.repeat(num_draws, 1, 1, 1))
+    copies, images = goal(x_ref.repeat(num_draws, 1, 1, 1)), x.repeat(num_draws, 1, 1, 1)
     if not of_mean:
-        values = lat.unfold(copies(latents), num_draws)
+        values = lat.unfold(copies(latents, images), num_draws)
         mean = values.mean(0)
         return mean, mean + (mean - values) / (num_draws - 1)
     draws = {name: lat.unfold(value, num_draws) for name, value in latents.items()}
@@ -227,7 +229,7 @@ def _with_and_without(
     others = {
         n: (means[n] + (means[n] - z) / (num_draws - 1)).flatten(0, 1) for n, z in draws.items()
     }
-    return goal(x_ref)(means), lat.unfold(copies(others), num_draws)
+    return goal(x_ref)(means, x), lat.unfold(copies(others, images), num_draws)
 
 
 def _cosine(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -66,10 +66,6 @@ class Constrained:
         num_steps = int(getattr(kernel, "num_steps", _STEPS))
         size = x_ref.new_full((len(x_ref),), self.box.step_size)
 
-        def inside(latents: Latents) -> Tensor:
-            with torch.no_grad():
-                return (goal(latents) > 0) == wrong
-
         there = x_ref.new_zeros(len(x_ref), dtype=torch.bool)
         made = 0
 
@@ -80,6 +76,11 @@ class Constrained:
             if previous is None:
                 previous, there = self.search(x_ref, wrong, streams)
             energy = functools.partial(self.box.energy, x)
+
+            def inside(latents: Latents) -> Tensor:
+                with torch.no_grad():
+                    return (goal(latents, x) > 0) == wrong
+
             state = hmc.init(energy, previous)
             metric = inverse_mass_like(kernel.inverse_mass_matrix, state.position)
             for _ in range(self.number):
@@ -110,7 +111,8 @@ class Constrained:
         ]
         candidates = [{name: each[name] for name in encoded} for each in candidates]
         energies = [
-            torch.where((goal(each) > 0) == wrong, energy(each), torch.inf) for each in candidates
+            torch.where((goal(each, x_ref) > 0) == wrong, energy(each), torch.inf)
+            for each in candidates
         ]
         values, order = torch.stack(energies).sort(0)
         # Chains of one image start at different ones, but not far above the best.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pyro_vae_defence import plots
 from pyro_vae_defence.defence.result import OF_A_RUN
+from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.html import interval as interval_text
 from pyro_vae_defence.robustness import html
@@ -252,8 +253,8 @@ class RobustnessReport:
         Raises:
             ValueError: for no report, reports of different figures, threat models, budgets,
                 defences or, as far as they hold a hash of them, weights, of the same images, which
-                would count twice, or one that an earlier version has written without values per
-                image.
+                would count twice (single ones are known where reports hold ``x_ref``), or one that
+                an earlier version has written without values per image.
         """
         if not reports:
             raise ValueError("reports is empty; join needs one at least")
@@ -356,14 +357,19 @@ def conclude(
 
 
 def _check_apart(reports: Sequence[RobustnessReport]) -> None:
-    """Raise a ``ValueError`` if two of the reports are of the same images."""
+    """Raise a ``ValueError`` if two of the reports are of the same images, all or some.
+
+    One that was read from JSON knows its images as a whole, by a hash of all of them; for each of
+    them it would need one of its own.
+    """
     known: dict[str, int] = {}
     for number, report in enumerate(reports):
-        for images in report.images:
+        each = () if report.x_ref is None else report.x_ref.detach().cpu()
+        for images in (*report.images, *set(map(fingerprint, each))):
             if images in known:
                 raise ValueError(
-                    f"reports {known[images]} and {number} are of the same images, which would "
-                    "count twice; join one of them"
+                    f"reports {known[images]} and {number} are of the same images, all or some, "
+                    "which would count twice; join reports that have none in common"
                 )
             known[images] = number
 

@@ -327,10 +327,10 @@ class Suite:
         box, scorer = self.box, self.scorer
         if isinstance(scorer, Accuracy):
 
-            def classify(latents: Latents) -> Tensor:
+            def classify(latents: Latents, x: Tensor) -> Tensor:
                 latents = box.constrain(latents)
                 if scorer.reading in ("reencoded", "vote"):
-                    latents = reencode(box.vae, latents, box.decoder)
+                    latents = reencode(box.vae, latents, functools.partial(box.decoder, x=x))
                 return class_scores(scorer.classifier.classifier, latents)
 
             return adaptive.misclassification(classify, scorer.labels)

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import DefendedEncoder
 from pyro_vae_defence.defence import Defence, DefenceResult, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.chains import Lengths
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.defence.starts import ChainStart
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
@@ -202,7 +203,11 @@ class WhiteBox:
 
     @functools.cached_property
     def _kept(self) -> int:
-        """Draws of each chain that the defence keeps."""
+        """Draws of each chain that the defence keeps; of one that is no chain, or stops by what it
+        sees, the whole run has to tell."""
+        if isinstance(self.defence, MCMCDefence) and not self.stops:
+            made = self._lengths(self._make_kernel(), draw_seed(self._generator()))
+            return min(made.keep_draws, made.num_samples)
         return next(iter(self(self._x).samples.values())).shape[1]
 
     @property
@@ -276,9 +281,9 @@ class WhiteBox:
         """Latents on the support of each site, as classifiers read them."""
         return self._potential.constrain(latents)
 
-    def decode(self, latents: Latents) -> Tensor:
-        """Mean images ``(M, C, H, W)``."""
-        return self.decoder(self.constrain(latents))
+    def decode(self, latents: Latents, x: Tensor) -> Tensor:
+        """Reconstructions ``(M, C, H, W)`` of images ``x`` from their latents."""
+        return self.decoder(self.constrain(latents), x)
 
     def forwards(self) -> DefendedEncoder:
         """The defence run forwards, with the derivative of its start."""
@@ -386,6 +391,11 @@ class WhiteBox:
 
     def _numbers(self, kernel: Any, seed: int) -> tuple[int, int]:
         """Transitions in all, as many as the defence makes, and how many of them adapt."""
-        defence: Any = self.defence
-        made = defence.lengths(kernel, defence.start(self.vae, kernel), seed)
+        made = self._lengths(kernel, seed)
         return made.warmup_steps + made.num_samples, made.warmup_steps
+
+    def _lengths(self, kernel: Any, seed: int) -> Lengths:
+        """Those of a run of the defence with this seed."""
+        defence: Any = self.defence
+        made: Lengths = defence.lengths(kernel, defence.start(self.vae, kernel), seed)
+        return made

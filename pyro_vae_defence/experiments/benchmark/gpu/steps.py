@@ -124,7 +124,7 @@ def ascent(
             vae, None, num_chains=1, batch_size=config.batch_size, prepare=way.prepare(), **lengths
         )
         box = WhiteBox(vae, defence, x)
-        goal = adaptive.misclassification(classifier, labels)
+        goal = adaptive.misclassification(lambda latents, x: classifier(latents), labels)
         return adaptive.expected(adaptive.bpda(box.start, box.chain), goal)
 
     objectives: dict[str, tuple[Callable[[], PreparedObjective], int]] = {
