@@ -341,7 +341,10 @@ class Recorder:
 
 
 def _capture(what: _Function, potential: ModelPotential, start: LatentsLike) -> fx.GraphModule:
-    from torch.fx.experimental.proxy_tensor import make_fx  # seconds, which not every user needs
+    # Seconds, which not every user needs.
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     names = [site.name for site in potential.sites]
     num_tensors = len(potential.tensors)
@@ -351,7 +354,10 @@ def _capture(what: _Function, potential: ModelPotential, start: LatentsLike) -> 
         return what.values(placed, dict(zip(names, values[num_tensors:], strict=True)))
 
     values = [t.detach() for t in (*potential.tensors, *(start[name] for name in names))]
-    module = make_fx(function)(*values)
+    # Shapes of results are noted as fake tensors. Without a mode of all of them each would get one
+    # of its own, which takes as long as the recording.
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        module = make_fx(function)(*values)
     _fold(module, values[-1].device)
     return module
 
