@@ -261,15 +261,6 @@ class Exact(Truncated):
         return self.loc + self.scale * difference / mass
 
 
-class Same(dist.Normal):
-    """A Gaussian, written anew."""
-
-    def log_prob(self, value):
-        return -0.5 * ((value - self.loc) / self.scale).square() - (
-            self.scale.log() + 0.5 * math.log(2 * math.pi)
-        )
-
-
 def mixture(family):
     def likelihood(mean):
         components = family(mean[..., None] + torch.tensor([0.0, 0.5]), 0.3)
