@@ -237,3 +237,18 @@ def test_a_ranking_says_how_classes_are_read_and_whether_the_seed_is_known(resul
     clip = "| control: dark-pixel clipping δ = radius | 0.98 "
     assert page.count(f"| `mnist_vae`, 0.1, 100 {clip}") == 2  # in short, and with all columns
     assert page.count(f"| `mnist_vae`, 0.1, 100, read `vote`, seed known {clip}") == 2
+
+
+def test_the_mode_of_its_target_is_a_rival_of_a_chain(results):
+    """On the same images; where it was not attacked, the control is the only one."""
+    page = write_leaderboard(results).read_text().split("<!-- end preferred")[0]
+    start = "- `fashion_mnist_vae`, 0.1, 100, accuracy: **none** is to be preferred to the "
+    aware, mode = "HMC, perturbation-aware δ = radius", "mode, perturbation-aware δ = radius"
+    (line,) = (x for x in page.splitlines() if x.startswith(start + mode))
+    assert line.endswith(f", of the same target; ahead in an unreliable report: {aware}.")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
+    rivals = [row[3] for row in rows if row[2:3] == [aware] and row[1].startswith("`fashion")]
+    assert rivals.count(mode) == 1
+    assert not any(row[2:4] == [mode, mode] for row in rows)
+    (results / "robustness_protocol/fashion_mnist_mode_0.1.json").unlink()
+    assert mode not in write_leaderboard(results).read_text()
