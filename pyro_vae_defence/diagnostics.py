@@ -338,8 +338,10 @@ def summary(tree: xarray.DataTree) -> Any:
         stats = tree["sample_stats"].to_dataset()
     if "energy" in stats:
         energy = stats["energy"].values.astype(float)
-        with np.errstate(invalid="ignore", divide="ignore"):  # of what does not move
-            bfmi = np.square(np.diff(energy, axis=1)).mean(1) / energy.var(1, ddof=1)
+        bfmi = np.full_like(energy[:, 0], np.nan)
+        if energy.shape[1] > 1:
+            with np.errstate(invalid="ignore", divide="ignore"):  # of what does not move
+                bfmi = np.square(np.diff(energy, axis=1)).mean(1) / energy.var(1, ddof=1)
         columns["bfmi"] = bfmi.min(0)
     for name in ("diverging", "acceptance_rate"):
         if name in stats:

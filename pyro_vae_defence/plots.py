@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def show_image(axes: Axes, image: Tensor) -> Axes:
-    """Draw one image ``(C, H, W)`` with values in [0, 1], without ticks."""
-    pixels = image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    """Draw one image ``(C, H, W)`` with values in [0, 1], or of 8 bits, without ticks."""
+    pixels = _in_range(image).permute(1, 2, 0).numpy()
     grey = pixels.shape[2] == 1
     axes.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=1)
     axes.set_xticks([])
@@ -36,6 +36,8 @@ def panel(axes: np.ndarray, columns: Mapping[str, Tensor]) -> np.ndarray:
         ValueError: if the axes do not fit the columns.
     """
     axes = np.atleast_2d(axes)
+    if len(columns) == 1:  # of one column plt.subplots makes a vector, as of one row
+        axes = axes.reshape(-1, 1)
     if axes.shape[1] != len(columns):
         raise ValueError(f"axes must have {len(columns)} columns, got shape {axes.shape}")
     for number, (title, images) in enumerate(columns.items()):
@@ -60,6 +62,8 @@ def trace(axes: Axes, draws: Any, label: str = "") -> Axes:
 def rank(axes: Axes, draws: Any, label: str = "", bins: int = 10) -> Axes:
     """Rank plot of one scalar: each chain's ranks among all draws, flat when chains agree.
 
+    Equal draws share the mean of their ranks.
+
     Reference: Vehtari et al., "Rank-normalization, folding, and localization: an improved R-hat",
     2021, https://doi.org/10.1214/20-BA1221.
 
@@ -70,7 +74,8 @@ def rank(axes: Axes, draws: Any, label: str = "", bins: int = 10) -> Axes:
         bins: number of bins.
     """
     draws = _chains(draws)
-    ranks = draws.ravel().argsort(kind="stable").argsort().reshape(draws.shape)
+    _, value, counts = np.unique(draws.ravel(), return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts + 1) / 2)[value].reshape(draws.shape)
     edges = np.linspace(0, draws.size, bins + 1)
     for number, chain in enumerate(ranks):
         counts, _ = np.histogram(chain, edges)
@@ -120,12 +125,18 @@ def _chains(draws: Any) -> np.ndarray:
     return values
 
 
+def _in_range(images: Tensor) -> Tensor:
+    """Images in [0, 1] on the CPU; those of 8 bits are divided by 255."""
+    pixels = images.detach().cpu()
+    return pixels / 255 if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)
+
+
 def picture(rows: Sequence[Tensor] | Tensor) -> str:
     """Images ``(N, C, H, W)`` in [0, 1], one row per entry, as the base64 text of a PNG file."""
     import matplotlib.image
     from torchvision.utils import make_grid
 
-    tiles = torch.cat([row.detach().cpu() for row in rows]).clamp(0, 1)
+    tiles = torch.cat([_in_range(row) for row in rows])
     grid = make_grid(tiles, nrow=len(rows[0]), padding=1, pad_value=0.5)
     buffer = io.BytesIO()
     plain: dict[str, Any] = {"Software": None}  # no version: equal images make equal text

@@ -456,9 +456,12 @@ def test_every_estimator_drives_an_attack(linear, name, target):
             "num_chains must be an integer of at",
         ),
         (lambda f: adaptive.nes(f, 0), "num_directions must be an integer of at least 1, got 0"),
-        (lambda f: adaptive.nes(f, 3, 0.0), "scale must be positive, got 0.0"),
-        (lambda f: adaptive.implicit(f, f, f, 0), "num_iterations must be at least 1, got 0"),
-        (lambda f: adaptive.implicit(f, f, f, 3, -1.0), "damping must not be negative, got -1.0"),
+        (lambda f: adaptive.nes(f, 3, 0.0), "scale must be a positive finite number, got 0.0"),
+        (lambda f: adaptive.implicit(f, f, f, 0), "num_iterations must be an integer of at l"),
+        (
+            lambda f: adaptive.implicit(f, f, f, 3, -1.0),
+            "damping must be at least 0 and finite",
+        ),
         (
             lambda f: adaptive.misclassification(f, torch.tensor([0, 0, 0]))(
                 torch.rand(4, 1, 4, 4)

@@ -3,6 +3,7 @@ told."""
 
 from __future__ import annotations
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -364,3 +365,12 @@ def test_objectives_stay_on_the_device_of_the_images():
         assert value.shape == (3,)
         assert value.device.type == "meta"
         assert value.dtype == torch.float32
+
+
+def test_sites_from_an_iterator_and_a_number_of_numpys():
+    """An iterator would be empty after the first look, and nothing would be compared."""
+    vae, x = LinearGaussianVAE(), torch.rand(2, 1, 4, 4)
+    other = (x + 0.1).clamp(max=1.0)
+    expected = attacks.symmetric_kl(vae)(x)(other)
+    for sites in (iter(["z"]), np.int64(1), "z", ["z"]):
+        assert torch.equal(attacks.symmetric_kl(vae, sites=sites)(x)(other), expected)

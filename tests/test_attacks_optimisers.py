@@ -539,7 +539,7 @@ def test_r_margin_brackets_the_exact_margin(float64):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 0.0}, "r must be positive, got 0.0"),
+        ({"r": 0.0}, "r must be a positive finite number, got 0.0"),
         ({"num_bisections": -1}, "num_bisections must be an integer of at least 0, got -1"),
         ({"num_draws": 0}, "num_draws must be an integer of at least 1, got 0"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 
 import numpy as np
@@ -454,6 +455,12 @@ class TestRandomSplit:
     def test_bad_fractions(self, folder, fractions, message):
         with pytest.raises(ValueError, match=message):
             data.random_split(data.load_folder(folder, 28, split="."), fractions)
+
+
+def test_a_pipe_is_named_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"cannot read image .*a\.png \(it is no ordinary file"):
+        data.load_folder(tmp_path)
 
 
 def test_files_are_found_whatever_the_current_directory_is_later(tmp_path, monkeypatch):

@@ -224,6 +224,12 @@ def test_results_of_several_defences_are_not_joined(linear_vae):
         DefenceResult.join([])
 
 
+def test_settings_of_numpys_numbers_are_recorded(linear_vae):
+    kernel = functools.partial(BatchedHMC, step_size=np.float32(0.25), num_steps=np.int64(2))
+    settings = MCMCDefence(linear_vae, kernel, 1, 1)(torch.rand(2, 1, 4, 4)).settings
+    assert (settings["kernel_step_size"], settings["kernel_num_steps"]) == (0.25, 2)
+
+
 def test_results_do_not_hang_on_images_with_a_gradient(linear_vae):
     x = torch.rand(2, 1, 4, 4, requires_grad=True)
     result = NoDefence(linear_vae)(x)

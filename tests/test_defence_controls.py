@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 from programs import BatchNormVAE, HierarchicalVAE
@@ -18,6 +19,7 @@ from pyro_vae_defence.defence import (
     median_filter,
 )
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.classifier import MLPClassifier
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 
 FILTERS = {
@@ -154,7 +156,9 @@ def test_noise_is_as_large_as_the_ball(ball):
         (lambda v, x: clip_dark_pixels(x, -0.1), r"delta must lie in \[0, 1\]"),
         (lambda v, x: clip_extreme_pixels(x, 1.5), r"delta must lie in \[0, 1\]"),
         (lambda v, x: median_filter(x, 2), "size must be an odd integer"),
-        (lambda v, x: gaussian_filter(x, 0.0), "sigma must be positive"),
+        (lambda v, x: median_filter(x, "3"), "size must be an integer"),
+        (lambda v, x: gaussian_filter(x, float("inf")), "sigma must be a positive finite number"),
+        (lambda v, x: gaussian_filter(x, 0.0), "sigma must be a positive finite number"),
         (lambda v, x: random_noise(x, 0.1), "ball must be a Ball such as"),
         (lambda v, x: random_noise(x + 1, Linf(0.1)), r"x must lie in \[0, 1\]"),
     ],
@@ -162,3 +166,9 @@ def test_noise_is_as_large_as_the_ball(ball):
 def test_mistakes(tutorial_vae, call, message):
     with pytest.raises(ValueError, match=message):
         call(tutorial_vae, torch.rand(2, 1, 28, 28))
+
+
+def test_numpys_numbers_are_numbers():
+    x = torch.rand(1, 1, 5, 5)
+    assert torch.equal(median_filter(x, np.int64(3)), median_filter(x, 3))
+    assert MLPClassifier(2, 2, dropout=np.float32(0.5)).config["dropout"] == 0.5

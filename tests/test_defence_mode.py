@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from programs import BatchNormVAE, HierarchicalVAE
@@ -87,7 +89,8 @@ def test_train_mode_is_restored_and_not_used():
         ({"initial": "zero"}, "initial must be one of .*, got 'zero'"),
         ({"num_steps": -1}, "num_steps must be an integer of at least 0, got -1"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be > 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be a positive finite number, got 0.0"),
+        ({"learning_rate": math.inf}, "learning_rate must be a positive finite number, got inf"),
         ({"perturbation": 0.1}, "perturbation must be a ball"),
     ],
 )

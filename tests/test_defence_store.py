@@ -18,7 +18,7 @@ from torch import nn
 pytest.importorskip("zarr")
 import xarray
 
-from pyro_vae_defence.defence import ConvergenceRule, MCMCDefence, NoDefence, store
+from pyro_vae_defence.defence import ConvergenceRule, DefenceResult, MCMCDefence, NoDefence, store
 from pyro_vae_defence.defence.base import BaseDefence
 from pyro_vae_defence.defence.result import setting
 from pyro_vae_defence.mcmc import BatchedHMC
@@ -282,6 +282,21 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             defence.to_zarr(x, tmp_path / "a", **{"generator": seeded(), **options})
         assert not os.listdir(tmp_path)
+
+    def test_numpys_sizes_and_streams(self, defence, x, tmp_path):
+        defence.to_zarr(x, tmp_path / "a", generator=seeded(), chunk_size=np.int64(3))
+        defence.to_zarr(x, tmp_path / "b", generator=seeded(), chunk_size=3)
+        assert_same(tmp_path / "a", tmp_path / "b")
+        joined = DefenceResult.join(defence.stream([x[:4], x[4:]], seeded()))
+        assert torch.equal(joined.x, x)
+
+    def test_a_place_that_cannot_be_written_is_found_first(self, defence, x, tmp_path):
+        (tmp_path / "file").touch()
+        seen = []
+        defence.parts = lambda *arguments: seen.append(1)
+        with pytest.raises(ValueError, match="file/below' cannot be written"):
+            defence.to_zarr(x, tmp_path / "file" / "below", generator=seeded())
+        assert not seen
 
     def test_datasets(self, defence, x, tmp_path):
         with pytest.raises(ValueError, match=r"got generator; defence.stream\(\) takes"):

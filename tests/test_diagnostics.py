@@ -421,3 +421,10 @@ def test_log_likelihood_that_would_not_be_one(vae, defence, message):
     assert "log_likelihood" not in result.to_datatree().children
     with pytest.raises(ValueError, match=message):
         result.to_arviz(log_likelihood=vae)
+
+
+def test_a_summary_of_single_draws_says_that_it_knows_nothing():
+    vae, x = LinearGaussianVAE(), torch.rand(2, 1, 4, 4)
+    table = MCMCDefence(vae, num_samples=1, warmup_steps=1, num_chains=2)(x).summary()
+    assert table[["r_hat", "bfmi"]].isna().all(axis=None)
+    assert table["acceptance_rate"].notna().all()

@@ -191,6 +191,37 @@ def test_handlers_of_the_caller_stay():
     assert runtime._PYRO_STACK == []
 
 
+def _trained():
+    vae = _vae()
+    pyro.clear_param_store()
+    config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+    training.fit(vae, TraceMeanField_ELBO(), [_images()], config)
+    return torch.cat([value.detach().flatten() for value in vae.parameters()])
+
+
+@pytest.mark.parametrize("call", [_trained, lambda: _defend(_vae().eval())], ids=["fit", "defend"])
+@pytest.mark.parametrize(
+    "handler",
+    [
+        lambda: pyro.plate("data", 3),
+        lambda: pyro.plate("mine", 2),
+        lambda: poutine.scale(scale=0.1),
+        lambda: poutine.mask(mask=False),
+        lambda: poutine.seed(rng_seed=3),
+        lambda: poutine.block(),
+        lambda: poutine.trace(),
+    ],
+    ids=["data", "mine", "scale", "mask", "seed", "block", "trace"],
+)
+def test_handlers_of_the_caller_change_nothing(call, handler):
+    torch.manual_seed(0)
+    expected = call()
+    torch.manual_seed(0)
+    with handler():
+        torch.manual_seed(0)
+        assert torch.equal(call(), expected)
+
+
 class Sampled(PyroModule):
     """Draws a value, which Pyro keeps while a call of the module is under way."""
 

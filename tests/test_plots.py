@@ -61,6 +61,27 @@ def test_ranks_are_flat_for_equal_chains_and_not_for_shifted_ones(axes):
     assert counts(shifted).tolist() == [[10, 10, 0, 0], [0, 0, 10, 10]]
 
 
+def test_equal_draws_share_their_ranks(axes):
+    """Chains that never move agree, whichever is named first."""
+    plots.rank(axes, np.zeros((2, 8)), bins=4)
+    one, other = (patch.get_data().values.tolist() for patch in axes.patches)
+    assert one == other == [0, 8, 0, 0]
+
+
+def test_images_of_8_bits_are_not_cut_to_white(axes):
+    grey = torch.full((1, 2, 2), 51, dtype=torch.uint8)
+    shown = plots.show_image(axes, grey).images[0].get_array()
+    np.testing.assert_allclose(shown, 0.2)
+    assert plots.picture([grey[None]]) == plots.picture([torch.full((1, 1, 2, 2), 0.2)])
+
+
+def test_a_panel_of_one_column_takes_the_vector_of_axes_that_matplotlib_makes():
+    column = plt.subplots(3, 1)[1]
+    assert plots.panel(column, {"x": torch.rand(3, 1, 4, 4)}).shape == (3, 1)
+    assert all(len(each.images) == 1 for each in column)
+    plt.close("all")
+
+
 def test_histograms_and_curves(axes):
     plots.posterior_ratios(axes, torch.randn(50), torch.randn(50))
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["undefended", "defended"]

@@ -721,12 +721,20 @@ def test_the_attacker_knows_the_model_that_is_defended():
         ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"num_chains": 1}, "num_chains must be an integer of at least 2, got 1"),
         ({"num_draws": ()}, r"num_draws must be a tuple of integers, got \(\)"),
-        ({"stable": -1.0}, "stable must be finite and not negative, got -1.0"),
+        ({"stable": -1.0}, "stable must be at least 0 and finite, got -1.0"),
     ],
 )
 def test_bad_budgets(change, message):
     with pytest.raises(ValueError, match=message):
         Budget(**change)
+
+
+def test_a_budget_of_numpys_numbers_can_be_written():
+    """A report holds it as JSON, which is made when everything has run."""
+    budget = Budget(num_steps=np.int64(3), num_draws=(np.int64(1),), stable=np.float32(0.5))
+    assert json.loads(json.dumps(dataclasses.asdict(budget))) == json.loads(
+        json.dumps(dataclasses.asdict(Budget(num_steps=3, num_draws=(1,), stable=0.5)))
+    )
 
 
 class TestWithoutAManual:

@@ -75,7 +75,7 @@ from torch.autograd.function import once_differentiable
 
 from pyro_vae_defence.attacks.blackbox import antithetic_gradient
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, check_not_negative, check_positive
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import ImageEnergy, Latents, LatentsLike, Objective, PreparedObjective
 
@@ -179,10 +179,8 @@ def implicit(
     Raises:
         ValueError: if a number is out of range.
     """
-    if not num_iterations >= 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations!r}")
-    if not damping >= 0:
-        raise ValueError(f"damping must not be negative, got {damping!r}")
+    check_integer("num_iterations", num_iterations)
+    check_not_negative("damping", damping)
 
     def pull_back(names: tuple[str, ...], x: Tensor, end: Any, gradients: Any) -> Tensor:
         with torch.enable_grad():
@@ -462,8 +460,7 @@ def nes(
         ValueError: if a number is out of range.
     """
     check_integer("num_directions", num_directions)
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale!r}")
+    check_positive("scale", scale)
 
     def prepare(x_ref: Tensor) -> Objective:
         noise = _noise(1, True, generator)

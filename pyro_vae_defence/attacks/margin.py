@@ -27,7 +27,7 @@ from pyro_vae_defence.attacks.objectives._rows import draws, reconstruct
 from pyro_vae_defence.models.conditions import rows_of, split, take
 from pyro_vae_defence.models.program import at_images, evaluation_mode
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike
 
@@ -74,8 +74,7 @@ def r_margin(
     conditions = split(x_ref, "x_ref")[1]
     vae, x_ref = at_images(vae, x_ref, "x_ref")
     check_integer("num_draws", num_draws)
-    if not r > 0:
-        raise ValueError(f"r must be positive, got {r!r}")
+    check_positive("r", r)
     check_integer("num_bisections", num_bisections, 0)
     attack._check_entries(len(x_ref))
     references = x_ref

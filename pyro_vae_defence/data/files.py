@@ -96,6 +96,8 @@ class ImageFiles(Images):
 def _opened(path: str) -> Iterator[Image.Image]:
     """The file's image, not decoded yet; whatever is wrong with it is raised with its name."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise ValueError("it is no ordinary file")
         with Image.open(path) as file:
             if file.mode not in _KNOWN_MODES:
                 raise ValueError(

@@ -21,7 +21,7 @@ from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import rows_of, split, take, taken
 from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.ops.boundary import drop_references, public
-from pyro_vae_defence.ops.checks import check_finite, check_integer, plain
+from pyro_vae_defence.ops.checks import as_device, check_finite, check_integer, plain
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents
 
@@ -159,6 +159,8 @@ class BaseDefence(ABC):
         at_once = max(1, self.batch_size // self.num_chains)
         chunk_size = at_once if chunk_size is None else chunk_size
         check_integer("chunk_size", chunk_size)
+        chunk_size = plain(chunk_size)
+        device = None if device is None else as_device("device", device)
         if not isinstance(generator, torch.Generator):
             raise ValueError(
                 "generator must be a torch.Generator, such as torch.Generator().manual_seed(0), so "

@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.base import BaseDefence
 from pyro_vae_defence.defence.result import Chains, DefenceResult, setting
 from pyro_vae_defence.models.program import check_images, encode, evaluation_mode, potential
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Perturb
 
@@ -179,8 +179,10 @@ def median_filter(x: Tensor, size: int = 3) -> Tensor:
     Raises:
         ValueError: if ``size`` is even or not positive.
     """
-    if not (isinstance(size, int) and size >= 1 and size % 2 == 1):
+    check_integer("size", size)
+    if size % 2 == 0:
         raise ValueError(f"size must be an odd integer of at least 1, got {size!r}")
+    size = int(size)
     margin = size // 2
     padded = F.pad(x, (margin,) * 4, mode="replicate")
     windows = padded.unfold(2, size, 1).unfold(3, size, 1)
@@ -197,8 +199,7 @@ def gaussian_filter(x: Tensor, sigma: float = 1.0) -> Tensor:
     Raises:
         ValueError: if ``sigma`` is not positive.
     """
-    if not sigma > 0:
-        raise ValueError(f"sigma must be positive, in pixels, got {sigma!r}")
+    check_positive("sigma", sigma)
     margin = math.ceil(3 * sigma)
     offset = torch.arange(-margin, margin + 1, device=x.device, dtype=x.dtype)
     window = torch.exp(-0.5 * (offset / sigma) ** 2)

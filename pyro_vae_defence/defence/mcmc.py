@@ -38,7 +38,7 @@ from pyro_vae_defence.models.program import (
     potential,
     target,
 )
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, plain
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE
 
@@ -338,15 +338,16 @@ class MCMCDefence(BaseDefence):
         options: dict[str, Any] = {}
         if isinstance(kernel, functools.partial):
             kernel, options = kernel.func, kernel.keywords
-        plain = {n: setting(v) for n, v in options.items() if isinstance(v, (int, float, str))}
+        known = {n: plain(v) for n, v in options.items()}
+        named = {n: setting(v) for n, v in known.items() if isinstance(v, (int, float, str))}
         if _is_batched(kernel):
             given = options.get("inverse_mass_matrix") is not None
-            plain["inverse_mass_matrix"] = "diagonal" if given else "identity"
+            named["inverse_mass_matrix"] = "diagonal" if given else "identity"
         apart = {"vae", "kernel", "batch_size", "progress"}
         return {
             "defence": "mcmc",
             "kernel": setting(kernel),
-            **{f"kernel_{name}": value for name, value in plain.items()},
+            **{f"kernel_{name}": value for name, value in named.items()},
             **{f.name: setting(getattr(self, f.name)) for f in fields(self) if f.name not in apart},
             "keep_draws": self._kept_draws,
             **({} if self._why_not is None else {"prepare_why_not": self._why_not}),

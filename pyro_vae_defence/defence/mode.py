@@ -25,7 +25,7 @@ from pyro_vae_defence.mcmc.mode import search_mode, search_mode_lbfgs
 from pyro_vae_defence.models.perturbation import Perturbation
 from pyro_vae_defence.models.program import initial_latents, potential, target
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE
 
@@ -67,8 +67,7 @@ class PosteriorModeDefence(BaseDefence):
         if self.initial not in _STARTS:
             raise ValueError(f"initial must be one of {_STARTS}, got {self.initial!r}")
         check_integer("num_steps", self.num_steps, 0)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate!r}")
+        check_positive("learning_rate", self.learning_rate)
 
     def _run(self, vae: VAE, x: Tensor, streams: Streams) -> Chains:
         energy = potential(vae, x, self.perturbation)

@@ -39,6 +39,7 @@ from pyro_vae_defence.models.perturbation import UnknownRadius, UnknownRadiusLik
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.checks import check_integer, plain
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike
 
@@ -100,7 +101,9 @@ def calibrate_radius(
     vae, x = program.at_images(vae, clean_images, "clean_images")
     if not 0.0 <= quantile <= 1.0:
         raise ValueError(f"quantile must lie in [0, 1], got {quantile!r}")
-    radii = tuple(radii)
+    check_integer("num_steps", num_steps, 0)
+    check_integer("batch_size", batch_size)
+    radii = tuple(map(plain, radii))
     balls = UnknownRadius(ball, radii, (0.0,) * len(radii)).balls
     with program.evaluation_mode(vae):
         parts = [slice(n, n + batch_size) for n in range(0, len(x), batch_size)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -82,12 +82,13 @@ class DefenceResult:
         )
 
     @classmethod
-    def join(cls, parts: Sequence[DefenceResult]) -> DefenceResult:
-        """The result of all images from those of consecutive micro-batches.
+    def join(cls, parts: Iterable[DefenceResult]) -> DefenceResult:
+        """The result of all images from those of consecutive micro-batches, as of a stream.
 
         Raises:
             ValueError: for no part, or parts of different settings or shapes, as of two defences.
         """
+        parts = list(parts)
         if not parts:
             raise ValueError("parts is empty; join needs one result at least")
         if len(parts) == 1:

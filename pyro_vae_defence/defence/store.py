@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 import pyro_vae_defence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.modules import networks_of
-from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.files import check_writable, write_atomically
 from pyro_vae_defence.ops.ranks import Claims
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def write(
         progress: show a progress bar over chunks.
 
     Raises:
-        ValueError: if there is something else at ``path``.
+        ValueError: if there is something else at ``path``, or it cannot be written.
     """
     path = Path(path).absolute()
     length = check_dataset(dataset)
@@ -128,6 +128,10 @@ def write(
         return path
     if store.partial.exists():
         store.check(store.partial)
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise ValueError(f"path={str(path)!r} cannot be written: {error}") from error
     total = -(-length // chunk_size)
     with Claims(f"store {path}") as claims:
         claims.agree(json.dumps(identity, sort_keys=True))

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
 from pyro_vae_defence.models.weights import fill
-from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_integer
+from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_integer, plain
 from pyro_vae_defence.types import VAE, LatentsLike
 
 
@@ -138,6 +138,7 @@ class MLPClassifier(_OfLatents):
     ) -> None:
         super().__init__(num_latents, num_classes)
         check_integer("hidden_dim", hidden_dim)
+        dropout = plain(dropout)
         if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a number in [0, 1), got {dropout!r}")
         self.config |= {"hidden_dim": hidden_dim, "dropout": dropout}

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyro_vae_defence.models.scope import ScopedModule
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, plain
 from pyro_vae_defence.types import Latents
 
 Likelihood = Literal["bernoulli", "gaussian"]
@@ -86,6 +86,7 @@ class ConvVAE(ScopedModule):
             likelihood = "bernoulli" if in_channels == 1 else "gaussian"
         if likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(f"likelihood must be 'bernoulli' or 'gaussian', got {likelihood!r}")
+        log_variance = plain(log_variance)
         number = isinstance(log_variance, (int, float)) and not isinstance(log_variance, bool)
         if not (number and abs(log_variance) < 100):
             raise ValueError(f"log_variance must be a number within +-100, got {log_variance!r}")

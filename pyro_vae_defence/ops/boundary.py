@@ -9,6 +9,7 @@ train mode of networks are one for the whole process. So a public call runs
 - outside inference mode, on ordinary copies of tensors that were made in it; what it returns has no
   gradient there, as under :func:`torch.no_grad`;
 - without autocast, in the dtype of the images;
+- outside of the caller's Pyro handlers and plates, which would change programs, and see nothing;
 - one at a time: calls from other threads wait. What reads a caller's batches lets them run while
   it fetches one, which may need them in a thread of its own, and training also between epochs;
 - given a ``generator``, with torch's global generators seeded by it, and as they were afterwards.
@@ -220,6 +221,8 @@ def _outermost(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[
         _begun.end()  # interrupted while it ended
     _begun = begun = _Begun()
     try:
+        runtime._PYRO_STACK.clear()
+        runtime._DIM_ALLOCATOR._stack.clear()
         for value in args:
             if isinstance(value, nn.Module):
                 note(value.modules())

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, check_not_negative, plain
 
 _OPTIONAL = ("persistent_transitions", "max_evaluations")
 _LEAST = {"num_chains": 2, "check_images": 2, "check_steps": 4, "check_draws": 2}
@@ -83,9 +82,10 @@ class Budget:
             check_integer("num_draws", number)
         if list(draws) != sorted(set(draws)):
             raise ValueError(f"num_draws must rise, got {draws!r}")
-        stable = isinstance(self.stable, (int, float)) and not isinstance(self.stable, bool)
-        if not (stable and 0 <= self.stable < math.inf):
-            raise ValueError(f"stable must be finite and not negative, got {self.stable!r}")
+        check_not_negative("stable", self.stable)
+        object.__setattr__(self, "num_draws", tuple(map(plain, draws)))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
 
     @classmethod
     def quick(cls) -> Budget:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,7 +241,7 @@ class RobustnessReport:
         return cls(**own)
 
     @classmethod
-    def join(cls, reports: Sequence[RobustnessReport]) -> RobustnessReport:
+    def join(cls, reports: Iterable[RobustnessReport]) -> RobustnessReport:
         """The report of all images of several reports on one defence, in their order.
 
         Intervals are bootstrapped over all images, and the checks judge what they have measured in
@@ -256,6 +256,7 @@ class RobustnessReport:
                 would count twice (single ones are known where reports hold ``x_ref``), or one that
                 an earlier version has written without values per image.
         """
+        reports = list(reports)
         if not reports:
             raise ValueError("reports is empty; join needs one at least")
         first = reports[0]

@@ -51,6 +51,7 @@ from torch import Tensor
 from pyro_vae_defence.attacks.objectives._rows import between
 from pyro_vae_defence.models.program import posterior
 from pyro_vae_defence.ops import divergences
+from pyro_vae_defence.ops.checks import plain
 from pyro_vae_defence.ops.divergences import Posterior
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, PreparedObjective
@@ -100,9 +101,11 @@ def _between_posteriors(
     sites: Sites,
     num_draws: int,
 ) -> PreparedObjective:
+    sites = plain(sites)
     if isinstance(sites, int):
         fits = sites >= 1 and not isinstance(sites, bool)
     else:
+        sites = sites if sites is None or isinstance(sites, str) else tuple(sites)
         fits = sites is None or (bool(sites) and all(isinstance(name, str) for name in sites))
     if not fits:
         raise ValueError(f"sites must be names, or a number of at least 1, got {sites!r}")
