@@ -235,6 +235,29 @@ class TestToImages:
         with pytest.raises(ValueError, match=r"must return images \(3, 3, 4, 4\).*got \(3, 4, 4\)"):
             NoDefence(vae)(torch.rand(3, *SHAPE))
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda images: images + 0.05 * torch.rand_like(images), "other images in another"),
+            (lambda images: images / images.amax(), "among others than for them alone"),
+            (lambda images: 2 * images - 1, r"in \[0, 1\], got values from -"),
+            (lambda images: 255 * images, r"in \[0, 1\], got values from .* to [12]"),
+        ],
+    )
+    def test_must_return_them_as_the_model_means_them(self, change, message):
+        """Noise, images that go by others, and other units would go into every score."""
+        vae = Observing(self.observe, to_images=lambda latents: change(vae.mean(latents["z"])))
+        x = torch.rand(3, *SHAPE)
+        for compute in (NoDefence(vae), attacks.maximum_damage(vae)):
+            with pytest.raises(ValueError, match=message):
+                compute(x)
+
+    def test_may_overshoot_a_little(self):
+        vae = Observing(self.observe, to_images=lambda latents: 1.2 * vae.mean(latents["z"]) - 0.1)
+        result = NoDefence(vae)(torch.rand(3, *SHAPE))
+        expected = (1.2 * vae.mean(result.latents["z"]) - 0.1).clamp(0, 1)
+        torch.testing.assert_close(result.reconstruction, expected)
+
 
 # --- Perturbation-aware posteriors ----------------------------------------------------------------
 

@@ -386,6 +386,10 @@ def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Late
     return (prior if initial == "prior" else encode)(vae, x, streams=streams)
 
 
+# How far images of a VAE's own method may leave [0, 1], as a Gaussian's mean does before training.
+_OVERSHOOT = 0.25
+
+
 class Decoder:
     """Latents to images: the mean of p(x | z), the paper's g(z).
 
@@ -410,13 +414,50 @@ class Decoder:
         self.vae = vae
         self.to_images = getattr(vae.vae if isinstance(vae, BoundVAE) else vae, "to_images", None)
         self.images = image_map(vae, like)
-        self._checked = self.to_images is not None
+        self._like = like[:1]
+        self._checked = False
 
     def check(self) -> None:
         """Raise the ``ValueError`` of a call, but for what hinges on the latents."""
         if not self._checked:
-            self.images.check_mean()
+            if self.to_images is None:
+                self.images.check_mean()
+            else:
+                self._check_to_images()
             self._checked = True
+
+    @torch.no_grad()
+    def _check_to_images(self) -> None:
+        """Refuse images that are noise, not of their own latents alone, or in other units."""
+        number = self.vae.num_images if isinstance(self.vae, BoundVAE) else 3
+        if self._like.is_meta:
+            return
+        rows = torch.arange(min(number, 3), device=self._like.device)
+        few = take(self.vae, rows)
+        with evaluation_mode(self.vae), aside(self._like.device):
+            latents = prior(few, self._like.repeat(len(rows), 1, 1, 1))
+            if not latents:
+                return
+            together, again = (self._own_images(few, latents) for _ in range(2))
+            alone = torch.cat(
+                [self._own_images(take(few, n), lat.index(latents, n)) for n in rows.split(1)]
+            )
+        if not torch.allclose(together, again, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                "vae.to_images gives other images in another call with the same latents; return "
+                "the mean image, without noise"
+            )
+        if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                "vae.to_images gives another image for latents among others than for them alone; "
+                "make each image of its own latents"
+            )
+        low, high = float(together.min()), float(together.max())
+        if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
+            raise ValueError(
+                f"vae.to_images must return images in [0, 1], got values from {low:g} to {high:g}; "
+                "rescale them, such as (images + 1) / 2 where they lie in [-1, 1]"
+            )
 
     def __call__(self, latents: LatentsLike, x: Tensor | None = None) -> Tensor:
         """Images ``(M, C, H, W)`` of latents with ``M`` rows, on the constrained scale.
@@ -432,10 +473,13 @@ class Decoder:
             )
         if self.to_images is None:
             return self._assemble(latents, functools.partial(_mean, latents), x)
-        num_rows = next(iter(latents.values())).shape[0]
-        model = self.vae.model
+        return self._own_images(self.vae, latents)
+
+    def _own_images(self, vae: VAE, latents: LatentsLike) -> Tensor:
+        num_rows, model = next(iter(latents.values())).shape[0], vae.model
         bound = model.arguments(num_rows) if isinstance(model, BoundProgram) else ((), {})
-        images = self.to_images(dict(latents), *bound[0], **bound[1])
+        assert self.to_images is not None
+        images: Tensor = self.to_images(dict(latents), *bound[0], **bound[1])
         if tuple(images.shape) != (num_rows, *self.images.shape):
             raise ValueError(
                 f"vae.to_images must return images {(num_rows, *self.images.shape)} for latents "
