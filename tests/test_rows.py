@@ -595,3 +595,48 @@ def test_points_that_are_observed_and_draws_of_another_shape_are_no_fault():
 
     for number in (1, 3):
         assert program.potential(Observing(), images(number)).sites[0].name == "z"
+
+
+class TestGradients:
+    """Where no gradient leads from the likelihood to latents, chains hardly move: a warning."""
+
+    def gap(self, decode):
+        """z moves the mean by ``decode``, w by a network."""
+
+        class Two(Programs):
+            def model(self, x):
+                with pyro.plate("data", len(x)):
+                    z = pyro.sample("z", self.prior(x))
+                    w = pyro.sample("w", self.prior(x))
+                    fn = self.likelihood(x, decode(z) + w @ WEIGHT)
+                    pyro.sample("obs", fn, obs=self.observation(x))
+
+        return Two()
+
+    @torch.no_grad()
+    def under_no_grad(self, z):
+        return z @ WEIGHT
+
+    @pytest.mark.parametrize("number", [1, 4])
+    @pytest.mark.parametrize("assumed", [None, Linf(0.1)])
+    def test_a_likelihood_without_one_is_told(self, number, assumed):
+        detached = lambda z: z.detach() @ WEIGHT  # noqa: E731
+        compared = lambda z: (z > 0).to(z) @ WEIGHT  # noqa: E731
+        torch.manual_seed(0)
+        for decode in (self.under_no_grad, detached, compared):
+            with pytest.warns(UserWarning, match=r"latents \['z'\], and no gradient leads"):
+                program.potential(self.gap(decode), images(number), assumed)
+        plain = changed(likelihood=lambda x, mean: dist.Normal(mean.detach(), 0.1).to_event(1))
+        with torch.no_grad(), pytest.warns(UserWarning, match=r"latents \['z'\], and no gradient"):
+            program.potential(plain, images(number), assumed)
+
+    def test_what_has_one_or_needs_none_is_not(self):
+        network = nn.Linear(3, 16)
+        relu = lambda z: (network(z) - 1e3).relu()  # noqa: E731 -- zero, as is its gradient
+        for decode in (network, relu, lambda z: torch.zeros(16)):
+            vae, x = self.gap(decode), images(4)
+            program.potential(vae, x)
+            with torch.no_grad():
+                program.potential(vae, x)
+        with torch.inference_mode():
+            program.potential(Programs(), images(4))

@@ -4,12 +4,14 @@ Programs are run on three images, again at the same latents, and on one image al
 on any number of images, with plates that follow it; draw noise in ``pyro.sample`` only; compute of
 an image what depends on that image alone, and leave it as it is; have the same latents in model and
 guide, with the images as rows; and draw no latents where the prior has no density. What fails is a
-``ValueError`` with the mend, wherever it would have gone unnoticed.
+``ValueError`` with the mend, wherever it would have gone unnoticed. A likelihood of which no
+gradient leads to the latents is a warning, since nothing is wrong but what follows gradients.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -354,11 +356,14 @@ def check_rows(
 ) -> None:
     """Refuse a program in which what is computed for an image is not the image's own.
 
-    It is run on a few images twice, at the same latents, in reverse order, which a program that has
-    kept what it computed of as many images would not see, and on the last of them alone; in full
+    It is run on a few images, in reverse order at the same latents, which a program that has kept
+    what it computed of as many images would not see, and on the last of them alone; in full
     float32, since TF32 rounds differently where a batch has another size. Densities are compared at
     what is observed and at what the observations' distributions draw: the images are so unlikely to
     draws of the prior that noise would be lost in the rounding of huge numbers.
+
+    Warns of a likelihood that changes with latents to which no gradient leads: it was computed
+    under ``torch.no_grad()``, or of detached latents. Chains stay exact and hardly move.
 
     Args:
         name: of the program, in messages.
@@ -383,30 +388,42 @@ def check_rows(
         draws = _draws(drawn)
         own_draws = {n: v.narrow(rows_dim(drawn.nodes[n]), last, 1) for n, v in draws.items()}
         together = _per_image(drawn, len(rows), draws)
-        second = run(rows, latents)
-        again = _per_image(second, len(rows), draws)
-        alone = _per_image(run(rows[last:], own), 1, own_draws)
         turned_latents = {s["name"]: s["value"].flip(rows_dim(s)) for s in sites}
         turned_draws = {n: v.flip(rows_dim(drawn.nodes[n])) for n, v in draws.items()}
-        turned = _per_image(run(rows.flip(0), turned_latents), len(rows), turned_draws)
-    if not (_close(together, again) and _observe_alike(drawn, second)):
-        raise ValueError(
-            f"{name} gives images {_shown(together)} and, at the same latents, {_shown(again)}: it "
-            "draws noise outside pyro.sample, such as a binarisation, dequantisation or dropout; "
-            "fix the noise, or do it to the images beforehand"
-        )
-    if not _close({key: value[-1:] for key, value in together.items()}, alone):
-        raise ValueError(
-            f"{name} gives an image {_shown(together)} among others and {_shown(alone)} alone: it "
-            "couples the images of a batch, as batch statistics do, or goes by their number in it; "
-            "make what is computed of an image depend on that image alone"
-        )
-    if not _close({key: value.flip(0) for key, value in together.items()}, turned):
-        raise ValueError(
-            f"{name} gives images {_shown(together)} and in another order {_shown(turned)}: it "
-            "keeps what it has computed of other images of the same shape, or goes by their number "
-            "in the batch; make what is computed of an image depend on that image alone"
-        )
+        other_order = run(rows.flip(0), turned_latents)
+        turned = _per_image(other_order, len(rows), turned_draws)
+        observes = any(site["is_observed"] for site in sample_sites(drawn).values())
+        leaves = {
+            n: v.clone().requires_grad_(observes and v.is_floating_point()) for n, v in own.items()
+        }
+        with torch.set_grad_enabled(observes):
+            alone = _per_image(run(rows[last:], leaves), 1, own_draws)
+        in_order = _close({key: value.flip(0) for key, value in together.items()}, turned)
+        if not (in_order and _observe_alike(drawn, other_order, turned=True)):
+            # Which fault it is says a run that differs in nothing.
+            second = run(rows, latents)
+            again = _per_image(second, len(rows), draws)
+            if not (_close(together, again) and _observe_alike(drawn, second)):
+                raise ValueError(
+                    f"{name} gives images {_shown(together)} and, at the same latents, "
+                    f"{_shown(again)}: it draws noise outside pyro.sample, such as a binarisation, "
+                    "dequantisation or dropout; fix the noise, or do it to the images beforehand"
+                )
+        if not _close({key: value[-1:] for key, value in together.items()}, alone):
+            raise ValueError(
+                f"{name} gives an image {_shown(together)} among others and {_shown(alone)} alone: "
+                "it couples the images of a batch, as batch statistics do, or goes by their number "
+                "in it; make what is computed of an image depend on that image alone"
+            )
+        if not in_order:
+            raise ValueError(
+                f"{name} gives images {_shown(together)} and in another order {_shown(turned)}: it "
+                "keeps what it has computed of other images of the same shape, or goes by their "
+                "number in the batch; make what is computed of an image depend on that image alone"
+            )
+        if observes:
+            copies = rows[last:].expand(len(rows))
+            _check_gradient(name, run, copies, alone, leaves, latents)
 
 
 def _draws(trace: Trace) -> dict[str, Tensor]:
@@ -429,14 +446,57 @@ def _draws(trace: Trace) -> dict[str, Tensor]:
     return draws
 
 
-def _observe_alike(one: Trace, other: Trace) -> bool:
-    """Whether two runs on the same images observe the same, in every part."""
+def _observe_alike(one: Trace, other: Trace, *, turned: bool = False) -> bool:
+    """Whether two runs on the same images, or on these in reverse order, observe the same, in every
+    part."""
     there = sample_sites(other)
-    return all(
-        torch.allclose(site["value"], there[name]["value"], rtol=1e-5, atol=1e-6, equal_nan=True)
-        for name, site in sample_sites(one).items()
-        if site["is_observed"]
-    )
+    for name, site in sample_sites(one).items():
+        if site["is_observed"]:
+            value = there[name]["value"]
+            value = value.flip(rows_dim(site)) if turned else value
+            if not torch.allclose(site["value"], value, rtol=1e-5, atol=1e-6, equal_nan=True):
+                return False
+    return True
+
+
+def _check_gradient(
+    name: str,
+    run: Callable[[Tensor, dict[str, Tensor]], Trace],
+    copies: Tensor,
+    found: dict[str, Tensor],
+    leaves: dict[str, Tensor],
+    latents: dict[str, Tensor],
+) -> None:
+    """Warn of a likelihood that changes with latents to which no gradient leads.
+
+    Args:
+        name: of the program.
+        run: traces it at some rows of its images, conditioned on values of its latents.
+        copies: the number of one image, as often as there are ``latents``, those of some images.
+        found: what :func:`_per_image` has found of that image alone at the ``leaves``.
+        leaves: its latents, of which those that are numbers require a gradient.
+    """
+    todo = [value.grad_fn for key, value in found.items() if key not in leaves]
+    seen = set[Any]()
+    while todo:
+        if (node := todo.pop()) is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    reached = {id(getattr(node, "variable", None)) for node in seen}
+    unseen = [n for n, v in leaves.items() if v.requires_grad and id(v) not in reached]
+    if not unseen or torch.is_inference_mode_enabled():
+        return
+    mixed = {n: v if n in unseen else leaves[n].expand_as(v) for n, v in latents.items()}
+    moved = _per_image(run(copies, mixed), len(copies))
+    moved = {key: value for key, value in moved.items() if key not in leaves}
+    if not _close(moved, {key: value[:1].expand_as(value) for key, value in moved.items()}):
+        warnings.warn(
+            f"the likelihood of {name} changes with the latents {unseen}, and no gradient leads to "
+            "them: it is computed under torch.no_grad(), or of values that are detached or "
+            "compared. Chains stay exact but hardly move, since forces are those of the prior, and "
+            "attacks see nothing of it; compute it from the latents by differentiable functions",
+            stacklevel=2,
+        )
 
 
 def _per_image(
