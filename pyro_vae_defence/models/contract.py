@@ -210,8 +210,10 @@ def once(
         if isinstance(program, BoundProgram):
             arguments += [*program.conditions, *program.keywords, *program.keywords.values()]
             program = program.program
-        method = isinstance(program, MethodType)
-        parts += [program.__self__, program.__func__] if method else [program]
+        if isinstance(program, MethodType):
+            parts += [program.__self__, program.__func__]
+        else:
+            parts.append(program)
     shapes = [_shape(value, len(x)) if isinstance(value, Tensor) else value for value in arguments]
     try:
         references = [weakref.ref(part) for part in parts]
