@@ -42,7 +42,7 @@ SECONDS = "attack_seconds_per_image"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(narrow, tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}

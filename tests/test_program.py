@@ -6,13 +6,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import HierarchicalVAE, LinearGaussianVAE
+from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
 from pyro import poutine
 from torch import nn
 
-from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models import ConvVAE, contract, program
 from pyro_vae_defence.models.compiled import Recorder
+from pyro_vae_defence.models.conditions import BoundProgram
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.streams import Streams
 
 
@@ -110,6 +112,71 @@ def test_encoding_draws_from_the_guide_and_from_each_images_stream(linear_vae):
     alone = program.encode(linear_vae, x[2:3], streams=Streams.create(1, seed=0, first_image=2))
     # A matrix product of one row rounds differently from one of 20,000.
     torch.testing.assert_close(alone["z"][0], z[0, 2], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_known_of_programs_is_known_until_the_call_ends_or_they_change():
+    vae, other, x = TutorialVAE(), TutorialVAE(), torch.rand(5, 1, 28, 28)
+    labels, found = torch.arange(5), []
+
+    def look(vae=vae, x=x, *conditions):
+        number = len(found)
+        model = BoundProgram(vae.model, conditions, {}) if conditions else vae.model
+        value = contract.once("look", (model, vae.guide), x, lambda: found.append(x) or number)
+        return "again" if len(found) == number else value
+
+    @public
+    def call():
+        def failing():
+            raise ValueError("found")
+
+        assert [look(), look(), look(x=1 - x), look(x=x[:3])] == [0, "again", "again", "again"]
+        for change in ({"x": x[:2]}, {"x": x.double()}, {"x": x[..., 1:]}, {"vae": other}):
+            assert look(**change) != "again"
+            assert look(**change) == look() == "again"
+        assert look(vae, x, labels) != "again"
+        assert [look(vae, x, 1 - labels), look(vae, x, None)] == ["again", len(found) - 1]
+        assert look(vae, x, labels.double()) != "again"
+        for change in (vae.eval, lambda: vae.load_state_dict(other.state_dict())):
+            change()
+            assert look() != "again"
+            assert look() == "again"
+        # What has failed is not known, nor what cannot be told from others.
+        for _ in range(2):
+            with pytest.raises(ValueError, match="found"):
+                contract.once("fails", (vae.model,), x, failing)
+            assert contract.once("list", (vae.model,), x, lambda: len(found), [[]]) == len(found)
+            found.append(None)
+
+    call()
+    assert look() != "again"
+    assert look() != "again"  # no public call is under way
+
+
+def test_a_call_reads_the_contract_once(linear_vae):
+    """However often it runs the defence; one that is wrong is refused by every call."""
+    x, runs = torch.rand(3, 1, 4, 4), []
+
+    class Counted(LinearGaussianVAE):
+        def guide(self, x):
+            runs.append(len(x))
+            return super().guide(x)
+
+    vae = Counted()
+
+    @public
+    def call(times):
+        before = len(runs)
+        for _ in range(times):
+            program.at_images(vae, x)
+        return len(runs) - before
+
+    once = call(1)
+    assert once > 5
+    assert call(4) == once
+    vae.model = lambda x: LinearGaussianVAE.model(vae, x - x.mean(0))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="couples the images"):
+            program.potential(vae, x)
 
 
 @pytest.mark.parametrize("make", [LinearGaussianVAE, HierarchicalVAE])

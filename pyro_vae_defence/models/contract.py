@@ -6,14 +6,19 @@ an image what depends on that image alone, and leave it as it is; have the same 
 guide, with the images as rows; and draw no latents where the prior has no density. What fails is a
 ``ValueError`` with the mend, wherever it would have gone unnoticed. A likelihood of which no
 gradient leads to the latents is a warning, since nothing is wrong but what follows gradients.
+
+A public call may read one VAE a thousand times, an evaluation in every run of the defence. What has
+been found :func:`once` is not tried again before that call ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MethodType
+from typing import Any, TypeVar, cast
 
 import pyro.distributions as dist
 import torch
@@ -40,11 +45,13 @@ from pyro_vae_defence.models.sites import (
     sample_sites,
 )
 from pyro_vae_defence.ops import distributions
-from pyro_vae_defence.ops.boundary import note, public
+from pyro_vae_defence.ops.boundary import known, note, public
 from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_precision
 from pyro_vae_defence.ops.distributions import innermost, is_point, own_methods
 from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike, PyroProgram
+
+T = TypeVar("T")
 
 # --- Validation at the public boundary ------------------------------------------------------------
 
@@ -171,8 +178,71 @@ def at_images(
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
         few = torch.arange(min(3, len(x)), device=x.device)  # of which an index makes copies
-        _check_programs(take(vae, few), x[few])
+        some = take(vae, few)
+        once("at_images", (some.model, some.guide), x[few], lambda: _check_programs(some, x[few]))
     return vae, x
+
+
+def once(
+    what: str,
+    programs: Sequence[PyroProgram],
+    x: Tensor,
+    find: Callable[[], T],
+    others: Sequence[Any] = (),
+) -> T:
+    """What a check or a reading of programs has found; it runs once in an outermost public call.
+
+    It is known of the very same programs, with the same weights and modes of their networks, at
+    images of the same shape and further arguments of the same shapes, whatever their values.
+
+    Args:
+        what: names the check.
+        programs: those it runs; bound methods are told by their object.
+        x: images, or whatever else comes first, with a row per image.
+        find: runs it; nothing is known after an error.
+        others: what the programs get beside ``x``, and anything hashable that it depends on.
+    """
+    parts: list[Any] = []
+    arguments: list[Any] = [x, *others]
+    for program in programs:
+        if isinstance(program, BoundProgram):
+            arguments += [*program.conditions, *program.keywords, *program.keywords.values()]
+            program = program.program
+        if isinstance(program, MethodType):
+            parts += [program.__self__, program.__func__]
+        else:
+            parts.append(program)
+    shapes = [_shape(value, len(x)) if isinstance(value, Tensor) else value for value in arguments]
+    try:
+        references = [weakref.ref(part) for part in parts]
+        found, key, state = known(), (what, *map(id, parts), *shapes), _state(programs)
+        before, then, value = found.get(key, ((), None, None))
+    except TypeError:  # no weak reference, or no hash
+        return find()
+    # Another object may have got the id of one that is gone.
+    same = before and all(ref() is part for ref, part in zip(before, parts, strict=True))
+    if same and then == state:
+        return cast(T, value)
+    result = find()
+    found[key] = references, state, result
+    return result
+
+
+def _shape(value: Tensor, num_images: int) -> tuple[Any, ...]:
+    """Of images as many rows as are tried, and what each of them is like."""
+    rows = min(num_images, 3) if value.shape[:1] == (num_images,) else -1
+    return rows, value.shape[rows >= 0 :], value.dtype, value.device
+
+
+def _state(programs: Sequence[PyroProgram]) -> int:
+    """A hash of what changes when networks of programs are trained, loaded or set to a mode."""
+    return hash(
+        tuple(
+            (module.training, *((id(t), -1 if t.is_inference() else t._version) for t in tensors))
+            for module in modules_of(*programs)
+            for tensors in [(*module.parameters(recurse=False), *module.buffers(recurse=False))]
+        )
+    )
 
 
 def _check_programs(vae: VAE, x: Tensor) -> None:

@@ -68,6 +68,8 @@ class ConvVAE(ScopedModule):
 
     mean_posterior_variance: Latents | None = None
     """The training set's mean variance of the guide per site, where it is known."""
+    widths = (32, 64, 96, 128)
+    """Channels of the hidden layers: of the encoder in this order, of the decoder in reverse."""
 
     def __init__(
         self,
@@ -102,31 +104,32 @@ class ConvVAE(ScopedModule):
         self.channels_last = channels_last
         self.image_size = image_size
         large = image_size == 64
+        first, second, third, last = self.widths
 
         self.encoder = nn.Sequential(
-            nn.Conv2d(in_channels, 32, 3, stride=2, padding=1),
+            nn.Conv2d(in_channels, first, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.Conv2d(first, second, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(64, 96, 3, stride=2, padding=1),
+            nn.Conv2d(second, third, 3, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(96, 128, 3, stride=2, padding=1),
+            nn.Conv2d(third, last, 3, stride=2, padding=1),
             nn.ReLU(),
-            *((nn.Conv2d(128, 128, 3, stride=2, padding=1), nn.ReLU()) if large else ()),
+            *((nn.Conv2d(last, last, 3, stride=2, padding=1), nn.ReLU()) if large else ()),
         )
-        self.latent_loc = nn.Conv2d(128, latent_dim, 3, stride=2, padding=1)
-        self.latent_log_variance = nn.Conv2d(128, latent_dim, 3, stride=2, padding=1)
+        self.latent_loc = nn.Conv2d(last, latent_dim, 3, stride=2, padding=1)
+        self.latent_log_variance = nn.Conv2d(last, latent_dim, 3, stride=2, padding=1)
         self.decoder = nn.Sequential(
-            nn.ConvTranspose2d(latent_dim, 128, 3, dilation=2),
+            nn.ConvTranspose2d(latent_dim, last, 3, dilation=2),
             nn.ReLU(inplace=True),
-            nn.ConvTranspose2d(128, 96, 3 if image_size == 28 else 4),
+            nn.ConvTranspose2d(last, third, 3 if image_size == 28 else 4),
             nn.ReLU(inplace=True),
-            nn.ConvTranspose2d(96, 64, 3, padding=1),
+            nn.ConvTranspose2d(third, second, 3, padding=1),
             nn.ReLU(inplace=True),
-            _doubling(64, 32),
+            _doubling(second, first),
             nn.ReLU(inplace=True),
-            *((_doubling(32, 32), nn.ReLU(inplace=True)) if large else ()),
-            _doubling(32, in_channels),
+            *((_doubling(first, first), nn.ReLU(inplace=True)) if large else ()),
+            _doubling(first, in_channels),
         )
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

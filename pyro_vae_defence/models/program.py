@@ -52,6 +52,7 @@ from pyro_vae_defence.models.contract import (
     check_latents,
     check_networks_on_device,
     check_rows,
+    once,
     run_on,
     run_untouched,
 )
@@ -594,7 +595,10 @@ def decode(vae: VAE, latents: LatentsLike, image_shape: tuple[int, ...]) -> Tens
 
 def image_map(vae: VAE, like: Tensor) -> ImageMap:
     """How the model of ``vae`` observes images of the shape, dtype and device of ``like``."""
-    return read_images(vae.model, like)
+    model = vae.model
+    if isinstance(model, BoundProgram):  # it may be another under other conditions
+        return read_images(model, like)
+    return once("image_map", (model,), like, lambda: read_images(model, like))
 
 
 class LatentSite(NamedTuple):
@@ -655,8 +659,15 @@ class ModelPotential:
                 _, expand = marginalised(known, plain, frame, *args, **kwargs)
                 self._program = in_parallel(model, trace, expand)
             if batch.device.type != "meta":
-                check_rows("vae.model", self._run_few, self.num_images, batch)
-                self._check_supports(batch)
+                perturbation, others = None, [*args, *kwargs, *kwargs.values()]
+                if isinstance(model, PerturbationAware):
+                    perturbation, model = model.perturbation, model.model
+                once("potential", (model,), batch, self._check, [perturbation, *others])
+
+    def _check(self) -> None:
+        batch = self.tensors[0]
+        check_rows("vae.model", self._run_few, self.num_images, batch)
+        self._check_supports(batch)
 
     def _run_few(self, rows: Tensor, latents: LatentsLike) -> poutine.Trace:
         few = self.take(rows)

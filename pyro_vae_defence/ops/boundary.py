@@ -92,6 +92,16 @@ def nested() -> bool:
     return _lock._is_owned() and _begun is not None and _begun.depth > 1  # type: ignore[attr-defined]
 
 
+def known() -> dict[Any, Any]:
+    """What has been found out in the outermost public call under way, and is not asked again there.
+
+    It is forgotten where that call ends; outside of one it is a new dictionary each time.
+    """
+    if _begun is None or not _lock._is_owned():  # type: ignore[attr-defined]
+        return {}
+    return _begun.known
+
+
 class Pause:
     """``with pause:`` lets other threads' public calls run, for what is a caller's own.
 
@@ -183,6 +193,7 @@ class _Begun:
         # Whether a network trains, and how many calls of a PyroModule are under way.
         self.modes: dict[nn.Module, tuple[bool, int]] = {}
         self.referenced: set[Tensor] = set()  # parameters with a reference of Pyro's store
+        self.known: dict[Any, Any] = {}
         self.failed = True
         self.depth = 0  # public calls inside each other
 
