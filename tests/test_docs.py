@@ -52,12 +52,13 @@ SMALL = {
     "inspecting_chains.md": {"num_images": 2, "num_samples": 8, "warmup_steps": 2},
 }
 # So are recommended chains where a page does not say how long they are.
-SHORT = {"num_samples": 3, "warmup_steps": 2, "num_chains": 2}
-SHORT_KERNEL = {"burn_in": 3, "num_steps": 2}
+SHORT = {"num_samples": 2, "warmup_steps": 1, "num_chains": 2}
+SHORT_KERNEL = {"burn_in": 1, "num_steps": 1}
 # And what a page leaves to the budget for seeing that everything runs.
 LEAST = {
     "num_chains": 2,
     "num_iterations": 1,
+    "num_directions": 1,
     "scoring_draws": 2,
     "check_images": 2,
     "check_steps": 4,

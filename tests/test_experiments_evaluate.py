@@ -32,7 +32,7 @@ from pyro_vae_defence.models.pretrained import (
 
 
 @pytest.fixture
-def models(tmp_path):
+def models(narrow, tmp_path):
     save_pretrained(
         ConvVAE(), "mnist_vae", tmp_path / "models", training={"dataset": "mnist_subset"},
         command="none", provenance={}, metrics={"validation_nelbo": 1.0},

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from conftest import NARROW
 
 from pyro_vae_defence.defence import DefendedClassifier, MCMCDefence, NoDefence
 from pyro_vae_defence.defence.mcmc import (
@@ -56,7 +57,8 @@ FEW = ("transfer", "encoder")  # attacks that are over before a clock is of use
 
 
 @pytest.fixture
-def models(tmp_path):
+def models(tmp_path, monkeypatch):
+    monkeypatch.setattr(ConvVAE, "widths", NARROW)
     torch.manual_seed(0)
     vae = ConvVAE().eval()
     known = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
