@@ -140,7 +140,18 @@ def test_what_is_not_known_is_told(float64, x):
                 seen[0, 0, 0] = False
                 pyro.sample("x", image.mask(seen).to_event(3), obs=x)
 
+    class PixelsFirst(PlaneVAE):
+        """A plate of pixels left of that of the images, whose slopes have no row per image."""
+
+        def model(self, x):
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+                image = dist.Bernoulli(logits=self.weight @ z.T, validate_args=False)
+                with pyro.plate("pixels", 8, dim=-2):
+                    pyro.sample("x", image, obs=x.flatten(1).T)
+
     assert common_attack.is_known(PlaneVAE(), x, Linf(EPSILON))
+    assert not common_attack.is_known(PixelsFirst(), x, Linf(EPSILON))
     assert common_attack.is_known(InUnits(), x, Linf(EPSILON))
     assert not common_attack.is_known(PlaneVAE(), x, L2(EPSILON))
     assert not common_attack.is_known(Gaussian(), x, Linf(EPSILON))

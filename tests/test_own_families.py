@@ -289,6 +289,20 @@ def test_a_mean_of_its_own_or_of_the_same_density(family, offset):
     torch.testing.assert_close(decoded, torch.full((2, 1, 2, 2), offset), rtol=1e-6, atol=0)
 
 
+class Grey(dist.Bernoulli):
+    """The cross-entropy, of pixels between black and white too, by another formula."""
+
+    def log_prob(self, value):
+        return value * self.logits - torch.nn.functional.softplus(self.logits)
+
+
+def test_validation_of_a_family_does_not_judge_the_mean_of_a_class():
+    likelihood = lambda mean: Grey(logits=mean, validate_args=True)  # noqa: E731
+    vae = Programs(dist.Normal, likelihood=likelihood)
+    decoded = program.decode(vae, {"z": torch.zeros(2, 1)}, (1, 2, 2))
+    torch.testing.assert_close(decoded, torch.full((2, 1, 2, 2), 0.5))
+
+
 class Shift(dist.transforms.Transform):
     """Adds what it was told last."""
 

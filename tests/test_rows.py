@@ -640,3 +640,32 @@ class TestGradients:
                 program.potential(vae, x)
         with torch.inference_mode():
             program.potential(Programs(), images(4))
+
+    @pytest.mark.parametrize(
+        ("classes", "number_of"),
+        [
+            (lambda x: dist.Bernoulli(x.new_full((len(x),), 0.5)), lambda y: y.long()),
+            (
+                lambda x: dist.OneHotCategorical(x.new_full((len(x), 3), 1 / 3)),
+                lambda y: y.argmax(-1),
+            ),
+        ],
+    )
+    def test_discrete_latents_need_none(self, classes, number_of):
+        """Their values may be floating-point numbers, and are summed out."""
+
+        class Classes(Programs):
+            def model(self, x):
+                with pyro.plate("data", len(x)):
+                    y = pyro.sample("y", classes(x))
+                    z = pyro.sample("z", self.prior(x))
+                    mean = z @ WEIGHT + WEIGHT[number_of(y)]
+                    pyro.sample("obs", self.likelihood(x, mean), obs=self.observation(x))
+
+            def guide(self, x):
+                with pyro.plate("data", len(x)):
+                    pyro.sample("y", classes(x))
+                    pyro.sample("z", self.q(x))
+
+        torch.manual_seed(0)
+        program.potential(Classes(), images(4))

@@ -54,7 +54,7 @@ from pyro_vae_defence.models.enumeration import enumerable
 from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
 from pyro_vae_defence.models.perturbation import PerturbationAware, linear_slopes
 from pyro_vae_defence.models.program import ModelPotential
-from pyro_vae_defence.models.sites import get_trace
+from pyro_vae_defence.models.sites import get_trace, rows_dim
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.types import VAE, LatentsLike, PyroProgram
 
@@ -124,25 +124,23 @@ def potential(
 def _slopes(
     vae: VAE, x: Tensor, images: ImageMap, latents: LatentsLike
 ) -> dict[str, Tensor] | None:
-    """Slopes at every image site, in pixels in [0, 1]; ``None`` where a site has none or a mask.
-
-    Without latents at those that the model draws.
-    """
+    """:func:`slopes_of` a run at these latents, or at draws of the model without any."""
     rows = len(next(iter(latents.values()))) if latents else len(x)
     model = poutine.condition(vae.model, data=dict(latents)) if latents else vae.model
     return slopes_of(get_trace(model, x.repeat(rows // len(x), 1, 1, 1)), images)
 
 
 def slopes_of(trace: Trace, images: ImageMap) -> dict[str, Tensor] | None:
-    """Slopes of a run's log-likelihoods in pixels in [0, 1], by image site; ``None`` where a site
-    has none or a mask."""
+    """Slopes of a run's log-likelihoods in pixels in [0, 1], by image site, a row per image;
+    ``None`` where a site has none or a mask, or a plate of pixels left of the images'."""
     found = {}
     for site in images.sites:
         node: Any = trace.nodes[site.name]
+        shape = node["value"].shape
         slopes = None if isinstance(node["mask"], Tensor) else linear_slopes(node["fn"], site)
-        if slopes is None:
+        if slopes is None or rows_dim(node) != -len(shape):
             return None
-        found[site.name] = slopes.expand(node["value"].shape)
+        found[site.name] = slopes.expand(shape)
     return found
 
 

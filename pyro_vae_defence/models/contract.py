@@ -47,7 +47,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops.boundary import known, note, public
 from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_precision
-from pyro_vae_defence.ops.distributions import innermost, is_point, own_methods
+from pyro_vae_defence.ops.distributions import innermost, is_discrete, is_point, own_methods
 from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike, PyroProgram
 
@@ -463,8 +463,11 @@ def check_rows(
         other_order = run(rows.flip(0), turned_latents)
         turned = _per_image(other_order, len(rows), turned_draws)
         observes = any(site["is_observed"] for site in sample_sites(drawn).values())
+        # Those with a discrete support need no gradient, floating-point numbers as they may be.
+        moving = {s["name"] for s in sites if observes and not is_discrete(s["fn"])}
         leaves = {
-            n: v.clone().requires_grad_(observes and v.is_floating_point()) for n, v in own.items()
+            n: v.clone().requires_grad_(n in moving and v.is_floating_point())
+            for n, v in own.items()
         }
         with torch.set_grad_enabled(observes):
             alone = _per_image(run(rows[last:], leaves), 1, own_draws)

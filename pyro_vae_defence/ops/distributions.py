@@ -7,6 +7,7 @@ a density at all. Neither changes what is drawn.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -140,9 +141,14 @@ def mean_is_own(distribution: Any) -> bool:
     family: Any = next((base for base in kind.__mro__ if "mean" in vars(base)), object)
     if "log_prob" not in own_methods(kind, family):
         return True
+    inside = copy.copy(inside)
+    inside._validate_args = False  # the mean of integers is none
     with torch.no_grad():
         near = [inside.mean + step for step in (-0.1, 0.0, 0.1)]
+        # Formulas that are written in another way round in another way.
         return all(
-            torch.allclose(inside.log_prob(at), family.log_prob(inside, at), equal_nan=True)
+            torch.allclose(
+                inside.log_prob(at), family.log_prob(inside, at), 1e-4, 1e-5, equal_nan=True
+            )
             for at in near
         )

@@ -193,7 +193,8 @@ def mass_bound(
         delta: radius of the ball of the same kind that the defender assumes, >= epsilon.
         clean_images: other images, such as 1,000 of the training set, whose encodings say where
             walks start; some of each class. No labels are needed.
-        num_temperatures: steps of a walk, >= 3; more bring rising and falling walks together.
+        num_temperatures: of a walk, both ends included, >= 3; more bring rising and falling walks
+            together.
         num_steps: leapfrog steps per temperature, one gradient each.
         num_walks: rising walks per image and set, 2 or more.
         num_falling: falling walks per image and set, at most ``num_walks``.
@@ -232,7 +233,7 @@ def mass_bound(
     if found is None:
         raise ValueError("labels must be the classes of x, got None")
     seed = draw_seed(generator)
-    schedule = torch.linspace(0, 1, num_temperatures) ** _POWER
+    schedule = torch.linspace(0, 1, num_temperatures, device="cpu") ** _POWER
     settings = _Settings(schedule, num_steps, num_walks, num_falling)
     with program.evaluation_mode(vae), program.evaluation_mode(classifier):
         attack = None
