@@ -216,7 +216,7 @@ def test_the_encoder_is_attacked_in_eval_mode():
         ({"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),
         ({"num_restarts": 0}, "num_restarts must be an integer of at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-        ({"step_size": -0.1}, "step_size must be positive, got -0.1"),
+        ({"step_size": -0.1}, "step_size must be a positive finite number, got -0.1"),
         ({"preset": "adam"}, "preset must be 'paper' or None, got 'adam'"),
         ({"ball": 0.1}, "ball must be a Ball such as Linf"),
         ({"objective": None}, "objective must be a prepared objective"),
