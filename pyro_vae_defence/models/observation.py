@@ -271,8 +271,8 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         dims = {n: rows_dim(s) for n, s in sites.items()}
         extremes = torch.stack([torch.zeros_like(x[0]), torch.ones_like(x[0])])
         others_x = torch.cat([x.roll(1, 0), extremes])
-        rows_of = torch.cat([torch.arange(len(x)), torch.zeros(len(extremes), dtype=torch.long)])
-        rows_of = rows_of.to(x.device)
+        of_extremes = torch.zeros(len(extremes), dtype=torch.long, device=x.device)
+        rows_of = torch.cat([torch.arange(len(x), device=x.device), of_extremes])
         more = {n: v.index_select(dims[n], rows_of) for n, v in latents.items()}
         conditioned = poutine.condition(one, data=more)
         moved = sample_sites(run_on("vae.model", conditioned, others_x))
