@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 import torch
-from programs import LinearGaussianVAE, TutorialVAE
+from programs import LinearGaussianVAE, PlaneVAE, TutorialVAE
 from test_conditions import VAE as CONDITIONAL
 
 from pyro_vae_defence import attacks, data, metrics
@@ -25,7 +25,7 @@ from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import L2, Linf
-from pyro_vae_defence.robustness import RobustnessReport
+from pyro_vae_defence.robustness import RobustnessReport, mass_bound
 
 X = torch.rand(3, 1, 28, 28)
 LABELS = torch.tensor([0, 1, 2])
@@ -170,7 +170,16 @@ def _seeded():
     return torch.Generator("cpu").manual_seed(0)
 
 
+def _bound():
+    x = torch.rand(300, 1, 2, 4, generator=_seeded(), dtype=torch.float64, device="cpu")
+    return mass_bound(
+        PLANE, lambda z: torch.stack([z[:, 0], -z[:, 0]], 1), x[:2], [0, 1], Linf(0.05), 0.1, x,
+        num_temperatures=3, num_steps=1, num_walks=2, num_falling=1, generator=_seeded(),
+    )  # fmt: skip
+
+
 PAIR = vae(), X
+PLANE = PlaneVAE()
 # What is made for images on the CPU, and computed there.
 ON_THE_CPU = {
     "mean": lambda: torch.tensor(metrics.bootstrap_interval(SCORES), device="cpu"),
@@ -183,6 +192,7 @@ ON_THE_CPU = {
     "chains": lambda: MCMCDefence(PAIR[0], num_samples=1)(PAIR[1], _seeded()).latents["latent"],
     "likelihood": lambda: metrics.nll(*PAIR, num_samples=3, generator=_seeded()),
     "schedule": lambda: metrics.sigmoid_schedule(5),
+    "bound": lambda: _bound().log_ratio,
     "images": lambda: data.load("color_mnist_subset_textured", "test").images([1, 2]),
     "chosen": lambda: data.stratified(data.load("mnist_subset", "test"), 20, _seeded()),
     "report": lambda: _report({"robust/mean": "float32 0.5"}).per_image,

@@ -240,7 +240,7 @@ class TestToImages:
         [
             (lambda images: images + 0.05 * torch.rand_like(images), "other images in another"),
             (lambda images: images / images.amax(), "among others than for them alone"),
-            (lambda images: 2 * images - 1, r"in \[0, 1\], got values from -"),
+            (lambda images: 2 * images - 1, r"in \[0, 1\], got values from -.*clamp\(0, 1\)"),
             (lambda images: 255 * images, r"in \[0, 1\], got values from .* to [12]"),
         ],
     )
@@ -251,6 +251,17 @@ class TestToImages:
         for compute in (NoDefence(vae), attacks.maximum_damage(vae)):
             with pytest.raises(ValueError, match=message):
                 compute(x)
+
+    def test_is_tried_once_in_a_call(self):
+        calls = []
+
+        def to_images(latents):
+            calls.append(len(latents["z"]))
+            return vae.mean(latents["z"])
+
+        vae = Observing(self.observe, to_images=to_images)
+        NoDefence(vae, batch_size=1)(torch.rand(4, *SHAPE))
+        assert calls == [3, 3, 1, 1, 1] + 4 * [1]
 
     def test_may_overshoot_a_little(self):
         vae = Observing(self.observe, to_images=lambda latents: 1.2 * vae.mean(latents["z"]) - 0.1)

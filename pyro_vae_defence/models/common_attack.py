@@ -51,9 +51,9 @@ from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
 from pyro_vae_defence.models.enumeration import enumerable
-from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
+from pyro_vae_defence.models.observation import ImageMap, ImageSite
 from pyro_vae_defence.models.perturbation import PerturbationAware, linear_slopes
-from pyro_vae_defence.models.program import ModelPotential
+from pyro_vae_defence.models.program import ModelPotential, image_map
 from pyro_vae_defence.models.sites import get_trace, rows_dim
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.types import VAE, LatentsLike, PyroProgram
@@ -74,7 +74,7 @@ class MeanSlopes:
 
     def __init__(self, vae: VAE, x: Tensor) -> None:
         self.vae, self.x, self._number = vae, x, 0
-        self._images = read_images(vae.model, x)
+        self._images = image_map(vae, x)
         self.means: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ def is_known(vae: VAE, x: Tensor, ball: Ball) -> bool:
         return False
     if enumerable(get_trace(vae.model, x)):
         return False
-    return _slopes(vae, x, read_images(vae.model, x), {}) is not None
+    return _slopes(vae, x, image_map(vae, x), {}) is not None
 
 
 def potential(

@@ -25,6 +25,7 @@ import torch
 from pyro import poutine
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_vae_defence.models.conditions import BoundProgram, bind, split, take
@@ -668,7 +669,9 @@ class _Samples(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         value = msg["value"]
-        if isinstance(value, Tensor) and not (msg["is_observed"] or value.is_inference()):
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        if isinstance(value, Tensor) and not value.is_inference():
             self._found[msg["name"]] = value, value.clone(), value._version
 
     def changed(self) -> list[str]:

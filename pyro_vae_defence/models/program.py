@@ -22,6 +22,7 @@ noise comes from torch's global seed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -92,6 +93,7 @@ from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import Pause, fetched, public
 from pyro_vae_defence.ops.draws import Noise, draw
+from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
 
@@ -424,7 +426,8 @@ class Decoder:
             if self.to_images is None:
                 self.images.check_mean()
             else:
-                self._check_to_images()
+                programs = self.to_images, self.vae.model
+                once("to_images", programs, self._like, self._check_to_images)
             self._checked = True
 
     @torch.no_grad()
@@ -435,7 +438,9 @@ class Decoder:
             return
         rows = torch.arange(min(number, 3), device=self._like.device)
         few = take(self.vae, rows)
-        with evaluation_mode(self.vae), aside(self._like.device):
+        # Another number of rows is rounded otherwise in TF32.
+        full = tf32(False) if self._like.is_cuda else contextlib.nullcontext()
+        with evaluation_mode(self.vae), aside(self._like.device), full:
             latents = prior(few, self._like.repeat(len(rows), 1, 1, 1))
             if not latents:
                 return
@@ -457,7 +462,8 @@ class Decoder:
         if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):
             raise ValueError(
                 f"vae.to_images must return images in [0, 1], got values from {low:g} to {high:g}; "
-                "rescale them, such as (images + 1) / 2 where they lie in [-1, 1]"
+                "rescale them, such as (images + 1) / 2 where they lie in [-1, 1], or return "
+                "images.clamp(0, 1) where a mean in [0, 1] leaves it"
             )
 
     def __call__(self, latents: LatentsLike, x: Tensor | None = None) -> Tensor:
