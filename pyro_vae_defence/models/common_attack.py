@@ -54,7 +54,7 @@ from pyro_vae_defence.models.enumeration import enumerable
 from pyro_vae_defence.models.observation import ImageMap, ImageSite
 from pyro_vae_defence.models.perturbation import PerturbationAware, linear_slopes
 from pyro_vae_defence.models.program import ModelPotential, image_map
-from pyro_vae_defence.models.sites import get_trace, rows_dim
+from pyro_vae_defence.models.sites import aside, get_trace, rows_dim
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.types import VAE, LatentsLike, PyroProgram
 
@@ -80,9 +80,10 @@ class MeanSlopes:
     @torch.no_grad()
     def add(self, latents: LatentsLike) -> None:
         """Count draws in, constrained, rows that are copies of the images."""
-        found = _slopes(self.vae, self.x, self._images, latents)
-        assert found is not None
         copies = len(next(iter(latents.values()))) // len(self.x)
+        model = poutine.condition(self.vae.model, data=dict(latents))
+        found = slopes_of(get_trace(model, self.x.repeat(copies, 1, 1, 1)), self._images)
+        assert found is not None
         self._number += copies
         for name, part in keywords(found).items():
             mean = part.unflatten(0, (copies, len(self.x))).mean(0)
@@ -98,9 +99,9 @@ def is_known(vae: VAE, x: Tensor, ball: Ball) -> bool:
     """
     if not isinstance(ball, Linf):
         return False
-    if enumerable(get_trace(vae.model, x)):
-        return False
-    return _slopes(vae, x, image_map(vae, x), {}) is not None
+    with torch.no_grad(), aside(x.device):
+        trace = get_trace(vae.model, x)
+    return not enumerable(trace) and slopes_of(trace, image_map(vae, x)) is not None
 
 
 def potential(
@@ -119,15 +120,6 @@ def potential(
     bound = model if isinstance(model, BoundProgram) else BoundProgram(model, (), {})
     program = UnderCommonAttack(bound.program, ball, delta)
     return ModelPotential(BoundProgram(program, bound.conditions, {**bound.keywords, **means}), x)
-
-
-def _slopes(
-    vae: VAE, x: Tensor, images: ImageMap, latents: LatentsLike
-) -> dict[str, Tensor] | None:
-    """:func:`slopes_of` a run at these latents, or at draws of the model without any."""
-    rows = len(next(iter(latents.values()))) if latents else len(x)
-    model = poutine.condition(vae.model, data=dict(latents)) if latents else vae.model
-    return slopes_of(get_trace(model, x.repeat(rows // len(x), 1, 1, 1)), images)
 
 
 def slopes_of(trace: Trace, images: ImageMap) -> dict[str, Tensor] | None:
