@@ -43,7 +43,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.distributions.util import sum_rightmost
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -56,6 +55,7 @@ from pyro_vae_defence.models.perturbation import PerturbationAware, linear_slope
 from pyro_vae_defence.models.program import ModelPotential, image_map
 from pyro_vae_defence.models.sites import aside, get_trace, rows_dim
 from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.ops.distributions import Reweighted
 from pyro_vae_defence.types import VAE, LatentsLike, PyroProgram
 
 _UP, _DOWN = "_slopes_up_", "_slopes_down_"  # keywords of a program, with a site's name
@@ -189,22 +189,15 @@ class _Attacked(Messenger):
             msg["fn"] = _Likelihood(msg["fn"], site, self.program, up, down)
 
 
-class _Likelihood(TorchDistribution):
+class _Likelihood(Reweighted):
     """The likelihood of a clean image as it was observed, by the attack of the module's text."""
-
-    arg_constraints: dict[str, Any] = {}
 
     def __init__(
         self, likelihood: Any, site: ImageSite, program: UnderCommonAttack, up: Tensor,
         down: Tensor,
     ) -> None:  # fmt: skip
-        self.likelihood, self.site, self.program = likelihood, site, program
-        self.up, self.down = up, down
-        super().__init__(likelihood.batch_shape, likelihood.event_shape, validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        return self.likelihood.support
+        super().__init__(likelihood)
+        self.site, self.program, self.up, self.down = site, program, up, down
 
     def log_prob(self, value: Tensor) -> Tensor:
         slopes = linear_slopes(self.likelihood, self.site)

@@ -76,7 +76,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli, ContinuousBernoulli, Independent, Laplace, Normal
@@ -85,7 +85,13 @@ from pyro_vae_defence.models.observation import ImageMap, ImageSite, read_images
 from pyro_vae_defence.ops import reach
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.checks import RefusalError
-from pyro_vae_defence.ops.distributions import counted, innermost, is_of, own_methods
+from pyro_vae_defence.ops.distributions import (
+    Reweighted,
+    counted,
+    innermost,
+    is_of,
+    own_methods,
+)
 from pyro_vae_defence.types import PyroProgram
 
 __all__ = ["Perturbation", "PerturbationAware", "UnknownRadius", "most_likely_image"]
@@ -326,18 +332,12 @@ Perturbation: TypeAlias = Ball | UnknownRadius
 """What a defender assumes about perturbations: a ball, or several."""
 
 
-class UnknownRadiusLikelihood(TorchDistribution):
+class UnknownRadiusLikelihood(Reweighted):
     """The mixture over radii, as the likelihood of the image as it was observed at ``site``."""
 
-    arg_constraints: dict[str, Any] = {}
-
     def __init__(self, likelihood: Any, perturbation: UnknownRadius, site: ImageSite) -> None:
-        self.likelihood, self.perturbation, self.site = likelihood, perturbation, site
-        super().__init__(likelihood.batch_shape, likelihood.event_shape, validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        return self.likelihood.support
+        super().__init__(likelihood)
+        self.perturbation, self.site = perturbation, site
 
     def log_joint(self, value: Tensor) -> Tensor:
         """As :meth:`UnknownRadius.log_joint`."""

@@ -19,27 +19,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyro.distributions import Unit
-from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
 from pyro_vae_defence.models.sites import Kind, kind
+from pyro_vae_defence.ops.distributions import Reweighted
 from pyro_vae_defence.types import PyroProgram
 
 
-class _TemperedLikelihood(TorchDistribution):
+class _TemperedLikelihood(Reweighted):
     """A likelihood to the power of an inverse temperature, not normalised."""
 
-    arg_constraints: dict[str, Any] = {}
-
     def __init__(self, likelihood: Any, inverse_temperature: float) -> None:
-        self.likelihood, self.inverse_temperature = likelihood, inverse_temperature
-        super().__init__(likelihood.batch_shape, likelihood.event_shape, validate_args=False)
-
-    @property
-    def support(self) -> Any:
-        return self.likelihood.support
+        super().__init__(likelihood)
+        self.inverse_temperature = inverse_temperature
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.inverse_temperature * self.likelihood.log_prob(value)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import Delta
-from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
 from torch import Tensor
 from torch.distributions import (
     Distribution,
@@ -23,6 +23,21 @@ from torch.distributions import (
 )
 
 _KNOWN = {"torch", "pyro", __name__.partition(".")[0]}
+
+
+class Reweighted(TorchDistribution):
+    """A likelihood made of another, of its shapes and support; a subclass says its ``log_prob``."""
+
+    arg_constraints: dict[str, Any] = {}
+
+    def __init__(self, likelihood: Any) -> None:
+        self.likelihood = likelihood
+        super().__init__(likelihood.batch_shape, likelihood.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        """The likelihood's."""
+        return self.likelihood.support
 
 
 def innermost(distribution: Any) -> Any:
