@@ -298,7 +298,8 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
     ``<dataset>_protocol_<radius>`` has one chain and the recommended four, whose draws are averaged
     before they are re-encoded. ``<dataset>_vote_<radius>`` lets every draw of the four vote, which
     loses fewer classes. ``<dataset>_mode_<radius>`` is the mode of the one chain's target, the
-    rival that a chain has to beat. ``<dataset>_known_seed_<radius>`` is one chain whose attacker
+    rival that a chain has to beat. ``<dataset>_unrolled_<radius>`` is the one chain again, with the
+    gradient through all of it. ``<dataset>_known_seed_<radius>`` is one chain whose attacker
     knows its random numbers, so that the gradient through the whole chain is exact.
     ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most and
     continuation, with twice the steps: what they leave less than before is what the budget was too
@@ -325,6 +326,11 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
             "defences": ("aware_mode",),
             "targets": ("classification",),
             "attacks": PROTOCOL_ATTACKS,
+        },
+        "unrolled": {
+            "defences": ("aware",),
+            "targets": ("classification",),
+            "attacks": (*PROTOCOL_ATTACKS, "unroll"),
         },
         "known_seed": {
             "defences": ("none", "dark_clip", "aware"),
