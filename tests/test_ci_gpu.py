@@ -86,14 +86,6 @@ def test_evaluations_follow_each_other_until_their_time_is_up(ci):
     assert ci("evaluation", EVALUATION_NAMES=names, EVALUATION_LIMIT="0")[1] == []
 
 
-def test_processes_share_the_gpu_in_evaluation_and_bound(ci):
-    calls = ci("evaluation", "bound", "published")[1]
-    launched = ["torch.distributed.run --standalone --nproc-per-node 4 -m" in line for line in calls]
-    assert launched == [line.split()[0] != "published" for line in calls]
-    (alone,) = ci("evaluation", PROCESSES="1")[1]
-    assert "torch.distributed" not in alone
-
-
 def test_published_results_are_gone_on_from(ci, tmp_path):
     out = tmp_path / "out" / "published"
     out.mkdir(parents=True)

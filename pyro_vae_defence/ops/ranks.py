@@ -40,14 +40,20 @@ def rank() -> int:
 
 
 def take_gpu() -> None:
-    """Let ``"cuda"`` be a GPU of this machine, of which its processes take one each in turn.
+    """Let ``"cuda"`` be a GPU of this process alone, of those of its machine.
 
-    Processes share one where there are more of them. Work whose batches are small leaves a GPU
-    waiting for the host most of the time, so that several processes get more done with it.
+    Raises:
+        ValueError: if the machine has fewer of them than processes.
     """
-    count = torch.cuda.device_count()
-    if world_size() > 1 and count > 0:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % count)
+    if world_size() == 1:
+        return
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"process {number} of this machine has no GPU of its own, there are {count}; start "
+            f"torchrun with --nproc-per-node={count}"
+        )
+    torch.cuda.set_device(number)
 
 
 class Claims:
