@@ -23,25 +23,22 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
+
 from pyro_vae_defence import attacks, plots
-from pyro_vae_defence.defence import Defence, DefendedClassifier, MCMCDefence, Reading
+from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
 from pyro_vae_defence.defence.mcmc import (
     PAPER_SETTINGS,
-    RECOMMENDED_KERNEL,
-    RECOMMENDED_LENGTHS,
 )
-from pyro_vae_defence.defence.starts import walk_gradients
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.blocks import InBlocks
 from pyro_vae_defence.experiments.defences import (
-    MODE_STEPS,
     PaperName,
     Published,
     Setting,
     chain_words,
     chained,
-    defence_spec,
     label,
     make_defence,
 )
@@ -49,6 +46,7 @@ from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
 from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
 from pyro_vae_defence.mcmc.captured import Graph
+from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.compiled import Recorder
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.files import write_atomically
@@ -60,7 +58,7 @@ from pyro_vae_defence.robustness import (
     evaluate_robustness,
     save_attacked,
 )
-from pyro_vae_defence.robustness.cost import ChainCost, suite_gradients
+from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 
 PUBLISHED_BUDGET = replace(Budget.standard(), max_evaluations=17_000)
 """That of the published reports, whose suite had neither an attack on the evidence nor Square."""
@@ -138,26 +136,15 @@ RATES = (0.3e6, 1.0e6)
 
 
 def gradients_per_image(config: RobustnessConfig, defence: str) -> dict[str, float]:
-    """Decoder gradients per image and target, without the model at hand, by
-    :func:`~pyro_vae_defence.robustness.cost.suite_gradients`; what a defence's name says beyond its
-    kind is left out."""
-    chain, kind = config.chain, defence_spec(defence).kind
-    if kind == "recommended":
-        chain = conf.ChainConfig(**RECOMMENDED_LENGTHS, **RECOMMENDED_KERNEL)
-    transitions, length = chain.warmup_steps + chain.num_samples, chain.num_steps + 0.5
-    if kind == "paper":
-        count, _, steps, _ = PAPER_SETTINGS[config.paper or config.model.removesuffix("_vae")]
-        transitions, length = count // 2 + count, float(steps)
-    whole = (chain.burn_in + transitions * length + 2) * chain.num_chains
-    if kind == "annealed":
-        whole += walk_gradients(MCMCDefence.num_temperatures) * chain.num_chains
-    cost: ChainCost | None = ChainCost(whole, length, transitions, chain.num_chains)
-    if kind == "none":
-        cost = None
-    elif kind.endswith("mode"):
-        cost = ChainCost(MODE_STEPS + 1.0)
-    elif not (chained(defence) or kind in ("recommended", "paper")):
-        cost = ChainCost(1.0)  # a filter before the encoder
+    """Decoder gradients per image and target, by
+    :func:`~pyro_vae_defence.robustness.cost.suite_gradients`: of the same defence of a model
+    without weights, which a chain's length does not depend on."""
+    with torch.random.fork_rng(devices=[]):
+        stand_in = ConvVAE()
+    paper = config.paper or config.model.removesuffix("_vae")
+    metric = {"z": torch.ones(stand_in.latent_dim)}
+    setting = Setting(stand_in, config.chain, metric, config.radius, paper=paper)
+    cost = chain_cost(make_defence(defence, setting))
     size = len(config.blocks[0])
     return suite_gradients(cost, config.budget, size, config.attacks, config.checks)
 
@@ -179,14 +166,14 @@ def estimate(config: RobustnessConfig) -> str:
 def large_configurations() -> dict[str, RobustnessConfig]:
     """Many images, ``<dataset>_large_<radius>``: 1,000 of the test set, which is not packaged.
 
-    The full budget, 5 restarts, 20 draws and 50 chains, is 1.29 million gradients per image, target
+    The full budget, 5 restarts, 20 draws and 50 chains, is 1.27 million gradients per image, target
     and chain. Of it 50 chains, 100 steps and 20 scored draws are kept, with 2 restarts and 5 draws:
-    0.28 million. Of these the equilibrium gradient takes 118,000 (2 restarts of 50 chains, 100
-    steps of about 10 gradients, and twice a whole chain of 115), truncated unrolling 31,000, the
+    0.27 million. Of these the equilibrium gradient takes 116,000 (2 restarts of 50 chains, 100
+    steps of about 10 gradients, and twice a whole chain of 115), truncated unrolling 30,000, the
     black box 27,000 in no more than 2 steps of 5 directions, implicit 22,000, BPDA 11,000, scoring
-    24,000 and the checks at most 46,000. A cell of 125 images is 35 million, or 35 to 117 seconds
-    of a large GPU at 1 to 0.3 million per second, and 1,000 images of one dataset and radius 19 to
-    62 minutes; the full budget would take 86 to 287. The largest batch has 125 x 2 x 50 = 12,500
+    23,000 and the checks at most 44,000. A cell of 125 images is 34 million, or 34 to 114 seconds
+    of a large GPU at 1 to 0.3 million per second, and 1,000 images of one dataset and radius 18 to
+    61 minutes; the full budget would take 85 to 283. The largest batch has 125 x 2 x 50 = 12,500
     rows.
     """
     budget = Budget(
@@ -270,7 +257,7 @@ def published_configurations() -> dict[str, RobustnessConfig]:
 def recommended_configurations() -> dict[str, RobustnessConfig]:
     """The defence that the library recommends, as it is, ``<dataset>_recommended_<radius>``.
 
-    A run of it is 4 chains, each of a burn-in and 25 transitions: 578 gradients, five times those
+    A run of it is 4 chains, each of a burn-in and 25 transitions: 564 gradients, five times those
     of ``aware`` by default. The budget is the default one, but for the evaluations after which no
     attack begins, so that it is attacked by as many as ``aware`` is.
     """
