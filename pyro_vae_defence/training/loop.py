@@ -345,7 +345,10 @@ class _Run:
                     self.save(path)
                 raise self._not_finite(loss, "validation loss", where)
         if self.config.schedule == "plateau":
-            self.scheduler.step(entry["validation_loss"])
+            # Of a negative loss torch's relative threshold would count a rise as an improvement.
+            plateau = self.scheduler
+            plateau.threshold = math.copysign(plateau.threshold, plateau.best)
+            plateau.step(entry["validation_loss"])
         entry["seconds"] = time.perf_counter() - started
         self.epoch += 1
         self.batch, self.loss_sum, self.seen = 0, 0.0, 0
