@@ -315,9 +315,9 @@ def whole_size(site: Site, num_images: int) -> int:
     """The size of the data plate of a site, of which ``num_images`` were given: more than these if
     it subsamples, for which Pyro scales log-probabilities by the ratio of both."""
     for frame in site["cond_indep_stack"]:
-        if frame.vectorized and frame.size == num_images and frame.full_size is not None:
-            if frame.full_size != num_images:
-                return int(frame.full_size)
+        given = frame.vectorized and frame.size == num_images
+        if given and frame.full_size not in (None, num_images):
+            return int(frame.full_size)
     return num_images
 
 

@@ -227,7 +227,7 @@ def _loss_and_count(
         for batch in reader.read(loader, name):
             with _Loss(objective, batch) as of_batch:
                 loss = objective.loss(vae.model, vae.guide, *batch)
-            total += of_batch(loss)
+            total += of_batch.number(loss)
             count += batch[0].shape[0]
     return total, count
 
@@ -247,7 +247,7 @@ class _Loss(Messenger):
         if not self.is_sum and (whole := whole_size(msg, self.count)) != self.count:
             self.whole = whole
 
-    def __call__(self, loss: Any) -> float:
+    def number(self, loss: Any) -> float:
         """Of a loss, or of several, which ``pyro.infer.ReweightedWakeSleep`` returns."""
         return float(sum(loss) if isinstance(loss, tuple) else loss) * self.count / self.whole
 
@@ -430,7 +430,8 @@ class _Run:
             torch._foreach_copy_(self._statistics[1], self._statistics[0])
         try:
             with self.parameters, _Loss(self.objective, batch) as of_batch:
-                loss = of_batch(self.objective.loss_and_grads(self.model, self.guide, *batch))
+                found = self.objective.loss_and_grads(self.model, self.guide, *batch)
+            loss = of_batch.number(found)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
