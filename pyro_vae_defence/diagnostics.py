@@ -235,11 +235,11 @@ def to_arviz(tree: xarray.DataTree) -> Any:
 def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
     """ArviZ's rank-normalised split R-hat: site -> values ``(image, *event)``.
 
-    NaN where the chains do not move at all.
+    NaN where the chains do not move at all, huge or infinite where each stands still elsewhere.
     """
     import arviz
 
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         return _per_site(tree, arviz.rhat(to_arviz(tree)))
 
 

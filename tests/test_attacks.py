@@ -194,6 +194,15 @@ def test_rows_without_a_finite_gradient_stay_in_the_ball(preset):
     assert (result.x_adv[0] - x).abs().max() <= 0.1
 
 
+def test_best_takes_a_restart_that_met_the_criterion():
+    value = torch.tensor([[1.0, 5.0, 2.0], [2.0, 3.0, 1.0], [3.0, 4.0, -torch.inf]])
+    solved = torch.tensor([[True, False, False], [True, True, False], [False, False, True]])
+    x_adv = torch.arange(9.0).reshape(3, 3, 1, 1, 1)
+    count = torch.ones_like(value, dtype=torch.long)
+    result = attacks.AttackResult(x_adv, value, x_adv[0], count, count, solved)
+    assert result.best().flatten().tolist() == [3.0, 4.0, 8.0]
+
+
 def test_best_ignores_restarts_without_a_value():
     value = torch.tensor([[torch.nan], [2.0]])
     x_adv = torch.arange(2.0).reshape(2, 1, 1, 1, 1)

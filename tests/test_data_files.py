@@ -401,6 +401,17 @@ def test_a_folder_one_level_too_high_is_noticed(tmp_path):
     assert data.load_folder(tmp_path / "bottle").labels.tolist() == [0, 0, 1, 1]
 
 
+def test_an_image_beside_the_classes_is_noticed(tmp_path):
+    for name in ("cat/x", "dog/x"):
+        put(tmp_path / f"{name}.png")
+    assert data.load_folder(tmp_path).labels.tolist() == [0, 1]
+    put(tmp_path / "overview.png")
+    named = "overview.png lies in .* beside folders of images such as cat, .* every label is 0"
+    with pytest.warns(UserWarning, match=named):
+        assert data.load_folder(tmp_path).labels.tolist() == [0, 0, 0]
+    assert data.load_folder(tmp_path, split=".").labels.tolist() == [0, 0, 0]
+
+
 def test_a_folder_in_spawned_workers(tmp_path):
     for i in range(3):
         put(tmp_path / f"{i}.png", i)

@@ -75,6 +75,12 @@ def test_textured_images_keep_the_digit_and_fill_the_background():
     torch.testing.assert_close(y, x + (1 - x) * texture)
 
 
+def test_textures_are_of_whole_splits():
+    part, _ = data.random_split(data.load("mnist_subset", "test"), (0.5, 0.5))
+    with pytest.raises(ValueError, match="dataset must be a whole split, train, validation, test"):
+        data.TexturedImages(part, "part")
+
+
 def test_textures_depend_on_index_and_split_alone():
     dataset = data.load("mnist_subset_textured", "test")
     whole = dataset.images()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from programs import HierarchicalVAE
@@ -20,6 +23,7 @@ from pyro_vae_defence.defence import (
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier
+from pyro_vae_defence.ops.divergences import squared_mean_distance
 
 KERNEL = functools.partial(BatchedHMC, num_steps=2)
 
@@ -109,6 +113,58 @@ class TestReadings:
         first, again = (classify(x, torch.Generator().manual_seed(0)) for _ in range(2))
         assert torch.equal(first, again)
         assert classifier.training
+
+
+class AngleVAE:
+    """The image is a wave, its phase the latent."""
+
+    at = 2 * math.pi * torch.arange(16) / 16
+
+    def __init__(self, turns=0):
+        self.turns = turns
+
+    def wave(self, z):
+        return 0.5 + 0.4 * torch.cos(z[:, None] - self.at.to(z))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.VonMises(x.new_zeros(len(x)), x.new_full((), 0.1)))
+            pyro.sample("x", dist.Normal(self.wave(z), 0.3).to_event(1), obs=x.flatten(1))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            flat, at = x.flatten(1) - 0.5, self.at.to(x)
+            loc = torch.atan2(flat @ at.sin(), flat @ at.cos()) + 2 * math.pi * self.turns
+            pyro.sample("z", dist.VonMises(loc, x.new_full((), 50.0)))
+
+
+@pytest.mark.usefixtures("float64")
+class TestAngles:
+    phase = torch.tensor([-3.1, -1.0, 0.0, 2.0, 3.14], dtype=torch.float64)
+
+    @pytest.fixture
+    def images(self):
+        return AngleVAE().wave(self.phase).reshape(-1, 1, 4, 4)
+
+    @pytest.mark.parametrize("reading", ["mean", "reencoded"])
+    def test_have_a_direction_for_a_mean(self, images, reading):
+        vae = AngleVAE()
+        result = EncoderDefence(vae, 300)(images, torch.Generator().manual_seed(1))
+        found = read_latents(vae, result, reading)["z"]
+        # Standard error of the mean direction: 1 / sqrt(50 * 300) = 0.008.
+        assert (found - self.phase).cos().min() > math.cos(5 * 0.008)
+
+    @pytest.mark.parametrize("turns", [0, 1, -2])
+    def test_are_the_same_after_a_turn(self, images, turns):
+        vae = AngleVAE(turns)
+        torch.testing.assert_close(program.posterior_mean(vae, images)["z"], self.phase)
+        defence = MCMCDefence(vae, KERNEL, 1, 0, initial="mean")
+        torch.testing.assert_close(defence(images).initial["z"][0], self.phase)
+
+    def test_are_near_each_other_across_the_cut(self):
+        p, q = ({"z": dist.VonMises(torch.tensor([at]), 1.0)} for at in (3.1, -3.1))
+        difference = 2 * math.pi - 6.2
+        assert squared_mean_distance(p, q).item() == pytest.approx(difference**2)
 
 
 def test_the_papers_protocol_is_one_setting():

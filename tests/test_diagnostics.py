@@ -266,6 +266,14 @@ def test_summary_of_chains_that_stand_still():
     assert table.loc[1].isna().all()
 
 
+def test_chains_that_each_stand_still_somewhere_else():
+    draws = np.random.default_rng(0).normal(size=(4, 20, 2, 5))
+    draws[:, :, 1, 3] = np.arange(4)[:, None]
+    table = diagnostics.summary(chains_of(draws))
+    assert table.loc[0, "r_hat"] < 1.2
+    assert table.loc[1, "r_hat"] > 1e6
+
+
 def test_result_has_a_summary():
     result = MCMCDefence(HierarchicalVAE(), BatchedHMC, 6, 2, num_chains=2)(torch.rand(3, 1, 4, 4))
     table = result.summary()

@@ -103,6 +103,19 @@ def test_images_are_resampled_with_both_their_scores():
     assert shifted.high - shifted.low == pytest.approx(0.0, abs=1e-5)
 
 
+@pytest.mark.parametrize("number", [float, torch.Tensor.float, lambda value: value.numpy()])
+def test_a_statistic_may_return_any_number(number):
+    clean, attacked = torch.arange(20.0), torch.arange(20.0) + 3
+
+    def interval(statistic):
+        generator = torch.Generator().manual_seed(1)
+        return metrics.detection_interval(statistic, clean, attacked, generator=generator)
+
+    found = interval(lambda t, s: number((s > t.median()).double().mean()))
+    wanted = interval(lambda t, s: (s > t.median()).double().mean())
+    assert found[:3] == pytest.approx(wanted[:3], abs=1e-6)
+
+
 @pytest.mark.parametrize("count", [0, 1, 13, 40])
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_interval_of_a_rate_is_wilsons(count, level):

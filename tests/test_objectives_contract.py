@@ -307,6 +307,22 @@ def test_plates_other_than_data_are_summed_within_the_image(name: str, data_dim:
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.usefixtures("float64")
+def test_a_plate_that_subsamples_raises_no_term_above_others(
+    name: str, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae, make, plate, found = TutorialVAE(), OBJECTIVES[name][0], pyro.plate, []
+    plates = (plate, lambda name, size: plate("images", 1000, subsample=torch.arange(size)))
+    for each in plates:
+        monkeypatch.setattr(pyro, "plate", each)
+        clear(vae)
+        torch.manual_seed(1)
+        loss = make(vae.guide).loss_and_grads(vae.model, vae.guide, x)
+        found.append((loss, gradients(vae)))
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("num_particles", [0, -1, 1.5])
 def test_num_particles_is_checked(num_particles: float) -> None:
     with pytest.raises(ValueError, match="num_particles"):

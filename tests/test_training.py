@@ -216,10 +216,11 @@ def test_programs_without_a_module_train_and_resume(tmp_path):
     assert not torch.equal(whole["scale"], torch.ones(2))
 
 
-def test_plateau_rule_halves_the_learning_rate(images):
+@pytest.mark.parametrize("stagnant", [1.0, 0.0, -1.0])
+def test_plateau_rule_halves_the_learning_rate(images, stagnant):
     class Stagnant(TraceMeanField_ELBO):
         def loss(self, model, guide, x):
-            return 1.0
+            return stagnant
 
     result = fit(
         TutorialVAE(),

@@ -19,6 +19,7 @@ from pyro.infer import (
 from torch import nn
 
 from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.objectives import BetaELBO
 from pyro_vae_defence.training import FitConfig, NonFiniteLossError, evaluate, fit
 
 LATE = 3  # first step in which the late parameters are used
@@ -772,6 +773,28 @@ def test_validation_without_an_analytic_elbo(kind, objective):
     for entry in result.history:
         assert entry["validation_loss"] > 0
         assert "validation_nelbo" not in entry
+
+
+@pytest.mark.parametrize("plate", ["data", "images"])
+@pytest.mark.parametrize(
+    "objective", [BetaELBO, Trace_ELBO, TraceMeanField_ELBO, lambda: Trace_ELBO(2, 1, None, True)]
+)
+def test_losses_are_per_image_where_a_plate_subsamples(objective, plate, monkeypatch):
+    whole, found, x = pyro.plate, [], torch.rand(8, 1, 28, 28)
+
+    def subsampling(name, size, **other):  # Pyro opens one of particles, too
+        given = (plate, 60_000) if name == "data" else (name, size)
+        return whole(*given, subsample=torch.arange(size), **other)
+
+    for each in (whole, subsampling):
+        monkeypatch.setattr(pyro, "plate", each)
+        pyro.clear_param_store()
+        torch.manual_seed(1)
+        vae, settings = TutorialVAE(), config(epochs=1, learning_rate=1e-12)
+        entry = fit(vae, objective(), [x[:5], x[5:]], settings, validation=[x]).history[0]
+        found.append([entry["train_loss"], entry["validation_loss"], entry["validation_nelbo"]])
+        found[-1].append(evaluate(vae, objective(), [x[:2], x]))
+    assert found[1] == pytest.approx(found[0])
 
 
 def test_validation_loss_of_an_enumerated_model_is_its_objective():

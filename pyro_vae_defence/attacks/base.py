@@ -88,7 +88,7 @@ class AttackResult(NamedTuple):
 
     def __repr__(self) -> str:
         num_restarts, num_images = self.objective.shape
-        reached = self.objective.nan_to_num(nan=-torch.inf).amax(0).double().mean()
+        reached = self._ranking().amax(0).double().mean()
         best = "unknown" if reached.is_meta else f"{reached:.4g}"
         return (
             f"AttackResult({num_images} images {tuple(self.x_ref.shape[1:])}, {num_restarts} "
@@ -96,9 +96,16 @@ class AttackResult(NamedTuple):
         )
 
     def best(self) -> Tensor:
-        """The strongest restart of each image, ``(N, C, H, W)``; one without a value never wins."""
-        winner = self.objective.nan_to_num(nan=-torch.inf).argmax(0)
+        """The strongest restart of each image, ``(N, C, H, W)``: of those that met ``stop``, if any
+        did, the one of the highest objective. One without a value never wins."""
+        winner = self._ranking().argmax(0)
         return self.x_adv[winner, torch.arange(len(winner), device=winner.device)]
+
+    def _ranking(self) -> Tensor:
+        """The objective, minus infinity where it is no number, or another restart has met ``stop``:
+        one that left the batch early has less of it than one that failed to the end."""
+        beaten = self.solved.any(0) & ~self.solved
+        return self.objective.nan_to_num(nan=-torch.inf).masked_fill(beaten, -torch.inf)
 
     def flat(self) -> FlatAttack:
         """Restart after restart as one batch; row ``r * N + i`` is restart r of image i."""

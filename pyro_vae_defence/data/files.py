@@ -230,9 +230,10 @@ def load_folder(
 
     They are decoded when asked for. Where a size is given, each is scaled to it (bilinear, with
     antialiasing) as ``fit`` says. Where all images lie in subfolders, the first level of these
-    names the classes; otherwise every label is 0. A warning says so if none of the classes holds an
-    image itself, as ``train`` and ``test`` above ``cat`` and ``dog`` do not. Links are followed,
-    and what is hidden (names that start with a dot) is left out.
+    names the classes; otherwise every label is 0, and a warning says so if there are subfolders
+    with images, too. Another one says if none of the classes holds an image itself, as ``train``
+    and ``test`` above ``cat`` and ``dog`` do not. Links are followed, and what is hidden (names
+    that start with a dot) is left out.
 
     Args:
         path: the folder.
@@ -246,7 +247,7 @@ def load_folder(
             label means the same in each, also where one of them has no image of some class. Where
             images of the split lie in it directly, every label is 0 and the only class has the name
             of ``path``, whatever classes the folders beside it have. ``"."`` is all, without the
-            warning about folders of folders.
+            warnings about folders.
             :func:`~pyro_vae_defence.data.random_split` divides a folder that has no such parts.
         fit: what becomes of images of other proportions than ``image_size``. ``"crop"`` scales
             until they just cover the target and keeps its centre, ``"pad"`` until they fit in and
@@ -289,6 +290,16 @@ def load_folder(
             f"the classes of path={str(folder)!r} are {', '.join(sorted(classes))}, which hold no "
             f"image but folders of images, as {files[0].parent}: pass split= with the one to read, "
             'or the path of a folder below, or split="." if classes are meant',
+            UserWarning,
+            stacklevel=2,
+        )
+    nested = [file for file in files if len(file.parts) > 1]
+    if split is None and nested and not classes:
+        (beside, *_), inside = [file for file in files if len(file.parts) == 1], nested[0]
+        warnings.warn(
+            f"{beside} lies in path={str(folder)!r} itself, beside folders of images such as "
+            f"{inside.parts[0]}, so that these are no classes and every label is 0: take it away "
+            'if they are, or pass split="." if not',
             UserWarning,
             stacklevel=2,
         )

@@ -80,9 +80,18 @@ def invert(x: Tensor) -> Tensor:
 
 
 class TexturedImages(Images):
-    """A dataset on a textured background; see the module's text."""
+    """A dataset on a textured background; see the module's text.
+
+    Raises:
+        ValueError: if the dataset's split is none of those that have textures.
+    """
 
     def __init__(self, dataset: Images, name: str) -> None:
+        if dataset.split not in SPLITS:
+            raise ValueError(
+                f"dataset must be a whole split, {', '.join(SPLITS)}, whose textures differ, got "
+                f"{dataset!r}; divide what comes out instead"
+            )
         super().__init__(dataset.labels, name, dataset.split, dataset.class_names)
         self._dataset = dataset
         self.image_shape = dataset.image_shape

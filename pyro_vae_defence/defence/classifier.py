@@ -17,10 +17,10 @@ reads them in one of five ways (:data:`Reading`),
 
 *Last* is the paper's protocol. A draw is noisier than the means that the paper's classifier was
 trained on, which costs it dearly on clean images already: average over draws with a classifier that
-was trained on draws, or hand the classifier a mean. *Reencoded* decodes the mean and encodes the
-image that comes out, which has left the attack behind, so that the classifier reads what it was
-trained on. *Vote* does so with every draw and counts classes; how many votes an attack can take is
-bounded by :func:`pyro_vae_defence.robustness.mass_bound`.
+was trained on draws, or hand the classifier a mean (of angles, their direction). *Reencoded*
+decodes the mean and encodes the image that comes out, which has left the attack behind, so that the
+classifier reads what it was trained on. *Vote* does so with every draw and counts classes; how many
+votes an attack can take is bounded by :func:`pyro_vae_defence.robustness.mass_bound`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.classifier import class_scores
 from pyro_vae_defence.models.conditions import bind, split
 from pyro_vae_defence.models.contract import check_networks_on_device
-from pyro_vae_defence.models.program import Decoder, evaluation_mode, posterior_mean
+from pyro_vae_defence.models.program import (
+    Decoder,
+    evaluation_mode,
+    mean_of_draws,
+    posterior_mean,
+)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_finite
@@ -67,13 +72,13 @@ def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded"
     _check_reading(reading)
     if reading == "last":
         return {name: value[None] for name, value in result.latents.items()}
-    if reading in ("draws", "vote"):
-        values = {name: value.flatten(0, 1) for name, value in result.samples.items()}
-    else:
-        values = {name: value.mean((0, 1))[None] for name, value in result.samples.items()}
+    vae = bind(vae, result.x, result.conditions)
+    values = {name: value.flatten(0, 1) for name, value in result.samples.items()}
+    if reading not in ("draws", "vote"):
+        means = mean_of_draws(vae, result.x, values)
+        values = {name: value[None] for name, value in means.items()}
     if reading in ("reencoded", "vote"):
         with torch.no_grad(), evaluation_mode(vae):
-            vae = bind(vae, result.x, result.conditions)
             decode = functools.partial(Decoder(vae, result.x), x=result.x)
             number = len(next(iter(values.values())))
             every = [reencode(vae, lat.index(values, k), decode) for k in range(number)]

@@ -81,7 +81,7 @@ _OF_RESAMPLES: tuple[tuple[Any, Callable[[Tensor, Tensor], Tensor]], ...] = (
 
 
 def detection_interval(
-    statistic: Callable[[Tensor, Tensor], Tensor],
+    statistic: Callable[[Tensor, Tensor], Tensor | float],
     negatives: Tensor,
     positives: Tensor,
     level: float = 0.95,
@@ -91,8 +91,8 @@ def detection_interval(
     """Percentile bootstrap interval of :func:`auroc` or :func:`fpr_at_tpr` over images.
 
     Args:
-        statistic: one of the two; or another function of negatives and positives, which is called
-            once per resample.
+        statistic: one of the two; or another function of negatives and positives, which returns
+            one number and is called once per resample.
         negatives, positives: scores of the same images before and after the attack, ``(N,)`` each.
             Images are resampled, both their scores together.
         level, num_resamples, generator: as for ``metrics.bootstrap_interval``.
@@ -117,7 +117,8 @@ def detection_interval(
         parts = drawn.split(RESAMPLES_AT_ONCE)
         resampled = torch.cat([of_resamples(negatives[rows], positives[rows]) for rows in parts])
     else:
-        resampled = torch.stack([statistic(negatives[rows], positives[rows]) for rows in drawn])
+        found = [float(statistic(negatives[rows], positives[rows])) for rows in drawn]
+        resampled = torch.tensor(found, dtype=torch.float64, device="cpu")
     low, high = torch.quantile(resampled, tails(level))
     estimate = statistic(negatives, positives)
     return Interval(float(estimate), float(low), float(high), level, num_images, num_images)

@@ -362,6 +362,21 @@ def posterior_mean(vae: VAE, x: Tensor) -> Latents:
     return means
 
 
+@public
+@torch.no_grad()
+def mean_of_draws(vae: VAE, x: Tensor, draws: LatentsLike) -> Latents:
+    """Mean over draws ``(K, N, *event)`` of latents, given images ``(N, C, H, W)``: site ->
+    ``(N, *event)``. Of angles, those of ``VonMises`` in either program, it is their direction."""
+    with evaluation_mode(vae), aside(x.device):
+        traces = get_trace(vae.guide, x), get_trace(vae.model, x)
+    sites = (site for trace in traces for site in latent_sites(trace))
+    angles = {site["name"] for site in sites if distributions.is_angle(site["fn"])}
+    means = {name: value.mean(0) for name, value in draws.items()}
+    for name in angles & means.keys():
+        means[name] = torch.atan2(draws[name].sin().mean(0), draws[name].cos().mean(0))
+    return means
+
+
 class _MeanMessenger(Messenger):
     """Set every continuous latent and auxiliary site to the mean of its distribution."""
 

@@ -311,6 +311,16 @@ def data_frame(site: Site, num_images: int | None = None) -> DataFrame:
     return DataFrame(frame.name, frame.dim, size)
 
 
+def whole_size(site: Site, num_images: int) -> int:
+    """The size of the data plate of a site, of which ``num_images`` were given: more than these if
+    it subsamples, for which Pyro scales log-probabilities by the ratio of both."""
+    for frame in site["cond_indep_stack"]:
+        given = frame.vectorized and frame.size == num_images
+        if given and frame.full_size not in (None, num_images):
+            return int(frame.full_size)
+    return num_images
+
+
 def rows_dim(site: Site) -> int:
     """Dimension of a site's value that has one row per image, counted from the end."""
     return data_frame(site).dim - int(site["fn"].event_dim)

@@ -44,6 +44,7 @@ from pyro_vae_defence.models.sites import (
     observed_sites,
     per_image,
     sample_sites,
+    whole_size,
 )
 from pyro_vae_defence.ops.checks import check_integer, check_positive
 from pyro_vae_defence.ops.distributions import innermost, is_point
@@ -72,7 +73,8 @@ class ImageELBO(TraceMeanField_ELBO):
     through ``differentiable_loss`` sets it. :meth:`state_dict` has what a resumed run needs.
 
     Scales and masks that the programs set themselves act on the ELBO, as they do in Pyro; they
-    change neither the terms reported nor what an objective adds to the ELBO.
+    change neither the terms reported nor what an objective adds to the ELBO. The scale of a data
+    plate that subsamples is left out, which would raise the ELBO alone above what is added.
 
     Raises ``ValueError`` if ``num_particles`` is not a positive integer; when evaluated, for
     programs with different latents, and for latents that only Pyro's other ELBOs can train: those
@@ -96,6 +98,7 @@ class ImageELBO(TraceMeanField_ELBO):
     def _get_trace(
         self, model: PyroProgram, guide: PyroProgram, args: Any, kwargs: Any
     ) -> tuple[Trace, Trace]:
+        model, guide = (_OfTheBatch(len(args[0]))(program) for program in (model, guide))
         model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
         check_trainable(model_trace, guide_trace)
         return model_trace, guide_trace
@@ -252,6 +255,19 @@ class _ScaleLatents(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"]:
             msg["scale"] = self.scale * msg["scale"]
+
+
+class _OfTheBatch(Messenger):
+    """Takes back what a data plate that subsamples scales its sites by."""
+
+    def __init__(self, num_images: int) -> None:
+        super().__init__()
+        self.num_images = num_images
+
+    def _pyro_sample(self, msg: Any) -> None:
+        whole = whole_size(msg, self.num_images)
+        if whole != self.num_images:
+            msg["scale"] = msg["scale"] * self.num_images / whole
 
 
 def check_trainable(model_trace: Trace, guide_trace: Trace) -> None:

@@ -19,6 +19,7 @@ from torch.distributions import (
     Independent,
     MixtureSameFamily,
     Normal,
+    VonMises,
     constraints,
 )
 
@@ -105,6 +106,16 @@ def is_unconstrained(distribution: Any) -> bool:
     return support(distribution) is constraints.real
 
 
+def is_angle(distribution: Any) -> bool:
+    """Whether its values are angles, of which -pi and pi are the same."""
+    return isinstance(innermost(distribution), VonMises)
+
+
+def wrapped(angle: Tensor) -> Tensor:
+    """The same angle between -pi and pi, as draws and chains have it."""
+    return torch.atan2(angle.sin(), angle.cos())
+
+
 def counted(distribution: Any) -> Tensor | bool:
     """Which elements no mask leaves out: a bool, or a bool tensor that broadcasts against draws."""
     found: Tensor | bool = True
@@ -119,7 +130,7 @@ def counted(distribution: Any) -> Tensor | bool:
 
 
 def mean(distribution: Distribution, site: str, mend: str) -> Tensor:
-    """Its mean, in the shape of a draw.
+    """Its mean, in the shape of a draw; of angles the mean direction, wrapped.
 
     Raises:
         ValueError: if it has none, it is not finite or that of another density; the message names
@@ -140,7 +151,7 @@ def mean(distribution: Distribution, site: str, mend: str) -> Tensor:
     if not isinstance(kind, (Normal, Delta)) and not bool(found.isfinite().all()):
         value = "NaN" if bool(found.isnan().any()) else "infinite"
         raise ValueError(f"{title}, whose mean is {value}; {mend}")
-    return found
+    return wrapped(found) if is_angle(kind) else found
 
 
 def mean_is_own(distribution: Any) -> bool:

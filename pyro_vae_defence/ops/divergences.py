@@ -46,10 +46,12 @@ from torch.distributions.transforms import (
 from pyro_vae_defence.ops.distributions import (
     counted,
     innermost,
+    is_angle,
     is_of,
     is_point,
     mean,
     own_methods,
+    wrapped,
 )
 from pyro_vae_defence.ops.latents import sum_sites
 
@@ -164,8 +166,10 @@ def _kl_site(site: str, p: Distribution, q: Distribution) -> Tensor:
 
 def _squared_mean_distance_site(site: str, p: Distribution, q: Distribution) -> Tensor:
     mend = "compare distributions (attacks.symmetric_kl) or outputs (attacks.maximum_damage)"
-    square = (mean(p, site, mend) - mean(q, site, mend)).square()
-    return _counting(square, counted(p) & counted(q))
+    difference = mean(p, site, mend) - mean(q, site, mend)
+    if is_angle(p):
+        difference = wrapped(difference)
+    return _counting(difference.square(), counted(p) & counted(q))
 
 
 def _squared_wasserstein_site(site: str, p: Distribution, q: Distribution) -> Tensor:

@@ -30,13 +30,15 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.contract import mend_networks
 from pyro_vae_defence.models.modules import modules_of, networks_of
-from pyro_vae_defence.models.sites import aside
+from pyro_vae_defence.models.sites import aside, whole_size
+from pyro_vae_defence.objectives import ImageELBO
 from pyro_vae_defence.ops.boundary import drop_references, note, public
 from pyro_vae_defence.ops.checks import as_device
 from pyro_vae_defence.ops.files import atomic_save, check_writable, remove_partial
@@ -223,14 +225,31 @@ def _loss_and_count(
     vae, total, count = reader.vae, 0.0, 0
     with torch.no_grad(), program.evaluation_mode(vae):
         for batch in reader.read(loader, name):
-            total += _number(objective.loss(vae.model, vae.guide, *batch))
+            with _Loss(objective, batch) as of_batch:
+                loss = objective.loss(vae.model, vae.guide, *batch)
+            total += of_batch.number(loss)
             count += batch[0].shape[0]
     return total, count
 
 
-def _number(loss: Any) -> float:
-    """A loss, or the sum of several, which ``pyro.infer.ReweightedWakeSleep`` returns."""
-    return float(sum(loss) if isinstance(loss, tuple) else loss)
+class _Loss(Messenger):
+    """Makes a number of an objective's loss, the sum over the images of a batch.
+
+    Where a data plate subsamples, Pyro's own objectives estimate the sum over all of its images.
+    """
+
+    def __init__(self, objective: Any, batch: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.count = self.whole = len(batch[0])
+        self.is_sum = isinstance(objective, ImageELBO)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not self.is_sum and (whole := whole_size(msg, self.count)) != self.count:
+            self.whole = whole
+
+    def number(self, loss: Any) -> float:
+        """Of a loss, or of several, which ``pyro.infer.ReweightedWakeSleep`` returns."""
+        return float(sum(loss) if isinstance(loss, tuple) else loss) * self.count / self.whole
 
 
 def _open_log(
@@ -345,7 +364,10 @@ class _Run:
                     self.save(path)
                 raise self._not_finite(loss, "validation loss", where)
         if self.config.schedule == "plateau":
-            self.scheduler.step(entry["validation_loss"])
+            # Of a negative loss torch's relative threshold would count a rise as an improvement.
+            plateau = self.scheduler
+            plateau.threshold = math.copysign(plateau.threshold, plateau.best)
+            plateau.step(entry["validation_loss"])
         entry["seconds"] = time.perf_counter() - started
         self.epoch += 1
         self.batch, self.loss_sum, self.seen = 0, 0.0, 0
@@ -407,8 +429,9 @@ class _Run:
         if self._statistics[0]:
             torch._foreach_copy_(self._statistics[1], self._statistics[0])
         try:
-            with self.parameters:
-                loss = _number(self.objective.loss_and_grads(self.model, self.guide, *batch))
+            with self.parameters, _Loss(self.objective, batch) as of_batch:
+                found = self.objective.loss_and_grads(self.model, self.guide, *batch)
+            loss = of_batch.number(found)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
