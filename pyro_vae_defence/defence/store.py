@@ -47,6 +47,7 @@ import pyro_vae_defence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.files import check_writable, write_atomically
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.ranks import Claims
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def write(
         progress: show a progress bar over chunks.
 
     Raises:
-        ValueError: if there is something else at ``path``, or it cannot be written.
+        ValueError: if there is something else at ``path``, it cannot be written, or another process
+            that is none of torchrun's is writing it.
     """
     path = Path(path).absolute()
     length = check_dataset(dataset)
@@ -133,8 +135,10 @@ def write(
     except OSError as error:
         raise ValueError(f"path={str(path)!r} cannot be written: {error}") from error
     total = -(-length // chunk_size)
-    with Claims(f"store {path}") as claims:
+    with Claims(f"store {path}") as claims, contextlib.ExitStack() as alone:
         claims.agree(json.dumps(identity, sort_keys=True))
+        if claims.rank == 0:
+            alone.enter_context(sole_writer(path))
         hidden = claims.rank > 0 or not progress
         with tqdm(total=total, unit="chunk", disable=hidden, leave=False) as bar:
 
