@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import os
 import shutil
@@ -259,6 +260,16 @@ class TestTakingUp:
             defence.to_zarr(x, path, generator=seeded())
         defence.to_zarr(x, path, generator=seeded())
         assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_full_disk_is_named_and_nothing_stays_on_it(self, defence, x, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        path = tmp_path / "a"
+        monkeypatch.setattr("zarr.consolidate_metadata", full)
+        with pytest.raises(OSError, match="No space left on device: .*a.partial"):
+            defence.to_zarr(x, path, generator=seeded())
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_leftover_mark_is_cleared(self, defence, x, tmp_path):
         path = defence.to_zarr(x, tmp_path / "a", generator=seeded())
