@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import functools
 import os
 import shutil
@@ -23,6 +24,7 @@ from pyro_vae_defence.defence.base import BaseDefence
 from pyro_vae_defence.defence.result import setting
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.ops.locks import sole_writer
 
 KERNEL = functools.partial(BatchedHMC, num_steps=2)
 
@@ -250,6 +252,24 @@ class TestTakingUp:
         shutil.rmtree(path)
         found = read(defence.to_zarr(x, path, generator=seeded(), chunk_size=2))
         np.testing.assert_array_equal(found["posterior/z"], whole["posterior/z"])
+
+    def test_one_run_at_a_time_writes_a_store(self, defence, x, tmp_path):
+        """The first to finish takes away what the others are writing into."""
+        path = tmp_path / "a"
+        with sole_writer(path), pytest.raises(ValueError, match="a is being written by"):
+            defence.to_zarr(x, path, generator=seeded())
+        defence.to_zarr(x, path, generator=seeded())
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_a_full_disk_is_named_and_nothing_stays_on_it(self, defence, x, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        path = tmp_path / "a"
+        monkeypatch.setattr("zarr.consolidate_metadata", full)
+        with pytest.raises(OSError, match="No space left on device: .*a.partial"):
+            defence.to_zarr(x, path, generator=seeded())
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_leftover_mark_is_cleared(self, defence, x, tmp_path):
         path = defence.to_zarr(x, tmp_path / "a", generator=seeded())

@@ -19,6 +19,12 @@ def test_score_is_one_where_classes_agree(score):
     assert placed.device.type == "meta"
 
 
+def test_shares_are_not_rounded_to_a_narrow_default_dtype():
+    classes = torch.arange(7)
+    torch.set_default_dtype(torch.bfloat16)  # put back by a fixture
+    assert float(correct(classes, classes.clamp(max=5)).mean()) == pytest.approx(6 / 7, rel=1e-6)
+
+
 def test_classes_that_do_not_fit_are_refused():
     classes = torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"prediction_ref has shape \(2, 10\).*logits.argmax"):

@@ -149,6 +149,18 @@ def test_json_says_what_was_done(undefended):
     assert "x_adv" not in found
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64, torch.bool])
+def test_json_takes_numbers_of_every_kind(kind, undefended):
+    """A similarity may have any: the report of hours must not be lost at its end."""
+    _, report = undefended
+    values = {name: value.to(kind) for name, value in report.values.items()}
+    found = json.loads(dataclasses.replace(report, values=values).to_json())
+    read = RobustnessReport.from_dict(found).values
+    assert read.keys() == values.keys()
+    assert all(torch.equal(read[name], value) for name, value in values.items())
+    assert {value.dtype for value in read.values()} == {kind}
+
+
 @pytest.mark.parametrize("mask", MASKS)
 def test_gradient_masking_is_caught(mask):
     vae, x, labels = problem()

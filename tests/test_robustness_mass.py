@@ -181,6 +181,13 @@ class TestInThePlane:
         again = self.bound(vae, x, labels, clean, **options)
         assert torch.equal(whole.log_ratio, again.log_ratio)
 
+    def test_torchs_default_dtype_decides_nothing(self, vae, x, labels, clean):
+        options = {"num_temperatures": 4, "num_walks": 2}
+        expected = self.bound(vae, x, labels, clean, **options)
+        torch.set_default_dtype(torch.float32)  # the fixture puts its own back
+        found = self.bound(vae, x, labels, clean, **options)
+        assert torch.equal(found.log_ratio, expected.log_ratio)
+
     def test_wrong_arguments(self, vae, x, labels, clean):
         for options, message in (
             ({"num_temperatures": 2}, "num_temperatures"),

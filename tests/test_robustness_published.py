@@ -285,6 +285,12 @@ class TestPublished:
         assert read.seed == report.seed
         assert read.conditions == ()
 
+    def test_an_accuracy_without_its_labels_is_none(self, made, tmp_path):
+        _, report, _ = made
+        path = save_attacked(dataclasses.replace(report, labels=None), tmp_path / "b.safetensors")
+        with pytest.raises(ValueError, match=r"b\.safetensors cannot be read .*'labels'"):
+            load_attacked(path)
+
     def test_images_outside_of_the_ball_are_no_attack(self, made, tmp_path):
         _, report, _ = made
         x_adv = report.x_adv.clone()

@@ -14,6 +14,7 @@ from pyro_vae_defence.defence import MCMCDefence, NoDefence
 from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.robustness import Budget, evaluate_robustness
 from pyro_vae_defence.robustness import steps as module
 from pyro_vae_defence.robustness.evaluate import _own
@@ -139,6 +140,15 @@ def test_a_file_that_is_none_is_named(evaluate, tmp_path):
         evaluate(checkpoint=path)
     with pytest.raises(IsADirectoryError):
         evaluate(checkpoint=tmp_path)
+
+
+def test_one_evaluation_at_a_time_writes_a_file(evaluate, tmp_path):
+    """What finishes first deletes what the others have found."""
+    path = tmp_path / "evaluation.pt"
+    with sole_writer(path), pytest.raises(ValueError, match=r"evaluation\.pt is being written by"):
+        evaluate(checkpoint=path)
+    evaluate(checkpoint=path, attacks=("transfer",), checks=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Noisy:

@@ -153,7 +153,8 @@ class BaseDefence(ABC):
             ``path``, absolute.
 
         Raises:
-            ValueError: if an argument is out of range, or ``path`` holds another run's results.
+            ValueError: if an argument is out of range, or ``path`` holds another run's results, or
+                another run is writing it.
             ImportError: without Zarr, an extra of this package.
         """
         at_once = max(1, self.batch_size // self.num_chains)

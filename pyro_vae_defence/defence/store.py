@@ -46,7 +46,8 @@ from tqdm.auto import tqdm
 import pyro_vae_defence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.modules import networks_of
-from pyro_vae_defence.ops.files import check_writable, write_atomically
+from pyro_vae_defence.ops.files import check_writable, locating, write_atomically
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.ranks import Claims
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ def write(
         progress: show a progress bar over chunks.
 
     Raises:
-        ValueError: if there is something else at ``path``, or it cannot be written.
+        ValueError: if there is something else at ``path``, it cannot be written, or another process
+            that is none of torchrun's is writing it.
     """
     path = Path(path).absolute()
     length = check_dataset(dataset)
@@ -133,8 +135,11 @@ def write(
     except OSError as error:
         raise ValueError(f"path={str(path)!r} cannot be written: {error}") from error
     total = -(-length // chunk_size)
-    with Claims(f"store {path}") as claims:
+    with Claims(f"store {path}") as claims, contextlib.ExitStack() as stack:
         claims.agree(json.dumps(identity, sort_keys=True))
+        if claims.rank == 0:
+            stack.enter_context(sole_writer(path))
+        stack.enter_context(locating(store.partial))
         hidden = claims.rank > 0 or not progress
         with tqdm(total=total, unit="chunk", disable=hidden, leave=False) as bar:
 
@@ -209,25 +214,28 @@ class _Store:
         place = str(new)
         import xarray
 
-        root = xarray.Dataset(attrs=dict(self.identity))
-        root.to_zarr(place, mode="w", consolidated=False, **version)
-        for name, group in groups.items():
-            encoding = {
-                variable: {"chunks": tuple(_sizes(values, chunk_size))}
-                for variable, values in group.data_vars.items()
-            }
-            encoding["image"] = {"chunks": (length,)}
-            group.isel(image=slice(0)).to_zarr(
-                place, group=name, mode="a", encoding=encoding, consolidated=False, **version
-            )
-        arrays: Any = zarr.open_group(place, mode="r+")
-        for name, group in groups.items():
-            for variable, values in {**group.data_vars, "image": group["image"]}.items():
-                arrays[f"{name}/{variable}"].resize(tuple(_sizes(values, length)))
-            arrays[f"{name}/image"][:] = np.arange(length)
-        zarr.consolidate_metadata(place)
-        (new / _FINISHED).mkdir()
-        new.rename(self.partial)
+        try:
+            root = xarray.Dataset(attrs=dict(self.identity))
+            root.to_zarr(place, mode="w", consolidated=False, **version)
+            for name, group in groups.items():
+                encoding = {
+                    variable: {"chunks": tuple(_sizes(values, chunk_size))}
+                    for variable, values in group.data_vars.items()
+                }
+                encoding["image"] = {"chunks": (length,)}
+                group.isel(image=slice(0)).to_zarr(
+                    place, group=name, mode="a", encoding=encoding, consolidated=False, **version
+                )
+            arrays: Any = zarr.open_group(place, mode="r+")
+            for name, group in groups.items():
+                for variable, values in {**group.data_vars, "image": group["image"]}.items():
+                    arrays[f"{name}/{variable}"].resize(tuple(_sizes(values, length)))
+                arrays[f"{name}/image"][:] = np.arange(length)
+            zarr.consolidate_metadata(place)
+            (new / _FINISHED).mkdir()
+            new.rename(self.partial)
+        finally:  # where it did not get its name
+            shutil.rmtree(new, ignore_errors=True)
 
     def put(self, groups: Mapping[str, xarray.Dataset], number: int, first: int) -> None:
         """Write a chunk, and when it has reached the disk its mark."""

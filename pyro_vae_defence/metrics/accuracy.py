@@ -43,4 +43,5 @@ def _equal(name_a: str, a: Tensor, name_b: str, b: Tensor) -> Tensor:
     if len(a) != len(b):
         raise ValueError(f"{name_b} has {len(b)} classes: pass {len(a)}, one per image")
     check_on_device(name_b, b, name_a, a.device)
-    return (a == b).to(torch.get_default_dtype())
+    # Means of these are taken: half precision has too few digits for them.
+    return (a == b).to(torch.promote_types(torch.get_default_dtype(), torch.float32))

@@ -31,6 +31,7 @@ of security", ICML 2018, https://arxiv.org/abs/1802.00420.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -57,6 +58,7 @@ from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_flag, check_integer
 from pyro_vae_defence.ops.files import check_writable
+from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
@@ -121,6 +123,7 @@ def evaluate_robustness(
         generator: source of the seed; torch's global seed when ``None``.
         checkpoint: a file for what has been found so far, written after every attack. The
             same call goes on from it where it is there, with its seed, and deletes it at the end.
+            One process at a time writes it.
         progress: show a progress bar, of decoder gradients per image: how many there will be at
             most, by :mod:`~pyro_vae_defence.robustness.cost`, and how long they take at the present
             rate.
@@ -165,9 +168,10 @@ def evaluate_robustness(
         identity = fingerprint(
             x, labels, conditions, weights_fingerprint(vae), _own(defence), _own(classifier), given
         )
-    steps = Steps(checkpoint, identity, draw_seed(generator), x.device)
-    fresh = Fresh(steps.seed)
-    with program.evaluation_mode(vae, classifier):
+    alone = contextlib.nullcontext() if checkpoint is None else sole_writer(checkpoint)
+    with alone, program.evaluation_mode(vae, classifier):
+        steps = Steps(checkpoint, identity, draw_seed(generator), x.device)
+        fresh = Fresh(steps.seed)
         box = WhiteBox(vae, defence, x, fresh, conditions, defence_seed)
         scorer = make_scorer(box, x, labels, classifier, similarity, fresh)
         suite = Suite(box, scorer, x, ball, budget, engine)
@@ -179,7 +183,7 @@ def evaluate_robustness(
             total=total, unit="gradient", unit_scale=True, disable=not progress, leave=False
         ) as bar:
             report = _report(suite, conditions, attacks, checks, steps, expected, bar)
-    steps.finish()
+        steps.finish()
     return report
 
 

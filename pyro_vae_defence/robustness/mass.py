@@ -233,8 +233,8 @@ def mass_bound(
     if found is None:
         raise ValueError("labels must be the classes of x, got None")
     seed = draw_seed(generator)
-    schedule = torch.linspace(0, 1, num_temperatures, device="cpu") ** _POWER
-    settings = _Settings(schedule, num_steps, num_walks, num_falling)
+    grid = torch.linspace(0, 1, num_temperatures, dtype=torch.float32, device="cpu")
+    settings = _Settings(grid**_POWER, num_steps, num_walks, num_falling)
     with program.evaluation_mode(vae), program.evaluation_mode(classifier):
         attack = None
         if isinstance(ball, Linf) and common_attack.is_known(vae, x[:1], ball):

@@ -99,6 +99,8 @@ def load_attacked(
         # Files of early versions do not say how many.
         places = range(int(texts.get(_NUMBER, 1 + max(given, default=-1))))
         conditions = tuple(tensors.get(f"{_CONDITION}{k}") for k in places)
+        classes = report.threat_model["target"] == "classification"
+        labels = tensors["labels"] if classes else None
         ball = _BALLS[report.threat_model["norm"]](report.threat_model["radius"])
         norm = ball.norm(x_adv.double() - x_ref.double())
         # Who attacked has rounded, and summed in an order of his own.
@@ -110,7 +112,6 @@ def load_attacked(
             f"{ball.radius:g} around their references, by up to {float(norm.max()):g}: they are "
             "not those of an attack that the report allows"
         )
-    labels = tensors.get("labels")
     return dataclasses.replace(
         report, x_ref=x_ref, x_adv=x_adv, labels=labels, conditions=conditions
     )

@@ -455,7 +455,8 @@ def _text(values: Tensor) -> str:
     """Type and numbers, each as short as gives the same number of that type again."""
     kind = str(values.dtype).removeprefix("torch.")
     numbers = values.detach().cpu()
-    return " ".join([kind, *map(str, (numbers.int() if kind == "bool" else numbers).numpy())])
+    wider = {"bool": torch.int32, "bfloat16": torch.float32}.get(kind, numbers.dtype)
+    return " ".join([kind, *map(str, numbers.to(wider).numpy())])
 
 
 def _tensors(texts: Mapping[str, str]) -> dict[str, Tensor]:
