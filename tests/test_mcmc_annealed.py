@@ -29,6 +29,10 @@ def target(latents):
     return 0.5 * away.square().sum(-1) + math.log(2 * math.pi * SCALE) - CONSTANT
 
 
+def margin(latents, rows):
+    return 1.0 - latents["z"][:, 0]
+
+
 def allowed(latents):
     return latents["z"][:, 0] < 1.0
 
@@ -52,7 +56,7 @@ def walk(falling=False, walks=WALKS, **options):
         "schedule": schedule.flip(0) if falling else schedule,
         "step_sizes": torch.full((39,), 0.4),
         "num_steps": 2,
-        "allowed": allowed,
+        "margin": margin,
         **options,
     }
     return annealed.walk(target, base, start, walks, streams=streams, **arguments)
@@ -116,18 +120,18 @@ def test_images_do_not_see_each_other(float64):
     start = from_set(0.0, 1.0, 8, torch.Generator().manual_seed(3))
     options = dict(schedule=sigmoid_schedule(6), step_sizes=torch.full((5,), 0.4), num_steps=2)
     streams = Streams.create(2, 4, seed=5)
-    both = annealed.walk(target, base, start, 4, streams=streams, allowed=allowed, **options)
+    both = annealed.walk(target, base, start, 4, streams=streams, margin=margin, **options)
     mine = torch.arange(4) * 2 + 1
     own = Streams(5, streams.image[mine], streams.chain[mine])
     alone = {"z": start["z"][mine]}
-    one = annealed.walk(target, base, alone, 4, streams=own, allowed=allowed, **options)
+    one = annealed.walk(target, base, alone, 4, streams=own, margin=margin, **options)
     assert torch.equal(both.log_mass[1:], one.log_mass)
     assert torch.equal(both.end.position["z"][mine], one.end.position["z"])
 
 
 def test_tuning_moves_towards_the_acceptance_wanted(float64):
     sizes = torch.full((29,), 3.0)
-    options = {"schedule": sigmoid_schedule(30), "step_sizes": sizes, "allowed": None}
+    options = {"schedule": sigmoid_schedule(30), "step_sizes": sizes, "margin": None}
     wild, tuned = walk(**options), walk(**options, tune=True)
     aim = annealed.TARGET_ACCEPTANCE
     end = tuned.acceptance_rate[-5:].mean()

@@ -3,8 +3,8 @@ r"""Walks through temperatures, kept in a set: log-masses of a density by sequen
 Between a base q and a target :math:`e^{-U}` stand the densities :math:`\pi_b \propto q^{1-b}
 e^{-bU}`, at inverse temperatures :math:`b_0, \dots, b_K`. R walks of every image move along them,
 each temperature by one Hamiltonian transition that leaves :math:`\pi_b`, restricted to a set A,
-invariant: a proposal outside A is rejected. From :math:`b_{k-1}` to :math:`b_k` a walk's weight
-takes the factor
+invariant (:mod:`~pyro_vae_defence.mcmc.bouncing`). From :math:`b_{k-1}` to :math:`b_k` a walk's
+weight takes the factor
 
 .. math:: \exp\bigl[(b_k - b_{k-1})(-U(z) - \log q(z))\bigr].
 
@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.mcmc import hmc
+from pyro_vae_defence.mcmc import bouncing, hmc
 from pyro_vae_defence.mcmc.integrators import energy_and_gradient
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
@@ -138,13 +138,16 @@ def move(
     step_size: Tensor,
     num_steps: int,
     inverse_mass: LatentsLike | None = None,
-    allowed: Callable[[Latents], Tensor] | None = None,
+    margin: bouncing.Margin | None = None,
 ) -> tuple[Point, Tensor]:
     """One transition at inverse temperature ``b``, and its acceptance rates: ``num_steps``
     gradients. Arguments as those of :func:`walk`."""
     energy = _Tempered(target, base, b)
     state = hmc.HMCState(point.position, *point.tempered(b), step)
-    _, info = hmc.step(energy, state, streams, step_size, num_steps, inverse_mass, allowed)
+    if margin is None:
+        _, info = hmc.step(energy, state, streams, step_size, num_steps, inverse_mass)
+    else:
+        _, info = bouncing.step(energy, state, streams, step_size, num_steps, margin, inverse_mass)
     assert energy.last is not None
     return energy.last.where(info.accepted, point), info.acceptance_rate
 
@@ -159,7 +162,7 @@ def walk(
     step_sizes: Tensor,
     num_steps: int,
     inverse_mass: Callable[[float], LatentsLike | None] = lambda b: None,
-    allowed: Callable[[Latents], Tensor] | None = None,
+    margin: bouncing.Margin | None = None,
     tune: bool = False,
 ) -> WalkResult:
     """Let ``num_walks`` walks of each image rise from the base, or fall from the target.
@@ -173,7 +176,7 @@ def walk(
         step_sizes: one for each transition, ``(K - 1,)``, or ``(K - 1, R * N)``.
         num_steps: leapfrog steps of a transition.
         inverse_mass: diagonal of M^-1 by inverse temperature.
-        allowed: latents to bool, which rows lie in the set; all when ``None``.
+        margin: how far inside of its set each row lies; all latents do when ``None``.
         tune: every row moves its step size towards an acceptance rate of 0.8, which makes the
             weights worthless and the step sizes useful.
     """
@@ -200,7 +203,7 @@ def walk(
             point = point.take(_rows(drawn))
         size = (step_sizes[step] * factor).expand(rows)
         point, rate = move(
-            target, base, point, then, step, streams, size, num_steps, inverse_mass(then), allowed
+            target, base, point, then, step, streams, size, num_steps, inverse_mass(then), margin
         )
         if tune:
             factor = factor * (_GAIN * (rate - TARGET_ACCEPTANCE)).exp()

@@ -24,15 +24,16 @@ mass of the others is therefore that under attacks which A must bear as well: a 
 better bound.
 
 The inequality is proved; the two masses are *estimated*. Both walks are kept in their set of
-latents, Hamiltonian moves out of it being rejected. *Rising* walks are sequential Monte Carlo from
-a mixture of Gaussians, fitted to encodings of clean images of the classes and restricted to the
-set, through inverse temperatures to the target; where the weights of an image's walks have become
-too uneven, the walks are drawn anew by their weights. Such an estimate is the mass in expectation,
-so its logarithm falls short of the mass's: the error is on the safe side for the right class, but
-not for the others. *Falling* walks are therefore made as well, from where rising ones have ended
-and gone on in the set for a while, back to the Gaussians: as far as these are draws from the
-target, the logarithm of their estimate exceeds the mass's. The bound takes the less favourable of
-the two for either set. Their difference is how far the masses are known.
+latents, at whose border they bounce (:mod:`~pyro_vae_defence.mcmc.bouncing`): most of a set's mass
+may lie there, which walks that are merely rejected outside are slow to find. *Rising* walks are
+sequential Monte Carlo from a mixture of Gaussians, fitted to encodings of clean images of the
+classes and restricted to the set, through inverse temperatures to the target; where the weights of
+an image's walks have become too uneven, the walks are drawn anew by their weights. Such an estimate
+is the mass in expectation, so its logarithm falls short of the mass's: the error is on the safe
+side for the right class, but not for the others. *Falling* walks are therefore made as well, from
+where rising ones have ended and gone on in the set for a while, back to the Gaussians: as far as
+these are draws from the target, the logarithm of their estimate exceeds the mass's. The bound takes
+the less favourable of the two for either set. Their difference is how far the masses are known.
 
 It is a bound for exact inference, and not for a chain of finite length; that no walk has overlooked
 a region of large mass is not proved. Estimated, not certified. The perturbation-aware energy must
@@ -58,7 +59,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.defence.classifier import reencode
-from pyro_vae_defence.mcmc import annealed
+from pyro_vae_defence.mcmc import annealed, bouncing
 from pyro_vae_defence.models import common_attack, program
 from pyro_vae_defence.models.classifier import class_scores, flatten_latents
 from pyro_vae_defence.models.conditions import BoundVAE
@@ -267,16 +268,16 @@ class _Settings(NamedTuple):
 # --- The sets, and where walks start --------------------------------------------------------------
 
 
-def _reader(vae: VAE, x: Tensor, classifier: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """Latents on their support to the classes read from the guide's means of their images."""
+def _scorer(vae: VAE, x: Tensor, classifier: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Latents on their support to the classifier's scores of the guide's means of their images."""
     decode = functools.partial(program.Decoder(vae, x), x=x)
+    return lambda latents: classifier(flatten_latents(reencode(vae, latents, decode)))
 
-    @torch.no_grad()
-    def read(latents: LatentsLike) -> Tensor:
-        classes: Tensor = classifier(flatten_latents(reencode(vae, latents, decode))).argmax(-1)
-        return classes
 
-    return read
+@torch.no_grad()
+def _read(scorer: Callable[..., Tensor], latents: LatentsLike) -> Tensor:
+    """The classes of the highest scores."""
+    return scorer(latents).argmax(-1)
 
 
 class _Shapes(NamedTuple):
@@ -350,14 +351,17 @@ class _Base(NamedTuple):
                 f"labels must lie in 0..{number - 1}, the classes of the classifier, of which two "
                 f"or more are needed, got values from {int(labels.min())} to {int(labels.max())}"
             )
-        energy, read = program.potential(vae, x), _reader(vae, x, classifier)
+        energy, read = (
+            program.potential(vae, x),
+            functools.partial(_read, _scorer(vae, x, classifier)),
+        )
         shapes = _Shapes.of(energy)
         drawn = program.encode(vae, x, streams=Streams.create(len(x), seed=seed, device=x.device))
         classes, encodings = read(drawn), shapes.join(energy.check(energy.unconstrain(drawn)))
         metric = program.mean_posterior_variance(vae, [x], torch.Generator().manual_seed(seed))
         variance = shapes.join({name: value[None] for name, value in metric.items()})[0]
         streams = Streams.create(_BASE_DRAWS, seed=seed, device=x.device)
-        read_draws = _reader(vae, x[:1].expand(_BASE_DRAWS, -1, -1, -1), classifier)
+        one = _scorer(vae, x[:1].expand(_BASE_DRAWS, -1, -1, -1), classifier)
         gaussians: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for each in range(number):
             own = encodings[classes == each]
@@ -368,7 +372,7 @@ class _Base(NamedTuple):
                 )
             loc, scale = own.mean(0), own.std(0).clamp(min=_LEAST_SCALE)
             made = loc + scale * streams.normal(each, _START, tuple(loc.shape), loc.dtype)
-            found = read_draws(energy.constrain(shapes.split(made)))
+            found = _read(one, energy.constrain(shapes.split(made)))
             gaussians.append((loc, scale, made, found))
         locs, scales, draws, reads = map(torch.stack, zip(*gaussians, strict=True))
         variance = variance.clamp(min=_LEAST_SCALE**2)
@@ -451,13 +455,20 @@ class _Walks:
     ) -> None:
         self.vae, self.x, self.labels, self.base, self.attack = vae, x, labels, base, attack
         self.slopes = None if attack is None else common_attack.MeanSlopes(vae, x)
-        self.read = _reader(vae, x, classifier)
+        self.scorer = _scorer(vae, x, classifier)
         self.energy = program.potential(vae, x)
         self.shapes = _Shapes.of(self.energy)
 
-    def allowed(self, labels: Tensor, outside: bool) -> Callable[[Latents], Tensor]:
-        """Whether latents lie in the set of their row."""
-        return lambda z: (self.read(self.energy.constrain(z)) == labels) != outside
+    def margin(self, labels: Tensor, outside: bool) -> bouncing.Margin:
+        """Score of the label less the highest other one, or the other way around."""
+
+        def margin(latents: Latents, rows: Tensor) -> Tensor:
+            scores = self.scorer(self.energy.constrain(latents))
+            own = labels[rows, None]
+            lead = scores.gather(1, own)[:, 0] - scores.scatter(1, own, -torch.inf).amax(1)
+            return -lead if outside else lead
+
+        return margin
 
     def metric(self, b: float) -> Latents:
         """Variances between the Gaussians' and the guide's."""
@@ -498,7 +509,7 @@ class _Walks:
             step_sizes.repeat(1, number),
             settings.num_steps,
             self.metric,
-            self.allowed(labels, outside),
+            self.margin(labels, outside),
             tune,
         )
 
@@ -529,13 +540,13 @@ class _Walks:
         rows = (chosen * images + torch.arange(images, device=chosen.device)).flatten()
         labels = self.labels.repeat(number)
         target, base = self.densities(reach, outside, labels)
-        allowed = self.allowed(labels, outside)
+        margin = self.margin(labels, outside)
         streams = Streams(streams.seed + 1, streams.image[rows], rows // images)
         point, size = risen.end.take(rows), step_sizes[-1].repeat(number)
         for step in range(len(settings.schedule) // 4):
             point, _ = annealed.move(
                 target, base, point, 1.0, step, streams, size, settings.num_steps,
-                self.metric(1.0), allowed,
+                self.metric(1.0), margin,
             )  # fmt: skip
             draws.append(point.position)
         if self.slopes is not None and not outside:
@@ -551,7 +562,7 @@ class _Walks:
             step_sizes.flip(0).repeat(1, number),
             settings.num_steps,
             self.metric,
-            allowed,
+            margin,
         )
         return Masses(
             risen.log_mass,
