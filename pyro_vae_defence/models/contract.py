@@ -14,6 +14,7 @@ been found :func:`once` is not tried again before that call ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -391,8 +392,9 @@ def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
         ) from error
 
 
-def mend_networks(program: Any, x: Tensor) -> str | None:
-    """What to do where a program failed since its networks do not fit images; ``None`` if they do.
+def mend_networks(program: Any, x: Tensor, conditions: Sequence[Any] = ()) -> str | None:
+    """What to do where a program failed since its networks do not fit images, or what comes with
+    them; ``None`` if they do.
 
     A program may well convert its images, so that this is no error in itself.
     """
@@ -400,11 +402,24 @@ def mend_networks(program: Any, x: Tensor) -> str | None:
     if any(parameter.is_inference() for parameter in parameters):
         return "the networks were made in torch.inference_mode: make or load them outside of it"
     dtypes = _dtypes(parameters)
-    if len(dtypes) != 1 or x.dtype in dtypes:
+    if len(dtypes) != 1:
         return None
     (dtype,) = dtypes
-    to_images = _CONVERSIONS.get(x.dtype, f"to({x.dtype})")
     to_vae = _CONVERSIONS.get(dtype, f"to({dtype})")
+    if x.dtype == dtype:
+        while isinstance(program, functools.partial) and program.args:  # of Pyro's handlers
+            program = program.args[-1]
+        if isinstance(program, BoundProgram):
+            conditions = program.conditions
+        for number, value in enumerate(conditions, 1):
+            other = isinstance(value, Tensor) and value.dtype != dtype
+            if other and value.is_floating_point():
+                return (
+                    f"the parameters are {dtype} and condition {number} beside the images is "
+                    f"{value.dtype}: convert it, y.{to_vae}"
+                )
+        return None
+    to_images = _CONVERSIONS.get(x.dtype, f"to({x.dtype})")
     return (
         f"the parameters are {dtype} and the images {x.dtype}: convert the images, x.{to_vae}, or "
         f"the VAE, vae.{to_images}"
