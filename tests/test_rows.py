@@ -175,6 +175,33 @@ def test_latents_changed_in_place(part, change):
             compute(Changing(), images(4))
 
 
+class Averaging(Programs, nn.Module):
+    """A running mean of encodings is the prior's."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.always = always
+        self.register_buffer("centre", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def prior(self, x):
+        return dist.Normal(self.centre, 1.0).to_event(1)
+
+    def guide(self, x):
+        self.calls += 1
+        if self.training or self.always:
+            self.centre = 0.99 * self.centre + 0.01 * (x.flatten(1) @ WEIGHT.T).mean(0)
+        super().guide(x)
+
+
+def test_programs_that_train_themselves_in_eval_mode():
+    x, ball = images(4), Linf(0.1)
+    program.at_images(Averaging(always=False), x)
+    for call in (metrics.nll, lambda vae, x: attacks.PGD(attacks.symmetric_kl(vae), ball)(x)):
+        with pytest.raises(ValueError, match=r"guide changes \['centre'\] .* only if self.training"):
+            call(Averaging(always=True), x)
+
+
 def test_a_part_of_what_is_filled_later():
     """A view of a tensor whose other parts change; the draw is what it was."""
 

@@ -28,6 +28,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyro_vae_defence.models.conditions import BoundProgram, bind, split, take
 from pyro_vae_defence.models.modules import modules_of
@@ -459,10 +460,11 @@ def check_rows(
 
     Raises:
         ValueError: if it fails, its plates do not follow the number of images, it draws noise
-            outside ``pyro.sample``, or couples images.
+            outside ``pyro.sample``, couples images, or changes its networks.
     """
     rows = torch.arange(3 if num_images > 2 else 2, device=like.device) % num_images
     full = tf32(False) if like.is_cuda else contextlib.nullcontext()
+    weights = _weights(run)
     with torch.no_grad(), aside(like.device), full:
         drawn = run(rows, {})
         sites = [s for s in sample_sites(drawn).values() if not s["is_observed"]]
@@ -515,6 +517,27 @@ def check_rows(
         if observes:
             copies = rows[last:].expand(len(rows))
             _check_gradient(name, run, copies, alone, leaves, latents)
+    now = _weights(run)
+    if changed := [key for key, was in weights.items() if key in now and not _equal(now[key], was)]:
+        names = sorted({found for _, found in changed})
+        raise ValueError(
+            f"{name} changes {names} of its networks when it runs, in eval mode too, so that "
+            "attacks and defences would move the VAE that they look at; update running averages "
+            "and the like only if self.training"
+        )
+
+
+def _weights(program: Any) -> dict[tuple[int, str], Tensor]:
+    """Sums of the parameters and buffers of a program's networks, but for those that count."""
+    return {
+        (id(module), name): value.detach().sum(dtype=torch.float64)
+        for module in modules_of(program)
+        for name, value in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        )
+        if not is_lazy(value) and value.is_floating_point()
+    }
 
 
 def _draws(trace: Trace) -> dict[str, Tensor]:
