@@ -459,6 +459,32 @@ def test_images_of_another_dtype_than_the_networks():
         defence.NoDefence(vae.double())(x)
 
 
+def test_conditions_of_another_dtype_than_the_networks():
+    class Labelled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 2)
+
+        def guide(self, x, y):
+            pyro.module("layer", self.layer)
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(self.layer(y), 1.0).to_event(1))
+
+        def model(self, x, y):
+            self.guide(x, y)
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(0 * x, 1.0).to_event(3), obs=x)
+
+    x, y = _images(4), torch.zeros(4, 2, dtype=torch.float64)
+    config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+    for call in (
+        lambda: defence.NoDefence(Labelled())((x, y)),
+        lambda: training.fit(Labelled(), pyro.infer.Trace_ELBO(), [(x, y)], config),
+    ):
+        with pytest.raises(ValueError, match=r"condition 1 .* is torch.float64: convert it, y.flo"):
+            call()
+
+
 def test_settings_of_numpy_are_stored_as_numbers(tmp_path):
     config = {"epochs": np.int64(1), "learning_rate": np.float64(1e-3), "clip_norm": np.float32(1)}
     made = training.FitConfig(**config)

@@ -173,6 +173,15 @@ def test_simulated_latents_are_posterior_draws(float64):
     assert images.shape == (4000, 1, 4, 4)
 
 
+def test_what_clips_its_draws_is_no_simulation(float64):
+    class Clipped(LinearGaussianVAE):
+        def model(self, x):
+            return super().model(x.clamp(0, 1))
+
+    with pytest.raises(ValueError, match="clips .* of 96 pixels drawn"):
+        metrics.simulate(Clipped(), torch.zeros(6, 1, 4, 4))
+
+
 def test_bad_arguments_are_refused(wide, x, inside):
     with pytest.raises(ValueError, match="rows must be an integer of at least 1, got 0"):
         metrics.nll(wide, inside, rows=0)

@@ -113,6 +113,21 @@ def test_simulates_in_units_of_the_image(name):
     torch.testing.assert_close(ratio, torch.ones(3), rtol=0, atol=5 * math.sqrt(2 / 6400))
 
 
+def test_one_mean_for_several_pixels():
+    """A likelihood whose log_prob broadcasts is of all pixels."""
+    vae = Observing(lambda x, m: sample("obs", normal(m.mean(1, keepdim=True)), x))
+    x = torch.rand(6, *SHAPE)
+    result = NoDefence(vae)(x)
+    grey = vae.mean(result.latents["z"]).mean(1, keepdim=True).expand(6, *SHAPE)
+    torch.testing.assert_close(result.reconstruction, grey)
+    assert attacks.maximum_damage(vae)(x)(x).shape == (6,)
+    latents, drawn = metrics.simulate(vae, torch.rand(400, *SHAPE))
+    residual = (drawn - vae.mean(latents["z"]).mean(1, keepdim=True)) / 0.1
+    noise = residual.movedim(1, 0).flatten(1)
+    # 6,400 products of each pair of channels: five standard errors.
+    assert (noise @ noise.T / 6400 - torch.eye(3)).abs().max() < 5 * math.sqrt(2 / 6400)
+
+
 def test_reading_uses_up_no_random_numbers():
     x, before = torch.rand(2, *SHAPE), torch.get_rng_state()
     program.image_map(Observing(SERVED["2x - 1"]), x)
@@ -161,7 +176,13 @@ def reads_the_image(x, m):
     sample("obs", normal(m + 0.1 * x.flip(3)), x)
 
 
+def hurdle(x, m):
+    sample("shown", dist.Bernoulli(m).to_event(3), (x > 0).to(x))
+    sample("obs", dist.Normal(m, 0.1).mask(x > 0).to_event(3), x)
+
+
 REFUSED = {
+    "which pixels are not black, and these": (hurdle, r"which pixels count at \['obs'\]"),
     "crop": (lambda x, m: sample("obs", normal(m[..., 1:]), x[..., 1:]), "36 of 48 values"),
     "half given the rest": (
         lambda x, m: sample("obs", normal(m[..., 2:] * x[..., :2]), x[..., 2:]),
@@ -323,6 +344,23 @@ def test_further_observations_are_not_perturbed():
 def test_refuses_to_perturb_what_is_not_pixels(name):
     with pytest.raises(ValueError, match="perturbation"):
         program.potential(Observing(REFUSED[name][0]), torch.rand(3, *SHAPE), Linf(0.1))
+
+
+@pytest.mark.parametrize(("edge", "refused"), [(0.005, True), (1e-6, False)])
+def test_refuses_to_perturb_what_is_clipped(edge, refused):
+    def observe(x, m):
+        sample("obs", normal(2 * m - 1), 2 * x.clamp(edge, 1 - edge) - 1)
+
+    vae, z = Observing(observe), {"z": torch.randn(4, 2)}
+    x = (2 * torch.rand(4, *SHAPE) - 0.5).clamp(0, 1)
+    torch.testing.assert_close(program.decode(vae, z, SHAPE), vae.mean(z["z"]))
+    if refused:
+        with pytest.raises(ValueError, match=r"clips the image that it observes at \['obs'\]"):
+            program.potential(vae, x, Linf(0.1))
+    else:
+        expected = program.potential(Observing(SERVED["2x - 1"]), x, Linf(0.1))(z)
+        energy = program.potential(vae, x, Linf(0.1))(z)
+        torch.testing.assert_close(energy, expected, rtol=1e-4, atol=1e-2)
 
 
 def test_refuses_to_rescale_an_unknown_likelihood():

@@ -175,6 +175,35 @@ def test_latents_changed_in_place(part, change):
             compute(Changing(), images(4))
 
 
+class Averaging(Programs, nn.Module):
+    """A running mean of encodings is the prior's."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.always = always
+        self.register_buffer("centre", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def prior(self, x):
+        return dist.Normal(self.centre, 1.0).to_event(1)
+
+    def guide(self, x):
+        self.calls += 1
+        if self.training or self.always:
+            self.centre = 0.99 * self.centre + 0.01 * (x.flatten(1) @ WEIGHT.T).mean(0)
+        super().guide(x)
+
+
+def test_programs_that_train_themselves_in_eval_mode():
+    x, ball = images(4), Linf(0.1)
+    program.at_images(Averaging(always=False), x)
+    for call in (metrics.nll, lambda vae, x: attacks.PGD(attacks.symmetric_kl(vae), ball)(x)):
+        with pytest.raises(
+            ValueError, match=r"guide changes \['centre'\] .* only if self.training"
+        ):
+            call(Averaging(always=True), x)
+
+
 def test_a_part_of_what_is_filled_later():
     """A view of a tensor whose other parts change; the draw is what it was."""
 
@@ -640,6 +669,26 @@ class TestGradients:
                 program.potential(vae, x)
         with torch.inference_mode():
             program.potential(Programs(), images(4))
+
+    @pytest.mark.parametrize("number", [1, 4])
+    def test_one_of_another_function_is_told(self, number):
+        torch.manual_seed(0)
+        straight_through = lambda z: 9 * (z + (z.round() - z).detach()) @ WEIGHT  # noqa: E731
+        half_detached = lambda z: 5 * (z + z.detach()) @ WEIGHT  # noqa: E731
+        for decode in (straight_through, half_detached):
+            for assumed in (None, Linf(0.1)):
+                with pytest.warns(UserWarning, match="its gradient foretells"):
+                    program.potential(self.gap(decode), images(number), assumed)
+
+    def test_kinks_and_curves_are_no_other_function(self):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 16))
+        for decode in (network, lambda z: 3 * z.abs() @ WEIGHT, lambda z: z.exp() @ WEIGHT):
+            for dtype in (torch.float64, torch.float32):
+                vae = self.gap(lambda z, d=decode, t=dtype: d(z.double()).to(t))
+                for seed in range(10):
+                    torch.manual_seed(seed)
+                    program.potential(vae, images(4))
 
     @pytest.mark.parametrize(
         ("classes", "number_of"),

@@ -191,8 +191,8 @@ def simulate(vae: VAE, x: ImagesLike) -> tuple[Latents, Tensor]:
 
     Raises:
         ValueError: for a likelihood that cannot be sampled, and for a model in which p(x, z) is not
-            the prior times that likelihood: it reads the image in another place, or observes more
-            that tells of the latents.
+            the prior times that likelihood: it reads the image in another place, observes more
+            that tells of the latents, or clips what is drawn.
     """
     vae, x = program.at_images(vae, x, unit_interval=False)
     with program.evaluation_mode(vae):
@@ -200,7 +200,24 @@ def simulate(vae: VAE, x: ImagesLike) -> tuple[Latents, Tensor]:
         decoder = program.Decoder(vae, x)
         images = decoder.sample(latents)
         _check_joint(vae, x, latents, decoder.images)
+        _check_observed(vae, latents, images, decoder.images)
         return latents, images
+
+
+def _check_observed(vae: VAE, latents: Latents, images: Tensor, sites: ImageMap) -> None:
+    """Refuse a model that observes something else than what was drawn."""
+    if images.device.type == "meta":
+        return
+    found = program.observed(vae.model, latents, images)
+    seen = sites.assemble(lambda site: site["value"], found, len(images))
+    far = (seen - images).abs() > 1e-3 * images.abs().clamp(min=1.0)
+    if bool(far.any()):
+        raise ValueError(
+            f"the model clips {int(far.sum())} of {far.numel()} pixels drawn from its likelihood, "
+            f"which lie between {float(images.min()):g} and {float(images.max()):g}, before it "
+            "observes them, so that its latents are none of p(z | x) at the images simulated; "
+            "observe x itself"
+        )
 
 
 def _check_joint(vae: VAE, x: Tensor, latents: Latents, images: ImageMap) -> None:

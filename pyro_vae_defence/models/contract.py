@@ -14,6 +14,7 @@ been found :func:`once` is not tried again before that call ends.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pyro_vae_defence.models.conditions import BoundProgram, bind, split, take
 from pyro_vae_defence.models.modules import modules_of
@@ -391,8 +393,9 @@ def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
         ) from error
 
 
-def mend_networks(program: Any, x: Tensor) -> str | None:
-    """What to do where a program failed since its networks do not fit images; ``None`` if they do.
+def mend_networks(program: Any, x: Tensor, conditions: Sequence[Any] = ()) -> str | None:
+    """What to do where a program failed since its networks do not fit images, or what comes with
+    them; ``None`` if they do.
 
     A program may well convert its images, so that this is no error in itself.
     """
@@ -400,11 +403,24 @@ def mend_networks(program: Any, x: Tensor) -> str | None:
     if any(parameter.is_inference() for parameter in parameters):
         return "the networks were made in torch.inference_mode: make or load them outside of it"
     dtypes = _dtypes(parameters)
-    if len(dtypes) != 1 or x.dtype in dtypes:
+    if len(dtypes) != 1:
         return None
     (dtype,) = dtypes
-    to_images = _CONVERSIONS.get(x.dtype, f"to({x.dtype})")
     to_vae = _CONVERSIONS.get(dtype, f"to({dtype})")
+    if x.dtype == dtype:
+        while isinstance(program, functools.partial) and program.args:  # of Pyro's handlers
+            program = program.args[-1]
+        if isinstance(program, BoundProgram):
+            conditions = program.conditions
+        for number, value in enumerate(conditions, 1):
+            other = isinstance(value, Tensor) and value.dtype != dtype
+            if other and value.is_floating_point():
+                return (
+                    f"the parameters are {dtype} and condition {number} beside the images is "
+                    f"{value.dtype}: convert it, y.{to_vae}"
+                )
+        return None
+    to_images = _CONVERSIONS.get(x.dtype, f"to({x.dtype})")
     return (
         f"the parameters are {dtype} and the images {x.dtype}: convert the images, x.{to_vae}, or "
         f"the VAE, vae.{to_images}"
@@ -434,7 +450,8 @@ def check_rows(
     draws of the prior that noise would be lost in the rounding of huge numbers.
 
     Warns of a likelihood that changes with latents to which no gradient leads: it was computed
-    under ``torch.no_grad()``, or of detached latents. Chains stay exact and hardly move.
+    under ``torch.no_grad()``, or of detached latents. Chains stay exact and hardly move. Where it
+    leads, it must be that of the density.
 
     Args:
         name: of the program, in messages.
@@ -444,10 +461,11 @@ def check_rows(
 
     Raises:
         ValueError: if it fails, its plates do not follow the number of images, it draws noise
-            outside ``pyro.sample``, or couples images.
+            outside ``pyro.sample``, couples images, or changes its networks.
     """
     rows = torch.arange(3 if num_images > 2 else 2, device=like.device) % num_images
     full = tf32(False) if like.is_cuda else contextlib.nullcontext()
+    weights = _weights(run)
     with torch.no_grad(), aside(like.device), full:
         drawn = run(rows, {})
         sites = [s for s in sample_sites(drawn).values() if not s["is_observed"]]
@@ -500,6 +518,27 @@ def check_rows(
         if observes:
             copies = rows[last:].expand(len(rows))
             _check_gradient(name, run, copies, alone, leaves, latents)
+    now = _weights(run)
+    if changed := [key for key, was in weights.items() if key in now and not _equal(now[key], was)]:
+        names = sorted({found for _, found in changed})
+        raise ValueError(
+            f"{name} changes {names} of its networks when it runs, in eval mode too, so that "
+            "attacks and defences would move the VAE that they look at; update running averages "
+            "and the like only if self.training"
+        )
+
+
+def _weights(program: Any) -> dict[tuple[int, str], Tensor]:
+    """Sums of the parameters and buffers of a program's networks, but for those that count."""
+    return {
+        (id(module), name): value.detach().sum(dtype=torch.float64)
+        for module in modules_of(program)
+        for name, value in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        )
+        if not is_lazy(value) and value.is_floating_point()
+    }
 
 
 def _draws(trace: Trace) -> dict[str, Tensor]:
@@ -560,7 +599,10 @@ def _check_gradient(
             todo += [following for following, _ in node.next_functions]
     reached = {id(getattr(node, "variable", None)) for node in seen}
     unseen = [n for n, v in leaves.items() if v.requires_grad and id(v) not in reached]
-    if not unseen or torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled():
+        return
+    if not unseen:
+        _check_slope(name, run, copies, leaves, latents)
         return
     mixed = {n: v if n in unseen else leaves[n].expand_as(v) for n, v in latents.items()}
     moved = _per_image(run(copies, mixed), len(copies))
@@ -571,6 +613,59 @@ def _check_gradient(
             "them: it is computed under torch.no_grad(), or of values that are detached or "
             "compared. Chains stay exact but hardly move, since forces are those of the prior, and "
             "attacks see nothing of it; compute it from the latents by differentiable functions",
+            stacklevel=2,
+        )
+
+
+_STEP = 1e-3  # of the way between two draws of the prior: few kinks of rectifiers lie there
+_OFF = 0.1  # a share of the change, which curvature over such a step does not explain
+
+
+def _check_slope(
+    name: str,
+    run: Callable[[Tensor, dict[str, Tensor]], Trace],
+    copies: Tensor,
+    leaves: dict[str, Tensor],
+    latents: dict[str, Tensor],
+) -> None:
+    """Warn of a density that changes on a short way otherwise than its gradient says.
+
+    Ways lead from ``latents`` to the ``leaves``, which are the last of them; other arguments are
+    those of :func:`_check_gradient`. All of them must be off, so that a kink on one is none.
+    """
+    ways = {n: v.detach() - latents[n] for n, v in leaves.items() if v.requires_grad}
+
+    def at(share: float, gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-densities there and their rounding; or slopes along the ways."""
+        points = {n: latents[n] + share * way for n, way in ways.items()}
+        points = {n: point.requires_grad_(gradient) for n, point in points.items()}
+        with torch.set_grad_enabled(gradient):
+            trace = run(copies, {**latents, **points})
+            sites = [s for s in sample_sites(trace).values() if not is_point(s["fn"])]
+            total = torch.stack([log_prob_per_image(s, len(copies)) for s in sites]).sum(0)
+            if gradient:
+                gradients = torch.autograd.grad(total.sum(), [*points.values()], allow_unused=True)
+        size = sum(s["value"].numel() for s in sites) / len(copies)
+        rounding = 20 * torch.finfo(total.dtype).eps * (total.detach().abs() + 10 * size)
+        if gradient:
+            total = torch.zeros_like(total)
+            for (name, way), found in zip(ways.items(), gradients, strict=True):
+                if found is not None:
+                    total += image_rows(found * way, trace.nodes[name]).sum(1)
+        return total, rounding
+
+    if not ways:
+        return
+    (before, rounding), (slope, _), (after, _) = at(0, False), at(_STEP, True), at(2 * _STEP, False)
+    change, foretold = after - before, 2 * _STEP * slope
+    off = (change - foretold).abs() > _OFF * torch.maximum(change.abs(), foretold.abs()) + rounding
+    if bool((off & foretold.isfinite())[:-1].all()):
+        warnings.warn(
+            f"the density of {name} changes by {float(change[0]):.4g} nats on a short way of its "
+            f"latents where its gradient foretells {float(foretold[0]):.4g}: a part of it is "
+            "detached, or its gradient is estimated straight through a step. Chains with a "
+            "Metropolis test stay exact, with forces that lead elsewhere; others and searches for "
+            "modes go astray; compute it from the latents by differentiable functions",
             stacklevel=2,
         )
 

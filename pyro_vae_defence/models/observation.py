@@ -91,6 +91,8 @@ class ImageMap(NamedTuple):
         reads: whether the mean image depends on the image when the latents do not.
         others_read: whether any density does, at the same observation.
         without_mean: names of image sites whose distribution has no finite mean, or not its own.
+        weighed: names of image sites whose density depends on the image beyond their values.
+        clipped: names of image sites that observe black or white as another value.
     """
 
     shape: tuple[int, ...]
@@ -100,6 +102,8 @@ class ImageMap(NamedTuple):
     reads: bool = False
     others_read: bool = False
     without_mean: tuple[str, ...] = ()
+    weighed: tuple[str, ...] = ()
+    clipped: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -139,6 +143,12 @@ class ImageMap(NamedTuple):
                 "not say what it looks like; pass what it reads as a condition, model(x, part) "
                 f"called with (x, part), or {ADVICE}"
             )
+        if self.others and self.weighed:
+            raise ValueError(
+                f"the model observes a function of the image at {list(self.others)}, which tells "
+                f"which pixels count at {list(self.weighed)}, as a hurdle model does, so that "
+                f"their mean is not that of the image; {ADVICE}"
+            )
         if not once:
             raise ValueError(
                 f"the model observes {int((counts > 0).sum())} of {len(counts)} values of the image"
@@ -159,6 +169,12 @@ class ImageMap(NamedTuple):
                 "the model reads the image otherwise than to observe it, so that a perturbation of "
                 "the image is not one of its observation alone; pass what it reads as a condition, "
                 "model(x, part) called with (x, part)"
+            )
+        if self.clipped:
+            raise RefusalError(
+                f"the model clips the image that it observes at {list(self.clipped)}, as in "
+                "x.clamp(0.005, 0.995), so that a perturbation of the image is not one of its "
+                "observation; observe x itself where the likelihood has a density at 0 and 1"
             )
         if bool((self._counts() > 1).any()):
             raise RefusalError(
@@ -181,12 +197,14 @@ class ImageMap(NamedTuple):
     ) -> Tensor:
         """Images ``(M, C, H, W)`` from what is read of each image site, in the model's units.
 
+        What is read may be one number for several elements of the site, as a mean may be.
         ``ValueError`` if that has not ``num_rows`` rows, M.
         """
-        rows = [
-            image_rows(site.to_pixels(read(sites[site.name])), sites[site.name])
-            for site in self.sites
-        ]
+        rows = []
+        for site in self.sites:
+            found, value = read(sites[site.name]), sites[site.name]["value"]
+            found = found.expand(torch.broadcast_shapes(found.shape, value.shape))
+            rows.append(image_rows(site.to_pixels(found), sites[site.name]))
         return self.arrange(rows, num_rows)
 
     def arrange(self, rows: list[Tensor], num_rows: int) -> Tensor:
@@ -292,6 +310,7 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     others: list[str] = []
     noisy: list[str] = []
     without_mean: list[str] = []
+    clipped: list[str] = []
     reads = False
     for name, site in sites.items():
         if not _observes(site):
@@ -306,6 +325,9 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             scale, shift = (_in_layout(part, site) for part in (found.scale, found.shift))
             found = found._replace(scale=scale, shift=shift)
         label = found is not None and found.pixels is not None and len(found.pixels) == 0
+        ends = image_rows(moved[name]["value"], moved[name])[len(x) :]
+        if label and _differ(ends, rows[:1].expand_as(ends)):
+            found, label = None, False  # such as which pixels are black
         alike = True
         if every:
             under_all = image_rows(every[name]["value"], every[name])
@@ -317,6 +339,9 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         if label:
             continue  # a further observation, whatever the conditions
         images.append(found)
+        pixels = image_rows(found.to_pixels(moved[name]["value"]), moved[name])[len(x) :]
+        if _differ(pixels, extremes.flatten(1)[:, :1].to(pixels).expand_as(pixels)):
+            clipped.append(name)
         try:
             mean = site["fn"].mean
         except NotImplementedError:
@@ -334,15 +359,17 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             for each, s in ((mean, site), (moved[name]["fn"].mean, moved[name]))
         )
         reads |= _differ(image_rows(here, site)[rows_of], image_rows(there, moved[name]))
-    density = all(_same_density(s, moved[n], dims[n], rows_of) for n, s in sites.items())
+    weighed = [n for n, s in sites.items() if not _same_density(s, moved[n], dims[n], rows_of)]
     return ImageMap(
         shape,
         tuple(images),
         tuple(others),
         tuple(noisy),
         reads,
-        not density,
+        bool(weighed),
         tuple(without_mean),
+        tuple(site.name for site in images if site.name in weighed),
+        tuple(clipped),
     )
 
 

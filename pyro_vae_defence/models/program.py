@@ -515,7 +515,12 @@ class Decoder:
         Raises ``ValueError`` where the likelihood depends on discrete latents.
         """
         self.images.check_known()
-        return self._assemble(latents, lambda *_, site: _known(site)["fn"].sample(), None)
+
+        def read(trace: poutine.Trace, seen: list[str], site: Site) -> Tensor:
+            drawn: Tensor = distributions.over(_known(site)["fn"], site["value"].shape).sample()
+            return drawn
+
+        return self._assemble(latents, read, None)
 
     def log_likelihood(self, latents: LatentsLike, x: Tensor) -> Tensor:
         """log p(x_i | z) of every value of images ``x``, ``(M, C, H, W)``, in nats.

@@ -129,6 +129,20 @@ def counted(distribution: Any) -> Tensor | bool:
     return found
 
 
+def over(distribution: Any, shape: torch.Size) -> Any:
+    """A distribution whose ``log_prob`` broadcasts over values of ``shape``, as one of that shape.
+
+    A parameter that serves several elements, such as the one mean of three channels, is that of
+    each; draws of these are independent.
+    """
+    if distribution.batch_shape + distribution.event_shape == shape:
+        return distribution
+    if is_of(distribution, Independent):
+        base, number = distribution.base_dist, distribution.reinterpreted_batch_ndims
+        return Independent(over(base, shape), number, validate_args=False)
+    return distribution.expand(shape[: len(shape) - len(distribution.event_shape)])
+
+
 def mean(distribution: Distribution, site: str, mend: str) -> Tensor:
     """Its mean, in the shape of a draw; of angles the mean direction, wrapped.
 

@@ -474,7 +474,7 @@ class _Run:
                 "if what loader yields beside the images is not theirs, give a loader of images "
                 "alone, e.g. data.batches(..., labels=False)"
             )
-        mend = mend_networks(self.vae, batch[0]) or mend
+        mend = mend_networks(self.vae, batch[0], batch[1:]) or mend
         return ValueError(
             f"the programs failed on loader's first batch, of shapes {shapes}: {error}; {mend}"
         )
