@@ -20,7 +20,7 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.blocks import InBlocks
 from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval
+from pyro_vae_defence.experiments.study import Cell, Measurement, interval, share
 from pyro_vae_defence.experiments.synthesis import bounded_by
 from pyro_vae_defence.ops.balls import Linf, reaches
 from pyro_vae_defence.robustness import (
@@ -225,16 +225,16 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
         kept = report.values["robust/averaged"]
         promised = _values((bounds[block] for block in tried), "log_ratio") > 0
         number, worst = str(len(kept)), tables.interval(report.robust["averaged"])
-        gap = tables.interval(interval(kept - promised.float()))
+        gap = tables.interval(interval(kept - promised.float(), bounds=(-1.0, 1.0)))
     return [
         f"{radius:g}",
         f"{ratio * radius:g}",
         str(len(log_ratio)),
-        tables.interval(interval((log_ratio > 0).float())),
+        tables.interval(share((log_ratio > 0).float())),
         number,
         worst,
         gap,
-        tables.interval(interval(log_ratio.sigmoid())),
+        tables.interval(share(log_ratio.sigmoid())),
         *differences,
     ]
 

@@ -26,7 +26,7 @@ from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import EncoderDefence
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.study import Study, check_column, interval
+from pyro_vae_defence.experiments.study import Study, check_column, share
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, check_card
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import (
@@ -200,7 +200,7 @@ class TrainClassifier(Study[ClassifierConfig]):
             [metrics.correct(classifier(x).argmax(-1), y) for x, y in data.batches(test, _ROWS)]
         )
         # Draws of one image are not independent: images are resampled.
-        accuracy = interval(correct, torch.arange(len(test)) % test.num_images)
+        accuracy = share(correct, torch.arange(len(test)) % test.num_images)
         accuracy["num_images"] = test.num_images
         return save_pretrained(
             classifier,

@@ -216,9 +216,7 @@ class Compare(Measurement[CompareConfig]):
     def undefended_accuracy(self, task: str) -> dict[str, float]:
         """Accuracy of the undefended model on clean images."""
         column, _ = self.tasks[task]
-        return study.interval(
-            metrics.correct(self._undefended(task, self.x), self.labels[:, column])
-        )
+        return study.share(metrics.correct(self._undefended(task, self.x), self.labels[:, column]))
 
     def noise_floor(self, full: bool) -> dict[str, float]:
         """Similarity of two undefended reconstructions of the same reference, one draw each."""

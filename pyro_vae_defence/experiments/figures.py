@@ -254,7 +254,7 @@ class Figures(Measurement[FiguresConfig]):
         cell: dict[str, Any] = {
             "ms_ssim": {"images": study.similarity(self.x_ref, x), **similar(before)},
             "unchanged": {
-                name: study.interval(metrics.adversarial_accuracy(reference, found))
+                name: study.share(metrics.adversarial_accuracy(reference, found))
                 for name, found in predicted.items()
             },
             "symmetric_kl": divergence(self.x_ref),

@@ -278,10 +278,10 @@ class Published(Measurement[PublishedConfig]):
         accuracy = {
             task: {
                 "correct": self.estimate(
-                    metrics.correct(found, self.labels[:, self.tasks[task][0]])
+                    metrics.correct(found, self.labels[:, self.tasks[task][0]]), (0.0, 1.0)
                 ),
                 "unchanged": self.estimate(
-                    metrics.adversarial_accuracy(self.predicted[task], found)
+                    metrics.adversarial_accuracy(self.predicted[task], found), (0.0, 1.0)
                 ),
             }
             for task, found in classes.items()
@@ -296,11 +296,13 @@ class Published(Measurement[PublishedConfig]):
         """:data:`METRIC` of images in pairs."""
         return self.estimate(metrics.ms_ssim(x, y, variant=VARIANT))
 
-    def estimate(self, values: Tensor) -> dict[str, float]:
+    def estimate(
+        self, values: Tensor, bounds: tuple[float, float] | None = None
+    ) -> dict[str, float]:
         """Mean, interval and standard error over references, from one value per start."""
         of_reference = values.cpu().double().reshape(self.config.num_restarts, -1).mean(0)
         error = of_reference.std() / len(of_reference) ** 0.5
-        return {**study.interval(of_reference), "standard_error": float(error)}
+        return {**study.interval(of_reference, bounds=bounds), "standard_error": float(error)}
 
     def pictures(self, x: Tensor, reconstruction: Tensor) -> dict[str, Any]:
         """References, their reconstructions, the cell's images and theirs, of the first ones."""

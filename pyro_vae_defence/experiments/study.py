@@ -44,6 +44,7 @@ from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments.configuration import override
 from pyro_vae_defence.experiments.drawing import save_figure
+from pyro_vae_defence.metrics.intervals import unseen_share
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
@@ -588,14 +589,24 @@ def check_column(images: data.Images, column: int) -> None:
 
 
 def interval(
-    values: Tensor, image: Tensor | None = None, statistic: str = "mean"
+    values: Tensor,
+    image: Tensor | None = None,
+    statistic: str = "mean",
+    bounds: tuple[float, float] | None = None,
 ) -> dict[str, float]:
     """Estimate and bootstrap interval over images; with ``image``, restarts of one are resampled
-    together."""
+    together. ``bounds`` as for :func:`~pyro_vae_defence.metrics.bootstrap_interval`."""
     seeded = torch.Generator().manual_seed(0)
     rows = None if image is None else image.cpu()
-    found = metrics.bootstrap_interval(values.cpu(), rows, statistic=statistic, generator=seeded)
+    found = metrics.bootstrap_interval(
+        values.cpu(), rows, statistic=statistic, generator=seeded, bounds=bounds
+    )
     return found.to_dict()
+
+
+def share(values: Tensor, image: Tensor | None = None) -> dict[str, float]:
+    """:func:`interval` of what lies in [0, 1], such as an accuracy."""
+    return interval(values, image, bounds=(0.0, 1.0))
 
 
 def similarity(x: Tensor, y: Tensor, image: Tensor | None = None) -> dict[str, float]:
@@ -607,8 +618,8 @@ def accuracy(found: Tensor, right: Tensor, reference: Tensor) -> dict[str, dict[
     """How often classes found are right, and how often the reference's; these may be longer."""
     some = slice(len(found))
     return {
-        "correct": interval(metrics.correct(found, right[some])),
-        "unchanged": interval(metrics.adversarial_accuracy(reference[some], found)),
+        "correct": share(metrics.correct(found, right[some])),
+        "unchanged": share(metrics.adversarial_accuracy(reference[some], found)),
     }
 
 
@@ -690,7 +701,36 @@ def read(directory: _Path, run: str = "an experiment") -> dict[str, dict[str, An
     files = sorted(Path(directory).glob("*.json"))
     if not files:
         raise ValueError(f"no result files (*.json) in {directory}; run {run} first")
-    return {path.stem: load(path, run) for path in files}
+    found = {path.stem: load(path, run) for path in files}
+    for result in found.values():
+        config = result.get("config", {})
+        number = config.get("num_references") or config.get("num_images") or 0
+        _give_width(result, number, False)
+    return found
+
+
+_FIGURES = {"robust", "clean", "undefended_clean", "random_noise", "attacks"}
+
+
+def _give_width(entry: Any, number: int, is_share: bool) -> None:
+    """Give intervals of accuracies that are 0 or 1 on all of ``number`` images, of no width in
+    result files that earlier versions have written, those of :func:`share`."""
+    if isinstance(entry, list):
+        for each in entry:
+            _give_width(each, number, is_share)
+    if not isinstance(entry, dict):
+        return
+    if "estimate" in entry:
+        value = entry["estimate"]
+        number = entry.get("num_images") or number
+        if is_share and number and value in (0, 1) and entry.get("low") == entry.get("high"):
+            unseen = unseen_share(number)
+            entry["low"], entry["high"] = max(0.0, value - unseen), min(1.0, value + unseen)
+        return
+    accuracy = entry.get("figure") == "accuracy"
+    for key, part in entry.items():
+        share_of_these = key in ("correct", "unchanged") or (accuracy and key in _FIGURES)
+        _give_width(part, number, is_share or share_of_these)
 
 
 def check_pages(directory: _Path, images: _Path | None = None) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 from pyro_vae_defence.attacks import APGD, PGD
 from pyro_vae_defence.defence import AnalysisBySynthesis
 from pyro_vae_defence.experiments import configuration as conf
-from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.blocks import InBlocks
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval
+from pyro_vae_defence.experiments.study import Cell, Measurement
 from pyro_vae_defence.experiments.train import CONDITIONAL_MODELS
 from pyro_vae_defence.models import ConditionalVAE
 from pyro_vae_defence.ops.balls import Linf
@@ -251,7 +251,7 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
         return torch.tensor([v for block in sorted(blocks) for v in blocks[block][name]])
 
     def share(right: Tensor) -> str:
-        return tables.interval(interval(right.float()))
+        return tables.interval(study.share(right.float()))
 
     def median(name: str) -> str:
         return f"{float(values(name).double().median()):.1f}"

@@ -51,7 +51,7 @@ from pyro_vae_defence import attacks, plots
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import grids, tables
 from pyro_vae_defence.experiments.drawing import legend_below, new_figure
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval
+from pyro_vae_defence.experiments.study import Cell, Measurement, interval, share
 from pyro_vae_defence.mcmc import hmc
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import Linf
@@ -277,7 +277,7 @@ class Theory(Measurement[TheoryConfig]):
             "pinsker": bound,
         }
         cell: dict[str, Any] = {name: median(value) for name, value in found.items()}
-        cell["vacuous"] = interval((bound >= 1).float())
+        cell["vacuous"] = share((bound >= 1).float())
         cell["most_over_bound"] = float((variation - bound).max())
         if self.config.model == LINEAR:
             distance = self.vae.distance(x_adv, self.x_ref)
@@ -334,7 +334,7 @@ class Theory(Measurement[TheoryConfig]):
                     "to_target": median(to_target),
                     "right": median(to_target + rest),
                     "right_exact": median(to_target + sum(exact.values())),
-                    "vacuous": interval((to_target + rest >= 1).float()),
+                    "vacuous": share((to_target + rest >= 1).float()),
                     "most_over_bound": float((left - to_target - rest).max()),
                     "most_over_exact": float((left - to_target - sum(exact.values())).max()),
                 }

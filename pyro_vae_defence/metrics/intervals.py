@@ -11,6 +11,15 @@ and a tail (1 - level)/2,
 
 where t_(-g) leaves unit g out. For the median a = 0: leaving one out says nothing of its skewness.
 
+Values that are all equal, as those of an accuracy of 1, are equal in every resample. That G units
+agree has a probability of (1 - s)^G if a share s of all does not, so that with tail p the share is
+at most
+
+    s = 1 - p^(1/G)
+
+(Clopper, Pearson; about 3.7/G at the level 95%): where the range of values is known, the interval
+reaches to where such a share lies at either end of it.
+
 Efron, "Better bootstrap confidence intervals", 1987; https://doi.org/10.1080/01621459.1987.10478410
 """
 
@@ -62,12 +71,14 @@ def bootstrap_interval(
     num_resamples: int = 2000,
     statistic: str = "mean",
     generator: torch.Generator | None = None,
+    bounds: tuple[float, float] | None = None,
 ) -> Interval:
     """BCa bootstrap interval of a mean or median over images, in float64 on the CPU.
 
     Attacks restarted on one image are not independent: pass the image's index as ``groups``, and
-    whole images are resampled. Values that are all equal (an accuracy of 0 or 1) give an interval
-    of no width, which understates the uncertainty: of n images about 3/n may still differ.
+    whole images are resampled. Values that are all equal (an accuracy of 0 or 1) give a mean an
+    interval of no width, which understates the uncertainty, unless ``bounds`` says how far others
+    may lie.
 
     Args:
         values: one value per image, shape ``(N,)``, finite.
@@ -76,10 +87,12 @@ def bootstrap_interval(
         num_resamples: bootstrap samples.
         statistic: ``"mean"`` or ``"median"``, of the values (a larger group weighs more).
         generator: randomness, on the CPU; the global one by default.
+        bounds: range of values that are possible, (0, 1) for accuracies; for means only.
 
     Raises:
-        ValueError: empty, non-finite or non-vector values, fewer than two groups, groups of another
-            shape or dtype, or a level, number of resamples or statistic out of range.
+        ValueError: values outside of ``bounds``, empty, non-finite or non-vector values, fewer than
+            two groups, groups of another shape or dtype, or a level, number of resamples or
+            statistic out of range.
     """
     check_tensor("values", values)
     if values.is_complex():
@@ -99,6 +112,8 @@ def bootstrap_interval(
     if statistic not in ("mean", "median"):
         raise ValueError(f"statistic={statistic!r} is unknown: choose 'mean' or 'median'")
     sample = values.detach().to("cpu", torch.float64)
+    if bounds is not None:
+        _check_bounds(bounds, sample, statistic)
     unit = torch.unique(groups.cpu(), return_inverse=True)[1]
     num_units = int(unit.max()) + 1
     if num_units < 2:
@@ -117,7 +132,26 @@ def bootstrap_interval(
     resampled = torch.cat(parts)
     acceleration = _acceleration_of_mean(sample, unit, num_units) if statistic == "mean" else 0.0
     low, high = torch.quantile(resampled, _bca_levels(resampled, estimate, acceleration, level))
+    if bounds is not None and bool((sample == sample[0]).all()):
+        share = unseen_share(num_units, level)
+        low, high = (sample[0] + share * (end - sample[0]) for end in bounds)
     return Interval(float(estimate), float(low), float(high), level, len(sample), num_units)
+
+
+def unseen_share(num_units: int, level: float = 0.95) -> float:
+    """Largest share that may differ where so many units agree: an end of an exact interval."""
+    return 1 - float(tails(level)[0]) ** (1 / num_units)
+
+
+def _check_bounds(bounds: tuple[float, float], sample: Tensor, statistic: str) -> None:
+    if statistic != "mean":
+        raise ValueError(f"bounds are for a mean, got statistic={statistic!r}; leave them out")
+    low, high = bounds
+    if not low <= float(sample.min()) <= float(sample.max()) <= high:
+        raise ValueError(
+            f"values lie between {float(sample.min()):g} and {float(sample.max()):g}, beyond "
+            f"bounds={bounds}; pass the range of all possible values"
+        )
 
 
 def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

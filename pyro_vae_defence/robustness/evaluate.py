@@ -367,7 +367,7 @@ def _report(
             "reading": scorer.reading,
             **({} if box.seed is None else {"defence_seed": box.seed}),
         },
-        **conclude(values, outcomes, verdicts, reasons, scorer.interval),
+        **conclude(values, outcomes, verdicts, reasons, scorer.of_figure),
         evidence={
             name: Seen(
                 {key: value.detach().cpu() for key, value in seen.values.items()}, seen.facts

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.robustness.report import RobustnessReport
+from pyro_vae_defence.robustness.scoring import figure_bounds
 
 _FLIPS, _AT_ONCE = 10_000, 500
 
@@ -101,7 +102,10 @@ def paired_difference(
             "evaluate both defences with the same"
         )
     values = report.per_image.double() - other.per_image.double()
-    found = metrics.bootstrap_interval(values, level=level, generator=generator)
+    bounds = figure_bounds(report.figure)
+    if bounds is not None:
+        bounds = bounds[0] - bounds[1], bounds[1] - bounds[0]
+    found = metrics.bootstrap_interval(values, level=level, generator=generator, bounds=bounds)
     chance = sign_flip_chance(values, generator)
     return Difference(found.estimate, found.low, found.high, chance, found.level, found.num_values)
 

@@ -181,7 +181,7 @@ def rescore(
         robust, clean = (scorer.score(each, num_draws).summaries() for each in (x_adv, x))
 
         def intervals(values: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-            return {name: scorer.interval(values[name]) for name in SUMMARIES}
+            return {name: scorer.of_figure(values[name]) for name in SUMMARIES}
 
         return Rescored(
             scorer.figure,

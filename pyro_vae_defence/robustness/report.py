@@ -9,6 +9,7 @@ type, and each as short as it can be for that type, hence exact.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from pyro_vae_defence.ops.html import interval as interval_text
 from pyro_vae_defence.robustness import html
 from pyro_vae_defence.robustness.checks import CHECKS, Interval, Seen, join
 from pyro_vae_defence.robustness.fidelity import Fidelity, estimators
-from pyro_vae_defence.robustness.scoring import Fresh, interval
+from pyro_vae_defence.robustness.scoring import Bounds, Fresh, figure_bounds, interval
 from pyro_vae_defence.robustness.suite import KNOWLEDGE
 
 SUMMARIES = ("mean", "single", "worst_of_n", "averaged")
@@ -282,8 +283,8 @@ class RobustnessReport:
             )
         fresh = Fresh(first.seed)
 
-        def of_fresh_seed(values: Tensor) -> dict[str, float]:
-            return interval(values, fresh())
+        def of_fresh_seed(values: Tensor, bounds: Bounds = None) -> dict[str, float]:
+            return interval(values, fresh(), bounds)
 
         evidence = _joined_evidence([report.evidence for report in reports])
         verdicts = [
@@ -301,7 +302,7 @@ class RobustnessReport:
                 _joined_attacks(reports, sizes),
                 verdicts,
                 tuple(dict.fromkeys(others)),
-                of_fresh_seed,
+                functools.partial(of_fresh_seed, bounds=figure_bounds(first.figure)),
             ),
             skipped=_joined_skipped(reports),
             cost={

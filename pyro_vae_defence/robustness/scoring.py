@@ -41,9 +41,18 @@ class Fresh:
         return torch.Generator().manual_seed((self.seed + self.number) % 2**63)
 
 
-def interval(values: Tensor, generator: torch.Generator) -> dict[str, float]:
+Bounds = tuple[float, float] | None
+"""Range of all possible values of a figure, where that is known."""
+
+
+def figure_bounds(figure: str) -> Bounds:
+    """Those of a figure of this name."""
+    return (0.0, 1.0) if figure == Accuracy.figure else None
+
+
+def interval(values: Tensor, generator: torch.Generator, bounds: Bounds = None) -> dict[str, float]:
     """Mean over images of values ``(N,)`` with its 95% bootstrap interval, and their number."""
-    found = metrics.bootstrap_interval(values.detach(), generator=generator)
+    found = metrics.bootstrap_interval(values.detach(), generator=generator, bounds=bounds)
     return {**found.to_dict(), "num_images": found.num_values}
 
 
@@ -112,6 +121,10 @@ class Scorer:
     def interval(self, values: Tensor) -> dict[str, float]:
         """As the function of this name, on a seed of its own."""
         return interval(values, self.fresh())
+
+    def of_figure(self, values: Tensor) -> dict[str, float]:
+        """The same of values that are figures, not differences of them."""
+        return interval(values, self.fresh(), figure_bounds(self.figure))
 
 
 class Accuracy(Scorer):
