@@ -427,3 +427,26 @@ class TestCommandLine:
             main(["tarin"])
         assert stop.value.code == 2
         assert "invalid choice: 'tarin'" in capsys.readouterr().err
+
+
+def test_accuracies_without_a_failure_have_an_interval(tmp_path):
+    """As earlier versions have written them, and as new ones compute them."""
+    flat = {"estimate": 1.0, "low": 1.0, "high": 1.0}
+    result = {
+        "config": {"num_references": 20},
+        "cell": {"accuracy": {"digit": {"correct": dict(flat)}}, "ms_ssim": dict(flat)},
+        "reports": {
+            "a": {"figure": "accuracy", "clean": {"mean": flat | {"num_images": 50}}},
+            "b": {"figure": "similarity", "clean": {"mean": flat | {"num_images": 50}}},
+        },
+    }
+    path = tmp_path / "name.json"
+    path.write_text(json.dumps(result))
+    found = study_module.read(tmp_path)["name"]
+    right = study_module.share(torch.ones(20))
+    assert found["cell"]["accuracy"]["digit"]["correct"] == pytest.approx(right)
+    assert right["low"] == pytest.approx(0.025 ** (1 / 20))
+    assert found["cell"]["ms_ssim"] == flat
+    assert found["reports"]["a"]["clean"]["mean"]["low"] == pytest.approx(0.025 ** (1 / 50))
+    assert found["reports"]["b"]["clean"]["mean"]["low"] == 1.0
+    assert study_module.load(path) == result

@@ -701,11 +701,15 @@ def read(directory: _Path, run: str = "an experiment") -> dict[str, dict[str, An
     files = sorted(Path(directory).glob("*.json"))
     if not files:
         raise ValueError(f"no result files (*.json) in {directory}; run {run} first")
-    found = {path.stem: load(path, run) for path in files}
-    for result in found.values():
-        config = result.get("config", {})
-        number = config.get("num_references") or config.get("num_images") or 0
-        _give_width(result, number, False)
+    return {path.stem: shown(path, run) for path in files}
+
+
+def shown(path: Path, run: str = "the experiment") -> dict[str, Any]:
+    """One result file as pages show it; arguments and errors as of :func:`load`."""
+    found = load(path, run)
+    config = found.get("config", {})
+    number = config.get("num_references") or config.get("num_images") or 0
+    _give_width(found, number, False)
     return found
 
 

@@ -283,10 +283,12 @@ def raster(text: str) -> Any:
 # --- Tables ---------------------------------------------------------------------------------------
 
 
-def _over_images(values: list[list[float]], statistic: str = "mean") -> dict[str, float]:
+def _over_images(
+    values: list[list[float]], statistic: str = "mean", bounds: tuple[float, float] | None = None
+) -> dict[str, float]:
     """Of all values, with an interval over images."""
     image = torch.arange(len(values)).repeat_interleave(len(values[0]))
-    return interval(torch.tensor(values).flatten(), image, statistic)
+    return interval(torch.tensor(values).flatten(), image, statistic, bounds)
 
 
 def _entries(cells: list[dict[str, Any]], place: str, attacked: bool) -> dict[str, Any]:
@@ -297,6 +299,7 @@ def _entries(cells: list[dict[str, Any]], place: str, attacked: bool) -> dict[st
         name: _over_images(
             [cell[place][name][rows] for cell in cells],
             "median" if name == "below_mode" else "mean",
+            (0.0, 1.0) if name.startswith("inside") else None,
         )
         for name in names
         if name in cells[0][place]

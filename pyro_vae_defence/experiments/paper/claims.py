@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.published import ENCODER
-from pyro_vae_defence.experiments.study import load
+from pyro_vae_defence.experiments.study import shown
 from pyro_vae_defence.experiments.train import DATASETS
 
 Entry = dict[str, float]
@@ -99,7 +99,7 @@ def _number(entry: Entry) -> str:
 def result(results: Path, study: str, name: str) -> dict[str, Any] | None:
     """A result file below the directory of all studies, ``None`` if there is none."""
     path = results / study / f"{name}.json"
-    return load(path) if path.is_file() else None
+    return shown(path) if path.is_file() else None
 
 
 def _pairs(
