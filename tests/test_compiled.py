@@ -190,6 +190,7 @@ def escaping(z, x):
     pyro.sample("obs", dist.Normal(z + shift, 1.0), obs=x)
 
 
+@pytest.mark.filterwarnings("ignore:the density of")
 @pytest.mark.parametrize(
     ("observe", "reason"),
     [
