@@ -42,7 +42,7 @@ from pyro_vae_defence.robustness import (
 )
 from pyro_vae_defence.robustness.checks import Seen, join
 from pyro_vae_defence.robustness.cost import ChainCost, chain_cost, suite_gradients
-from pyro_vae_defence.robustness.scoring import Fresh, interval
+from pyro_vae_defence.robustness.scoring import Fresh, figure_bounds, interval
 
 TINY = Budget(
     num_steps=8, num_restarts=2, num_draws=(1, 2), stable=0.0, num_chains=8, num_iterations=3,
@@ -507,7 +507,7 @@ class TestJoin:
         for place, entry in zip(places, shown, strict=True):
             values = torch.cat([part.values[place] for part in parts])
             assert torch.equal(joined.values[place], values)
-            assert entry == interval(values, fresh())
+            assert entry == interval(values, fresh(), figure_bounds(joined.figure))
             assert entry["num_images"] == 14
         assert torch.equal(joined.per_image, torch.cat([part.per_image for part in parts]))
         assert torch.equal(joined.x_adv, torch.cat([part.x_adv for part in parts]))
