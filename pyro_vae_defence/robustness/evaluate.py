@@ -64,7 +64,14 @@ from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
-from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scorer, Scores, make_scorer
+from pyro_vae_defence.robustness.scoring import (
+    Accuracy,
+    Fresh,
+    Scorer,
+    Scores,
+    make_scorer,
+    strongest_of,
+)
 from pyro_vae_defence.robustness.steps import Steps
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
 from pyro_vae_defence.robustness.whitebox import WhiteBox
@@ -313,7 +320,9 @@ def _report(
     ]
     # Leaving an image alone is an attack too: it counts errors on clean images.
     clean_selection = score("selection", lambda: x, budget.selection_draws).mean()
-    winner = torch.stack([clean_selection, *(each.selection for each in found)]).argmin(0)
+    winner = strongest_of(
+        torch.stack([clean_selection, *(each.selection for each in found)]), budget.selection_draws
+    )
     worst = clean.choose(scores, winner)
     x_adv = torch.stack([x, *(each.x_adv for each in found)])
     strongest = ["none", *(each.row.name for each in found)]

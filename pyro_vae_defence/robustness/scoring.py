@@ -56,6 +56,18 @@ def interval(values: Tensor, generator: torch.Generator, bounds: Bounds = None) 
     return {**found.to_dict(), "num_images": found.num_values}
 
 
+def strongest_of(selections: Tensor, num_draws: int) -> Tensor:
+    """Which candidate is an image's worst case: numbers ``(N,)`` from figures ``(A, N)``, means of
+    so many draws.
+
+    Few draws of a class say little of one image, and candidates tie on many. What a candidate does
+    on all images counts as one further draw on each: ties go to who is strongest in general, and
+    not to who happens to come first, which would leave more than single attacks do.
+    """
+    general = selections.mean(1, keepdim=True)
+    return ((num_draws * selections + general) / (num_draws + 1)).argmin(0)
+
+
 class Scores(NamedTuple):
     """Figures of one set of images: per draw ``(S, N)``, and of the draws' mean output ``(N,)``."""
 
