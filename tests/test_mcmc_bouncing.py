@@ -63,8 +63,8 @@ def test_a_trajectory_leads_back_where_its_end_is_turned_around():
     momentum = {"z": torch.tensor([[2.0, -1.0], [1.5, 1.0], [-0.5, 2.5]])}
 
     def end_of(latents, momentum):
-        state = hmc.init(energy, latents)
-        return bouncing.trajectory(energy, state, momentum, torch.full((3,), 0.3), 5, ring, METRIC)
+        state, bounce = hmc.init(energy, latents), bouncing.bouncing(ring)
+        return hmc.trajectory(energy, state, momentum, torch.full((3,), 0.3), 5, METRIC, bounce)
 
     there, before, after = end_of(start, momentum)
     back, _, _ = end_of(there.position, {"z": -there.momentum["z"]})

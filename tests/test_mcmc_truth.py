@@ -111,8 +111,8 @@ MUTANTS: dict[str, tuple] = {
     "sign of the drift": (
         integrators,
         "leapfrog",
-        "velocity(momentum, inverse_mass), step_size)",
-        "velocity(momentum, inverse_mass), -step_size)",
+        "drift(phase.position, momentum, step_size, inverse_mass)",
+        "drift(phase.position, momentum, -step_size, inverse_mass)",
         (hmc, nuts),
     ),
     "every proposal accepted": (

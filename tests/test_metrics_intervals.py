@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from scipy import stats
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.metrics import bootstrap_interval
@@ -173,7 +172,7 @@ class TestValuesThatAgree:
     @pytest.mark.parametrize("value", [0.0, 1.0])
     def test_ends_are_those_of_an_exact_interval(self, value):
         found = bootstrap_interval(torch.full((20,), value), bounds=(0, 1))
-        exact = stats.binomtest(int(20 * value), 20).proportion_ci(0.95, "exact")
+        exact = scipy.stats.binomtest(int(20 * value), 20).proportion_ci(0.95, "exact")
         assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
         assert found.estimate == value
         narrow = bootstrap_interval(torch.full((20,), value))

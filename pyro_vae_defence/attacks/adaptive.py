@@ -74,6 +74,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_vae_defence.attacks.blackbox import antithetic_gradient
+from pyro_vae_defence.models.classifier import class_margin
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_integer, check_not_negative, check_positive
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -583,12 +584,10 @@ def misclassification(
                 f"labels has {labels.shape[0]} entries for {x_ref.shape[0]} references; they must "
                 "come in one batch (restarts folded), so choose a larger batch_size"
             )
-        repeated = labels.repeat(times)[:, None]
+        repeated = labels.repeat(times)
 
         def goal(latents: Latents, x: Tensor) -> Tensor:
-            scores = classify(latents, x)
-            own = scores.gather(1, repeated)[:, 0]
-            return scores.scatter(1, repeated, -torch.inf).amax(1) - own
+            return -class_margin(classify(latents, x), repeated)
 
         return goal
 

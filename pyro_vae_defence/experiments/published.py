@@ -23,7 +23,7 @@ On a GPU transitions are captured, with forces in TF32 and energies in float32, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -278,10 +278,10 @@ class Published(Measurement[PublishedConfig]):
         accuracy = {
             task: {
                 "correct": self.estimate(
-                    metrics.correct(found, self.labels[:, self.tasks[task][0]]), (0.0, 1.0)
+                    metrics.correct(found, self.labels[:, self.tasks[task][0]]), study.share
                 ),
                 "unchanged": self.estimate(
-                    metrics.adversarial_accuracy(self.predicted[task], found), (0.0, 1.0)
+                    metrics.adversarial_accuracy(self.predicted[task], found), study.share
                 ),
             }
             for task, found in classes.items()
@@ -297,12 +297,12 @@ class Published(Measurement[PublishedConfig]):
         return self.estimate(metrics.ms_ssim(x, y, variant=VARIANT))
 
     def estimate(
-        self, values: Tensor, bounds: tuple[float, float] | None = None
+        self, values: Tensor, interval: Callable[[Tensor], dict[str, float]] = study.interval
     ) -> dict[str, float]:
         """Mean, interval and standard error over references, from one value per start."""
         of_reference = values.cpu().double().reshape(self.config.num_restarts, -1).mean(0)
         error = of_reference.std() / len(of_reference) ** 0.5
-        return {**study.interval(of_reference, bounds=bounds), "standard_error": float(error)}
+        return {**interval(of_reference), "standard_error": float(error)}
 
     def pictures(self, x: Tensor, reconstruction: Tensor) -> dict[str, Any]:
         """References, their reconstructions, the cell's images and theirs, of the first ones."""

@@ -27,12 +27,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.mcmc import hmc
-from pyro_vae_defence.mcmc.integrators import (
-    Phase,
-    energy_and_gradient,
-    kinetic_energy,
-    velocity,
-)
+from pyro_vae_defence.mcmc.integrators import Drift, drift, velocity
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
@@ -54,41 +49,33 @@ def step(
 ) -> tuple[hmc.HMCState, hmc.HMCInfo]:
     """One transition of every chain in its set: ``num_steps`` gradients, and as many looks at the
     margin and one. Arguments as :func:`pyro_vae_defence.mcmc.hmc.step`."""
-    momentum = hmc.draw_momentum(streams, state.step, state.position, inverse_mass)
-    phase, start, end = trajectory(
-        potential, state, momentum, step_size, num_steps, margin, inverse_mass
+    return hmc.step(
+        potential,
+        state,
+        streams,
+        step_size,
+        num_steps,
+        inverse_mass,
+        lambda latents: _value(margin, latents) >= 0,
+        bouncing(margin),
     )
-    return hmc.accept(state, phase, start, end, streams, step_size, num_steps)
 
 
-def trajectory(
-    potential: Potential,
-    state: hmc.HMCState,
-    momentum: Latents,
-    step_size: Tensor,
-    num_steps: int,
-    margin: Margin,
-    inverse_mass: LatentsLike | None,
-) -> tuple[Phase, Tensor, Tensor]:
-    """Where ``num_steps`` leapfrog steps end, and the Hamiltonian before and after, ``(N,)``:
-    infinite outside of the set."""
-    start = state.energy + kinetic_energy(momentum, inverse_mass)
-    position, energy, gradient = state.position, state.energy, state.gradient
-    for _ in range(num_steps):
-        momentum = lat.add(momentum, gradient, -0.5 * step_size)
-        position = lat.add(position, velocity(momentum, inverse_mass), step_size)
+def bouncing(margin: Margin) -> Drift:
+    """The drift that turns around where it has left the set."""
+
+    def bounce(
+        position: Latents, momentum: Latents, step_size: Tensor, inverse_mass: LatentsLike | None
+    ) -> tuple[Latents, Latents]:
+        position, momentum = drift(position, momentum, step_size, inverse_mass)
         outside = _value(margin, position) < 0
-        if bool(outside.any()):
-            normal = _normals(margin, position, outside)
-            turned = _reflected(momentum, normal, inverse_mass)
-            again = lat.add(position, velocity(turned, inverse_mass), step_size)
-            momentum = lat.where(outside, turned, momentum)
-            position = lat.where(outside, again, position)
-        energy, gradient = energy_and_gradient(potential, position)
-        momentum = lat.add(momentum, gradient, -0.5 * step_size)
-    end = energy + kinetic_energy(momentum, inverse_mass)
-    end = end.masked_fill(~(_value(margin, position) >= 0), torch.inf)
-    return Phase(position, momentum, energy, gradient), start, end
+        if not bool(outside.any()):
+            return position, momentum
+        turned = _reflected(momentum, _normals(margin, position, outside), inverse_mass)
+        again, turned = drift(position, turned, step_size, inverse_mass)
+        return lat.where(outside, again, position), lat.where(outside, turned, momentum)
+
+    return bounce
 
 
 @torch.no_grad()

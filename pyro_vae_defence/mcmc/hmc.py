@@ -26,7 +26,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.mcmc.integrators import Phase, energy_and_gradient, kinetic_energy, leapfrog
+from pyro_vae_defence.mcmc import integrators
+from pyro_vae_defence.mcmc.integrators import (
+    Drift,
+    Phase,
+    energy_and_gradient,
+    kinetic_energy,
+    leapfrog,
+)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
@@ -173,6 +180,7 @@ def trajectory(
     step_size: Tensor,
     num_steps: int,
     inverse_mass: LatentsLike | None,
+    drift: Drift = integrators.drift,
 ) -> tuple[Phase, Tensor, Tensor]:
     """``num_steps`` leapfrog steps: where they end, the Hamiltonian before and after, ``(N,)``."""
     phase = Phase(state.position, momentum, state.energy, state.gradient)
@@ -180,7 +188,7 @@ def trajectory(
     for number in range(num_steps):
         # Only the last energy is read.
         last = number == num_steps - 1
-        phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=last)
+        phase = leapfrog(potential, phase, step_size, inverse_mass, needs_energy=last, drift=drift)
     return phase, start, phase.energy + kinetic_energy(phase.momentum, inverse_mass)
 
 
@@ -192,6 +200,7 @@ def step(
     num_steps: int,
     inverse_mass: LatentsLike | None = None,
     allowed: Callable[[Latents], Tensor] | None = None,
+    drift: Drift = integrators.drift,
 ) -> tuple[HMCState, HMCInfo]:
     """One transition of every chain: ``num_steps`` gradients.
 
@@ -204,9 +213,12 @@ def step(
         inverse_mass: diagonal of M^-1 per site; identity when ``None``.
         allowed: latents to bool ``(N,)``: the set in which chains stay, that of rows for which it
             holds; a proposal outside is rejected, and the target is the density restricted to it.
+        drift: of leapfrog steps, as :func:`~pyro_vae_defence.mcmc.integrators.leapfrog` takes it.
     """
     momentum = draw_momentum(streams, state.step, state.position, inverse_mass)
-    phase, start, end = trajectory(potential, state, momentum, step_size, num_steps, inverse_mass)
+    phase, start, end = trajectory(
+        potential, state, momentum, step_size, num_steps, inverse_mass, drift
+    )
     if allowed is not None:
         end = end.masked_fill(~allowed(phase.position), torch.inf)
     return accept(state, phase, start, end, streams, step_size, num_steps)

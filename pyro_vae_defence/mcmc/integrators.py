@@ -39,6 +39,7 @@ https://arxiv.org/abs/2212.08549.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -84,12 +85,24 @@ def kinetic_energy(momentum: LatentsLike, inverse_mass: LatentsLike | None) -> T
     return 0.5 * lat.dot(momentum, velocity(momentum, inverse_mass))
 
 
+Drift = Callable[[Latents, Latents, Tensor, LatentsLike | None], tuple[Latents, Latents]]
+"""Position, momentum, step size and M^-1 to position and momentum after the drift of a step."""
+
+
+def drift(
+    position: Latents, momentum: Latents, step_size: Tensor, inverse_mass: LatentsLike | None
+) -> tuple[Latents, Latents]:
+    """Straight on."""
+    return lat.add(position, velocity(momentum, inverse_mass), step_size), momentum
+
+
 def leapfrog(
     potential: Potential,
     phase: Phase,
     step_size: Tensor,
     inverse_mass: LatentsLike | None = None,
     needs_energy: bool = True,
+    drift: Drift = drift,
 ) -> Phase:
     """One leapfrog step: one gradient.
 
@@ -100,9 +113,10 @@ def leapfrog(
         inverse_mass: diagonal of M^-1, site -> tensor broadcastable to ``(N, *event)``.
         needs_energy: ``False`` where nobody reads the energy of the new point: a potential with a
             method ``force`` is then asked for the force alone, and the energy is left as it was.
+        drift: moves the position; reversible, and keeps volume and kinetic energy.
     """
     momentum = lat.add(phase.momentum, phase.gradient, -0.5 * step_size)
-    position = lat.add(phase.position, velocity(momentum, inverse_mass), step_size)
+    position, momentum = drift(phase.position, momentum, step_size, inverse_mass)
     force = None if needs_energy else getattr(potential, "force", None)
     if force is None:
         energy, gradient = energy_and_gradient(potential, position)

@@ -71,6 +71,13 @@ def class_scores(classifier: Callable[[Tensor], Tensor], latents: LatentsLike) -
     return scores
 
 
+def class_margin(scores: Tensor, labels: Tensor) -> Tensor:
+    """Score of each label less the highest other one, ``(N,)``, of scores ``(N, classes)`` and
+    labels int64 ``(N,)``: negative where another class is read."""
+    own = labels[:, None]
+    return scores.gather(1, own)[:, 0] - scores.scatter(1, own, -torch.inf).amax(1)
+
+
 class _OfLatents(nn.Module):
     """Class scores from the latents of any VAE, ``num_latents`` of all sites together.
 

@@ -51,7 +51,7 @@ from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops.boundary import known, note, public
 from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_precision
 from pyro_vae_defence.ops.distributions import innermost, is_discrete, is_point, own_methods
-from pyro_vae_defence.ops.precision import tf32
+from pyro_vae_defence.ops.precision import full_on
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike, PyroProgram
 
 T = TypeVar("T")
@@ -464,9 +464,8 @@ def check_rows(
             outside ``pyro.sample``, couples images, or changes its networks.
     """
     rows = torch.arange(3 if num_images > 2 else 2, device=like.device) % num_images
-    full = tf32(False) if like.is_cuda else contextlib.nullcontext()
     weights = _weights(run)
-    with torch.no_grad(), aside(like.device), full:
+    with torch.no_grad(), aside(like.device), full_on(like.device):
         drawn = run(rows, {})
         sites = [s for s in sample_sites(drawn).values() if not s["is_observed"]]
         for site in sites:

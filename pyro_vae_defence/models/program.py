@@ -22,7 +22,6 @@ noise comes from torch's global seed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -93,7 +92,7 @@ from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import Pause, fetched, public
 from pyro_vae_defence.ops.draws import Noise, draw
-from pyro_vae_defence.ops.precision import tf32
+from pyro_vae_defence.ops.precision import full_on
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike, Potential, PyroProgram
 
@@ -454,8 +453,8 @@ class Decoder:
         rows = torch.arange(min(number, 3), device=self._like.device)
         few = take(self.vae, rows)
         # Another number of rows is rounded otherwise in TF32.
-        full = tf32(False) if self._like.is_cuda else contextlib.nullcontext()
-        with evaluation_mode(self.vae), aside(self._like.device), full:
+        device = self._like.device
+        with evaluation_mode(self.vae), aside(device), full_on(device):
             latents = prior(few, self._like.repeat(len(rows), 1, 1, 1))
             if not latents:
                 return

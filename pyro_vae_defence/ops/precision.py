@@ -22,6 +22,11 @@ def tf32_settings() -> tuple[Any, ...]:
     return tuple(getattr(place, name) for place, name in _switches())
 
 
+def full_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """No rounding to TF32 inside this block where the device is a GPU."""
+    return tf32(False) if device.type == "cuda" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def tf32(on: bool) -> Iterator[None]:
     """Let float32 products on CUDA round their factors to TF32, or not, inside this block."""

@@ -61,7 +61,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.mcmc import annealed, bouncing
 from pyro_vae_defence.models import common_attack, program
-from pyro_vae_defence.models.classifier import class_scores, flatten_latents
+from pyro_vae_defence.models.classifier import class_margin, class_scores, flatten_latents
 from pyro_vae_defence.models.conditions import BoundVAE
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.enumeration import enumerable
@@ -351,17 +351,15 @@ class _Base(NamedTuple):
                 f"labels must lie in 0..{number - 1}, the classes of the classifier, of which two "
                 f"or more are needed, got values from {int(labels.min())} to {int(labels.max())}"
             )
-        energy, read = (
-            program.potential(vae, x),
-            functools.partial(_read, _scorer(vae, x, classifier)),
-        )
+        energy, scorer = program.potential(vae, x), _scorer(vae, x, classifier)
         shapes = _Shapes.of(energy)
         drawn = program.encode(vae, x, streams=Streams.create(len(x), seed=seed, device=x.device))
-        classes, encodings = read(drawn), shapes.join(energy.check(energy.unconstrain(drawn)))
+        classes = _read(scorer, drawn)
+        encodings = shapes.join(energy.check(energy.unconstrain(drawn)))
         metric = program.mean_posterior_variance(vae, [x], torch.Generator().manual_seed(seed))
         variance = shapes.join({name: value[None] for name, value in metric.items()})[0]
         streams = Streams.create(_BASE_DRAWS, seed=seed, device=x.device)
-        one = _scorer(vae, x[:1].expand(_BASE_DRAWS, -1, -1, -1), classifier)
+        scorer = _scorer(vae, x[:1].expand(_BASE_DRAWS, -1, -1, -1), classifier)
         gaussians: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for each in range(number):
             own = encodings[classes == each]
@@ -372,7 +370,7 @@ class _Base(NamedTuple):
                 )
             loc, scale = own.mean(0), own.std(0).clamp(min=_LEAST_SCALE)
             made = loc + scale * streams.normal(each, _START, tuple(loc.shape), loc.dtype)
-            found = _read(one, energy.constrain(shapes.split(made)))
+            found = _read(scorer, energy.constrain(shapes.split(made)))
             gaussians.append((loc, scale, made, found))
         locs, scales, draws, reads = map(torch.stack, zip(*gaussians, strict=True))
         variance = variance.clamp(min=_LEAST_SCALE**2)
@@ -463,9 +461,7 @@ class _Walks:
         """Score of the label less the highest other one, or the other way around."""
 
         def margin(latents: Latents, rows: Tensor) -> Tensor:
-            scores = self.scorer(self.energy.constrain(latents))
-            own = labels[rows, None]
-            lead = scores.gather(1, own)[:, 0] - scores.scatter(1, own, -torch.inf).amax(1)
+            lead = class_margin(self.scorer(self.energy.constrain(latents)), labels[rows])
             return -lead if outside else lead
 
         return margin
