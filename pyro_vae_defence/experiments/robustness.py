@@ -271,7 +271,7 @@ def recommended_configurations() -> dict[str, RobustnessConfig]:
 
 PROTOCOL_ATTACKS = (
     "transfer", "encoder", "bpda", "equilibrium", "evidence", "black_box", "implicit", "truncated",
-    "square",
+    "continuation", "square",
 )  # fmt: skip
 
 
@@ -286,13 +286,12 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
     rival that a chain has to beat. ``<dataset>_unrolled_<radius>`` is the one chain again, with the
     gradient through all of it. ``<dataset>_known_seed_<radius>`` is one chain whose attacker
     knows its random numbers, so that the gradient through the whole chain is exact.
-    ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most and
-    continuation, with twice the steps: what they leave less than before is what the budget was too
-    small for.
+    ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most, with twice
+    the steps: what they leave less than before is what the budget was too small for.
 
     A report of one chain is 10 million gradients, about an hour of one thread, and one of the
     recommended four 15 million. Where seeds are fresh, the suite is that without unrolling, which a
-    burn-in rules out; and it is without continuation, which came later.
+    burn-in rules out.
     """
     budget = replace(Budget.standard(), num_restarts=2, max_evaluations=None)
     kinds: dict[str, dict[str, Any]] = {
