@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pyro_vae_defence.robustness.scoring import strongest_of
+from pyro_vae_defence.robustness.scoring import Scores, strongest_of, worst_case
 
 
 # Of 20,000 images means of figures have a standard error of .004 at most.
@@ -26,3 +26,26 @@ def test_ties_go_to_the_strongest_in_general():
     assert strongest_of(selections, 2).tolist() == [1, 1, 1, 1]
     selections[2, 1] = 0.0
     assert strongest_of(selections, 2).tolist()[1] == 2
+
+
+def _scores(per_draw):
+    return Scores(torch.tensor(per_draw), torch.tensor(per_draw).mean(0))
+
+
+def test_no_single_attack_leaves_less_than_the_worst_case():
+    clean, one = _scores([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]), _scores([[0.0, 1.0, 0.0]] * 2)
+    other = _scores([[1.0, 0.5, 0.0]] * 2)
+    # By luck the first attack looks weak where it is strong: the choice alone would leave 0.5.
+    lucky = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0], [0.5, 0.5, 0.0]])
+    worst, winner = worst_case(clean, [one, other], lucky, 2)
+    assert winner.tolist() == [1, 1, 1]
+    assert torch.equal(worst.per_draw, one.per_draw)
+    # Where the choice leaves less, it is the choice.
+    worst, winner = worst_case(
+        clean, [one, other], torch.stack([*map(Scores.mean, (clean, one, other))]), 2
+    )
+    assert winner.tolist() == [1, 2, 1]
+    assert worst.mean().tolist() == [0.0, 0.5, 0.0]
+    worst, winner = worst_case(clean, [], lucky[:1], 2)
+    assert winner.tolist() == [0, 0, 0]
+    assert worst.mean().tolist() == [1.0, 1.0, 1.0]

@@ -11,7 +11,7 @@ from typing import Any
 from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import chain_words, label
-from pyro_vae_defence.experiments.study import load
+from pyro_vae_defence.experiments.study import load, shown
 from pyro_vae_defence.experiments.summary import protocol
 from pyro_vae_defence.experiments.train import DATASETS
 
@@ -61,7 +61,7 @@ def _suites(results: Path, name: str) -> list[dict[str, Any]]:
         results / each / f"{name}_radius_{RADIUS}.json"
         for each in ("robustness", "robustness_controls")
     )
-    return [load(chains), *([load(controls)] if controls.exists() else [])]
+    return [shown(chains), *([shown(controls)] if controls.exists() else [])]
 
 
 def _notes(

@@ -256,7 +256,7 @@ def _against(
         for entry in entries
         if defence_spec(entry.defence).role == "defence"
         for report in [RobustnessReport.from_dict(entry.report)]
-        if same_images(report, rival)
+        if len(rival.per_image) > 0 and same_images(report, rival)
     ]
     for entry, report in compared:
         level, seeded = 1.0 - 0.05 / len(compared), torch.Generator().manual_seed(0)
@@ -272,7 +272,7 @@ def _against(
 def _sentence(found: dict[str, tuple[Difference, str]], rival: str) -> str:
     """Which of some defences is to be preferred to a rival."""
     if not found:
-        return f"no defence was attacked on the images of {rival}."
+        return f"no defence is known image by image on the images of {rival}."
     said = {
         word: [name for name, (_, of) in found.items() if of == word]
         for word in (_BETTER, _NOT_APART, _AHEAD, _BEHIND, _WORSE)

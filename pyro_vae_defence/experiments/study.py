@@ -710,7 +710,30 @@ def shown(path: Path, run: str = "the experiment") -> dict[str, Any]:
     config = found.get("config", {})
     number = config.get("num_references") or config.get("num_images") or 0
     _give_width(found, number, False)
+    _take_least(found)
     return found
+
+
+def _take_least(entry: Any) -> None:
+    """Give reports of attacks the figure of their strongest single attack where that is less than
+    their worst case, which earlier versions chose by few draws alone."""
+    if isinstance(entry, list):
+        for each in entry:
+            _take_least(each)
+    if not isinstance(entry, dict):
+        return
+    if "robust" in entry and entry.get("attacks"):
+        strongest = min(entry["attacks"], key=lambda each: each["figure"]["estimate"])
+        if strongest["figure"]["estimate"] < entry["robust"]["mean"]["estimate"]:
+            place = f"attacks/{strongest['name']}/{strongest['num_draws']}"
+            entry["robust"]["mean"] = strongest["figure"]
+            if place in entry.get("values", {}):
+                entry["values"]["robust/mean"] = entry["values"][place]
+            else:
+                entry["per_image"] = []  # not kept: nothing is paired with it
+        return
+    for part in entry.values():
+        _take_least(part)
 
 
 _FIGURES = {"robust", "clean", "undefended_clean", "random_noise", "attacks"}

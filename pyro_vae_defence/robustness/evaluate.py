@@ -70,7 +70,7 @@ from pyro_vae_defence.robustness.scoring import (
     Scorer,
     Scores,
     make_scorer,
-    strongest_of,
+    worst_case,
 )
 from pyro_vae_defence.robustness.steps import Steps
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, Suite
@@ -320,10 +320,8 @@ def _report(
     ]
     # Leaving an image alone is an attack too: it counts errors on clean images.
     clean_selection = score("selection", lambda: x, budget.selection_draws).mean()
-    winner = strongest_of(
-        torch.stack([clean_selection, *(each.selection for each in found)]), budget.selection_draws
-    )
-    worst = clean.choose(scores, winner)
+    selections = torch.stack([clean_selection, *(each.selection for each in found)])
+    worst, winner = worst_case(clean, scores, selections, budget.selection_draws)
     x_adv = torch.stack([x, *(each.x_adv for each in found)])
     strongest = ["none", *(each.row.name for each in found)]
     bar.update(expected["scoring"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -93,6 +93,26 @@ class Scores(NamedTuple):
         image = torch.arange(len(winner), device=winner.device)
         per_draw = torch.stack([s.per_draw for s in every])[winner, :, image].T
         return Scores(per_draw, torch.stack([s.averaged for s in every])[winner, image])
+
+
+def worst_case(
+    clean: Scores, scores: Sequence[Scores], selections: Tensor, num_draws: int
+) -> tuple[Scores, Tensor]:
+    """Scores of the worst case, and whose it is: 0 for the clean image, ``k + 1`` for attack k.
+
+    Image by image it is the :func:`strongest_of` the candidates. Where one of these leaves less by
+    itself, in the mean over images, it is that one on all images: an attacker need not choose by a
+    few draws. So no single attack leaves less than the worst case.
+
+    Args:
+        clean, scores: of clean images, and of what each of the attacks has found.
+        selections, num_draws: as for :func:`strongest_of`, the clean images first.
+    """
+    winner = strongest_of(selections, num_draws)
+    chosen = clean.choose(list(scores), winner)
+    every = [chosen, clean, *scores]
+    least = int(torch.stack([each.mean().mean() for each in every]).argmin())
+    return every[least], winner if least == 0 else torch.full_like(winner, least - 1)
 
 
 class Scorer:
