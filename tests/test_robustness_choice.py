@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
-from pyro_vae_defence.robustness.scoring import strongest_of
+from pyro_vae_defence.robustness.checks import black_box_is_not_stronger
+from pyro_vae_defence.robustness.scoring import Scores, strongest_of
 
 
 # Of 20,000 images means of figures have a standard error of .004 at most.
@@ -26,3 +29,20 @@ def test_ties_go_to_the_strongest_in_general():
     assert strongest_of(selections, 2).tolist() == [1, 1, 1, 1]
     selections[2, 1] = 0.0
     assert strongest_of(selections, 2).tolist()[1] == 2
+
+
+def test_the_black_box_is_compared_with_the_strongest_gradient_attack_in_general():
+    """Two gradient attacks that tie on most selections: the first one leaves everything."""
+    selections = {"transfer": [0.5, 0.5, 0.5, 1.0], "encoder": [0.5, 0.5, 0.5, 0.0]}
+    figures = {"transfer": torch.ones(4), "encoder": torch.zeros(4), "black_box": torch.zeros(4)}
+    found = [
+        SimpleNamespace(selection=torch.tensor(selections.get(name, [0.5] * 4))) for name in figures
+    ]
+    evidence = SimpleNamespace(
+        suite=SimpleNamespace(budget=SimpleNamespace(selection_draws=2)),
+        found=found,
+        scores=[Scores(figure[None], figure) for figure in figures.values()],
+        of=lambda black_box: [2] if black_box else [0, 1],
+    )
+    seen = black_box_is_not_stronger(evidence)
+    assert seen.values["gradient"].tolist() == seen.values["black_box"].tolist() == [0.0] * 4
