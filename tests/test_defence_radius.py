@@ -57,6 +57,20 @@ def test_penalties_are_quantiles_of_the_clean_gains(vae):
     assert split.penalties == pytest.approx(half.penalties, abs=1e-3)
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_penalty_is_the_order_statistic_that_promises_a_rate_for_further_images(vae):
+    """Of n + 1 exchangeable gains the last is above the others' k-th smallest with a probability of
+    1 - k / (n + 1): k is the least for which this is no more than 1 - quantile."""
+    x = clean_images(vae, 5)
+
+    def penalty(images, quantile):
+        return calibrate_radius(vae, images, (0.1,), quantile=quantile, num_steps=2).penalties[0]
+
+    gains = sorted(penalty(image, 0.95) for image in x.split(1))
+    for quantile, k in ((0.0, 1), (1 / 3, 2), (0.5, 3), (0.6, 4), (0.8, 5), (0.95, 5), (1.0, 5)):
+        assert penalty(x, quantile) == pytest.approx(gains[k - 1], rel=1e-9)
+
+
 def test_probabilities_tell_clean_images_from_attacked_ones(vae):
     x = clean_images(vae, 60)
     unknown = calibrate_radius(vae, x[:40], RADII, num_steps=20)

@@ -242,6 +242,34 @@ def test_refuses_an_energy_that_is_noise(name):
         program.potential(Observing(REFUSED[name][0]), torch.rand(3, *SHAPE))
 
 
+def test_a_program_in_float32_observes_images_of_float64():
+    def observe(x, m):
+        sample("obs", normal(m.float()), 2 * x.float() - 1)
+
+    vae = Observing(observe)
+    x = torch.rand(3, *SHAPE, dtype=torch.float64)
+    scale = program.image_map(vae, x).sites[0].scale
+    assert torch.allclose(scale, torch.full_like(scale, 2.0), rtol=1e-5)
+    attack = attacks.PGD(attacks.maximum_damage(vae), Linf(0.1), num_steps=1)
+    assert attack(x).x_adv.dtype == torch.float64
+
+
+def test_too_few_event_dimensions_are_named():
+    """Of grey images, the plate makes N rows of the one channel: Pyro says nothing either."""
+
+    class TooFew(Observing):
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
+                mean = z.sum(-1)[:, None, None, None] + 0 * x
+                pyro.sample("obs", dist.Normal(mean, 1.0).to_event(2), obs=x)
+
+    x = torch.rand(3, 1, 4, 4)
+    for call in (NoDefence(TooFew(None)), lambda x: metrics.nll(TooFew(None), x, num_samples=2)):
+        with pytest.raises(ValueError, match=r"'obs'.*no row per image.*2 event dimensions"):
+            call(x)
+
+
 class TestToImages:
     observe = staticmethod(REFUSED["smaller image"][0])
 

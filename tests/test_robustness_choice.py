@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
+from pyro_vae_defence.robustness.checks import black_box_is_not_stronger
 from pyro_vae_defence.robustness.scoring import Scores, strongest_of, worst_case
 
 
@@ -49,3 +52,20 @@ def test_no_single_attack_leaves_less_than_the_worst_case():
     worst, winner = worst_case(clean, [], lucky[:1], 2)
     assert winner.tolist() == [0, 0, 0]
     assert worst.mean().tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_black_box_is_compared_with_the_strongest_gradient_attack_in_general():
+    """Two gradient attacks that tie on most selections: the first one leaves everything."""
+    selections = {"transfer": [0.5, 0.5, 0.5, 1.0], "encoder": [0.5, 0.5, 0.5, 0.0]}
+    figures = {"transfer": torch.ones(4), "encoder": torch.zeros(4), "black_box": torch.zeros(4)}
+    found = [
+        SimpleNamespace(selection=torch.tensor(selections.get(name, [0.5] * 4))) for name in figures
+    ]
+    evidence = SimpleNamespace(
+        suite=SimpleNamespace(budget=SimpleNamespace(selection_draws=2)),
+        found=found,
+        scores=[Scores(figure[None], figure) for figure in figures.values()],
+        of=lambda black_box: [2] if black_box else [0, 1],
+    )
+    seen = black_box_is_not_stronger(evidence)
+    assert seen.values["gradient"].tolist() == seen.values["black_box"].tolist() == [0.0] * 4

@@ -13,8 +13,10 @@ The penalty of :math:`\delta` is a quantile over clean images of the gain at the
 
 .. math:: G_\delta(x) = \min_z U_0(z; x) - \min_z U_\delta(z; x) \ge 0 .
 
-With the quantile .95 at most one clean image in twenty prefers that radius to none (by the
-densities at the modes; the volumes around them are taken for equal). An attack's gain is larger:
+The quantile q of n gains is the k-th smallest, :math:`k = \lceil (n + 1) q \rceil`: a further
+clean image, exchangeable with these, gains more with a probability of at most 1 - q. With .95 and
+19 images or more, at most one clean image in twenty prefers that radius to none (by the densities
+at the modes; the volumes around them are taken for equal). An attack's gain is larger:
 every pixel it has moved away from its explanation adds to it, up to the attack's own radius, and
 beyond that it grows about as on clean images. Radii that are too small are excluded, those that are
 too large only as far as their penalty goes on growing.
@@ -22,6 +24,7 @@ too large only as far as their penalty goes on growing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -83,7 +86,9 @@ def calibrate_radius(
             validation set rather than the test set.
         radii: increasing radii >= 0. With 0 among them clean images keep the paper's posterior.
         ball: kind of ball.
-        quantile: share of the clean images that gain less than the penalty, 0 to 1.
+        quantile: share q of clean images, 0 to 1, that gain no more than the penalty. So many are
+            promised of further ones from q / (1 - q) images on, 19 for .95; of fewer the penalty is
+            the largest gain.
         num_steps: L-BFGS steps of each search, from the guide's mean.
         batch_size: most images at a time.
 
@@ -108,7 +113,8 @@ def calibrate_radius(
     with program.evaluation_mode(vae):
         parts = [slice(n, n + batch_size) for n in range(0, len(x), batch_size)]
         gains = [_gains(take(vae, part), x[part], balls, num_steps) for part in parts]
-    penalties = torch.cat(gains, 1).quantile(quantile, dim=1)
+    rank = math.ceil((len(x) + 1) * quantile - 1e-9)  # which rounding may not raise
+    penalties = torch.cat(gains, 1).kthvalue(min(max(rank, 1), len(x)), dim=1).values
     return UnknownRadius(ball, radii, tuple(penalties.tolist()))
 
 

@@ -272,7 +272,7 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
     alike.
 
     Raises:
-        ValueError: if the model fails on these images.
+        ValueError: if the model fails on these images, or declares too few event dimensions.
     """
     shape = tuple(like.shape[1:])
     x = probes(like)
@@ -316,16 +316,25 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         if not _observes(site):
             continue
         value = site["value"]
-        rows = image_rows(value, site)
-        if _differ(rows, image_rows(moved[name]["value"], moved[name])[: len(x)].roll(-1, 0)):
+        rows, again = image_rows(value, site), image_rows(moved[name]["value"], moved[name])
+        if rows.shape[1:] != again.shape[1:]:
+            raise ValueError(
+                f"site {name!r} observes a value of shape {tuple(value.shape)}, which has no row "
+                f"per image at dimension {rows_dim(site)}, where the data plate and "
+                f"{site['fn'].event_dim} event dimensions place it; declare all event dimensions "
+                "with .to_event(...)"
+            )
+        if _differ(rows, again[: len(x)].roll(-1, 0)):
             noisy.append(name)
             continue
-        found = _read_site(name, rows.to(x.dtype), x.flatten(1))
+        # A program in float32 rounds images of float64.
+        exact = x.float() if value.dtype == torch.float32 else x
+        found = _read_site(name, rows.to(exact.dtype), exact.flatten(1))
         if found is not None and found.scale is not None and found.shift is not None:
             scale, shift = (_in_layout(part, site) for part in (found.scale, found.shift))
             found = found._replace(scale=scale, shift=shift)
         label = found is not None and found.pixels is not None and len(found.pixels) == 0
-        ends = image_rows(moved[name]["value"], moved[name])[len(x) :]
+        ends = again[len(x) :]
         if label and _differ(ends, rows[:1].expand_as(ends)):
             found, label = None, False  # such as which pixels are black
         alike = True

@@ -22,7 +22,7 @@ from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.robustness import fidelity as fidelities
-from pyro_vae_defence.robustness.scoring import Accuracy, Scores, Similarity
+from pyro_vae_defence.robustness.scoring import Accuracy, Scores, Similarity, strongest_of
 from pyro_vae_defence.robustness.suite import Candidate, Suite
 
 Verdict = tuple[bool | None, str]
@@ -155,9 +155,10 @@ def black_box_is_not_stronger(evidence: Evidence) -> Seen:
         return _nothing("needs a black-box and a gradient attack")
 
     def worst(indices: list[int]) -> Tensor:
-        selection = torch.stack([evidence.found[i].selection for i in indices])
+        selections = torch.stack([evidence.found[i].selection for i in indices])
+        winner = strongest_of(selections, evidence.suite.budget.selection_draws)
         first, *others = (evidence.scores[i] for i in indices)
-        return first.choose(others, selection.argmin(0)).mean()
+        return first.choose(others, winner).mean()
 
     return Seen({"gradient": worst(gradient), "black_box": worst(black)}, {})
 
