@@ -8,7 +8,7 @@ guide, with the images as rows; and draw no latents where the prior has no densi
 gradient leads to the latents is a warning, since nothing is wrong but what follows gradients.
 
 A public call may read one VAE a thousand times, an evaluation in every run of the defence. What has
-been found :func:`once` is not tried again before that call ends.
+been found :func:`once` is not tried again before that call ends, nor, in a study, after it.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def once(
     find: Callable[[], T],
     others: Sequence[Any] = (),
 ) -> T:
-    """What a check or a reading of programs has found; it runs once in an outermost public call.
+    """What a check or a reading of programs has found; it runs once in an outermost public call, or
+    in a study (:func:`~pyro_vae_defence.ops.boundary.remembering`).
 
     It is known of the very same programs, with the same weights and modes of their networks, at
     images of the same shape and further arguments of the same shapes, whatever their values.
