@@ -96,8 +96,8 @@ def nested() -> bool:
 def known() -> dict[Any, Any]:
     """What has been found out in the outermost public call under way, and is not asked again there.
 
-    It is forgotten where that call ends, and outside of one it is a new dictionary each time, except
-    in :func:`remembering`.
+    But in :func:`remembering`, it is forgotten where that call ends, and outside of one it is a new
+    dictionary each time.
     """
     if _begun is None or not _lock._is_owned():  # type: ignore[attr-defined]
         return {} if _kept is None else _kept
