@@ -52,7 +52,9 @@ paper: $(VENV)/.stamp-run
 	$(BIN)/python -m pyro_vae_defence.experiments paper all $(ARGS)
 
 # Two processes of one thread each; ARGS="-n 8" for more, ARGS="-n 0" for none beside pytest's own.
+# Python and pytest keep what they compile, a third of what a run of all tests needs to begin.
 test: export OMP_NUM_THREADS ?= 1
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.stamp-test
 	$(BIN)/python -m pytest -m "not slow and not cuda" -n 2 --dist worksteal $(ARGS)
 

@@ -907,16 +907,17 @@ def check_evidence(case, vae):
         with pytest.raises(ValueError, match=case.unscored):
             metrics.nll(handed, images)
         return
-    groups, few, many = 20, 200, 400
-    generator = torch.Generator().manual_seed(2)
-    from_guide = torch.stack(
-        [metrics.nll(handed, images, few, generator=generator) for _ in range(groups)]
-    )
-    repeated = [
-        value.repeat((groups * many,) + (1,) * (value.dim() - 1)) for value in (x, *conditions)
-    ]
+    groups, few, many = 20, 400, 400
+
+    def repeated(times):
+        return [value.repeat((times,) + (1,) * (value.dim() - 1)) for value in (x, *conditions)]
+
+    # Copies of an image have draws of their own.
+    handed, copies = case.given(vae, *repeated(groups))
+    generator = torch.Generator().manual_seed(3)
+    from_guide = metrics.nll(handed, copies, few, generator=generator).view(groups, COUNT)
     with torch.no_grad():
-        trace = poutine.trace(vae.model).get_trace(*repeated)
+        trace = poutine.trace(vae.model).get_trace(*repeated(groups * many))
         trace.compute_log_prob()
     log_likelihood = sum(
         site["unscaled_log_prob"].reshape(groups * many * COUNT, -1).sum(-1)

@@ -48,6 +48,7 @@ from pyro_vae_defence.metrics.intervals import unseen_share
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
+from pyro_vae_defence.ops.boundary import remembering
 from pyro_vae_defence.ops.checks import as_device, check_positive
 from pyro_vae_defence.ops.files import check_writable, remove_partial, write_atomically, write_json
 from pyro_vae_defence.ops.locks import sole_writer
@@ -359,6 +360,7 @@ class Measurement(Study[C]):
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(tf32(False))
+            stack.enter_context(remembering())
             claims = Claims(f"{self.kind} {self.path}")
             stack.enter_context(claims)
             if claims.rank == 0:

@@ -8,7 +8,7 @@ guide, with the images as rows; and draw no latents where the prior has no densi
 gradient leads to the latents is a warning, since nothing is wrong but what follows gradients.
 
 A public call may read one VAE a thousand times, an evaluation in every run of the defence. What has
-been found :func:`once` is not tried again before that call ends.
+been found :func:`once` is not tried again before that call ends, nor, in a study, after it.
 """
 
 from __future__ import annotations
@@ -193,7 +193,8 @@ def once(
     find: Callable[[], T],
     others: Sequence[Any] = (),
 ) -> T:
-    """What a check or a reading of programs has found; it runs once in an outermost public call.
+    """What a check or a reading of programs has found; it runs once in an outermost public call, or
+    in a study (:func:`~pyro_vae_defence.ops.boundary.remembering`).
 
     It is known of the very same programs, with the same weights and modes of their networks, at
     images of the same shape and further arguments of the same shapes, whatever their values.
@@ -263,7 +264,7 @@ def _check_memory(vae: VAE, x: Tensor, drawn: Trace) -> None:
     """Refuse a model that goes by what the guide has kept of its last images.
 
     In training the guide has always seen the same images just before. Chains and scores run the
-    model on images that are not those.
+    model on images that are not those. ``drawn`` is a run of the model, whatever was before it.
     """
     latents = {n: s["value"] for n, s in sample_sites(drawn).items() if not s["is_observed"]}
 
@@ -273,8 +274,11 @@ def _check_memory(vae: VAE, x: Tensor, drawn: Trace) -> None:
         return _per_image(trace, len(x))
 
     try:
-        own, others = model_after_guide(x.clone()), model_after_guide(1.0 - x)
+        others = model_after_guide(1.0 - x)
+        if _close(_per_image(drawn, len(x)), others):
+            return
         # Noise would change them as well.
+        own = model_after_guide(x.clone())
         if _close(own, others) or not _close(own, model_after_guide(x.clone())):
             return
     except ValueError:
@@ -516,7 +520,8 @@ def check_rows(
             )
         if observes:
             copies = rows[last:].expand(len(rows))
-            _check_gradient(name, run, copies, alone, leaves, latents)
+            dims = {s["name"]: rows_dim(s) for s in sites}
+            _check_gradient(name, run, copies, alone, leaves, latents, dims)
     now = _weights(run)
     if changed := [key for key, was in weights.items() if key in now and not _equal(now[key], was)]:
         names = sorted({found for _, found in changed})
@@ -580,6 +585,7 @@ def _check_gradient(
     found: dict[str, Tensor],
     leaves: dict[str, Tensor],
     latents: dict[str, Tensor],
+    dims: dict[str, int],
 ) -> None:
     """Warn of a likelihood that changes with latents to which no gradient leads.
 
@@ -589,6 +595,8 @@ def _check_gradient(
         copies: the number of one image, as often as there are ``latents``, those of some images.
         found: what :func:`_per_image` has found of that image alone at the ``leaves``.
         leaves: its latents, of which those that are numbers require a gradient.
+        latents: of some images, as many as there are ``copies``.
+        dims: which dimension of latents the images are.
     """
     todo = [value.grad_fn for key, value in found.items() if key not in leaves]
     seen = set[Any]()
@@ -601,7 +609,7 @@ def _check_gradient(
     if torch.is_inference_mode_enabled():
         return
     if not unseen:
-        _check_slope(name, run, copies, leaves, latents)
+        _check_slope(name, run, copies, leaves, latents, dims)
         return
     mixed = {n: v if n in unseen else leaves[n].expand_as(v) for n, v in latents.items()}
     moved = _per_image(run(copies, mixed), len(copies))
@@ -626,6 +634,7 @@ def _check_slope(
     copies: Tensor,
     leaves: dict[str, Tensor],
     latents: dict[str, Tensor],
+    dims: dict[str, int],
 ) -> None:
     """Warn of a density that changes on a short way otherwise than its gradient says.
 
@@ -634,17 +643,21 @@ def _check_slope(
     """
     ways = {n: v.detach() - latents[n] for n, v in leaves.items() if v.requires_grad}
 
-    def at(share: float, gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-densities there and their rounding; or slopes along the ways."""
-        points = {n: latents[n] + share * way for n, way in ways.items()}
-        points = {n: point.requires_grad_(gradient) for n, point in points.items()}
+    def at(*shares: float, gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-densities there, a row per share, and their rounding; or slopes along the ways."""
+        points = {
+            n: torch.cat([v + s * ways[n] if n in ways else v for s in shares], dims[n])
+            for n, v in latents.items()
+        }
+        moving = [points[n].requires_grad_(gradient) for n in ways]
         with torch.set_grad_enabled(gradient):
-            trace = run(copies, {**latents, **points})
+            trace = run(copies.repeat(len(shares)), points)
             sites = [s for s in sample_sites(trace).values() if not is_point(s["fn"])]
-            total = torch.stack([log_prob_per_image(s, len(copies)) for s in sites]).sum(0)
+            total = torch.stack([log_prob_per_image(s, len(copies) * len(shares)) for s in sites])
+            total = total.sum(0).view(len(shares), -1)
             if gradient:
-                gradients = torch.autograd.grad(total.sum(), [*points.values()], allow_unused=True)
-        size = sum(s["value"].numel() for s in sites) / len(copies)
+                gradients = torch.autograd.grad(total.sum(), moving, allow_unused=True)
+        size = sum(s["value"].numel() for s in sites) / total.numel()
         rounding = 20 * torch.finfo(total.dtype).eps * (total.detach().abs() + 10 * size)
         if gradient:
             total = torch.zeros_like(total)
@@ -655,7 +668,8 @@ def _check_slope(
 
     if not ways:
         return
-    (before, rounding), (slope, _), (after, _) = at(0, False), at(_STEP, True), at(2 * _STEP, False)
+    (before, after), (rounding, _) = at(0, 2 * _STEP)
+    ((slope,), _) = at(_STEP, gradient=True)
     change, foretold = after - before, 2 * _STEP * slope
     off = (change - foretold).abs() > _OFF * torch.maximum(change.abs(), foretold.abs()) + rounding
     if bool((off & foretold.isfinite())[:-1].all()):

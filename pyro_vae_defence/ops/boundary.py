@@ -49,6 +49,7 @@ _VALIDATING = (dist, infer, poutine)
 _END: Any = object()
 _lock = threading.RLock()
 _begun: _Begun | None = None  # the outermost public call under way, or one that was cut off
+_kept: dict[Any, Any] | None = None  # what is known between calls, while they are `remembering`
 
 
 def _renew() -> None:
@@ -95,11 +96,26 @@ def nested() -> bool:
 def known() -> dict[Any, Any]:
     """What has been found out in the outermost public call under way, and is not asked again there.
 
-    It is forgotten where that call ends; outside of one it is a new dictionary each time.
+    But in :func:`remembering`, it is forgotten where that call ends, and outside of one it is a new
+    dictionary each time.
     """
     if _begun is None or not _lock._is_owned():  # type: ignore[attr-defined]
-        return {}
+        return {} if _kept is None else _kept
     return _begun.known
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """What is done inside knows what earlier public calls have found.
+
+    For studies, whose programs nobody changes but by training or loading their networks.
+    """
+    global _kept
+    before, _kept = _kept, {} if _kept is None else _kept
+    try:
+        yield
+    finally:
+        _kept = before
 
 
 class Pause:
@@ -193,7 +209,7 @@ class _Begun:
         # Whether a network trains, and how many calls of a PyroModule are under way.
         self.modes: dict[nn.Module, tuple[bool, int]] = {}
         self.referenced: set[Tensor] = set()  # parameters with a reference of Pyro's store
-        self.known: dict[Any, Any] = {}
+        self.known: dict[Any, Any] = {} if _kept is None else _kept
         self.failed = True
         self.depth = 0  # public calls inside each other
 
