@@ -1,8 +1,8 @@
 """Train a named classifier: its weights, and the card that says how they came about.
 
 The paper's downstream task is a linear classifier on the guide's means; here also one with hidden
-layers, and on draws, of the guide or of p(z|x), or on what is read behind a defence. A small convolutional one of images is the feature
-extractor of the Fréchet distances.
+layers, and on draws, of the guide or of p(z|x), or on what is read behind a defence. A small
+convolutional one of images is the feature extractor of the Fréchet distances.
 """
 
 from __future__ import annotations
