@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import pytest
@@ -11,18 +10,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data
-from pyro_vae_defence.defence import DefendedClassifier
-from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.cards import trained_models
 from pyro_vae_defence.experiments.classify import (
     CLASSIFIERS,
     ClassifierConfig,
     TrainClassifier,
-    _draw,
     fit_classifier,
 )
-from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.evaluate import Evaluate
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE, program
@@ -143,38 +138,6 @@ def test_one_with_hidden_layers_is_trained_and_stored(tmp_path):
     assert card.training["hidden_dim"] == 12
     assert not classifier.training
     assert "two hidden layers" in trained_models(tmp_path)
-
-
-def test_one_is_trained_on_with_what_it_reads_behind_a_defence(models):
-    start = "mnist_vae_mlp_classifier"
-    first = TrainClassifier(start, models, None, models, overrides={**TINY, "hidden_dim": 12}).run()
-    few = {"num_images": 200, "num_draws": 2, "learning_rate": 1e-3}
-    name = f"{start}_reencoded"
-    card = TrainClassifier(name, models, None, models, overrides={**TINY, **few}).run()
-    classifier, _ = load_classifier(name, models)
-    assert classifier.config["hidden_dim"] == 12
-    assert card.training["start_from_sha256"] == first.sha256
-    before, after = (card.metrics[f"{which}test_accuracy"] for which in ("start_", ""))
-    assert before["num_images"] == after["num_images"] == 20
-    assert f"behind the perturbation-aware chain, on from `{start}`, of" in trained_models(models)
-    # What was read is what a defended classifier reads.
-    vae = load_pretrained("mnist_vae", models)
-    x = data.load("mnist_subset", "test").images(slice(3))
-    seen = []
-    spy = functools.partial(lambda scores, z: seen.append(z) or scores(z), classifier)
-    config = dataclasses.replace(CLASSIFIERS[name], num_draws=2)
-    defence = make_defence("aware", Setting(vae, conf.ChainConfig(2, 20), radius=0.1))
-    DefendedClassifier(defence, spy).predict(x, torch.Generator().manual_seed(3))
-    read = _draw(vae, config)(x, torch.Generator().manual_seed(3))
-    assert read.shape == (1, 3, 64)
-    torch.testing.assert_close(read[0], seen[0])
-
-
-def test_what_a_start_decides_is_not_set_beside_it():
-    with pytest.raises(ValueError, match="hidden_dim=12 has no effect with start_from, whose arch"):
-        ClassifierConfig("mnist", "mnist_vae", 12, start_from="mnist_vae_mlp_classifier")
-    with pytest.raises(ValueError, match="start_from='a' has no effect on a classifier of images"):
-        ClassifierConfig("mnist", start_from="a")
 
 
 def test_a_card_from_before_a_choice_is_of_its_default(tmp_path):

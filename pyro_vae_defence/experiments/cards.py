@@ -21,12 +21,7 @@ _OBJECTIVES = {
     "nvae": "NVAE's",
     "margin": "mass margin, radius {radius:g}, weight {weight:g}",
 }
-_INPUTS = {
-    "mean": "guide's mean",
-    "guide": "guide's draws",
-    "posterior": "posterior draws",
-    "reencoded": "re-encoded means behind the perturbation-aware chain",
-}
+_INPUTS = {"mean": "guide's mean", "guide": "guide's draws", "posterior": "posterior draws"}
 
 
 def trained_models(directory: str | os.PathLike[str] | None = None) -> str:
@@ -92,8 +87,6 @@ def _classifier(card: WeightCard) -> list[str]:
     reads = _INPUTS[training.get("inputs", "mean")]
     if training.get("hidden_dim"):
         reads = f"{reads}, two hidden layers,"
-    if (start := training.get("start_from")) is not None:
-        reads = f"{reads}, on from `{start}`,"
     return [
         f"`{card.name}`",
         "images" if model is None else f"{reads} of `{model}`",

@@ -1,8 +1,8 @@
 """Train a named classifier: its weights, and the card that says how they came about.
 
 The paper's downstream task is a linear classifier on the guide's means; here also one with hidden
-layers, and on draws, of the guide or of p(z|x), or on what is read behind a defence. A small
-convolutional one of images is the feature extractor of the Fréchet distances.
+layers, and on draws, of the guide or of p(z|x). A small convolutional one of images is the feature
+extractor of the Fréchet distances.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pyro_vae_defence import data, metrics
 from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import EncoderDefence
-from pyro_vae_defence.defence.classifier import read_latents
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.study import Study, check_column, share
@@ -40,7 +39,7 @@ from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, save_pret
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.training import NonFiniteLossError
 
-LatentInputs = Literal["mean", "guide", "posterior", "reencoded"]
+LatentInputs = Literal["mean", "guide", "posterior"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +53,9 @@ class ClassifierConfig(conf.Configuration):
             network classifies images.
         hidden_dim: width of two hidden layers between latents and classes; 0 for none, a linear
             classifier.
-        inputs: which latents, the guide's ``"mean"``, draws from the ``"guide"``, draws from the
-            ``"posterior"`` p(z|x) by HMC, or what a
-            :class:`~pyro_vae_defence.defence.DefendedClassifier` reads by default, the guide's mean
-            at the decoded mean of such draws, ``"reencoded"``.
-        start_from: trained classifier of the same latents whose weights the training starts from,
-            random ones if ``None``.
-        num_draws: draws per image; of which the mean is taken where they are re-encoded.
+        inputs: which latents, the guide's ``"mean"``, draws from the ``"guide"``, or draws from the
+            ``"posterior"`` p(z|x) by HMC.
+        num_draws: draws per image, where they are draws.
         num_images: class-stratified training images, and a tenth of that for validation and test,
             so at least 20; all if ``None``.
         radius: L_inf radius of the perturbations that chains assume, 0 for the paper's posterior.
@@ -78,7 +73,6 @@ class ClassifierConfig(conf.Configuration):
     model: str | None = None
     hidden_dim: conf.Natural = 0
     inputs: LatentInputs = "mean"
-    start_from: str | None = None
     num_draws: conf.Count = 4
     num_images: Annotated[int, conf.at_least(20)] | None = None
     radius: conf.Radius = 0.0
@@ -94,14 +88,12 @@ class ClassifierConfig(conf.Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model is None:
-            idle = ("hidden_dim", "inputs", "start_from", "num_draws", "num_images", "radius")
+            idle = ("hidden_dim", "inputs", "num_draws", "num_images", "radius")
             self.refuse_idle("on a classifier of images, without a model", *idle)
         if self.inputs == "mean":
             self.refuse_idle("on inputs='mean'", "num_draws", "radius")
         if self.inputs == "guide":
             self.refuse_idle("on inputs='guide'", "radius")
-        if self.start_from is not None:
-            self.refuse_idle("with start_from, whose architecture it is", "hidden_dim")
 
 
 # --- Classifiers by name --------------------------------------------------------------------------
@@ -134,17 +126,7 @@ def _classifiers() -> dict[str, ClassifierConfig]:
             classifiers[f"{name}_posterior"] = replace(plain, inputs="posterior", num_images=5_500)
     for dataset in ("mnist", "fashion_mnist"):
         layers = replace(_OF_LAYERS, dataset=dataset, model=f"{dataset}_vae")
-        classifiers[name := f"{dataset}_vae_mlp_classifier"] = layers
-        classifiers[f"{name}_reencoded"] = replace(
-            layers,
-            hidden_dim=0,  # that of the start
-            inputs="reencoded",
-            start_from=name,
-            num_draws=5,
-            num_images=5_500,
-            radius=0.1,
-            learning_rate=2e-4,
-        )
+        classifiers[f"{dataset}_vae_mlp_classifier"] = layers
     for dataset in DATASETS:
         features = ClassifierConfig(dataset, optimiser="adam", learning_rate=1e-3, max_epochs=5)
         if dataset == "color_mnist":
@@ -157,8 +139,7 @@ CLASSIFIERS: dict[str, ClassifierConfig] = _classifiers()
 """``<model>_classifier``, the paper's linear classifier on the guide's means (on ColorMNIST of the
 digit; ``<model>_color_classifier`` of the colour), the same with ``_guide`` or ``_posterior``
 appended on draws from the guide or from p(z|x); ``<dataset>_vae_mlp_classifier``, with two hidden
-layers, and with ``_reencoded`` appended the same trained on with what it reads behind the
-perturbation-aware chain; and ``<dataset>_features``, whose features measure Fréchet distances."""
+layers; and ``<dataset>_features``, whose features measure Fréchet distances."""
 
 
 def classifiers_of(model: str) -> dict[str, str]:
@@ -175,8 +156,6 @@ _ROWS = 1000
 # Of the chains whose draws are classified: transitions before the first, and per draw that is kept.
 _WARMUP_STEPS = 15
 _THINNING = 3
-# Of those whose mean is re-encoded, as those of the defences that are compared.
-_WARMUP_STEPS_OF_A_MEAN = 20
 
 
 class TrainClassifier(Study[ClassifierConfig]):
@@ -212,19 +191,17 @@ class TrainClassifier(Study[ClassifierConfig]):
         check_column(sets[0], config.column)
         train, validation, test = (_inputs(each, vae, config, self.device) for each in sets)
         torch.manual_seed(config.seed)
-        found: dict[str, Any] = {}
-        if config.start_from is not None:
-            classifier = self.load_classifier(config.start_from, config.model)
-            training["start_from_sha256"] = self.weights[config.start_from]
-            found["start_test_accuracy"] = _accuracy(classifier, test)
-        else:
-            make: Any = ConvClassifier if vae is None else LinearClassifier
-            if config.hidden_dim:
-                make = partial(MLPClassifier, hidden_dim=config.hidden_dim)
-            classifier = make(train[0][0].shape[0], int(train.labels.max()) + 1).to(self.device)
+        make: Any = ConvClassifier if vae is None else LinearClassifier
+        if config.hidden_dim:
+            make = partial(MLPClassifier, hidden_dim=config.hidden_dim)
+        classifier = make(train[0][0].shape[0], int(train.labels.max()) + 1).to(self.device)
         history = fit_classifier(classifier, train, validation, config)
-        found["validation_cross_entropy"] = min(history)
-        found["test_accuracy"] = _accuracy(classifier, test)
+        correct = torch.cat(
+            [metrics.correct(classifier(x).argmax(-1), y) for x, y in data.batches(test, _ROWS)]
+        )
+        # Draws of one image are not independent: images are resampled.
+        accuracy = share(correct, torch.arange(len(test)) % test.num_images)
+        accuracy["num_images"] = test.num_images
         return save_pretrained(
             classifier,
             self.name,
@@ -232,7 +209,7 @@ class TrainClassifier(Study[ClassifierConfig]):
             training={**training, "epochs": len(history)},
             command=self.command_line(),
             provenance={**source, "seconds": round(time.perf_counter() - started, 1)},
-            metrics=found,
+            metrics={"validation_cross_entropy": min(history), "test_accuracy": accuracy},
         )
 
     @classmethod
@@ -284,17 +261,6 @@ def fit_classifier(
     classifier.load_state_dict(best)
     classifier.eval()
     return history
-
-
-@torch.no_grad()
-def _accuracy(classifier: nn.Module, test: _Labelled) -> dict[str, float]:
-    """Share of inputs whose label is read, with its interval over images."""
-    correct = torch.cat(
-        [metrics.correct(classifier(x).argmax(-1), y) for x, y in data.batches(test, _ROWS)]
-    )
-    # Draws of one image are not independent: images are resampled.
-    found = share(correct, torch.arange(len(test)) % test.num_images)
-    return {**found, "num_images": test.num_images}
 
 
 @torch.no_grad()
@@ -354,15 +320,6 @@ def _draw(vae: TrainedVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.
 
     if config.inputs == "mean":
         return mean
-    if config.inputs == "reencoded":
-        chain = conf.ChainConfig(config.num_draws, _WARMUP_STEPS_OF_A_MEAN)
-        averaged = make_defence("aware", Setting(vae, chain, radius=config.radius))
-
-        def reencoded(x: Tensor, generator: torch.Generator) -> Tensor:
-            found = read_latents(vae, averaged(x, generator), "reencoded")
-            return torch.cat([value.flatten(2) for value in found.values()], 2)
-
-        return reencoded
     thinning, defence = 1, EncoderDefence(vae, config.num_draws)
     if config.inputs == "posterior":
         thinning = _THINNING
