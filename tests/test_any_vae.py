@@ -907,7 +907,7 @@ def check_evidence(case, vae):
         with pytest.raises(ValueError, match=case.unscored):
             metrics.nll(handed, images)
         return
-    groups, few, many = 20, 400, 400
+    groups, few, many = 20, 1600, 400
 
     def repeated(times):
         return [value.repeat((times,) + (1,) * (value.dim() - 1)) for value in (x, *conditions)]
@@ -930,9 +930,7 @@ def check_evidence(case, vae):
     error = ((p.var(0) + q.var(0)) / groups).sqrt()
     # Means of 20: beyond 5 standard errors once in 10^4.
     assert ((p.mean(0) - q.mean(0)).abs() < 5 * error).all()
-    # Sharp, but where the weights of an image have heavy tails, whose error any seed may double.
-    assert (error < 0.15 * p.mean(0)).double().mean() > 0.5
-    assert (error < 0.5 * p.mean(0)).all()
+    assert (error < 0.15 * p.mean(0)).all()
 
 
 def check_defence(case, vae):

@@ -180,7 +180,7 @@ def test_a_call_reads_the_contract_once(linear_vae):
         return len(runs) - before
 
     once = call(1)
-    assert once > 3
+    assert once >= 5
     assert call(4) == once
     vae.model = lambda x: LinearGaussianVAE.model(vae, x - x.mean(0))
     for _ in range(2):

@@ -256,7 +256,7 @@ def _against(
         for entry in entries
         if defence_spec(entry.defence).role == "defence"
         for report in [RobustnessReport.from_dict(entry.report)]
-        if len(rival.per_image) > 0 and same_images(report, rival)
+        if same_images(report, rival)
     ]
     for entry, report in compared:
         level, seeded = 1.0 - 0.05 / len(compared), torch.Generator().manual_seed(0)

@@ -712,30 +712,27 @@ def shown(path: Path, run: str = "the experiment") -> dict[str, Any]:
     config = found.get("config", {})
     number = config.get("num_references") or config.get("num_images") or 0
     _give_width(found, number, False)
-    _take_least(found)
+    if found.get("study") == "robustness":
+        blocks = (part for parts in found.get("blocks", {}).values() for part in parts.values())
+        for report in (*found.get("reports", {}).values(), *blocks):
+            _take_least(report)
     return found
 
 
-def _take_least(entry: Any) -> None:
-    """Give reports of attacks the figure of their strongest single attack where that is less than
-    their worst case, which earlier versions chose by few draws alone."""
-    if isinstance(entry, list):
-        for each in entry:
-            _take_least(each)
-    if not isinstance(entry, dict):
+def _take_least(report: dict[str, Any]) -> None:
+    """Give a report the figure of its strongest single attack where that is less than its worst
+    case, which earlier versions chose by few draws alone."""
+    strongest = min(report["attacks"], key=lambda each: each["figure"]["estimate"], default=None)
+    worst_case = report["robust"]["mean"]["estimate"]
+    if strongest is None or strongest["figure"]["estimate"] >= worst_case:
         return
-    if "robust" in entry and entry.get("attacks"):
-        strongest = min(entry["attacks"], key=lambda each: each["figure"]["estimate"])
-        if strongest["figure"]["estimate"] < entry["robust"]["mean"]["estimate"]:
-            place = f"attacks/{strongest['name']}/{strongest['num_draws']}"
-            entry["robust"]["mean"] = strongest["figure"]
-            if place in entry.get("values", {}):
-                entry["values"]["robust/mean"] = entry["values"][place]
-            else:
-                entry["per_image"] = []  # not kept: nothing is paired with it
-        return
-    for part in entry.values():
-        _take_least(part)
+    report["robust"]["mean"] = strongest["figure"]
+    values = report.get("values", {})
+    place = f"attacks/{strongest['name']}/{strongest['num_draws']}"
+    if place in values:
+        values["robust/mean"] = values[place]
+    else:
+        report["per_image"] = []  # not kept: nothing is paired with it
 
 
 _FIGURES = {"robust", "clean", "undefended_clean", "random_noise", "attacks"}

@@ -56,10 +56,10 @@ class Difference(NamedTuple):
 
 
 def same_images(report: RobustnessReport, other: RobustnessReport) -> bool:
-    """Whether two reports may be of the same images: as many, and where both reports hold a hash
-    of them, the same ones. Reports of early versions hold none."""
+    """Whether two reports may be of the same images: as many, one at least, and where both reports
+    hold a hash of them, the same ones. Reports of early versions hold none."""
     known = bool(report.images and other.images)
-    return len(report.per_image) == len(other.per_image) and not (
+    return 0 < len(report.per_image) == len(other.per_image) and not (
         known and report.images != other.images
     )
 
