@@ -266,9 +266,15 @@ def test_latents_of_a_plate_left_of_the_data_plate():
             with pyro.plate("parts", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
                 pyro.sample("z", dist.Normal((x.flatten(1) @ WEIGHT.T).T, 0.3))
 
+    vae = Plated()
     for number in (2, 3):
-        with pytest.raises(ValueError, match="'z' has a plate left of the data plate"):
-            attacks.symmetric_kl(Plated())(images(number))
+        for compute in (
+            attacks.symmetric_kl(vae),
+            lambda x: program.encode(vae, x),
+            lambda x: program.posterior_mean(vae, x),
+        ):
+            with pytest.raises(ValueError, match="'z' has a plate left of the data plate"):
+                compute(images(number))
 
 
 # --- What reads the image -------------------------------------------------------------------------

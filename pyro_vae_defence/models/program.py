@@ -108,7 +108,11 @@ def _continuous(trace: poutine.Trace) -> list[Site]:
 
 
 def _latents(trace: poutine.Trace) -> Latents:
-    """Values of the continuous latent sites; discrete ones are summed out wherever they matter."""
+    """Values of the continuous latent sites; discrete ones are summed out wherever they matter.
+
+    Their rows are images, or a ``ValueError`` says which site's are not.
+    """
+    check_latents(trace)
     return {site["name"]: site["value"] for site in _continuous(trace)}
 
 
@@ -669,13 +673,12 @@ class ModelPotential:
         with torch.no_grad():
             trace = run_on("vae.model", model, *args, **kwargs)
             discrete = enumerable(trace)
-            check_latents(trace)
+            self._prototype = _latents(trace)
             self.sites = tuple(self._read_site(site) for site in _continuous(trace))
             if not self.sites:
                 raise ValueError(
                     "the model has no continuous latent site to sample; no chain can run on it"
                 )
-            self._prototype = _latents(trace)
             self._program = model
             if discrete:
                 frame = data_frame(trace.nodes[discrete[0]], self.num_images)
