@@ -9,8 +9,9 @@ import torch
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.bound import Bound, BoundConfig, row
-from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.study import check_finite, write_pages
 from pyro_vae_defence.robustness import RobustnessReport
+from pyro_vae_defence.robustness.mass import MassBound, Masses
 
 SETTINGS = {
     "dataset": "mnist_subset", "num_images": 5, "images_per_cell": 3, "radii": (0.05,),
@@ -57,6 +58,17 @@ def test_a_row_says_what_the_blocks_do():
     share = torch.tensor([-1.0, 2.0, 1.0, 3.0]).sigmoid().mean()
     assert cells[7].startswith(f"{float(share):.3f} [")
     assert cells[8:] == ["1.0", "1.0"]  # the lower of two middle values
+
+
+def test_a_mass_that_no_walk_has_found_keeps_no_vote_and_loses_no_cell():
+    found, lost = torch.tensor([3.0, -torch.inf]), torch.tensor([1.0, 2.0])
+    right, wrong = (Masses(mass, mass, lost, lost, lost) for mass in (found, lost))
+    block = MassBound(0.1, 0.2, right, wrong, common_attack=False).to_dict()
+    check_finite(block)
+    cells = row("0.1 2", {"000": json.loads(json.dumps(block, allow_nan=False))}, {})
+    assert cells[3].startswith("0.500 [")
+    assert cells[7].startswith(f"{float(torch.tensor(2.0).sigmoid() / 2):.3f} [")
+    assert cells[8:] == ["0.0", "0.0"]
 
 
 def test_the_first_images_alone_are_attacked_and_the_gap_is_theirs(tmp_path):

@@ -217,7 +217,7 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
         falling, rising = (
             _values((block[of] for block in bounds.values()), way) for way in ("falling", "rising")
         )
-        differences.append(f"{float((falling - rising).median()):.1f}")
+        differences.append(f"{float((falling - rising).nanmedian()):.1f}")
     number, worst, gap = "0", "", ""
     if attacked:
         tried = sorted(attacked)
@@ -240,5 +240,6 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
 
 
 def _values(blocks: Iterable[dict[str, Any]], name: str) -> torch.Tensor:
-    """Of all images of some blocks."""
-    return torch.tensor([value for block in blocks for value in block[name]])
+    """Of all images of some blocks; -inf where no walk has found a mass."""
+    values = [value for block in blocks for value in block[name]]
+    return torch.tensor([-torch.inf if value is None else value for value in values])

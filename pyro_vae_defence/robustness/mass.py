@@ -155,13 +155,19 @@ class MassBound:
         return self.log_ratio > 0
 
     def to_dict(self) -> dict[str, Any]:
-        """All estimates image by image, as JSON knows them."""
+        """All estimates image by image, as JSON knows them: ``None`` where no walk has found a mass
+        (the log-ratio is then -inf)."""
         found: dict[str, Any] = {"epsilon": self.epsilon, "delta": self.delta}
         found["common_attack"] = self.common_attack
-        found["log_ratio"] = self.log_ratio.tolist()
+        found["log_ratio"] = _numbers(self.log_ratio)
         for name, masses in (("right", self.right), ("wrong", self.wrong)):
-            found[name] = {key: value.tolist() for key, value in masses._asdict().items()}
+            found[name] = {key: _numbers(value) for key, value in masses._asdict().items()}
         return found
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    """What is finite, and ``None``."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 @public
