@@ -290,12 +290,16 @@ def data_frame(site: Site, num_images: int | None = None) -> DataFrame:
     frames = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
     named = [frame for frame in frames if frame.name == DATA_PLATE]
     if not frames:
+        name, mend = site["name"], "hide it, poutine.block(vae.model, hide=[{0!r}])"
+        if not site["is_observed"]:
+            mend = (
+                "give it a value and hide it, poutine.block(poutine.condition(vae.model, "
+                "data={{{0!r}: value}}), hide=[{0!r}]), and drop it from the guide"
+            )
         raise ValueError(
-            f"site {site['name']!r} stands in no data plate. If it has a value per image, open "
+            f"site {name!r} stands in no data plate. If it has a value per image, open "
             f'pyro.plate("{DATA_PLATE}", x.shape[0]) around it; if it is global, shared by all '
-            "images, give it a value and hide it, poutine.block(poutine.condition(vae.model, "
-            f"data={{{site['name']!r}: value}}), hide=[{site['name']!r}]), and drop it from "
-            "the guide"
+            f"images, {mend.format(name)}"
         )
     frame = named[0] if named else min(frames, key=lambda frame: frame.dim)
     size = frame.size
