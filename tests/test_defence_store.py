@@ -142,12 +142,12 @@ class TestTakingUp:
         whole = defence.to_zarr(Pairs(x), tmp_path / "whole", generator=seeded(), chunk_size=2)
         put, done = store._Store.put, []
 
-        def dies(self, groups, number, first):
+        def dies(self, groups, number, *rest):
             """After the arrays of the third chunk and before its mark."""
             if len(done) == 2:
                 monkeypatch.setattr(store, "write_atomically", lambda *_: 1 / 0)
             done.append(number)
-            put(self, groups, number, first)
+            put(self, groups, number, *rest)
 
         monkeypatch.setattr(store._Store, "put", dies)
         path, partial = tmp_path / "a", tmp_path / "a.partial"
@@ -162,9 +162,29 @@ class TestTakingUp:
         (tmp_path / ".a.123.new").mkdir()
         images = Pairs(x)
         assert defence.to_zarr(images, path, generator=seeded(), chunk_size=2) == path
-        assert images.asked == [0, 0, 3, 6, 4, 5, 6]  # first to be looked at, then to be defended
+        # First some are looked at, then those of finished chunks; the others are defended.
+        assert images.asked == [0, 0, 3, 6, 0, 1, 2, 3, 4, 5, 6]
         assert_same(whole, path)
         assert sorted(os.listdir(tmp_path)) == ["a", "whole"]
+
+    def test_finished_chunks_of_images_that_have_changed_are_refused(
+        self, defence, x, tmp_path, monkeypatch
+    ):
+        """Of any of them, and before more is computed."""
+        defend, calls = BaseDefence._defend, []
+
+        def dies(*args):
+            calls.append(1)
+            return defend(*args) if len(calls) < 3 else 1 / 0
+
+        monkeypatch.setattr(BaseDefence, "_defend", dies)
+        with pytest.raises(ZeroDivisionError):
+            defence.to_zarr(x, tmp_path / "a", generator=seeded(), chunk_size=2)
+        other = x.clone()
+        other[2, 0, 0, 0] = 0.5
+        with pytest.raises(ValueError, match=r"dataset\[2\] to dataset\[3\] have changed.*same"):
+            defence.to_zarr(other, tmp_path / "a", generator=seeded(), chunk_size=2)
+        assert len(calls) == 3
 
     def test_a_finished_store_costs_nothing(self, defence, x, tmp_path, monkeypatch):
         path = defence.to_zarr(x, tmp_path / "a", generator=seeded(), chunk_size=2)
@@ -283,7 +303,7 @@ class TestTakingUp:
         shutil.copytree(whole, tmp_path / "b.partial")
         marks = tmp_path / "b.partial" / ".finished"
         marks.mkdir()
-        (marks / "0").touch()
+        (marks / "0").write_text(store.fingerprint([x[0], x[1]]))
         torch.rand(5)
         state = torch.get_rng_state()
         assert_same(defence.to_zarr(x[:4], tmp_path / "b", generator=seeded(), chunk_size=2), whole)

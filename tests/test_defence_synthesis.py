@@ -368,7 +368,8 @@ class TestWrongArguments:
             make(Unconditional(), None).log_masses(x)
         with pytest.raises(ValueError, match=r"vae\.model failed"):
             AnalysisBySynthesis(vae, 4, num_temperatures=3).log_masses(x)
-        for metric in ({"w": torch.ones(2)}, {"z": torch.ones(3)}, {"z": torch.zeros(2)}):
+        mappings = {"w": torch.ones(2)}, {"z": torch.ones(3)}, {"z": torch.zeros(2)}, {"z": 1.0}
+        for metric in (*mappings, torch.ones(2)):
             with pytest.raises(ValueError, match="inverse_mass_matrix"):
                 make(vae, None, inverse_mass_matrix=metric).log_masses(x)
 

@@ -185,6 +185,18 @@ def test_small_balls_hold_whatever_the_rounding_of_pixels(ball):
     assert (norm > 0.95 * ball.radius).all()
 
 
+@pytest.mark.parametrize("radius", [1e-9, 1e-6])
+def test_balls_that_hold_but_for_a_bit_are_not_left(radius, float64):
+    """Where shrinking by so little is undone when pixels are rounded."""
+    ball = L2(radius)
+    x = torch.rand(2000, 1, 4, 4)
+    eps = ball.project_box(3 * radius * torch.randn_like(x), -x, 1 - x)
+    assert (ball.norm(x + eps - x) > radius).any()
+    norm = ball.norm(ball.inside(x, x + eps) - x)
+    assert (norm <= radius).all()
+    assert (norm > radius - 1e-15).double().mean() > 0.99
+
+
 @pytest.mark.parametrize(("radius", "mend"), [(8, "8/255"), (1.5, "1.5/255"), (255.0, "255/255")])
 def test_radius_in_grey_levels_is_refused(radius, mend):
     with pytest.raises(ValueError, match=f"Linf must be at most 1.* write {mend}$"):

@@ -431,12 +431,15 @@ def test_what_is_no_similarity_is_refused_at_the_start(similarity, message):
         ({"engine": APGD(lambda x: None, Linf(0.1))}, "engine must be an optimiser such as"),
         ({"checks": "no"}, "checks must be True or False, got 'no'"),
         ({"labels": ["a", "b", "c"], "classifier": classify}, "labels must be classes, .*'a'"),
+        ({"classifier": lambda z: classify(z)[:, :1]}, "scores of two or more classes, got 1"),
+        ({"defence": lambda x, generator=None: x}, "it returned a Tensor; .*preprocess"),
     ],
 )
 def test_settings_that_fit_nothing_are_refused_at_the_start(settings, message):
     vae, x = LinearGaussianVAE(), torch.rand(3, 1, 4, 4)
+    settings = {"defence": NoDefence(vae), "similarity": _similarity, **settings}
     with pytest.raises(ValueError, match=message):
-        evaluate_robustness(vae, NoDefence(vae), x, budget=SMALL, **settings)
+        evaluate_robustness(vae, x=x, budget=SMALL, **settings)
 
 
 def test_attacks_from_an_iterator_numpys_seed_and_images_with_a_gradient():

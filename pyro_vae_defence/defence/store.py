@@ -10,7 +10,8 @@ chunk all of whose arrays have reached the disk. A chunk without it is made anew
 
 **What belongs together.** Attributes of the root group say what the results are of: settings, seed,
 number of images, versions, and hashes of the defence with its networks and of some of the images. A
-store is only continued by the very same.
+store is only continued by the very same; the mark of a chunk holds a hash of all of its images,
+which are read again then.
 
 The format is Zarr 2, which all of its libraries read, with the conventions of xarray; groups and
 names are those of :mod:`pyro_vae_defence.diagnostics`. Reference: https://zarr-specs.readthedocs.io.
@@ -30,7 +31,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -148,17 +149,21 @@ def write(
                 bar.refresh()
 
             for number in claims.order(total):
-                if store.is_finished(number) or not claims.claim(number):
+                if not claims.claim(number):
                     continue
                 first = number * chunk_size
                 rows = range(first, min(first + chunk_size, length))
-                result = defend(default_collate([dataset[row] for row in rows]), first)
+                images = [dataset[row] for row in rows]
+                if store.is_finished(number):
+                    store.check_images(number, first, images)
+                    continue
+                result = defend(default_collate(images), first)
                 groups = _groups(result, observed_data)
                 if not store.partial.exists() and claims.claim("store"):
                     store.create(groups, length, chunk_size)
                 for _ in claims.waiting(store.partial.exists):
                     pass
-                store.put(groups, number, first)
+                store.put(groups, number, first, fingerprint(images))
                 show()
             claims.leave()
             for _ in claims.waiting():
@@ -196,8 +201,21 @@ class _Store:
                 )
         self._checked = True
 
+    def mark(self, number: int) -> Path:
+        """Of a finished chunk; it holds a hash of the chunk's images."""
+        return self.partial / _FINISHED / str(number)
+
     def is_finished(self, number: int) -> bool:
-        return (self.partial / _FINISHED / str(number)).exists()
+        return self.mark(number).exists()
+
+    def check_images(self, number: int, first: int, images: Sequence[Any]) -> None:
+        """Raise ``ValueError`` if a finished chunk is of other images."""
+        if self.mark(number).read_text() != fingerprint(images):
+            raise ValueError(
+                f"{self.partial} holds results of other images: some of dataset[{first}] to "
+                f"dataset[{first + len(images) - 1}] have changed; the dataset must give the same "
+                "every time. Delete the store, or choose another path"
+            )
 
     def num_finished(self) -> int:
         return len(list((self.partial / _FINISHED).glob("[0-9]*")))
@@ -237,7 +255,9 @@ class _Store:
         finally:  # where it did not get its name
             shutil.rmtree(new, ignore_errors=True)
 
-    def put(self, groups: Mapping[str, xarray.Dataset], number: int, first: int) -> None:
+    def put(
+        self, groups: Mapping[str, xarray.Dataset], number: int, first: int, images_hash: str
+    ) -> None:
         """Write a chunk, and when it has reached the disk its mark."""
         if not self._checked:
             self.check(self.partial)
@@ -254,7 +274,7 @@ class _Store:
                 place = (str(number if dim == "image" else 0) for dim in values.dims)
                 with (self.partial / name / str(variable) / ".".join(place)).open("rb") as file:
                     os.fsync(file.fileno())
-        write_atomically(self.partial / _FINISHED / str(number), b"")
+        write_atomically(self.mark(number), images_hash.encode())
 
     def close(self) -> None:
         """Give the store its name: all chunks are there."""

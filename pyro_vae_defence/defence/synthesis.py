@@ -56,6 +56,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae_defence.mcmc import annealed
+from pyro_vae_defence.mcmc.kernels import check_inverse_mass
 from pyro_vae_defence.metrics.likelihood import sigmoid_schedule
 from pyro_vae_defence.models import common_attack, program
 from pyro_vae_defence.models.common_attack import MeanSlopes
@@ -190,6 +191,8 @@ class AnalysisBySynthesis:
                     f"log_prior must be {self.num_classes} finite numbers, one per class, got "
                     f"{self.log_prior!r}"
                 )
+        if self.inverse_mass_matrix is not None:
+            check_inverse_mass(self.inverse_mass_matrix)
         self._bases: dict[tuple[object, ...], _Base] = {}
 
     @public
@@ -461,8 +464,6 @@ def _check_metric(metric: LatentsLike, like: Latents) -> Latents:
     found = {name: tuple(value.shape) for name, value in metric.items()}
     if found != shapes:
         raise ValueError(f"inverse_mass_matrix has shapes {found}, the latents {shapes}")
-    if not all(bool((value > 0).all() & value.isfinite().all()) for value in metric.values()):
-        raise ValueError("inverse_mass_matrix must be positive and finite everywhere")
     return {name: metric[name][None].to(value) for name, value in like.items()}
 
 

@@ -127,7 +127,7 @@ class BatchedKernel(MCMCKernel):
         check_flag("adapt_step_size", adapt_step_size)
         check_generator(generator)
         if inverse_mass_matrix is not None:
-            _check_inverse_mass(inverse_mass_matrix)
+            check_inverse_mass(inverse_mass_matrix)
         # Built in any case, so that a target out of range never passes in silence.
         target = self.default_target if target_accept_prob is None else target_accept_prob
         rule: adaptation.StepSizeRule = adaptation.DualAveraging(target)
@@ -430,7 +430,8 @@ def _check_energy(energy: Tensor, rows: int) -> None:
             )
 
 
-def _check_inverse_mass(matrix: LatentsLike) -> None:
+def check_inverse_mass(matrix: LatentsLike) -> None:
+    """``ValueError`` unless it holds positive numbers by site."""
     if not (isinstance(matrix, Mapping) and all(isinstance(v, Tensor) for v in matrix.values())):
         raise ValueError(
             "inverse_mass_matrix must be a dict from site to tensor, e.g. "

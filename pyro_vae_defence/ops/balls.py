@@ -124,7 +124,9 @@ class Ball:
             excess = (norm - self.radius) / norm.clamp(min=1e-30) * (4**attempt - 1)
             shrink = 1.0 - rows(excess.clamp(min=16 ** (attempt + 1) * eps, max=1.0), x_adv)
             outside = rows(norm > self.radius, x_adv)
-            x_adv = torch.where(outside, x_ref + shrink * difference, x_adv)
+            # Rounding to the nearest may undo what shrinks by less than a pixel resolves.
+            shrunk = torch.nextafter(x_ref + shrink * difference, x_ref)
+            x_adv = torch.where(outside, shrunk, x_adv)
         return x_adv
 
 

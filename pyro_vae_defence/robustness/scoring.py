@@ -177,6 +177,11 @@ class Accuracy(Scorer):
             scores = class_scores(classifier.classifier, program.posterior_mean(box.vae, x))
         self.classifier, self.reading = classifier, classifier.reading
         self.num_classes = scores.shape[-1]
+        if self.num_classes < 2:
+            raise ValueError(
+                f"classifier must return scores of two or more classes, got {self.num_classes}; "
+                "one of two classes with a single logit s is torch.cat([-s, s], -1)"
+            )
         if (
             labels is not None
             and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes

@@ -235,10 +235,19 @@ class WhiteBox:
             copies = images.split(len(self._x))
             own = self._conditions
             return DefenceResult.join([
-                self.defence((each, *own) if own else each, self._generator()) for each in copies
+                self._defend((each, *own) if own else each, self._generator()) for each in copies
             ])  # fmt: skip
         conditions = conditions or tuple(fold(value, len(images)) for value in self._conditions)
-        return self.defence((images, *conditions) if conditions else images, generator)
+        return self._defend((images, *conditions) if conditions else images, generator)
+
+    def _defend(self, x: ImagesLike, generator: torch.Generator | None) -> DefenceResult:
+        found = self.defence(x, generator)
+        if not hasattr(found, "samples"):
+            raise ValueError(
+                f"defence must map images to a DefenceResult, it returned a {type(found).__name__}"
+                "; what makes images of images can be the preprocess of an EncoderDefence"
+            )
+        return found
 
     def start(self, x: Tensor, streams: Streams) -> Latents:
         """The encoding, differentiable in the images: a draw of the guide, or for chains that start
