@@ -489,7 +489,7 @@ def test_rows_without_a_finite_value_stay_in_the_ball(name):
         (attacks.LBFGS, {"memory": 0}, "memory must be an integer of at least 1, got 0"),
         (attacks.LBFGS, {"inner_steps": 0}, "inner_steps must be an integer of at least 1"),
         (attacks.Square, {"ball": L1(3.0)}, "Square needs an Linf or L2 ball"),
-        (attacks.Square, {"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
+        (attacks.Square, {"share": 0.0}, r"share must lie in \(0, 1\], got 0.0"),
         (attacks.NES, {"num_directions": 5}, "num_directions must be even, got 5"),
         (attacks.NES, {"scale": -1.0}, "scale must be a positive .* got -1.0"),
         (attacks.NES, {"scale": math.inf}, "scale must be a positive .* got inf"),

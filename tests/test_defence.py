@@ -145,7 +145,7 @@ def test_paper_defence_has_the_published_settings():
     with pytest.raises(ValueError, match="dataset must be one of"):
         MCMCDefence.paper(vae, "celeba")
     for num_draws in (0, 501):
-        with pytest.raises(ValueError, match=r"num_draws must lie in 1..500"):
+        with pytest.raises(ValueError, match=r"num_draws must lie in \[1, 500\]"):
             MCMCDefence.paper(vae, "mnist", num_draws)
 
 

@@ -344,7 +344,7 @@ class TestDetector:
             detector.report(x, x, AWARE)
         with pytest.raises(ValueError, match="score_name must be one of start_energy, start_error"):
             Detector(NoDefence(linear_vae), "energy_drop")
-        with pytest.raises(ValueError, match="false_alarm=5 must lie between 0 and 1: use 0.05"):
+        with pytest.raises(ValueError, match=r"false_alarm must lie in \(0, 1\), got 5; use 0.05"):
             detector.fit(x, 5)
         with pytest.raises(ValueError, match="defence must be callable, .* got 3"):
             Detector(3)

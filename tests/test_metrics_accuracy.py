@@ -55,5 +55,7 @@ def test_active_units_refuse_bad_arguments():
         active_units(torch.zeros(1, 64))
     with pytest.raises(ValueError, match=r"means has shape \(64,\)"):
         active_units(torch.zeros(64))
-    with pytest.raises(ValueError, match=r"threshold=-1.0 is a variance"):
+    with pytest.raises(
+        ValueError, match=r"threshold must lie in \[0, inf\], got -1.0; it is a variance"
+    ):
         active_units(torch.zeros(2, 64), threshold=-1.0)

@@ -286,5 +286,5 @@ def test_avae_ss_freezes_a_learned_prior() -> None:
 @pytest.mark.parametrize("rho", [-0.1, 1.0, math.nan])
 def test_rho_is_checked(rho: float) -> None:
     for make in (AVAE, AVAESS, lambda rho: SEAVAE(lambda x: x, 1.0, rho)):
-        with pytest.raises(ValueError, match=r"rho=.* must be in \[0, 1\)"):
+        with pytest.raises(ValueError, match=r"rho must lie in \[0, 1\), got"):
             make(rho=rho)

@@ -112,11 +112,11 @@ def test_interrupted_training_resumes_exactly(tmp_path, x):
 def test_bad_arguments(vae):
     with pytest.raises(ValueError, match="vae must be an NVAE, got ConvVAE"):
         NVAEObjective(ConvVAE(), 10)
-    with pytest.raises(ValueError, match="num_steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"num_steps must lie in \[1, inf\), got 0"):
         NVAEObjective(vae, 0)
-    with pytest.raises(ValueError, match="kl_anneal=0"):
+    with pytest.raises(ValueError, match=r"kl_anneal must lie in \(0, 1\], got 0"):
         NVAEObjective(vae, 10, kl_anneal=0)
-    with pytest.raises(ValueError, match="penalty must be a positive finite number, got -1"):
+    with pytest.raises(ValueError, match="penalty must be at least 0 and finite, got -1"):
         NVAEObjective(vae, 10, penalty=-1)
 
 

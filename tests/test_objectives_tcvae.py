@@ -208,7 +208,7 @@ def test_arguments_are_checked() -> None:
         BetaTCVAE(2.0, 10, "mean")
     with pytest.raises(ValueError, match="estimator='mean'"):
         total_correlation(z, loc, scale, 10, "mean")
-    with pytest.raises(ValueError, match="data_size=0"):
+    with pytest.raises(ValueError, match=r"data_size must lie in \[1, inf\), got 0"):
         BetaTCVAE(2.0, 0)
     with pytest.raises(ValueError, match="data_size=3 is smaller than the batch of 4"):
         total_correlation(z, loc, scale, 3)

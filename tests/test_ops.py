@@ -15,10 +15,16 @@ import pytest
 import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
+from pyro_vae_defence import metrics
+from pyro_vae_defence.defence import calibrate_radius, clip_dark_pixels
+from pyro_vae_defence.defence.detector import conformal_rank
 from pyro_vae_defence.metrics import Interval
+from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.objectives import linear_schedule
 from pyro_vae_defence.ops import divergences
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import L1, L2, Linf
+from pyro_vae_defence.ops.checks import check_within
 from pyro_vae_defence.ops.files import (
     atomic_path,
     atomic_save,
@@ -523,3 +529,31 @@ class TestSoleWriter:
             sole_writer(tmp_path / "a.json").__enter__()
         with pytest.raises(PermissionError):
             sole_writer(tmp_path / "b.json").__enter__()
+
+
+class TestNumbers:
+    """Arguments that are numbers of an interval."""
+
+    @pytest.mark.parametrize("value", ["0.5", None, True, math.nan, math.inf, 0, 1.0, [0.5], -1])
+    def test_what_is_none_is_named(self, value):
+        with pytest.raises(ValueError, match=r"share must lie in \(0, 1\), got .*; use 0.05"):
+            check_within("share", value, "(0, 1)", "use 0.05")
+
+    @pytest.mark.parametrize("value", [0, 0.5, np.float32(0.5), torch.tensor(0.5), 1e300])
+    def test_ends_and_numbers_of_any_kind(self, value):
+        check_within("share", value, "[0, inf)")
+        check_within("share", math.inf, "[0, inf]")
+        check_within("share", 1, "[0, 1]")
+
+    def test_text_is_not_compared_with_numbers(self):
+        x = torch.rand(4, 1, 28, 28)
+        scores = torch.rand(30)
+        for compute in (
+            lambda: conformal_rank(30, "0.05"),
+            lambda: metrics.fpr_at_tpr(scores, scores, "0.95"),
+            lambda: calibrate_radius(ConvVAE().eval(), x, (0.0, 0.1), quantile="0.9"),
+            lambda: clip_dark_pixels(x, "0.1"),
+            lambda: linear_schedule("100"),
+        ):
+            with pytest.raises(ValueError, match=r"must lie in .*, got '"):
+                compute()

@@ -678,7 +678,7 @@ def test_transfer_alone_is_not_an_evaluation_and_a_budget_is_kept():
     assert "attack unroll (1 draws) did not run: the budget was spent" in report.reasons
     assert not report.reliable
     # What does not apply is no reason, and nothing at all has words of its own.
-    report = run(vae, NoDefence(vae), x, labels, SMALL, attacks=("bpda",), checks=False)
+    report = run(vae, NoDefence(vae), x, labels, SMALL, attacks="bpda", checks=False)
     assert report.reasons == (
         "no sanity check ran", "no attack ran",
         *(

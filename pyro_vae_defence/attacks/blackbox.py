@@ -42,7 +42,7 @@ from pyro_vae_defence.attacks.base import (
 )
 from pyro_vae_defence.attacks.pgd import Ascent
 from pyro_vae_defence.ops.balls import L2, Linf
-from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.ops.checks import check_integer, check_positive, check_within
 from pyro_vae_defence.ops.latents import rows
 from pyro_vae_defence.types import Objective
 
@@ -75,8 +75,7 @@ class Square(Attack):
         super().__post_init__()
         if not isinstance(self.ball, (Linf, L2)):
             raise ValueError(f"Square needs an Linf or L2 ball, got {self.ball!r}; use NES for L1")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share must be in (0, 1], got {self.share!r}")
+        check_within("share", self.share, "(0, 1]")
 
     def _start(self, problem: Problem) -> State:
         if self.start is not None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.base import BaseDefence
 from pyro_vae_defence.defence.result import Chains, DefenceResult, setting
 from pyro_vae_defence.models.program import check_images, encode, evaluation_mode, potential
-from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.ops.checks import check_integer, check_positive, check_within
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Perturb
 
@@ -155,8 +155,7 @@ def clip_dark_pixels(x: Tensor, delta: float) -> Tensor:
     Raises:
         ValueError: if ``delta`` is out of range.
     """
-    if not 0 <= delta <= 1:
-        raise ValueError(f"delta must lie in [0, 1], the range of images, got {delta!r}")
+    check_within("delta", delta, "[0, 1]", "it is in units of the range of images")
     return torch.where(x <= delta, 0.0, x)
 
 

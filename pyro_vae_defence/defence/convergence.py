@@ -20,14 +20,13 @@ Reference: Gelman, Carlin, Stern, Dunson, Vehtari, Rubin, "Bayesian Data Analysi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_integer, check_within
 from pyro_vae_defence.types import LatentsLike
 
 MIN_CHAINS = 4
@@ -52,10 +51,8 @@ class ConvergenceRule:
     check_every: int = 20
 
     def __post_init__(self) -> None:
-        if not 1.0 < self.max_r_hat < math.inf:
-            raise ValueError(f"max_r_hat must be a finite number above 1, got {self.max_r_hat!r}")
-        if not self.max_drift > 0:
-            raise ValueError(f"max_drift must be positive, got {self.max_drift!r}")
+        check_within("max_r_hat", self.max_r_hat, "(1, inf)")
+        check_within("max_drift", self.max_drift, "(0, inf]")
         check_integer("check_every", self.check_every, 2 * MIN_DRAWS)
 
 

@@ -76,7 +76,7 @@ from pyro_vae_defence.models.conditions import fold, split
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops import html
 from pyro_vae_defence.ops.balls import Ball, check_ball
-from pyro_vae_defence.ops.checks import check_on_device
+from pyro_vae_defence.ops.checks import check_on_device, check_within
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.types import ImagesLike, LatentsLike
 
@@ -461,10 +461,7 @@ def conformal_rank(num_images: int, false_alarm: float) -> int:
     Raises:
         ValueError: if ``false_alarm`` is not in (0, 1), or the images are too few for it.
     """
-    if not 0 < false_alarm < 1:
-        raise ValueError(
-            f"false_alarm={false_alarm!r} must lie between 0 and 1: use 0.05 for 5 percent"
-        )
+    check_within("false_alarm", false_alarm, "(0, 1)", "use 0.05 for 5 percent")
     # How many of n + 1 may raise the alarm; rounding must not take one away (0.05 * 20 is 1).
     allowed = math.floor((num_images + 1) * false_alarm + 1e-9)
     if allowed < 1:

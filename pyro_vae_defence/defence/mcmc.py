@@ -38,7 +38,7 @@ from pyro_vae_defence.models.program import (
     potential,
     target,
 )
-from pyro_vae_defence.ops.checks import check_integer, plain
+from pyro_vae_defence.ops.checks import check_integer, check_within, plain
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE
 
@@ -203,8 +203,7 @@ class MCMCDefence(BaseDefence):
             raise ValueError(f"dataset must be one of {sorted(PAPER_SETTINGS)}, got {dataset!r}")
         count, step_size, num_steps, adaptive = PAPER_SETTINGS[dataset]
         num_draws = count if num_draws is None else num_draws
-        if not 1 <= num_draws <= count:
-            raise ValueError(f"num_draws must lie in 1..{count}, got {num_draws!r}")
+        check_within("num_draws", num_draws, f"[1, {count}]")
         rule: dict[str, Any] = {"preset": "paper"}
         if not adaptive:
             rule = {"num_steps": num_steps, "jitter": 0.0, "adapt_step_size": False}

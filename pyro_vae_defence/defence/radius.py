@@ -42,7 +42,7 @@ from pyro_vae_defence.models.perturbation import UnknownRadius, UnknownRadiusLik
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer, plain
+from pyro_vae_defence.ops.checks import check_integer, check_within, plain
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike
 
@@ -104,8 +104,7 @@ def calibrate_radius(
         (0.0, True)
     """
     vae, x = program.at_images(vae, clean_images, "clean_images")
-    if not 0.0 <= quantile <= 1.0:
-        raise ValueError(f"quantile must lie in [0, 1], got {quantile!r}")
+    check_within("quantile", quantile, "[0, 1]")
     check_integer("num_steps", num_steps, 0)
     check_integer("batch_size", batch_size)
     radii = tuple(map(plain, radii))

@@ -19,7 +19,7 @@ from pyro_vae_defence.mcmc.ghmc import GHMCState
 from pyro_vae_defence.mcmc.hmc import HMCState
 from pyro_vae_defence.mcmc.integrators import check_dimension
 from pyro_vae_defence.mcmc.kernels import BatchedKernel, KernelOptions
-from pyro_vae_defence.ops.checks import check_integer, plain
+from pyro_vae_defence.ops.checks import check_integer, check_within, plain
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Potential
 
@@ -41,8 +41,7 @@ class _JitteredKernel(BatchedKernel):
     ) -> None:
         super().__init__(model, potential_fn, **options)
         check_integer("num_steps", num_steps)
-        if not 0.0 <= jitter <= 1.0:
-            raise ValueError(f"jitter must lie in [0, 1], got {jitter!r}; 0 keeps lengths fixed")
+        check_within("jitter", jitter, "[0, 1]", "0 keeps lengths fixed")
         self.num_steps: int = plain(num_steps)
         self.jitter = jitter
 
@@ -177,10 +176,7 @@ class BatchedGHMC(BatchedKernel):
     ) -> None:
         super().__init__(model, potential_fn, **options)
         check_integer("num_steps", num_steps)
-        if not 0.0 <= persistence < 1.0:
-            raise ValueError(
-                f"persistence must lie in [0, 1), got {persistence!r}; 0 draws the momentum anew"
-            )
+        check_within("persistence", persistence, "[0, 1)", "0 draws the momentum anew")
         self.num_steps: int = plain(num_steps)
         self.persistence = persistence
 

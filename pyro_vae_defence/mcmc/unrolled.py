@@ -46,6 +46,7 @@ from pyro_vae_defence.mcmc.integrators import Phase, leapfrog
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.mcmc.samplers import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.ops import latents as lat
+from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import ImageEnergy, Latents, LatentsLike
 
@@ -132,8 +133,7 @@ def _transitions(
     num_transitions: int,
     warmup_steps: int,
 ) -> Iterator[tuple[Latents, HMCInfo]]:
-    if not num_transitions >= 1:
-        raise ValueError(f"num_transitions must be at least 1, got {num_transitions!r}")
+    check_integer("num_transitions", num_transitions)
     kernel.streams = streams
     kernel.setup(warmup_steps, x.detach())
     position = lat.detach(start)

@@ -29,7 +29,7 @@ from pyro_vae_defence.metrics.intervals import (
     check_bootstrap,
     tails,
 )
-from pyro_vae_defence.ops.checks import check_on_device, check_tensor
+from pyro_vae_defence.ops.checks import check_on_device, check_tensor, check_within
 
 
 def auroc(negatives: Tensor, positives: Tensor) -> Tensor:
@@ -52,8 +52,7 @@ def fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tenso
     Scores, result and errors are those of :func:`auroc`; a ``tpr`` outside (0, 1] is an error, too.
     """
     _check(negatives, positives)
-    if not 0 < tpr <= 1:
-        raise ValueError(f"tpr={tpr} must lie in (0, 1]: use 0.95 for 95 percent")
+    check_within("tpr", tpr, "(0, 1]", "use 0.95 for 95 percent")
     return _fpr_at_tpr(negatives, positives, tpr)
 
 

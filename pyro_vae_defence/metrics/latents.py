@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import check_tensor
+from pyro_vae_defence.ops.checks import check_tensor, check_within
 
 ACTIVITY_THRESHOLD = 0.01
 """Burda et al. (2016), section 5.2."""
@@ -36,6 +36,5 @@ def active_units(means: Tensor, threshold: float = ACTIVITY_THRESHOLD) -> Tensor
         raise ValueError(f"means has shape {shape}: pass (N, *event), one row per image, N >= 2")
     if means.device.type != "meta" and not bool(means.isfinite().all()):
         raise ValueError("means has entries that are not finite: see what the guide returns there")
-    if not threshold >= 0:
-        raise ValueError(f"threshold={threshold} is a variance: pass zero or more")
+    check_within("threshold", threshold, "[0, inf]", "it is a variance")
     return means.var(dim=0) > threshold

@@ -50,6 +50,7 @@ from pyro_vae_defence.objectives.elbo import (
     log_likelihood,
 )
 from pyro_vae_defence.objectives.smooth_encoder import SE
+from pyro_vae_defence.ops.checks import check_within
 from pyro_vae_defence.types import Perturb, PyroProgram
 
 
@@ -172,6 +173,5 @@ def _autoencoding_terms(
 
 
 def _correlation(rho: float) -> float:
-    if not 0 <= rho < 1:
-        raise ValueError(f"rho={rho!r} must be in [0, 1)")
+    check_within("rho", rho, "[0, 1)")
     return rho

@@ -46,7 +46,12 @@ from pyro_vae_defence.models.sites import (
     sample_sites,
     whole_size,
 )
-from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.ops.checks import (
+    check_integer,
+    check_not_negative,
+    check_positive,
+    check_within,
+)
 from pyro_vae_defence.ops.distributions import innermost, is_point
 from pyro_vae_defence.ops.divergences import known_kl
 from pyro_vae_defence.types import PyroProgram
@@ -353,10 +358,8 @@ def linear_schedule(num_steps: int, end: float = 1.0, start: float = 0.0) -> Sch
 
     Raises ``ValueError`` if ``num_steps < 1``, ``start < 0`` or ``end <= 0``.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps!r} must be at least 1")
-    if not 0 <= start < float("inf"):
-        raise ValueError(f"start={start!r} must be a finite number of at least 0")
+    check_within("num_steps", num_steps, "[1, inf)")
+    check_not_negative("start", start)
     check_positive("end", end)
 
     return lambda step: start + (end - start) * min(1.0, (step + 1) / num_steps)

@@ -28,7 +28,7 @@ from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.nvae.layers import effective_weight
 from pyro_vae_defence.models.sites import latent_sites, per_image
 from pyro_vae_defence.objectives.elbo import ImageELBO, Terms, log_likelihood, site_kl
-from pyro_vae_defence.ops.checks import check_positive
+from pyro_vae_defence.ops.checks import check_not_negative, check_within
 from pyro_vae_defence.types import PyroProgram
 
 NORMALISE_EPS = 1e-3
@@ -64,12 +64,9 @@ class NVAEObjective(ImageELBO):
             raise ValueError(
                 f"vae must be an NVAE, got {type(vae).__name__}; train other models with BetaELBO"
             )
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps!r} must be at least 1")
-        if not 0 < kl_anneal <= 1:
-            raise ValueError(f"kl_anneal={kl_anneal!r} must lie in (0, 1]")
-        if penalty != 0:
-            check_positive("penalty", penalty)
+        check_within("num_steps", num_steps, "[1, inf)")
+        check_within("kl_anneal", kl_anneal, "(0, 1]")
+        check_not_negative("penalty", penalty)
         self.vae = vae
         self.num_steps = num_steps
         self.kl_anneal = kl_anneal
@@ -196,8 +193,7 @@ def balance_kl(kl: Tensor, alpha: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: ``beta`` out of range.
     """
-    if not 0 < beta <= 1:
-        raise ValueError(f"beta={beta} must lie in (0, 1]")
+    check_within("beta", beta, "(0, 1]")
     if beta == 1:
         return kl.sum(dim=1), torch.ones_like(kl[0])
     size = kl.detach().abs().mean(dim=0) + 0.01

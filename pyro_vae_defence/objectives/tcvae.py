@@ -45,6 +45,7 @@ from torch import Tensor
 from pyro_vae_defence.models.sites import check_mean_field, gaussians, latent_sites, latent_values
 from pyro_vae_defence.objectives import elbo
 from pyro_vae_defence.objectives.elbo import ImageELBO, Schedule, Terms
+from pyro_vae_defence.ops.checks import check_within
 from pyro_vae_defence.types import PyroProgram
 
 Estimator = Literal["mws", "mss", "published"]
@@ -70,8 +71,7 @@ class BetaTCVAE(ImageELBO):
     ) -> None:
         super().__init__(num_particles=num_particles)
         _check_estimator(estimator)
-        if data_size < 1:
-            raise ValueError(f"data_size={data_size!r} must be the number of training images")
+        check_within("data_size", data_size, "[1, inf)", "it is the number of training images")
         self.beta, self.data_size = elbo.check_weight("beta", beta), data_size
         self.estimator: Estimator = estimator
 

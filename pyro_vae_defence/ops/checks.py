@@ -69,6 +69,21 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
 
 
+def check_within(name: str, value: Any, interval: str, mend: str = "") -> None:
+    """``ValueError`` naming the argument unless ``value`` is a number of an interval, ``"[0, 1)"``
+    as it is written: a bracket takes its end in."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    low, high = map(float, interval[1:-1].split(","))
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (
+        number
+        and (low <= value if interval[0] == "[" else low < value)
+        and (value <= high if interval[-1] == "]" else value < high)
+    ):
+        raise ValueError(f"{name} must lie in {interval}, got {value!r}" + (mend and f"; {mend}"))
+
+
 def plain(value: Any) -> Any:
     """``value``, a scalar of NumPy as Python's number, so that settings compare and are stored."""
     return value.item() if isinstance(value, np.generic) else value

@@ -151,7 +151,8 @@ def evaluate_robustness(
     if not callable(engine) or isinstance(engine, Attack):
         raise ValueError(f"engine must be an optimiser such as attacks.APGD itself, got {engine!r}")
     check_flag("checks", checks)
-    attacks = tuple(KNOWLEDGE if attacks is None else attacks)
+    named = (attacks,) if isinstance(attacks, str) else attacks
+    attacks = tuple(KNOWLEDGE if named is None else named)
     unknown = sorted(set(attacks) - set(KNOWLEDGE))
     if unknown or not attacks:
         raise ValueError(

@@ -35,6 +35,7 @@ from pyro_vae_defence.models.nvae.gaussian import from_noise, gaussian
 from pyro_vae_defence.models.nvae.layers import Conv2d
 from pyro_vae_defence.models.nvae.likelihoods import image_likelihood, pad, quantise
 from pyro_vae_defence.models.scope import ScopedModule
+from pyro_vae_defence.ops.checks import check_integer, check_within
 from pyro_vae_defence.types import Latents, LatentsLike
 
 
@@ -142,10 +143,8 @@ class NVAENetwork(ScopedModule):
         Raises:
             ValueError: ``num`` or ``temperature`` is not positive.
         """
-        if num < 1:
-            raise ValueError(f"num={num} must be at least 1")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be positive")
+        check_integer("num", num)
+        check_within("temperature", temperature, "(0, inf]")
         shapes = self.config.latent_shapes
         noise = [self.prior_ftr0.new_empty(num, *shape).normal_() for shape in shapes]
         observation = self.likelihood(self.walk_by_noise(noise, temperature))
