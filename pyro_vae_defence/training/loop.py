@@ -22,7 +22,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +277,15 @@ def _open_log(
     return write
 
 
+def _length(loader: Any) -> int | None:
+    """Number of batches, if the loader knows: a ``DataLoader`` of an ``IterableDataset`` has a
+    ``__len__`` that may fail."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def _set_epoch(loader: Any, epoch: int) -> None:
     """Tell samplers that shuffle by epoch, as torch's distributed one, which epoch it is."""
     for each in checkpoints.chain(loader):
@@ -329,7 +338,7 @@ class _Run:
         buffers = [b for network in self.parameters.networks.values() for b in network.buffers()]
         self._statistics = buffers, [buffer.clone() for buffer in buffers]
         _set_epoch(self.loader, self.epoch)
-        length = len(self.loader) if isinstance(self.loader, Sized) else None
+        length = _length(self.loader)
         for batch in self._remaining_batches():
             if self.steps == 0:
                 parallel.check_shares(length, batch[0])
@@ -573,9 +582,12 @@ class _Run:
                 self.optimiser, factor=config.factor, patience=config.patience
             )
         elif config.schedule == "one_cycle":
-            if not isinstance(self.loader, Sized):
-                raise ValueError("schedule='one_cycle' needs a loader with a length")
-            steps = config.epochs * len(self.loader)
+            if (length := _length(self.loader)) is None:
+                raise ValueError(
+                    "schedule='one_cycle' needs a loader with a length; give one that has it, or "
+                    "choose schedule='constant' or 'plateau'"
+                )
+            steps = config.epochs * length
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimiser, config.learning_rate, total_steps=steps, cycle_momentum=False
             )
