@@ -113,8 +113,8 @@ def fit(
             that is a module, else those of its modules by their paths, and Pyro's parameters of no
             module by their names. An average is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
-        on_epoch: called with each new entry of the history, the weights being those validated. What
-            it draws from global generators does not change the run.
+        on_epoch: called with each new entry of the history, the weights being those validated, in
+            eval mode. What it draws from global generators does not change the run.
         device: where to train, e.g. ``"cuda"``: all modules of the VAE are moved there, and stay
             there, and so is every batch. Parameters of no module are made by the programs, where
             the images are. ``None`` leaves the modules where they are and moves batches to the
@@ -410,6 +410,7 @@ class _Run:
         drop_references(modules_of(self.vae))  # it may store the VAE
         # A run resumed from the checkpoint of this epoch will not call it again.
         rng = checkpoints.get_rng(self.loader)
+        self._set_mode(training=False)  # until the next epoch
         with self._validated_weights(), self.reader.pause:
             on_epoch(entry)
         checkpoints.set_rng(rng, self.loader)
