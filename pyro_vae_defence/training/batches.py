@@ -49,11 +49,6 @@ class Reader:
             parameters = (parameter for network in networks for parameter in network.parameters())
             first = next(parameters, None)
             device = None if first is None else first.device
-        if device is not None and device.type == "meta":
-            raise ValueError(
-                "the VAE is on the device meta, where nothing has a value; make it on another, or "
-                "load its parameters with load_state_dict(..., assign=True)"
-            )
         widths: dict[Any, int] = {}
         for number, batch in enumerate(fetched(loader, self.pause)):
             batch = ordinary(batch)
