@@ -674,11 +674,6 @@ def test_parameters_of_a_pyro_module_whose_programs_are_plain_methods():
         fit(WithNoise(), Trace_ELBO(), [images()], config())
 
 
-def test_a_vae_that_was_left_on_meta():
-    with pytest.raises(ValueError, match="device meta.*assign=True"):
-        program.at_images(Module().to("meta"), images())
-
-
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(images())

@@ -151,11 +151,6 @@ def check_networks_on_device(what: str, program: Any, name: str, x: Any) -> None
     }
     if devices and isinstance(x, Tensor) and x.device not in devices:
         there = str(min(devices, key=str))
-        if there == "meta":
-            raise ValueError(
-                f"the parameters of {what} are on the device meta and have no values; load them "
-                "with load_state_dict(..., assign=True)"
-            )
         raise ValueError(
             f"{name} is on {x.device} but the parameters of {what} on {there}; pass "
             f"{name}.to({there!r}), or move the networks, {what}.to({str(x.device)!r})"
