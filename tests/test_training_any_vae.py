@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pyro
@@ -667,6 +668,17 @@ def test_frozen_layers_of_pyro_modules_stay_frozen(used):
     assert not any(p.requires_grad for p in vae.encoder.parameters())
     assert torch.equal(vae.encoder.weight, weight)
     assert not torch.equal(vae.decoder.bias, bias)
+
+
+def test_a_frozen_copy_freezes_nothing_but_itself():
+    vae = OfPyroModules().requires_grad_(True)
+    fit(vae, Trace_ELBO(), [images()], config())
+    best, weight = copy.deepcopy(vae).requires_grad_(False), vae.encoder.weight.clone()
+    program.encode(best, images())
+    assert not any(parameter.requires_grad for parameter in best.parameters())
+    fit(vae, Trace_ELBO(), [images()], config())
+    assert not torch.equal(vae.encoder.weight, weight)
+    assert torch.equal(best.encoder.weight, weight)
 
 
 def test_parameters_of_a_pyro_module_whose_programs_are_plain_methods():

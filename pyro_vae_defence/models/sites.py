@@ -61,14 +61,12 @@ class KeepFrozen(Messenger):
     """
 
     def _pyro_param(self, msg: Any) -> None:
-        given = [v for v in msg["args"] if isinstance(v, nn.Parameter)]
-        self._frozen = any(not parameter.requires_grad for parameter in given)
+        given = (v for v in msg["args"] if isinstance(v, nn.Parameter))
+        self._frozen = [parameter for parameter in given if not parameter.requires_grad]
 
     def _pyro_post_param(self, msg: Any) -> None:
-        if self._frozen:
-            value = msg["value"]
-            tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
-            tensor.requires_grad_(False)
+        for parameter in self._frozen:  # not the store's value, which another network may train
+            parameter.requires_grad_(False)
 
 
 def aside(device: torch.device) -> contextlib.AbstractContextManager[None]:
