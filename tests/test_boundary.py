@@ -1,5 +1,6 @@
 """Public calls give the same whatever the caller's context, and refuse what is no number."""
 
+import copy
 import io
 import pickle
 import threading
@@ -10,7 +11,7 @@ import pyro.distributions as dist
 import pyro.infer
 import pytest
 import torch
-from programs import LinearGaussianVAE
+from programs import LinearGaussianVAE, TutorialVAE
 
 from pyro_vae_defence import attacks, defence, mcmc, metrics, models, training
 from pyro_vae_defence.attacks.interop import LatentClassifier
@@ -376,6 +377,14 @@ def test_networks_and_what_holds_them_can_be_pickled_after_use():
         again = again if isinstance(again, defence.NoDefence) else getattr(again, "vae", again)
         again = again if isinstance(again, defence.NoDefence) else defence.NoDefence(again)
         assert torch.equal(again(x, _generator()).reconstruction, expected)
+
+
+def test_a_network_whose_names_another_has_used_can_be_pickled():
+    vae = TutorialVAE().eval()
+    x = torch.rand(1, 1, 28, 28, generator=_generator())
+    for each in (vae, copy.deepcopy(vae)):
+        program.encode(each, x)
+    pickle.dumps(vae)
 
 
 # --- Training -------------------------------------------------------------------------------------

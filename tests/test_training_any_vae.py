@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 
 import pyro
@@ -16,9 +17,11 @@ from pyro.infer import (
     TraceMeanField_ELBO,
     config_enumerate,
 )
+from pyro.nn import PyroModule, PyroParam
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.objectives import BetaELBO
 from pyro_vae_defence.training import FitConfig, NonFiniteLossError, evaluate, fit
 
@@ -632,6 +635,68 @@ def test_what_the_programs_do_not_train_is_nobodys_fault():
     moved = {n for n, weight in before.items() if not torch.equal(weight, getattr(vae, n).weight)}
     assert moved == {"encoder", "decoder"}
     assert pyro.param("a").abs().min() > 0
+
+
+class OfPyroModules(PyroModule, Programs):
+    """Layers that register themselves, one of which is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = (PyroModule[nn.Linear](2, 2) for _ in range(2))
+        self.encoder.requires_grad_(False)
+        self.noise = PyroParam(torch.tensor(1.0), constraint=dist.constraints.positive)
+
+    def register_model(self):
+        pass
+
+    register_guide = register_model
+
+
+class WithNoise(OfPyroModules):
+    def prior(self, x):
+        return dist.Normal(x.new_zeros(2), self.noise).to_event(1)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_frozen_layers_of_pyro_modules_stay_frozen(used):
+    vae = OfPyroModules()
+    weight, bias = vae.encoder.weight.clone(), vae.decoder.bias.clone()
+    if used:
+        program.encode(vae, images())
+        assert not vae.encoder.weight.requires_grad
+    fit(vae, Trace_ELBO(), [images()], config())
+    assert not any(p.requires_grad for p in vae.encoder.parameters())
+    assert torch.equal(vae.encoder.weight, weight)
+    assert not torch.equal(vae.decoder.bias, bias)
+
+
+def test_a_frozen_copy_freezes_nothing_but_itself():
+    vae = OfPyroModules().requires_grad_(True)
+    fit(vae, Trace_ELBO(), [images()], config())
+    best, weight = copy.deepcopy(vae).requires_grad_(False), vae.encoder.weight.clone()
+    program.encode(best, images())
+    assert not any(parameter.requires_grad for parameter in best.parameters())
+    fit(vae, Trace_ELBO(), [images()], config())
+    assert not torch.equal(vae.encoder.weight, weight)
+    assert torch.equal(best.encoder.weight, weight)
+
+
+def test_parameters_of_a_pyro_module_whose_programs_are_plain_methods():
+    with pytest.raises(ValueError, match=r"noise_unconstrained.*pyro\.nn\.pyro_method"):
+        fit(WithNoise(), Trace_ELBO(), [images()], config())
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(images())
+
+
+def test_loaders_without_a_length():
+    stream = DataLoader(Stream(), batch_size=4)
+    assert fit(Module(), Trace_ELBO(), stream, config()).steps == 4
+    pyro.clear_param_store()
+    with pytest.raises(ValueError, match="needs a loader with a length"):
+        fit(Module(), Trace_ELBO(), stream, config(schedule="one_cycle"))
 
 
 def test_gradients_from_before_training_are_none_of_its_own():

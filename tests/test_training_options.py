@@ -270,6 +270,24 @@ def test_what_on_epoch_draws_does_not_change_the_run(images):
     assert torch.equal(run(None), run(lambda entry: torch.rand(3)))
 
 
+def test_what_on_epoch_computes_does_not_change_running_statistics(images):
+    def run(look):
+        vae = new()
+        vae.hidden = nn.Sequential(vae.hidden, nn.BatchNorm1d(16))
+        modes = []
+
+        def on_epoch(entry):
+            modes.append(vae.hidden.training)
+            if look:
+                vae.hidden(images.flatten(1) + 1.0)
+
+        fit(vae, TraceMeanField_ELBO(), [images], config(), on_epoch=on_epoch)
+        assert not any(modes)
+        return vae.hidden[1].running_mean
+
+    assert torch.equal(run(False), run(True))
+
+
 # --- bfloat16 and compilation ---------------------------------------------------------------------
 
 

@@ -18,8 +18,9 @@ from pyro.distributions import Normal
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae_defence.ops.distributions import (
     counted,
@@ -41,7 +42,7 @@ def get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> Trace:
     Validation would force a device synchronisation per distribution, and raise inside a sampler
     where a non-finite value has a defined meaning (a divergence).
     """
-    with poutine.block(), pyro.validation_enabled(False):
+    with poutine.block(), KeepFrozen(), pyro.validation_enabled(False):
         try:
             return poutine.trace(program).get_trace(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
@@ -50,6 +51,22 @@ def get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> Trace:
             while type(first.__cause__) is type(error):
                 first = first.__cause__
             raise first from None
+
+
+class KeepFrozen(Messenger):
+    """Keeps the frozen parameters of a ``PyroModule`` frozen.
+
+    Pyro's store has every parameter that it is given require a gradient, for good. ``pyro.module``
+    gives it none that is frozen, a ``PyroModule`` gives it all.
+    """
+
+    def _pyro_param(self, msg: Any) -> None:
+        given = (v for v in msg["args"] if isinstance(v, nn.Parameter))
+        self._frozen = [parameter for parameter in given if not parameter.requires_grad]
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        for parameter in self._frozen:  # not the store's value, which another network may train
+            parameter.requires_grad_(False)
 
 
 def aside(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -21,8 +21,8 @@ while Pyro enters a plate or a network's mode is being set, so that no ``finally
 Where the outermost public call ends, Pyro's handlers, plates and validation and torch's grad mode
 are what they were where it began. If it has failed, so are the modes of its networks: those among
 its arguments, and those that are :func:`noted <note>` before their mode changes. They can be
-pickled afterwards: what Pyro's store hangs on their parameters, a weak reference, is taken off
-where it was not before.
+pickled afterwards, and so can others of the same names: what Pyro's store hangs on parameters, a
+weak reference, is taken off where it was not before.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import infer, poutine
@@ -168,7 +169,11 @@ def drop_references(modules: Iterable[nn.Module], but: Container[Tensor] = ()) -
     It is in the way of pickling and of ``torch.save``. Pyro looks at it right after each use only;
     a caller may look at it in a trace of his own, so the parameters in ``but`` keep it.
     """
-    for parameter in referenced(modules):
+    _drop(referenced(modules), but)
+
+
+def _drop(parameters: Iterable[Tensor], but: Container[Tensor]) -> None:
+    for parameter in parameters:
         if parameter not in but:
             del vars(parameter)["unconstrained"]
 
@@ -179,8 +184,17 @@ def referenced(modules: Iterable[nn.Module]) -> set[Tensor]:
         parameter
         for module in modules
         for parameter in vars(module).get("_parameters", {}).values()
-        if parameter is not None and "unconstrained" in vars(parameter)
+        if _has(parameter)
     }
+
+
+def _stored() -> set[Tensor]:
+    """Those of Pyro's store, which other networks of the same names use as well."""
+    return {tensor for tensor in pyro.get_param_store()._params.values() if _has(tensor)}
+
+
+def _has(parameter: Tensor | None) -> bool:
+    return parameter is not None and "unconstrained" in vars(parameter)
 
 
 def ordinary(value: Any) -> Any:
@@ -208,7 +222,7 @@ class _Begun:
         self.grad = torch.is_grad_enabled()
         # Whether a network trains, and how many calls of a PyroModule are under way.
         self.modes: dict[nn.Module, tuple[bool, int]] = {}
-        self.referenced: set[Tensor] = set()  # parameters with a reference of Pyro's store
+        self.referenced = _stored()  # parameters with a reference of Pyro's store
         self.known: dict[Any, Any] = {} if _kept is None else _kept
         self.failed = True
         self.depth = 0  # public calls inside each other
@@ -233,6 +247,7 @@ class _Begun:
             torch.set_grad_enabled(self.grad)
         if not self.handlers:  # a handler such as that of SVI.step may want them still
             drop_references(self.modes, self.referenced)
+            _drop(_stored(), self.referenced)
         if self.failed:
             for module, (training, active) in self.modes.items():
                 module.training = training

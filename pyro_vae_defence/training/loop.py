@@ -22,7 +22,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,8 @@ def fit(
             that is a module, else those of its modules by their paths, and Pyro's parameters of no
             module by their names. An average is kept beside.
         tensorboard: directory to log the history to; needs the extra ``tensorboard``.
-        on_epoch: called with each new entry of the history, the weights being those validated. What
-            it draws from global generators does not change the run.
+        on_epoch: called with each new entry of the history, the weights being those validated, in
+            eval mode. What it draws from global generators does not change the run.
         device: where to train, e.g. ``"cuda"``: all modules of the VAE are moved there, and stay
             there, and so is every batch. Parameters of no module are made by the programs, where
             the images are. ``None`` leaves the modules where they are and moves batches to the
@@ -277,6 +277,15 @@ def _open_log(
     return write
 
 
+def _length(loader: Any) -> int | None:
+    """Number of batches, if the loader knows: a ``DataLoader`` of an ``IterableDataset`` has a
+    ``__len__`` that may fail."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def _set_epoch(loader: Any, epoch: int) -> None:
     """Tell samplers that shuffle by epoch, as torch's distributed one, which epoch it is."""
     for each in checkpoints.chain(loader):
@@ -329,7 +338,7 @@ class _Run:
         buffers = [b for network in self.parameters.networks.values() for b in network.buffers()]
         self._statistics = buffers, [buffer.clone() for buffer in buffers]
         _set_epoch(self.loader, self.epoch)
-        length = len(self.loader) if isinstance(self.loader, Sized) else None
+        length = _length(self.loader)
         for batch in self._remaining_batches():
             if self.steps == 0:
                 parallel.check_shares(length, batch[0])
@@ -401,6 +410,7 @@ class _Run:
         drop_references(modules_of(self.vae))  # it may store the VAE
         # A run resumed from the checkpoint of this epoch will not call it again.
         rng = checkpoints.get_rng(self.loader)
+        self._set_mode(training=False)  # until the next epoch
         with self._validated_weights(), self.reader.pause:
             on_epoch(entry)
         checkpoints.set_rng(rng, self.loader)
@@ -573,9 +583,12 @@ class _Run:
                 self.optimiser, factor=config.factor, patience=config.patience
             )
         elif config.schedule == "one_cycle":
-            if not isinstance(self.loader, Sized):
-                raise ValueError("schedule='one_cycle' needs a loader with a length")
-            steps = config.epochs * len(self.loader)
+            if (length := _length(self.loader)) is None:
+                raise ValueError(
+                    "schedule='one_cycle' needs a loader with a length; give one that has it, or "
+                    "choose schedule='constant' or 'plateau'"
+                )
+            steps = config.epochs * length
             self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
                 self.optimiser, config.learning_rate, total_steps=steps, cycle_momentum=False
             )

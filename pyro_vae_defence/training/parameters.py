@@ -13,15 +13,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyro
-from pyro.poutine.messenger import Messenger
+from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_vae_defence.models.modules import modules_of, networks_of
+from pyro_vae_defence.models.sites import KeepFrozen
 from pyro_vae_defence.training import parallel
 from pyro_vae_defence.types import VAE
 
 
-class Parameters(Messenger):
+class Parameters(KeepFrozen):
     """A handler that takes note of the parameters that programs register under it.
 
     Attributes:
@@ -64,6 +65,7 @@ class Parameters(Messenger):
         return self
 
     def _pyro_post_param(self, msg: Any) -> None:
+        super()._pyro_post_param(msg)
         name, value = msg["name"], msg["value"]
         tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
         known = self._registered.get(name)
@@ -147,6 +149,13 @@ class Parameters(Messenger):
             )
         if not all(parameter.is_contiguous() for parameter in missing.values()):
             mends.append("keep parameters contiguous (Pyro's parameter store copies others)")
+        modules = [m for network in self.networks.values() for m in network.modules()]
+        owners = {id(p): m for m in modules for p in m.parameters(recurse=False)}
+        if any(isinstance(owners.get(id(p)), PyroModule) for p in missing.values()):
+            mends.append(
+                "decorate the programs with pyro.nn.pyro_method: a PyroModule registers what is "
+                "its own in forward and in methods so decorated"
+            )
         if not mends:
             mends.append("call pyro.module(...) on their modules inside the programs")
         raise ValueError(
