@@ -235,7 +235,8 @@ def to_arviz(tree: xarray.DataTree) -> Any:
 def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
     """ArviZ's rank-normalised split R-hat: site -> values ``(image, *event)``.
 
-    NaN where the chains do not move at all, huge or infinite where each stands still elsewhere.
+    NaN of one chain alone and where the chains do not move at all, huge or infinite where each
+    stands still elsewhere.
     """
     import arviz
 
