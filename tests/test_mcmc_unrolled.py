@@ -204,7 +204,7 @@ def test_mistakes(float64):
     streams = Streams.create(ROWS, seed=5)
     with pytest.raises(ValueError, match="must be a BatchedHMC or BatchedNUTS to be unrolled"):
         record(object(), x, start, streams, 3)
-    with pytest.raises(ValueError, match="num_transitions must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_transitions must be an integer of at least 1, got 0"):
         record(KERNELS["hmc"](vae.model), x, start, streams, 0)
     for number in (0, 3):
         with pytest.raises(ValueError, match=f"number must be in 1..2, .* got {number}"):
