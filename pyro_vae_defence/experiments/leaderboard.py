@@ -34,6 +34,7 @@ from pyro_vae_defence.robustness import (
     paired_difference,
 )
 from pyro_vae_defence.robustness.paired import same_images
+from pyro_vae_defence.robustness.suite import OF_CHAINS
 
 UNAWARE = "transfer"
 """The attack whose attacker does not know the defence: symmetric KL-divergence of the encoder."""
@@ -51,8 +52,8 @@ _LEGEND = (
 )
 # What two evaluations must agree in to be compared, in this order on the page.
 _ALIKE = (
-    "model", "classifier", "radius", "dataset", "num_images", "attacks", "engine", "reading",
-    "defence_seed", "seed",
+    "model", "classifier", "radius", "dataset", "num_images", "engine", "reading", "defence_seed",
+    "seed",
 )  # fmt: skip
 # Of the budget all but what only judges a report, or makes one unreliable where it binds.
 _EFFORT = tuple(
@@ -94,12 +95,17 @@ class Entry(NamedTuple):
 
     @property
     def setting(self) -> tuple[str, ...]:
-        """What is equal where defences are compared, as text, which sorts."""
+        """What is equal where defences are compared, as text, which sorts.
+
+        Attacks on chains alone need not be: no other defence can have them, and a report of a chain
+        without one that applies is unreliable.
+        """
         config, weights = self.config, self.result["weights"]
         names = [config["model"]]
         if self.report["figure"] == "accuracy":
             names.append(config.get("classifier") or f"{config['model']}_classifier")
-        alike = [config.get(name) for name in _ALIKE]
+        alike: list[Any] = [config.get(name) for name in _ALIKE]
+        alike.append([name for name in config["attacks"] if name not in OF_CHAINS])
         alike += [config["budget"].get(name, _FIRST.get(name)) for name in _EFFORT]
         return tuple(map(repr, alike + [weights.get(name) for name in names]))
 
@@ -185,22 +191,29 @@ def _rankings(entries: Iterable[Entry]) -> Iterator[Ranking]:
         titles[alike] += 1
         # Another ranking, since something differs that the title does not say.
         other = unlike + ("" if titles[alike] == 1 else f", setting {titles[alike]}")
-        by_defence(found)
-        yield Ranking(title, other, found)
+        kept = by_defence(found)
+        yield Ranking(title, other, [each for each in found if kept[each.defence] is each])
 
 
 def by_defence(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Entries of one setting by their defence.
+    """Entries of one setting by their defence: of two results of the same chains the one that has
+    all attacks of the other and more.
 
     Raises:
-        ValueError: for two results of one defence, which differ in what no setting says, such as
-            its chains.
+        ValueError: for two results of one defence otherwise, which differ in what no setting says,
+            such as its chains.
     """
     found: dict[str, Entry] = {}
     for entry in entries:
-        if found.setdefault(entry.defence, entry) is not entry:
+        known = found.setdefault(entry.defence, entry)
+        if known is entry:
+            continue
+        one, other = (set(each.config["attacks"]) for each in (known, entry))
+        if not (one < other or other < one) or known.config["chain"] != entry.config["chain"]:
             of = f"{entry.config['model']}, radius {entry.config['radius']:g}"
             raise ValueError(f"two results of {entry.defence!r} in one setting ({of}); keep one")
+        if one < other:
+            found[entry.defence] = entry
     return found
 
 

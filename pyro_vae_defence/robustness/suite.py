@@ -230,6 +230,9 @@ ATTACKS = (
 KNOWLEDGE = {row.name: row.knowledge for row in ATTACKS}
 """The attacks and what each knows."""
 
+OF_CHAINS = {row.name for row in ATTACKS if row.reason in (_with_transitions, _with_whole_chain)}
+"""Those that apply to chains whose transitions are known, and to nothing else."""
+
 
 # --- Running them ---------------------------------------------------------------------------------
 
