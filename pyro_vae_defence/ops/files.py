@@ -97,17 +97,18 @@ def write_json(path: str | os.PathLike[str], contents: Any, indent: int = 2) -> 
 
     What has a method ``to_dict`` is written as that; numbers that JSON does not know are null.
     """
-    text = json.dumps(_plain(contents), indent=indent, allow_nan=False)
+    text = json.dumps(as_json(contents), indent=indent, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """``value`` as :func:`write_json` writes it."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: as_json(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return [as_json(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

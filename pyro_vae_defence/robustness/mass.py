@@ -69,6 +69,7 @@ from pyro_vae_defence.models.sites import get_trace
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.files import as_json
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.robustness.evaluate import check_labels
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
@@ -159,15 +160,11 @@ class MassBound:
         (the log-ratio is then -inf)."""
         found: dict[str, Any] = {"epsilon": self.epsilon, "delta": self.delta}
         found["common_attack"] = self.common_attack
-        found["log_ratio"] = _numbers(self.log_ratio)
+        found["log_ratio"] = self.log_ratio.tolist()
         for name, masses in (("right", self.right), ("wrong", self.wrong)):
-            found[name] = {key: _numbers(value) for key, value in masses._asdict().items()}
-        return found
-
-
-def _numbers(values: Tensor) -> list[float | None]:
-    """What is finite, and ``None``."""
-    return [value if math.isfinite(value) else None for value in values.tolist()]
+            found[name] = {key: value.tolist() for key, value in masses._asdict().items()}
+        plain: dict[str, Any] = as_json(found)
+        return plain
 
 
 @public
