@@ -18,12 +18,14 @@ from pyro_vae_defence.defence import (
     EncoderDefence,
     MCMCDefence,
     NoDefence,
+    anomaly_scores,
     read_latents,
 )
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier
 from pyro_vae_defence.ops.divergences import squared_mean_distance
+from pyro_vae_defence.robustness import WhiteBox
 
 KERNEL = functools.partial(BatchedHMC, num_steps=2)
 
@@ -208,3 +210,32 @@ def test_mistakes(tutorial_vae, call, message):
     defence = MCMCDefence(tutorial_vae, KERNEL, 1, 0)
     with pytest.raises(ValueError, match=message):
         call(defence, LinearClassifier(5, 3))
+
+
+class OwnDefence:
+    def __init__(self, vae, returned):
+        self.vae, self.returned = vae, returned
+
+    def __call__(self, x, generator=None):
+        return self.returned(NoDefence(self.vae), x, generator)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda d, x, g: d(x, g).reconstruction, "a DefenceResult, it returned a Tensor"),
+        (lambda d, x, g: d(x[:2], g), "one row per image: of 3 images it returned 2"),
+    ],
+)
+def test_what_a_defence_returns_is_checked_wherever_one_is_run(tutorial_vae, returned, message):
+    x = torch.rand(3, 1, 28, 28)
+    defence = OwnDefence(tutorial_vae, returned)
+    classifier = LinearClassifier(5, 3)
+    runs = [
+        lambda: DefendedClassifier(defence, classifier)(x),
+        lambda: anomaly_scores(defence, x),
+        lambda: WhiteBox(tutorial_vae, defence, x)(x),
+    ]
+    for run in runs:
+        with pytest.raises(ValueError, match=message):
+            run()

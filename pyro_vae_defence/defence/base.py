@@ -49,6 +49,25 @@ def check_defence(defence: Any, *, needs_vae: bool = True) -> Defence:
     return defence
 
 
+def run_defence(
+    defence: Defence, x: ImagesLike, generator: torch.Generator | None = None
+) -> DefenceResult:
+    """What ``defence`` returns, or a ``ValueError`` unless it is a result of these images."""
+    found = defence(x, generator)
+    if not isinstance(found, DefenceResult):
+        raise ValueError(
+            f"defence must map images to a DefenceResult, it returned a {type(found).__name__}"
+            "; what makes images of images can be the preprocess of an EncoderDefence"
+        )
+    images = split(x)[0]
+    if len(found.x) != len(images):
+        raise ValueError(
+            f"defence must return one row per image: of {len(images)} images it returned "
+            f"{len(found.x)}"
+        )
+    return found
+
+
 @dataclass(eq=False, repr=False)
 class BaseDefence(ABC):
     """A defence of this package: its settings, and in ``_run`` what it does with a micro-batch.

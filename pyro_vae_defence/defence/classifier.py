@@ -34,7 +34,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.base import Defence, check_defence
+from pyro_vae_defence.defence.base import Defence, check_defence, run_defence
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.classifier import class_scores
@@ -151,7 +151,7 @@ class DefendedClassifier:
         those of the defence.
         """
         check_networks_on_device("classifier", self.classifier, "x", split(x)[0])
-        return self.log_probabilities(self.defence(x, generator))
+        return self.log_probabilities(run_defence(self.defence, x, generator))
 
     def predict(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
         """The most probable class of each image, int64 ``(N,)``."""

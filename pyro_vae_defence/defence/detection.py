@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence
+from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence, run_defence
 from pyro_vae_defence.defence.controls import EncoderDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.conditions import bind, split
@@ -244,7 +244,7 @@ def runs(
     if isinstance(defence, BaseDefence):
         yield from defence.parts(x, "x", draw_seed(generator), 0, generator is not None)
     else:
-        yield defence(x, generator)
+        yield run_defence(defence, x, generator)
 
 
 def _draws(result: DefenceResult) -> list[Latents]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import DefendedEncoder
 from pyro_vae_defence.defence import Defence, DefenceResult, MCMCDefence, NoDefence
+from pyro_vae_defence.defence.base import run_defence
 from pyro_vae_defence.defence.chains import Lengths
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.defence.starts import ChainStart
@@ -235,19 +236,12 @@ class WhiteBox:
             copies = images.split(len(self._x))
             own = self._conditions
             return DefenceResult.join([
-                self._defend((each, *own) if own else each, self._generator()) for each in copies
+                run_defence(self.defence, (each, *own) if own else each, self._generator())
+                for each in copies
             ])  # fmt: skip
         conditions = conditions or tuple(fold(value, len(images)) for value in self._conditions)
-        return self._defend((images, *conditions) if conditions else images, generator)
-
-    def _defend(self, x: ImagesLike, generator: torch.Generator | None) -> DefenceResult:
-        found = self.defence(x, generator)
-        if not hasattr(found, "samples"):
-            raise ValueError(
-                f"defence must map images to a DefenceResult, it returned a {type(found).__name__}"
-                "; what makes images of images can be the preprocess of an EncoderDefence"
-            )
-        return found
+        every = (images, *conditions) if conditions else images
+        return run_defence(self.defence, every, generator)
 
     def start(self, x: Tensor, streams: Streams) -> Latents:
         """The encoding, differentiable in the images: a draw of the guide, or for chains that start
