@@ -231,13 +231,17 @@ def _conditional_models() -> dict[str, TrainConfig]:
         few = replace(plain, start_from=name, epochs=4, images_per_epoch=10_000, learning_rate=1e-3)
         models[name] = plain
         models[f"{name}_margin"] = replace(few, objective="margin", radius=0.1, weight=3.0)
-    return {**models, "mnist_per_class": replace(models["mnist_conditional"], per_class=True)}
+    for dataset in ("mnist", "fashion_mnist"):
+        # Each of the ten sees a tenth of the images.
+        plain = replace(models[f"{dataset}_conditional"], epochs=40)
+        models[f"{dataset}_per_class"] = replace(plain, per_class=True)
+    return models
 
 
 CONDITIONAL_MODELS = _conditional_models()
 """VAEs given the class, for analysis by synthesis, which stand in no table of the others:
 ``<dataset>_conditional``, and ``<dataset>_conditional_margin``, which goes on from there with the
-margin of masses at radius 0.1; and ``mnist_per_class``, one small VAE for each class."""
+margin of masses at radius 0.1; and ``<dataset>_per_class``, one small VAE for each class."""
 
 # Of each class's VAE: ten have about as many parameters as the one that all classes share.
 _PER_CLASS_WIDTH = 64
