@@ -142,6 +142,15 @@ def test_arguments(vae):
         calibrate_radius(vae, x, RADII, quantile=95)
     with pytest.raises(ValueError, match="radii must be finite, >= 0 and increasing"):
         calibrate_radius(vae, x, (0.2, 0.1))
+    for radii, message in (
+        ("0.1", "radii must be several numbers, such as .*, got '0.1'"),
+        (0.1, "radii must be several numbers"),
+        ((0.1, -0.2), "each of radii must be at least 0 and finite, got -0.2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scores_by_radius(vae, x, radii, score=lambda result: 1 / 0)
+        with pytest.raises(ValueError, match=message):
+            choose_radius(vae, x, radii, max_clean_cost=0.1)
     with pytest.raises(ValueError, match="radii is empty"):
         scores_by_radius(vae, x, ())
     with pytest.raises(ValueError, match=r"score must return one value per image, shape \(3,\)"):

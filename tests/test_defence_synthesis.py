@@ -338,6 +338,7 @@ class TestWrongArguments:
             ({"num_classes": 1}, "num_classes"),
             ({"perturbation": 0.1}, "perturbation"),
             ({"log_prior": torch.zeros(2)}, "log_prior"),
+            ({"log_prior": "uniform"}, "log_prior must be 3 finite numbers, .* got 'uniform'"),
             ({"log_prior": torch.tensor([0.0, 0.0, -math.inf])}, "log_prior"),
             ({"num_temperatures": 2}, "num_temperatures"),
             ({"num_steps": 0}, "num_steps"),

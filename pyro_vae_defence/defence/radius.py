@@ -42,7 +42,7 @@ from pyro_vae_defence.models.perturbation import UnknownRadius, UnknownRadiusLik
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer, check_within, plain
+from pyro_vae_defence.ops.checks import check_integer, check_not_negative, check_within, plain
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike
 
@@ -107,7 +107,7 @@ def calibrate_radius(
     check_within("quantile", quantile, "[0, 1]")
     check_integer("num_steps", num_steps, 0)
     check_integer("batch_size", batch_size)
-    radii = tuple(map(plain, radii))
+    radii = _as_radii(radii)
     balls = UnknownRadius(ball, radii, (0.0,) * len(radii)).balls
     with program.evaluation_mode(vae):
         parts = [slice(n, n + batch_size) for n in range(0, len(x), batch_size)]
@@ -182,6 +182,7 @@ def scores_by_radius(
         generator: source of that seed; torch's global seed when ``None``.
     """
     program.check_vae(vae)
+    radii = _as_radii(radii)
     seed, num_images = draw_seed(generator), len(split(x)[0])
     scores = []
     for radius in radii:
@@ -193,9 +194,21 @@ def scores_by_radius(
                 f"{tuple(values.shape)}"
             )
         scores.append(values.detach())
-    if not scores:
-        raise ValueError("radii is empty; give at least one radius")
     return torch.stack(scores)
+
+
+def _as_radii(radii: Iterable[float]) -> tuple[float, ...]:
+    """At least one number, none of them negative."""
+    if isinstance(radii, Tensor):
+        radii = radii.tolist()
+    if isinstance(radii, str) or not isinstance(radii, Iterable):
+        raise ValueError(f"radii must be several numbers, such as (0.1, 0.2), got {radii!r}")
+    found = tuple(map(plain, radii))
+    if not found:
+        raise ValueError("radii is empty; give at least one radius")
+    for radius in found:
+        check_not_negative("each of radii", radius)
+    return found
 
 
 def choose_radius(
@@ -224,7 +237,8 @@ def choose_radius(
     Raises:
         ValueError: if no radius stays within the bound.
     """
-    radii = tuple(radii)
+    radii = _as_radii(radii)
+    check_within("max_clean_cost", max_clean_cost, "[-inf, inf]")
     seed = draw_seed(generator)
     undefended = score(NoDefence(vae)(clean_images, torch.Generator().manual_seed(seed)))
     options.update(score=score, generator=torch.Generator().manual_seed(seed))

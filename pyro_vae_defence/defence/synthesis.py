@@ -185,7 +185,10 @@ class AnalysisBySynthesis:
         ):
             check_integer(name, getattr(self, name), least)
         if self.log_prior is not None:
-            found = torch.as_tensor(self.log_prior, device="cpu")
+            try:
+                found = torch.as_tensor(self.log_prior, device="cpu")
+            except (TypeError, ValueError, RuntimeError):  # text, and whatever has no numbers
+                found = torch.empty(0)
             if tuple(found.shape) != (self.num_classes,) or not bool(found.isfinite().all()):
                 raise ValueError(
                     f"log_prior must be {self.num_classes} finite numbers, one per class, got "
