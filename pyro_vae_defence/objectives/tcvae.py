@@ -83,7 +83,7 @@ class BetaTCVAE(ImageELBO):
         model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
         check_mean_field(model_trace, guide_trace)
         sites = latent_sites(guide_trace)
-        terms = elbo.elbo_terms(model_trace, guide_trace)
+        terms = elbo.elbo_terms(model_trace, guide_trace, mean_field=True)
         z, (loc, scale) = latent_values(sites), gaussians(sites)
         tc = total_correlation(z, loc, scale, self.data_size, self.estimator)
         return terms | {"total_correlation": tc, "loss": terms["loss"] + (beta - 1) * tc}

@@ -29,7 +29,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.contract import mend_networks
 from pyro_vae_defence.models.modules import modules_of, networks_of
-from pyro_vae_defence.models.sites import aside, whole_size
+from pyro_vae_defence.models.sites import aside, latent_sites, sampled_in_order, whole_size
 from pyro_vae_defence.objectives import ImageELBO
 from pyro_vae_defence.ops.boundary import drop_references, note, public
 from pyro_vae_defence.ops.checks import as_device
@@ -552,7 +552,7 @@ class _Run:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore", UserWarning)
             try:
-                analytic = TraceMeanField_ELBO()
+                analytic = _Analytic()
                 loss, count = _loss_and_count(self.reader, analytic, batches, "validation")
             except torch.OutOfMemoryError:
                 raise
@@ -683,6 +683,19 @@ class _Run:
     def _set_objective_state(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.objective.load_state_dict(state)
+
+
+class _Analytic(TraceMeanField_ELBO):
+    """The analytic ELBO, or a sampled one where the order of the guide's sites makes that wrong."""
+
+    def _get_trace(self, *args: Any) -> Any:
+        return Trace_ELBO._get_trace(self, *args)
+
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
+        model, guide = ({s["name"] for s in latent_sites(t)} for t in (model_trace, guide_trace))
+        ordered = model != guide or guide == sampled_in_order(model_trace, guide_trace)
+        elbo = TraceMeanField_ELBO if ordered else Trace_ELBO
+        return elbo._differentiable_loss_particle(self, model_trace, guide_trace)
 
 
 def _finite_gradient(parameters: Iterable[Tensor]) -> float:
