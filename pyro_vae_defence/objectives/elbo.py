@@ -37,6 +37,7 @@ from pyro_vae_defence.models.observation import ImageMap, read_images_with
 from pyro_vae_defence.models.program import evaluation_mode
 from pyro_vae_defence.models.sites import (
     Site,
+    aside,
     asks_enumeration,
     check_mean_field,
     check_same_latents,
@@ -109,6 +110,20 @@ class ImageELBO(TraceMeanField_ELBO):
         model_trace, guide_trace = Trace_ELBO._get_trace(self, model, guide, args, kwargs)
         check_trainable(model_trace, guide_trace)
         return model_trace, guide_trace
+
+    def check_mean_field(
+        self,
+        traces: tuple[Trace, Trace],
+        model: PyroProgram,
+        guide: PyroProgram,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a hierarchy by the graph of both traces; without gradients, by that of others."""
+        if torch.is_grad_enabled() or len(latent_sites(traces[1])) < 2:
+            return check_mean_field(*traces)
+        with torch.enable_grad(), evaluation_mode(model, guide), aside(args[0].device):
+            check_mean_field(*self._get_trace(model, guide, args, kwargs))
 
     def mean_image(
         self, model_trace: Trace, model: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
@@ -236,8 +251,8 @@ class MeanFieldELBO(ImageELBO):
         self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Add the further terms to those of the negative ELBO, each with weight one."""
-        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
-        check_mean_field(model_trace, guide_trace)
+        traces = model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
+        self.check_mean_field(traces, model, guide, x, *args, **kwargs)
 
         def encode(x: Tensor) -> list[Site]:
             return latent_sites(poutine.trace(guide).get_trace(x, *args, **kwargs))
