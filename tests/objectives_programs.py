@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -134,6 +136,39 @@ class HierarchicalVAE(nn.Module):
             top = pyro.sample("top", dist.Normal(loc, log_scale.exp()).to_event(1))
             loc, log_scale = self.encoder[1](torch.cat([x.flatten(1), top], 1)).chunk(2, 1)
             pyro.sample("low", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+
+class BottomUpVAE(nn.Module):
+    """The model samples ``top``, then ``low`` given it, the guide ``low``, then ``top`` given it.
+
+    One number each, whose KL of one image ``(1, 2, 2)`` is known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.8, dtype=torch.float64))
+        self.slope = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def model(self, x: Tensor) -> None:
+        pyro.module("vae", self)
+        with pyro.plate("data", x.shape[0]):
+            top = pyro.sample("top", dist.Normal(x.new_zeros(len(x)), 1.0))
+            low = pyro.sample("low", dist.Normal(self.slope * top, 0.5))
+            pyro.sample(
+                "x", dist.Normal(low[:, None].expand(-1, 4), 1.0).to_event(1), obs=x.flatten(1)
+            )
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("vae", self)
+        with pyro.plate("data", x.shape[0]):
+            low = pyro.sample("low", dist.Normal(self.loc.expand(len(x)), 1.0))
+            pyro.sample("top", dist.Normal(0.6 * low, 0.7))
+
+    def kl(self) -> Tensor:
+        square = self.loc**2 + 1  # E low^2
+        top = 0.36 * square + 0.49
+        mismatch = (1 - 0.6 * self.slope) ** 2 * square + (0.7 * self.slope) ** 2
+        return 0.5 * top + 2 * mismatch - 1 + math.log(0.5 / 0.7)
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:

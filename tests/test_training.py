@@ -197,6 +197,26 @@ def test_resumption_knows_all_generators(images, tmp_path, make, killed_at):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_resumption_knows_the_generator_of_validation(images, tmp_path):
+    """On which the validation loss depends, and on that the plateau rule."""
+
+    def run(epochs, seed, path):
+        pyro.clear_param_store()
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        validation = torch.utils.data.DataLoader(images[:9], 4, shuffle=True, generator=generator)
+        settings = config(epochs=epochs, schedule="plateau")
+        result = fit(
+            TutorialVAE(), Trace_ELBO(), [images[9:]], settings,
+            validation=validation, checkpoint=path,
+        )  # fmt: skip
+        return [entry["validation_loss"] for entry in result.history]
+
+    whole = run(3, 0, None)
+    run(1, 0, tmp_path / "c.pt")
+    assert run(3, 99, tmp_path / "c.pt") == whole
+
+
 def test_programs_without_a_module_train_and_resume(tmp_path):
     x = torch.rand(16, 1, 2, 2)
     path = tmp_path / "c.pt"

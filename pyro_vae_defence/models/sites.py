@@ -261,6 +261,21 @@ def check_density_everywhere(guide_trace: Trace) -> None:
             )
 
 
+def sampled_in_order(model_trace: Trace, guide_trace: Trace) -> set[str]:
+    """Names of the latents that the guide samples after all which the model samples before them.
+
+    Given what it samples before, the guide's distribution of such a latent is that of its trace,
+    also where the model's distribution depends on other latents: closed forms hold in expectation.
+    """
+    names = _names(latent_sites(model_trace))
+    found, seen = set(), set()
+    for name in _names(latent_sites(guide_trace)):
+        seen.add(name)
+        if name in names and seen.issuperset(names[: names.index(name)]):
+            found.add(name)
+    return found
+
+
 def check_mean_field(*traces: Trace) -> None:
     """Refuse a hierarchy: the distribution of one latent site depends on another site's sample.
 

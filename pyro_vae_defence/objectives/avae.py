@@ -34,7 +34,6 @@ from torch.distributions import kl_divergence
 
 from pyro_vae_defence.models.sites import (
     Site,
-    check_mean_field,
     gaussians,
     image_rows,
     latent_sites,
@@ -131,7 +130,7 @@ class AVAESS(ImageELBO):
         replayed = poutine.replay(frozen, trace=cut_trace)
         model_trace = poutine.trace(replayed).get_trace(x, *args, **kwargs)
         check_trainable(model_trace, guide_trace)
-        check_mean_field(model_trace, guide_trace)
+        self.check_mean_field((model_trace, guide_trace), frozen, guide, x, *args, **kwargs)
 
         model_trace.compute_log_prob(lambda name, site: site["is_observed"])
         reconstruction = log_likelihood(model_trace)

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer import TraceMeanField_ELBO
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.util import torch_item
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
@@ -37,6 +37,7 @@ from pyro_vae_defence.models.observation import ImageMap, read_images_with
 from pyro_vae_defence.models.program import evaluation_mode
 from pyro_vae_defence.models.sites import (
     Site,
+    aside,
     asks_enumeration,
     check_mean_field,
     check_same_latents,
@@ -44,6 +45,7 @@ from pyro_vae_defence.models.sites import (
     observed_sites,
     per_image,
     sample_sites,
+    sampled_in_order,
     whole_size,
 )
 from pyro_vae_defence.ops.checks import (
@@ -104,9 +106,24 @@ class ImageELBO(TraceMeanField_ELBO):
         self, model: PyroProgram, guide: PyroProgram, args: Any, kwargs: Any
     ) -> tuple[Trace, Trace]:
         model, guide = (_OfTheBatch(len(args[0]))(program) for program in (model, guide))
-        model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
+        # Not Pyro's analytic ELBO's, which warns of orders that are dealt with in elbo_terms.
+        model_trace, guide_trace = Trace_ELBO._get_trace(self, model, guide, args, kwargs)
         check_trainable(model_trace, guide_trace)
         return model_trace, guide_trace
+
+    def check_mean_field(
+        self,
+        traces: tuple[Trace, Trace],
+        model: PyroProgram,
+        guide: PyroProgram,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a hierarchy by the graph of both traces; without gradients, by that of others."""
+        if torch.is_grad_enabled() or len(latent_sites(traces[1])) < 2:
+            return check_mean_field(*traces)
+        with torch.enable_grad(), evaluation_mode(model, guide), aside(args[0].device):
+            check_mean_field(*self._get_trace(model, guide, args, kwargs))
 
     def mean_image(
         self, model_trace: Trace, model: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
@@ -184,7 +201,8 @@ class BetaELBO(ImageELBO):
     """The ELBO with its KL weighted by beta, for any Pyro VAE, hierarchical ones included.
 
     ``beta`` is a positive number or a :data:`Schedule` of positive numbers, such as
-    :func:`linear_schedule`. The KL is analytic where Pyro knows it, else estimated from the sample.
+    :func:`linear_schedule`. The KL is analytic where Pyro knows it, else estimated from the sample,
+    as is that of a latent which the guide samples before one that the model samples first.
     That of a ``Delta`` without log-density, a deterministic encoder's, is -log p(z). Terms:
     ``reconstruction``, ``kl``, ``loss``.
 
@@ -233,8 +251,8 @@ class MeanFieldELBO(ImageELBO):
         self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
         """Add the further terms to those of the negative ELBO, each with weight one."""
-        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
-        check_mean_field(model_trace, guide_trace)
+        traces = model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
+        self.check_mean_field(traces, model, guide, x, *args, **kwargs)
 
         def encode(x: Tensor) -> list[Site]:
             return latent_sites(poutine.trace(guide).get_trace(x, *args, **kwargs))
@@ -243,7 +261,8 @@ class MeanFieldELBO(ImageELBO):
             return self.mean_image(model_trace, model, x, *args, **kwargs)
 
         run = Run(model_trace, latent_sites(guide_trace), (x, *args), encode, decode)
-        return add_terms(elbo_terms(model_trace, guide_trace), self.extra_terms(run))
+        terms = elbo_terms(model_trace, guide_trace, mean_field=True)
+        return add_terms(terms, self.extra_terms(run))
 
     @abstractmethod
     def extra_terms(self, run: Run) -> Terms:
@@ -299,19 +318,21 @@ def _sites_of_q(model_trace: Trace, guide_trace: Trace) -> list[Site]:
     return [s for s in sites if not (s["is_observed"] and s["name"] in model_trace.nodes)]
 
 
-def elbo_terms(model_trace: Trace, guide_trace: Trace) -> Terms:
+def elbo_terms(model_trace: Trace, guide_trace: Trace, *, mean_field: bool = False) -> Terms:
     """Terms of the ELBO from traces with log-probabilities: ``reconstruction``, ``kl``, ``loss``.
 
     The reconstruction is the log-probability of all that the model observes, factors included. The
     KL of each site is conditional on the sampled values of the sites before it, which is unbiased
-    also for a hierarchy; what only the guide has, auxiliary noise and factors, counts as log q.
-    Only ``loss`` carries the scales and masks of the sites.
+    also for a hierarchy, and in closed form if these are all that the prior can depend on; what
+    only the guide has, auxiliary noise and factors, counts as log q. Only ``loss`` carries the
+    scales and masks of the sites. ``mean_field`` says that no site depends on another.
     """
     reconstruction = log_likelihood(model_trace)
     loss = -log_likelihood(model_trace, "log_prob")
     kl = torch.zeros_like(reconstruction)
+    in_order = sampled_in_order(model_trace, guide_trace)
     for site in _sites_of_q(model_trace, guide_trace):
-        divergence = site_kl(site, model_trace)
+        divergence = site_kl(site, model_trace, closed=mean_field or site["name"] in in_order)
         kl = kl + per_image(divergence, site)
         loss = loss + per_image(scale_and_mask(divergence, site["scale"], site["mask"]), site)
     return {"reconstruction": reconstruction, "kl": kl, "loss": loss}
@@ -332,14 +353,19 @@ def add_terms(terms: Terms, extra: Terms) -> Terms:
     return terms | extra | {"loss": terms["loss"] + sum(extra.values())}
 
 
-def site_kl(guide_site: Site, model_trace: Trace) -> Tensor:
-    """KL of one site, in its batch shape; analytic, or else log q - log p, or log q without p."""
+def site_kl(guide_site: Site, model_trace: Trace, *, closed: bool = True) -> Tensor:
+    """KL of one site, in its batch shape; analytic, or else log q - log p, or log q without p.
+
+    ``closed`` is whether a closed form would be right.
+    """
     q, value = guide_site["fn"], guide_site["value"]
     if guide_site["name"] not in model_trace.nodes:
         return q.log_prob(value)
     p: Any = model_trace.nodes[guide_site["name"]]["fn"]
     try:
-        if not is_point(q):  # PyTorch's registry has one for Pyro's Delta, without its log_density
+        if closed and not is_point(
+            q
+        ):  # PyTorch's registry has one for Pyro's Delta, without its log_density
             return known_kl(q, p)
     except NotImplementedError:
         pass

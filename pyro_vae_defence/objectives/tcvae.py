@@ -42,7 +42,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.models.sites import check_mean_field, gaussians, latent_sites, latent_values
+from pyro_vae_defence.models.sites import gaussians, latent_sites, latent_values
 from pyro_vae_defence.objectives import elbo
 from pyro_vae_defence.objectives.elbo import ImageELBO, Schedule, Terms
 from pyro_vae_defence.ops.checks import check_within
@@ -80,10 +80,10 @@ class BetaTCVAE(ImageELBO):
     ) -> Terms:
         """Add ``(beta - 1) total_correlation`` to the negative ELBO."""
         beta = elbo.weight_at("beta", self.beta, self.step)
-        model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
-        check_mean_field(model_trace, guide_trace)
+        traces = model_trace, guide_trace = self._get_trace(model, guide, (x, *args), kwargs)
+        self.check_mean_field(traces, model, guide, x, *args, **kwargs)
         sites = latent_sites(guide_trace)
-        terms = elbo.elbo_terms(model_trace, guide_trace)
+        terms = elbo.elbo_terms(model_trace, guide_trace, mean_field=True)
         z, (loc, scale) = latent_values(sites), gaussians(sites)
         tc = total_correlation(z, loc, scale, self.data_size, self.estimator)
         return terms | {"total_correlation": tc, "loss": terms["loss"] + (beta - 1) * tc}

@@ -29,8 +29,8 @@ def read(path: Path) -> dict[str, Any]:
     return state
 
 
-def get_rng(loader: Iterable[Any]) -> dict[str, Any]:
-    """States of the global generators of torch, NumPy and Python, and of a loader's own."""
+def get_rng(*loaders: Iterable[Any] | None) -> dict[str, Any]:
+    """States of the global generators of torch, NumPy and Python, and of the loaders' own."""
     numpy: Any = np.random.get_state()  # noqa: NPY002  # the global one's
     name, words, *rest = numpy
     state: dict[str, Any] = {
@@ -40,14 +40,14 @@ def get_rng(loader: Iterable[Any]) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
-    own, of_samplers = _generators(loader)
+    own, others = _generators(loaders)
     if own is not None:
         state["loader"] = own.get_state()
-    state["samplers"] = [generator.get_state() for generator in of_samplers]
+    state["samplers"] = [generator.get_state() for generator in others]
     return state
 
 
-def set_rng(state: dict[str, Any], loader: Iterable[Any]) -> None:
+def set_rng(state: dict[str, Any], *loaders: Iterable[Any] | None) -> None:
     """Undo :func:`get_rng`; files of earlier versions do not hold all of it."""
     torch.set_rng_state(state["torch"])
     if "numpy" in state:
@@ -58,10 +58,10 @@ def set_rng(state: dict[str, Any], loader: Iterable[Any]) -> None:
         random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-    own, of_samplers = _generators(loader)
+    own, others = _generators(loaders)
     if own is not None and "loader" in state:
         own.set_state(state["loader"])
-    for generator, known in zip(of_samplers, state.get("samplers", ())):
+    for generator, known in zip(others, state.get("samplers", ())):
         generator.set_state(known)
 
 
@@ -73,9 +73,11 @@ def chain(loader: Any) -> Iterator[Any]:
         loader = getattr(loader, "sampler", None) if inner is None else inner
 
 
-def _generators(loader: Any) -> tuple[torch.Generator | None, list[torch.Generator]]:
-    """The loader's own generator, if it has one, and others that its samplers have."""
-    found = [getattr(each, "generator", None) for each in chain(loader)]
+def _generators(
+    loaders: tuple[Iterable[Any] | None, ...],
+) -> tuple[torch.Generator | None, list[torch.Generator]]:
+    """The first loader's own generator, if it has one, and all others: of samplers and loaders."""
+    found = [getattr(each, "generator", None) for loader in loaders for each in chain(loader)]
     own = found[0] if isinstance(found[0], torch.Generator) else None
     others = [each for each in found[1:] if isinstance(each, torch.Generator)]
     return own, [each for each in dict.fromkeys(others) if each is not own]

@@ -29,7 +29,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.contract import mend_networks
 from pyro_vae_defence.models.modules import modules_of, networks_of
-from pyro_vae_defence.models.sites import aside, whole_size
+from pyro_vae_defence.models.sites import aside, latent_sites, sampled_in_order, whole_size
 from pyro_vae_defence.objectives import ImageELBO
 from pyro_vae_defence.ops.boundary import drop_references, note, public
 from pyro_vae_defence.ops.checks import as_device
@@ -78,7 +78,7 @@ def fit(
 
     With ``checkpoint`` the run is resumed from that file when it exists, and continues exactly
     where it stood, whenever it was killed: on the same machine and number of threads the weights
-    equal those of an uninterrupted run. Exact resumption needs a loader whose order, and whose
+    equal those of an uninterrupted run. Exact resumption needs loaders whose order, and whose
     random transforms, depend on the global seeds of torch, NumPy and Python, on the ``generator``
     attribute of itself or its samplers, or on ``set_epoch`` of a sampler, alone
     (``torch.utils.data.DataLoader`` does). What programs count themselves has to be a buffer of a
@@ -306,7 +306,7 @@ class _Run:
         device: torch.device | None,
     ) -> None:
         self.vae, self.objective, self.config = vae, objective, config
-        self.loader, self.validation = loader, validation
+        self.loader, self.validation = self._loaders = loader, validation
         self.model, self.guide = vae.model, vae.guide
         if config.precision == "bfloat16":
             self.model, self.guide = in_bfloat16(vae.model), in_bfloat16(vae.guide)
@@ -359,7 +359,7 @@ class _Run:
         for network in self.parameters.networks.values():
             parallel.broadcast(network.buffers())
         if self.validation is not None:
-            where, rng = f"epoch {self.epoch + 1}", checkpoints.get_rng(self.loader)
+            where, rng = f"epoch {self.epoch + 1}", checkpoints.get_rng(*self._loaders)
             with self._validated_weights(), self._finite("validation loss", where):
                 loss = entry["validation_loss"] = self._validate(self.objective, self.validation)
                 if finite := math.isfinite(loss):
@@ -368,7 +368,7 @@ class _Run:
                         entry["validation_nelbo"] = nelbo
             if not finite:
                 # The loss is that of all processes, which take part in this.
-                checkpoints.set_rng(rng, self.loader)
+                checkpoints.set_rng(rng, *self._loaders)
                 if path is not None and not any(parallel.gather(self._spoiled())):
                     self.save(path)
                 raise self._not_finite(loss, "validation loss", where)
@@ -409,11 +409,11 @@ class _Run:
         """Call the user's function in a way that training does not depend on it."""
         drop_references(modules_of(self.vae))  # it may store the VAE
         # A run resumed from the checkpoint of this epoch will not call it again.
-        rng = checkpoints.get_rng(self.loader)
+        rng = checkpoints.get_rng(*self._loaders)
         self._set_mode(training=False)  # until the next epoch
         with self._validated_weights(), self.reader.pause:
             on_epoch(entry)
-        checkpoints.set_rng(rng, self.loader)
+        checkpoints.set_rng(rng, *self._loaders)
 
     def _validated_weights(self) -> contextlib.AbstractContextManager[None]:
         """For a while, put the average of the weights in their place, if there is one."""
@@ -423,15 +423,15 @@ class _Run:
         """The epoch's batches that are not done yet, with the generators where they stood."""
         if self.batch:
             # The order of an epoch was drawn from the generators as they stood at its start.
-            checkpoints.set_rng(self._epoch_rng, self.loader)
+            checkpoints.set_rng(self._epoch_rng, *self._loaders)
         else:
-            self._epoch_rng = checkpoints.get_rng(self.loader)
+            self._epoch_rng = checkpoints.get_rng(*self._loaders)
         batches = self.reader.read(self.loader, "loader")
         for _ in range(self.batch):
             next(batches, None)
         if self._resume_rng is not None:
             # Before the next batch is fetched, since fetching may draw random transforms.
-            checkpoints.set_rng(self._resume_rng, self.loader)
+            checkpoints.set_rng(self._resume_rng, *self._loaders)
             self._resume_rng = None
         yield from batches
 
@@ -552,7 +552,7 @@ class _Run:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore", UserWarning)
             try:
-                analytic = TraceMeanField_ELBO()
+                analytic = _Analytic()
                 loss, count = _loss_and_count(self.reader, analytic, batches, "validation")
             except torch.OutOfMemoryError:
                 raise
@@ -597,7 +597,9 @@ class _Run:
 
     def save(self, path: Path) -> None:
         # Every process takes part, since each has generators of its own.
-        rng = parallel.gather({"now": checkpoints.get_rng(self.loader), "epoch": self._epoch_rng})
+        rng = parallel.gather(
+            {"now": checkpoints.get_rng(*self._loaders), "epoch": self._epoch_rng}
+        )
         if not parallel.is_first():
             return
         contents = {
@@ -638,7 +640,7 @@ class _Run:
         if self.batch:
             self._resume_rng = rng["now"]
         else:
-            checkpoints.set_rng(rng["now"], self.loader)
+            checkpoints.set_rng(rng["now"], *self._loaders)
 
     def _load_weights(self, state: dict[str, Any]) -> None:
         """Load weights and buffers, also of what the programs make only when they run."""
@@ -653,13 +655,13 @@ class _Run:
 
     def _run_once(self) -> None:
         """Run the programs as a step does, and leave all random generators as they were."""
-        rng = checkpoints.get_rng(self.loader)
+        rng = checkpoints.get_rng(*self._loaders)
         self._set_mode(training=True)
         _set_epoch(self.loader, self.epoch)
         batch = next(self.reader.read(self.loader, "loader"))
         with self.parameters:
             self.objective.loss_and_grads(self.model, self.guide, *batch)
-        checkpoints.set_rng(rng, self.loader)
+        checkpoints.set_rng(rng, *self._loaders)
 
     def _check_settings(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = state["config"], dataclasses.asdict(self.config)
@@ -683,6 +685,19 @@ class _Run:
     def _set_objective_state(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             self.objective.load_state_dict(state)
+
+
+class _Analytic(TraceMeanField_ELBO):
+    """The analytic ELBO, or a sampled one where the order of the guide's sites makes that wrong."""
+
+    def _get_trace(self, *args: Any) -> Any:
+        return Trace_ELBO._get_trace(self, *args)
+
+    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
+        model, guide = ({s["name"] for s in latent_sites(t)} for t in (model_trace, guide_trace))
+        ordered = model != guide or guide == sampled_in_order(model_trace, guide_trace)
+        elbo = TraceMeanField_ELBO if ordered else Trace_ELBO
+        return elbo._differentiable_loss_particle(self, model_trace, guide_trace)
 
 
 def _finite_gradient(parameters: Iterable[Tensor]) -> float:
