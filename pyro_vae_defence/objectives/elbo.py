@@ -363,9 +363,8 @@ def site_kl(guide_site: Site, model_trace: Trace, *, closed: bool = True) -> Ten
         return q.log_prob(value)
     p: Any = model_trace.nodes[guide_site["name"]]["fn"]
     try:
-        if closed and not is_point(
-            q
-        ):  # PyTorch's registry has one for Pyro's Delta, without its log_density
+        # PyTorch's registry has one for Pyro's Delta, without its log_density.
+        if closed and not is_point(q):
             return known_kl(q, p)
     except NotImplementedError:
         pass
