@@ -289,6 +289,51 @@ def test_the_white_box_is_the_defence_in_parts():
     assert isinstance(few.rule, FixedStepSize)
 
 
+class Mirrored(MCMCDefence):
+    def __call__(self, x, generator=None):
+        return super().__call__(1 - x, generator)
+
+
+class Filtered(MCMCDefence):
+    def _filter(self, x):
+        return 1 - x
+
+
+class MirroredEncoder(NoDefence):
+    def __call__(self, x, generator=None):
+        return super().__call__(1 - x, generator)
+
+
+class OwnStep(BatchedHMC):
+    def _step(self, num_gradients):
+        step = super()._step(num_gradients)
+        return lambda potential, *arguments, **options: step(potential, *arguments, **options)
+
+
+@pytest.mark.parametrize("kind", [Mirrored, Filtered, MirroredEncoder])
+def test_what_derives_from_a_defence_is_attacked_as_a_whole(kind):
+    """Its chain was run on images that it never saw, or it passed for no defence at all."""
+    vae, x, _ = problem(4)
+    defence = kind(vae) if kind is MirroredEncoder else kind(vae, HMC, 2, 3)
+    box, streams = WhiteBox(vae, defence, x, seed=5), Streams.create(4, seed=0)
+    assert box.has_chain
+    assert not box.steps
+    truth = defence(x, torch.Generator().manual_seed(5))
+    end = box.chain(x, box.start(x, streams), streams)
+    assert torch.equal(end["z"], truth.latents["z"])
+    assert box._kept == truth.samples["z"].shape[1]
+    cost = chain_cost(defence)
+    assert cost is not None
+    assert cost.transitions == 0
+
+
+def test_a_kernel_that_steps_in_its_own_way_is_not_unrolled_as_another():
+    vae, x, _ = problem(4)
+    box = WhiteBox(vae, MCMCDefence(vae, OwnStep, 2, 3), x)
+    assert box.has_chain
+    assert not box.steps
+
+
 PAPER = functools.partial(BatchedHMC, step_size=0.1, preset="paper")
 
 

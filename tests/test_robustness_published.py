@@ -361,6 +361,10 @@ class TestPublished:
             rescore(path, LinearGaussianVAE(), NoDefence(vae), classifier=classify)
         with pytest.raises(ValueError, match="report holds no images"):
             save_attacked(RobustnessReport.from_dict(report.to_dict()), tmp_path / "c.safetensors")
+        own = dataclasses.replace(report, threat_model=report.threat_model | {"norm": "Mine"})
+        with pytest.raises(ValueError, match="ball of norm 'Mine'.*Linf, L2, L1"):
+            save_attacked(own, tmp_path / "c.safetensors")
+        assert not (tmp_path / "c.safetensors").exists()
         damaged = tmp_path / "d.safetensors"
         damaged.write_bytes(path.read_bytes()[:50])
         with pytest.raises(ValueError, match=r"attacked images .* cannot be read .*another copy"):

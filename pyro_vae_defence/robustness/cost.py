@@ -18,6 +18,7 @@ from pyro_vae_defence.models.program import target
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.fidelity import RANDOM_DIRECTIONS
 from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE
+from pyro_vae_defence.robustness.whitebox import runs_as
 
 _BLACK_BOXES = [row.name for row in ATTACKS if row.black_box]
 
@@ -44,7 +45,7 @@ def chain_cost(defence: Defence) -> ChainCost | None:
     That of NUTS is an upper bound, its largest trees, and so is that of chains that stop when they
     have converged; what is not known counts as one.
     """
-    if isinstance(defence, NoDefence):
+    if runs_as(defence, NoDefence):
         return None
     if isinstance(defence, PosteriorModeDefence):
         return ChainCost(float(defence.num_steps + 1))
@@ -60,6 +61,8 @@ def chain_cost(defence: Defence) -> ChainCost | None:
     lengths = [kernel.gradients_of(0, step) for step in range(number)]
     first = kernel.burn_in
     whole = (start + sum(lengths) + 1) * defence.num_chains
+    if not runs_as(defence, MCMCDefence):
+        return ChainCost(float(whole))
     # Chains of other kernels, and those that stop together, attackers run as the defence does.
     alone = isinstance(kernel, (BatchedHMC, BatchedNUTS)) and defence.until_converged is None
     chains = defence.num_chains if alone else 1

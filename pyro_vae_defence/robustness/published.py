@@ -63,12 +63,18 @@ def save_attacked(report: RobustnessReport, path: str | os.PathLike[str]) -> Pat
     """Write the images of a report's worst case, with what it takes to score them; the path.
 
     Raises:
-        ValueError: if the report has no images, as one that was read from JSON.
+        ValueError: if the report has no images, as one that was read from JSON, or is of a ball of
+            one's own, which nobody could check them against.
     """
     if report.x_ref is None or report.x_adv is None:
         raise ValueError(
             "report holds no images, as one that was read from JSON; save that of "
             "evaluate_robustness itself"
+        )
+    if (norm := report.threat_model["norm"]) not in _BALLS:
+        raise ValueError(
+            f"report is of a ball of norm {norm!r}, which who reads the images does not have; save "
+            f"those of an attack in a ball of {', '.join(_BALLS)}"
         )
     tensors = {"x_ref": report.x_ref, "x_adv": report.x_adv}
     if report.labels is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import DefendedEncoder
 from pyro_vae_defence.defence import Defence, DefenceResult, MCMCDefence, NoDefence
-from pyro_vae_defence.defence.base import run_defence
+from pyro_vae_defence.defence.base import BaseDefence, run_defence
 from pyro_vae_defence.defence.chains import Lengths
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
 from pyro_vae_defence.defence.starts import ChainStart
@@ -66,6 +66,14 @@ class _CountedKernel(unrolled.UnrolledKernel):
         return super().last(x, start, streams, number)
 
 
+def runs_as(defence: Any, kind: type[BaseDefence]) -> bool:
+    """Whether runs of a defence are those of this class. One that derives from it may change them,
+    such as the images that its chain sees; then only the whole run tells what it does."""
+    names = ("__call__", "parts", "_defend", "_filter", "_run")
+    own = all(getattr(type(defence), name, None) is getattr(kind, name) for name in names)
+    return own and isinstance(defence, kind)
+
+
 def _uncounted(kernel: Any, x: Tensor, streams: Streams, num_transitions: int) -> int:
     """Gradients of a run on ``x`` that are no runs of the model, but of its recording."""
     if kernel.prepare is None:
@@ -96,7 +104,8 @@ class WhiteBox:
             :meth:`drawn`.
         shape: of an image.
         has_chain: whether anything stands behind the encoder.
-        steps: whether its transitions are known: this library's HMC or NUTS.
+        steps: whether its transitions are known: this library's HMC or NUTS, in a defence that runs
+            as :class:`~pyro_vae_defence.defence.MCMCDefence` does.
         stops: whether chains stop when those of an image have converged, as the defence decides.
         unrollable: whether the whole chain is: such transitions, as many in every run, without a
             burn-in or a search for their start before them.
@@ -115,14 +124,16 @@ class WhiteBox:
         self.vae, self.defence, self.seed = vae, defence, seed
         self.num_chains = int(getattr(defence, "num_chains", 1))
         self.shape = tuple(x.shape[1:])
-        self.has_chain = not isinstance(defence, NoDefence)
+        self.has_chain = not runs_as(defence, NoDefence)
         self._conditions, self._x, self._fresh = conditions, x, fresh
         self._inverse_temperature = 1.0
         self.draws = 1
         self._evaluations = [0]  # shared with the boxes of some rows
         self._read()
         kernel = self._make_kernel()
-        self.steps = isinstance(kernel, (BatchedHMC, BatchedNUTS))
+        # A kernel that derives from one of these may step otherwise.
+        known = getattr(type(kernel), "_step", None) in (BatchedHMC._step, BatchedNUTS._step)
+        self.steps = known and runs_as(defence, MCMCDefence)
         searched = getattr(defence, "initial", None) in ("mode", "annealed")
         # All chains of an image decide together when they stop.
         self.stops = getattr(defence, "until_converged", None) is not None
@@ -206,7 +217,7 @@ class WhiteBox:
     def _kept(self) -> int:
         """Draws of each chain that the defence keeps; of one that is no chain, or stops by what it
         sees, the whole run has to tell."""
-        if isinstance(self.defence, MCMCDefence) and not self.stops:
+        if runs_as(self.defence, MCMCDefence) and not self.stops:
             made = self._lengths(self._make_kernel(), draw_seed(self._generator()))
             return min(made.keep_draws, made.num_samples)
         return next(iter(self(self._x).samples.values())).shape[1]
