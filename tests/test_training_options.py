@@ -105,6 +105,22 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     assert vae.a.item() == vae.b.item() == 0.0
 
 
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_gradient_whose_square_overflows_ends_the_training(clip_norm):
+    """Adam's mean of squares would be infinite, and its steps zero ever after, in silence."""
+
+    class Outlier(TraceMeanField_ELBO):
+        def loss_and_grads(self, *args):
+            loss = super().loss_and_grads(*args)
+            vae.a.grad.fill_(1e25)
+            return loss
+
+    vae = Quadratic()
+    with pytest.raises(NonFiniteLossError, match="norm of the gradient is inf .*clip_norm"):
+        fit(vae, Outlier(), [torch.zeros(2, 1, 1, 2)], config(clip_norm=clip_norm))
+    assert vae.a.item() == vae.b.item() == 0.0
+
+
 # --- Averaging ------------------------------------------------------------------------------------
 
 

@@ -460,7 +460,7 @@ class _Run:
         if self.config.clip_norm is not None:
             norm = float(torch.nn.utils.clip_grad_norm_(trained, self.config.clip_norm))
         else:
-            norm = _finite_gradient(trained)
+            norm = _gradient_norm(trained)
         self._check_finite(norm, "norm of the gradient")
         try:
             self.optimiser.step()
@@ -499,7 +499,8 @@ class _Run:
     def _not_finite(self, value: float, name: str, where: str) -> NonFiniteLossError:
         return NonFiniteLossError(
             f"the {name} is {value} at {where} (learning rate {self.config.learning_rate:g}); "
-            "lower the learning rate, or look for non-finite images or a degenerate likelihood"
+            "lower the learning rate, set clip_norm, or look for non-finite images or a degenerate "
+            "likelihood"
         )
 
     @contextlib.contextmanager
@@ -700,14 +701,12 @@ class _Analytic(TraceMeanField_ELBO):
         return elbo._differentiable_loss_particle(self, model_trace, guide_trace)
 
 
-def _finite_gradient(parameters: Iterable[Tensor]) -> float:
-    """0 if all gradients are finite, else NaN."""
+def _gradient_norm(parameters: Iterable[Tensor]) -> float:
+    """Norm of all gradients together: infinite where Adam's mean of squares would overflow, after
+    which its steps are zero for good."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    # A sum is not finite if an entry is not, and quick; that of large entries may overflow.
-    total = sum(g.sum().to(gradients[0].device) for g in gradients)
-    if math.isfinite(float(total)) or all(bool(g.isfinite().all()) for g in gradients):
-        return 0.0
-    return math.nan
+    norms = [torch.linalg.vector_norm(g).to(gradients[0].device) for g in gradients]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _take_place(path: Path, stack: contextlib.ExitStack) -> None:
