@@ -232,6 +232,22 @@ def test_solved_rows_leave_and_the_others_do_not_notice(name):
     assert not full.solved.any()
 
 
+def test_the_papers_start_outside_the_ball_meets_no_criterion():
+    """The published start is as large as 0.2 per pixel: its objective is not that of its
+    projection."""
+    x = torch.full(SHAPE, 0.5, dtype=torch.float64)
+
+    def distance(x_ref):
+        return lambda y: (y - x_ref).square().sum((1, 2, 3))
+
+    attack = attacks.PGD(distance, Linf(0.05), num_steps=30, preset="paper")
+    goal = 0.99 * attack(x, torch.Generator().manual_seed(1)).objective.min().item()
+    stopping = dataclasses.replace(attack, stop=attacks.reaches(goal))
+    result = stopping(x, torch.Generator().manual_seed(1))
+    assert result.solved.all()
+    assert (result.objective >= goal).all()
+
+
 def test_criterion_on_classes_and_targets_follow_rows_that_leave():
     torch.manual_seed(1)
     vae, classifier = LinearGaussianVAE(), LinearClassifier(3, 4).double()
