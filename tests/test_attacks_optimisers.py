@@ -516,6 +516,12 @@ def test_bad_settings(optimiser, settings, message):
         optimiser(**{"objective": problem("linear")[1], "ball": Linf(0.1), **settings})
 
 
+@pytest.mark.parametrize("threshold", ["3", torch.ones(2), math.nan])
+def test_a_threshold_is_one_number(threshold):
+    with pytest.raises(ValueError, match="threshold must lie in"):
+        attacks.reaches(threshold)
+
+
 # --- The r-robustness margin ----------------------------------------------------------------------
 
 
@@ -558,10 +564,12 @@ def test_r_margin_brackets_the_exact_margin(float64):
         ({"r": 0.0}, "r must be a positive finite number, got 0.0"),
         ({"num_bisections": -1}, "num_bisections must be an integer of at least 0, got -1"),
         ({"num_draws": 0}, "num_draws must be an integer of at least 1, got 0"),
+        ({"attack": attacks.maximum_damage}, "attack must be an attack such as PGD"),
     ],
 )
 def test_r_margin_settings(settings, message):
     vae = PixelVAE()
     attack = attacks.PGD(attacks.maximum_damage(vae), Linf(0.3), 1)
+    x = torch.rand(1, 1, 4, 4)
     with pytest.raises(ValueError, match=message):
-        attacks.r_margin(vae, attack, torch.rand(1, 1, 4, 4), **{"r": 1.0, **settings})
+        attacks.r_margin(vae, **{"attack": attack, "x_ref": x, "r": 1.0, **settings})
