@@ -16,8 +16,17 @@ if TYPE_CHECKING:
 
 
 def show_image(axes: Axes, image: Tensor) -> Axes:
-    """Draw one image ``(C, H, W)`` with values in [0, 1], or of 8 bits, without ticks."""
-    pixels = _in_range(image).permute(1, 2, 0).numpy()
+    """Draw one image ``(C, H, W)`` with values in [0, 1], or of 8 bits, without ticks.
+
+    Raises:
+        ValueError: if it is no such image, grey or with three or four channels.
+    """
+    values = _in_range(image)
+    if values.ndim != 3 or values.shape[0] not in (1, 3, 4):
+        raise ValueError(
+            f"image must have shape (C, H, W) with 1, 3 or 4 channels, got {tuple(values.shape)}"
+        )
+    pixels = values.permute(1, 2, 0).numpy()
     grey = pixels.shape[2] == 1
     axes.imshow(pixels[..., 0] if grey else pixels, cmap="gray" if grey else None, vmin=0, vmax=1)
     axes.set_xticks([])
@@ -72,8 +81,13 @@ def rank(axes: Axes, draws: Any, label: str = "", bins: int = 10) -> Axes:
         draws: ``(chain, draw)``.
         label: title of the plot.
         bins: number of bins.
+
+    Raises:
+        ValueError: if draws have another shape, or ``bins`` is no positive integer.
     """
     draws = _chains(draws)
+    if not (isinstance(bins, (int, np.integer)) and bins >= 1):
+        raise ValueError(f"bins must be an integer of at least 1, got {bins!r}")
     _, value, counts = np.unique(draws.ravel(), return_inverse=True, return_counts=True)
     ranks = (counts.cumsum() - (counts + 1) / 2)[value].reshape(draws.shape)
     edges = np.linspace(0, draws.size, bins + 1)
@@ -127,8 +141,17 @@ def _chains(draws: Any) -> np.ndarray:
 
 def _in_range(images: Tensor) -> Tensor:
     """Images in [0, 1] on the CPU; those of 8 bits are divided by 255."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"image must be a tensor, got a {type(images).__name__}")
     pixels = images.detach().cpu()
-    return pixels / 255 if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)
+    if pixels.dtype == torch.uint8:
+        return pixels / 255
+    if not (pixels.is_floating_point() or pixels.dtype == torch.bool):
+        raise ValueError(
+            f"image has dtype {pixels.dtype}: pass floating-point values in [0, 1], or 8 bits, "
+            "image.to(torch.uint8)"
+        )
+    return pixels.to(torch.promote_types(pixels.dtype, torch.float32)).clamp(0, 1)
 
 
 def picture(rows: Sequence[Tensor] | Tensor) -> str:

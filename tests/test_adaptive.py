@@ -440,6 +440,55 @@ def test_every_estimator_drives_an_attack(linear, name, target):
     assert (after > before).all()
 
 
+@pytest.mark.parametrize("name", ["expected", "equilibrium", "nes"])
+def test_labels_follow_rows_that_leave_and_rows_of_any_micro_batch(linear, name):
+    """Rows that are left may be a multiple of the labels, and other images than these are of."""
+    vae, _, _, _ = linear
+    x = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    start, chain = encoder(vae), contraction(vae, 0.3)
+    seen = []
+
+    def classify(latents, x):
+        return torch.stack([x.mean((1, 2, 3)), x.new_zeros(len(x))], 1)
+
+    # Of the second image a dark one is wrong, of the first one a bright one.
+    goal = adaptive.misclassification(classify, torch.tensor([1, 0]))
+
+    def watched(x_ref, streams):
+        inner = goal(x_ref, streams)
+
+        def value(latents, x):
+            found = inner(latents, x)
+            bright = x.mean((1, 2, 3))
+            seen.append(torch.equal(found, torch.where(streams.image == 0, bright, -bright)))
+            return found
+
+        return value
+
+    energy = program.potential(vae, x)
+    once = adaptive.expected(adaptive.transfer(start), watched)
+    objective = {
+        "expected": lambda: once,
+        "equilibrium": lambda: adaptive.equilibrium(
+            start, chain, lambda x, z: energy.at(x)(z), watched, 2
+        ),
+        "nes": lambda: adaptive.nes(once, 1),
+    }[name]()
+    early = attacks.reaches(float(x.mean()))
+    for options in ({"stop": early}, {"batch_size": 3}):
+        attacks.PGD(objective, Linf(0.2), 4, num_restarts=3, **options)(x)
+    assert len(seen) > 8
+    assert all(seen)
+
+
+def test_labels_of_another_number_of_images_are_refused(linear):
+    vae, x, _, _ = linear
+    goal = adaptive.misclassification(lambda z, x: z["z"], torch.tensor([0]).repeat(2 * ROWS))
+    objective = adaptive.nes(adaptive.expected(adaptive.transfer(encoder(vae)), goal))
+    with pytest.raises(ValueError, match="labels has 6 entries, but the attack has 3 images"):
+        attacks.PGD(objective, Linf(0.1), 1)(x)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

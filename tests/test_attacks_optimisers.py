@@ -232,6 +232,22 @@ def test_solved_rows_leave_and_the_others_do_not_notice(name):
     assert not full.solved.any()
 
 
+def test_the_papers_start_outside_the_ball_meets_no_criterion():
+    """The published start is as large as 0.2 per pixel: its objective is not that of its
+    projection."""
+    x = torch.full(SHAPE, 0.5, dtype=torch.float64)
+
+    def distance(x_ref):
+        return lambda y: (y - x_ref).square().sum((1, 2, 3))
+
+    attack = attacks.PGD(distance, Linf(0.05), num_steps=30, preset="paper")
+    goal = 0.99 * attack(x, torch.Generator().manual_seed(1)).objective.min().item()
+    stopping = dataclasses.replace(attack, stop=attacks.reaches(goal))
+    result = stopping(x, torch.Generator().manual_seed(1))
+    assert result.solved.all()
+    assert (result.objective >= goal).all()
+
+
 def test_criterion_on_classes_and_targets_follow_rows_that_leave():
     torch.manual_seed(1)
     vae, classifier = LinearGaussianVAE(), LinearClassifier(3, 4).double()
@@ -500,6 +516,12 @@ def test_bad_settings(optimiser, settings, message):
         optimiser(**{"objective": problem("linear")[1], "ball": Linf(0.1), **settings})
 
 
+@pytest.mark.parametrize("threshold", ["3", torch.ones(2), math.nan])
+def test_a_threshold_is_one_number(threshold):
+    with pytest.raises(ValueError, match="threshold must lie in"):
+        attacks.reaches(threshold)
+
+
 # --- The r-robustness margin ----------------------------------------------------------------------
 
 
@@ -542,10 +564,12 @@ def test_r_margin_brackets_the_exact_margin(float64):
         ({"r": 0.0}, "r must be a positive finite number, got 0.0"),
         ({"num_bisections": -1}, "num_bisections must be an integer of at least 0, got -1"),
         ({"num_draws": 0}, "num_draws must be an integer of at least 1, got 0"),
+        ({"attack": attacks.maximum_damage}, "attack must be an attack such as PGD"),
     ],
 )
 def test_r_margin_settings(settings, message):
     vae = PixelVAE()
     attack = attacks.PGD(attacks.maximum_damage(vae), Linf(0.3), 1)
+    x = torch.rand(1, 1, 4, 4)
     with pytest.raises(ValueError, match=message):
-        attacks.r_margin(vae, attack, torch.rand(1, 1, 4, 4), **{"r": 1.0, **settings})
+        attacks.r_margin(vae, **{"attack": attack, "x_ref": x, "r": 1.0, **settings})

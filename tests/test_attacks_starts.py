@@ -125,6 +125,14 @@ def test_a_start_of_another_shape_is_refused_and_one_of_another_dtype_converted(
     x = images[0]
     with pytest.raises(ValueError, match=r"start must return an image .* \(2, 1, 4, 4\), got"):
         first_images(lambda x_ref, streams: x_ref[:1], Linf(0.1), x)
+    with pytest.raises(ValueError, match=r"start must return an image .*, got list"):
+        first_images(lambda x_ref, streams: x_ref.tolist(), Linf(0.1), x)
+    with pytest.raises(ValueError, match="images must be a tensor, got a list"):
+        given([x])
+    _, labels, _, image_labels = images
+    start = other_class(labels, torch.rand(5, 3, 4, 4), image_labels)
+    with pytest.raises(ValueError, match=r"images must be of the references' shape \(1, 4, 4\), g"):
+        first_images(start, Linf(0.1), x)
     found = first_images(given((x + 0.05)[None].float()), Linf(0.1), x)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found[0], x + 0.05, atol=1e-6, rtol=0)

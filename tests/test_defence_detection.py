@@ -6,6 +6,7 @@ import functools
 import json
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -333,6 +334,14 @@ class TestDetector:
         linear_vae.mean_posterior_variance = {"z": torch.full((3,), 4.0)}
         found = Detector(defence, "disagreement").score(x, seeded())
         assert torch.allclose(found, plain / 2)
+
+    @pytest.mark.parametrize("make", [np.float32, torch.tensor])
+    def test_any_scalar_is_a_rate_that_reports_can_store(self, linear_vae, make):
+        x, new = torch.rand(2, 20, 1, 4, 4)
+        detector = Detector(NoDefence(linear_vae)).fit(x, make(0.25))
+        assert type(detector.false_alarm) is float
+        found = detector.report(new, (new + 0.1).clamp(0, 1), Linf(0.2))
+        assert json.loads(found.to_json())["false_alarm"] == 0.25
 
     def test_mistakes(self, linear_vae):
         x = torch.rand(20, 1, 4, 4)

@@ -116,6 +116,33 @@ def test_a_statistic_may_return_any_number(number):
     assert found[:3] == pytest.approx(wanted[:3], abs=1e-6)
 
 
+def test_interval_of_scores_that_tell_all_images_apart_covers_the_area():
+    """An area of 0.98 is 1 in most samples of ten images; the interval must cover it in 95%."""
+    torch.manual_seed(3)
+    area, runs, covered, perfect = 0.98, 200, 0, 0
+    shift = stats.norm.ppf(area) * 2**0.5
+    for _ in range(runs):
+        negatives, positives = torch.randn(10), torch.randn(10) + shift
+        if float(metrics.auroc(negatives, positives)) == 1.0:
+            found = metrics.detection_interval(
+                metrics.auroc, negatives, positives, num_resamples=20
+            )
+            perfect += 1
+            covered += found.low <= area <= found.high == 1.0
+    assert perfect > runs / 3
+    assert covered == perfect
+    low, high = torch.zeros(10), torch.ones(10)
+    share = 1 - 0.025 ** (1 / 5)
+    for statistic, negatives, positives, ends in (
+        (metrics.auroc, low, high, (1 - share, 1.0)),
+        (metrics.auroc, high, low, (0.0, share)),
+        (metrics.auroc, low, low, (0.5 - share / 2, 0.5 + share / 2)),
+        (metrics.fpr_at_tpr, low, high, (0.0, share)),
+    ):
+        found = metrics.detection_interval(statistic, negatives, positives)
+        assert (found.low, found.high) == pytest.approx(ends)
+
+
 @pytest.mark.parametrize("count", [0, 1, 13, 40])
 @pytest.mark.parametrize("level", [0.8, 0.95])
 def test_interval_of_a_rate_is_wilsons(count, level):

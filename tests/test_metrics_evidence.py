@@ -204,6 +204,11 @@ def test_bad_arguments_are_refused(wide, x, inside):
         metrics.ais_log_weights(wide, x, stay, num_chains=0)
     with pytest.raises(ValueError, match="schedule falls, and initial is None"):
         metrics.ais_log_weights(wide, x, stay, torch.tensor([1.0, 0.5, 0.0]))
+    for schedule in (100, "all", torch.tensor(0.5)):
+        with pytest.raises(ValueError, match="schedule must be inverse temperatures"):
+            metrics.ais_log_weights(wide, x, stay, schedule)
+    with pytest.raises(ValueError, match="must run strictly from 0 to 1"):
+        metrics.ais_log_weights(wide, x, stay, [])
     with pytest.raises(ValueError, match=r"latents\['z'\] must have shape \(12, 3\)"):
         metrics.ais_log_weights(wide, x, stay, num_chains=2, initial={"z": torch.zeros(6, 3)})
 

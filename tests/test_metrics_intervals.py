@@ -149,6 +149,8 @@ def test_bad_arguments_are_refused():
         (lambda: metrics.bootstrap_interval(torch.rand(2), [0, 1]), "groups must be a tensor"),
         (lambda: metrics.bootstrap_interval(torch.rand(2) + 1j), "values has dtype torch.complex"),
         (lambda: metrics.bootstrap_interval(torch.rand(2), level="95"), "level='95' must lie"),
+        (lambda: metrics.bootstrap_interval(torch.rand(2), bounds=1), "bounds must be two num"),
+        (lambda: metrics.bootstrap_interval(torch.rand(2), bounds="01"), "bounds must be two num"),
         (lambda: metrics.bootstrap_interval(torch.rand(2), generator=0), "generator must be a tor"),
         (lambda: metrics.auroc(np.ones(2), np.ones(2)), "negatives must be a tensor, got a ndarr"),
         (lambda: metrics.ks_test([1.0], torch.rand(2)), "a must be a tensor"),

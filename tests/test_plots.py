@@ -94,3 +94,25 @@ def test_histograms_and_curves(axes):
 def test_draws_of_the_wrong_shape(axes):
     with pytest.raises(ValueError, match=r"draws must have shape \(chain, draw\), got \(3,\)"):
         plots.trace(axes, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.randint(0, 256, (1, 4, 5)), "image has dtype torch.int64"),
+        (torch.rand(4, 5), r"image must have shape \(C, H, W\)"),
+        (torch.rand(2, 4, 5), "with 1, 3 or 4 channels"),
+        (torch.rand(1, 1, 4, 5), r"got \(1, 1, 4, 5\)"),
+        (np.zeros((1, 4, 5)), "image must be a tensor"),
+    ],
+)
+def test_what_is_no_image_is_refused(axes, image, message):
+    """Integers up to 255 were drawn white."""
+    with pytest.raises(ValueError, match=message):
+        plots.show_image(axes, image)
+
+
+@pytest.mark.parametrize("bins", [0, 2.5, "5"])
+def test_number_of_bins_is_checked(axes, bins):
+    with pytest.raises(ValueError, match="bins must be an integer of at least 1"):
+        plots.rank(axes, np.zeros((2, 8)), bins=bins)

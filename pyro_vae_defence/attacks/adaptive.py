@@ -74,6 +74,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyro_vae_defence.attacks.blackbox import antithetic_gradient
+from pyro_vae_defence.attacks.objectives import _rows
 from pyro_vae_defence.models.classifier import class_margin
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_integer, check_not_negative, check_positive
@@ -96,8 +97,10 @@ Goal: TypeAlias = Callable[[Latents, Tensor], Tensor]
 """Latents of M rows and the attacked images whose latents they are, ``(M, C, H, W)``, which tell of
 discrete latents -> what the attacker maximises, ``(M,)``, differentiable."""
 
-PreparedGoal: TypeAlias = Callable[[Tensor], Goal]
-"""Reference images ``(M, C, H, W)`` -> the :data:`Goal` against these references, row by row."""
+PreparedGoal: TypeAlias = Callable[..., Goal]
+"""Reference images ``(M, C, H, W)`` -> the :data:`Goal` against these references, row by row. What
+it knows per image goes by the rows' random streams, a second argument ``streams`` that it may take,
+as a prepared objective may."""
 
 
 class DefendedEncoder(Protocol):
@@ -285,7 +288,9 @@ def expected(
         of_mean: the goal at the mean of the draws instead, against a defence that averages latents.
         persistent: hand the encoder where its chains ended at the call before.
         resample: fresh noise with every call; ``False`` for common random numbers.
-        generator: of the seed, drawn when references are prepared; the global one when ``None``.
+        generator: of the seed, drawn when references are prepared, once per micro-batch: an
+            attack's ``batch_size`` decides which noise an image meets, not its distribution. The
+            global one when ``None``.
 
     Raises:
         ValueError: if ``num_draws`` is out of range, or ``persistent`` comes without ``resample``.
@@ -293,8 +298,8 @@ def expected(
     check_integer("num_draws", num_draws)
     _check_noise(persistent, resample)
 
-    def prepare(x_ref: Tensor) -> Objective:
-        goal_ref = goal(x_ref if of_mean else x_ref.repeat(num_draws, 1, 1, 1))
+    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
+        goal_ref = _at(goal, x_ref, streams, 1 if of_mean else num_draws)
         noise = _noise(num_draws, resample, generator)
         previous: Latents | None = None
 
@@ -310,7 +315,7 @@ def expected(
 
         return objective
 
-    return prepare
+    return _rows.with_entries_of(goal, prepare)
 
 
 def equilibrium(
@@ -346,8 +351,8 @@ def equilibrium(
     check_integer("num_chains", num_chains, 2)
     _check_noise(resume is not None, resample)
 
-    def prepare(x_ref: Tensor) -> Objective:
-        goal_ref = goal(x_ref if of_mean else x_ref.repeat(num_chains, 1, 1, 1))
+    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
+        goal_ref = _at(goal, x_ref, streams, 1 if of_mean else num_chains)
         noise = _noise(num_chains, resample, generator)
         previous: Latents | None = None
 
@@ -373,7 +378,7 @@ def equilibrium(
 
         return objective
 
-    return prepare
+    return _rows.with_entries_of(goal, prepare)
 
 
 Population: TypeAlias = Callable[[Tensor, Latents | None, Streams], tuple[Latents, Tensor]]
@@ -463,13 +468,14 @@ def nes(
     check_integer("num_directions", num_directions)
     check_positive("scale", scale)
 
-    def prepare(x_ref: Tensor) -> Objective:
-        noise = _noise(1, True, generator)
+    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Objective:
+        noise, rows = _noise(1, True, generator), streams
 
         def black_box(x: Tensor) -> Tensor:
             streams = noise(x)
+            fresh = None if rows is None else rows._replace(seed=streams.seed)
             with torch.no_grad():
-                inner = objective(x_ref)
+                inner = _rows.prepare(objective, (x_ref,), fresh)
                 value = inner(x)
                 if not x.requires_grad:
                     return value
@@ -483,7 +489,16 @@ def nes(
 
         return black_box
 
-    return prepare
+    return _rows.with_entries_of(objective, prepare)
+
+
+def _at(goal: PreparedGoal, x_ref: Tensor, streams: Streams | None, copies: int) -> Goal:
+    """The goal against so many copies of the references, each with the rows' numbers."""
+    if streams is not None:
+        image, chain = (number.repeat(copies) for number in streams[1:])
+        streams = Streams(streams.seed, image, chain)
+    found: Goal = _rows.prepare(goal, (x_ref.repeat(copies, 1, 1, 1),), streams)
+    return found
 
 
 def _derivative_only(surrogate: Tensor) -> Tensor:
@@ -571,13 +586,18 @@ def misclassification(
 
     Args:
         classify: latents and attacked images of M rows to scores ``(M, classes)``, differentiable.
-        labels: classes of the references, int64 ``(N,)``. References may come repeated whole.
+        labels: classes of the references, int64 ``(N,)``. References may come repeated whole, or
+            in any order with their streams, as an attack prepares them.
 
     Raises:
-        ValueError: when references are prepared whose number is no multiple of the labels'.
+        ValueError: in an attack on another number of images; without streams, when references are
+            prepared whose number is no multiple of the labels'.
     """
 
-    def prepare(x_ref: Tensor) -> Goal:
+    def prepare(x_ref: Tensor, streams: Streams | None = None) -> Goal:
+        if streams is not None:
+            own = _rows.of_rows(labels, streams, "labels")
+            return lambda latents, x: -class_margin(classify(latents, x), own)
         times, rest = divmod(x_ref.shape[0], labels.shape[0])
         if rest:
             raise ValueError(
@@ -591,4 +611,4 @@ def misclassification(
 
         return goal
 
-    return prepare
+    return _rows.with_entries(prepare, labels=labels)

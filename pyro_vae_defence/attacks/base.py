@@ -30,7 +30,7 @@ from pyro_vae_defence.models.conditions import fold, rows_of, split
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer, plain
+from pyro_vae_defence.ops.checks import check_integer, check_within, plain
 from pyro_vae_defence.ops.files import (
     atomic_save,
     check_writable,
@@ -115,7 +115,8 @@ class AttackResult(NamedTuple):
 
 
 def reaches(threshold: float) -> PreparedCriterion:
-    """Criterion for ``stop``: the objective is at least ``threshold``."""
+    """Criterion for ``stop``: the objective is at least ``threshold``, one number for all."""
+    check_within("threshold", threshold, "[-inf, inf]")
     return lambda x_ref: lambda x, value: value >= threshold
 
 
@@ -141,10 +142,11 @@ class Problem:
         where to start from."""
         if self.start_from is not None:
             found = self.start_from(self.x_ref, self.streams)
-            if found.shape != self.x_ref.shape:
+            if not isinstance(found, Tensor) or found.shape != self.x_ref.shape:
+                got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise ValueError(
-                    "start must return an image for each reference, shape "
-                    f"{tuple(self.x_ref.shape)}, got {tuple(found.shape)}"
+                    "start must return an image for each reference, a tensor of shape "
+                    f"{tuple(self.x_ref.shape)}, got {got}"
                 )
             return self.project(found.detach().to(self.x_ref.dtype) - self.x_ref)
         start = self.ball.random_start(self.x_ref, self.streams)
@@ -279,7 +281,8 @@ class Attack:
         ball: where perturbations live, e.g. ``ops.balls.Linf(0.1)``.
         num_steps: steps of the optimiser, >= 1; the subclass says what a step costs.
         num_restarts: random starts per image, >= 1.
-        batch_size: most rows (restarts times images) at a time; results do not depend on it.
+        batch_size: most rows (restarts times images) at a time; results do not depend on it, but for
+            objectives with noise of their own (:mod:`~pyro_vae_defence.attacks.adaptive`).
         stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows whose result
             so far meets it leave the batch. The criterion's own evaluations of the model are not
             counted. It costs a synchronisation with the device per step.

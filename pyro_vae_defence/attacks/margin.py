@@ -71,6 +71,10 @@ def r_margin(
     Raises:
         ValueError: for a bad setting.
     """
+    if not isinstance(attack, Attack):
+        raise ValueError(
+            f"attack must be an attack such as PGD(maximum_damage(vae), L2(5.0)), got {attack!r}"
+        )
     conditions = split(x_ref, "x_ref")[1]
     vae, x_ref = at_images(vae, x_ref, "x_ref")
     check_integer("num_draws", num_draws)

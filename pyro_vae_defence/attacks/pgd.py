@@ -122,9 +122,10 @@ class PGD(Ascent):
         stagnant = waited > PAPER_PATIENCE
         return {
             **state,
-            # The start may lie outside the ball; as a result it would be projected.
+            # The start may lie outside the ball; as a result it is projected, which has a value
+            # that was not evaluated.
             "result": problem.ball.project(perturbation),
-            "result_value": value,
+            "result_value": value if t > 0 else state["result_value"],
             "perturbation": moved,
             "rate": torch.where(stagnant, 0.5 * rate, rate),
             "record": torch.where(better, value, record),

@@ -26,7 +26,7 @@ from pyro_vae_defence.attacks.base import BLACK_BOX_PURPOSE, Start, random_signs
 from pyro_vae_defence.attacks.noise import low_frequency_noise
 from pyro_vae_defence.attacks.objectives._rows import of_rows, with_entries
 from pyro_vae_defence.models.program import check_images
-from pyro_vae_defence.ops.checks import check_on_device
+from pyro_vae_defence.ops.checks import check_on_device, check_tensor
 from pyro_vae_defence.ops.streams import Streams
 
 
@@ -43,7 +43,7 @@ def other_class(labels: Tensor, images: Tensor, image_labels: Tensor) -> Start:
     Raises:
         ValueError: for images not in [0, 1], classes that are no integers, or ``image_labels`` not
             those of the images; if there is a class of references that all images have; and in an
-            attack on another number of references.
+            attack on another number of references, or on images of another shape.
     """
     check_images(images, "images")
     for name, classes in (("labels", labels), ("image_labels", image_labels)):
@@ -62,6 +62,12 @@ def other_class(labels: Tensor, images: Tensor, image_labels: Tensor) -> Start:
         )
 
     def start(x_ref: Tensor, streams: Streams) -> Tensor:
+        if images.shape[1:] != x_ref.shape[1:]:
+            raise ValueError(
+                f"images must be of the references' shape {tuple(x_ref.shape[1:])}, got "
+                f"{tuple(images.shape[1:])}"
+            )
+        check_on_device("images", images, "x_ref", x_ref.device)
         own = of_rows(labels, streams, "labels")[:, None]
         distance = torch.cdist(x_ref.flatten(1), images.flatten(1).to(x_ref.dtype))
         nearest = distance.masked_fill(own == image_labels, torch.inf).argsort(1)
@@ -96,9 +102,10 @@ def given(images: Tensor) -> Start:
     """Start from images ``(num_restarts, N, C, H, W)``, one for every restart and reference.
 
     Raises:
-        ValueError: in an attack whose images have another shape or are another number, or which has
-            more restarts.
+        ValueError: if ``images`` is no tensor; in an attack whose images have another shape or are
+            another number, or which has more restarts.
     """
+    check_tensor("images", images)
 
     def start(x_ref: Tensor, streams: Streams) -> Tensor:
         shape = tuple(x_ref.shape[1:])

@@ -169,7 +169,7 @@ class Detector:
                 f"finite, more than false_alarm={false_alarm} allows: choose another score_name, "
                 "or mend the VAE"
             )
-        self.false_alarm, self.threshold, self.clean_scores = false_alarm, threshold, found
+        self.false_alarm, self.threshold, self.clean_scores = float(false_alarm), threshold, found
         self._anchors, self._fitted_to = anchors, self.score_name
         self._calibration = {fingerprint(image) for image in images}
         return self

@@ -28,6 +28,7 @@ from pyro_vae_defence.metrics.intervals import (
     Interval,
     check_bootstrap,
     tails,
+    unseen_share,
 )
 from pyro_vae_defence.ops.checks import check_on_device, check_tensor, check_within
 
@@ -89,6 +90,12 @@ def detection_interval(
 ) -> Interval:
     """Percentile bootstrap interval of :func:`auroc` or :func:`fpr_at_tpr` over images.
 
+    Where all resamples agree, as where scores tell all images apart, the bootstrap has no width.
+    An area A lets the n // 2 independent pairs of one image before and another after the attack all
+    be in order with a probability of at most A^(n // 2), so that both statistics get the interval
+    of n // 2 values that agree, as of :func:`~pyro_vae_defence.metrics.bootstrap_interval` with
+    bounds.
+
     Args:
         statistic: one of the two; or another function of negatives and positives, which returns
             one number and is called once per resample.
@@ -99,6 +106,8 @@ def detection_interval(
     Raises:
         ValueError: if lengths differ, images are fewer than two, or an argument is out of range.
     """
+    if not callable(statistic):
+        raise ValueError(f"statistic must be a function such as metrics.auroc, got {statistic!r}")
     _check(negatives, positives)
     num_images = negatives.shape[0]
     if positives.shape[0] != num_images or num_images < 2:
@@ -120,6 +129,9 @@ def detection_interval(
         resampled = torch.tensor(found, dtype=torch.float64, device="cpu")
     low, high = torch.quantile(resampled, tails(level))
     estimate = statistic(negatives, positives)
+    if of_resamples is not None and bool((resampled == estimate).all()):
+        share = unseen_share(num_images // 2, level)
+        low, high = ((1 - share) * estimate + share * end for end in (0.0, 1.0))
     return Interval(float(estimate), float(low), float(high), level, num_images, num_images)
 
 

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from pyro_vae_defence.metrics.likelihood import Transition, ais, importance_nll, sigmoid_schedule
+from pyro_vae_defence.metrics.likelihood import (
+    Transition,
+    ais,
+    check_schedule,
+    importance_nll,
+    sigmoid_schedule,
+)
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.models.observation import ImageMap
@@ -156,7 +162,7 @@ def ais_log_weights(
     vae, x = program.at_images(vae, x, unit_interval=False)
     check_integer("num_chains", num_chains)
     schedule = sigmoid_schedule(100) if schedule is None else schedule
-    if initial is None and float(schedule[0]) != 0.0:
+    if initial is None and check_schedule(schedule)[0] != 0.0:
         raise ValueError(
             "schedule falls, and initial is None: pass exact draws of p(z | x), as simulate returns"
         )

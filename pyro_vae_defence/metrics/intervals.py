@@ -26,6 +26,7 @@ Efron, "Better bootstrap confidence intervals", 1987; https://doi.org/10.1080/01
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -144,6 +145,9 @@ def unseen_share(num_units: int, level: float = 0.95) -> float:
 
 
 def _check_bounds(bounds: tuple[float, float], sample: Tensor, statistic: str) -> None:
+    pair = isinstance(bounds, Sequence) and len(bounds) == 2
+    if not (pair and all(isinstance(end, numbers.Real) for end in bounds)):
+        raise ValueError(f"bounds must be two numbers, such as (0, 1), got {bounds!r}")
     if statistic != "mean":
         raise ValueError(f"bounds are for a mean, got statistic={statistic!r}; leave them out")
     low, high = bounds

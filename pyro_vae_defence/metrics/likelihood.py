@@ -112,7 +112,7 @@ def ais(
     Raises:
         ValueError: the schedule does not run from one end to the other.
     """
-    temperatures = _check_schedule(schedule)
+    temperatures = check_schedule(schedule)
     latents = dict(initial)
 
     def log_ratio() -> Tensor:
@@ -162,8 +162,15 @@ def sigmoid_schedule(num_steps: int, steepness: float = 4.0) -> Tensor:
     return (logistic - logistic[0]) / (logistic[-1] - logistic[0])
 
 
-def _check_schedule(schedule: Tensor | Sequence[float]) -> list[float]:
-    temperatures = [float(value) for value in schedule]
+def check_schedule(schedule: Tensor | Sequence[float]) -> list[float]:
+    """The inverse temperatures, or a ``ValueError`` unless they run from one end to the other."""
+    try:
+        temperatures = [float(value) for value in schedule]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"schedule must be inverse temperatures, such as sigmoid_schedule(100), got "
+            f"{schedule!r:.100}"
+        ) from error
     steps = [following - now for now, following in itertools.pairwise(temperatures)]
     rising = temperatures[:1] == [0.0] and temperatures[-1:] == [1.0] and all(s > 0 for s in steps)
     falling = temperatures[:1] == [1.0] and temperatures[-1:] == [0.0] and all(s < 0 for s in steps)

@@ -30,7 +30,7 @@ T = TypeVar("T")
 def prepare(
     prepared: Callable[..., Any],
     images: tuple[Tensor, ...],
-    streams: Streams,
+    streams: Streams | None,
     *,
     needs_conditions: bool = True,
 ) -> Any:
@@ -89,6 +89,12 @@ def with_entries(prepared: Callable[..., T], **values: Tensor | None) -> Callabl
     """``prepared``, which says how many entries each of these has per image, if it is there."""
     entries = {name: value.shape[0] for name, value in values.items() if value is not None}
     prepared.entries = entries  # type: ignore[attr-defined]
+    return prepared
+
+
+def with_entries_of(inner: Callable[..., Any], prepared: Callable[..., T]) -> Callable[..., T]:
+    """``prepared``, which knows per image what ``inner`` does."""
+    prepared.entries = getattr(inner, "entries", {})  # type: ignore[attr-defined]
     return prepared
 
 
