@@ -281,8 +281,8 @@ class Attack:
         ball: where perturbations live, e.g. ``ops.balls.Linf(0.1)``.
         num_steps: steps of the optimiser, >= 1; the subclass says what a step costs.
         num_restarts: random starts per image, >= 1.
-        batch_size: most rows (restarts times images) at a time; results do not depend on it, but for
-            objectives with noise of their own (:mod:`~pyro_vae_defence.attacks.adaptive`).
+        batch_size: most rows (restarts times images) at a time; results do not depend on it, but
+            for objectives with noise of their own (:mod:`~pyro_vae_defence.attacks.adaptive`).
         stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows whose result
             so far meets it leave the batch. The criterion's own evaluations of the model are not
             counted. It costs a synchronisation with the device per step.
