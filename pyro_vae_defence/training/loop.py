@@ -127,9 +127,10 @@ def fit(
         ValueError: if an argument does not fit, the checkpoint belongs to another configuration, or
             ``tensorboard`` is not installed; for data the programs cannot take; and for parameters
             that the loss depends on but that would not be trained, before they should have been.
-        NonFiniteLossError: as soon as a loss or a gradient is not finite; weights and statistics
-            are those before that step, and the last checkpoint stays. After an epoch also for a
-            loss of ``validation`` or a variance of the guide that is not finite; where that loss is
+        NonFiniteLossError: as soon as a loss, a gradient or the gradient's square is not finite;
+            weights and statistics are those before that step, and the last checkpoint stays. After
+            an epoch also for a loss of ``validation`` or a variance of the guide that is not
+            finite; where that loss is
             infinite by the fault of ``validation``, the epoch is in the checkpoint first.
     """
     program.check_vae(vae)
