@@ -90,7 +90,9 @@ def test_mnist_svi(first):
     check(done, output)
 
 
-@pytest.mark.parametrize("kernel", ["nuts", "pyro-hmc", "pyro-nuts"])
+@pytest.mark.parametrize(
+    "kernel", ["nuts", "pyro-hmc", pytest.param("pyro-nuts", marks=pytest.mark.slow)]
+)
 def test_mnist_svi_with_other_kernels(kernel, first, tmp_path):
     shutil.copy(first[0] / "vae.pt", tmp_path)
     extra = ["--num-steps", 2] if kernel.endswith("hmc") else []

@@ -160,6 +160,7 @@ def celeba(root, num):
     return root
 
 
+@pytest.mark.slow
 def test_table_8_of_celeba_is_one_command(tmp_path, capsys):
     """The whole way of `defend celeba_nvae_radius_0.1`, on a tiny model in the official format."""
     checkpoint = shared_path("golden", "nvae", "celeba64_checkpoint.pt")

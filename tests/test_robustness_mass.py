@@ -142,7 +142,7 @@ class TestInThePlane:
         standard errors (t with 29 degrees of freedom: one right implementation in 200 fails)."""
         copies = 30
         images = x.repeat(copies, 1, 1, 1), labels.repeat(copies)
-        found = self.bound(vae, *images, clean, kind, num_temperatures=32, num_falling=8)
+        found = self.bound(vae, *images, clean, kind, num_temperatures=32, num_walks=8, num_falling=8)
         assert found.common_attack == (kind is Linf)
         for masses, truth in zip(
             (found.right, found.wrong), self.exact(vae, x, labels, kind), strict=True
@@ -225,6 +225,7 @@ class TwoSites(PlaneVAE):
             pyro.sample("a", dist.Normal(mean[:, :1], 0.4).to_event(1))
 
 
+@pytest.mark.slow
 def test_sites_may_have_another_order_and_a_support(float64):
     """The same density in other words has the same masses: those of the plane, but that classes
     are read from means of LogNormals, whose logarithms are shifted alike for all latents."""
