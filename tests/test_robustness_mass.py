@@ -142,7 +142,8 @@ class TestInThePlane:
         standard errors (t with 29 degrees of freedom: one right implementation in 200 fails)."""
         copies = 30
         images = x.repeat(copies, 1, 1, 1), labels.repeat(copies)
-        found = self.bound(vae, *images, clean, kind, num_temperatures=32, num_walks=8, num_falling=8)
+        few = {"num_temperatures": 32, "num_walks": 8, "num_falling": 8}
+        found = self.bound(vae, *images, clean, kind, **few)
         assert found.common_attack == (kind is Linf)
         for masses, truth in zip(
             (found.right, found.wrong), self.exact(vae, x, labels, kind), strict=True
