@@ -130,8 +130,8 @@ def fit(
         NonFiniteLossError: as soon as a loss, a gradient or the gradient's square is not finite;
             weights and statistics are those before that step, and the last checkpoint stays. After
             an epoch also for a loss of ``validation`` or a variance of the guide that is not
-            finite; where that loss is
-            infinite by the fault of ``validation``, the epoch is in the checkpoint first.
+            finite; where that loss is infinite by the fault of ``validation``, the epoch is in the
+            checkpoint first.
     """
     program.check_vae(vae)
     note(modules_of(vae))
@@ -458,11 +458,11 @@ class _Run:
             self._optimise_all()
         trained = self.parameters.trained.values()
         parallel.sum_gradients(trained)
+        # Infinite where Adam's mean of squares would overflow, after which its steps are zero.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        self._check_finite(float(norm), "norm of the gradient")
         if self.config.clip_norm is not None:
-            norm = float(torch.nn.utils.clip_grad_norm_(trained, self.config.clip_norm))
-        else:
-            norm = _gradient_norm(trained)
-        self._check_finite(norm, "norm of the gradient")
+            torch.nn.utils.clip_grads_with_norm_(trained, self.config.clip_norm, norm)
         try:
             self.optimiser.step()
         except RuntimeError as error:
@@ -700,14 +700,6 @@ class _Analytic(TraceMeanField_ELBO):
         ordered = model != guide or guide == sampled_in_order(model_trace, guide_trace)
         elbo = TraceMeanField_ELBO if ordered else Trace_ELBO
         return elbo._differentiable_loss_particle(self, model_trace, guide_trace)
-
-
-def _gradient_norm(parameters: Iterable[Tensor]) -> float:
-    """Norm of all gradients together: infinite where Adam's mean of squares would overflow, after
-    which its steps are zero for good."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = [torch.linalg.vector_norm(g).to(gradients[0].device) for g in gradients]
-    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 def _take_place(path: Path, stack: contextlib.ExitStack) -> None:
