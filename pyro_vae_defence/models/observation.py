@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
+from pyro.distributions.util import broadcast_shape  # torch's own imports its compiler
 from torch import Tensor
 
 from pyro_vae_defence.models.conditions import BoundProgram
@@ -203,7 +204,7 @@ class ImageMap(NamedTuple):
         rows = []
         for site in self.sites:
             found, value = read(sites[site.name]), sites[site.name]["value"]
-            found = found.expand(torch.broadcast_shapes(found.shape, value.shape))
+            found = found.expand(broadcast_shape(found.shape, value.shape))
             rows.append(image_rows(site.to_pixels(found), sites[site.name]))
         return self.arrange(rows, num_rows)
 

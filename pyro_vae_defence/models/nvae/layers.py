@@ -33,8 +33,12 @@ class Conv2d(nn.Conv2d):
     ) -> None:
         padding = options.get("dilation", 1) * (kernel_size - 1) // 2
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, **options)
-        # Starting at the length torch's own initialisation gave.
-        self.log_weight_norm = nn.Parameter((filter_norm(self.weight.detach()) + 1e-2).log())
+        self.log_weight_norm = nn.Parameter(self.weight.new_empty(out_channels, 1, 1, 1))
+        # Starting at the length torch's own initialisation gave; on ``meta``, where there is none,
+        # arithmetic would import torch's compiler.
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                self.log_weight_norm.copy_((filter_norm(self.weight) + 1e-2).log())
 
     def direction(self) -> Tensor:
         """The weight that is normalised."""

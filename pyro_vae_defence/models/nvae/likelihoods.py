@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional as F
@@ -242,7 +243,7 @@ def _(likelihood: DiscretisedLogisticMixture, x: Tensor, ball: Ball) -> Tensor:
         """``(*, C, H, W)`` -> ``(*HW, C)``."""
         return values.movedim(-3, -1).reshape(-1, values.shape[-3])
 
-    batch = torch.broadcast_shapes(x.shape[:-3], likelihood.batch_shape)
+    batch = broadcast_shape(x.shape[:-3], likelihood.batch_shape)
     x = x.detach().expand(*batch, *x.shape[-3:])
     of_pixels = pixels(likelihood.expand(batch).logits.detach())[:, :, None, None]
     rows = DiscretisedLogisticMixture(of_pixels, likelihood.num_bits, validate_args=False)
