@@ -75,6 +75,14 @@ def narrow():
         yield
 
 
+@pytest.fixture(scope="module")
+def short_searches():
+    """Searches of posterior modes in studies are of three gradients for a whole module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyro_vae_defence.experiments.defences.MODE_STEPS", 3)
+        yield
+
+
 @pytest.fixture
 def tutorial_vae():
     return TutorialVAE().eval()

@@ -222,7 +222,9 @@ def test_radius_penalties_are_of_conditional_gains():
     assert both.penalties[1] == pytest.approx(max(part.penalties[1] for part in parts))
 
 
-@pytest.mark.parametrize("classify", [None, lambda z: z @ VAE.pull.T])
+@pytest.mark.parametrize(
+    "classify", [pytest.param(None, marks=pytest.mark.slow), lambda z: z @ VAE.pull.T]
+)
 def test_robustness_is_that_of_the_conditional_vae(classify):
     budget = Budget(
         num_steps=2,

@@ -91,7 +91,8 @@ def test_mnist_svi(first):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["nuts", "pyro-hmc", pytest.param("pyro-nuts", marks=pytest.mark.slow)]
+    "kernel",
+    ["pyro-hmc", *(pytest.param(k, marks=pytest.mark.slow) for k in ("nuts", "pyro-nuts"))],
 )
 def test_mnist_svi_with_other_kernels(kernel, first, tmp_path):
     shutil.copy(first[0] / "vae.pt", tmp_path)

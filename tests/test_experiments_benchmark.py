@@ -255,6 +255,7 @@ def test_results_tables_and_resumption(tmp_path, monkeypatch):
     assert f"{100 * sections['decoder']['rows'][1]['share_of_matmul_rate']:.0f}%" in text
 
 
+@pytest.mark.slow
 def test_memory_of_a_fresh_process():
     config = BenchmarkConfig(
         "mnist_vae", memory_images=(6,), memory_batch_size=3, memory_transitions=1

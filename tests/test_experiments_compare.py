@@ -51,7 +51,7 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def models(narrow, tmp_path_factory):
+def models(narrow, short_searches, tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}

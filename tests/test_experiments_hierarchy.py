@@ -37,7 +37,7 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(short_searches, tmp_path_factory):
     """An untrained network of three groups, without a stored metric."""
     torch.manual_seed(0)
     small = {"num_groups_per_scale": 2, "num_latent_per_group": 2}

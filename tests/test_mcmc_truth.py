@@ -81,7 +81,14 @@ def test_moments_of_known_targets(kernel, target, seed):
     check_target(kernel, target, seed)
 
 
-@pytest.mark.parametrize("kernel", EXACT)
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        # The two that add up many energies are tested in every run.
+        pytest.param(kernel, marks=[pytest.mark.slow] * (kernel not in ("nuts", "mams")))
+        for kernel in EXACT
+    ],
+)
 def test_moments_in_single_precision(kernel):
     assert torch.get_default_dtype() == torch.float32
     check_target(kernel, "gaussian-8", seed=3)

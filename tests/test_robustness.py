@@ -197,7 +197,7 @@ def test_an_encoder_that_does_not_look_is_not_robust():
 HMC = functools.partial(BatchedHMC, step_size=0.04, num_steps=3)
 
 
-@pytest.mark.parametrize("delta", [None, 0.1])
+@pytest.mark.parametrize("delta", [None, pytest.param(0.1, marks=pytest.mark.slow)])
 def test_every_attack_runs_against_a_chain(delta):
     vae, x, labels = problem(10)
     budget = Budget(
