@@ -304,6 +304,18 @@ def test_partial_programs_keep_their_rows():
     )
 
 
+@pytest.mark.parametrize("rows", [[3, 1], [0, 0], [2], [0, 1, 2, 3, 0]])
+def test_rows_of_an_attack_keep_what_programs_have_bound(rows):
+    """Also half of the images: twice as many as these are as many as there are labels."""
+    index = torch.tensor(rows)
+    bound = conditions.bind(partial(y=Y[:4], bright=BRIGHT[:4]), X[index], (), index)
+    expected = conditions.bind(VAE, X[index], (Y[index], BRIGHT[index]))
+    torch.testing.assert_close(
+        program.potential(bound, X[index])({"z": torch.ones(len(rows), 2)}),
+        program.potential(expected, X[index])({"z": torch.ones(len(rows), 2)}),
+    )
+
+
 def test_a_tensor_that_is_no_images_own_stays_whole():
     """Five weights and five images are a coincidence."""
     weights = torch.randn(5, 16)

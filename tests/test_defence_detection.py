@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import types
 
 import numpy as np
 import pyro
@@ -28,7 +29,7 @@ from pyro_vae_defence.defence import (
 )
 from pyro_vae_defence.defence.detection import score_names
 from pyro_vae_defence.mcmc import BatchedHMC
-from pyro_vae_defence.models import ConvVAE, program
+from pyro_vae_defence.models import ConditionalVAE, ConvVAE, program
 from pyro_vae_defence.ops.balls import Linf
 
 KERNEL = functools.partial(BatchedHMC, num_steps=2)
@@ -520,6 +521,17 @@ class TestAnomalies:
             for size in (2, 100)
         )
         assert all(torch.allclose(one[name], other[name]) for name in ("error", "energy"))
+
+    def test_follow_what_programs_have_bound_and_take_images_of_numpy(self):
+        """Labels in a partial program are of all images, not of a micro-batch."""
+        vae = ConditionalVAE((1, 2, 2), 3, 2, 4).eval()
+        x, y = torch.rand(5, 1, 2, 2, dtype=torch.float64), torch.eye(3)[[2, 0, 1, 1, 2]]
+        bound = types.SimpleNamespace(
+            model=functools.partial(vae.model, y=y), guide=functools.partial(vae.guide, y=y)
+        )
+        found = anomaly_scores(EncoderDefence(bound, 2, batch_size=2), x, seeded())
+        expected = anomaly_scores(EncoderDefence(vae, 2), (x.float(), y), seeded())
+        torch.testing.assert_close(found, expected)
 
     def test_an_anomaly_stands_out(self, linear_vae):
         z = torch.randn(60, 3)

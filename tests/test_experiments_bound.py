@@ -57,7 +57,7 @@ def test_a_row_says_what_the_blocks_do():
     assert cells[4:7] == ["0", "", ""]
     share = torch.tensor([-1.0, 2.0, 1.0, 3.0]).sigmoid().mean()
     assert cells[7].startswith(f"{float(share):.3f} [")
-    assert cells[8:] == ["1.0", "1.0"]  # the lower of two middle values
+    assert cells[8:] == ["2.0", "2.0"]  # the mean of 1 and 3
 
 
 def test_a_mass_that_no_walk_has_found_keeps_no_vote_and_loses_no_cell():

@@ -10,7 +10,7 @@ import torch
 from pyro_vae_defence import metrics
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.ratios import Ratios, RatiosConfig, histograms
+from pyro_vae_defence.experiments.ratios import Ratios, RatiosConfig, _per_image, histograms
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.pretrained import save_pretrained
@@ -86,6 +86,12 @@ def test_a_result_is_resumed_and_printed(run, models):
     assert "(images/ratios_mnist.png)\n" in text
     figure = histograms(again)
     assert [len(axes.get_legend().get_texts()) for axes in figure.axes] == [2, 2]
+
+
+def test_the_median_over_an_even_number_of_attacks_is_between_the_middle_two():
+    values = torch.tensor([1.0, 20.0, 3.0, 10.0, 4.0, 50.0, 2.0, -5.0])  # row r N + i is of image i
+    found = _per_image(values, {"num_restarts": 4, "num_references": 2})
+    assert found.tolist() == [2.5, 15.0]
 
 
 def test_wrong_settings(capsys, tmp_path):

@@ -112,8 +112,8 @@ def test_a_row_says_what_the_blocks_do():
     attacked = {"000": {"right": {"mass": [True, True], "evidence_1": [False, True]}}}
     cells = row("0.1", bounds, attacked)
     assert [cell.split(" [")[0] for cell in cells] == [
-        "0.1", "4", "0.750", "0.500", "2", "0.500", "0.500", "1.000", "0.500", "-1.0", "0.5",
-        "1.0", "2.0",
+        "0.1", "4", "0.750", "0.500", "2", "0.500", "0.500", "1.000", "0.500", "0.0", "0.5",
+        "1.5", "2.0",
     ]  # fmt: skip
     assert row("0.1", bounds, {})[4:9] == [""] * 5
 

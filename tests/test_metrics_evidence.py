@@ -249,6 +249,20 @@ def test_a_guide_outside_the_support_is_refused(float64):
         metrics.nll(Wide(), torch.rand(3, 1, 1, 1), 10)
 
 
+def test_a_guide_has_no_density_beyond_its_support(float64):
+    """There an Exponential's formula has a value above 1, which annealed walks took for one."""
+
+    class Positive(LinearGaussianVAE):
+        def guide(self, x):
+            with pyro.plate("data", x.shape[0]):
+                pyro.sample("z", dist.Exponential(x.new_ones(x.shape[0], 3)).to_event(1))
+
+    x = torch.rand(2, 1, 4, 4)
+    energy = program.guide_potential(Positive(), x)
+    found = energy({"z": torch.tensor([[0.5, 1.0, 2.0], [0.5, -1.0, 2.0]])})
+    assert found.tolist() == [3.5, math.inf]
+
+
 def test_a_guide_of_another_shape_is_refused(float64):
     class Larger(LinearGaussianVAE):
         def guide(self, x):

@@ -40,8 +40,8 @@ from torch import Tensor
 from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence, run_defence
 from pyro_vae_defence.defence.controls import EncoderDefence
 from pyro_vae_defence.defence.result import DefenceResult
-from pyro_vae_defence.models.conditions import bind, split
-from pyro_vae_defence.models.program import Decoder, evaluation_mode, potential
+from pyro_vae_defence.models.conditions import bind, take
+from pyro_vae_defence.models.program import Decoder, at_images, evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.streams import draw_seed
@@ -223,10 +223,11 @@ def anomaly_scores(
     """
     check_defence(defence)
     parts: dict[str, list[Tensor]] = {"error": [], "energy": []}
-    rest = split(x)[0]
+    of_all, every = at_images(defence.vae, x)
+    first = 0
     for result in runs(defence, x, generator):
-        images, rest = rest[: len(result.x)], rest[len(result.x) :]
-        vae = bind(defence.vae, images, result.conditions)
+        rows = slice(first, first := first + len(result.x))
+        vae, images = take(of_all, rows), every[rows]
         with evaluation_mode(vae):
             energy, decode = potential(vae, images), Decoder(vae, images)
             draws = _draws(result)

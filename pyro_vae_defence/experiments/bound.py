@@ -20,7 +20,7 @@ from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.blocks import InBlocks
 from pyro_vae_defence.experiments.defences import Setting, make_defence
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval, share
+from pyro_vae_defence.experiments.study import Cell, Measurement, interval, middle, share
 from pyro_vae_defence.experiments.synthesis import bounded_by
 from pyro_vae_defence.ops.balls import Linf, reaches
 from pyro_vae_defence.robustness import (
@@ -217,7 +217,7 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
         falling, rising = (
             _values((block[of] for block in bounds.values()), way) for way in ("falling", "rising")
         )
-        differences.append(f"{float((falling - rising).nanmedian()):.1f}")
+        differences.append(f"{float(middle(falling - rising)):.1f}")
     number, worst, gap = "0", "", ""
     if attacked:
         tried = sorted(attacked)

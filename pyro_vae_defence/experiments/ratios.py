@@ -35,7 +35,7 @@ from pyro_vae_defence.experiments.defences import (
 )
 from pyro_vae_defence.experiments.drawing import new_figure
 from pyro_vae_defence.experiments.paper.printed import printed
-from pyro_vae_defence.experiments.study import Cell, Measurement, cost, interval
+from pyro_vae_defence.experiments.study import Cell, Measurement, cost, interval, middle
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import Linf
 
@@ -186,7 +186,7 @@ def _row(cell: dict[str, Any], config: dict[str, Any]) -> list[str]:
 
 def _per_image(values: Tensor, config: dict[str, Any]) -> Tensor:
     """Medians over the attacks on each image."""
-    return values.reshape(config["num_restarts"], config["num_references"]).median(0).values
+    return middle(values.reshape(config["num_restarts"], config["num_references"]))
 
 
 def histograms(result: dict[str, Any]) -> Figure:

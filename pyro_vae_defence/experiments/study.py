@@ -606,6 +606,12 @@ def interval(
     return found.to_dict()
 
 
+def middle(values: Tensor) -> Tensor:
+    """Median over the first dimension, of what is a number: of the middle two the mean, where
+    torch's is the lower one."""
+    return (values.nanmedian(0).values - (-values).nanmedian(0).values) / 2
+
+
 def share(values: Tensor, image: Tensor | None = None) -> dict[str, float]:
     """:func:`interval` of what lies in [0, 1], such as an accuracy."""
     return interval(values, image, bounds=(0.0, 1.0))

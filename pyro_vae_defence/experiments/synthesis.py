@@ -254,7 +254,7 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
         return tables.interval(study.share(right.float()))
 
     def median(name: str) -> str:
-        return f"{float(values(name).double().median()):.1f}"
+        return f"{float(study.middle(values(name).double())):.1f}"
 
     margins = values("margin")
     cells = ["", "", "", "", ""]

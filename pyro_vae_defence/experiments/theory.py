@@ -51,7 +51,7 @@ from pyro_vae_defence import attacks, plots
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import grids, tables
 from pyro_vae_defence.experiments.drawing import legend_below, new_figure
-from pyro_vae_defence.experiments.study import Cell, Measurement, interval, share
+from pyro_vae_defence.experiments.study import Cell, Measurement, interval, middle, share
 from pyro_vae_defence.mcmc import hmc
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import Linf
@@ -390,9 +390,9 @@ class Theory(Measurement[TheoryConfig]):
         variations = [grids.total_variation(p.exp(), q.exp()) for p, q in (fine, coarse)]
         divergences = [grids.kl(p, q) for p, q in (fine, coarse)]
         return {
-            "interpolation_energy": float(torch.stack(found["energy"]).median()),
+            "interpolation_energy": float(middle(torch.stack(found["energy"]))),
             "interpolation_energy_most": float(torch.stack(found["energy"]).max()),
-            "interpolation_variation": float(torch.stack(found["variation"]).median()),
+            "interpolation_variation": float(middle(torch.stack(found["variation"]))),
             "interpolation_variation_most": float(torch.stack(found["variation"]).max()),
             "spacing_variation_most": float((variations[0] - variations[1]).abs().max()),
             "spacing_kl_most": float((divergences[0] - divergences[1]).abs().max()),

@@ -50,6 +50,7 @@ def nll(
     """-log p(x) of every image by importance sampling from the guide (Table 7 of the paper).
 
     ``(N,)``, in nats, without gradient, in eval mode: an upper bound in expectation (IWAE's).
+    Where the guide's support is a part of the prior's, it stays one however many the samples.
 
     Args:
         vae: any Pyro VAE.

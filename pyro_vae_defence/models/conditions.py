@@ -262,13 +262,15 @@ def _per_image(program: PyroProgram, x: Tensor, image: Tensor | None) -> dict[st
         and (len(value) >= fewest if image is not None else len(value) == fewest)
     }
     rows = {name: value[index] for name, value in held.items()}
-    # Whatever its size, a tensor that serves any number of images as it stands is not theirs.
-    double = {name: torch.cat([value, value]) for name, value in rows.items()}
-    twice = x.repeat(2, 1, 1, 1)
+    # Whatever its size, a tensor that serves any number of images as it stands is not theirs: more
+    # images than it has rows, since those of an attack may be half of the set.
+    copies = 1 + max(map(len, held.values()), default=0) // len(x)
+    folded = {name: torch.cat([value] * copies) for name, value in rows.items()}
+    many = x.repeat(copies, 1, 1, 1)
     return {
         name: value
         for name, value in rows.items()
-        if not _runs(program, twice, {**double, name: held[name]})
+        if not _runs(program, many, {**folded, name: held[name]})
     }
 
 

@@ -912,7 +912,12 @@ def guide_potential(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "
                 "a density of the guide needs the same sites in both"
             )
-        return _energy(trace, energy.log_determinant(latents))
+        found = _energy(trace, energy.log_determinant(latents))
+        for site in () if is_enumerated(trace) else sample_sites(trace).values():
+            inside = distributions.within_bounds(site["fn"], site["value"])
+            if inside is not None:  # a formula may have a value beyond, as an Exponential's has
+                found = torch.where(image_rows(inside, site).all(1), found, torch.inf)
+        return found
 
     return energy_of_guide
 
