@@ -100,6 +100,27 @@ def test_the_derivative_of_the_mean_is_the_mean_derivative(family, parameter, ex
     assert abs(slope.mean() - expected) < 5 * slope.std() / NUM**0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_families_put_their_mass_at_the_corners(dtype):
+    """Most of their gamma draws are below the smallest number; E[p_1 p_2] = a_1 a_2 / A / (A + 1).
+
+    Within 5 standard errors: wrong once in 10^6.
+    """
+    a = 0.01 if dtype == torch.float32 else 0.001
+    rows = torch.full((NUM, 2), a, dtype=dtype)
+    rows.requires_grad_()
+    pair = draw(dist.Dirichlet(rows), noise(NUM))
+    one = draw(dist.Beta(*rows.unbind(-1)), noise(NUM))
+    for product in (pair.prod(-1), one * (1 - one)):
+        (slope,) = torch.autograd.grad(product.sum(), rows, retain_graph=True)
+        product = product.detach().double()
+        expected = a / (2 * (2 * a + 1))
+        assert abs(product.mean() - expected) < 5 * product.std() / NUM**0.5
+        expected = 1 / (2 * (2 * a + 1) ** 2)  # its derivative, along equal a
+        slope = slope.sum(-1).double()
+        assert abs(slope.mean() - expected) < 5 * slope.std() / NUM**0.5
+
+
 def test_what_is_not_known_or_the_programs_own_is_left_alone():
     logits = torch.zeros(2, 3)
     temperature = torch.tensor(0.5)
