@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -119,6 +121,22 @@ def test_sparse_families_put_their_mass_at_the_corners(dtype):
         expected = 1 / (2 * (2 * a + 1) ** 2)  # its derivative, along equal a
         slope = slope.sum(-1).double()
         assert abs(slope.mean() - expected) < 5 * slope.std() / NUM**0.5
+
+
+def test_the_rarest_uniforms_give_numbers():
+    """2^-33, the least there is, of which twice less one is -1 in float32, and the largest."""
+
+    class Rarest(Noise):
+        def uniform(self, like, *event):
+            return like.new_tensor([2.0**-33, 1.0])
+
+    rarest = Rarest(Streams.create(2, seed=0), 2048)
+    zeros = torch.zeros(2, dtype=torch.float32)
+    value = draw(dist.Laplace(zeros, zeros + 1), rarest)
+    expected = zeros.new_tensor([-32.0, 22.0]) * math.log(2)
+    torch.testing.assert_close(value, expected)
+    for fn in (dist.Gumbel(zeros, zeros + 1), dist.RelaxedBernoulli(zeros + 1, logits=zeros)):
+        assert draw(fn, rarest).isfinite().all()
 
 
 def test_what_is_not_known_or_the_programs_own_is_left_alone():

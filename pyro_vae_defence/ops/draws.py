@@ -123,8 +123,8 @@ def _uniform(fn: td.Uniform, noise: Noise) -> Tensor:
 
 @_draw.register
 def _laplace(fn: td.Laplace, noise: Noise) -> Tensor:
-    centred = 2 * noise.inside(fn.loc) - 1
-    return fn.loc - fn.scale * centred.sign() * torch.log1p(-centred.abs())
+    u = noise.inside(fn.loc)  # of which 2 u - 1 may round to -1
+    return fn.loc + fn.scale * (u - 0.5).sign() * -(2 * torch.minimum(u, 1 - u)).log()
 
 
 @_draw.register
