@@ -123,6 +123,16 @@ def test_sparse_families_put_their_mass_at_the_corners(dtype):
         assert abs(slope.mean() - expected) < 5 * slope.std() / NUM**0.5
 
 
+def test_cold_relaxed_classes_stay_on_the_simplex():
+    rows = torch.zeros(100, 4, dtype=torch.float32)
+    fn = dist.RelaxedOneHotCategorical(rows.new_tensor(0.02), logits=rows)
+    value = draw(fn, noise(100))
+    assert (value > 0).all()
+    assert (value.amin(-1) < 1e-37).any()
+    torch.testing.assert_close(value.sum(-1), rows.new_ones(100))
+    assert fn.log_prob(value).isfinite().all()
+
+
 def test_the_rarest_uniforms_give_numbers():
     """2^-33, the least there is, of which twice less one is -1 in float32, and the largest."""
 

@@ -20,6 +20,7 @@ https://doi.org/10.1145/358407.358414.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -130,7 +131,9 @@ def _laplace(fn: td.Laplace, noise: Noise) -> Tensor:
 @_draw.register
 def _relaxed_classes(fn: td.relaxed_categorical.ExpRelaxedCategorical, noise: Noise) -> Tensor:
     gumbel = -(-noise.inside(fn.logits).log()).log()
-    return ((fn.logits + gumbel) / fn.temperature).log_softmax(-1)
+    value = ((fn.logits + gumbel) / fn.temperature).log_softmax(-1)
+    # Of whose exponential zero is no element of the simplex.
+    return value.clamp(min=math.log(torch.finfo(value.dtype).tiny))
 
 
 @_draw.register
