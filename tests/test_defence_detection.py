@@ -514,6 +514,25 @@ class TestAnomalies:
         expected = energies(program.potential(linear_vae, x), draws).mean(0)
         assert torch.allclose(found["energy"], expected)
 
+    def test_the_energy_of_a_constrained_latent_is_that_of_its_own_density(self):
+        class Positive:
+            def model(self, x):
+                with pyro.plate("data", len(x)):
+                    z = pyro.sample("z", dist.Gamma(x.new_full((len(x),), 3.0), 2.0))
+                    mean = z[:, None, None, None].expand(x.shape)
+                    pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+            def guide(self, x):
+                with pyro.plate("data", len(x)):
+                    pyro.sample("z", dist.Gamma(x.new_full((len(x),), 3.0), 4.0))
+
+        vae, x = Positive(), torch.rand(3, 1, 4, 4)
+        for defence in (EncoderDefence(vae, 3), MCMCDefence(vae, KERNEL, 2, 1)):
+            z = defence(x, seeded()).samples["z"].flatten(0, 1)
+            likelihood = dist.Normal(z[:, :, None, None, None], 1.0).log_prob(x).sum((2, 3, 4))
+            expected = -(likelihood + dist.Gamma(3.0, 2.0).log_prob(z)).mean(0)
+            assert torch.allclose(anomaly_scores(defence, x, seeded())["energy"], expected)
+
     def test_do_not_depend_on_micro_batches(self, linear_vae):
         x = torch.rand(7, 1, 4, 4)
         one, other = (

@@ -111,6 +111,26 @@ def test_any_program_has_an_nll(make):
     assert not nll.requires_grad
 
 
+@pytest.mark.parametrize("concentration", [1.0, 0.1, 0.01])
+def test_a_guide_at_the_corners_has_the_weights_of_its_draws(concentration):
+    """Guide and prior are one sparse family, which tells nothing of x: all weights are p(x)."""
+
+    class Sparse:
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Dirichlet(x.new_full((len(x), 5), concentration)))
+                mean = torch.full_like(x, 0.5)
+                pyro.sample("obs", dist.Normal(mean, 1.0).to_event(3), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Dirichlet(x.new_full((len(x), 5), concentration)))
+
+    x = torch.rand(3, 1, 2, 2)
+    exact = -dist.Normal(0.5, 1.0).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(metrics.nll(Sparse(), x, 50), exact, rtol=0, atol=1e-3)
+
+
 def test_constrained_latents_keep_their_evidence(float64):
     """z ~ Gamma(2, 3), x | z ~ Normal(0, z^{-1/2}): log p(x) is known in closed form."""
 

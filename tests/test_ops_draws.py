@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -98,6 +100,53 @@ def test_the_derivative_of_the_mean_is_the_mean_derivative(family, parameter, ex
     a = torch.full((NUM,), parameter, requires_grad=True)
     (slope,) = torch.autograd.grad(draw(family(a), noise(NUM)).sum(), a)
     assert abs(slope.mean() - expected) < 5 * slope.std() / NUM**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sparse_families_put_their_mass_at_the_corners(dtype):
+    """Most of their gamma draws are below the smallest number; E[p_1 p_2] = a_1 a_2 / A / (A + 1).
+
+    Within 5 standard errors: wrong once in 10^6.
+    """
+    a = 0.01 if dtype == torch.float32 else 0.001
+    rows = torch.full((NUM, 2), a, dtype=dtype)
+    rows.requires_grad_()
+    pair = draw(dist.Dirichlet(rows), noise(NUM))
+    one = draw(dist.Beta(*rows.unbind(-1)), noise(NUM))
+    for product in (pair.prod(-1), one * (1 - one)):
+        (slope,) = torch.autograd.grad(product.sum(), rows, retain_graph=True)
+        product = product.detach().double()
+        expected = a / (2 * (2 * a + 1))
+        assert abs(product.mean() - expected) < 5 * product.std() / NUM**0.5
+        expected = 1 / (2 * (2 * a + 1) ** 2)  # its derivative, along equal a
+        slope = slope.sum(-1).double()
+        assert abs(slope.mean() - expected) < 5 * slope.std() / NUM**0.5
+
+
+def test_cold_relaxed_classes_stay_on_the_simplex():
+    rows = torch.zeros(100, 4, dtype=torch.float32)
+    fn = dist.RelaxedOneHotCategorical(rows.new_tensor(0.02), logits=rows)
+    value = draw(fn, noise(100))
+    assert (value > 0).all()
+    assert (value.amin(-1) < 1e-37).any()
+    torch.testing.assert_close(value.sum(-1), rows.new_ones(100))
+    assert fn.log_prob(value).isfinite().all()
+
+
+def test_the_rarest_uniforms_give_numbers():
+    """2^-33, the least there is, of which twice less one is -1 in float32, and the largest."""
+
+    class Rarest(Noise):
+        def uniform(self, like, *event):
+            return like.new_tensor([2.0**-33, 1.0])
+
+    rarest = Rarest(Streams.create(2, seed=0), 2048)
+    zeros = torch.zeros(2, dtype=torch.float32)
+    value = draw(dist.Laplace(zeros, zeros + 1), rarest)
+    expected = zeros.new_tensor([-32.0, 22.0]) * math.log(2)
+    torch.testing.assert_close(value, expected)
+    for fn in (dist.Gumbel(zeros, zeros + 1), dist.RelaxedBernoulli(zeros + 1, logits=zeros)):
+        assert draw(fn, rarest).isfinite().all()
 
 
 def test_what_is_not_known_or_the_programs_own_is_left_alone():

@@ -388,6 +388,25 @@ class TestPublished:
         with pytest.raises(ValueError, match="leave out the classifier"):
             rescore(path, vae, NoDefence(vae), classifier=classify)
 
+    def test_labels_may_be_a_condition_too(self, tmp_path):
+        vae, x, labels = problem(4)
+
+        class Conditional:
+            def model(self, x, y):
+                return vae.model(x)
+
+            def guide(self, x, y):
+                return vae.guide(x)
+
+        conditional = Conditional()
+        report = run(
+            conditional, NoDefence(conditional), (x, labels), labels, SMALL,
+            attacks=("encoder",), checks=False,
+        )  # fmt: skip
+        read = load_attacked(save_attacked(report, tmp_path / "f.safetensors"))
+        assert torch.equal(read.labels, labels)
+        assert torch.equal(read.conditions[0], labels)
+
     def test_conditions_travel_with_their_images(self, tmp_path):
         vae, x, labels = problem(4)
         shift = torch.tensor([0.0, 0.1, 0.2, 0.3], dtype=x.dtype)

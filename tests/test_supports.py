@@ -143,6 +143,40 @@ def test_density_on_the_unconstrained_scale_integrates_to_one(name):
     torch.testing.assert_close(total, torch.ones(N, 3), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_corners_of_a_simplex_are_alike(dtype):
+    """log p(z) + log |det T'(u)| at u = log(z_1 / z_2), also where z_2 is far below the rounding
+    of z_1: mass of a sparse family that chains have to find there, as at the other end."""
+    a = torch.full((2, 2), 0.1, dtype=dtype)
+    fn = dist.Dirichlet(a)
+    transform = transform_of(fn, a / a.sum(-1, keepdim=True))
+    u = torch.tensor([[80.0], [40.0], [20.0], [3.0], [0.0], [-80.0]], dtype=dtype)
+    u.requires_grad_()
+    value = transform(u)
+    torch.testing.assert_close(transform.inv(value), u)
+    log_density = dist.Dirichlet(a[0]).log_prob(value) + transform.log_abs_det_jacobian(u, value)
+    logsigmoid = torch.nn.functional.logsigmoid
+    normalising = math.lgamma(0.2) - 2 * math.lgamma(0.1)
+    expected = 0.1 * (logsigmoid(u) + logsigmoid(-u))[:, 0] + normalising
+    torch.testing.assert_close(log_density, expected)
+    forces = [torch.autograd.grad(each.sum(), u)[0] for each in (log_density, expected)]
+    torch.testing.assert_close(*forces)
+
+
+def test_a_simplex_is_reached_as_by_torch():
+    torch.manual_seed(0)
+    mixture = dist.MixtureSameFamily(categories(N, 2), dist.Dirichlet(torch.ones(N, 2, 4)))
+    for fn in (dist.Dirichlet(torch.ones(N, 2, 4)).to_event(1), mixture):
+        transform = transform_of(fn, fn.sample())
+        u = torch.randn(5, *fn.event_shape[:-1], 3)
+        torch_own = T.StickBreakingTransform()
+        torch.testing.assert_close(transform(u), torch_own(u))
+        torch.testing.assert_close(transform.inv(transform(u)), u)
+        log_determinant = torch_own.log_abs_det_jacobian(u, torch_own(u)).reshape(5, -1).sum(-1)
+        found = transform.log_abs_det_jacobian(u, transform(u))
+        torch.testing.assert_close(found, log_determinant)
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 PER_IMAGE = torch.arange(1.0, N + 1)[:, None].expand(N, 3)

@@ -12,6 +12,10 @@ whole truth:
   :math:`2 \exp(v) - 1` is never below -1, though an affine transform has all numbers as codomain;
 * bounds must be the same for all images;
 * a distribution that says nothing is unconstrained if its density shows it.
+
+Torch's bijections are taken, but for that of the simplex: its last element is computed as what the
+others leave of one, which rounds all that is below some 1e-7 in float32. The mass of a sparse
+``Dirichlet`` lies there (:class:`StickBreaking`).
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import VonMises, constraints
+from torch.nn.functional import logsigmoid
 
 from pyro_vae_defence.ops.distributions import is_discrete
 
@@ -81,12 +86,56 @@ def _transform(fn: Any, value: Tensor) -> td.Transform | None:
     if _innermost(support) is constraints.real:
         return None
     try:
-        return td.biject_to(support)
+        return _exact(td.biject_to(support))
     except NotImplementedError:
         raise ValueError(
             f"{_title(fn)} has the support {support}, which no bijection from the unconstrained "
             "scale is known for; register one with torch.distributions.biject_to.register"
         ) from None
+
+
+class StickBreaking(td.StickBreakingTransform):
+    r"""Torch's transform onto the simplex, by logarithms: small elements are exact, too.
+
+    With :math:`v_k = u_k - \log(K - k)` for :math:`k = 1, \dots, K - 1`,
+
+    .. math:: \log z_k = \log\sigma(v_k) + \sum_{j < k} \log\sigma(-v_j), \qquad
+              \log z_K = \sum_{j < K} \log\sigma(-v_j).
+    """
+
+    def _call(self, x: Tensor) -> Tensor:
+        parts, left = self._logarithms(x)
+        logs = torch.cat([parts, left[..., -1:]], -1)
+        return logs.exp().clamp(min=torch.finfo(x.dtype).tiny)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        y = y.clamp(min=torch.finfo(y.dtype).tiny)
+        left = y.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+        return y[..., :-1].log() - left.log() + self._offset(left)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Of :math:`z_1, \dots, z_{K-1}` with respect to u."""
+        parts, _ = self._logarithms(x)
+        return (parts + logsigmoid(self._offset(x) - x)).sum(-1)
+
+    def _logarithms(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log z_1 to z_{K-1}, and logarithms of what is left after each."""
+        v = x - self._offset(x)
+        left = logsigmoid(-v).cumsum(-1)
+        before = torch.cat([torch.zeros_like(left[..., :1]), left[..., :-1]], -1)
+        return logsigmoid(v) + before, left
+
+    def _offset(self, x: Tensor) -> Tensor:
+        number = x.shape[-1]
+        return torch.arange(number, 0, -1, dtype=x.dtype, device=x.device).log()
+
+
+def _exact(transform: td.Transform) -> td.Transform:
+    """A transform with torch's onto the simplex replaced by ours."""
+    if isinstance(transform, td.IndependentTransform):
+        inner = _exact(transform.base_transform)
+        return td.IndependentTransform(inner, transform.reinterpreted_batch_ndims)
+    return StickBreaking() if type(transform) is td.StickBreakingTransform else transform
 
 
 def _support(fn: Any, value: Tensor) -> Any:

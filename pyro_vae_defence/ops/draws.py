@@ -20,6 +20,7 @@ https://doi.org/10.1145/358407.358414.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -123,14 +124,16 @@ def _uniform(fn: td.Uniform, noise: Noise) -> Tensor:
 
 @_draw.register
 def _laplace(fn: td.Laplace, noise: Noise) -> Tensor:
-    centred = 2 * noise.inside(fn.loc) - 1
-    return fn.loc - fn.scale * centred.sign() * torch.log1p(-centred.abs())
+    u = noise.inside(fn.loc)  # of which 2 u - 1 may round to -1
+    return fn.loc + fn.scale * (u - 0.5).sign() * -(2 * torch.minimum(u, 1 - u)).log()
 
 
 @_draw.register
 def _relaxed_classes(fn: td.relaxed_categorical.ExpRelaxedCategorical, noise: Noise) -> Tensor:
     gumbel = -(-noise.inside(fn.logits).log()).log()
-    return ((fn.logits + gumbel) / fn.temperature).log_softmax(-1)
+    value = ((fn.logits + gumbel) / fn.temperature).log_softmax(-1)
+    # Of whose exponential zero is no element of the simplex.
+    return value.clamp(min=math.log(torch.finfo(value.dtype).tiny))
 
 
 @_draw.register
@@ -145,14 +148,13 @@ def _gamma(fn: td.Gamma, noise: Noise) -> Tensor:
 
 @_draw.register
 def _beta(fn: td.Beta, noise: Noise) -> Tensor:
-    one, other = (_standard_gamma(c, noise) for c in (fn.concentration1, fn.concentration0))
-    return _inside(one / (one + other))
+    one, other = (_log_standard_gamma(c, noise) for c in (fn.concentration1, fn.concentration0))
+    return _inside((one - other).sigmoid())
 
 
 @_draw.register
 def _dirichlet(fn: td.Dirichlet, noise: Noise) -> Tensor:
-    values = _standard_gamma(fn.concentration, noise)
-    return _inside(values / values.sum(-1, keepdim=True))
+    return _inside(_log_standard_gamma(fn.concentration, noise).softmax(-1))
 
 
 @_draw.register
@@ -195,7 +197,14 @@ def _inside(value: Tensor) -> Tensor:
 
 
 def _standard_gamma(concentration: Tensor, noise: Noise) -> Tensor:
+    value = _log_standard_gamma(concentration, noise).exp()
+    return value.clamp(min=torch.finfo(value.dtype).tiny)
+
+
+def _log_standard_gamma(concentration: Tensor, noise: Noise) -> Tensor:
+    """The logarithm, since most draws at a small concentration are below the smallest number."""
     a = concentration.detach()
+    limits = torch.finfo(a.dtype)
     with torch.no_grad():
         d = (torch.where(a < 1, a + 1, a) - 1 / 3)[..., None]
         xi = noise.normal(a, _PROPOSALS)
@@ -205,6 +214,9 @@ def _standard_gamma(concentration: Tensor, noise: Noise) -> Tensor:
         first = accepted.int().argmax(-1, keepdim=True)
         chosen = torch.where(accepted.any(-1, keepdim=True), v.gather(-1, first), 1.0)
         boost = torch.where(a < 1, noise.uniform(a).log() / a, 0.0)
-        value = ((d * chosen)[..., 0] * boost.exp()).clamp(min=torch.finfo(a.dtype).tiny)
-        slope = torch._standard_gamma_grad(a, value)
-    return value + slope * (concentration - a)
+        log_value = (d * chosen)[..., 0].log() + boost
+        value = log_value.exp().clamp(min=limits.tiny)
+        slope = torch._standard_gamma_grad(a, value) / value
+        # F(z) is z^a / Gamma(a + 1) at such z.
+        slope = torch.where(value < limits.eps, ((a + 1).digamma() - log_value) / a, slope)
+    return log_value + slope * (concentration - a)

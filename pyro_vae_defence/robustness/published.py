@@ -81,7 +81,8 @@ def save_attacked(report: RobustnessReport, path: str | os.PathLike[str]) -> Pat
         tensors["labels"] = report.labels
     given = enumerate(report.conditions)
     tensors |= {f"{_CONDITION}{k}": value for k, value in given if value is not None}
-    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # Labels may be a condition, too: safetensors asks for memory of its own.
+    own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     texts = {_REPORT: json.dumps(report.to_dict()), _NUMBER: str(len(report.conditions))}
     write_atomically(path, save(own, texts))
     return Path(path)
