@@ -23,6 +23,7 @@ import pytest
 
 from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments.defences import KINDS
+from pyro_vae_defence.models.nvae import PUBLISHED
 from pyro_vae_defence.robustness import KNOWLEDGE, Budget
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,6 +148,11 @@ def test_page_runs(page, tmp_path, monkeypatch):
     for settings, short in ((RECOMMENDED_LENGTHS, SHORT), (RECOMMENDED_KERNEL, SHORT_KERNEL)):
         for name, length in short.items():
             monkeypatch.setitem(settings, name, length)
+    # A published network of the same kind with fewer groups.
+    fewer = dataclasses.replace(
+        PUBLISHED["celeba_64"], num_groups_per_scale=5, min_groups_per_scale=2
+    )
+    monkeypatch.setitem(PUBLISHED, "celeba_64", fewer)
     least = dataclasses.replace(Budget.quick(), **LEAST)
     monkeypatch.setattr(Budget, "quick", lambda: least)
     if "to_zarr(" in (DOCS / page).read_text():
