@@ -11,6 +11,8 @@ a draw that belongs to the first, and its derivative is the pathwise one.
   10^11 draws, which are then d). For a < 1 it is a draw of Gamma(a + 1) times
   :math:`u^{1 / a}`. The derivative is implicit, :math:`-\partial_a F / \partial_z F` of the
   cumulative distribution F.
+- Cholesky factors of correlations: left of the diagonal each row has a squared length of a Beta
+  family, in a direction without preference (Lewandowski, Kurowicka, Joe, 2009).
 - Mixtures of these, whose draws have no derivative, and whatever is made of them by transforms.
 
 Marsaglia, Tsang, "A simple method for generating gamma variables", 2000,
@@ -28,6 +30,7 @@ import torch.distributions as td
 from pyro.distributions import ProjectedNormal
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyro_vae_defence.ops.distributions import own_methods
 from pyro_vae_defence.ops.streams import Streams
@@ -155,6 +158,18 @@ def _beta(fn: td.Beta, noise: Noise) -> Tensor:
 @_draw.register
 def _dirichlet(fn: td.Dirichlet, noise: Noise) -> Tensor:
     return _inside(_log_standard_gamma(fn.concentration, noise).softmax(-1))
+
+
+@_draw.register
+def _correlations(fn: td.LKJCholesky, noise: Noise) -> Tensor:
+    """Not torch's, whose rows left of the diagonal are longer than by its own density (2.14)."""
+    number = torch.arange(1, fn.dim, device=fn.concentration.device)  # of elements in each
+    rest = fn.concentration[..., None] + (fn.dim - 1 - number) / 2
+    one, other = (_log_standard_gamma(c, noise) for c in ((number / 2).expand_as(rest), rest))
+    rows = noise.normal(fn.concentration, fn.dim - 1, fn.dim).tril()
+    rows = rows * ((one - other).sigmoid() / rows.square().sum(-1)).sqrt()[..., None]
+    diagonal = pad((other - one).sigmoid().sqrt(), (1, 0), value=1.0)
+    return pad(rows, (0, 0, 1, 0)) + diagonal.diag_embed()
 
 
 @_draw.register
