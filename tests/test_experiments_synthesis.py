@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
+from pyro_vae_defence.defence import AnalysisBySynthesis
+from pyro_vae_defence.defence.synthesis import MarginBound
 from pyro_vae_defence.experiments.__main__ import main
-from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.study import check_finite, write_pages
 from pyro_vae_defence.experiments.synthesis import Synthesis, SynthesisConfig, row, side_by_side
 from pyro_vae_defence.experiments.train import MODELS, Train, TrainConfig
 from pyro_vae_defence.models import ConditionalVAE
@@ -116,6 +119,25 @@ def test_a_row_says_what_the_blocks_do():
         "1.5", "2.0",
     ]  # fmt: skip
     assert row("0.1", bounds, {})[4:9] == [""] * 5
+
+
+def test_a_mass_that_was_not_found_keeps_no_class_and_loses_no_cell(monkeypatch, tmp_path):
+    lost = torch.tensor([math.inf, 1.0])
+    found = MarginBound(
+        -lost, torch.tensor([[0.0], [-3.0]]), lost, lost[:, None].repeat(1, 2), True
+    )
+    monkeypatch.setattr(AnalysisBySynthesis, "margin_bound", lambda *args, **kwargs: found)
+    monkeypatch.setattr(
+        AnalysisBySynthesis, "predict", lambda self, x, generator: torch.zeros(2, dtype=torch.long)
+    )
+    study = Synthesis("mnist", tmp_path)
+    study.x, study.labels = torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.long)
+    study.classifier = lambda radius: AnalysisBySynthesis.__new__(AnalysisBySynthesis)
+    block = study.bound(0.1, slice(2), "000")
+    check_finite(block)
+    cells = row("0.1", {"000": json.loads(json.dumps(block, allow_nan=False))}, {})
+    assert [cell.split(" [")[0] for cell in cells[2:4]] == ["1.000", "0.500"]
+    assert cells[9:] == ["-inf", "1.0", "1.0", "1.0"]
 
 
 def test_images_that_are_wrong_already_are_not_robust():

@@ -27,7 +27,7 @@ from pyro_vae_defence.experiments.study import Cell, Measurement
 from pyro_vae_defence.experiments.train import CONDITIONAL_MODELS
 from pyro_vae_defence.models import ConditionalVAE
 from pyro_vae_defence.ops.balls import Linf
-from pyro_vae_defence.ops.files import write_atomically
+from pyro_vae_defence.ops.files import as_json, write_atomically
 from pyro_vae_defence.robustness.synthesis import class_evidence, mass_margin
 
 
@@ -136,7 +136,7 @@ class Synthesis(Measurement[SynthesisConfig]):
             num_falling=self.config.num_falling,
             generator=self.generator("bound", purpose),
         )
-        return {
+        estimates = {
             "right": (predicted == labels).tolist(),
             "common_attack": found.common_attack,
             "margin": found.margin.tolist(),
@@ -144,6 +144,8 @@ class Synthesis(Measurement[SynthesisConfig]):
             "gap_right": found.gap[:, 0].tolist(),
             "gap_wrong": found.gap[:, 1].tolist(),
         }
+        written: dict[str, Any] = as_json(estimates)  # ``None`` where a mass was not found
+        return written
 
     def attacked(self, radius: float, rows: slice, purpose: str) -> dict[str, Any]:
         """Whether the label is still predicted, attack by attack."""
@@ -248,7 +250,9 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
     """One radius of the table."""
 
     def values(name: str, blocks: dict[str, Any] = bounds) -> Tensor:
-        return torch.tensor([v for block in sorted(blocks) for v in blocks[block][name]])
+        unknown = -torch.inf if name == "margin" else torch.nan
+        found = [v for block in sorted(blocks) for v in blocks[block][name]]
+        return torch.tensor([unknown if v is None else v for v in found])
 
     def share(right: Tensor) -> str:
         return tables.interval(study.share(right.float()))
