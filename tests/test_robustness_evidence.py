@@ -19,7 +19,7 @@ from pyro_vae_defence.robustness import Budget, WhiteBox, evaluate_robustness
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.populations import Constrained
 
-GRID = torch.linspace(-6, 6, 121, dtype=torch.float64)
+GRID = torch.linspace(-5, 5, 101, dtype=torch.float64)
 DELTA, EPSILON = 0.05, 0.15
 
 
