@@ -203,7 +203,7 @@ def test_every_attack_runs_against_a_chain(delta):
     budget = Budget(
         num_steps=4, num_restarts=1, num_draws=(1,), num_chains=8, num_iterations=3,
         num_directions=4, black_box_steps=2, selection_draws=2, scoring_draws=3, check_images=8,
-        check_steps=4, check_draws=64 if delta is None else 4,
+        check_steps=4, check_draws=32 if delta is None else 4,
     )  # fmt: skip
     perturbation = None if delta is None else Linf(delta)
     defence = MCMCDefence(vae, HMC, 1, 2, perturbation=perturbation)
