@@ -175,7 +175,7 @@ ROWWISE = {
 def test_rows_keep_their_arguments(compute):
     together = compute((X, Y, BRIGHT))
     assert len(together) == len(X)
-    for row in range(len(X)):
+    for row in (1, 2, 4):  # of every class, and the last
         same = (X, Y[row].expand(5), BRIGHT[row].expand(5, *SHAPE))
         torch.testing.assert_close(compute(same)[row], together[row], rtol=1e-9, atol=1e-9)
     # It can fail: the arguments matter.

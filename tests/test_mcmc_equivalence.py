@@ -80,7 +80,7 @@ def test_images_with_very_different_posteriors(name):
     together = run(
         make(potential_fn=very_different(slice(None)), step_size=step_size), streams, start
     )
-    for i in range(ROWS):
+    for i in range(0, ROWS, 2):
         rows = slice(i, i + 1)
         kernel = make(potential_fn=very_different(rows), step_size=step_size)
         alone = run(kernel, select(streams, rows), {"z": start["z"][rows]})
@@ -174,10 +174,10 @@ def assert_same_results(got, expected, images=slice(None), chains=slice(None)):
 
 @pytest.mark.parametrize("name", [name for name in UNCOUPLED if name != "hmc-fixed"])
 def test_micro_batches_do_not_matter(name, linear_vae):
-    x = torch.rand(7, 1, 4, 4)
+    x = torch.rand(4, 1, 4, 4)
     kernel = functools.partial(FACTORIES[name], step_size=0.5, inverse_mass_matrix=METRIC)
     whole = defend(linear_vae, x, kernel, num_chains=2)
-    assert whole.samples["z"].shape == (2, 3, 7, 3)
+    assert whole.samples["z"].shape == (2, 3, 4, 3)
     assert not torch.equal(*whole.sample_stats["step_size"])  # each chain has its own
     for batch_size in (1, 6):
         parts = defend(linear_vae, x, kernel, num_chains=2, batch_size=batch_size)

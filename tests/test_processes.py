@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import TutorialVAE
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.experiments.__main__ import main
@@ -48,15 +49,24 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nnodes=1", "--rdzv-backend=c10d",
             "--rdzv-endpoint=localhost:0")  # fmt: skip
 
 
-def launch(*command, processes=2, restarts=0):
+def launch(*command, processes=2, restarts=0, torchrun=TORCHRUN):
     """Run this file, or a module with ``-m``, in processes of torchrun."""
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    options = (f"--nproc-per-node={processes}", f"--max-restarts={restarts}")
+    options = (f"--nproc-per-node={processes}", f"--max-restarts={restarts}") if torchrun else ()
     return subprocess.run(
-        [sys.executable, *TORCHRUN, *options, *map(str, command)],
+        [sys.executable, *torchrun, *options, *map(str, command)],
         env=environment, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
+
+
+def take_part_forked(*arguments):
+    """What torchrun does after reading its options, but that processes need not import again."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="forked", rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, take_part)(*arguments)
 
 
 def restarts():
@@ -281,7 +291,7 @@ class TestStudies:
         pytest.importorskip("zarr")
         from test_defence_store import assert_same
 
-        done = launch(__file__, tmp_path, "study", "store")
+        done = launch(__file__, tmp_path, "study", "store", "forked", torchrun=())
         assert done.returncode == 0, done.stderr[-4000:]
         assert without_times((tmp_path / "plain.json").read_text()) == expected
         assert not (tmp_path / "plain.cells").exists()
@@ -593,4 +603,5 @@ class TestStores:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    take_part(Path(sys.argv[1]), *sys.argv[2:])
+    run = take_part_forked if "forked" in sys.argv else take_part
+    run(Path(sys.argv[1]), *sys.argv[2:])

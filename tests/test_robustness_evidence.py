@@ -19,7 +19,7 @@ from pyro_vae_defence.robustness import Budget, WhiteBox, evaluate_robustness
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.populations import Constrained
 
-GRID = torch.linspace(-6, 6, 121, dtype=torch.float64)
+GRID = torch.linspace(-5, 5, 101, dtype=torch.float64)
 DELTA, EPSILON = 0.05, 0.15
 
 
@@ -149,7 +149,7 @@ def test_attack_takes_mass_where_all_draws_agree(vae, x, labels, defence):
     box, fresh = WhiteBox(vae, defence, x), torch.Generator().manual_seed(3)
     own = Constrained(box, functools.partial(margin, vae, labels), Linf(EPSILON), 8, number=1)
     objective = adaptive.evidence(own.right, own.wrong, box.energy, 8, generator=fresh)
-    found = APGD(objective, Linf(EPSILON), num_steps=20)(x, fresh).x_adv[0]
+    found = APGD(objective, Linf(EPSILON), num_steps=12)(x, fresh).x_adv[0]
     corners = [
         (x + EPSILON * (torch.rand(x.shape, generator=fresh) - 0.5).sign()).clamp(0, 1)
         for _ in range(30)

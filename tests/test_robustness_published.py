@@ -189,7 +189,7 @@ class TestKnownSeed:
         [
             {"keep_draws": 2},
             {"max_gradients": 20},
-            {"kernel": functools.partial(infer.HMC, step_size=0.1)},
+            {"kernel": functools.partial(infer.HMC, step_size=0.1, num_steps=2)},
         ],
         ids=["few", "cut", "foreign"],
     )
