@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import diagnostics
 from pyro_vae_defence.models import program
 from pyro_vae_defence.types import VAE, Latents
 
@@ -132,6 +131,8 @@ class DefenceResult:
             ValueError: if there is no such image; and for ``log_likelihood`` if the draws are not
                 of the posterior p(z | x), or pixels are not independent given the latents.
         """
+        from pyro_vae_defence import diagnostics  # xarray and pandas take long to import
+
         part, attrs = self, {"inference_library": "pyro_vae_defence", **self.settings}
         if image is not None:
             attrs["image"] = image = diagnostics.check_image(image, len(self.x))
@@ -153,11 +154,15 @@ class DefenceResult:
 
         Arguments as for :meth:`to_datatree`.
         """
+        from pyro_vae_defence import diagnostics
+
         return diagnostics.to_arviz(self.to_datatree(image, log_likelihood=log_likelihood))
 
     def summary(self) -> Any:
         """A ``pandas.DataFrame`` with a row per image: :func:`pyro_vae_defence.diagnostics.summary`
         and ``num_gradients``."""
+        from pyro_vae_defence import diagnostics
+
         table = diagnostics.summary(self.to_datatree())
         table["num_gradients"] = self.num_gradients.cpu().numpy()
         return table
