@@ -726,7 +726,14 @@ def test_nothing_registered_at_all():
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (images()[0], r"first batch must have shape \(N, C, H, W\).* add the missing dimensions"),
+        (
+            images()[0],
+            r"first batch must have shape \(N, C, H, W\).* DataLoader\(dataset, 128\)",
+        ),
+        (
+            images().flatten(1),
+            r"first batch must have shape \(N, C, H, W\).* x.view\(-1, 1, 28, 28",
+        ),
         ((255 * images()).byte(), r"first batch must be floating point .* x.float\(\) / 255"),
         (255 * images(), r"first batch must lie in \[0, 1\], got .* rescale it"),
         (images() - 0.5, r"first batch must lie in \[0, 1\]"),

@@ -87,9 +87,15 @@ def check_images(
             f"{name} must be a tensor of images (N, C, H, W), got {type(x).__name__}{mend}"
         )
     if x.dim() != 4 or x.shape[0] == 0:
+        mend = "add the missing dimensions, e.g. x[None] for a single image"
+        if x.dim() == 2:
+            mend += ", or x.view(-1, 1, 28, 28) for rows of pixels, which programs may flatten"
+        elif x.dim() >= 4:
+            mend = (
+                "there is no image" if x.shape[0] == 0 else "leave no others, e.g. x.flatten(0, 1)"
+            )
         raise ValueError(
-            f"{name} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; "
-            "add the missing dimensions, e.g. x[None] for a single image"
+            f"{name} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; {mend}"
         )
     if not x.is_floating_point():
         raise ValueError(
