@@ -728,7 +728,7 @@ def test_nothing_registered_at_all():
     [
         (
             images()[0],
-            r"first batch must have shape \(N, C, H, W\).* DataLoader\(dataset, 128\)",
+            r"first batch must have shape \(N, C, H, W\).*DataLoader\(dataset, 128\)",
         ),
         (
             images().flatten(1),
