@@ -12,12 +12,14 @@ import torch
 from objectives_programs import BottomUpVAE
 from programs import TutorialVAE
 from pyro.infer import (
+    SVI,
     ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceMeanField_ELBO,
     config_enumerate,
 )
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -298,6 +300,39 @@ def test_a_parameter_that_is_not_used_again_is_named(tmp_path):
     with pytest.warns(UserWarning, match=r"have not used \['scale'\]"):
         run(SometimesParam, path=tmp_path / "c", seed=7)
     assert "scale" in torch.load(tmp_path / "c")["weights"]
+
+
+class Autoguided(Module):
+    """Parameters that a PyroModule makes in its first call, and then wraps."""
+
+    def make(self):
+        super().make()
+        self.autoguide = AutoNormal(self.model)
+
+    def guide(self, x):
+        return self.autoguide(x)
+
+
+def test_an_autoguide_is_trained_as_by_svi_and_resumed(tmp_path):
+    def make(seed):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        vae = Autoguided()
+        torch.manual_seed(seed)
+        return vae
+
+    def train(vae, epochs, path=None):
+        fit(vae, Trace_ELBO(), [images()], config(epochs=epochs), checkpoint=path)
+        return everything(vae)
+
+    plain = make(1)
+    svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(4):
+        svi.step(images())
+    trained = everything(plain)
+    assert_equal(train(make(1), 4), trained)
+    train(make(1), 2, tmp_path / "c")
+    assert_equal(train(make(7), 4, tmp_path / "c"), trained)
 
 
 def test_the_store_must_not_be_cleared_while_training():

@@ -396,7 +396,7 @@ def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
         mend = mend_networks(program, x) or (
             f"it must run on any number of images, as {call}(x), or as {call}(x, *conditions) "
             f'where images come with conditions, with one pyro.plate("{DATA_PLATE}", x.shape[0]) '
-            "around all its sample sites"
+            "around all its sample sites, and .to_event(1) for what belongs to one image"
         )
         raise ValueError(
             f"{name} failed on images of shape {tuple(x.shape)}: {error}; {mend}"
@@ -510,7 +510,8 @@ def check_rows(
                 raise ValueError(
                     f"{name} gives images {_shown(together)} and, at the same latents, "
                     f"{_shown(again)}: it draws noise outside pyro.sample, such as a binarisation, "
-                    "dequantisation or dropout; fix the noise, or do it to the images beforehand"
+                    "dequantisation or F.dropout(h); fix the noise, F.dropout(h, training=self."
+                    "training), or do it to the images beforehand"
                 )
         if not _close({key: value[-1:] for key, value in together.items()}, alone):
             raise ValueError(

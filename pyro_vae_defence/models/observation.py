@@ -128,7 +128,8 @@ class ImageMap(NamedTuple):
                 "the model observes an image as something else in another run or batch, or expects "
                 f"another, at {list(self.noisy)}: it draws noise outside pyro.sample, such as a "
                 "binarisation, dequantisation or dropout, couples images by batch statistics, or "
-                f"subtracts what the latents say; do it to the images beforehand, or {ADVICE}"
+                "subtracts what the latents say; do it to the images beforehand, or in train mode "
+                f"only, as F.dropout(h, training=self.training), or {ADVICE}"
             )
         counts = self._counts()
         once = bool((counts == 1).all())
