@@ -90,6 +90,9 @@ def check_images(
         mend = "add the missing dimensions, e.g. x[None] for a single image"
         if x.dim() == 2:
             mend += ", or x.view(-1, 1, 28, 28) for rows of pixels, which programs may flatten"
+        elif x.dim() == 3:
+            mend += "; for batches of images or of a dataset pass data.batches(images, 128), or a "
+            mend += "DataLoader(dataset, 128), which yield more than one at a time"
         elif x.dim() >= 4:
             mend = (
                 "there is no image" if x.shape[0] == 0 else "leave no others, e.g. x.flatten(0, 1)"

@@ -62,13 +62,6 @@ class Reader:
             )
             where = f"{name}'s first batch" if number == 0 else f"{name}'s batch {number + 1}"
             x, others = conditions.split(tuple(moved), where)
-            if isinstance(x, Tensor) and x.dim() == 3:
-                raise ValueError(
-                    f"{where} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; if "
-                    f"{name} is images or a dataset, which yield one image at a time, pass "
-                    "data.batches(images, 128) or torch.utils.data.DataLoader(dataset, 128), else "
-                    "add the missing dimensions"
-                )
             program.check_images(x, where, unit_interval=False, half=True)
             _check_finite(x, where)
             if number == 0:
