@@ -755,6 +755,20 @@ def test_nothing_registered_at_all():
         fit(Silent(), Trace_ELBO(), [images()], config())
 
 
+class Misnamed(Module):
+    def guide(self, x):
+        self.register_guide()
+        with pyro.plate("data", len(x)):
+            pyro.sample("latent", dist.Normal(self.encoder(x.flatten(1)), 0.5).to_event(1))
+
+
+@pytest.mark.filterwarnings("ignore:Found (non-auxiliary )?vars")
+def test_latents_that_differ_are_named_in_place_of_pyros_key_error():
+    message = r"model has the latent sites \['z'\], the guide \['latent'\]"
+    with pytest.raises(ValueError, match=message):
+        fit(Misnamed(), TraceMeanField_ELBO(), [images()], config())
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 
