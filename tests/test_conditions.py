@@ -276,6 +276,8 @@ def test_the_mean_posterior_variance_is_that_given_the_conditions():
     needs = types.SimpleNamespace(model=lambda x, y: None, guide=lambda x, y: None)
     with pytest.raises(ValueError, match="need 1 arguments beside the images, got 0"):
         program.mean_posterior_variance(needs, [X])
+    with pytest.raises(ValueError, match="vae is the class .*: pass an instance"):
+        program.mean_posterior_variance(type(VAE), [X])
 
 
 # --- Arguments bound beforehand -------------------------------------------------------------------

@@ -200,8 +200,8 @@ def test_a_classifier_of_something_else_is_told_what_it_is_given(classifier, mes
     ("call", "message"),
     [
         (lambda d, c: DefendedClassifier(3, c), "defence must be callable"),
+        (lambda d, c: DefendedClassifier(c, d), "defence must know its VAE"),
         (lambda d, c: DefendedClassifier(d, 3), "classifier must be callable"),
-        (lambda d, c: DefendedClassifier(c, c), "vae must have two Pyro programs"),
         (lambda d, c: DefendedClassifier(d, c, "median"), "reading must be one of .* got 'median'"),
         (lambda d, c: read_latents(d.vae, None, "median"), "reading must be one of"),
     ],

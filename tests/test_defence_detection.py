@@ -358,7 +358,7 @@ class TestDetector:
             detector.fit(x, 5)
         with pytest.raises(ValueError, match="defence must be callable, .* got 3"):
             Detector(3)
-        with pytest.raises(ValueError, match="vae must have two Pyro programs"):
+        with pytest.raises(ValueError, match="defence must know its VAE"):
             Detector(lambda x: x)
         detector.fit(x)
         with pytest.raises(ValueError, match=r"same two or more images .* \(20, 1, 4, 4\) and \(3"):

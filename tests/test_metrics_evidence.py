@@ -207,6 +207,8 @@ def test_bad_arguments_are_refused(wide, x, inside):
         metrics.nll(wide, inside, rows=0)
     with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got 0"):
         metrics.nll(wide, inside, 0)
+    with pytest.raises(ValueError, match="num_samples must be an integer of at least 1, got '9'"):
+        metrics.nll(wide, inside, "9")
     with pytest.raises(ValueError, match="x must have shape"):
         metrics.nll(wide, x[0])
     with pytest.raises(ValueError, match="x is not finite for 2 of 2"):

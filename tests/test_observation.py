@@ -211,6 +211,14 @@ REFUSED = {
         lambda x, m: sample("obs", normal(m), x + torch.rand_like(x) / 256),
         "something else in another run",
     ),
+    "dropout in the decoder": (
+        lambda x, m: sample("obs", normal(torch.nn.functional.dropout(m)), x),
+        r"noise outside pyro\.sample, such as a binarisation, dequantisation or dropout",
+    ),
+    "channels last": (
+        lambda x, m: sample("obs", normal(m.movedim(1, -1)), x),
+        r"a value of shape \(7, 3, 4, 4\) under a distribution of shape \(7, 4, 4, 3\)",
+    ),
     "a decoder that reads the image": (reads_the_image, "reads the image otherwise"),
     "no mean": (
         lambda x, m: sample("obs", dist.Cauchy(m, 0.1).to_event(3), x),

@@ -435,6 +435,7 @@ class TestErrors:
         [
             ([1.0], "must be a tensor of images"),
             (torch.rand(1, 28, 28), r"must have shape \(N, C, H, W\)"),
+            (torch.rand(0, 1, 28, 28), r"must have shape \(N, C, H, W\).* there is no image"),
             (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), "x.float"),
             (torch.full((1, 1, 2, 2), 1.5), r"must lie in \[0, 1\], got values from 1.5 to 1.5"),
             (torch.full((1, 1, 2, 2), torch.nan), r"x is not finite for 1 of 1 rows \(first rows"),

@@ -12,12 +12,14 @@ import torch
 from objectives_programs import BottomUpVAE
 from programs import TutorialVAE
 from pyro.infer import (
+    SVI,
     ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
     TraceMeanField_ELBO,
     config_enumerate,
 )
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -298,6 +300,39 @@ def test_a_parameter_that_is_not_used_again_is_named(tmp_path):
     with pytest.warns(UserWarning, match=r"have not used \['scale'\]"):
         run(SometimesParam, path=tmp_path / "c", seed=7)
     assert "scale" in torch.load(tmp_path / "c")["weights"]
+
+
+class Autoguided(Module):
+    """Parameters that a PyroModule makes in its first call, and then wraps."""
+
+    def make(self):
+        super().make()
+        self.autoguide = AutoNormal(self.model)
+
+    def guide(self, x):
+        return self.autoguide(x)
+
+
+def test_an_autoguide_is_trained_as_by_svi_and_resumed(tmp_path):
+    def make(seed):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        vae = Autoguided()
+        torch.manual_seed(seed)
+        return vae
+
+    def train(vae, epochs, path=None):
+        fit(vae, Trace_ELBO(), [images()], config(epochs=epochs), checkpoint=path)
+        return everything(vae)
+
+    plain = make(1)
+    svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    for _ in range(4):
+        svi.step(images())
+    trained = everything(plain)
+    assert_equal(train(make(1), 4), trained)
+    train(make(1), 2, tmp_path / "c")
+    assert_equal(train(make(7), 4, tmp_path / "c"), trained)
 
 
 def test_the_store_must_not_be_cleared_while_training():
@@ -720,13 +755,34 @@ def test_nothing_registered_at_all():
         fit(Silent(), Trace_ELBO(), [images()], config())
 
 
+class Misnamed(Module):
+    def guide(self, x):
+        self.register_guide()
+        with pyro.plate("data", len(x)):
+            pyro.sample("latent", dist.Normal(self.encoder(x.flatten(1)), 0.5).to_event(1))
+
+
+@pytest.mark.filterwarnings("ignore:Found (non-auxiliary )?vars")
+def test_latents_that_differ_are_named_in_place_of_pyros_key_error():
+    message = r"model has the latent sites \['z'\], the guide \['latent'\]"
+    with pytest.raises(ValueError, match=message):
+        fit(Misnamed(), TraceMeanField_ELBO(), [images()], config())
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (images()[0], r"first batch must have shape \(N, C, H, W\).* add the missing dimensions"),
+        (
+            images()[0],
+            r"first batch must have shape \(N, C, H, W\).*DataLoader\(dataset, 128\)",
+        ),
+        (
+            images().flatten(1),
+            r"first batch must have shape \(N, C, H, W\).* x.view\(-1, 1, 28, 28",
+        ),
         ((255 * images()).byte(), r"first batch must be floating point .* x.float\(\) / 255"),
         (255 * images(), r"first batch must lie in \[0, 1\], got .* rescale it"),
         (images() - 0.5, r"first batch must lie in \[0, 1\]"),

@@ -45,7 +45,12 @@ def check_defence(defence: Any, *, needs_vae: bool = True) -> Defence:
             "without a defence"
         )
     if needs_vae:
-        program.check_vae(getattr(defence, "vae", None))
+        if not hasattr(defence, "vae"):
+            raise ValueError(
+                f"defence must know its VAE, as NoDefence(vae) and MCMCDefence(vae) do; "
+                f"{type(defence).__name__} has no attribute 'vae'"
+            )
+        program.check_vae(defence.vae)
     return defence
 
 

@@ -64,6 +64,7 @@ def nll(
         ValueError: ``vae`` or ``x`` is unsuitable, or a number is not positive.
     """
     vae, x = program.at_images(vae, x, unit_interval=False)
+    check_integer("num_samples", num_samples)
     check_integer("rows", rows)
     _check_intensities(vae, x)
     seed = draw_seed(generator)

@@ -50,9 +50,12 @@ def taken(batch: ImagesLike, vae: VAE) -> tuple[Any, ...]:
             "as in pyro.infer.SVI both are called with the same ones, so let both take them"
         )
     if given < max(needed, needed_guide):
+        mend = "pass a tuple (x, *conditions), each condition with one row per image"
+        if isinstance(vae, type):
+            mend = f"vae is the class {vae.__name__}: pass an instance of it, or {mend}"
         raise ValueError(
             f"the programs need {max(needed, needed_guide)} arguments beside the images, got "
-            f"{given}; pass a tuple (x, *conditions), each condition with one row per image"
+            f"{given}; {mend}"
         )
     return entries[: 1 + int(min(most, given))]
 

@@ -87,9 +87,18 @@ def check_images(
             f"{name} must be a tensor of images (N, C, H, W), got {type(x).__name__}{mend}"
         )
     if x.dim() != 4 or x.shape[0] == 0:
+        mend = "add the missing dimensions, e.g. x[None] for a single image"
+        if x.dim() == 2:
+            mend += ", or x.view(-1, 1, 28, 28) for rows of pixels, which programs may flatten"
+        elif x.dim() == 3:
+            mend += "; for batches of images or of a dataset pass data.batches(images, 128), or a "
+            mend += "DataLoader(dataset, 128), which yield more than one at a time"
+        elif x.dim() >= 4:
+            mend = (
+                "there is no image" if x.shape[0] == 0 else "leave no others, e.g. x.flatten(0, 1)"
+            )
         raise ValueError(
-            f"{name} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; "
-            "add the missing dimensions, e.g. x[None] for a single image"
+            f"{name} must have shape (N, C, H, W) with N >= 1, got {tuple(x.shape)}; {mend}"
         )
     if not x.is_floating_point():
         raise ValueError(
@@ -390,7 +399,7 @@ def run_on(name: str, program: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
         mend = mend_networks(program, x) or (
             f"it must run on any number of images, as {call}(x), or as {call}(x, *conditions) "
             f'where images come with conditions, with one pyro.plate("{DATA_PLATE}", x.shape[0]) '
-            "around all its sample sites"
+            "around all its sample sites, and .to_event(1) for what belongs to one image"
         )
         raise ValueError(
             f"{name} failed on images of shape {tuple(x.shape)}: {error}; {mend}"
@@ -504,7 +513,8 @@ def check_rows(
                 raise ValueError(
                     f"{name} gives images {_shown(together)} and, at the same latents, "
                     f"{_shown(again)}: it draws noise outside pyro.sample, such as a binarisation, "
-                    "dequantisation or dropout; fix the noise, or do it to the images beforehand"
+                    "dequantisation or F.dropout(h); fix the noise, F.dropout(h, training=self."
+                    "training), or do it to the images beforehand"
                 )
         if not _close({key: value[-1:] for key, value in together.items()}, alone):
             raise ValueError(

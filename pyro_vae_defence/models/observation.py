@@ -88,7 +88,7 @@ class ImageMap(NamedTuple):
         shape: of an image.
         sites: those whose elements are pixels.
         others: names of the sites that depend on the image in another way.
-        noisy: names of the sites that observe something else at every run.
+        noisy: names of the sites that observe something else, or have another mean, at every run.
         reads: whether the mean image depends on the image when the latents do not.
         others_read: whether any density does, at the same observation.
         without_mean: names of image sites whose distribution has no finite mean, or not its own.
@@ -125,10 +125,11 @@ class ImageMap(NamedTuple):
         """Raise a ``ValueError`` unless every pixel is observed at one place, and only observed."""
         if self.noisy:
             raise ValueError(
-                f"the model observes an image as something else in another run or batch, at "
-                f"{list(self.noisy)}: it draws noise outside pyro.sample, such as a binarisation "
-                "or dequantisation, couples images by batch statistics, or subtracts what the "
-                f"latents say; do it to the images beforehand, or {ADVICE}"
+                "the model observes an image as something else in another run or batch, or expects "
+                f"another, at {list(self.noisy)}: it draws noise outside pyro.sample, such as a "
+                "binarisation, dequantisation or dropout, couples images by batch statistics, or "
+                "subtracts what the latents say; do it to the images beforehand, or in train mode "
+                f"only, as F.dropout(h, training=self.training), or {ADVICE}"
             )
         counts = self._counts()
         once = bool((counts == 1).all())
@@ -364,11 +365,28 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         if not bool(mean.isfinite().all()) and bool(site["fn"].log_prob(value).isfinite().all()):
             without_mean.append(name)
             continue
+        if not _spans(mean.shape, value.shape):
+            raise ValueError(
+                f"site {name!r} observes images {shape} as a value of shape {tuple(value.shape)} "
+                f"under a distribution of shape {tuple(mean.shape)}; pass images (C, H, W) as the "
+                "VAE was made for, x.permute(0, 3, 1, 2) where channels come last"
+            )
         here, there = (
             each.expand(s["value"].shape)
             for each, s in ((mean, site), (moved[name]["fn"].mean, moved[name]))
         )
         reads |= _differ(image_rows(here, site)[rows_of], image_rows(there, moved[name]))
+    if reads:  # unless it is noise
+        with aside(like.device):
+            second, third = (
+                sample_sites(run_on("vae.model", poutine.condition(one, data=latents), x))
+                for _ in range(2)
+            )
+        noisy += [
+            n
+            for n in (s.name for s in images)
+            if _differ(second[n]["fn"].mean, third[n]["fn"].mean)
+        ]
     weighed = [n for n, s in sites.items() if not _same_density(s, moved[n], dims[n], rows_of)]
     return ImageMap(
         shape,
@@ -389,6 +407,12 @@ def _same_density(site: Site, moved: Site, dim: int, rows: Tensor) -> bool:
     here = log_prob_per_image(site, data_frame(site).size)[rows]
     there = log_prob_per_image(again, len(rows))
     return torch.allclose(here, there, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
+def _spans(shape: torch.Size, whole: torch.Size) -> bool:
+    """Whether a tensor of one shape can be expanded to the other."""
+    own = (1,) * (len(whole) - len(shape)) + tuple(shape)
+    return len(own) == len(whole) and all(a in (1, b) for a, b in zip(own, whole, strict=True))
 
 
 def _in_layout(row: Tensor, site: Site) -> Tensor:

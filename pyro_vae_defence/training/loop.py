@@ -37,7 +37,14 @@ from tqdm.auto import tqdm
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.contract import mend_networks
 from pyro_vae_defence.models.modules import modules_of, networks_of
-from pyro_vae_defence.models.sites import aside, latent_sites, sampled_in_order, whole_size
+from pyro_vae_defence.models.sites import (
+    aside,
+    check_same_latents,
+    get_trace,
+    latent_sites,
+    sampled_in_order,
+    whole_size,
+)
 from pyro_vae_defence.objectives import ImageELBO
 from pyro_vae_defence.ops.boundary import drop_references, note, public
 from pyro_vae_defence.ops.checks import as_device
@@ -443,7 +450,7 @@ class _Run:
             with self.parameters, _Loss(self.objective, batch) as of_batch:
                 found = self.objective.loss_and_grads(self.model, self.guide, *batch)
             loss = of_batch.number(found)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             if parallel.world_size() == 1 and self._diverged(batch):
@@ -486,8 +493,13 @@ class _Run:
                 "alone, e.g. data.batches(..., labels=False)"
             )
         mend = mend_networks(self.vae, batch[0], batch[1:]) or mend
+        if isinstance(error, (AssertionError, KeyError)):  # as Pyro's where latents differ
+            with torch.no_grad(), aside(batch[0].device):
+                model, guide = (get_trace(program, *batch) for program in (self.model, self.guide))
+            check_same_latents(model, guide)
+        said = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
         return ValueError(
-            f"the programs failed on loader's first batch, of shapes {shapes}: {error}; {mend}"
+            f"the programs failed on loader's first batch, of shapes {shapes}: {said}; {mend}"
         )
 
     def _check_finite(self, value: float, name: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vae_defence.models.modules import modules_of, networks_of
 from pyro_vae_defence.models.sites import KeepFrozen
@@ -71,7 +71,9 @@ class Parameters(KeepFrozen):
         known = self._registered.get(name)
         if known is tensor:
             return
-        if known is not None:
+        # A PyroModule wraps what it has made just now, an autoguide's locations, as its Parameter.
+        wrapped = name in self._new and isinstance(tensor, nn.Parameter)
+        if known is not None and not (wrapped and known.data_ptr() == tensor.data_ptr()):
             raise ValueError(
                 f"parameter {name!r} has become another tensor, which would not be trained; do not "
                 "clear Pyro's parameter store or replace parameters while fit runs"
