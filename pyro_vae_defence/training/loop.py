@@ -494,9 +494,9 @@ class _Run:
             )
         mend = mend_networks(self.vae, batch[0], batch[1:]) or mend
         if isinstance(error, (AssertionError, KeyError)):  # as Pyro's where latents differ
-            with torch.no_grad(), aside(batch[0].device):
+            with torch.no_grad(), aside(batch[0].device), contextlib.suppress(type(error)):
                 model, guide = (get_trace(program, *batch) for program in (self.model, self.guide))
-            check_same_latents(model, guide)
+                check_same_latents(model, guide)
         said = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
         return ValueError(
             f"the programs failed on loader's first batch, of shapes {shapes}: {said}; {mend}"
