@@ -89,25 +89,25 @@ def run(kernel, warmup_steps, num_samples, scales=SCALES):
     ("name", "options"), [*((name, {}) for name in EXACT), ("hmc", {"target_accept_prob": 0.9})]
 )
 def test_every_image_comes_near_its_target_acceptance(name, options):
-    """Four chains of twelve images with scales over four decades, all started at step size 0.1.
+    """16 chains of twelve images with scales over four decades, all started at step size 0.1.
 
-    Within 0.1 of the target each image: the averaged step size of dual averaging is known to end a
-    little on the safe side, and a mean over 4 times 40 transitions has a standard error of about
-    0.02.
+    Within 0.1 of the target each image. The averaged step size of dual averaging is known to end a
+    little on the safe side, by 0.06 here, and means have standard errors of at most 0.01: a right
+    kernel fails once in a thousand seeds.
     """
-    # MALA, whose steps are noisiest, needs the longest average.
-    warmup_steps, scales = {"nuts": 100, "mala": 400}.get(name, 250), SCALES.repeat(4)
+    # MALA, whose steps are noisiest, needs the longest averages.
+    warmup_steps, scales = {"nuts": 100, "mala": 400}.get(name, 250), SCALES.repeat(16)
     kernel = FACTORIES[name](potential_fn=gaussians(scales), **options)
-    infos = run(kernel, warmup_steps, 40, scales)
+    infos = run(kernel, warmup_steps, 160 if name == "mala" else 40, scales)
     acceptance = kernel.diagnostics()["acceptance rate"]
-    assert acceptance.shape == (48,)
+    assert acceptance.shape == (16 * 12,)
     target = kernel.rule.target
-    assert (acceptance.view(4, 12).mean(0) - target).abs().max() < 0.1
+    assert (acceptance.view(16, 12).mean(0) - target).abs().max() < 0.1
     recomputed = torch.stack([info.acceptance_rate for info in infos[warmup_steps:]]).mean(0)
     assert torch.allclose(acceptance, recomputed)
-    # The step size follows each chain's own scale.
-    relative = infos[-1].step_size / scales
-    assert relative.max() / relative.min() < 1.5
+    # The step size follows each image's own scale; one chain's varies by a tenth.
+    relative = (infos[-1].step_size / scales).view(16, 12).mean(0)
+    assert relative.max() / relative.min() < 1.2
 
 
 @pytest.mark.parametrize("name", KERNELS)
