@@ -438,9 +438,11 @@ class TestPublishedImages:
     def test_it_holds_the_images_that_the_report_is_of(self, path):
         """Files of images outside of their ball are refused."""
         report = load_attacked(path)
-        name, _, of = path.stem.partition("_classification_")
+        name, target, of = re.fullmatch(
+            r"(.+)_(classification|reconstruction)_(.+)", path.stem
+        ).groups()
         result = json.loads((path.parents[1] / f"{name}.json").read_text())
-        known = result["reports"][f"classification/{of}"]
+        known = result["reports"][f"{target}/{of}"]
         assert len(report.x_adv) == result["config"]["num_images"] == 100
         assert report.threat_model["radius"] == result["config"]["radius"]
         known.pop("examples", None)  # pictures of some
