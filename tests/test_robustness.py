@@ -661,6 +661,15 @@ class TestJoin:
         assert seen.values.keys() == rising.keys()
         assert seen.facts == {"attack": "transfer' or 'bpda", "num_steps": [1, 4]}
 
+    @pytest.mark.parametrize(("left", "passed"), [(0.3, False), (0.0, True)])
+    def test_noise_speaks_against_attacks_that_leave_something(self, left, passed):
+        """It may do most of the harm where none is left to do."""
+        (rule,) = (c for c in CHECKS if c.name == "random_noise_is_weaker")
+        values = {"clean": torch.ones(20), "noise": torch.full((20,), 0.4)}
+        values["worst"] = torch.full((20,), left)
+        generator = torch.Generator().manual_seed(0)
+        assert rule.judge(Seen(values, {}), lambda v: interval(v, generator))[0] is passed
+
     def test_weights_are_one_models(self):
         vae, x, labels = problem(8)
         heads = [torch.nn.Linear(3, 2, dtype=torch.float64) for _ in range(2)]

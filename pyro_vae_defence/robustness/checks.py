@@ -277,6 +277,8 @@ def random_noise_is_weaker(evidence: Evidence) -> Seen:
 
 def _does_less(seen: Seen, interval: Interval) -> Verdict:
     clean, noise, worst = (seen.values[name] for name in ("clean", "noise", "worst"))
+    if not worst.any():
+        return True, "the attacks leave nothing, so that none could be stronger"
     drop_noise, drop = clean - noise, clean - worst
     excess = interval(drop_noise - 0.5 * drop)
     return (
