@@ -24,11 +24,8 @@ def results(tmp_path):
     return tmp_path
 
 
-OF_20_IMAGES = "`mnist_vae`, 0.2, 20 "
-
-
-def ranking(results, model="`mnist_vae`, 0.2"):
-    """Rows of a model and radius in the first table."""
+def ranking(results, model="`mnist_vae`, 0.2, 20"):
+    """Rows of a model, radius and number of images in the first table."""
     page = write_leaderboard(results).read_text().split("<details>")[0]
     rows = [line.strip("| ").split(" | ") for line in page.splitlines()]
     return [row[1:] for row in rows if f"{row[0]} |".startswith(model)]
@@ -52,18 +49,18 @@ def test_the_worst_case_ranks_and_figures_stand_in_their_places(results):
         change(hmc, report + places, found)
     change(hmc, [*report, "unreliable"], False)
     cells = [f"{0.89 + number / 100:.2f} [0.10, 1.00]" for number in (1, 3, 2)]
-    assert ranking(results, OF_20_IMAGES)[0] == ["HMC, the paper's target", *cells]
+    assert ranking(results)[0] == ["HMC, the paper's target", *cells]
     # What one attack leaves everywhere is no less than the worst case.
     found = {"estimate": 0.85, "low": 0.1, "high": 1.0, "num_images": 20}
     change(hmc, [*report, "attacks", 0, "figure"], found)
-    assert ranking(results, OF_20_IMAGES)[0] == [
+    assert ranking(results)[0] == [
         "HMC, the paper's target",
         cells[0],
         *["0.85 [0.10, 1.00]"] * 2,
     ]
     change(hmc, [*report, "attacks"], [])
     change(hmc, [*report, "unreliable"], True)
-    assert f"{cells[-1]} *?*" in [row[-1] for row in ranking(results, OF_20_IMAGES)]
+    assert f"{cells[-1]} *?*" in [row[-1] for row in ranking(results)]
 
 
 def test_an_unreliable_report_stands_below_all_reliable_ones(results):
@@ -71,7 +68,7 @@ def test_an_unreliable_report_stands_below_all_reliable_ones(results):
     aware = ["reports", "classification/aware", "unreliable"]
 
     def names():
-        rows = ranking(results, OF_20_IMAGES)
+        rows = ranking(results)
         marks = [row[-1].endswith("*?*") for row in rows]
         assert marks == sorted(marks)
         return [row[0].split(" δ")[0] for row in rows]
