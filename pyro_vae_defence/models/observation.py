@@ -378,15 +378,9 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
         reads |= _differ(image_rows(here, site)[rows_of], image_rows(there, moved[name]))
     if reads:  # unless it is noise
         with aside(like.device):
-            second, third = (
-                sample_sites(run_on("vae.model", poutine.condition(one, data=latents), x))
-                for _ in range(2)
-            )
-        noisy += [
-            n
-            for n in (s.name for s in images)
-            if _differ(second[n]["fn"].mean, third[n]["fn"].mean)
-        ]
+            second = sample_sites(run_on("vae.model", poutine.condition(one, data=latents), x))
+        with_mean = [site.name for site in images if site.name not in without_mean]
+        noisy += [n for n in with_mean if _differ(sites[n]["fn"].mean, second[n]["fn"].mean)]
     weighed = [n for n, s in sites.items() if not _same_density(s, moved[n], dims[n], rows_of)]
     return ImageMap(
         shape,
