@@ -205,8 +205,9 @@ class Problem:
         if gradient is None:
             raise ValueError(
                 "objective has no gradient in the image: the guide, or the objective itself, "
-                "binarises, quantises or detaches it (x > 0.5, an index, x.detach()); use a "
-                "black-box attack such as attacks.Square, or a straight-through estimate there"
+                "binarises, quantises or detaches it (x > 0.5, an index, x.detach()), or draws "
+                "from a family without reparametrised samples (VonMises, Poisson); use a black-box "
+                "attack such as attacks.Square, or a straight-through estimate there"
             )
         # A row whose gradient overflows stays where it is instead of leaving the ball as NaN.
         finite = gradient.isfinite()

@@ -223,7 +223,8 @@ def evaluate(vae: VAE, objective: Any, loader: Iterable[Any]) -> float:
 def _check_objective(objective: Any) -> None:
     if not isinstance(objective, ELBO):
         raise ValueError(
-            f"objective must be a Pyro ELBO such as pyro.infer.Trace_ELBO(), got {objective!r}"
+            "objective must be a Pyro ELBO such as pyro.infer.Trace_ELBO(), got "
+            f"{objective if isinstance(objective, type) else type(objective).__name__}"
         )
 
 
