@@ -487,6 +487,9 @@ def test_images_of_another_dtype_than_the_networks():
     )
     with pytest.raises(ValueError, match=match):
         defence.NoDefence(vae.double())(x)
+    # Images in half precision would be refused, too.
+    with pytest.raises(ValueError, match=r"bfloat16 and .*: convert the VAE, vae.float\(\)"):
+        defence.NoDefence(vae.bfloat16())(x)
 
 
 def test_conditions_of_another_dtype_than_the_networks():
