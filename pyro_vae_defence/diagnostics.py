@@ -264,11 +264,12 @@ def rhat_nested(tree: xarray.DataTree, superchain_ids: Sequence[int]) -> dict[st
         \bar\theta_k)^2 + \frac1M \sum_m s^2_{mk} \Bigr], \quad
         \mathfrak n \hat R = \sqrt{1 + \hat B / \hat W} .
 
-    A term whose denominator is 0, for M = 1 or N = 1, is left out. Since means of superchains have
-    M N draws, short chains can pass where R-hat of single chains cannot; draws of chains that
-    forgot their start, but are too short for more than one independent draw each, have a value near
-    :math:`\sqrt{1 + 1 / M}`. Groups of chains that started apart hide a start that is not yet
-    forgotten; what they can tell apart is two ways to start, against two runs of one way.
+    A term whose denominator is 0, for M = 1 or N = 1, is left out; where chains do not move at all
+    it is NaN. Since means of superchains have M N draws, short chains can pass where R-hat of
+    single chains cannot; draws of chains that forgot their start, but are too short for more than
+    one independent draw each, have a value near :math:`\sqrt{1 + 1 / M}`. Groups of chains that
+    started apart hide a start that is not yet forgotten; what they can tell apart is two ways to
+    start, against two runs of one way.
 
     Args:
         tree: chains of at least two superchains.
@@ -300,6 +301,7 @@ def rhat_nested(tree: xarray.DataTree, superchain_ids: Sequence[int]) -> dict[st
 
     def nested(draws: np.ndarray) -> np.ndarray:
         ordered = draws.astype(float)[ids.argsort(kind="stable")]
+        ordered = ordered - ordered[:1, :1]  # 0, without rounding, where nothing moves
         nest = ordered.reshape(len(counts), size, *draws.shape[1:])
         chains = nest.mean(2)
         within = np.zeros_like(chains[:, 0])

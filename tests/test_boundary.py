@@ -245,6 +245,27 @@ def test_an_attack_without_a_finite_gradient_says_so():
     assert attacks.Square(objective, Linf(0.1), 2)(_images()).objective.eq(1).all()
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("black", [slice(1, 2), slice(None)])
+def test_whether_a_gradient_is_finite_is_asked_of_all_micro_batches(black, tmp_path):
+    def objective(x_ref):
+        total = x_ref.flatten(1).sum(1)
+        return lambda x: x.flatten(1).sum(1) + (total + 0.0 * x.flatten(1).sum(1)).sqrt()
+
+    x = _images()
+    x[black] = 0.0
+    for batch_size in (1, 3):
+        path = tmp_path / f"{batch_size}.pt"
+        attack = attacks.PGD(objective, Linf(0.1), 2, batch_size=batch_size, checkpoint=path)
+        if len(x[black]) == len(x):
+            for _ in range(2):  # a second call goes on from what the first has left
+                with pytest.raises(ValueError, match="gradient of objective is not finite"):
+                    attack(x, _generator())
+        else:
+            moved = attack(x, _generator()).objective[0] > objective(x)(x)
+            assert moved.tolist()[::2] == [True, True]
+
+
 # --- Promises of attacks --------------------------------------------------------------------------
 
 
@@ -466,6 +487,9 @@ def test_images_of_another_dtype_than_the_networks():
     )
     with pytest.raises(ValueError, match=match):
         defence.NoDefence(vae.double())(x)
+    # Images in half precision would be refused, too.
+    with pytest.raises(ValueError, match=r"bfloat16 and .*: convert the VAE, vae.float\(\)"):
+        defence.NoDefence(vae.bfloat16())(x)
 
 
 def test_conditions_of_another_dtype_than_the_networks():

@@ -281,6 +281,21 @@ def test_any_factory_of_a_foreign_kernel_will_do(linear_vae, kernel):
     assert (result.num_gradients > result.sample_stats["n_steps"].sum((0, 1))).all()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+def test_gradients_of_a_compiled_foreign_kernel_are_counted(linear_vae):
+    options = {"step_size": 0.1, "num_steps": 3, "adapt_step_size": False}
+    kernel = functools.partial(pyro.infer.HMC, **options, ignore_jit_warnings=True)
+    compiled, plain = (
+        MCMCDefence(linear_vae, functools.partial(kernel, jit_compile=jit), 4, 2)(
+            torch.rand(2, 1, 4, 4), torch.Generator().manual_seed(0)
+        )
+        for jit in (True, False)
+    )
+    assert torch.equal(compiled.sample_stats["n_steps"], plain.sample_stats["n_steps"])
+    # One run of the model more, in which it is recorded.
+    assert torch.equal(compiled.num_gradients, plain.num_gradients + 1)
+
+
 def test_settings_survive_netcdf(tutorial_vae, tmp_path):
     kernel = functools.partial(BatchedHMC, num_steps=1, adapt_step_size=False)
     result = MCMCDefence(tutorial_vae, kernel, 2, 0)(torch.rand(1, 1, 28, 28))

@@ -305,6 +305,11 @@ def test_nested_r_hat_of_single_chains_is_r_hat():
     np.testing.assert_allclose(nested**2, plain**2 + 1 / 20)
 
 
+def test_nested_r_hat_of_chains_that_stand_still_is_no_number():
+    draws = np.broadcast_to(np.random.default_rng(0).normal(size=100), (4, 20, 100))
+    assert np.isnan(diagnostics.rhat_nested(chains_of(draws), [0, 0, 1, 1])["z"]).all()
+
+
 def test_nested_r_hat_passes_short_chains_that_have_forgotten_their_start():
     draws = np.random.default_rng(0).normal(size=(2000 * 4, 1, 1))
     ids = np.repeat(np.arange(2000), 4)

@@ -76,7 +76,47 @@ def test_interval_covers_the_true_value():
     assert covered >= 22
 
 
-@pytest.mark.parametrize("metric", [metrics.auroc, metrics.fpr_at_tpr])
+def area_of_others(negatives, positives):
+    """AUROC over pairs of two images, which their scores tell apart here; by brute force."""
+    above = (positives[:, None] > negatives).double() + (positives[:, None] == negatives) / 2
+    others = (negatives[:, None] != negatives) | (positives[:, None] != positives)
+    return above[others].mean()
+
+
+@pytest.mark.parametrize("size", [4, 13])
+def test_areas_of_resamples_are_over_pairs_of_two_images(size):
+    negatives, positives = torch.randn(size), torch.randn(size).round()
+    positives[0], negatives[1] = torch.inf, positives[1]
+    seed, number = 1, 300
+    found = metrics.detection_interval(
+        metrics.auroc, negatives, positives, 0.8, number, torch.Generator().manual_seed(seed)
+    )
+    rows = torch.randint(size, (number, size), generator=torch.Generator().manual_seed(seed))
+    alone = (rows == rows[:, :1]).all(1)  # which has no two images
+    assert bool(alone.any()) == (size == 4)
+    rows[alone] = torch.arange(size)
+    areas = torch.stack([area_of_others(negatives[row], positives[row]) for row in rows])
+    wanted = areas.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
+    assert [found.low, found.high] == pytest.approx(wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize(("shift", "noise"), [(0.1, 0.0), (0.3, 0.1), (1.0, 0.3)])
+def test_interval_of_scores_that_images_share_covers_the_area(shift, noise):
+    """An attack moves scores that differ much from image to image, by little, in one direction."""
+    torch.manual_seed(5)
+    truth = stats.norm.cdf(shift / (2 + noise**2) ** 0.5)
+    covered = 0
+    for _ in range(100):
+        clean = torch.randn(30)
+        attacked = clean + shift + noise * torch.randn(30)
+        found = metrics.detection_interval(metrics.auroc, clean, attacked, num_resamples=100)
+        assert found.low <= found.estimate <= found.high
+        covered += found.low <= truth <= found.high
+    # Of 0.93 and more, fewer than 84 of 100 have a probability of 1e-3 (binomial).
+    assert covered >= 84
+
+
+@pytest.mark.parametrize("metric", [metrics.fpr_at_tpr])
 @pytest.mark.parametrize("num_images", [2, 13, 40])
 def test_resamples_at_once_are_resamples_one_by_one(metric, num_images):
     """Bit for bit, with ties and infinite scores, and more resamples than are taken at once."""

@@ -79,6 +79,16 @@ def test_agrees_with_scipy():
     assert ours.high - ours.estimate > 1.1 * (ours.estimate - ours.low)
 
 
+@pytest.mark.parametrize("unit", [1e-150, 1e150])
+def test_units_of_values_do_not_matter(unit):
+    values = torch.rand(20, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) ** 4
+    found, wanted = (
+        bootstrap_interval(v, generator=torch.Generator().manual_seed(0))
+        for v in (values * unit, values)
+    )
+    assert [v / unit for v in found[:3]] == pytest.approx(wanted[:3], rel=1e-9)
+
+
 @pytest.mark.parametrize("size", [7, 8])
 def test_median_is_the_usual_one(size):
     values = torch.randn(size, generator=torch.Generator().manual_seed(size))

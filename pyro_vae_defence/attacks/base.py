@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -232,16 +232,21 @@ class Problem:
             )
         return met
 
-    def check_gradients(self, value: Tensor) -> None:
-        """``ValueError`` if no gradient had a finite number although the objective has a value."""
-        if self.any_finite is None or value.device.type == "meta":
-            return
-        if not bool(self.any_finite) and bool(value.isfinite().any()):
-            raise ValueError(
-                "the gradient of objective is not finite at any pixel of any image, so that no "
-                "image was moved by it; look for the root or the norm of zero, or an overflow, in "
-                "the objective and the encoder, or use a black-box attack such as attacks.Square"
-            )
+
+def _check_gradients(any_finite: Sequence[Tensor | None], value: Tensor) -> None:
+    """``ValueError`` if no gradient had a finite number although the objective has a value.
+
+    ``any_finite`` are those of the problems of all micro-batches.
+    """
+    found = [each for each in any_finite if each is not None]
+    if value.device.type == "meta" or len(found) < len(any_finite):
+        return
+    if not bool(torch.stack(found).any()) and bool(value.isfinite().any()):
+        raise ValueError(
+            "the gradient of objective is not finite at any pixel of any image, so that no "
+            "image was moved by it; look for the root or the norm of zero, or an overflow, in "
+            "the objective and the encoder, or use a black-box attack such as attacks.Square"
+        )
 
 
 BLACK_BOX_PURPOSE = 3072  # of the streams' draws; see docs/architecture.md
@@ -390,20 +395,25 @@ class Attack:
         for first in range(len(progress.finished) * self.batch_size, number, self.batch_size):
             part = slice(first, first + self.batch_size)
             rows = rows_of(folded, part)
-            progress.finish(self._attack(rows, _take(streams, part), progress))
+            progress.finish(*self._attack(rows, _take(streams, part), progress))
         whole = {
             name: unfold(torch.cat([part[name] for part in progress.finished]), self.num_restarts)
             for name in progress.finished[0]
         }
+        _check_gradients(progress.any_finite, whole["objective"])
         progress.remove()
         return AttackResult(x_ref=x_ref, **whole)
 
-    def _attack(self, images: tuple[Tensor, ...], streams: Streams, progress: _Progress) -> State:
-        """Attack the rows of one micro-batch; returns the fields of the result, one row each."""
+    def _attack(
+        self, images: tuple[Tensor, ...], streams: Streams, progress: _Progress
+    ) -> tuple[State, Tensor | None]:
+        """Attack the rows of one micro-batch; returns the fields of the result, one row each, and
+        whether a gradient was finite."""
         x_ref = images[0]
         if progress.underway:
-            first, active, state, outcome = progress.pop()
+            first, active, state, outcome, seen = progress.pop()
             problem, criterion = self._prepare(images, streams, active)
+            problem.any_finite = seen
         else:
             first, active = 0, torch.arange(len(x_ref), device=x_ref.device)
             problem, criterion = self._prepare(images, streams)
@@ -424,7 +434,7 @@ class Attack:
                     seen = problem.any_finite
                     problem, criterion = self._prepare(images, streams, active)
                     problem.any_finite = seen
-            progress.step(t + 1, active, state, outcome)
+            progress.step(t + 1, active, state, outcome, problem.any_finite)
         if len(active) > 0:
             state = _charge(self._finish(problem, state), problem)
             outcome = _put(outcome, active, state)
@@ -432,15 +442,13 @@ class Attack:
         x_adv = self.ball.inside(x_ref, x_adv)
         seen = problem.any_finite
         problem, criterion = self._prepare(images, streams)
-        problem.any_finite = seen
         with torch.no_grad():
             value = problem._evaluate(x_adv)
-        problem.check_gradients(value)
         outcome["num_queries"] = outcome["num_queries"] + 1
         if criterion is not None:
             # The last move was judged by no step, and what is returned was rounded into the ball.
             outcome["solved"] = problem.judge(criterion, x_adv, value)
-        return {"x_adv": x_adv, "objective": value, **outcome}
+        return {"x_adv": x_adv, "objective": value, **outcome}, seen
 
     def _prepare(
         self, images: tuple[Tensor, ...], streams: Streams, rows: Tensor | slice = slice(None)
@@ -496,29 +504,38 @@ class _Progress:
         self.seed = seed
         self.finished: list[State] = []
         self.underway: dict[str, Any] = {}
+        self.any_finite: list[Tensor | None] = []
+        """Of the problems of finished micro-batches; see :class:`Problem`."""
         if self.path is not None and self.path.exists():
             mend = "delete it to attack from the start"
             with naming(f"checkpoint {self.path} of an attack cannot be read", mend):
                 saved = load_tensors(self.path, images[0].device)
                 identity, self.seed = saved["identity"], saved["seed"]
                 self.finished, self.underway = saved["finished"], saved["underway"]
+                # Files of earlier versions have none.
+                self.any_finite = saved.get("any_finite", [None])
             if identity != self.identity:
                 raise ValueError(
                     f"checkpoint {str(self.path)!r} belongs to other images or settings; "
                     "delete it, or give this attack another file"
                 )
 
-    def pop(self) -> tuple[int, Tensor, State, State]:
-        """The micro-batch under way, once: next step, its rows, their state, others' outcome."""
+    def pop(self) -> tuple[int, Tensor, State, State, Tensor | None]:
+        """The micro-batch under way, once: next step, its rows, their state, others' outcome, and
+        whether a gradient was finite."""
         saved, self.underway = self.underway, {}
-        return saved["step"], saved["active"], saved["state"], saved["outcome"]
+        seen = saved.get("seen")
+        return saved["step"], saved["active"], saved["state"], saved["outcome"], seen
 
-    def step(self, step: int, active: Tensor, state: State, outcome: State) -> None:
+    def step(
+        self, step: int, active: Tensor, state: State, outcome: State, seen: Tensor | None
+    ) -> None:
         if step % self.every == 0:
-            self._write(step=step, active=active, state=state, outcome=outcome)
+            self._write(step=step, active=active, state=state, outcome=outcome, seen=seen)
 
-    def finish(self, part: State) -> None:
+    def finish(self, part: State, any_finite: Tensor | None) -> None:
         self.finished.append(part)
+        self.any_finite.append(any_finite)
         self._write()
 
     def remove(self) -> None:
@@ -529,7 +546,7 @@ class _Progress:
         if self.path is not None:
             progress = {"identity": self.identity, "seed": self.seed}
             parts = {"finished": self.finished, "underway": underway}
-            atomic_save(progress | parts, self.path)
+            atomic_save(progress | parts | {"any_finite": self.any_finite}, self.path)
 
 
 def _identity(attack: Attack, images: tuple[Tensor, ...]) -> str:

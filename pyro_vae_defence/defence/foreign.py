@@ -36,6 +36,19 @@ from pyro_vae_defence.types import VAE
 KernelFactory = Callable[[Callable[..., Any]], MCMCKernel]
 
 
+class _Counted(torch.autograd.Function):
+    """A value as it is, counted: as an operation, which a compiled kernel runs each time, too."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, model: EnergyModel) -> Tensor:
+        model.num_calls += 1
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 class EnergyModel:
     """A Pyro program whose log-density is minus an energy, whatever arguments it is run with.
 
@@ -55,13 +68,12 @@ class EnergyModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Sample the latents and weigh them."""
-        self.num_calls += 1
         latents = {}
         for name, zeros in self._zeros.items():
             # Masked, a normal has density 1; kernels that look for a start can still draw from it.
             normal = dist.Normal(zeros, torch.ones_like(zeros)).to_event(zeros.dim())
             latents[name] = pyro.sample(name, normal.mask(False))
-        pyro.factor("minus the energy", -self.energy(latents).sum())
+        pyro.factor("minus the energy", _Counted.apply(-self.energy(latents).sum(), self))
 
 
 def run_one_by_one(

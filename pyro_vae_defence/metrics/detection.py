@@ -59,10 +59,29 @@ def fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tenso
 
 def _auroc(negatives: Tensor, positives: Tensor) -> Tensor:
     """:func:`auroc` of ``(..., N)`` and ``(..., M)``."""
+    pairs = negatives.shape[-1] * positives.shape[-1]
+    return _twice_in_order(negatives, positives).double() / (2 * pairs)
+
+
+def _twice_in_order(negatives: Tensor, positives: Tensor) -> Tensor:
+    """Two for each pair whose positive scores above, one for each tie: int64 ``(...)``."""
     ordered = negatives.sort().values
     below = torch.searchsorted(ordered, positives)
     not_above = torch.searchsorted(ordered, positives, right=True)
-    return (below + not_above).double().mean(-1) / (2 * negatives.shape[-1])
+    return (below + not_above).sum(-1)
+
+
+def _auroc_of_others(negatives: Tensor, positives: Tensor, rows: Tensor) -> Tensor:
+    """:func:`auroc` of resamples ``rows``, ``(R, N)``, without pairs of an image with itself.
+
+    A resample of one image alone, which has no others, counts as the sample.
+    """
+    alone = (rows == rows[:, :1]).all(1, keepdim=True)
+    rows = torch.where(alone, torch.arange(rows.shape[1], device=rows.device), rows)
+    times = torch.zeros_like(rows).scatter_add(1, rows, torch.ones_like(rows)).square()
+    own = 2 * (positives > negatives).long() + (positives == negatives).long()
+    in_order = _twice_in_order(negatives[rows], positives[rows]) - (times * own).sum(1)
+    return in_order.double() / (2 * (rows.shape[1] ** 2 - times.sum(1)))
 
 
 def _fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tensor:
@@ -73,10 +92,10 @@ def _fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tens
     return (negatives >= threshold).double().mean(-1)
 
 
-# Of many pairs of vectors at once: resamples, whose scores have been checked.
-_OF_RESAMPLES: tuple[tuple[Any, Callable[[Tensor, Tensor], Tensor]], ...] = (
-    (auroc, _auroc),
-    (fpr_at_tpr, _fpr_at_tpr),
+# Of many resamples at once, of scores that have been checked.
+_OF_RESAMPLES: tuple[tuple[Any, Callable[[Tensor, Tensor, Tensor], Tensor]], ...] = (
+    (auroc, _auroc_of_others),
+    (fpr_at_tpr, lambda negatives, positives, rows: _fpr_at_tpr(negatives[rows], positives[rows])),
 )
 
 
@@ -89,6 +108,11 @@ def detection_interval(
     generator: torch.Generator | None = None,
 ) -> Interval:
     """Percentile bootstrap interval of :func:`auroc` or :func:`fpr_at_tpr` over images.
+
+    The two scores of one image mostly say more of each other than those of two images do, and a
+    resample pairs images with their own copies twice as often as the sample does with themselves.
+    So areas of resamples are over pairs of two images, as the probability that is estimated; the
+    estimate is over all, and the interval reaches to it.
 
     Where all resamples agree, as where scores tell all images apart, the bootstrap has no width.
     An area A lets the n // 2 independent pairs of one image before and another after the attack all
@@ -123,16 +147,18 @@ def detection_interval(
     of_resamples = next((many for one, many in _OF_RESAMPLES if one is statistic), None)
     if of_resamples is not None:
         parts = drawn.split(RESAMPLES_AT_ONCE)
-        resampled = torch.cat([of_resamples(negatives[rows], positives[rows]) for rows in parts])
+        resampled = torch.cat([of_resamples(negatives, positives, rows) for rows in parts])
     else:
         found = [float(statistic(negatives[rows], positives[rows])) for rows in drawn]
         resampled = torch.tensor(found, dtype=torch.float64, device="cpu")
-    low, high = torch.quantile(resampled, tails(level))
-    estimate = statistic(negatives, positives)
-    if of_resamples is not None and bool((resampled == estimate).all()):
-        share = unseen_share(num_images // 2, level)
-        low, high = ((1 - share) * estimate + share * end for end in (0.0, 1.0))
-    return Interval(float(estimate), float(low), float(high), level, num_images, num_images)
+    low, high = torch.quantile(resampled, tails(level)).tolist()
+    estimate = float(statistic(negatives, positives))
+    if of_resamples is not None:
+        if bool((resampled == resampled[0]).all()):
+            share = unseen_share(num_images // 2, level)
+            low, high = ((1 - share) * low + share * end for end in (0.0, 1.0))
+        low, high = min(low, estimate), max(high, estimate)
+    return Interval(estimate, low, high, level, num_images, num_images)
 
 
 def rate_interval(alarms: Tensor, level: float = 0.95) -> Interval:

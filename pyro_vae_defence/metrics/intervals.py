@@ -179,6 +179,8 @@ def _acceleration_of_mean(values: Tensor, unit: Tensor, num_units: int) -> Tenso
     sums, counts = total(values), total(torch.ones_like(values))
     left_out = (sums.sum() - sums) / (counts.sum() - counts)
     deviation = left_out.mean() - left_out
+    # Its unit cancels, and might overflow or vanish in a cube.
+    deviation = deviation / deviation.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
     scale = deviation.square().sum() ** 1.5
     return torch.where(scale > 0, deviation.pow(3).sum() / (6 * scale), 0.0)
 

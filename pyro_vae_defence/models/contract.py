@@ -434,9 +434,11 @@ def mend_networks(program: Any, x: Tensor, conditions: Sequence[Any] = ()) -> st
                 )
         return None
     to_images = _CONVERSIONS.get(x.dtype, f"to({x.dtype})")
+    # Images in less than single precision are refused.
+    either = f"the images, x.{to_vae}, or " if dtype in _CONVERSIONS else ""
     return (
-        f"the parameters are {dtype} and the images {x.dtype}: convert the images, x.{to_vae}, or "
-        f"the VAE, vae.{to_images}"
+        f"the parameters are {dtype} and the images {x.dtype}: convert {either}the VAE, "
+        f"vae.{to_images}"
     )
 
 
