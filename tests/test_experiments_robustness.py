@@ -178,6 +178,15 @@ def test_the_recommended_defence_is_evaluated_as_it_is(models, tmp_path, monkeyp
     assert [attack["name"] for attack in report["attacks"]] == ["encoder", "bpda"]
 
 
+def test_images_that_cannot_be_written_are_found_before_the_attacks(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_vae_defence.experiments.robustness.evaluate_robustness", None)
+    (tmp_path / "attacked").write_text("in the way")
+    study = Robustness("mnist_radius_0.2", tmp_path, models=models, overrides=SETTINGS)
+    study.progress = False
+    with pytest.raises(OSError, match=r"mnist_radius_0\.2_.*\.safetensors cannot be written"):
+        study.run()
+
+
 class TestBlocks:
     SETTINGS = {**SETTINGS, "num_images": 5, "images_per_cell": 3, "attacks": ("encoder",),
                 "num_examples": 2}  # fmt: skip
