@@ -264,13 +264,20 @@ class Study(ABC, Generic[C]):
         """A dataset, read once."""
         return data.load(dataset, split, self.root)
 
+    def chosen(
+        self, dataset: str, number: int, purpose: str, split: Split = "test", column: int = 0
+    ) -> Tensor:
+        """Which images of a dataset :meth:`choose` returns, ``(N,)``."""
+        images = self.images(dataset, split)
+        check_column(images, column)
+        return data.stratified(images, number, self.generator(purpose), column)
+
     def choose(
         self, dataset: str, number: int, purpose: str, split: Split = "test", column: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Class-stratified images ``(N, C, H, W)`` and their labels, ``(N, columns)``."""
         images = self.images(dataset, split)
-        check_column(images, column)
-        chosen = data.stratified(images, number, self.generator(purpose), column)
+        chosen = self.chosen(dataset, number, purpose, split, column)
         labels = images.labels[chosen].reshape(len(chosen), -1)
         return images.images(chosen).to(self.device), labels.to(self.device)
 
