@@ -384,6 +384,24 @@ def test_curves_of_a_page_say_what_they_are_and_mark_what_is_unreliable():
     assert f"reconstruction, {label('hmc')}, 20 images</h3>" in page.replace("&#x27;", "'")
 
 
+def test_a_curve_is_of_results_that_differ_in_the_radius_alone():
+    one, other = (shown(PUBLISHED / f"robustness/mnist_radius_{r}.json") for r in ("0.1", "0.2"))
+    vote = other | {"name": "vote", "config": other["config"] | {"reading": "vote"}}
+
+    def headings(*results):
+        page = robustness_page(results)
+        curves = page[: page.index("<section>")].split("<h2>")[1:]
+        return [curve.partition("</h2>")[0] for curve in curves]
+
+    targets = [f"mnist_vae, {target}" for target in ("reconstruction", "classification")]
+    assert headings(one, other) == targets
+    assert headings(one, other, vote) == [
+        f"{target}: {names}"
+        for names in ("mnist_radius_0.1, mnist_radius_0.2", "vote")
+        for target in targets
+    ]
+
+
 def test_a_result_can_be_taken_from_the_file_of_all():
     path = Path(__file__).resolve().parents[1] / "docs/results/robustness/mnist_radius_0.2.json"
     section = Robustness.section(json.loads(path.read_text()), [])
