@@ -112,6 +112,16 @@ def test_color_mnist_is_a_view_in_seven_colours(root):
     assert colored.color_names[3] == "yellow"
 
 
+@pytest.mark.parametrize("ending", ["", "_inverted", "_textured"])
+def test_colours_of_a_digit_have_one_origin(ending):
+    dataset = data.load(f"color_mnist_subset{ending}", "test")
+    assert torch.equal(dataset.origins(), torch.arange(7000) // 7)
+    assert dataset.origins([13, 14]).tolist() == [1, 2]
+    part, _ = data.random_split(dataset, (0.5, 0.5), torch.Generator().manual_seed(0))
+    assert torch.equal(part.origins(slice(20)), part.items[:20] // 7)
+    assert torch.equal(data.load("mnist_subset", "test").origins(), torch.arange(1000))
+
+
 def test_stratified_points():
     dataset = data.load("mnist_subset", "test")
     index = data.stratified(dataset, 50, torch.Generator().manual_seed(0))

@@ -23,6 +23,30 @@ def test_seconds_are_a_line_through_both_chains():
     assert published_seconds({"published": LINE}, 100) == pytest.approx(15.3)
 
 
+def test_a_line_that_falls_is_no_measurement():
+    falling = {"seconds": {"2": 0.9, "6": 0.5}, "per_transition": -0.1}
+    flat = {"gradients_per_transition": 4.0}
+
+    def table(published, ours):
+        found = {"none": 0.5, "published": published | flat, "ours": ours | flat}
+        result = {
+            "models": {"mnist_vae": found}, "name": "n", "command": "c",
+            "config": {"num_images": 2, "lengths": [2, 6], "repeats": 1},
+            "provenance": {"commit": "c", "torch": "t", "threads": 1},
+        }  # fmt: skip
+        return BenchmarkSeconds.section(result, [])
+
+    assert "not measured" not in table(LINE, LINE).lower()
+    assert "| mnist_vae | 100 | 0.0099 | 15.3 | 5.46 |" in table(LINE, LINE)
+    assert "| mnist_vae | 100 | 0.0099 | 15.3 | not measured |" in table(LINE, falling)
+    assert "| mnist_vae | 100 | 0.0099 | not measured | not measured |" in table(falling, LINE)
+    assert "| the recommended one | not measured | 4 | not measured |" in table(LINE, falling)
+    assert "set longer lengths or more repeats" in table(falling, falling)
+    assert "| mnist_vae | 0 | 0.0001 | 0.5 |  |" in table(falling, falling)
+    for lines in (LINE, falling), (falling, LINE), (falling, falling):
+        assert "| -" not in table(*lines).replace("| ---", "")
+
+
 def test_benchmark(tmp_path, capsys):
     settings = ["models=('mnist_vae',)", "num_images=2", "lengths=(1, 2)", "repeats=1"]
     words = [word for setting in settings for word in ("--set", setting)]

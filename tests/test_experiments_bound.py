@@ -79,6 +79,7 @@ def test_the_first_images_alone_are_attacked_and_the_gap_is_theirs(tmp_path):
     assert sorted(result["bounds"][key]) == ["000", "001"]
     assert list(attacked) == ["000"]
     cells = row(key, result["bounds"][key], attacked)
+    assert row(key, result["bounds"][key], attacked | {"999": None}) == cells  # not bounded yet
     kept = RobustnessReport.from_dict(attacked["000"]).values["robust/averaged"]
     promised = torch.tensor(result["bounds"][key]["000"]["log_ratio"]) > 0
     assert cells[4] == "2"

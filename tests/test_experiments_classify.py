@@ -16,6 +16,7 @@ from pyro_vae_defence.experiments.classify import (
     CLASSIFIERS,
     ClassifierConfig,
     TrainClassifier,
+    _inputs,
     fit_classifier,
 )
 from pyro_vae_defence.experiments.evaluate import Evaluate
@@ -96,6 +97,22 @@ def test_a_linear_classifier_of_means_is_trained_and_stored(tmp_path):
     # The packaged VAE's means separate digits linearly; chance is one in ten.
     assert entry["low"] > 0.7
     assert entry["num_images"] == 1000
+
+
+def test_colours_of_a_digit_are_resampled_together(monkeypatch):
+    dataset = data.load("color_mnist_subset", "test")
+    cpu = torch.device("cpu")
+    plain = ClassifierConfig("color_mnist_subset")
+    assert torch.equal(_inputs(dataset, None, plain, cpu).origins, torch.arange(7000) // 7)
+    drawn = ClassifierConfig("color_mnist_subset", "m", inputs="guide", num_images=200, num_draws=2)
+    monkeypatch.setattr(
+        "pyro_vae_defence.experiments.classify._draw",
+        lambda vae, config: lambda x, generator: torch.zeros(2, len(x), 3),
+    )
+    some = _inputs(dataset, ConvVAE(3), drawn, cpu)
+    assert len(some) == len(some.origins) == 40
+    assert torch.equal(some.origins[:20], some.origins[20:])
+    assert torch.equal(dataset.labels[7 * some.origins, 0], some.labels)
 
 
 def test_hidden_layers_tell_what_is_not_linear():

@@ -221,7 +221,16 @@ def test_names_of_defences():
     assert defence_spec("aware_0.15@20") == ("aware", 0.15, 20)
     assert defence_spec("encoder_samples") == ("encoder_samples", None, None)
     assert label("hmc@10") == "HMC, the paper's target, 10 transitions"
-    for name in ("nothing", "median_0.1", "median@3", "aware_2", "hmc@1", "hmc_0.1"):
+    for name in (
+        "nothing",
+        "median_0.1",
+        "median@3",
+        "aware_2",
+        "hmc@1",
+        "hmc_0.1",
+        "aware_0.1.2",
+        "aware_.",
+    ):
         with pytest.raises(ValueError, match=f"no defence is called '{name}'"):
             defence_spec(name)
 

@@ -19,7 +19,7 @@ from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.cards import trained_models
 from pyro_vae_defence.experiments.evaluate import Evaluate, EvaluateConfig, nll_name, table
 from pyro_vae_defence.experiments.paper.printed import TABLE_7
-from pyro_vae_defence.experiments.study import write_pages
+from pyro_vae_defence.experiments.study import interval, write_pages
 from pyro_vae_defence.experiments.tables import NOT_MEASURED
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE, pretrained
@@ -66,6 +66,20 @@ def test_measured_numbers_are_those_of_the_exact_model(float64, tmp_path):
     assert abs(entry["estimate"] - expected) < 5 / 1.96 * half_width
     assert entry["num_images"] == 200
     assert found["active_units"] == {"z": {"active": 3, "all": 3}}
+
+
+def test_colours_of_a_digit_count_once(narrow, tmp_path):
+    save_pretrained(
+        ConvVAE(3), "color_mnist_vae", tmp_path, training={"dataset": "color_mnist_subset"},
+        command="none", provenance={},
+    )  # fmt: skip
+    changes = {"num_images": None}
+    study = Evaluate("color_mnist_vae", tmp_path / "out", models=tmp_path, overrides=changes)
+    study.load()
+    assert study.origins is not None
+    of_digits = torch.linspace(0, 1, len(study.x) // 7).square()
+    found = study.over_images(of_digits.repeat_interleave(7))
+    assert found == pytest.approx({**interval(of_digits), "num_images": 7000})
 
 
 def test_a_trial_is_written_and_leaves_the_card_alone(models, tmp_path):

@@ -94,6 +94,21 @@ def test_the_median_over_an_even_number_of_attacks_is_between_the_middle_two():
     assert found.tolist() == [2.5, 15.0]
 
 
+def test_a_share_of_all_attacks_has_an_interval():
+    """Of 4 images, however many attacks each."""
+    found = {"ratios": {"attacked": {"before": [2.0, 3.0, 4.0, 5.0] * 3, "after": [1.0] * 12}}}
+    config = {
+        "num_references": 4, "num_restarts": 3, "radius": 0.1, "model": "m", "seed": 0,
+        "defence": "mode",
+    }  # fmt: skip
+    provenance = {"commit": "c", "torch": "t", "threads": 1}
+    text = Ratios.section(
+        found | {"config": config, "name": "n", "command": "c", "provenance": provenance}, ["f.png"]
+    )
+    assert "HMC" not in text
+    assert f"| 1.00 [{0.025 ** (1 / 4):.2f}, 1.00] |" in text
+
+
 def test_wrong_settings(capsys, tmp_path):
     with pytest.raises(ValueError, match="set paper, as in 'mnist'"):
         RatiosConfig("mnist_vae", defence="paper")

@@ -178,6 +178,15 @@ def test_the_recommended_defence_is_evaluated_as_it_is(models, tmp_path, monkeyp
     assert [attack["name"] for attack in report["attacks"]] == ["encoder", "bpda"]
 
 
+def test_images_that_cannot_be_written_are_found_before_the_attacks(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("pyro_vae_defence.experiments.robustness.evaluate_robustness", None)
+    (tmp_path / "attacked").write_text("in the way")
+    study = Robustness("mnist_radius_0.2", tmp_path, models=models, overrides=SETTINGS)
+    study.progress = False
+    with pytest.raises(OSError, match=r"mnist_radius_0\.2_.*\.safetensors cannot be written"):
+        study.run()
+
+
 class TestBlocks:
     SETTINGS = {**SETTINGS, "num_images": 5, "images_per_cell": 3, "attacks": ("encoder",),
                 "num_examples": 2}  # fmt: skip
@@ -373,6 +382,24 @@ def test_curves_of_a_page_say_what_they_are_and_mark_what_is_unreliable():
     assert "Hollow points" not in page
     assert "fill: #ffffff; stroke" not in page[: page.index("<section>")]
     assert f"reconstruction, {label('hmc')}, 20 images</h3>" in page.replace("&#x27;", "'")
+
+
+def test_a_curve_is_of_results_that_differ_in_the_radius_alone():
+    one, other = (shown(PUBLISHED / f"robustness/mnist_radius_{r}.json") for r in ("0.1", "0.2"))
+    vote = other | {"name": "vote", "config": other["config"] | {"reading": "vote"}}
+
+    def headings(*results):
+        page = robustness_page(results)
+        curves = page[: page.index("<section>")].split("<h2>")[1:]
+        return [curve.partition("</h2>")[0] for curve in curves]
+
+    targets = [f"mnist_vae, {target}" for target in ("reconstruction", "classification")]
+    assert headings(one, other) == targets
+    assert headings(one, other, vote) == [
+        f"{target}: {names}"
+        for names in ("mnist_radius_0.1, mnist_radius_0.2", "vote")
+        for target in targets
+    ]
 
 
 def test_a_result_can_be_taken_from_the_file_of_all():

@@ -26,6 +26,7 @@ from pyro_vae_defence.experiments.configuration import (
 from pyro_vae_defence.experiments.defences import KINDS, Setting, label, make_defence
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.study import Measurement, write_pages
+from pyro_vae_defence.metrics import auroc, detection_interval
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.ops.balls import Linf
@@ -450,3 +451,49 @@ def test_accuracies_without_a_failure_have_an_interval(tmp_path):
     assert found["reports"]["a"]["clean"]["mean"]["low"] == pytest.approx(0.025 ** (1 / 50))
     assert found["reports"]["b"]["clean"]["mean"]["low"] == 1.0
     assert study_module.load(path) == result
+
+
+def test_accuracies_of_earlier_versions_are_of_the_images_that_were_classified(tmp_path):
+    """Of fewer or more than the references beside them, and of pairs where they detect attacks."""
+    config = {"num_references": 3, "num_images": 20, "num_noise": 8, "curve_images": 10}
+
+    def flat():
+        return {"estimate": 1.0, "low": 1.0, "high": 1.0}
+
+    def cell(number):
+        kinds = {kind: {"correct": flat()} for kind in ("clean", "attacked", "noise")}
+        against = {f"against_{kind}": {"auroc": flat()} for kind in ("clean", "noise")}
+        return {
+            "num_classified": number,
+            "accuracy": {"class": {"mean": kinds}},
+            "detection": {"start_energy": against},
+        }
+
+    results = {
+        "attack": {"radii": {"0": {"none": {"accuracy": {"class": {"unchanged": flat()}}}}}},
+        "compare": {"clean": {"class": flat()}, "radii": {"0.1": {"a": cell(20), "b": cell(6)}}},
+    }
+    for study, result in results.items():
+        text = json.dumps({"study": study, "config": config, **result})
+        (tmp_path / f"{study}.json").write_text(text)
+    found = study_module.read(tmp_path)
+    lows = {
+        "attack/radii/0/none/accuracy/class/unchanged": 20,
+        "compare/clean/class": 20,
+        **{
+            f"compare/radii/0.1/{name}/accuracy/class/mean/{kind}/correct": number
+            for name, numbers in {"a": (20, 20, 8), "b": (6, 6, 6)}.items()
+            for kind, number in zip(("clean", "attacked", "noise"), numbers, strict=True)
+        },
+        **{
+            f"compare/radii/0.1/{name}/detection/start_energy/against_{kind}/auroc": number
+            for name, numbers in {"a": (10, 4), "b": (3, 3)}.items()
+            for kind, number in zip(("clean", "noise"), numbers, strict=True)
+        },
+    }
+    for place, number in lows.items():
+        assert tables.at(found, place)["low"] == pytest.approx(0.025 ** (1 / number)), place
+    scores = torch.zeros(8), torch.ones(8)
+    detected = detection_interval(auroc, *scores).to_dict()
+    place = "compare/radii/0.1/a/detection/start_energy/against_noise/auroc"
+    assert tables.at(found, place) == pytest.approx(detected)

@@ -119,6 +119,7 @@ def test_a_row_says_what_the_blocks_do():
         "1.5", "2.0",
     ]  # fmt: skip
     assert row("0.1", bounds, {})[4:9] == [""] * 5
+    assert row("0.1", bounds, attacked | {"002": attacked["000"]}) == cells  # not bounded yet
 
 
 def test_a_mass_that_was_not_found_keeps_no_class_and_loses_no_cell(monkeypatch, tmp_path):

@@ -50,6 +50,10 @@ class ColoredImages(Images):
         ]
         return self._grey.images(items // len(COLORS)) * colors[..., None, None]
 
+    def origins(self, index: Index | None = None) -> Tensor:
+        """Which grey image each is, int64 ``(B,)``."""
+        return self._grey.origins(self._items(index) // len(COLORS))
+
 
 def load_color_mnist(root: Path, split: str, download: bool) -> ColoredImages:
     """One split of ColorMNIST, made from MNIST's files."""

@@ -74,6 +74,11 @@ class Images(Dataset[tuple[Tensor, Tensor]], ABC):
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
 
+    def origins(self, index: Index | None = None) -> Tensor:
+        """What the images at ``index`` are made of, int64 ``(B,)``: those of one number, as the
+        colours of a digit, are not independent, and intervals resample them together."""
+        return self._items(index)
+
     def _items(self, index: Index | None) -> Tensor:
         """The numbers of the images at ``index``, int64; a scalar for one image."""
         return torch.arange(len(self), device="cpu")[as_index(index)]
@@ -113,3 +118,7 @@ class PartOfImages(Images):
     def images(self, index: Index | None = None) -> Tensor:
         """Images at ``index`` (all of them when ``None``), float32 in [0, 1]."""
         return self._dataset.images(self.items[self._items(index)])
+
+    def origins(self, index: Index | None = None) -> Tensor:
+        """Those of the dataset that this is a part of."""
+        return self._dataset.origins(self.items[self._items(index)])

@@ -64,6 +64,10 @@ class TransformedImages(Images):
         x = self._dataset.images(index)
         return self._apply(x[None])[0] if x.dim() == 3 else self._apply(x)
 
+    def origins(self, index: Index | None = None) -> Tensor:
+        """Those of the dataset that is transformed."""
+        return self._dataset.origins(index)
+
     def _apply(self, x: Tensor) -> Tensor:
         found = self._transform(x)
         if found.dim() != 4 or len(found) != len(x) or not found.is_floating_point():
@@ -102,6 +106,10 @@ class TexturedImages(Images):
         x = self._dataset.images(index)
         texture = textures(items.flatten(), self.image_shape, self.split).reshape(x.shape)
         return x + (1 - x.amax(-3, keepdim=True)) * texture
+
+    def origins(self, index: Index | None = None) -> Tensor:
+        """Those of the dataset that has no texture."""
+        return self._dataset.origins(index)
 
 
 def textures(items: Tensor, image_shape: tuple[int, int, int], split: str) -> Tensor:

@@ -285,8 +285,7 @@ def _note(config: dict[str, Any]) -> str:
         f"{chain['burn_in']} gradients of burn-in, {chain['warmup_steps'] + chain['num_samples']} "
         f"transitions of {chain['num_steps']} leapfrog steps. Behind a defence the classifier's "
         f"reading is `{config['reading']}`, without one it reads the guide's mean. 95% intervals "
-        "over images; where all images agree the interval has no width, and of n images about 3/n "
-        "may still differ. In brackets the paper's figures, of its own models, attacks and chains: "
+        "over images. In brackets the paper's figures, of its own models, attacks and chains: "
         "MSSSIM, and its adversarial accuracy, which on clean images can only be *correct* and "
         "under attack is *unchanged*."
     )

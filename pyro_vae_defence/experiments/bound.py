@@ -219,8 +219,7 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
         )
         differences.append(f"{float(middle(falling - rising)):.1f}")
     number, worst, gap = "0", "", ""
-    if attacked:
-        tried = sorted(attacked)
+    if tried := sorted(bounds.keys() & attacked.keys()):  # of several processes one may be behind
         report = RobustnessReport.join([RobustnessReport.from_dict(attacked[n]) for n in tried])
         kept = report.values["robust/averaged"]
         promised = _values((bounds[block] for block in tried), "log_ratio") > 0

@@ -199,8 +199,8 @@ class TrainClassifier(Study[ClassifierConfig]):
         correct = torch.cat(
             [metrics.correct(classifier(x).argmax(-1), y) for x, y in data.batches(test, _ROWS)]
         )
-        # Draws of one image are not independent: images are resampled.
-        accuracy = share(correct, torch.arange(len(test)) % test.num_images)
+        # Draws of one image are not independent, nor colours of one: images are resampled.
+        accuracy = share(correct, test.origins)
         accuracy["num_images"] = test.num_images
         return save_pretrained(
             classifier,
@@ -272,11 +272,13 @@ def _cross_entropy(classifier: nn.Module, loader: Iterable[Any]) -> float:
 
 @dataclass
 class _Labelled:
-    """Inputs, read when asked for, and labels; row ``d * num_images + i`` is draw d of image i."""
+    """Inputs, read when asked for, and labels; row ``d * num_images + i`` is draw d of image i,
+    and ``origins`` what each is made of."""
 
     read: Callable[[Any], Tensor]
     labels: Tensor
     num_images: int
+    origins: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -296,7 +298,7 @@ def _inputs(
         return dataset.images(index).to(device)
 
     if vae is None:
-        return _Labelled(images, labels, len(labels))
+        return _Labelled(images, labels, len(labels), dataset.origins())
     generator = torch.Generator().manual_seed(config.seed)
     chosen = torch.arange(len(dataset))
     if config.num_images is not None:
@@ -308,7 +310,8 @@ def _inputs(
     parts = [draw(images(some), generator) for some in chosen.split(_ROWS)]
     inputs = torch.cat(parts, 1)
     read = inputs.flatten(0, 1).__getitem__
-    return _Labelled(read, labels[chosen].repeat(len(inputs)), len(chosen))
+    rows = chosen.repeat(len(inputs))
+    return _Labelled(read, labels[rows], len(chosen), dataset.origins(rows))
 
 
 def _draw(vae: TrainedVAE, config: ClassifierConfig) -> Callable[[Tensor, torch.Generator], Tensor]:

@@ -168,7 +168,7 @@ KINDS: dict[str, Kind] = {
 }
 """Defences and controls by name."""
 
-_NAME = re.compile(r"(?P<kind>[a-z_]+?)(_(?P<radius>[\d.]+))?(@(?P<transitions>\d+))?")
+_NAME = re.compile(r"(?P<kind>[a-z_]+?)(_(?P<radius>\d+\.?\d*|\.\d+))?(@(?P<transitions>\d+))?")
 
 
 class DefenceSpec(NamedTuple):

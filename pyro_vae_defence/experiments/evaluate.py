@@ -89,6 +89,7 @@ class Evaluate(Measurement[EvaluateConfig]):
     output = "runs/evaluate"
     parts = ("metrics",)
     timed = True
+    origins: Tensor | None = None  # of the images, where some are made of the same
     shorthands = {"full": ("num_images", None)}
 
     @classmethod
@@ -135,10 +136,12 @@ class Evaluate(Measurement[EvaluateConfig]):
         self.check_name()
         self.vae, self.card = self.load_vae(config.model)
         dataset = self.result["dataset"] = self.card.dataset
-        if config.num_images is None:
-            self.x = self.images(dataset).images().to(self.device)
-        else:
-            self.x, _ = self.choose(dataset, config.num_images, "images")
+        images, index = self.images(dataset), None
+        if config.num_images is not None:
+            index = self.chosen(dataset, config.num_images, "images")
+        self.x, origins = images.images(index).to(self.device), images.origins(index)
+        if len(origins.unique()) < len(origins):
+            self.origins = origins
         if config.features is not None:
             self.extractor = self.load_classifier(config.features)
 
@@ -146,8 +149,8 @@ class Evaluate(Measurement[EvaluateConfig]):
         """A cell per metric, by its full name."""
         config = self.config
         cells: dict[str, Callable[[], Any]] = {
-            nll_name(config.num_samples): lambda: _over_images(self.nll),
-            MSE: lambda: _over_images(self.mse()),
+            nll_name(config.num_samples): lambda: self.over_images(self.nll),
+            MSE: lambda: self.over_images(self.mse()),
             "active_units": self.active_units,
         }
         if config.ais_images:
@@ -163,6 +166,12 @@ class Evaluate(Measurement[EvaluateConfig]):
         num_samples, rows = self.config.num_samples, self.config.rows
         return metrics.nll(self.vae, self.x, num_samples, rows, self.generator("nll"))
 
+    def over_images(self, values: Tensor) -> dict[str, float]:
+        """Mean of the first images, with its interval; colours of one digit are resampled
+        together."""
+        image = None if self.origins is None else self.origins[: len(values)]
+        return {**interval(values, image), "num_images": len(values)}
+
     def annealed(self) -> dict[str, Any]:
         """NLL by annealed importance sampling, beside the other one of the same images."""
         config = self.config
@@ -172,11 +181,11 @@ class Evaluate(Measurement[EvaluateConfig]):
             self.vae, self.x[some], schedule, config.ais_chains, generator=generator
         )
         both = {
-            nll_name(config.num_samples): _over_images(self.nll[some]),
-            "difference": _over_images(walk.nll - self.nll[some]),
+            nll_name(config.num_samples): self.over_images(self.nll[some]),
+            "difference": self.over_images(walk.nll - self.nll[some]),
             "acceptance_rate": float(walk.acceptance_rate.mean()),
         }
-        return {**_over_images(walk.nll), "on_the_same_images": both}
+        return {**self.over_images(walk.nll), "on_the_same_images": both}
 
     @torch.no_grad()
     def mse(self) -> Tensor:
@@ -230,10 +239,6 @@ class Evaluate(Measurement[EvaluateConfig]):
             rows.append(["active units", f"{active} of {every}", ""])
         table = tables.table(["metric", "value", "images"], rows)
         return tables.section(f"### evaluate {result['name']}", "", table, result)
-
-
-def _over_images(values: Tensor) -> dict[str, float]:
-    return {**interval(values), "num_images": len(values)}
 
 
 # --- Table 7 --------------------------------------------------------------------------------------

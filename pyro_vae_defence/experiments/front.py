@@ -11,7 +11,7 @@ from typing import Any
 from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.defences import chain_words, label
-from pyro_vae_defence.experiments.study import load, shown
+from pyro_vae_defence.experiments.study import shown
 from pyro_vae_defence.experiments.summary import protocol
 from pyro_vae_defence.experiments.train import DATASETS
 
@@ -35,7 +35,7 @@ def front_table(results: Path) -> str:
     Raises:
         ValueError: for a damaged result file.
     """
-    unaware = [load(results / f"compare/{name}.json") for name in (BLACK, TEXTURED)]
+    unaware = [shown(results / f"compare/{name}.json") for name in (BLACK, TEXTURED)]
     suites = {name: _suites(results, name) for name in KNOWN}
     reports = {
         name: {key: report for suite in found for key, report in suite["reports"].items()}

@@ -23,8 +23,8 @@ def robustness_page(results: Sequence[dict[str, Any]]) -> str:
     """The result files of ``robustness`` as one self-contained page.
 
     Args:
-        results: result files, blocks joined to ``reports``; those of the same model are curves over
-            the radius.
+        results: result files, blocks joined to ``reports``; those of one model that differ in
+            nothing else are curves over the radius.
 
     Raises:
         ValueError: if there is none.
@@ -44,17 +44,26 @@ def robustness_page(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """One picture per model and target: the figure against the radius, clean images at radius 0.
+    """One picture per model, target and setting: the figure against the radius, clean images at
+    radius 0.
 
     All have one scale. What a report that calls itself unreliable says is a hollow point.
     """
-    groups: dict[tuple[str, str], dict[str, list[tuple[float, dict[str, Any]]]]] = {}
+    groups: dict[tuple[str, str, str], dict[str, list[tuple[float, dict[str, Any]]]]] = {}
+    names: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
+        config = result["config"]
+        apart = ("radius", "defences", "targets")
+        alike = repr({field: value for field, value in config.items() if field not in apart})
         for key, report in result["reports"].items():
             target, defence = key.split("/")
-            lines = groups.setdefault((result["config"]["model"], target), {})
-            lines.setdefault(defence, []).append((result["config"]["radius"], report))
-    for (model, target), lines in groups.items():
+            group = config["model"], target, alike
+            lines = groups.setdefault(group, {})
+            lines.setdefault(defence, []).append((config["radius"], report))
+            if result["name"] not in names.setdefault(group, []):
+                names[group].append(result["name"])
+    for group, lines in groups.items():
+        model, target, _ = group
         figure = new_figure(5.6, 4)
         axes = figure.subplots()
         hollow: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7, "mfc": "white", "zorder": 3}
@@ -77,7 +86,9 @@ def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
             axes.plot([], [], color="dimgray", label="unreliable report", **hollow)
             text += " Hollow points are of reports that call themselves unreliable."
         legend_below(figure, axes, 2)
-        yield f"<h2>{escape(model)}, {escape(target)}</h2>"
+        several = sum(other[:2] == group[:2] for other in groups) > 1
+        of = f": {', '.join(names[group])}" if several else ""
+        yield f"<h2>{escape(model)}, {escape(target)}{escape(of)}</h2>"
         yield f'<p class="note">{text}</p>\n{_svg(figure)}'
 
 

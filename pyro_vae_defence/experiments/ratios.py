@@ -35,7 +35,7 @@ from pyro_vae_defence.experiments.defences import (
 )
 from pyro_vae_defence.experiments.drawing import new_figure
 from pyro_vae_defence.experiments.paper.printed import printed
-from pyro_vae_defence.experiments.study import Cell, Measurement, cost, interval, middle
+from pyro_vae_defence.experiments.study import Cell, Measurement, cost, interval, middle, share
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import Linf
 
@@ -176,7 +176,7 @@ def _row(cell: dict[str, Any], config: dict[str, Any]) -> list[str]:
     )
     return [
         *(tables.interval(interval(v, image, "median"), 1) for v in (before, after)),
-        tables.interval(interval((after < before).float(), image), 2),
+        tables.interval(share((after < before).float(), image), 2),
         f"{every.statistic:.2f}",
         f"{every.p_value:.2g}",
         f"{one.statistic:.2f}",
@@ -212,6 +212,6 @@ def _text(result: dict[str, Any]) -> str:
         for of, cell in result["ratios"].items()
     ]
     return (
-        f"Histograms of log posterior ratios on {result['name']}, blue without and orange, "
-        f"hatched, with HMC: {'; '.join(medians)}."
+        f"Histograms of log posterior ratios on {result['name']}, blue undefended and "
+        f"orange, hatched, defended: {'; '.join(medians)}."
     )

@@ -42,7 +42,7 @@ from pyro_vae_defence.experiments.defences import (
 )
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
-from pyro_vae_defence.experiments.study import Cell, Measurement, remembered
+from pyro_vae_defence.experiments.study import Cell, Measurement, check_place, remembered
 from pyro_vae_defence.mcmc.captured import Graph
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.compiled import Recorder
@@ -425,6 +425,8 @@ class Robustness(Measurement[RobustnessConfig]):
         rows = slice(None) if images is None else slice(images.start, images.stop)
         block = "" if number is None else f"_{number:03d}"
         stem = f"{self.name}_{target}_{name}{block}"
+        images_file = self.directory / "attacked" / f"{stem}.safetensors"
+        check_place(images_file)
         purpose = (f"{target}/{name}",) if number is None else (f"{target}/{name}", "block", number)
         report = evaluate_robustness(
             self.vae,
@@ -441,7 +443,7 @@ class Robustness(Measurement[RobustnessConfig]):
             generator=self.generator(*purpose),
             checkpoint=self.directory / f".{stem}.pt",
         )
-        save_attacked(report, self.directory / "attacked" / f"{stem}.safetensors")
+        save_attacked(report, images_file)
         found = report.to_dict()
         if not number and config.num_examples > 0:  # of all images, or of the first block
             assert report.examples is not None

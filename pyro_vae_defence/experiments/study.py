@@ -264,13 +264,20 @@ class Study(ABC, Generic[C]):
         """A dataset, read once."""
         return data.load(dataset, split, self.root)
 
+    def chosen(
+        self, dataset: str, number: int, purpose: str, split: Split = "test", column: int = 0
+    ) -> Tensor:
+        """Which images of a dataset :meth:`choose` returns, ``(N,)``."""
+        images = self.images(dataset, split)
+        check_column(images, column)
+        return data.stratified(images, number, self.generator(purpose), column)
+
     def choose(
         self, dataset: str, number: int, purpose: str, split: Split = "test", column: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Class-stratified images ``(N, C, H, W)`` and their labels, ``(N, columns)``."""
         images = self.images(dataset, split)
-        check_column(images, column)
-        chosen = data.stratified(images, number, self.generator(purpose), column)
+        chosen = self.chosen(dataset, number, purpose, split, column)
         labels = images.labels[chosen].reshape(len(chosen), -1)
         return images.images(chosen).to(self.device), labels.to(self.device)
 
@@ -716,8 +723,8 @@ def shown(path: Path, run: str = "the experiment") -> dict[str, Any]:
     """One result file as pages show it; arguments and errors as of :func:`load`."""
     found = load(path, run)
     config = found.get("config", {})
-    number = config.get("num_references") or config.get("num_images") or 0
-    _give_width(found, number, False)
+    number = config.get("num_images") or config.get("num_references") or 0
+    _give_width(found, number, config.get("num_noise", number), False)
     if found.get("study") == "robustness":
         blocks = (part for parts in found.get("blocks", {}).values() for part in parts.values())
         for report in (*found.get("reports", {}).values(), *blocks):
@@ -742,14 +749,23 @@ def _take_least(report: dict[str, Any]) -> None:
 
 
 _FIGURES = {"robust", "clean", "undefended_clean", "random_noise", "attacks"}
+_OF_PAIRS = {"auroc", "fpr_at_tpr"}
 
 
-def _give_width(entry: Any, number: int, is_share: bool) -> None:
-    """Give intervals of accuracies that are 0 or 1 on all of ``number`` images, of no width in
-    result files that earlier versions have written, those of :func:`share`."""
+def _give_width(entry: Any, number: int, noise: int, is_share: bool) -> None:
+    """Give intervals of no width a width, of what is 0 or 1 on all images, in result files that
+    earlier versions have written: those of :func:`share`, and of
+    :func:`~pyro_vae_defence.metrics.detection_interval`.
+
+    Args:
+        entry: what a result holds, changed in place.
+        number: of the images that were classified, which a cell of ``compare`` says itself.
+        noise: how many of them were classified with noise, at most.
+        is_share: whether it is of what lies in [0, 1].
+    """
     if isinstance(entry, list):
         for each in entry:
-            _give_width(each, number, is_share)
+            _give_width(each, number, noise, is_share)
     if not isinstance(entry, dict):
         return
     if "estimate" in entry:
@@ -759,10 +775,16 @@ def _give_width(entry: Any, number: int, is_share: bool) -> None:
             unseen = unseen_share(number)
             entry["low"], entry["high"] = max(0.0, value - unseen), min(1.0, value + unseen)
         return
-    accuracy = entry.get("figure") == "accuracy"
+    number = entry.get("num_classified", number)
+    shares = {"correct", "unchanged", *_OF_PAIRS}
+    if entry.get("figure") == "accuracy":
+        shares |= _FIGURES
+    elif entry.get("study") == "compare":
+        shares |= {"clean"}
     for key, part in entry.items():
-        share_of_these = key in ("correct", "unchanged") or (accuracy and key in _FIGURES)
-        _give_width(part, number, is_share or share_of_these)
+        of = min(number, noise) if key in ("noise", "against_noise") else number
+        of = of // 2 if key in _OF_PAIRS else of
+        _give_width(part, of, noise, is_share or key in shares)
 
 
 def check_pages(directory: _Path, images: _Path | None = None) -> None:

@@ -262,16 +262,14 @@ def row(key: str, bounds: dict[str, Any], attacked: dict[str, Any]) -> list[str]
 
     margins = values("margin")
     cells = ["", "", "", "", ""]
-    if attacked:
-        names = list(next(iter(attacked.values()))["right"])
+    if tried := sorted(bounds.keys() & attacked.keys()):  # of several processes one may be behind
+        names = list(attacked[tried[0]]["right"])
         right = {
-            name: torch.tensor(
-                [v for block in sorted(attacked) for v in attacked[block]["right"][name]]
-            )
+            name: torch.tensor([v for block in tried for v in attacked[block]["right"][name]])
             for name in names
         }
-        clean = values("right", {block: bounds[block] for block in attacked})
-        same = values("margin", {block: bounds[block] for block in attacked}) > 0
+        clean = values("right", {block: bounds[block] for block in tried})
+        same = values("margin", {block: bounds[block] for block in tried}) > 0
         mass = right["mass"] & clean
         evidence = torch.stack([right[n] for n in names if n != "mass"]).all(0) & clean
         cells = [

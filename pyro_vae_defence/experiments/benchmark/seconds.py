@@ -138,6 +138,7 @@ class BenchmarkSeconds(Benchmark[SecondsConfig]):
         """Seconds at the printed numbers of transitions, and ratios."""
         rows = []
         for name, found in result["models"].items():
+            published, ours = (found[way]["per_transition"] > 0 for way in WAYS)
             whole = seconds_at(found["ours"], sum(_OURS))
             for count in (0, *PRINTED):
                 theirs = found["none"] if count == 0 else published_seconds(found, count)
@@ -147,8 +148,8 @@ class BenchmarkSeconds(Benchmark[SecondsConfig]):
                         name,
                         str(count),
                         "" if of_paper is None else f"{of_paper:g}",
-                        f"{theirs:.3g}",
-                        f"{theirs / whole:.3g}" if count else "",
+                        _digits(theirs, published or count == 0),
+                        _digits(theirs / whole, published and ours) if count else "",
                     ]
                 )
         columns = ["", "T", "printed (s)", "published sampler (s)", "times ours"]
@@ -156,12 +157,13 @@ class BenchmarkSeconds(Benchmark[SecondsConfig]):
             [
                 name,
                 label,
-                f"{found[way]['per_transition']:.3g}",
+                _digits(found[way]["per_transition"], rises),
                 f"{found[way]['gradients_per_transition']:.3g}",
-                f"{seconds_at(found['ours'], sum(_OURS)):.3g}" if way == "ours" else "",
+                _digits(seconds_at(found["ours"], sum(_OURS)), rises) if way == "ours" else "",
             ]
             for name, found in result["models"].items()
             for way, label in WAYS.items()
+            for rises in [found[way]["per_transition"] > 0]
         ]
         lines = tables.table(columns, rows)
         heads = ["", "sampler", "seconds per transition", "gradients per transition", "whole (s)"]
@@ -175,7 +177,17 @@ class BenchmarkSeconds(Benchmark[SecondsConfig]):
             "target. Printed seconds are of another machine, and a batch that is not stated: "
             "compare ratios."
         )
+        if any(tables.NOT_MEASURED in cells for cells in details):
+            note += (
+                f" *{tables.NOT_MEASURED.capitalize()}*: the longer chains took no longer than the "
+                "shorter ones; set longer lengths or more repeats."
+            )
         return tables.section(f"### benchmark {result['name']}", note, lines, result)
+
+
+def _digits(seconds: float, rises: bool) -> str:
+    """Of a line that rises; another one says what else the machine was at."""
+    return f"{seconds:.3g}" if rises else tables.NOT_MEASURED
 
 
 _OURS = (RECOMMENDED_LENGTHS["warmup_steps"], RECOMMENDED_LENGTHS["num_samples"])
