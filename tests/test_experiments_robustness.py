@@ -9,6 +9,7 @@ import io
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib.image
 import pytest
@@ -40,6 +41,7 @@ from pyro_vae_defence.models.pretrained import load_pretrained, save_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.plots import picture
 from pyro_vae_defence.robustness import KNOWLEDGE, load_attacked, rescore
+from pyro_vae_defence.robustness.suite import Suite
 
 SETTINGS = {
     "num_images": 4, "chain.num_samples": 1, "chain.warmup_steps": 1, "chain.num_steps": 2,
@@ -185,6 +187,25 @@ def test_images_that_cannot_be_written_are_found_before_the_attacks(models, tmp_
     study.progress = False
     with pytest.raises(OSError, match=r"mnist_radius_0\.2_.*\.safetensors cannot be written"):
         study.run()
+
+
+def test_a_report_is_kept_until_its_result_file_is_written(models, tmp_path, monkeypatch):
+    one = {**SETTINGS, "attacks": ("encoder",), "defences": ("none",), "checks": False}
+    study = functools.partial(
+        Robustness, "mnist_radius_0.2", tmp_path, models=models, overrides=one, progress=False
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("pyro_vae_defence.experiments.study.save", Mock(side_effect=OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            study().run()
+    (kept,) = tmp_path.glob(".*.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(Suite, "attack", None)  # all of it is found
+        assert study().run()["reports"].keys() == {"classification/none"}
+    assert not kept.exists()
+    kept.touch()  # killed before it was deleted
+    study().run()
+    assert not kept.exists()
 
 
 class TestBlocks:

@@ -42,7 +42,7 @@ from pyro_vae_defence.experiments.defences import (
 )
 from pyro_vae_defence.experiments.defend import Defend
 from pyro_vae_defence.experiments.html import ROBUST, robustness_page
-from pyro_vae_defence.experiments.study import Cell, Measurement, check_place, remembered
+from pyro_vae_defence.experiments.study import Cell, Key, Measurement, check_place, remembered
 from pyro_vae_defence.mcmc.captured import Graph
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.compiled import Recorder
@@ -423,8 +423,7 @@ class Robustness(Measurement[RobustnessConfig]):
         if target == "classification":
             classify = DefendedClassifier(defence, self.classifier, config.reading)
         rows = slice(None) if images is None else slice(images.start, images.stop)
-        block = "" if number is None else f"_{number:03d}"
-        stem = f"{self.name}_{target}_{name}{block}"
+        stem = self._stem(target, name, number)
         images_file = self.directory / "attacked" / f"{stem}.safetensors"
         check_place(images_file)
         purpose = (f"{target}/{name}",) if number is None else (f"{target}/{name}", "block", number)
@@ -441,7 +440,8 @@ class Robustness(Measurement[RobustnessConfig]):
             checks=config.checks,
             defence_seed=config.defence_seed,
             generator=self.generator(*purpose),
-            checkpoint=self.directory / f".{stem}.pt",
+            checkpoint=self._checkpoint(stem),
+            keep_checkpoint=True,
         )
         save_attacked(report, images_file)
         found = report.to_dict()
@@ -449,6 +449,19 @@ class Robustness(Measurement[RobustnessConfig]):
             assert report.examples is not None
             found["examples"] = plots.picture(report.examples[:, : config.num_examples])
         return found
+
+    def saved(self, key: Key) -> None:
+        """Delete the checkpoint of a report, which is safe now."""
+        target, name = key[1].split("/")
+        number = int(key[2]) if key[2:] else None
+        self._checkpoint(self._stem(target, name, number)).unlink(missing_ok=True)
+
+    def _stem(self, target: str, name: str, number: int | None) -> str:
+        """Of the files of a report, or of one of a block."""
+        return f"{self.name}_{target}_{name}" + ("" if number is None else f"_{number:03d}")
+
+    def _checkpoint(self, stem: str) -> Path:
+        return self.directory / f".{stem}.pt"
 
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:

@@ -398,6 +398,9 @@ class Measurement(Study[C]):
             cells = cells[part]
         return True
 
+    def saved(self, key: Key) -> None:
+        """Put away what was kept to compute a cell again, which is in a file now."""
+
     def note(self, text: str) -> None:
         """Say beside the progress bar what is running."""
         self._bar.set_postfix_str(text)
@@ -409,7 +412,9 @@ class Measurement(Study[C]):
             if self._deadline is not None and time.monotonic() + longest > self._deadline:
                 break
             key, compute = cells[number]
-            if not self.holds(key) and claims.claim(number):
+            if self.holds(key):
+                self.saved(key)
+            elif claims.claim(number):
                 seconds = self._compute_one(number, key, compute, claims)
                 longest = max(longest, seconds)
             if claims.size == 1:
@@ -438,6 +443,7 @@ class Measurement(Study[C]):
         else:
             piece = {"key": key, "found": found, "seconds": seconds}
             save(self._pieces / f"{number:05d}.json", self.header() | piece)
+        self.saved(key)
         return seconds
 
     def _place(self, key: Key) -> dict[str, Any]:

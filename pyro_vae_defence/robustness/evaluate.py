@@ -98,6 +98,7 @@ def evaluate_robustness(
     defence_seed: int | None = None,
     generator: torch.Generator | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    keep_checkpoint: bool = False,
     progress: bool = False,
 ) -> RobustnessReport:
     """Attack a defence with everything and report the worst case.
@@ -131,6 +132,8 @@ def evaluate_robustness(
         checkpoint: a file for what has been found so far, written after every attack. The
             same call goes on from it where it is there, with its seed, and deletes it at the end.
             One process at a time writes it.
+        keep_checkpoint: leave the file, with which the same call returns the same report at once:
+            delete it when the report is safe.
         progress: show a progress bar, of decoder gradients per image: how many there will be at
             most, by :mod:`~pyro_vae_defence.robustness.cost`, and how long they take at the present
             rate.
@@ -191,7 +194,8 @@ def evaluate_robustness(
             total=total, unit="gradient", unit_scale=True, disable=not progress, leave=False
         ) as bar:
             report = _report(suite, conditions, attacks, checks, steps, expected, bar)
-        steps.finish()
+        if not keep_checkpoint:
+            steps.finish()
     return report
 
 
