@@ -88,8 +88,8 @@ def fit(
     equal those of an uninterrupted run. Exact resumption needs loaders whose order, and whose
     random transforms, depend on the global seeds of torch, NumPy and Python, on the ``generator``
     attribute of itself or its samplers, or on ``set_epoch`` of a sampler, alone
-    (``torch.utils.data.DataLoader`` does). What programs count themselves has to be a buffer of a
-    module.
+    (``torch.utils.data.DataLoader`` does). What programs count themselves has to be a persistent
+    buffer of a module.
 
     What is trained is what the programs register with Pyro, whenever they do. Modules are found
     wherever the programs reach them (:func:`pyro_vae_defence.models.modules.modules_of`).
