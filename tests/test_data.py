@@ -149,6 +149,15 @@ def test_stratified_has_enough_of_each_class():
         data.stratified(data.load("mnist_subset", "test"), 1001)
 
 
+def test_stratified_takes_what_classes_have_in_turn():
+    labels = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    dataset = data.ImageDataset(torch.zeros(8, 1, 1, 1, dtype=torch.uint8), labels, "", "", "abc")
+    assert labels[data.stratified(dataset, 7)].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    for num, lacks in ((8, "3 images of class 1"), (20, "7 images of class 0")):
+        with pytest.raises(ValueError, match=f"needs {lacks}.* at most 7"):
+            data.stratified(dataset, num)
+
+
 def test_unknown_names():
     with pytest.raises(ValueError, match="name must be one of mnist, .*got 'mnits'"):
         data.load("mnits", "train")

@@ -81,7 +81,7 @@ def test_files_are_decoded_when_asked_for(celeba, monkeypatch):
     dataset = data.load("celeba64", "train", celeba)
     opened = []
     original = files.Image.open
-    monkeypatch.setattr(files.Image, "open", lambda p: opened.append(p) or original(p))
+    monkeypatch.setattr(files.Image, "open", lambda f: opened.append(f.name) or original(f))
     image, _ = dataset[1]
     assert opened == [dataset.paths[1]]
     assert torch.equal(dataset[1:3][0][0], image)
@@ -301,11 +301,12 @@ def test_files_that_would_be_decoded_wrongly_are_refused(tmp_path, name, image, 
         data.load_folder(tmp_path, 3, channels=1).images()
 
 
-def test_a_camera_turned_by_a_quarter(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_camera_turned_by_a_quarter(tmp_path, suffix):
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     exif = Image.Exif()
     exif[0x0112] = 6  # row 0 is the right-hand side
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
     found = data.load_folder(tmp_path)
     assert found.image_shape == (1, 4, 3)
     expected = torch.from_numpy(np.rot90(pixels, -1).copy())

@@ -4,6 +4,9 @@ import each other in a circle."""
 from __future__ import annotations
 
 import ast
+import configparser
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +136,35 @@ def test_a_circle_is_named(write):
     assert find_circle(graph) == ["toy.b", "toy.c", "toy.b"]
     graph["toy.c"] = set()
     assert find_circle(graph) is None
+
+
+# What is called otherwise in an import than in a requirement.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "art": "adversarial-robustness-toolbox",
+    "pyro": "pyro-ppl",
+    "pytorch_msssim": "pytorch-msssim",
+}
+
+
+def test_what_is_imported_is_declared_with_its_oldest_version():
+    """No package is there only because others need it, perhaps in a version that lacks a part."""
+    used = {
+        name.partition(".")[0]
+        for path in modules(PACKAGE).values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+        )
+    }
+    used -= {PACKAGE.name, *sys.stdlib_module_names}
+    settings = configparser.ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg")
+    needed = settings["options"]["install_requires"].split()
+    extras = " ".join(settings["options.extras_require"].values()).split()
+    oldest = (PACKAGE.parent / "tests" / "lower-bounds.txt").read_text()
+    declared = {re.split(r"[\[><=]", requirement)[0] for requirement in (*needed, *extras)}
+    assert {DISTRIBUTIONS.get(name, name) for name in used} <= declared
+    for requirement in needed:
+        assert re.search(rf"(?m)^{requirement.replace('>=', '==')}\b", oldest), requirement

@@ -297,6 +297,30 @@ def test_evaluate_is_per_image_and_changes_nothing(images):
         evaluate(vae, TraceMeanField_ELBO(), [])
 
 
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ([], "validation is empty"),
+        ([torch.full((2, 1, 28, 28), 255.0)], "validation's first batch must lie in"),
+        (lambda: [], "validation must be a list of batches or a DataLoader, got <function"),
+    ],
+)
+def test_no_epoch_is_lost_to_what_cannot_be_validated_on(images, validation, message):
+    vae = TutorialVAE()
+    before = {k: v.clone() for k, v in vae.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        fit(vae, Trace_ELBO(), [images[:4]], config(), validation=validation)
+    assert all(torch.equal(before[k], v) for k, v in vae.state_dict().items())
+
+
+def test_fewer_epochs_than_a_checkpoint_has_are_no_shorter_run(images, tmp_path):
+    path = tmp_path / "c.pt"
+    vae, batches = TutorialVAE(), [images[:4]]
+    assert len(fit(vae, Trace_ELBO(), batches, config(epochs=2), checkpoint=path).history) == 2
+    with pytest.raises(ValueError, match="epochs=1 is less than the 2 that checkpoint .*c.pt has"):
+        fit(vae, Trace_ELBO(), batches, config(epochs=1), checkpoint=path)
+
+
 class Elsewhere:
     """Images on another device."""
 
@@ -312,8 +336,8 @@ def test_batches_are_moved_to_the_device_of_the_vae(images):
     vae, x = ConvVAE(), Elsewhere(images[:4])
     result = fit(vae, BetaELBO(), [(x, None)], config(epochs=1), validation=[x])
     evaluate(vae, BetaELBO(), [x])
-    # A step, two validations, the mean posterior variance, the evaluation.
-    assert x.asked == [torch.device("cpu")] * 5
+    # A look at validation, a step, two validations, the mean posterior variance, the evaluation.
+    assert x.asked == [torch.device("cpu")] * 6
     assert result.mean_posterior_variance["z"].shape == (64,)
 
 

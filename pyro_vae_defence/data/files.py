@@ -98,7 +98,8 @@ def _opened(path: str) -> Iterator[Image.Image]:
     try:
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
             raise ValueError("it is no ordinary file")
-        with Image.open(path) as file:
+        # By its name Pillow would map an uncompressed TIFF into memory, wrongly if it is turned.
+        with open(path, "rb") as stream, Image.open(stream) as file:
             if file.mode not in _KNOWN_MODES:
                 raise ValueError(
                     f"its pixels are {file.mode!r} to Pillow, known are {', '.join(_KNOWN_MODES)}: "
@@ -134,7 +135,10 @@ def _common_shape(
         with _opened(str(path)) as file:
             found_channels = channels or (1 if _is_grey(file) else 3)
             wide, high = file.size
-            if file.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # turned by a quarter
+            exif = file.getexif()
+            if file.format == "TIFF":  # some versions of Pillow have turned its size by now
+                wide, high = exif[ExifTags.Base.ImageWidth], exif[ExifTags.Base.ImageLength]
+            if exif.get(ExifTags.Base.Orientation, 1) > 4:  # turned by a quarter
                 wide, high = high, wide
         first_of.setdefault((found_channels, *(size or (high, wide))), path)
     if len(first_of) > 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -173,19 +174,25 @@ def stratified(
     labels = columns[:, column]
     classes = labels.unique()
     check_integer("num", num)
-    rounds = -(-num // len(classes))
+    shares = [len(range(turn, num, len(classes))) for turn in range(len(classes))]
     chosen = []
-    for label in classes:
+    for label, share in zip(classes, shares):
         members = (labels == label).nonzero().flatten()
-        if len(members) < rounds:
+        if len(members) < share:
+            most = _most(torch.bincount(labels.unique(return_inverse=True)[1]).tolist())
             raise ValueError(
-                f"num={num} needs {rounds} images of class {int(label)}, {dataset!r} has "
-                f"{len(members)}; ask for at most {len(members) * len(classes)}"
+                f"num={num} needs {share} images of class {int(label)}, {dataset!r} has "
+                f"{len(members)}; ask for at most {most}"
             )
-        chosen.append(
-            members[torch.randperm(len(members), generator=generator, device="cpu")[:rounds]]
-        )
-    return torch.stack(chosen, 1).flatten()[:num]
+        order = torch.randperm(len(members), generator=generator, device="cpu")
+        chosen.append(members[order[:share]])
+    return pad_sequence(chosen).flatten()[:num]  # the last classes may have one less
+
+
+def _most(sizes: list[int]) -> int:
+    """How many images classes of these sizes have in turn, before one of them has none left."""
+    least = min(sizes)
+    return least * len(sizes) + sizes.index(least)
 
 
 def random_split(

@@ -88,8 +88,8 @@ def fit(
     equal those of an uninterrupted run. Exact resumption needs loaders whose order, and whose
     random transforms, depend on the global seeds of torch, NumPy and Python, on the ``generator``
     attribute of itself or its samplers, or on ``set_epoch`` of a sampler, alone
-    (``torch.utils.data.DataLoader`` does). What programs count themselves has to be a buffer of a
-    module.
+    (``torch.utils.data.DataLoader`` does). What programs count themselves has to be a persistent
+    buffer of a module.
 
     What is trained is what the programs register with Pyro, whenever they do. Modules are found
     wherever the programs reach them (:func:`pyro_vae_defence.models.modules.modules_of`).
@@ -164,6 +164,11 @@ def fit(
                 f"{name} can be read only once, and every epoch reads it; give a list of batches "
                 f"or a DataLoader, got {batches!r}"
             )
+        known = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+        if not known and (batches is not None or name == "loader"):
+            raise ValueError(
+                f"{name} must be a list of batches or a DataLoader, got {batches!r:.100}"
+            )
     run = _Run(vae, objective, loader, config, validation, place)
     # Wherever links lead, and whatever directory is the current one later.
     path = None if checkpoint is None else Path(os.path.realpath(checkpoint))
@@ -183,8 +188,15 @@ def fit(
                     "persistent_workers=False (random transforms then differ from those of a "
                     "run that was not interrupted, unless that one had no persistent workers)"
                 )
+            if (begun := run.epoch + (run.batch > 0)) > config.epochs:
+                raise ValueError(
+                    f"epochs={config.epochs} is less than the {begun} that checkpoint {path} has "
+                    "begun; use another file, or as many epochs or more"
+                )
         else:
             run.start()
+        if validation is not None and run.epoch < config.epochs:
+            run.check_validation(validation)
         if path is not None and parallel.is_first():
             remove_partial(path)
         for entry in run.history:
@@ -340,6 +352,15 @@ class _Run:
             state = self.parameters.weights().values()
             parallel.broadcast(value for value in state if isinstance(value, Tensor))
             parallel.separate_noise()
+
+    def check_validation(self, batches: Iterable[Any]) -> None:
+        """Refuse batches that nothing can be validated on, before an epoch is lost to them."""
+        rng = checkpoints.get_rng(*self._loaders)
+        reader = Reader(self.vae, device=self.reader.device)
+        empty = next(reader.read(batches, "validation"), None) is None
+        checkpoints.set_rng(rng, *self._loaders)
+        if all(parallel.gather(empty)):
+            raise ValueError("validation is empty; pass at least one batch")
 
     def train_epoch(self, path: Path | None) -> dict[str, float]:
         started = time.perf_counter()
