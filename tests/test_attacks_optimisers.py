@@ -569,6 +569,31 @@ def test_r_margin_brackets_the_exact_margin(float64):
     assert noise.survived.tolist() == noise.broken.tolist() == [0.0] * 3
 
 
+def test_r_margin_of_images_without_a_gradient_at_smaller_radii(float64):
+    """What the largest radius shows is not lost."""
+
+    class Dark(PixelVAE):
+        """Does not see pixels of 0.3 and less, and has no gradient where it sees none."""
+
+        def guide(self, x):
+            with pyro.plate("data", x.shape[0]):
+                seen = (x * (x > 0.3)).square().mean((2, 3)).sqrt()
+                pyro.sample("z", dist.Normal(seen, 1e-4).to_event(1))
+
+    vae, x = Dark(), torch.full((1, 1, 4, 4), 0.05)
+    attack = attacks.PGD(attacks.maximum_damage(vae), Linf(0.9), 10)
+    margin = attacks.r_margin(vae, attack, x, r=0.4, num_draws=4)
+    # A pixel is seen from 0.25 on; where all starts are dark nothing moves.
+    assert 0.25 - 0.9 / 2**6 <= float(margin.survived) < float(margin.broken) < 0.9
+
+
+@pytest.mark.parametrize("kind", [attacks.PGD, attacks.Square])
+def test_r_margin_of_an_objective_that_is_never_finite_is_refused(kind):
+    attack = kind(lambda x_ref: lambda x: x.flatten(1).sum(1) * torch.nan, Linf(0.3), 2)
+    with pytest.raises(ValueError, match="objective is not finite at any of the 1 attacked"):
+        attacks.r_margin(PixelVAE(), attack, torch.rand(1, 1, 4, 4), 0.4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

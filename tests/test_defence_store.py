@@ -186,6 +186,16 @@ class TestTakingUp:
             defence.to_zarr(other, tmp_path / "a", generator=seeded(), chunk_size=2)
         assert len(calls) == 3
 
+    def test_a_finished_store_of_any_other_image_is_refused(self, defence, x, tmp_path):
+        """Not of the first, the middle or the last alone, and of labels, too."""
+        images = [(image, 0) for image in x]
+        path = defence.to_zarr(images, tmp_path / "a", generator=seeded(), chunk_size=2)
+        for changed in ((1 - x[2], 0), (x[2], 1)):
+            other = [*images[:2], changed, *images[3:]]
+            with pytest.raises(ValueError, match=r"a holds results of other images: dataset\[2\]"):
+                defence.to_zarr(other, path, generator=seeded(), chunk_size=2)
+        assert defence.to_zarr(images, path, generator=seeded(), chunk_size=2) == path
+
     def test_a_finished_store_costs_nothing(self, defence, x, tmp_path, monkeypatch):
         path = defence.to_zarr(x, tmp_path / "a", generator=seeded(), chunk_size=2)
         monkeypatch.setattr(BaseDefence, "_defend", lambda *_: pytest.fail("computed again"))

@@ -116,24 +116,48 @@ def test_interval_of_scores_that_images_share_covers_the_area(shift, noise):
     assert covered >= 84
 
 
-@pytest.mark.parametrize("metric", [metrics.fpr_at_tpr])
 @pytest.mark.parametrize("num_images", [2, 13, 40])
-def test_resamples_at_once_are_resamples_one_by_one(metric, num_images):
-    """Bit for bit, with ties and infinite scores, and more resamples than are taken at once."""
+def test_rates_of_resamples_leave_open_whether_the_thresholds_image_raises_the_alarm(num_images):
+    """By brute force, with ties and infinite scores, and more resamples than are taken at once."""
     negatives, positives = torch.randn(num_images), (torch.randn(num_images) + 0.5).round()
     positives[0], negatives[1] = torch.inf, positives[1]
-    both = [
-        metrics.detection_interval(
-            statistic,
-            negatives,
-            positives,
-            num_resamples=300,
-            generator=torch.Generator().manual_seed(1),
-        )
-        for statistic in (metric, lambda t, s: metric(t, s))
-    ]
-    assert both[0] == both[1]
-    assert both[0].low < both[0].high
+    found = metrics.detection_interval(
+        metrics.fpr_at_tpr,
+        negatives,
+        positives,
+        num_resamples=300,
+        generator=torch.Generator().manual_seed(1),
+    )
+    drawn = torch.randint(num_images, (300, num_images), generator=torch.Generator().manual_seed(1))
+    least, most = [], []
+    for row in drawn.tolist():
+        pairs = [(float(positives[image]), float(negatives[image]), image) for image in row]
+        threshold, _, own = sorted(pairs)[int(0.05 * num_images)]
+        certain = [n >= threshold for _, n, image in pairs if image != own]
+        least.append(sum(certain) / num_images)
+        most.append((sum(certain) + row.count(own)) / num_images)
+    low, high = (
+        float(torch.tensor(values, dtype=torch.float64).quantile(tail))
+        for values, tail in ((least, 0.025), (most, 0.975))
+    )
+    estimate = float(metrics.fpr_at_tpr(negatives, positives))
+    assert found[:3] == pytest.approx((estimate, min(low, estimate), max(high, estimate)))
+    assert found.low < found.high
+
+
+@pytest.mark.parametrize(("shift", "noise"), [(0.001, 0.0), (0.1, 0.15), (0.02, 0.05)])
+def test_interval_of_scores_that_images_share_covers_the_rate(shift, noise):
+    torch.manual_seed(5)
+    spread = (1 + noise**2) ** 0.5
+    truth = stats.norm.sf(shift + spread * stats.norm.ppf(0.05))
+    covered = 0
+    for _ in range(100):
+        clean = torch.randn(30)
+        attacked = clean + shift + noise * torch.randn(30)
+        found = metrics.detection_interval(metrics.fpr_at_tpr, clean, attacked, num_resamples=100)
+        covered += found.low <= truth <= found.high
+    # Of 0.95 and more, fewer than 87 of 100 have a probability of 1e-3 (binomial).
+    assert covered >= 87
 
 
 def test_images_are_resampled_with_both_their_scores():

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
+import itertools
 import json
 import types
 
@@ -498,6 +500,50 @@ def test_attacks_from_an_iterator_numpys_seed_and_images_with_a_gradient():
     assert not report.x_adv.requires_grad
     assert not report.x_ref.requires_grad
     assert type(report.threat_model["defence_seed"]) is int
+
+
+@pytest.mark.parametrize(
+    ("attacked", "message"),
+    [
+        (lambda x: x[None] + 0.31 * (0.5 - x).sign(), r"leave \[0, 1\] or Linf.*norm up to 0.31"),
+        (lambda x: x[None] * torch.nan, "norm up to nan"),
+        (lambda x: x, r"shape \(8, 1, 4, 4\), not \(1, 8, 1, 4, 4\)"),
+    ],
+)
+def test_what_an_engine_returns_is_in_the_ball(attacked, message):
+    def engine(objective, ball, **options):
+        return lambda x, generator: types.SimpleNamespace(x_adv=attacked(x))
+
+    vae, x, labels = problem(8)
+    with pytest.raises(ValueError, match=f"engine returned .*{message}"):
+        run(vae, NoDefence(vae), x, labels, SMALL, engine=engine)
+
+
+def test_a_report_of_settings_that_are_no_json_can_be_written():
+    vae, x, labels = problem(4)
+
+    def defence(images, generator=None):
+        settings = {"defence": "somebody's", "widths": (1, 2), "scale": torch.tensor(0.5)}
+        return dataclasses.replace(NoDefence(vae)(images, generator), settings=settings)
+
+    report = run(vae, defence, x, labels, SMALL, attacks=["transfer"], checks=False)
+    assert report.defence == {"defence": "somebody's", "widths": [1, 2], "scale": "tensor(0.5000)"}
+    read = RobustnessReport.from_dict(json.loads(report.to_json()))
+    assert read.defence == report.defence
+
+
+def test_seconds_are_those_of_one_run(monkeypatch):
+    """Where the seed is known there is one, whatever the budget says."""
+    vae, x, labels = problem(4)
+    clock = itertools.count()
+    module = importlib.import_module("pyro_vae_defence.robustness.evaluate")
+    monkeypatch.setattr(
+        module, "time", types.SimpleNamespace(perf_counter=lambda: 8.0 * next(clock))
+    )
+    for seed, runs in ((None, SMALL.scoring_draws), (3, 1)):
+        options = {"attacks": ["transfer"], "checks": False, "defence_seed": seed}
+        report = run(vae, NoDefence(vae), x, labels, SMALL, **options)
+        assert report.cost["defence_seconds_per_image"] == 8.0 / (4 * runs)
 
 
 def test_reconstructions_are_scored_by_similarity():

@@ -81,6 +81,21 @@ def test_a_higher_level_is_a_wider_interval_and_a_harder_test():
     assert (narrow.level, wide.level) == (0.95, 0.99)
 
 
+def test_images_in_other_parts_are_the_same_images():
+    """A report that was joined has a hash of each part, another one of them all."""
+    x = torch.rand(4, 1, 2, 2)
+    values = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    whole, parts, others = (
+        dataclasses.replace(report_of(values + gain), images=images, x_ref=x_ref)
+        for gain, images, x_ref in ((0.1, ("a",), x), (0, ("b", "c"), x), (0, ("d",), x.flip(0)))
+    )
+    assert paired_difference(whole, parts).estimate == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="different images"):
+        paired_difference(whole, others)
+    with pytest.raises(ValueError, match="different images"):
+        paired_difference(whole, dataclasses.replace(parts, x_ref=None))
+
+
 def test_mistakes():
     report = report_of(torch.rand(20))
     with pytest.raises(ValueError, match="reports of different figure are not compared: accuracy"):

@@ -249,6 +249,16 @@ def _check_gradients(any_finite: Sequence[Tensor | None], value: Tensor) -> None
         )
 
 
+def _check_values(value: Tensor) -> None:
+    """``ValueError`` if the objective is not finite for a single row in the end."""
+    if value.device.type != "meta" and not bool(value.isfinite().any()):
+        raise ValueError(
+            f"objective is not finite at any of the {value.numel()} attacked images, so that "
+            f"nothing was maximised (the first value is {float(value.flatten()[0])}); "
+            "evaluate it at x_ref, and see where the encoder or a divergence overflows"
+        )
+
+
 BLACK_BOX_PURPOSE = 3072  # of the streams' draws; see docs/architecture.md
 
 
@@ -365,15 +375,7 @@ class Attack:
         check_images(x_ref, "x_ref")
         self._check_entries(len(x_ref))
         image = torch.arange(len(x_ref), device=x_ref.device)
-        result = self.attack_rows(x_ref, image, draw_seed(generator), conditions)
-        value = result.objective
-        if value.device.type != "meta" and not bool(value.isfinite().any()):
-            raise ValueError(
-                f"objective is not finite at any of the {value.numel()} attacked images, so that "
-                f"nothing was maximised (the first value is {float(value.flatten()[0])}); "
-                "evaluate it at x_ref, and see where the encoder or a divergence overflows"
-            )
-        return result
+        return self.attack_rows(x_ref, image, draw_seed(generator), conditions)
 
     def _check_entries(self, num_images: int) -> None:
         """``ValueError`` if labels, targets or starts are not of so many images."""
@@ -383,9 +385,18 @@ class Attack:
 
     @public
     def attack_rows(
-        self, x_ref: Tensor, image: Tensor, seed: int, conditions: tuple[Tensor, ...] = ()
+        self,
+        x_ref: Tensor,
+        image: Tensor,
+        seed: int,
+        conditions: tuple[Tensor, ...] = (),
+        check: bool = True,
     ) -> AttackResult:
-        """Attack images, each with the random streams that ``image`` ``(N,)`` numbers."""
+        """Attack images, each with the random streams that ``image`` ``(N,)`` numbers.
+
+        Raises as a call; without ``check``, for some of the images alone, what is not finite leaves
+        them as it leaves them among others.
+        """
         x_ref = x_ref.detach()  # or the result would hang on the references through all steps
         progress = _Progress(self, (x_ref, *conditions), seed)
         chain = torch.arange(self.num_restarts, device=x_ref.device).repeat_interleave(len(x_ref))
@@ -400,8 +411,11 @@ class Attack:
             name: unfold(torch.cat([part[name] for part in progress.finished]), self.num_restarts)
             for name in progress.finished[0]
         }
-        _check_gradients(progress.any_finite, whole["objective"])
+        if check:
+            _check_gradients(progress.any_finite, whole["objective"])
         progress.remove()
+        if check:
+            _check_values(whole["objective"])
         return AttackResult(x_ref=x_ref, **whole)
 
     def _attack(

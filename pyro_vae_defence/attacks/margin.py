@@ -69,7 +69,7 @@ def r_margin(
         generator: source of the run's seed; torch's global seed when ``None``.
 
     Raises:
-        ValueError: for a bad setting.
+        ValueError: for a bad setting, or as the attack with its largest radius.
     """
     if not isinstance(attack, Attack):
         raise ValueError(
@@ -92,7 +92,9 @@ def r_margin(
             attack, ball=dataclasses.replace(attack.ball, radius=radius), checkpoint=None
         )
         given = rows_of(conditions, index)
-        x_adv = repeated.attack_rows(references[index], index, attacker, given).x_adv
+        # Bisected are those that the first attack, of all images, has broken.
+        whole = radius == largest
+        x_adv = repeated.attack_rows(references[index], index, attacker, given, whole).x_adv
         return torch.stack([differs(x, index) for x in x_adv]).any(0)
 
     @torch.no_grad()

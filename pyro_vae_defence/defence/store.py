@@ -11,7 +11,7 @@ chunk all of whose arrays have reached the disk. A chunk without it is made anew
 **What belongs together.** Attributes of the root group say what the results are of: settings, seed,
 number of images, versions, and hashes of the defence with its networks and of some of the images. A
 store is only continued by the very same; the mark of a chunk holds a hash of all of its images,
-which are read again then.
+which are read again then. A finished store holds a hash of each image, and is compared with all.
 
 The format is Zarr 2, which all of its libraries read, with the conventions of xarray; groups and
 names are those of :mod:`pyro_vae_defence.diagnostics`. Reference: https://zarr-specs.readthedocs.io.
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     import xarray
 
 _FINISHED, _NEW = ".finished", ".new"
+_HASH = "image_hash"  # of each image, beside the results
 _POLL = 0.1  # seconds between looks at what another process is to make
 _PATIENCE = 60.0  # seconds until files of another machine must be seen
 
@@ -127,6 +128,7 @@ def write(
     store = _Store(path, identity)
     if path.exists():
         store.check(path)
+        store.check_every_image(dataset)
         shutil.rmtree(path / _FINISHED, ignore_errors=True)
         return path
     if store.partial.exists():
@@ -158,7 +160,7 @@ def write(
                     store.check_images(number, first, images)
                     continue
                 result = defend(default_collate(images), first)
-                groups = _groups(result, observed_data)
+                groups = _groups(result, images, observed_data)
                 if not store.partial.exists() and claims.claim("store"):
                     store.create(groups, length, chunk_size)
                 for _ in claims.waiting(store.partial.exists):
@@ -216,6 +218,21 @@ class _Store:
                 f"dataset[{first + len(images) - 1}] have changed; the dataset must give the same "
                 "every time. Delete the store, or choose another path"
             )
+
+    def check_every_image(self, dataset: Any) -> None:
+        """Raise ``ValueError`` if the finished store is of other images."""
+        import zarr
+
+        arrays: Any = zarr.open_group(str(self.path), mode="r")["defence"]
+        if _HASH not in arrays:  # of an earlier version
+            return
+        for number, found in enumerate(arrays[_HASH][:].tolist()):
+            if found != _hash(dataset[number]):
+                raise ValueError(
+                    f"{self.path} holds results of other images: dataset[{number}] has changed; "
+                    "the dataset must give the same every time. Delete the store, or choose "
+                    "another path"
+                )
 
     def num_finished(self) -> int:
         return len(list((self.partial / _FINISHED).glob("[0-9]*")))
@@ -292,21 +309,33 @@ def _flat(attributes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _groups(result: DefenceResult, observed_data: bool) -> dict[str, xarray.Dataset]:
+def _groups(
+    result: DefenceResult, images: Sequence[Any], observed_data: bool
+) -> dict[str, xarray.Dataset]:
     """What is written of some images: ArviZ's groups, and one of what there is once per image."""
     tree = result.to_datatree()
     groups = {name: group.to_dataset() for name, group in tree.children.items()}
     if not observed_data:
         del groups["observed_data"]
     once = {"num_gradients": result.num_gradients, **result.convergence}
-    images = (("image", "channel", "height", "width"), _to_numpy(result.reconstruction))
+    decoded = (("image", "channel", "height", "width"), _to_numpy(result.reconstruction))
+    hashes = (("image",), np.array([_hash(image) for image in images], dtype=np.uint64))
     import xarray
 
     groups["defence"] = xarray.Dataset(
-        {"reconstruction": images, **{n: (("image",), _to_numpy(v)) for n, v in once.items()}},
+        {
+            "reconstruction": decoded,
+            **{n: (("image",), _to_numpy(v)) for n, v in once.items()},
+            _HASH: hashes,
+        },
         {"image": groups["posterior"]["image"]},
     )
     return groups
+
+
+def _hash(image: Any) -> int:
+    """Of an item of the dataset, below 2**64."""
+    return int(fingerprint(image), 16)
 
 
 def _sizes(values: xarray.DataArray, images: int) -> list[int]:

@@ -71,8 +71,9 @@ def _twice_in_order(negatives: Tensor, positives: Tensor) -> Tensor:
     return (below + not_above).sum(-1)
 
 
-def _auroc_of_others(negatives: Tensor, positives: Tensor, rows: Tensor) -> Tensor:
-    """:func:`auroc` of resamples ``rows``, ``(R, N)``, without pairs of an image with itself.
+def _auroc_of_others(negatives: Tensor, positives: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`auroc` of resamples ``rows``, ``(R, N)``, without pairs of an image with itself; the
+    same for both ends.
 
     A resample of one image alone, which has no others, counts as the sample.
     """
@@ -81,21 +82,38 @@ def _auroc_of_others(negatives: Tensor, positives: Tensor, rows: Tensor) -> Tens
     times = torch.zeros_like(rows).scatter_add(1, rows, torch.ones_like(rows)).square()
     own = 2 * (positives > negatives).long() + (positives == negatives).long()
     in_order = _twice_in_order(negatives[rows], positives[rows]) - (times * own).sum(1)
-    return in_order.double() / (2 * (rows.shape[1] ** 2 - times.sum(1)))
+    found = in_order.double() / (2 * (rows.shape[1] ** 2 - times.sum(1)))
+    return found, found
 
 
 def _fpr_at_tpr(negatives: Tensor, positives: Tensor, tpr: float = 0.95) -> Tensor:
     """:func:`fpr_at_tpr` of ``(..., N)`` and ``(..., M)``."""
-    # Rounding must not ask for one image more than the share does (0.95 * 20 > 19 in binary).
-    caught = math.ceil(tpr * positives.shape[-1] - 1e-9)
-    threshold = positives.sort(descending=True).values[..., max(caught, 1) - 1, None]
+    threshold = positives.sort(descending=True).values[..., _caught(positives, tpr) - 1, None]
     return (negatives >= threshold).double().mean(-1)
 
 
-# Of many resamples at once, of scores that have been checked.
-_OF_RESAMPLES: tuple[tuple[Any, Callable[[Tensor, Tensor, Tensor], Tensor]], ...] = (
+def _caught(positives: Tensor, tpr: float) -> int:
+    """How many of the positives make a share of ``tpr``."""
+    # Rounding must not ask for one image more than the share does (0.95 * 20 > 19 in binary).
+    return max(math.ceil(tpr * positives.shape[-1] - 1e-9), 1)
+
+
+def _fpr_of_others(negatives: Tensor, positives: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`fpr_at_tpr` of resamples ``rows``, ``(R, N)``, where no copy of the image that sets
+    the threshold raises the alarm, and where all do."""
+    # Of images that tie, the one whose own score is least, whatever their order.
+    order = negatives.argsort(stable=True)
+    order = order[positives[order].argsort(stable=True)]
+    rows, negatives, positives = order.argsort()[rows], negatives[order], positives[order]
+    own = rows.sort(descending=True).values[:, _caught(rows, 0.95) - 1, None]
+    alarms = (negatives[rows] >= positives[own]) & (rows != own)
+    return alarms.double().mean(1), (alarms | (rows == own)).double().mean(1)
+
+
+# Of many resamples at once, of scores that have been checked: for the low and for the high end.
+_OF_RESAMPLES: tuple[tuple[Any, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]], ...] = (
     (auroc, _auroc_of_others),
-    (fpr_at_tpr, lambda negatives, positives, rows: _fpr_at_tpr(negatives[rows], positives[rows])),
+    (fpr_at_tpr, _fpr_of_others),
 )
 
 
@@ -112,7 +130,9 @@ def detection_interval(
     The two scores of one image mostly say more of each other than those of two images do, and a
     resample pairs images with their own copies twice as often as the sample does with themselves.
     So areas of resamples are over pairs of two images, as the probability that is estimated; the
-    estimate is over all, and the interval reaches to it.
+    estimate is over all, and the interval reaches to it. Likewise, whether the image that sets the
+    threshold of a rate raises the alarm itself is a matter of its own pair: none of its copies does
+    for the low end of the interval, and all do for the high one.
 
     Where all resamples agree, as where scores tell all images apart, the bootstrap has no width.
     An area A lets the n // 2 independent pairs of one image before and another after the attack all
@@ -147,16 +167,18 @@ def detection_interval(
     of_resamples = next((many for one, many in _OF_RESAMPLES if one is statistic), None)
     if of_resamples is not None:
         parts = drawn.split(RESAMPLES_AT_ONCE)
-        resampled = torch.cat([of_resamples(negatives, positives, rows) for rows in parts])
+        both = zip(*(of_resamples(negatives, positives, rows) for rows in parts), strict=True)
+        least, most = map(torch.cat, both)
     else:
         found = [float(statistic(negatives[rows], positives[rows])) for rows in drawn]
-        resampled = torch.tensor(found, dtype=torch.float64, device="cpu")
-    low, high = torch.quantile(resampled, tails(level)).tolist()
+        least = most = torch.tensor(found, dtype=torch.float64, device="cpu")
+    ends = zip((least, most), tails(level), strict=True)
+    low, high = (float(torch.quantile(values, tail)) for values, tail in ends)
     estimate = float(statistic(negatives, positives))
     if of_resamples is not None:
-        if bool((resampled == resampled[0]).all()):
+        if bool((least == least[0]).all()):
             share = unseen_share(num_images // 2, level)
-            low, high = ((1 - share) * low + share * end for end in (0.0, 1.0))
+            low, high = (1 - share) * low, max(high, (1 - share) * low + share)
         low, high = min(low, estimate), max(high, estimate)
     return Interval(estimate, low, high, level, num_images, num_images)
 

@@ -50,6 +50,7 @@ import pyro_vae_defence
 from pyro_vae_defence.attacks import APGD, Attack, random_noise
 from pyro_vae_defence.defence import Defence, DefendedClassifier
 from pyro_vae_defence.defence.base import check_defence
+from pyro_vae_defence.defence.result import setting
 from pyro_vae_defence.defence.store import fingerprint, held_by, weights_fingerprint
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import same_vae, split
@@ -121,7 +122,8 @@ def evaluate_robustness(
         engine: optimiser of the attacks, called as ``engine(objective, ball, num_steps=,
             num_restarts=, batch_size=)``, and with ``start=``
             (:mod:`~pyro_vae_defence.attacks.starts`) for the later stages of *continuation*, which
-            is left out where the engine does not take it.
+            is left out where the engine does not take it. What it returns, called as an attack, has
+            images ``x_adv``, ``(num_restarts, N, C, H, W)``, in the ball.
         similarity: of reconstructions in pairs, differentiable, 1 if equal; the paper's MSSSIM.
         checks: run the sanity checks; without them the report counts as unreliable.
         defence_seed: a seed that the defence always runs with, and that the attacker knows:
@@ -139,7 +141,7 @@ def evaluate_robustness(
             rate.
 
     Raises:
-        ValueError: if an argument does not fit.
+        ValueError: if an argument does not fit, or images of the engine leave the ball.
     """
     conditions = split(x)[1]
     vae, x = program.at_images(vae, x)
@@ -302,11 +304,13 @@ def _report(
     def clean_figures() -> tuple[Tensor, Tensor, float]:
         clock = time.perf_counter()
         figures = scorer.score(x, budget.scoring_draws)
-        return *figures, (time.perf_counter() - clock) / (len(x) * budget.scoring_draws)
+        return *figures, (time.perf_counter() - clock) / figures.per_draw.numel()
 
     def clean_run() -> tuple[float, dict[str, Any]]:
         result = scorer.defence(x, scorer.fresh())
-        return float(result.num_gradients.double().mean()), dict(result.settings)
+        # Whose defence it is may put anything there, and reports must not be lost when written.
+        settings = json.loads(json.dumps(result.settings, default=setting))
+        return float(result.num_gradients.double().mean()), settings
 
     *figures, clean_seconds = steps("clean", clean_figures)
     clean = Scores(*figures)

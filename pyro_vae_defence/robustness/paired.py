@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import metrics
+from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.robustness.report import RobustnessReport
 from pyro_vae_defence.robustness.scoring import figure_bounds
 
@@ -57,10 +58,13 @@ class Difference(NamedTuple):
 
 def same_images(report: RobustnessReport, other: RobustnessReport) -> bool:
     """Whether two reports may be of the same images: as many, one at least, and where both reports
-    hold a hash of them, the same ones. Reports of early versions hold none."""
-    known = bool(report.images and other.images)
+    hold them, or else a hash of them, the same ones. Reports of early versions hold none."""
+    hashes = report.images, other.images
+    if report.x_ref is not None and other.x_ref is not None:  # whose parts may be others
+        hashes = (fingerprint(report.x_ref),), (fingerprint(other.x_ref),)
+    known = all(hashes)
     return 0 < len(report.per_image) == len(other.per_image) and not (
-        known and report.images != other.images
+        known and hashes[0] != hashes[1]
     )
 
 

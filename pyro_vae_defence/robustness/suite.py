@@ -380,9 +380,9 @@ class Suite:
                 objective = memory.watching(objective)
             begin = {} if found is None else {"start": starts.given(found)}
             settings = {**options, "num_steps": of_stage, **begin}
-            found = engine(objective, ball or self.ball, **settings)(
-                self.x, self.scorer.fresh()
-            ).x_adv
+            attack = engine(objective, ball or self.ball, **settings)
+            found = attack(self.x, self.scorer.fresh()).x_adv
+            check_attacked(found, self.x, ball or self.ball, options["num_restarts"])
         assert found is not None
         return found
 
@@ -484,6 +484,27 @@ class Memory:
             values = torch.cat([self.values, values])
         self.values, order = values.topk(min(self.number, len(values)), 0)
         self.images = images[order, torch.arange(images.shape[1], device=order.device)]
+
+
+def check_attacked(x_adv: Tensor, x_ref: Tensor, ball: Ball, num_restarts: int) -> None:
+    """Raise ``ValueError`` unless an engine has returned images in the ball, up to rounding."""
+    shape = (num_restarts, *x_ref.shape)
+    if tuple(x_adv.shape) != shape:
+        raise ValueError(
+            f"engine returned x_adv of shape {tuple(x_adv.shape)}, not {shape}: one attacked image "
+            "for each restart and each reference"
+        )
+    rounding = torch.finfo(x_ref.dtype).eps
+    size = torch.stack([ball.norm(each - x_ref) for each in x_adv])
+    slack = float(ball.norm(torch.full_like(x_ref[:1], rounding)))
+    allowed = ball.radius * (1 + rounding * x_ref[0].numel() ** 0.5) + slack
+    in_range = (x_adv >= 0) & (x_adv <= 1)
+    if not bool((size <= allowed).all() & in_range.all()):
+        raise ValueError(
+            f"engine returned images that leave [0, 1] or {ball}, by perturbations of norm up to "
+            f"{float(size.max()):.3g}: what they do says nothing of attacks in the ball; project "
+            "onto it, as ball.project does"
+        )
 
 
 def connected(objective: Objective) -> Objective:
