@@ -268,6 +268,14 @@ class TestPublished:
         assert abs(found.robust["mean"]["estimate"] - report.robust["mean"]["estimate"]) < 0.1
         assert found.clean["mean"]["estimate"] > 0.9
         assert found.per_image.shape == (20,)
+        # As many draws as the report has scored, without which "worst of N" is another figure.
+        draws = [
+            rescore(path, vae, NoDefence(vae), classifier=classify, num_draws=number,
+                    generator=torch.Generator().manual_seed(9)).robust
+            for number in (report.budget["scoring_draws"], 1)
+        ]  # fmt: skip
+        assert found.robust == draws[0]
+        assert found.robust["worst_of_n"] != draws[1]["worst_of_n"]
         # With known noise to the last bit: the defence's own run.
         known = rescore(
             path, vae, NoDefence(vae), classifier=classify, num_draws=3, defence_seed=SEED

@@ -132,7 +132,7 @@ def rescore(
     *,
     classifier: Callable[..., Tensor] | None = None,
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
-    num_draws: int = 20,
+    num_draws: int | None = None,
     defence_seed: int | None = None,
     device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
@@ -144,7 +144,8 @@ def rescore(
         vae, defence, classifier, similarity: as for
             :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`; the figure has to be
             the file's, and the classifier's reading too.
-        num_draws: runs of the defence, >= 1.
+        num_draws: runs of the defence, >= 1; as many as in the report if ``None``: *worst of N* and
+            *averaged* of another number are other figures.
         defence_seed: a seed that the defence always runs with; fresh noise if ``None``, also where
             the attacker knew a seed.
         device: where it computes; VAE and classifier are there.
@@ -154,11 +155,13 @@ def rescore(
         ValueError: if the file cannot be read, its images leave their ball, or an argument does not
             fit it.
     """
-    check_integer("num_draws", num_draws)
+    if num_draws is not None:
+        check_integer("num_draws", num_draws)
     defence_seed = check_seed(defence_seed)
     device = as_device("device", device)
     check_same(vae, defence, classifier)
     report = load_attacked(path, device)
+    num_draws = num_draws or report.budget["scoring_draws"]
     needed = {
         "classifier": (report.threat_model["target"] == "classification", classifier),
         "similarity": (report.figure == "similarity", similarity),
