@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from scipy import stats
@@ -116,13 +118,18 @@ def test_interval_of_scores_that_images_share_covers_the_area(shift, noise):
     assert covered >= 84
 
 
-@pytest.mark.parametrize("num_images", [2, 13, 40])
-def test_rates_of_resamples_leave_open_whether_the_thresholds_image_raises_the_alarm(num_images):
+@pytest.mark.parametrize(("num_images", "tpr"), [(2, 0.95), (13, 0.95), (40, 0.95), (40, 0.8)])
+def test_rates_of_resamples_leave_open_whether_the_thresholds_image_raises_the_alarm(
+    num_images, tpr
+):
     """By brute force, with ties and infinite scores, and more resamples than are taken at once."""
     negatives, positives = torch.randn(num_images), (torch.randn(num_images) + 0.5).round()
     positives[0], negatives[1] = torch.inf, positives[1]
+    statistic = (
+        metrics.fpr_at_tpr if tpr == 0.95 else functools.partial(metrics.fpr_at_tpr, tpr=tpr)
+    )
     found = metrics.detection_interval(
-        metrics.fpr_at_tpr,
+        statistic,
         negatives,
         positives,
         num_resamples=300,
@@ -132,7 +139,7 @@ def test_rates_of_resamples_leave_open_whether_the_thresholds_image_raises_the_a
     least, most = [], []
     for row in drawn.tolist():
         pairs = [(float(positives[image]), float(negatives[image]), image) for image in row]
-        threshold, _, own = sorted(pairs)[int(0.05 * num_images)]
+        threshold, _, own = sorted(pairs)[round((1 - tpr) * num_images - 0.49)]
         certain = [n >= threshold for _, n, image in pairs if image != own]
         least.append(sum(certain) / num_images)
         most.append((sum(certain) + row.count(own)) / num_images)
@@ -140,7 +147,7 @@ def test_rates_of_resamples_leave_open_whether_the_thresholds_image_raises_the_a
         float(torch.tensor(values, dtype=torch.float64).quantile(tail))
         for values, tail in ((least, 0.025), (most, 0.975))
     )
-    estimate = float(metrics.fpr_at_tpr(negatives, positives))
+    estimate = float(statistic(negatives, positives))
     assert found[:3] == pytest.approx((estimate, min(low, estimate), max(high, estimate)))
     assert found.low < found.high
 

@@ -16,6 +16,7 @@ characteristic (ROC) curve", 1982, https://doi.org/10.1148/radiology.143.1.70637
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -98,20 +99,22 @@ def _caught(positives: Tensor, tpr: float) -> int:
     return max(math.ceil(tpr * positives.shape[-1] - 1e-9), 1)
 
 
-def _fpr_of_others(negatives: Tensor, positives: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _fpr_of_others(
+    negatives: Tensor, positives: Tensor, rows: Tensor, tpr: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """:func:`fpr_at_tpr` of resamples ``rows``, ``(R, N)``, where no copy of the image that sets
     the threshold raises the alarm, and where all do."""
     # Of images that tie, the one whose own score is least, whatever their order.
     order = negatives.argsort(stable=True)
     order = order[positives[order].argsort(stable=True)]
     rows, negatives, positives = order.argsort()[rows], negatives[order], positives[order]
-    own = rows.sort(descending=True).values[:, _caught(rows, 0.95) - 1, None]
+    own = rows.sort(descending=True).values[:, _caught(rows, tpr) - 1, None]
     alarms = (negatives[rows] >= positives[own]) & (rows != own)
     return alarms.double().mean(1), (alarms | (rows == own)).double().mean(1)
 
 
 # Of many resamples at once, of scores that have been checked: for the low and for the high end.
-_OF_RESAMPLES: tuple[tuple[Any, Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]], ...] = (
+_OF_RESAMPLES: tuple[tuple[Any, Callable[..., tuple[Tensor, Tensor]]], ...] = (
     (auroc, _auroc_of_others),
     (fpr_at_tpr, _fpr_of_others),
 )
@@ -141,8 +144,9 @@ def detection_interval(
     bounds.
 
     Args:
-        statistic: one of the two; or another function of negatives and positives, which returns
-            one number and is called once per resample.
+        statistic: one of the two, or ``functools.partial(fpr_at_tpr, tpr=0.9)``, which are
+            resampled as said above; or another function of negatives and positives, which
+            returns one number and is called once per resample.
         negatives, positives: scores of the same images before and after the attack, ``(N,)`` each.
             Images are resampled, both their scores together.
         level, num_resamples, generator: as for ``metrics.bootstrap_interval``.
@@ -164,10 +168,16 @@ def detection_interval(
     drawn = torch.randint(
         num_images, (num_resamples, num_images), generator=generator, device="cpu"
     )
-    of_resamples = next((many for one, many in _OF_RESAMPLES if one is statistic), None)
+    kind: Any = statistic
+    options: dict[str, Any] = {}
+    if isinstance(kind, functools.partial) and not kind.args:
+        kind, options = kind.func, kind.keywords
+    of_resamples = next((many for one, many in _OF_RESAMPLES if one is kind), None)
     if of_resamples is not None:
         parts = drawn.split(RESAMPLES_AT_ONCE)
-        both = zip(*(of_resamples(negatives, positives, rows) for rows in parts), strict=True)
+        both = zip(
+            *(of_resamples(negatives, positives, rows, **options) for rows in parts), strict=True
+        )
         least, most = map(torch.cat, both)
     else:
         found = [float(statistic(negatives[rows], positives[rows])) for rows in drawn]
