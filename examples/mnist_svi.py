@@ -1,7 +1,7 @@
 """Train a VAE by SVI on real digits, attack it, defend it with MCMC, and say how well that worked.
 
 Beside the recommended defence stand the paper's target with the same sampler, a control without any
-chain, and the noise floor, above which nothing can come.
+chain, and the noise floor, the similarity of two reconstructions of one image.
 
     python examples/mnist_svi.py
     python examples/mnist_svi.py --kernel nuts --radius 0.1 --delta 0.2
