@@ -132,6 +132,25 @@ def test_reaches_a_known_maximum(name, kind, ball):
     assert (short <= TOLERANCE[name]).all()
 
 
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**80], ids=["saturated", "steep"])
+@pytest.mark.parametrize("ball", BALLS, ids=str)
+@pytest.mark.parametrize("name", ["PGD", "MomentumPGD", "APGD", "LBFGS"])
+def test_gradients_whose_squares_float32_does_not_have_lead_as_far(name, ball, scale):
+    # Of a classifier that is sure by 70 nats, cross-entropy has gradients of 1e-30.
+    x = problem("linear")[0].float()
+    slope = torch.linspace(-1, 2, 16).reshape(1, 1, 4, 4)
+
+    def attack(scale):
+        def prepare(x_ref):
+            return lambda y: scale * (slope * (y - x_ref)).flatten(1).sum(1)
+
+        return make(name, prepare, ball, num_steps=10)(x, torch.Generator().manual_seed(0))
+
+    expected = attack(1.0)
+    assert (expected.objective > 0).all()
+    torch.testing.assert_close(attack(scale).x_adv, expected.x_adv, rtol=0, atol=1e-5)
+
+
 def test_quasi_newton_needs_few_gradients_where_the_curvature_varies():
     # In a box every pixel has its own maximum, whatever the weights.
     x, prepare, maximiser = problem("bent")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import math
+import pickle
 import weakref
 
 import pyro
@@ -505,6 +507,18 @@ def test_prepare_by_name():
     kernel.prepare = "graph"
     kernel.setup(0, torch.rand(2, 1, 4, 4))
     assert isinstance(kernel.prepare, Graph)
+
+
+@pytest.mark.parametrize("prepare", ["graph", Graph(force_dtype="tf32"), Recorder()], ids=str)
+def test_a_defence_that_has_run_is_copied_without_its_recordings(prepare, float64):
+    defence = MCMCDefence(LinearGaussianVAE(), num_samples=2, warmup_steps=1, prepare=prepare)
+    x = torch.rand(2, 1, 4, 4)
+    expected = defence(x, torch.Generator().manual_seed(0)).latents["z"]
+    for again in (pickle.loads(pickle.dumps(defence)), copy.deepcopy(defence)):
+        assert repr(again.prepare) == repr(defence.prepare)
+        recorder = getattr(again.prepare, "_recorder", again.prepare)
+        assert not recorder.recordings
+        assert torch.equal(again(x, torch.Generator().manual_seed(0)).latents["z"], expected)
 
 
 def test_prepare_needs_a_model_and_a_kernel_of_this_library():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 import shutil
@@ -16,9 +17,11 @@ from pyro.infer import MCMC
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, compiled, program
 from pyro_vae_defence.models.compiled import Recorder, ReducedForce
+from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops import precision
 from pyro_vae_defence.ops.balls import Linf
@@ -241,6 +244,25 @@ def test_a_run_after_training_records_anew(change):
     expected, slope = lat.value_and_gradient(energy, z)
     assert torch.allclose(value, expected)
     assert torch.allclose(gradient["z"], slope["z"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("ball", [Linf(0.1), UnknownRadius(Linf, [0.0, 0.1], [0.0, 1.0])], ids=str)
+def test_one_recording_serves_all_micro_batches_and_calls(ball, float64):
+    recorder, vae, x = Recorder(), LinearGaussianVAE(), torch.rand(4, 1, 4, 4)
+    for perturbation in (ball, dataclasses.replace(ball)):
+        defence = MCMCDefence(
+            vae,
+            num_samples=1,
+            warmup_steps=1,
+            prepare=recorder,
+            perturbation=perturbation,
+            batch_size=2,
+        )
+        defence(x)
+    assert len(recorder.recordings) == 1
+    for other in (None, Linf(0.2)):
+        MCMCDefence(vae, prepare=recorder, perturbation=other, num_samples=1)(x)
+    assert len(recorder.recordings) == 3
 
 
 def test_chains_are_those_of_the_traced_model(linear_vae):

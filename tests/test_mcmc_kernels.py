@@ -584,3 +584,11 @@ def test_host_syncs_of_a_transition(make):
             assert 0 < syncs.count <= 2**depth
         else:
             assert syncs.count == 0
+
+
+@pytest.mark.parametrize("step_size", [0.0, -0.1, float("nan")])
+def test_a_step_size_that_was_replaced_is_looked_at(step_size):
+    kernel = BatchedHMC(potential_fn=lambda latents: latents["z"].square().sum(-1))
+    kernel.step_size = step_size
+    with pytest.raises(ValueError, match="step_size must be a positive finite number"):
+        kernel.setup(1)

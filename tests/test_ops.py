@@ -143,6 +143,16 @@ class TestBalls:
             other = ball.project(projected + 0.1 * torch.randn_like(eps))
             assert ((eps - other).norm(dim=1) >= distance - 1e-9).all()
 
+    @pytest.mark.parametrize("scale", [1e-30, 1e8, 1e25])
+    def test_float32_projects_far_points_and_follows_any_gradient(self, ball, scale):
+        eps = torch.randn(20, 25)
+        far = ball.project(scale * eps)
+        expected = ball.project(scale * eps.double())
+        torch.testing.assert_close(
+            far.double(), expected, rtol=1e-4, atol=1e-4 * scale / (1 + scale)
+        )
+        torch.testing.assert_close(ball.step_direction(scale * eps), ball.step_direction(eps))
+
     def test_steepest_ascent_maximises_the_inner_product(self, ball, float64):
         gradient = torch.randn(20, 25)
         unit = type(ball)(1.0)

@@ -69,12 +69,14 @@ class LBFGS(Attack):
     def _start(self, problem: Problem) -> State:
         start = problem.start()
         state = first_result(start)
-        value = state["result_value"]
-        pairs = start.new_zeros((start.shape[0], self.memory, start[0].numel()))
+        # Squares of float32 gradients, as of a saturated softmax, may all be zero, or overflow.
+        value, still = state["result_value"].double(), torch.zeros_like(start).double()
+        pairs = still.new_zeros((start.shape[0], self.memory, start[0].numel()))
         return {
             **state,
-            "gradient": torch.zeros_like(start),
-            "direction": torch.zeros_like(start),
+            "result_value": value,
+            "gradient": still,
+            "direction": still,
             "length": torch.ones_like(value),
             "steps": pairs,
             "changes": pairs,
@@ -86,8 +88,8 @@ class LBFGS(Attack):
         # The result is the current point: steps are accepted only upwards.
         current, before = state["result"], state["gradient"]
         direction, length = state["direction"], state["length"]
-        trial = current + rows(length, direction) * direction
-        value, gradient = problem.value_and_gradient(trial)
+        trial = current + (rows(length, direction) * direction).to(current.dtype)
+        value, gradient = (each.double() for each in problem.value_and_gradient(trial))
 
         slope = _inner(before, direction)
         accept = value >= state["result_value"] + ARMIJO * length * slope

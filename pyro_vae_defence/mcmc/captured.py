@@ -113,6 +113,11 @@ class Graph:
         given = [f"{name}={value!r}" for name, value in options.items() if value]
         return f"Graph({', '.join(given)})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As of a Recorder: captures are of this process's device.
+        kind, compile = type(self), self._recorder.compile
+        return functools.partial(kind, force_dtype=self.force_dtype, compile=compile), ()
+
     def __call__(self, potential: ModelPotential) -> RecordedPotential:
         """The energy of a new run, with forces in their precision and recorded gradients."""
         self.captured = self.why_not = None

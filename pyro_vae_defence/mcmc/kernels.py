@@ -12,6 +12,7 @@ Options, adaptation and bookkeeping are here; a kernel adds its own arguments an
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -178,8 +179,11 @@ class BatchedKernel(MCMCKernel):
         During ``warmup_steps`` transitions the step size adapts.
 
         Raises:
-            ValueError: if :attr:`prepare` is of no use.
+            ValueError: if :attr:`prepare` is of no use, or ``step_size`` was replaced by a number
+                that is not positive.
         """
+        if not 0 < float(self.step_size) < math.inf:
+            raise ValueError(f"step_size must be a positive finite number, got {self.step_size!r}")
         self._warmup_steps = warmup_steps
         self._run = self._drawn = None
         self._networks = modules_of(self.model)

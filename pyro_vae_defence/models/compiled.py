@@ -23,6 +23,7 @@ A GPU spends more time on being told each of these operations than on small ones
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -299,6 +300,10 @@ class Recorder:
 
     def __repr__(self) -> str:
         return f"Recorder({'compile=True' if self.compile else ''})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Recordings hold the weights of this one's models; a copy makes its own.
+        return functools.partial(type(self), compile=self.compile), ()
 
     def __call__(self, potential: ModelPotential) -> RecordedPotential:
         """The same energy with recorded gradients."""

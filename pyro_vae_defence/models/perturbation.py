@@ -416,6 +416,16 @@ class PerturbationAware:
         self.perturbation = perturbation
         self._images: dict[Any, ImageMap] = {}
 
+    # Made anew for each micro-batch, whose recordings are those of the same model and perturbation.
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PerturbationAware) or type(other) is not type(self):
+            return NotImplemented
+        return (self.model, self.perturbation) == (other.model, other.perturbation)
+
+    def __hash__(self) -> int:
+        return hash((self.model, self.perturbation))
+
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the model with its observation, or its likelihood, replaced."""
         with _MostLikely(self.perturbation, self.images(x, args, kwargs)):

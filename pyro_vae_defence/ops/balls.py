@@ -200,10 +200,11 @@ class L2(Ball):
 
     def project(self, perturbation: Tensor) -> Tensor:
         """Scale rows that lie outside back to the sphere."""
-        scale = self.radius / self.norm(perturbation).clamp(min=1e-30)
-        # A hair under 1 keeps the rounded norm inside the ball.
-        scale = torch.where(scale < 1, scale * (1 - 8 * torch.finfo(scale.dtype).eps), 1.0)
-        return perturbation * rows(scale, perturbation)
+        norm = self.norm(perturbation)
+        # A hair less than the radius keeps the rounded norm inside the ball.
+        radius = self.radius * (1 - 8 * torch.finfo(norm.dtype).eps)
+        outside = rows(norm > self.radius, perturbation)
+        return torch.where(outside, radius * _normalised(perturbation), perturbation)
 
     def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """clip(s v, low, high) with the largest s <= 1 inside."""
@@ -240,20 +241,21 @@ class L1(Ball):
         """Euclidean projection by soft thresholding (Duchi et al. 2008)."""
         flat = perturbation.flatten(1)
         magnitude = flat.abs()
-        ordered = magnitude.sort(dim=1, descending=True).values
+        # Counted from the largest: sums of large values would round off the radius. What is lower
+        # by more than that becomes zero in any case.
+        height = (magnitude - magnitude.amax(1, keepdim=True)).clamp(min=-self.radius)
+        ordered = height.sort(dim=1, descending=True).values
         excess = ordered.cumsum(1) - self.radius
         count = torch.arange(1, flat.shape[1] + 1, device=flat.device, dtype=flat.dtype)
         active = (ordered > excess / count).sum(1).clamp(min=1)
         threshold = excess.gather(1, active[:, None] - 1)[:, 0] / active
-        inside = magnitude.sum(1) <= self.radius
-        threshold = torch.where(inside, 0.0, threshold)
-        shrunk = flat.sign() * (magnitude - threshold[:, None]).clamp(min=0)
+        shrunk = flat.sign() * (height - threshold[:, None]).clamp(min=0)
         # Soft thresholding meets the sphere up to rounding; one rescaling puts it inside.
         norm = shrunk.abs().sum(1)
         limit = self.radius * (1 - 64 * torch.finfo(flat.dtype).eps)
         scale = torch.where(norm > limit, limit / norm.clamp(min=1e-30), 1.0)
-        scale = torch.where(inside, 1.0, scale)
-        return (shrunk * scale[:, None]).reshape(perturbation.shape)
+        inside = magnitude.sum(1, keepdim=True) <= self.radius
+        return torch.where(inside, flat, shrunk * scale[:, None]).reshape(perturbation.shape)
 
     def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Soft thresholding, then clamping, with the smallest threshold that ends inside."""
@@ -286,6 +288,10 @@ class L1(Ball):
         return self.project(self.radius * signs * spacings / rows(total, like))
 
 
-def _normalised(gradient: Tensor) -> Tensor:
-    norm = gradient.flatten(1).norm(dim=1)
-    return gradient / rows(torch.where(norm > 0, norm, 1.0), gradient)
+def _normalised(vector: Tensor) -> Tensor:
+    """Each row over its Euclidean norm, whatever its scale; zero where it is zero."""
+    largest = vector.flatten(1).abs().amax(1)
+    # Squares of gradients of a saturated softmax would all be zero, others overflow.
+    vector = vector / rows(torch.where(largest > 0, largest, 1.0), vector)
+    norm = vector.flatten(1).norm(dim=1)
+    return vector / rows(norm.clamp(min=1.0), vector)
