@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import functools
+import json
 import os
 import shutil
 
@@ -195,6 +196,26 @@ class TestTakingUp:
             with pytest.raises(ValueError, match=r"a holds results of other images: dataset\[2\]"):
                 defence.to_zarr(other, path, generator=seeded(), chunk_size=2)
         assert defence.to_zarr(images, path, generator=seeded(), chunk_size=2) == path
+
+    def test_what_an_earlier_version_has_begun_is_finished(self, defence, x, tmp_path, monkeypatch):
+        """It wrote no hash of each image."""
+
+        def make(images, path):
+            return defence.to_zarr(images, path, generator=seeded(), chunk_size=2)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._Store, "close", lambda self: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                make(x, tmp_path / "a")
+        partial = tmp_path / "a.partial"
+        (partial / ".finished" / "2").unlink()
+        shutil.rmtree(partial / "defence" / store._HASH)
+        known = json.loads((partial / ".zmetadata").read_text())
+        known["metadata"] = {k: v for k, v in known["metadata"].items() if store._HASH not in k}
+        (partial / ".zmetadata").write_text(json.dumps(known))
+        found, whole = read(make(x, tmp_path / "a")), read(make(x, tmp_path / "b"))
+        assert whole.keys() - found.keys() == {f"defence/{store._HASH}"}
+        np.testing.assert_array_equal(found["posterior/z"], whole["posterior/z"])
 
     def test_a_finished_store_costs_nothing(self, defence, x, tmp_path, monkeypatch):
         path = defence.to_zarr(x, tmp_path / "a", generator=seeded(), chunk_size=2)

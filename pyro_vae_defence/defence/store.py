@@ -278,6 +278,8 @@ class _Store:
         """Write a chunk, and when it has reached the disk its mark."""
         if not self._checked:
             self.check(self.partial)
+        if not (self.partial / "defence" / _HASH).exists():  # begun by an earlier version
+            groups = {**groups, "defence": groups["defence"].drop_vars(_HASH)}
         for name, group in groups.items():
             # Fill values are written, too: what a library makes of a missing chunk is its affair.
             group.drop_vars(list(group.coords)).to_zarr(
