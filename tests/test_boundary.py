@@ -1,6 +1,7 @@
 """Public calls give the same whatever the caller's context, and refuse what is no number."""
 
 import copy
+import dataclasses
 import io
 import pickle
 import threading
@@ -248,8 +249,12 @@ def test_an_attack_without_a_finite_gradient_says_so():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("black", [slice(1, 2), slice(None)])
 def test_whether_a_gradient_is_finite_is_asked_of_all_micro_batches(black, tmp_path):
+    ends = []
+
     def objective(x_ref):
         total = x_ref.flatten(1).sum(1)
+        if ends and ends.pop():
+            raise KeyboardInterrupt
         return lambda x: x.flatten(1).sum(1) + (total + 0.0 * x.flatten(1).sum(1)).sqrt()
 
     x = _images()
@@ -258,9 +263,19 @@ def test_whether_a_gradient_is_finite_is_asked_of_all_micro_batches(black, tmp_p
         path = tmp_path / f"{batch_size}.pt"
         attack = attacks.PGD(objective, Linf(0.1), 2, batch_size=batch_size, checkpoint=path)
         if len(x[black]) == len(x):
-            for _ in range(2):  # a second call goes on from what the first has left
-                with pytest.raises(ValueError, match="gradient of objective is not finite"):
+            ends[:] = [True, False, False]  # a second call goes on from what the first has left
+            if batch_size == 1:
+                with pytest.raises(KeyboardInterrupt):
                     attack(x, _generator())
+                assert path.exists()
+            ends.clear()
+            with pytest.raises(ValueError, match="gradient of objective is not finite"):
+                attack(x, _generator())
+            # The file is gone, by which an objective that was mended would be refused.
+            mended = dataclasses.replace(
+                attack, objective=lambda x_ref: lambda x: x.flatten(1).sum(1)
+            )
+            assert (mended(x, _generator()).objective > mended.objective(x)(x)).all()
         else:
             moved = attack(x, _generator()).objective[0] > objective(x)(x)
             assert moved.tolist()[::2] == [True, True]

@@ -394,8 +394,8 @@ class Attack:
     ) -> AttackResult:
         """Attack images, each with the random streams that ``image`` ``(N,)`` numbers.
 
-        Raises as a call; without ``check``, for some of the images alone, what is not finite leaves
-        them as it leaves them among others.
+        Raises as a call. Without ``check`` objectives and gradients may be finite nowhere: of some
+        of the images of an attack, which its others might have spared the error.
         """
         x_ref = x_ref.detach()  # or the result would hang on the references through all steps
         progress = _Progress(self, (x_ref, *conditions), seed)
@@ -411,10 +411,9 @@ class Attack:
             name: unfold(torch.cat([part[name] for part in progress.finished]), self.num_restarts)
             for name in progress.finished[0]
         }
+        progress.remove()  # or an objective that was mended would be refused for the other one
         if check:
             _check_gradients(progress.any_finite, whole["objective"])
-        progress.remove()
-        if check:
             _check_values(whole["objective"])
         return AttackResult(x_ref=x_ref, **whole)
 
