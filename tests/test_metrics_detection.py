@@ -239,6 +239,12 @@ def test_stays_on_its_device(metric):
         (lambda s: metrics.fpr_at_tpr(s, s / 0 * 0), "positives has scores that are not a number"),
         (lambda s: metrics.fpr_at_tpr(s, s, 0.0), r"tpr must lie in \(0, 1\], got 0.0"),
         (
+            lambda s: metrics.detection_interval(
+                functools.partial(metrics.fpr_at_tpr, tpr=1.5), s, s
+            ),
+            r"tpr must lie in \(0, 1\], got 1.5",
+        ),
+        (
             lambda s: metrics.detection_interval(metrics.auroc, s, s[1:]),
             "negatives has 5 scores and positives 4",
         ),

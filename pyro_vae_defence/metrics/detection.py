@@ -168,6 +168,7 @@ def detection_interval(
     drawn = torch.randint(
         num_images, (num_resamples, num_images), generator=generator, device="cpu"
     )
+    estimate = float(statistic(negatives, positives))
     kind: Any = statistic
     options: dict[str, Any] = {}
     if isinstance(kind, functools.partial) and not kind.args:
@@ -184,7 +185,6 @@ def detection_interval(
         least = most = torch.tensor(found, dtype=torch.float64, device="cpu")
     ends = zip((least, most), tails(level), strict=True)
     low, high = (float(torch.quantile(values, tail)) for values, tail in ends)
-    estimate = float(statistic(negatives, positives))
     if of_resamples is not None:
         if bool((least == least[0]).all()):
             share = unseen_share(num_images // 2, level)
