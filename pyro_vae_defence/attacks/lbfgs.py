@@ -141,7 +141,8 @@ class LBFGS(Attack):
         slope = -gradient
         times, rate = _bfgs(**model), 1.0 / model["curvature"]
         for _ in range(self.inner_steps):
-            target = problem.project(current + direction - rows(rate, slope) * slope)
+            target = current + direction - rows(rate, slope) * slope
+            target = problem.project(target.to(current.dtype))
             move = target - current - direction
             bent = times(move)
             bend = _inner(move, bent)
