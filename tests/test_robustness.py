@@ -507,7 +507,7 @@ def test_attacks_from_an_iterator_numpys_seed_and_images_with_a_gradient():
     [
         (lambda x: x[None] + 0.31 * (0.5 - x).sign(), r"leave \[0, 1\] or Linf.*norm up to 0.31"),
         (lambda x: x[None] * torch.nan, "norm up to nan"),
-        (lambda x: x, r"shape \(8, 1, 4, 4\), not \(1, 8, 1, 4, 4\)"),
+        (lambda x: x, r"shape \(8, 1, 4, 4\), not \('R', 8, 1, 4, 4\)"),
     ],
 )
 def test_what_an_engine_returns_is_in_the_ball(attacked, message):

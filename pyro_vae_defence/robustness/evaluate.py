@@ -123,7 +123,7 @@ def evaluate_robustness(
             num_restarts=, batch_size=)``, and with ``start=``
             (:mod:`~pyro_vae_defence.attacks.starts`) for the later stages of *continuation*, which
             is left out where the engine does not take it. What it returns, called as an attack, has
-            images ``x_adv``, ``(num_restarts, N, C, H, W)``, in the ball.
+            images ``x_adv``, ``(restarts, N, C, H, W)``, in the ball.
         similarity: of reconstructions in pairs, differentiable, 1 if equal; the paper's MSSSIM.
         checks: run the sanity checks; without them the report counts as unreliable.
         defence_seed: a seed that the defence always runs with, and that the attacker knows:

@@ -382,7 +382,7 @@ class Suite:
             settings = {**options, "num_steps": of_stage, **begin}
             attack = engine(objective, ball or self.ball, **settings)
             found = attack(self.x, self.scorer.fresh()).x_adv
-            check_attacked(found, self.x, ball or self.ball, options["num_restarts"])
+            check_attacked(found, self.x, ball or self.ball)
         assert found is not None
         return found
 
@@ -486,13 +486,12 @@ class Memory:
         self.images = images[order, torch.arange(images.shape[1], device=order.device)]
 
 
-def check_attacked(x_adv: Tensor, x_ref: Tensor, ball: Ball, num_restarts: int) -> None:
+def check_attacked(x_adv: Tensor, x_ref: Tensor, ball: Ball) -> None:
     """Raise ``ValueError`` unless an engine has returned images in the ball, up to rounding."""
-    shape = (num_restarts, *x_ref.shape)
-    if tuple(x_adv.shape) != shape:
+    if len(x_adv) == 0 or x_adv.shape[1:] != x_ref.shape:
         raise ValueError(
-            f"engine returned x_adv of shape {tuple(x_adv.shape)}, not {shape}: one attacked image "
-            "for each restart and each reference"
+            f"engine returned x_adv of shape {tuple(x_adv.shape)}, not {('R', *x_ref.shape)} with "
+            "R >= 1: one attacked image for each restart and each reference"
         )
     rounding = torch.finfo(x_ref.dtype).eps
     size = torch.stack([ball.norm(each - x_ref) for each in x_adv])
