@@ -387,8 +387,9 @@ def test_batches_may_be_made_by_a_thread_that_defends(reads):
         return torch.cat([parameter.detach().flatten() for parameter in vae.parameters()])
 
     found = call(loader)
-    # An epoch, its loss twice, and the variance: each time the thread has ended in between.
-    times = {"fit": 8, "evaluate": 2, "mean_posterior_variance": 2}[reads]
+    # A look at the first batch, an epoch, its loss twice, and the variance: each time the thread
+    # has ended in between.
+    times = {"fit": 9, "evaluate": 2, "mean_posterior_variance": 2}[reads]
     assert len(loader.done) == times
     assert len(met) == (reads == "fit")
     assert all(torch.equal(done, expected) for done in loader.done + met)
