@@ -233,29 +233,26 @@ class Problem:
         return met
 
 
-def _check_gradients(any_finite: Sequence[Tensor | None], value: Tensor) -> None:
-    """``ValueError`` if no gradient had a finite number although the objective has a value.
+def _check_finite(any_finite: Sequence[Tensor | None], value: Tensor) -> None:
+    """``ValueError`` if the objective is not finite for a single row in the end, or no gradient had
+    a finite number although it is.
 
     ``any_finite`` are those of the problems of all micro-batches.
     """
-    found = [each for each in any_finite if each is not None]
-    if value.device.type == "meta" or len(found) < len(any_finite):
+    if value.device.type == "meta":
         return
-    if not bool(torch.stack(found).any()) and bool(value.isfinite().any()):
-        raise ValueError(
-            "the gradient of objective is not finite at any pixel of any image, so that no "
-            "image was moved by it; look for the root or the norm of zero, or an overflow, in "
-            "the objective and the encoder, or use a black-box attack such as attacks.Square"
-        )
-
-
-def _check_values(value: Tensor) -> None:
-    """``ValueError`` if the objective is not finite for a single row in the end."""
-    if value.device.type != "meta" and not bool(value.isfinite().any()):
+    if not bool(value.isfinite().any()):
         raise ValueError(
             f"objective is not finite at any of the {value.numel()} attacked images, so that "
             f"nothing was maximised (the first value is {float(value.flatten()[0])}); "
             "evaluate it at x_ref, and see where the encoder or a divergence overflows"
+        )
+    found = [each for each in any_finite if each is not None]
+    if len(found) == len(any_finite) and not bool(torch.stack(found).any()):
+        raise ValueError(
+            "the gradient of objective is not finite at any pixel of any image, so that no "
+            "image was moved by it; look for the root or the norm of zero, or an overflow, in "
+            "the objective and the encoder, or use a black-box attack such as attacks.Square"
         )
 
 
@@ -413,8 +410,7 @@ class Attack:
         }
         progress.remove()  # or an objective that was mended would be refused for the other one
         if check:
-            _check_gradients(progress.any_finite, whole["objective"])
-            _check_values(whole["objective"])
+            _check_finite(progress.any_finite, whole["objective"])
         return AttackResult(x_ref=x_ref, **whole)
 
     def _attack(

@@ -387,12 +387,12 @@ class Robustness(Measurement[RobustnessConfig]):
         for number, images in enumerate(config.blocks):
             for target in config.targets:
                 for name in config.defences:
-                    key = f"{target}/{name}"
+                    key: Key = ("reports", f"{target}/{name}")
                     if config.images_per_cell is None:
-                        yield ("reports", key), partial(self.report, target, name)
+                        yield key, partial(self.report, key)
                     else:
-                        compute = partial(self.report, target, name, images, number)
-                        yield ("blocks", key, f"{number:03d}"), compute
+                        key = ("blocks", key[1], f"{number:03d}")
+                        yield key, partial(self.report, key, images)
 
     @remembered
     def defence(self, name: str) -> Defence:
@@ -410,23 +410,22 @@ class Robustness(Measurement[RobustnessConfig]):
         )
         return make_defence(name, setting)
 
-    def report(
-        self, target: Target, name: str, images: range | None = None, number: int | None = None
-    ) -> dict[str, Any]:
+    def report(self, key: Key, images: range | None = None) -> dict[str, Any]:
         """One defence under the whole suite, and the first images under their worst attack.
 
         All images go into a file of their own, for others to score again. What was killed goes on
         after the last of its attacks.
         """
+        target, name = key[1].split("/")
+        number = None if images is None else int(key[2])
         config, defence = self.config, self.defence(name)
         classify = None
         if target == "classification":
             classify = DefendedClassifier(defence, self.classifier, config.reading)
         rows = slice(None) if images is None else slice(images.start, images.stop)
-        stem = self._stem(target, name, number)
-        images_file = self.directory / "attacked" / f"{stem}.safetensors"
+        images_file = self.directory / "attacked" / f"{self._stem(key)}.safetensors"
         check_place(images_file)
-        purpose = (f"{target}/{name}",) if number is None else (f"{target}/{name}", "block", number)
+        purpose = (key[1],) if number is None else (key[1], "block", number)
         report = evaluate_robustness(
             self.vae,
             defence,
@@ -440,7 +439,7 @@ class Robustness(Measurement[RobustnessConfig]):
             checks=config.checks,
             defence_seed=config.defence_seed,
             generator=self.generator(*purpose),
-            checkpoint=self._checkpoint(stem),
+            checkpoint=self._checkpoint(key),
             keep_checkpoint=True,
         )
         save_attacked(report, images_file)
@@ -452,16 +451,14 @@ class Robustness(Measurement[RobustnessConfig]):
 
     def saved(self, key: Key) -> None:
         """Delete the checkpoint of a report, which is safe now."""
-        target, name = key[1].split("/")
-        number = int(key[2]) if key[2:] else None
-        self._checkpoint(self._stem(target, name, number)).unlink(missing_ok=True)
+        self._checkpoint(key).unlink(missing_ok=True)
 
-    def _stem(self, target: str, name: str, number: int | None) -> str:
+    def _stem(self, key: Key) -> str:
         """Of the files of a report, or of one of a block."""
-        return f"{self.name}_{target}_{name}" + ("" if number is None else f"_{number:03d}")
+        return "_".join([self.name, *key[1].split("/"), *key[2:]])
 
-    def _checkpoint(self, stem: str) -> Path:
-        return self.directory / f".{stem}.pt"
+    def _checkpoint(self, key: Key) -> Path:
+        return self.directory / f".{self._stem(key)}.pt"
 
     @classmethod
     def section(cls, result: dict[str, Any], figures: list[str]) -> str:

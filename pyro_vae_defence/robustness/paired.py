@@ -59,13 +59,11 @@ class Difference(NamedTuple):
 def same_images(report: RobustnessReport, other: RobustnessReport) -> bool:
     """Whether two reports may be of the same images: as many, one at least, and where both reports
     hold them, or else a hash of them, the same ones. Reports of early versions hold none."""
-    hashes = report.images, other.images
+    if not 0 < len(report.per_image) == len(other.per_image):
+        return False
     if report.x_ref is not None and other.x_ref is not None:  # whose parts may be others
-        hashes = (fingerprint(report.x_ref),), (fingerprint(other.x_ref),)
-    known = all(hashes)
-    return 0 < len(report.per_image) == len(other.per_image) and not (
-        known and hashes[0] != hashes[1]
-    )
+        return fingerprint(report.x_ref) == fingerprint(other.x_ref)
+    return not (report.images and other.images) or report.images == other.images
 
 
 def paired_difference(
