@@ -284,8 +284,9 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
     before they are re-encoded. ``<dataset>_vote_<radius>`` lets every draw of the four vote, which
     loses fewer classes. ``<dataset>_mode_<radius>`` is the mode of the one chain's target, the
     rival that a chain has to beat. ``<dataset>_unrolled_<radius>`` is the one chain again, with the
-    gradient through all of it. ``<dataset>_known_seed_<radius>`` is one chain whose attacker
-    knows its random numbers, so that the gradient through the whole chain is exact.
+    gradient through all of it, and ``<dataset>_reconstruction_<radius>`` that and the mode attacked
+    for their reconstructions. ``<dataset>_known_seed_<radius>`` is one chain whose attacker knows
+    its random numbers, so that the gradient through the whole chain is exact.
     ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most, with twice
     the steps: what they leave less than before is what the budget was too small for.
 
@@ -316,6 +317,12 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
             "targets": ("classification",),
             "attacks": (*PROTOCOL_ATTACKS, "unroll"),
         },
+        "reconstruction": {
+            "defences": ("aware_mode", "aware"),
+            "targets": ("reconstruction",),
+            "attacks": (*PROTOCOL_ATTACKS, "unroll"),
+            "classifier": None,
+        },
         "known_seed": {
             "defences": ("none", "dark_clip", "aware"),
             "targets": ("classification",),
@@ -334,9 +341,8 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
         f"{dataset}_{kind}_{radius:g}": RobustnessConfig(
             f"{dataset}_vae",
             radius,
-            classifier=f"{dataset}_vae_mlp_classifier",
             num_images=100,
-            **{"budget": budget, **settings},
+            **{"budget": budget, "classifier": f"{dataset}_vae_mlp_classifier", **settings},
         )
         for kind, settings in kinds.items()
         for dataset in ("mnist", "fashion_mnist")
