@@ -124,8 +124,10 @@ def _classifiers() -> dict[str, ClassifierConfig]:
             classifiers[f"{name}_guide"] = replace(plain, inputs="guide", num_images=as_mnist)
             # A tenth of the training images, at some hundred gradients each.
             classifiers[f"{name}_posterior"] = replace(plain, inputs="posterior", num_images=5_500)
-    for dataset in ("mnist", "fashion_mnist"):
+    for dataset in ("mnist", "fashion_mnist", "color_mnist_textured"):
         layers = replace(_OF_LAYERS, dataset=dataset, model=f"{dataset}_vae")
+        if dataset in _COLOURED:
+            layers = replace(layers, num_images=55_000)
         classifiers[f"{dataset}_vae_mlp_classifier"] = layers
     for dataset in DATASETS:
         features = ClassifierConfig(dataset, optimiser="adam", learning_rate=1e-3, max_epochs=5)
