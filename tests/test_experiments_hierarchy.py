@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import shared_path
 from PIL import Image
+from studies import save_model
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments.__main__ import main
@@ -19,7 +20,6 @@ from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
-from pyro_vae_defence.models.pretrained import save_pretrained
 
 SMALL = {
     "dataset": "mnist_subset",
@@ -45,7 +45,7 @@ def models(short_searches, tmp_path_factory):
     vae = NVAE(NVAEConfig.from_dict({**(MODELS["mnist_nvae"].architecture or {}), **small}))
     directory = tmp_path_factory.mktemp("models")
     for model, name in ((vae, "mnist_nvae"), (ConvVAE(), "flat")):
-        save_pretrained(model, name, directory, training={}, command="", provenance={})
+        save_model(model, name, directory, training={})
     return directory
 
 
