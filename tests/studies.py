@@ -8,12 +8,21 @@ import json
 import pytest
 
 from pyro_vae_defence.experiments.tables import at
+from pyro_vae_defence.experiments.train import MODELS
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import save_pretrained
 
 save_model = functools.partial(
     save_pretrained, training={"dataset": "mnist_subset"}, command="none", provenance={}
 )
 """Save a model as if it had been trained on the packaged images."""
+
+
+def small_nvae():
+    """An untrained network of three groups, of the kind that is trained on MNIST."""
+    small = {"num_groups_per_scale": 2, "num_latent_per_group": 2}
+    small |= {"num_channels_enc": 4, "num_channels_dec": 4}
+    return NVAE(NVAEConfig.from_dict(MODELS["mnist_nvae"].architecture | small))
 
 
 def change(path, places, value):

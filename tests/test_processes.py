@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import TutorialVAE
-from studies import save_model
+from studies import save_model, small_nvae
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pyro_vae_defence.defence import MCMCDefence
@@ -35,11 +35,9 @@ from pyro_vae_defence.experiments.figures import Figures
 from pyro_vae_defence.experiments.hierarchy import DefendHierarchy
 from pyro_vae_defence.experiments.published import Published
 from pyro_vae_defence.experiments.study import Measurement, load, save
-from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
-from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.pretrained import load_card
 from pyro_vae_defence.ops import ranks
 from pyro_vae_defence.ops.locks import sole_writer
@@ -279,10 +277,7 @@ def save_models(directory, seed=0):
     variance = {"z": torch.rand(64) + 0.1}
     save_model(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance)
     save_model(LinearClassifier(64, 10), "mnist_vae_classifier", directory)
-    small = {"num_groups_per_scale": 2, "num_latent_per_group": 2}
-    small |= {"num_channels_enc": 4, "num_channels_dec": 4}
-    nvae = NVAE(NVAEConfig.from_dict({**MODELS["mnist_nvae"].architecture, **small}))
-    save_model(nvae, "mnist_nvae", directory)
+    save_model(small_nvae(), "mnist_nvae", directory)
 
 
 class TestStudies:
