@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
-from pyro_vae_defence.models.nvae import NVAE
+from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
 from pyro_vae_defence.models.nvae.gaussian import gaussian
 from pyro_vae_defence.models.nvae.likelihoods import image_likelihood
 from pyro_vae_defence.models.nvae.network import TopDownState
+
+SMALL = NVAEConfig(
+    dataset="mnist",
+    num_latent_scales=2,
+    num_groups_per_scale=2,
+    ada_groups=True,
+    num_latent_per_group=2,
+    num_channels_enc=4,
+    num_channels_dec=4,
+    num_preprocess_cells=1,
+    num_postprocess_cells=1,
+    use_se=True,
+    res_dist=True,
+)
 
 
 @dataclass(frozen=True)
@@ -97,3 +112,18 @@ def one_pass(vae: NVAE, x: Tensor, noise: Sequence[Tensor] | None = None) -> One
     logits = vae.output(vae.walk(len(x), choose))
     log_likelihood = image_likelihood(vae.config, logits).log_prob(x)
     return OnePass(tuple(groups), logits, -log_likelihood)
+
+
+def traces(
+    guide: Callable[[Tensor], None], model: Callable[[Tensor], None], x: Tensor
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Of the guide, and of the model at its draws, with log-probabilities."""
+    of_guide = poutine.trace(guide).get_trace(x)
+    of_model = poutine.trace(poutine.replay(model, trace=of_guide)).get_trace(x)
+    of_guide.compute_log_prob()
+    of_model.compute_log_prob()
+    return of_guide, of_model
+
+
+def log_probs(trace: poutine.Trace, sites: tuple[str, ...]) -> Tensor:
+    return torch.stack([trace.nodes[site]["log_prob"] for site in sites], dim=1)

@@ -29,13 +29,14 @@ from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS, PaperSetting
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.models import ConvVAE, program
-from pyro_vae_defence.ops.balls import Linf
+from pyro_vae_defence.ops.balls import L2, Linf
 
 KERNELS = {
     **FACTORIES,
     "pyro-hmc": functools.partial(pyro.infer.HMC, step_size=0.1, num_steps=3),
     "pyro-nuts": functools.partial(pyro.infer.NUTS, step_size=0.1, max_tree_depth=3),
 }
+SHORT = {"num_samples": 4, "warmup_steps": 4, "num_chains": 2}
 SHARED_STATS = {"acceptance_rate", "diverging", "lp", "step_size", "n_steps"}
 
 
@@ -70,23 +71,42 @@ def test_contract_of_every_kernel(tutorial_vae, name):
     assert tree["posterior"].attrs["num_samples"] == 5
 
 
-@pytest.mark.parametrize("name", ["hmc", "nuts"])
+DEFENCES = {
+    "hmc": functools.partial(MCMCDefence, kernel=KERNELS["hmc"], **SHORT),
+    "nuts": functools.partial(MCMCDefence, kernel=KERNELS["nuts"], **SHORT),
+    "adam": functools.partial(PosteriorModeDefence, num_steps=5, perturbation=L2(0.5)),
+    "lbfgs": functools.partial(
+        PosteriorModeDefence, optimiser="lbfgs", num_steps=5, perturbation=L2(0.5)
+    ),
+    "encoder": functools.partial(EncoderDefence, num_samples=3),
+}
+
+
+@pytest.mark.parametrize("name", DEFENCES)
 @pytest.mark.usefixtures("float64")
 def test_does_not_depend_on_the_micro_batch(tutorial_vae, name):
     x = torch.rand(3, 1, 28, 28)
-    close = functools.partial(torch.allclose, rtol=1e-9, atol=1e-9)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 
     def run(x, **settings):
         torch.manual_seed(2)
-        return MCMCDefence(tutorial_vae, KERNELS[name], 4, 4, 2, **settings)(x)
+        return DEFENCES[name](tutorial_vae, **settings)(x)
 
     whole = run(x)
-    for other in (run(x, batch_size=4), run(x, batch_size=1)):
-        assert close(other.samples["latent"], whole.samples["latent"])
+    for rows in (2 * len(whole.samples["latent"]), 1):  # two images with their chains, and one
+        other = run(x, batch_size=rows)
+        close(other.samples["latent"], whole.samples["latent"])
         assert torch.equal(other.num_gradients, whole.num_gradients)
     # The first image alone is the first image of the batch.
-    alone = run(x[:1])
-    assert close(alone.samples["latent"], whole.samples["latent"][:, :, :1])
+    close(run(x[:1]).samples["latent"], whole.samples["latent"][:, :, :1])
+
+
+@pytest.mark.parametrize("name", DEFENCES)
+def test_train_mode_is_restored_and_not_used(name):
+    vae = BatchNormVAE().train()
+    DEFENCES[name](vae)(torch.rand(2, 1, 28, 28))
+    assert vae.training
+    assert vae.norm.num_batches_tracked == 0
 
 
 def test_draws_follow_the_posterior(linear_vae):
@@ -303,14 +323,6 @@ def test_settings_survive_netcdf(tutorial_vae, tmp_path):
     assert result.settings["kernel_adapt_step_size"] == 0
     assert "tensor" not in repr(result)
     assert len(repr(result)) < 150
-
-
-def test_train_mode_is_restored_and_not_used():
-    vae = BatchNormVAE().train()
-    x = torch.rand(2, 1, 28, 28)
-    MCMCDefence(vae, KERNELS["hmc"], 1, 1)(x)
-    assert vae.training
-    assert vae.norm.num_batches_tracked == 0
 
 
 class TestErrors:

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from programs import BatchNormVAE, HierarchicalVAE
+from programs import HierarchicalVAE
 
 from pyro_vae_defence.defence import PosteriorModeDefence
 from pyro_vae_defence.models import program
-from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.balls import Linf
 
 STEPS = {"adam": 200, "lbfgs": 25}
 
@@ -49,21 +49,6 @@ def test_contract(tutorial_vae, optimiser, tmp_path):
     assert torch.allclose(-result.sample_stats["lp"][0, 0], energy(result.latents))
 
 
-@pytest.mark.parametrize("optimiser", STEPS)
-@pytest.mark.usefixtures("float64")
-def test_does_not_depend_on_the_micro_batch(tutorial_vae, optimiser):
-    x = torch.rand(5, 1, 28, 28)
-
-    def run(x, **settings):
-        torch.manual_seed(2)
-        defence = PosteriorModeDefence(tutorial_vae, optimiser, 5, perturbation=L2(0.5), **settings)
-        return defence(x).latents["latent"]
-
-    whole = run(x)
-    assert torch.allclose(run(x, batch_size=2), whole, rtol=1e-9, atol=1e-9)
-    assert torch.allclose(run(x[:1]), whole[:1], rtol=1e-9, atol=1e-9)
-
-
 def test_the_mean_makes_it_deterministic_and_constraints_are_kept(tutorial_vae):
     x = torch.rand(2, 1, 28, 28)
     defence = PosteriorModeDefence(tutorial_vae, num_steps=2, initial="mean")
@@ -73,13 +58,6 @@ def test_the_mean_makes_it_deterministic_and_constraints_are_kept(tutorial_vae):
             torch.rand(3, 1, 4, 4)
         )
         assert (found["rate"] > 0).all()
-
-
-def test_train_mode_is_restored_and_not_used():
-    vae = BatchNormVAE().train()
-    PosteriorModeDefence(vae, num_steps=1)(torch.rand(2, 1, 28, 28))
-    assert vae.training
-    assert vae.norm.num_batches_tracked == 0
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from studies import save_model
 
 from pyro_vae_defence.experiments import train
 from pyro_vae_defence.experiments.__main__ import main
@@ -40,15 +41,8 @@ def models(tmp_path_factory):
 
 
 def saved(directory, name="toy"):
-    return save_pretrained(
-        ConvVAE(),
-        name,
-        directory,
-        training={},
-        command="none",
-        provenance={},
-        mean_posterior_variance={"z": torch.rand(64) + 0.1},
-    )
+    variance = {"z": torch.rand(64) + 0.1}
+    return save_model(ConvVAE(), name, directory, training={}, mean_posterior_variance=variance)
 
 
 class TestWeights:

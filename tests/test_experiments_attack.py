@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
+from studies import check_resumed, save_model
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.attack import Attack, AttackConfig, table
@@ -13,7 +15,7 @@ from pyro_vae_defence.experiments.paper.printed import TABLE_2, TABLE_3, TABLE_7
 from pyro_vae_defence.experiments.tables import NOT_MEASURED
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models.classifier import load_classifier
-from pyro_vae_defence.models.pretrained import load_pretrained, save_pretrained
+from pyro_vae_defence.models.pretrained import load_pretrained
 
 TINY = {
     "radii": (0.1,),
@@ -36,11 +38,10 @@ def attack(output, models, **changes):
 def models(tmp_path_factory):
     """The packaged model and its classifier, as if they had been trained on the packaged images."""
     directory = tmp_path_factory.mktemp("models")
-    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
     vae, (classifier, _) = load_pretrained("mnist_vae"), load_classifier("mnist_vae_classifier")
     variance = vae.mean_posterior_variance
-    save_pretrained(vae, "mnist_se_0.1", directory, mean_posterior_variance=variance, **common)
-    save_pretrained(classifier, "mnist_se_0.1_classifier", directory, **common)
+    save_model(vae, "mnist_se_0.1", directory, mean_posterior_variance=variance)
+    save_model(classifier, "mnist_se_0.1_classifier", directory)
     return directory
 
 
@@ -77,19 +78,8 @@ def test_without_a_defence_only_attacks_change_classes(run):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path):
-    _, result = run
-    path = tmp_path / "mnist_se_0.1.json"
-    cut = json.loads(json.dumps(result))
-    expected = cut["radii"]["0.1"].pop("hmc")
-    cut["radii"]["0"]["none"]["marked"] = True
-    path.write_text(json.dumps(cut))
-    again = attack(tmp_path, models)
-    assert again["radii"]["0"]["none"]["marked"]
-    found = json.loads(path.read_text())["radii"]["0.1"]["hmc"]
-    expected.pop("seconds_per_image")
-    assert {key: found[key] for key in expected} == expected
-    with pytest.raises(ValueError, match="belongs to another run"):
-        attack(tmp_path, models, seed=1)
+    again = functools.partial(attack, models=models)
+    check_resumed(again, tmp_path, run[1], "radii/0.1/hmc", kept="radii/0/none")
 
 
 def test_tables_come_from_the_files_alone(run, capsys):

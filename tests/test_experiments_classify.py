@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from studies import save_model
 from torch.utils.data import TensorDataset
 
 from pyro_vae_defence import data
@@ -29,7 +30,7 @@ from pyro_vae_defence.models.classifier import (
     flatten_latents,
     load_classifier,
 )
-from pyro_vae_defence.models.pretrained import load_card, load_pretrained, save_pretrained
+from pyro_vae_defence.models.pretrained import load_card, load_pretrained
 
 TINY = {"dataset": "mnist_subset", "max_epochs": 2, "batch_size": 500}
 
@@ -37,10 +38,7 @@ TINY = {"dataset": "mnist_subset", "max_epochs": 2, "batch_size": 500}
 @pytest.fixture
 def models(tmp_path):
     torch.manual_seed(0)
-    save_pretrained(
-        ConvVAE(), "mnist_vae", tmp_path / "models", training={"dataset": "mnist_subset"},
-        command="none", provenance={},
-    )  # fmt: skip
+    save_model(ConvVAE(), "mnist_vae", tmp_path / "models")
     return tmp_path / "models"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 
 import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
+from studies import check_resumed, save_model
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.classify import CLASSIFIERS
@@ -27,7 +28,6 @@ from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
-from pyro_vae_defence.models.pretrained import save_pretrained
 
 TINY = {
     "defences": ("none", "aware", "aware_0.1", "aware_unknown", "aware_mode", "dark_clip", "mode"),
@@ -54,11 +54,10 @@ TINY = {
 def models(narrow, short_searches, tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
     variance = {"z": torch.rand(64) + 0.1}
-    save_pretrained(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance, **common)
+    save_model(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance)
     for name in ("mnist_vae_classifier", "mnist_vae_classifier_guide"):
-        save_pretrained(LinearClassifier(64, 10), name, directory, **common)
+        save_model(LinearClassifier(64, 10), name, directory)
     return directory
 
 
@@ -115,23 +114,8 @@ def test_without_an_attack_nothing_is_to_be_detected(run):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path):
-    _, result = run
-    path = tmp_path / "mnist.json"
-    cut = json.loads(json.dumps(result))
-    expected = cut["radii"]["0.1"].pop("mode")
-    cut["radii"]["0"]["none"]["marked"] = True
-    path.write_text(json.dumps(cut))
-    again = compare(tmp_path, models)
-    assert again["radii"]["0"]["none"]["marked"]
-    found = json.loads(path.read_text())["radii"]["0.1"]["mode"]
-    assert {k: v for k, v in found.items() if k != "seconds_per_image"} == {
-        k: v for k, v in expected.items() if k != "seconds_per_image"
-    }
-    before = path.stat().st_mtime_ns
-    compare(tmp_path, models)
-    assert path.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="belongs to another run"):
-        compare(tmp_path, models, seed=1)
+    again = functools.partial(compare, models=models)
+    check_resumed(again, tmp_path, run[1], "radii/0.1/mode", kept="radii/0/none")
 
 
 def test_tables_and_figures_come_from_the_files_alone(run, tmp_path, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import LinearGaussianVAE
+from studies import save_model
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.experiments import attack
@@ -27,16 +28,12 @@ from pyro_vae_defence.models.pretrained import (
     load_card,
     load_pretrained,
     save_card,
-    save_pretrained,
 )
 
 
 @pytest.fixture
 def models(narrow, tmp_path):
-    save_pretrained(
-        ConvVAE(), "mnist_vae", tmp_path / "models", training={"dataset": "mnist_subset"},
-        command="none", provenance={}, metrics={"validation_nelbo": 1.0},
-    )  # fmt: skip
+    save_model(ConvVAE(), "mnist_vae", tmp_path / "models", metrics={"validation_nelbo": 1.0})
     return tmp_path / "models"
 
 
@@ -69,10 +66,7 @@ def test_measured_numbers_are_those_of_the_exact_model(float64, tmp_path):
 
 
 def test_colours_of_a_digit_count_once(narrow, tmp_path):
-    save_pretrained(
-        ConvVAE(3), "color_mnist_vae", tmp_path, training={"dataset": "color_mnist_subset"},
-        command="none", provenance={},
-    )  # fmt: skip
+    save_model(ConvVAE(3), "color_mnist_vae", tmp_path, training={"dataset": "color_mnist_subset"})
     changes = {"num_images": None}
     study = Evaluate("color_mnist_vae", tmp_path / "out", models=tmp_path, overrides=changes)
     study.load()

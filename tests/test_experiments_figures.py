@@ -10,6 +10,7 @@ import json
 import pytest
 import torch
 from matplotlib.image import imread
+from studies import check_resumed, save_model
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.classify import CLASSIFIERS
@@ -25,7 +26,6 @@ from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
-from pyro_vae_defence.models.pretrained import save_pretrained
 
 TINY = {
     "radii": (0.1, 1.0),
@@ -38,17 +38,15 @@ TINY = {
     "chain.warmup_steps": 1,
     "chain.num_steps": 1,
 }
-SECONDS = "attack_seconds_per_image"
 
 
 @pytest.fixture(scope="module")
 def models(narrow, tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
     variance = {"z": torch.rand(64) + 0.1}
-    save_pretrained(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance, **common)
-    save_pretrained(LinearClassifier(64, 10), "mnist_vae_classifier", directory, **common)
+    save_model(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance)
+    save_model(LinearClassifier(64, 10), "mnist_vae_classifier", directory)
     return directory
 
 
@@ -128,34 +126,21 @@ def test_the_attacker_who_knows_keeps_the_best_of_the_gradients(models, tmp_path
     assert strongest == {"truncated": truncated, "equilibrium": TINY["num_images"] - truncated}
 
 
-def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path, capsys):
-    _, result = run
-    path = tmp_path / "mnist.json"
-    cut = json.loads(json.dumps(result))
-    lost = {
-        "with_mcmc": cut["knowledge"]["1"].pop("with_mcmc"),
-        "reverse_kl": cut["objectives"]["0.2"]["supervised"].pop("reverse_kl"),
-    }
-    cut["clean"]["reference"]["marked"] = True
-    path.write_text(json.dumps(cut))
-    # Pictures and tables leave out what is not there.
+@pytest.mark.parametrize("lost", ["knowledge/1/with_mcmc", "objectives/0.2/supervised/reverse_kl"])
+def test_an_interrupted_run_goes_on_where_it_was(run, models, tmp_path, lost):
+    def again(output, **changes):
+        return study(output, models, {**TINY, **changes}).run()
+
+    check_resumed(again, tmp_path, run[1], lost, kept="clean/reference")
+
+
+def test_pictures_and_tables_leave_out_what_is_not_there(run, tmp_path, capsys):
+    cut = json.loads(json.dumps(run[1]))
+    del cut["knowledge"]["1"]["with_mcmc"]
+    (tmp_path / "mnist.json").write_text(json.dumps(cut))
     assert main(["figures", "--output", str(tmp_path), "--images", str(tmp_path)]) == 0
     assert "figures_mnist_objectives_supervised.png" in capsys.readouterr().out
     assert "| 1 | knows the defence" not in (tmp_path / "tables.md").read_text()
-
-    again = study(tmp_path, models).run()
-    assert again["clean"]["reference"]["marked"]
-    found = json.loads(path.read_text())
-    for name, cells in (
-        ("with_mcmc", found["knowledge"]["1"]),
-        ("reverse_kl", found["objectives"]["0.2"]["supervised"]),
-    ):
-        assert {**cells[name], SECONDS: 0} == {**lost[name], SECONDS: 0}
-    before = path.stat().st_mtime_ns
-    study(tmp_path, models).run()
-    assert path.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="belongs to another run"):
-        study(tmp_path, models, {**TINY, "seed": 1}).run()
 
 
 def test_tables_and_figures_come_from_the_files_alone(run, capsys):

@@ -11,15 +11,13 @@ import pytest
 import torch
 from conftest import shared_path
 from PIL import Image
+from studies import save_model, small_nvae
 
 from pyro_vae_defence import data
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.hierarchy import DefendHierarchy
 from pyro_vae_defence.experiments.study import write_pages
-from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
-from pyro_vae_defence.models.pretrained import save_pretrained
 
 SMALL = {
     "dataset": "mnist_subset",
@@ -40,12 +38,10 @@ SMALL = {
 def models(short_searches, tmp_path_factory):
     """An untrained network of three groups, without a stored metric."""
     torch.manual_seed(0)
-    small = {"num_groups_per_scale": 2, "num_latent_per_group": 2}
-    small |= {"num_channels_enc": 4, "num_channels_dec": 4}
-    vae = NVAE(NVAEConfig.from_dict({**(MODELS["mnist_nvae"].architecture or {}), **small}))
+    vae = small_nvae()
     directory = tmp_path_factory.mktemp("models")
     for model, name in ((vae, "mnist_nvae"), (ConvVAE(), "flat")):
-        save_pretrained(model, name, directory, training={}, command="", provenance={})
+        save_model(model, name, directory, training={})
     return directory
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from result_files import change
+from studies import change
 
 from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.leaderboard import write_leaderboard

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from studies import check_resumed
 
 from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
@@ -103,13 +104,10 @@ def test_the_chain_is_as_long_as_published(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_where_it_was(run, tmp_path):
-    cut = json.loads(json.dumps(run.result))
-    expected = cut["radii"]["0.1"]["class"].pop("none")
-    cut["radii"]["0"]["encoder"]["none"]["marked"] = True
-    (tmp_path / "mnist_vae.json").write_text(json.dumps(cut))
-    again = study(tmp_path, undefended_radii=(0.02, 0.3, 0.5)).run()
-    assert again["radii"]["0"]["encoder"]["none"]["marked"]
-    assert again["radii"]["0.1"]["class"]["none"] == expected
+    def again(output, **changes):
+        return study(output, undefended_radii=(0.02, 0.3, 0.5), **changes).run()
+
+    check_resumed(again, tmp_path, run.result, "radii/0.1/class/none", kept="radii/0/encoder/none")
 
 
 def test_section_and_figures_come_from_the_result_alone(run):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from studies import save_model
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.defence import NoDefence
@@ -13,7 +14,6 @@ from pyro_vae_defence.experiments.__main__ import main
 from pyro_vae_defence.experiments.ratios import Ratios, RatiosConfig, _per_image, histograms
 from pyro_vae_defence.experiments.study import write_pages
 from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.pretrained import save_pretrained
 
 SETTINGS = {
     "num_references": 4, "num_restarts": 3, "chain.num_samples": 2, "chain.warmup_steps": 1,
@@ -25,10 +25,8 @@ SETTINGS = {
 def models(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    save_pretrained(
-        ConvVAE(latent_dim=3), "mnist_vae", directory, training={"dataset": "mnist_subset"},
-        command="none", provenance={}, mean_posterior_variance={"z": torch.full((3,), 0.5)},
-    )  # fmt: skip
+    variance = {"z": torch.full((3,), 0.5)}
+    save_model(ConvVAE(latent_dim=3), "mnist_vae", directory, mean_posterior_variance=variance)
     return directory
 
 

@@ -15,6 +15,7 @@ import matplotlib.image
 import pytest
 import torch
 from conftest import NARROW
+from studies import save_model
 
 from pyro_vae_defence.defence import DefendedClassifier, MCMCDefence, NoDefence
 from pyro_vae_defence.defence.mcmc import (
@@ -37,7 +38,7 @@ from pyro_vae_defence.experiments.robustness import (
 from pyro_vae_defence.experiments.study import shown, write_pages
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier, MLPClassifier, load_classifier
-from pyro_vae_defence.models.pretrained import load_pretrained, save_pretrained
+from pyro_vae_defence.models.pretrained import load_pretrained
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.plots import picture
 from pyro_vae_defence.robustness import KNOWLEDGE, load_attacked, rescore
@@ -62,12 +63,9 @@ def models(tmp_path, monkeypatch):
     monkeypatch.setattr(ConvVAE, "widths", NARROW)
     torch.manual_seed(0)
     vae = ConvVAE().eval()
-    known = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
     variance = {"z": torch.full((64,), 0.3)}
-    save_pretrained(
-        vae, "mnist_vae", tmp_path / "models", mean_posterior_variance=variance, **known
-    )
-    save_pretrained(LinearClassifier(64, 10), "mnist_vae_classifier", tmp_path / "models", **known)
+    save_model(vae, "mnist_vae", tmp_path / "models", mean_posterior_variance=variance)
+    save_model(LinearClassifier(64, 10), "mnist_vae_classifier", tmp_path / "models")
     return tmp_path / "models"
 
 
@@ -82,10 +80,7 @@ def test_the_classifier_is_one_of_the_models_latents(models, tmp_path):
         "older": own | {"weights": "of another training"},
         "colours": own | {"column": 1},
     }.items():
-        save_pretrained(
-            MLPClassifier(64, 10, 8), name, models, training=training, command="none",
-            provenance={},
-        )  # fmt: skip
+        save_model(MLPClassifier(64, 10, 8), name, models, training=training)
 
     def made(name):
         return Robustness(

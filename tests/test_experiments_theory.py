@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from studies import save_model
 from torch.distributions import Normal
 
 from pyro_vae_defence.experiments import grids
@@ -26,7 +27,6 @@ from pyro_vae_defence.experiments.two_latents import (
 )
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.contract import check_vae
-from pyro_vae_defence.models.pretrained import save_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,10 +37,9 @@ GRID = grids.Grid(4.0, 0.05)
 def models(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
     for name, number in (("mnist_vae_2d", 2), ("mnist_vae", 64)):
         vae, variance = ConvVAE(latent_dim=number), {"z": torch.full((number,), 0.5)}
-        save_pretrained(vae, name, directory, mean_posterior_variance=variance, **common)
+        save_model(vae, name, directory, mean_posterior_variance=variance)
     return directory
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LinearLR
 
 from pyro_vae_defence.mcmc.mode import _inverse_hessian, search_mode, search_mode_lbfgs
 from pyro_vae_defence.models import program
+from pyro_vae_defence.ops.latents import index
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -44,54 +46,6 @@ def test_steps_are_those_of_torchs_adam():
     # The energy falls all the way here, so that the last point is the best.
     found, _ = search_mode(lambda s: energy(s["z"]), {"z": start}, num_steps=10, learning_rate=0.05)
     assert torch.allclose(found["z"], z)
-
-
-def test_rows_do_not_see_each_other_and_energy_never_rises():
-    x = torch.rand(4, 1, 4, 4)
-    energy = program.potential(HierarchicalVAE(), x)
-    start = {n: 3 * torch.randn_like(v) for n, v in energy.prototype.items()}
-    # A rate that overshoots.
-    found, _ = search_mode(energy, start, num_steps=12, learning_rate=5.0)
-    assert (energy(found) <= energy(start)).all()
-    for i in range(4):
-        rows = slice(i, i + 1)
-        alone, _ = search_mode(
-            program.potential(HierarchicalVAE(), x[rows]),
-            {n: v[rows] for n, v in start.items()},
-            num_steps=12,
-            learning_rate=5.0,
-        )
-        for name, value in alone.items():
-            assert torch.allclose(value, found[name][rows], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_row_that_meets_a_non_finite_energy_keeps_its_best_point(value):
-    def cliff(latents):
-        z = latents["z"].sum(-1)
-        return z.square() + torch.where(z.abs() < 1, value, 0.0)
-
-    found, _ = search_mode(cliff, {"z": torch.tensor([[3.0], [0.5]])}, num_steps=40)
-    assert 1 <= found["z"][0] < 3
-    assert found["z"][1] == 0.5
-
-
-def test_runs_on_a_device_that_cannot_answer():
-    start = {"z": torch.empty(5, 3, device="meta")}
-    found, gradients = search_mode(lambda s: s["z"].square().sum(-1), start, num_steps=2)
-    assert found["z"].device.type == gradients.device.type == "meta"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_steps": -1}, "num_steps must be an integer of at least 0, got -1"),
-        ({"learning_rate": 0.0}, "learning_rate must be a positive finite number, got 0.0"),
-    ],
-)
-def test_arguments(options, message):
-    with pytest.raises(ValueError, match=message):
-        search_mode(lambda s: s["z"].square().sum(-1), {"z": torch.zeros(1, 1)}, **options)
 
 
 # --- L-BFGS ---------------------------------------------------------------------------------------
@@ -146,41 +100,64 @@ def test_two_loops_are_the_update_of_the_inverse_hessian():
     assert torch.allclose(_inverse_hessian(pairs, gradient), gradient @ matrix)
 
 
-def test_lbfgs_rows_do_not_see_each_other_and_energy_never_rises():
+# --- Both searches --------------------------------------------------------------------------------
+
+
+both = pytest.mark.parametrize("search", [search_mode, search_mode_lbfgs])
+
+
+@pytest.mark.parametrize(
+    ("search", "falls", "tolerance"),
+    [
+        # A rate that overshoots.
+        (functools.partial(search_mode, num_steps=12, learning_rate=5.0), torch.le, 1e-9),
+        (functools.partial(search_mode_lbfgs, num_steps=12), torch.lt, 1e-6),
+    ],
+)
+def test_rows_do_not_see_each_other_and_energy_never_rises(search, falls, tolerance):
     x = torch.rand(4, 1, 4, 4)
     energy = program.potential(HierarchicalVAE(), x)
     start = {n: 3 * torch.randn_like(v) for n, v in energy.prototype.items()}
-    found, _ = search_mode_lbfgs(energy, start, num_steps=12)
-    assert (energy(found) < energy(start)).all()
+    found, _ = search(energy, start)
+    assert falls(energy(found), energy(start)).all()
     for i in range(4):
-        rows = slice(i, i + 1)
-        alone, _ = search_mode_lbfgs(
-            program.potential(HierarchicalVAE(), x[rows]),
-            {n: v[rows] for n, v in start.items()},
-            num_steps=12,
+        alone, _ = search(
+            program.potential(HierarchicalVAE(), x[i : i + 1]), index(start, slice(i, i + 1))
         )
         for name, value in alone.items():
-            assert torch.allclose(value, found[name][rows], rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                value, found[name][i : i + 1], rtol=tolerance, atol=tolerance
+            )
 
 
+@both
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_lbfgs_walks_round_a_non_finite_energy(value):
+def test_a_row_that_meets_a_non_finite_energy_keeps_its_best_point(search, value):
     def cliff(latents):
         z = latents["z"].sum(-1)
         return z.square() + torch.where(z.abs() < 1, value, 0.0)
 
-    found, _ = search_mode_lbfgs(cliff, {"z": torch.tensor([[3.0], [0.5]])}, num_steps=40)
-    assert 1 <= found["z"][0] < 1.5
+    found, _ = search(cliff, {"z": torch.tensor([[3.0], [0.5]])}, num_steps=40)
+    assert 1 <= found["z"][0] < (3 if search is search_mode else 1.5)
     assert found["z"][1] == 0.5
 
 
-def test_lbfgs_on_a_device_that_cannot_answer_and_its_arguments():
+@both
+def test_runs_on_a_device_that_cannot_answer(search):
     start = {"z": torch.empty(5, 3, device="meta")}
-    found, gradients = search_mode_lbfgs(lambda s: s["z"].square().sum(-1), start, num_steps=2)
+    found, gradients = search(lambda s: s["z"].square().sum(-1), start, num_steps=2)
     assert found["z"].device.type == gradients.device.type == "meta"
-    for options, message in (
-        ({"num_steps": -1}, "num_steps must be an integer of at least 0, got -1"),
-        ({"memory": 0}, "memory must be an integer of at least 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            search_mode_lbfgs(rosenbrock, start, **options)
+
+
+@pytest.mark.parametrize(
+    ("search", "options", "message"),
+    [
+        (search_mode, {"num_steps": -1}, "num_steps must be an integer of at least 0, got -1"),
+        (search_mode, {"learning_rate": 0.0}, "learning_rate must be .* finite number, got 0.0"),
+        (search_mode_lbfgs, {"num_steps": -1}, "num_steps must be .* of at least 0, got -1"),
+        (search_mode_lbfgs, {"memory": 0}, "memory must be an integer of at least 1, got 0"),
+    ],
+)
+def test_arguments(search, options, message):
+    with pytest.raises(ValueError, match=message):
+        search(lambda s: s["z"].square().sum(-1), {"z": torch.zeros(1, 1)}, **options)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import nvae_reference
 import pyro
 import pytest
 import torch
-from nvae_reference import official_state_dict, one_pass
+from nvae_reference import log_probs, official_state_dict, one_pass
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
@@ -122,15 +123,7 @@ class ReplayNoise(Messenger):
 
 def traces(vae: NVAE, arrays: Arrays, x: Tensor) -> tuple[poutine.Trace, poutine.Trace]:
     noise = dict(zip(vae.sites, groups(vae, arrays, "eps")))
-    guide = poutine.trace(ReplayNoise(noise)(vae.guide)).get_trace(x)
-    model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
-    guide.compute_log_prob()
-    model.compute_log_prob()
-    return guide, model
-
-
-def site_log_probs(trace: poutine.Trace, sites: tuple[str, ...]) -> Tensor:
-    return torch.stack([trace.nodes[site]["log_prob"] for site in sites], dim=1)
+    return nvae_reference.traces(ReplayNoise(noise)(vae.guide), vae.model, x)
 
 
 # --- Always run -----------------------------------------------------------------------------------
@@ -156,8 +149,8 @@ def test_packaged_model_traces_to_the_official_numbers(
     vae, expected = packaged
     vae.share = share
     guide, model = traces(vae, expected, expected["x"])
-    check(site_log_probs(guide, vae.sites), expected["log_q_per_group"])
-    check(site_log_probs(model, vae.sites), expected["log_p_per_group"])
+    check(log_probs(guide, vae.sites), expected["log_q_per_group"])
+    check(log_probs(model, vae.sites), expected["log_p_per_group"])
     check(-model.nodes["obs"]["log_prob"], expected["recon_loss"])
 
 
@@ -266,8 +259,8 @@ def test_programs(golden: tuple[NVAE, Arrays], share: bool) -> None:
     guide, model = traces(vae, expected, expected["x"])
     for site in vae.sites:
         check(guide.nodes[site]["value"], expected[site])
-    check(site_log_probs(guide, vae.sites), expected["log_q_per_group"])
-    check(site_log_probs(model, vae.sites), expected["log_p_per_group"])
+    check(log_probs(guide, vae.sites), expected["log_q_per_group"])
+    check(log_probs(model, vae.sites), expected["log_p_per_group"])
     check(-model.nodes["obs"]["log_prob"], expected["recon_loss"])
     assert tuple(model.nodes["obs"]["value"].shape[1:]) == vae.image_shape
 
@@ -279,7 +272,7 @@ def test_guide_scores_foreign_latents(golden: tuple[NVAE, Arrays]) -> None:
     latents = dict(zip(vae.sites, groups(vae, expected, "z")))
     guide = poutine.trace(poutine.condition(vae.guide, data=latents)).get_trace(expected["x"])
     guide.compute_log_prob()
-    check(site_log_probs(guide, vae.sites), expected["log_q_per_group"])
+    check(log_probs(guide, vae.sites), expected["log_q_per_group"])
 
 
 @needs_golden

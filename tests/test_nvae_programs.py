@@ -11,7 +11,8 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from nvae_reference import one_pass
+from nvae_reference import SMALL as GREY
+from nvae_reference import log_probs, one_pass, traces
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
@@ -23,19 +24,6 @@ from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.training import FitConfig, fit
 from pyro_vae_defence.types import VAE
 
-GREY = NVAEConfig(
-    dataset="mnist",
-    num_latent_scales=2,
-    num_groups_per_scale=2,
-    ada_groups=True,
-    num_latent_per_group=2,
-    num_channels_enc=4,
-    num_channels_dec=4,
-    num_preprocess_cells=1,
-    num_postprocess_cells=1,
-    use_se=True,
-    res_dist=True,
-)
 COLOUR: dict[str, Any] = GREY.to_dict() | {"dataset": "cifar10", "num_nf": 1}
 CONFIGS = {
     "grey": GREY,
@@ -75,15 +63,7 @@ def images(vae: Any, num: int = 3) -> Tensor:
 
 
 def run(vae: Any, x: Tensor) -> tuple[poutine.Trace, poutine.Trace]:
-    guide = poutine.trace(vae.guide).get_trace(x)
-    model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
-    guide.compute_log_prob()
-    model.compute_log_prob()
-    return guide, model
-
-
-def log_probs(trace: poutine.Trace, sites: tuple[str, ...]) -> Tensor:
-    return torch.stack([trace.nodes[site]["log_prob"] for site in sites], dim=1)
+    return traces(vae.guide, vae.model, x)
 
 
 def joint(vae: Any, x: Tensor, latents: dict[str, Tensor]) -> Tensor:

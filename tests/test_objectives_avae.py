@@ -21,12 +21,6 @@ from pyro_vae_defence.objectives.avae import autoencoding
 RHO = 0.975
 
 
-@pytest.fixture(autouse=True)
-def _fresh_parameters() -> None:
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-
-
 def pair(n: int = 4, d: int = 3) -> list[Tensor]:
     locs = torch.randn(2, n, d, dtype=torch.float64)
     scales = torch.rand(2, n, d, dtype=torch.float64) + 0.1

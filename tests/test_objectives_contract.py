@@ -74,12 +74,6 @@ OBJECTIVES: dict[str, tuple[Callable[..., ImageELBO], set[str]]] = {
 MEAN_FIELD_ONLY = [name for name in OBJECTIVES if name not in ("elbo", "beta")]
 
 
-@pytest.fixture(autouse=True)
-def _fresh_parameters() -> None:
-    pyro.clear_param_store()
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=[TutorialVAE, ConvVAE])
 def vae(request: pytest.FixtureRequest) -> nn.Module:
     return request.param()
@@ -129,6 +123,24 @@ def test_every_loss_is_the_sum_of_the_images_losses(name: str, vae: nn.Module, x
     differentiable.backward()
     assert by_step
     torch.testing.assert_close(gradients(vae), by_step)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        BetaELBO(3.0),
+        *(BetaTCVAE(5.0, 30, estimator) for estimator in ("mws", "mss", "published")),
+        SE(lambda x: x + 0.1, 3.0),
+    ],
+)
+def test_gradient_by_finite_differences(objective: ImageELBO) -> None:
+    vae, x = LinearVAE(), torch.rand(4, 1, 2, 3, dtype=torch.float64)
+
+    def loss(*_: Tensor) -> Tensor:
+        torch.manual_seed(11)  # common noise
+        return objective.differentiable_loss(vae.model, vae.guide, x)
+
+    assert torch.autograd.gradcheck(loss, tuple(vae.parameters()), check_undefined_grad=False)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from nvae_reference import one_pass
+from nvae_reference import SMALL, one_pass
 from torch.utils.data import DataLoader
 
 from pyro_vae_defence.models import ConvVAE
-from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
+from pyro_vae_defence.models.nvae import NVAE
 from pyro_vae_defence.objectives import BetaELBO, NVAEObjective
 from pyro_vae_defence.objectives.nvae import (
     balance_kl,
@@ -17,18 +19,7 @@ from pyro_vae_defence.objectives.nvae import (
 )
 from pyro_vae_defence.training import FitConfig, fit
 
-TINY = NVAEConfig(
-    arch_instance="res_bnswish",
-    num_latent_scales=2,
-    num_groups_per_scale=2,
-    ada_groups=True,
-    num_latent_per_group=2,
-    num_channels_enc=2,
-    num_channels_dec=2,
-    num_preprocess_cells=1,
-    num_postprocess_cells=1,
-    res_dist=True,
-)
+TINY = dataclasses.replace(SMALL, num_channels_enc=2, num_channels_dec=2, use_se=False)
 
 
 @pytest.fixture

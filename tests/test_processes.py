@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from programs import TutorialVAE
+from studies import save_model, small_nvae
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pyro_vae_defence.defence import MCMCDefence
@@ -34,12 +35,10 @@ from pyro_vae_defence.experiments.figures import Figures
 from pyro_vae_defence.experiments.hierarchy import DefendHierarchy
 from pyro_vae_defence.experiments.published import Published
 from pyro_vae_defence.experiments.study import Measurement, load, save
-from pyro_vae_defence.experiments.train import MODELS
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import LinearClassifier
-from pyro_vae_defence.models.nvae import NVAE, NVAEConfig
-from pyro_vae_defence.models.pretrained import load_card, save_pretrained
+from pyro_vae_defence.models.pretrained import load_card
 from pyro_vae_defence.ops import ranks
 from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.ranks import Claims
@@ -275,14 +274,10 @@ SMALL = {
 def save_models(directory, seed=0):
     """Untrained ones, as if they had been trained on the packaged images."""
     torch.manual_seed(seed)
-    common = {"training": {"dataset": "mnist_subset"}, "command": "none", "provenance": {}}
     variance = {"z": torch.rand(64) + 0.1}
-    save_pretrained(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance, **common)
-    save_pretrained(LinearClassifier(64, 10), "mnist_vae_classifier", directory, **common)
-    small = {"num_groups_per_scale": 2, "num_latent_per_group": 2}
-    small |= {"num_channels_enc": 4, "num_channels_dec": 4}
-    nvae = NVAE(NVAEConfig.from_dict({**MODELS["mnist_nvae"].architecture, **small}))
-    save_pretrained(nvae, "mnist_nvae", directory, **common)
+    save_model(ConvVAE(), "mnist_vae", directory, mean_posterior_variance=variance)
+    save_model(LinearClassifier(64, 10), "mnist_vae_classifier", directory)
+    save_model(small_nvae(), "mnist_nvae", directory)
 
 
 class TestStudies:
@@ -534,10 +529,7 @@ class TestCommandLine:
         texts = []
         vae = ConvVAE()
         for folder in (tmp_path / "one", tmp_path / "two"):
-            save_pretrained(
-                vae, "mnist_vae", folder / "models",
-                training={"dataset": "mnist_subset"}, command="none", provenance={}, metrics={},
-            )  # fmt: skip
+            save_model(vae, "mnist_vae", folder / "models", metrics={})
             words = ["evaluate", "mnist_vae", "--output", folder, "--models", folder / "models"]
             for setting in ("num_images=20", "num_samples=3", "ais_images=2", "ais_steps=3"):
                 words += ["--set", setting]

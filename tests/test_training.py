@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -9,9 +10,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import training_runs
 from programs import TutorialVAE
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
+from training_runs import Elsewhere, KilledAfter, assert_equal, check_resumed
 
 from pyro_vae_defence import data
 from pyro_vae_defence.models import ConvVAE
@@ -25,23 +28,7 @@ from pyro_vae_defence.training import (
     fit,
 )
 
-
-class Killed(Exception):
-    pass
-
-
-class KilledAfter(TraceMeanField_ELBO):
-    """An objective during whose n-th step the process dies."""
-
-    def __init__(self, steps):
-        super().__init__()
-        self.left = steps
-
-    def loss_and_grads(self, *args):
-        if self.left == 0:
-            raise Killed
-        self.left -= 1
-        return super().loss_and_grads(*args)
+config = functools.partial(training_runs.config, epochs=3)
 
 
 class FunctionalVAE:
@@ -73,11 +60,6 @@ def loader(images, size=8):
     return data.batches(dataset, size, shuffle=True, labels=False)
 
 
-def config(**changes):
-    settings = {"epochs": 3, "learning_rate": 1e-2, "schedule": "constant", "progress": False}
-    return FitConfig(**{**settings, **changes})
-
-
 def test_defaults_are_the_papers():
     default = FitConfig()
     assert (default.epochs, default.learning_rate) == (300, 5e-4)
@@ -100,22 +82,14 @@ def test_training_lowers_the_validation_loss(images):
 def test_resumed_equals_uninterrupted(images, tmp_path, schedule, killed_at):
     settings = config(schedule=schedule, checkpoint_every=3)
 
-    def run(objective, seed, path):
+    def run(path=None, seed=0, left=-1):
         pyro.clear_param_store()  # as a new process would
         torch.manual_seed(seed)
-        vae = TutorialVAE()
-        result = fit(vae, objective, loader(images), settings, validation=[images], checkpoint=path)
-        return vae.state_dict(), result
+        vae, objective, x = TutorialVAE(), KilledAfter(left), [images]
+        result = fit(vae, objective, loader(images), settings, validation=x, checkpoint=path)
+        return vae.state_dict(), result.history
 
-    whole, expected = run(TraceMeanField_ELBO(), 0, None)
-    path = tmp_path / "run" / "checkpoint.pt"
-    with pytest.raises(Killed):
-        run(KilledAfter(killed_at), 0, path)
-    # Another process: other seed, other initial weights, the same checkpoint.
-    resumed, result = run(TraceMeanField_ELBO(), 99 if path.exists() else 0, path)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for theirs, ours in zip(expected.history, result.history, strict=True):
-        assert {**theirs, "seconds": 0} == {**ours, "seconds": 0}
+    check_resumed(run, tmp_path / "run" / "checkpoint.pt", killed_at)
 
 
 def test_annealing_and_loader_generator_are_resumed(images, tmp_path):
@@ -137,7 +111,7 @@ def test_annealing_and_loader_generator_are_resumed(images, tmp_path):
         return vae.state_dict()
 
     whole, resumed = run(0, 4), run(0, 2)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_equal(whole, resumed)
 
 
 class Augmented(torch.utils.data.Dataset):
@@ -181,20 +155,16 @@ def _batch_sampled(images):
 def test_resumption_knows_all_generators(images, tmp_path, make, killed_at):
     """Of samplers, NumPy and Python, too, not of torch and the loader alone."""
 
-    def run(objective, seed, path):
+    def run(path=None, seed=0, left=-1):
         pyro.clear_param_store()  # as a new process would
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
-        vae = TutorialVAE()
-        fit(vae, objective, make(images), config(epochs=2, checkpoint_every=2), checkpoint=path)
-        return vae.state_dict()
+        vae, settings = TutorialVAE(), config(epochs=2, checkpoint_every=2)
+        result = fit(vae, KilledAfter(left), make(images), settings, checkpoint=path)
+        return vae.state_dict(), result.history
 
-    whole = run(TraceMeanField_ELBO(), 0, None)
-    with pytest.raises(Killed):
-        run(KilledAfter(killed_at), 0, tmp_path / "c.pt")
-    resumed = run(TraceMeanField_ELBO(), 99, tmp_path / "c.pt")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    check_resumed(run, tmp_path / "c.pt", killed_at)
 
 
 def test_resumption_knows_the_generator_of_validation(images, tmp_path):
@@ -232,7 +202,7 @@ def test_programs_without_a_module_train_and_resume(tmp_path):
     path.unlink()
     whole = run(4)
     assert set(whole) == {"loc", "scale"}
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert_equal(whole, resumed)
     assert not torch.equal(whole["scale"], torch.ones(2))
 
 
@@ -319,17 +289,6 @@ def test_fewer_epochs_than_a_checkpoint_has_are_no_shorter_run(images, tmp_path)
     assert len(fit(vae, Trace_ELBO(), batches, config(epochs=2), checkpoint=path).history) == 2
     with pytest.raises(ValueError, match="epochs=1 is less than the 2 that checkpoint .*c.pt has"):
         fit(vae, Trace_ELBO(), batches, config(epochs=1), checkpoint=path)
-
-
-class Elsewhere:
-    """Images on another device."""
-
-    def __init__(self, images):
-        self.images, self.asked = images, []
-
-    def to(self, device):
-        self.asked.append(device)
-        return self.images
 
 
 def test_batches_are_moved_to_the_device_of_the_vae(images):

@@ -15,11 +15,12 @@ from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import nn
+from training_runs import Killed, KilledAfter, assert_equal, check_resumed, config
 
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.program import mean_posterior_variance
 from pyro_vae_defence.objectives import AVAE
-from pyro_vae_defence.training import FitConfig, NonFiniteLossError, evaluate, fit
+from pyro_vae_defence.training import NonFiniteLossError, evaluate, fit
 from pyro_vae_defence.training.acceleration import in_bfloat16
 from pyro_vae_defence.training.averaging import WeightAverage
 
@@ -29,15 +30,10 @@ def images():
     return torch.rand(12, 1, 28, 28, generator=torch.Generator().manual_seed(1))
 
 
-def config(**changes):
-    settings = {"epochs": 2, "learning_rate": 1e-2, "schedule": "constant", "progress": False}
-    return FitConfig(**{**settings, **changes})
-
-
-def new(vae=TutorialVAE):
+def new(vae=TutorialVAE, seed=0):
     """A VAE in what might be a new process."""
     pyro.clear_param_store()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return vae()
 
 
@@ -192,8 +188,8 @@ def test_average_and_clipping_are_resumed(images, tmp_path, kind):
         return vae.state_dict()
 
     whole, resumed, again = run("whole", 5), run("parts", 2, 5), run("parts", 5)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert_equal(whole, resumed)
+    assert_equal(whole, again)
     with pytest.raises(ValueError, match=r"other settings .*'ema_decay': \(0.9, None\)"):
         fit(
             new(kind), TraceMeanField_ELBO(), [images], config(epochs=5, clip_norm=100.0),
@@ -222,40 +218,17 @@ def test_resumption_restores_generators_before_the_next_batch_is_fetched(images,
             for batch in images.split(4):
                 yield (batch + 0.1 * torch.rand(batch.shape)).clamp(max=1.0)
 
-    class Killed(Exception):
-        pass
-
-    class KilledAfter(TraceMeanField_ELBO):
-        left = 100
-
-        def loss_and_grads(self, *args):
-            if self.left == 0:
-                raise Killed
-            self.left -= 1
-            return super().loss_and_grads(*args)
-
-    def run(path, left=100):
-        vae, objective = new(), KilledAfter()
-        objective.left = left
-        settings = config(checkpoint_every=1)
+    def run(path=None, seed=0, left=-1):
+        vae, objective, settings = new(seed=seed), KilledAfter(left), config(checkpoint_every=1)
         result = fit(vae, objective, Noisy(), settings, validation=[images], checkpoint=path)
-        return vae.state_dict(), [entry["validation_loss"] for entry in result.history]
+        return vae.state_dict(), result.history
 
-    whole, losses = run(None)
     for killed_at in (1, 2, 4):
-        path = tmp_path / str(killed_at)
-        with pytest.raises(Killed):
-            run(path, killed_at)
-        resumed, resumed_losses = run(path)
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-        assert losses == resumed_losses
+        check_resumed(run, tmp_path / str(killed_at), killed_at)
 
 
 def test_death_between_the_last_batch_and_validation_is_resumed(images, tmp_path):
     """The checkpoint of an epoch's last step must bring back the noise that validation draws."""
-
-    class Killed(Exception):
-        pass
 
     class DeadlyValidation:
         def __iter__(self):
@@ -274,7 +247,7 @@ def test_death_between_the_last_batch_and_validation_is_resumed(images, tmp_path
         run(tmp_path / "c.pt", DeadlyValidation())
     resumed, resumed_losses = run(tmp_path / "c.pt", [images])
     assert losses == resumed_losses
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_equal(whole, resumed)
 
 
 def test_what_on_epoch_draws_does_not_change_the_run(images):

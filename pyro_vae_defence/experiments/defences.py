@@ -239,6 +239,13 @@ PaperName = Annotated[str, one_of(PAPER_SETTINGS)]
 """Of a published setting of the defence."""
 
 
+def check_published(dataset: str) -> None:
+    """Raise a ``ValueError`` if the paper has no setting for a dataset."""
+    if dataset not in PAPER_SETTINGS:
+        known = ", ".join(PAPER_SETTINGS)
+        raise ValueError(f"no published setting for {dataset!r}: set paper to one of {known}")
+
+
 def label(name: str) -> str:
     """What a table calls a defence."""
     kind, radius, transitions = defence_spec(name)

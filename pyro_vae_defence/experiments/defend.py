@@ -18,13 +18,13 @@ from torch import Tensor
 from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.attacks.base import AttackResult, FlatAttack
 from pyro_vae_defence.defence import DefenceResult, NoDefence
-from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Published,
     Setting,
+    check_published,
     label,
     make_defence,
 )
@@ -81,9 +81,8 @@ class Defend(Measurement[DefendConfig]):
         self.vae, card = self.load_vae(self.config.model)
         dataset = card.dataset
         self.paper = self.config.paper or dataset
-        if "paper" in self.config.defences and self.paper not in PAPER_SETTINGS:
-            known = ", ".join(PAPER_SETTINGS)
-            raise ValueError(f"no published setting for {dataset!r}: set paper to one of {known}")
+        if "paper" in self.config.defences:
+            check_published(self.paper)
         self.x_ref, _ = self.choose(dataset, self.config.num_references, "references")
 
     @cached_property

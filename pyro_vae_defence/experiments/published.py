@@ -37,7 +37,7 @@ from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.classify import CLASSIFIERS, classifiers_of
-from pyro_vae_defence.experiments.defences import PaperName
+from pyro_vae_defence.experiments.defences import PaperName, check_published
 from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, new_figure
 from pyro_vae_defence.experiments.study import METRIC, VARIANT, Cell, Measurement
 from pyro_vae_defence.experiments.train import DATASETS, MODELS
@@ -136,11 +136,7 @@ class Published(Measurement[PublishedConfig]):
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
         self.paper = config.paper or card.dataset.removesuffix("_subset")
-        if self.paper not in PAPER_SETTINGS:
-            known = ", ".join(PAPER_SETTINGS)
-            raise ValueError(
-                f"no published setting for {self.paper!r}: set paper to one of {known}"
-            )
+        check_published(self.paper)
         # What is predicted -> the column of labels, and what predicts it.
         self.tasks: dict[str, tuple[int, LinearClassifier]] = {
             task: (CLASSIFIERS[name].column, self.load_classifier(name))

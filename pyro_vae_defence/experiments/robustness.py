@@ -27,7 +27,6 @@ import torch
 
 from pyro_vae_defence import attacks, plots
 from pyro_vae_defence.defence import Defence, DefendedClassifier, Reading
-from pyro_vae_defence.defence.mcmc import PAPER_SETTINGS
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import tables
 from pyro_vae_defence.experiments.blocks import InBlocks
@@ -37,6 +36,7 @@ from pyro_vae_defence.experiments.defences import (
     Setting,
     chain_words,
     chained,
+    check_published,
     label,
     make_defence,
 )
@@ -377,16 +377,12 @@ class Robustness(Measurement[RobustnessConfig]):
         """
         config = self.config
         self.vae, card = self.load_conv_vae(config.model)
-        trained_on = card.dataset
-        self.paper = config.paper or trained_on
-        if "paper" in config.defences and self.paper not in PAPER_SETTINGS:
-            known = ", ".join(PAPER_SETTINGS)
-            raise ValueError(
-                f"no published setting for {trained_on!r}: set paper to one of {known}"
-            )
+        self.paper = config.paper or card.dataset
+        if "paper" in config.defences:
+            check_published(self.paper)
         if "classification" in config.targets:
             self.classifier = self.load_classifier(config.classifier, config.model)
-        self.x, labels = self.choose(config.dataset or trained_on, config.num_images, "images")
+        self.x, labels = self.choose(config.dataset or card.dataset, config.num_images, "images")
         self.labels = labels[:, 0]
         if self.progress and config.images_per_cell is not None:
             print(estimate(config), file=sys.stderr)

@@ -648,7 +648,8 @@ class _Run:
             "average": None if self.average is None else self.average.values,
             "optimiser": self.optimiser.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "objective": self._objective_state(),
+            # What an objective keeps from step to step; an annealed one counts them.
+            "objective": getattr(self.objective, "state_dict", lambda: None)(),
             "rng": rng,
         }
         atomic_save(contents, path)
@@ -670,7 +671,8 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        self._set_objective_state(state["objective"])
+        if state["objective"] is not None:
+            self.objective.load_state_dict(state["objective"])
         rng = state["rng"][parallel.rank()]
         self._epoch_rng = rng["epoch"]
         if self.batch:
@@ -713,14 +715,6 @@ class _Run:
                 f"checkpoint {path} was written with other settings (theirs, yours): {differing}; "
                 "use another file, or the same settings"
             )
-
-    def _objective_state(self) -> dict[str, Any] | None:
-        """What an objective keeps from step to step; an annealed one counts them."""
-        return self.objective.state_dict() if hasattr(self.objective, "state_dict") else None
-
-    def _set_objective_state(self, state: dict[str, Any] | None) -> None:
-        if state is not None:
-            self.objective.load_state_dict(state)
 
 
 class _Analytic(TraceMeanField_ELBO):

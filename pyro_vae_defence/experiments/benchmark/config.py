@@ -16,6 +16,7 @@ from pyro_vae_defence.experiments.configuration import (
     not_empty,
 )
 from pyro_vae_defence.experiments.study import C, Measurement
+from pyro_vae_defence.models import ConvVAE
 
 
 @dataclass(frozen=True)
@@ -122,3 +123,15 @@ class Benchmark(Measurement[C]):
                 f"device={str(self.device)!r}: `benchmark {self.name}` measures a CPU; leave it "
                 "out, or run `benchmark gpu`"
             )
+
+    def load_bernoulli_vae(self, name: str) -> ConvVAE:
+        """A model whose likelihood other libraries know, with a metric, on the device."""
+        vae, _ = self.load_conv_vae(name)
+        metric = vae.mean_posterior_variance
+        if vae.likelihood != "bernoulli" or not metric:
+            raise ValueError(
+                f"model {name!r} must have a Bernoulli likelihood and a mean posterior variance in "
+                "its weights; choose a grey-scale model that this version has trained"
+            )
+        vae.mean_posterior_variance = {n: v.to(self.device) for n, v in metric.items()}
+        return vae

@@ -32,12 +32,7 @@ class BenchmarkSamplers(Benchmark[BenchmarkConfig]):
     def load(self) -> None:
         """The model, references, and images for the comparison with other libraries."""
         config = self.config
-        self.vae, _ = self.load_conv_vae(config.model)
-        if self.vae.likelihood != "bernoulli" or not self.vae.mean_posterior_variance:
-            raise ValueError(
-                f"model {config.model!r} must have a Bernoulli likelihood and a mean posterior "
-                "variance in its weights; choose a grey-scale model that this version has trained"
-            )
+        self.vae = self.load_bernoulli_vae(config.model)
         self.references, _ = self.choose(config.dataset, config.num_images, "references")
         self.many, _ = self.choose(config.dataset, config.engine_images, "engines")
 

@@ -41,14 +41,7 @@ class BenchmarkGPU(Benchmark[GPUBenchmarkConfig]):
     def load(self) -> None:
         """The model, its classifier, and all images."""
         config = self.config
-        self.vae, _ = self.load_conv_vae(config.model)
-        if self.vae.likelihood != "bernoulli" or not self.vae.mean_posterior_variance:
-            raise ValueError(
-                f"model {config.model!r} must have a Bernoulli likelihood and a mean posterior "
-                "variance in its weights; choose a grey-scale model that this version has trained"
-            )
-        metric = self.vae.mean_posterior_variance
-        self.vae.mean_posterior_variance = {n: v.to(self.device) for n, v in metric.items()}
+        self.vae = self.load_bernoulli_vae(config.model)
         self.classifier = self.load_classifier(f"{config.model}_classifier")
         test = self.images(config.dataset, "test")
         most = min(max(config.num_images, config.ascent_images), len(test))
