@@ -285,8 +285,9 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
     loses fewer classes. ``<dataset>_mode_<radius>`` is the mode of the one chain's target, the
     rival that a chain has to beat. ``<dataset>_unrolled_<radius>`` is the one chain again, with the
     gradient through all of it, and ``<dataset>_reconstruction_<radius>`` that and the mode attacked
-    for their reconstructions. ``<dataset>_known_seed_<radius>`` is one chain whose attacker knows
-    its random numbers, so that the gradient through the whole chain is exact.
+    for their reconstructions. ``<dataset>_known_seed_<radius>`` is one chain as long whose attacker
+    knows its random numbers, so that the gradient through the whole chain is exact; it keeps one
+    draw, since such an attacker runs it once for each.
     ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most, with twice
     the steps: what they leave less than before is what the budget was too small for.
     ``color_mnist_textured_all_<radius>`` has the chain that is recommended where the likelihood is
@@ -327,9 +328,10 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
             "classifier": None,
         },
         "known_seed": {
-            "defences": ("none", "dark_clip", "aware"),
+            "defences": ("aware",),
             "targets": ("classification",),
             "attacks": (*PROTOCOL_ATTACKS, "unroll"),
+            "chain": conf.ChainConfig(num_samples=1, warmup_steps=24),
             "defence_seed": 0,
         },
         "doubled": {
