@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import energies_under_common_attack
+from pyro import poutine
 from torch.nn.functional import one_hot
 
 from pyro_vae_defence.defence import AnalysisBySynthesis
@@ -295,6 +296,36 @@ def test_the_class_is_that_of_largest_mass(vae, x):
         vae, CLASSES, log_prior=torch.tensor([-90.0, 0.0, -90.0]), num_temperatures=4
     )
     assert sure.predict(x, seeded(1)).tolist() == [1, 1, 1]
+
+
+class ObservesItsClass(PlaneOfClass):
+    probs = torch.tensor([0.8, 0.15, 0.05], dtype=torch.float64)
+
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.OneHotCategorical(self.probs), obs=y)
+            z = pyro.sample("z", dist.Normal(y @ self.shift, 1.0).to_event(1))
+            self.observe(x, z, y)
+
+
+def test_priors_of_classes_count_once(vae, x):
+    """Those of a model that observes its class are in its masses."""
+    observing = ObservesItsClass()
+    options = {"num_temperatures": 3, "num_steps": 1, "num_walks": 2}
+    log_prior = observing.probs.log()
+    expected, own = (
+        AnalysisBySynthesis(each, CLASSES, log_prior=prior, **options).log_posterior(x, seeded(1))
+        for each, prior in ((vae, log_prior), (observing, None))
+    )
+    assert torch.allclose(own, expected)
+    with pytest.raises(ValueError, match="log_prior is given, and the model .* site 'y'"):
+        AnalysisBySynthesis(observing, CLASSES, log_prior=log_prior, **options).predict(x)
+    hidden, alike = ObservesItsClass(), ObservesItsClass()
+    hidden.model = poutine.block(hidden.model, hide=["y"])
+    alike.probs = torch.ones(CLASSES, dtype=torch.float64) / CLASSES  # weigh nothing
+    for each in (hidden, alike):
+        again = AnalysisBySynthesis(each, CLASSES, log_prior=log_prior, **options)
+        assert torch.allclose(again.log_posterior(x, seeded(1)), expected)
 
 
 def test_an_image_is_the_same_in_any_batch(vae, x):

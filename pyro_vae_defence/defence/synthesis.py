@@ -60,6 +60,13 @@ from pyro_vae_defence.mcmc.kernels import check_inverse_mass
 from pyro_vae_defence.metrics.likelihood import sigmoid_schedule
 from pyro_vae_defence.models import common_attack, program
 from pyro_vae_defence.models.common_attack import MeanSlopes
+from pyro_vae_defence.models.sites import (
+    aside,
+    get_trace,
+    log_prob_per_image,
+    observed_sites,
+    sample_sites,
+)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
 from pyro_vae_defence.ops.boundary import public
@@ -138,7 +145,8 @@ class AnalysisBySynthesis:
         perturbation: the ball of perturbations that is assumed, of radius :math:`\delta`; ``None``
             for none.
         log_prior: logarithms of the classes' probabilities, ``(K,)``, up to a constant; all alike
-            when ``None``.
+            when ``None``, or those of a model that observes its class, ``pyro.sample("y",
+            OneHotCategorical(probs), obs=y)``, whose masses have them.
         inverse_mass_matrix: variances of the unconstrained latents given an image, site -> one
             image's shape, such as ``vae.mean_posterior_variance``: the scales on which walks move
             near the target. ``None`` takes those of the prior.
@@ -148,7 +156,8 @@ class AnalysisBySynthesis:
         rows: walks computed at once: bounds the memory, not the result.
 
     Raises:
-        ValueError: if an argument is out of range; when called, for a VAE without such programs.
+        ValueError: if an argument is out of range; when called, for a VAE without such programs,
+            and for a ``log_prior`` beside a model that observes its class.
 
     Example:
         >>> from pyro_vae_defence.models import ConditionalVAE
@@ -200,7 +209,7 @@ class AnalysisBySynthesis:
 
     @public
     def log_masses(self, x: Tensor, generator: torch.Generator | None = None) -> ClassMasses:
-        """Log-masses of all classes, without the prior of classes.
+        """Log-masses of all classes, without ``log_prior``.
 
         Args:
             x: images ``(N, C, H, W)`` in [0, 1].
@@ -385,6 +394,32 @@ class AnalysisBySynthesis:
                 "condition, are all tried"
             )
         program.check_images(x)
+        if self.log_prior is not None:
+            with program.evaluation_mode(self.vae):
+                self._check_prior(x[:1])
+
+    @torch.no_grad()
+    def _check_prior(self, x: Tensor) -> None:
+        """Refuse a prior of classes beside one of the model, at one image."""
+        classes = torch.arange(self.num_classes, device=x.device)[:, None]
+        with aside(x.device):
+            seen = [
+                {site["name"]: site for site in observed_sites(get_trace(vae.model, image))}
+                for vae, image in (_at(self, x, each) for each in classes)
+            ]
+            vae, image = _at(self, 1 - x, classes[0])
+            of_another = sample_sites(get_trace(vae.model, image))
+        for name in set.intersection(*map(set, seen)) & of_another.keys():
+            values = [each[name]["value"] for each in seen]
+            is_class = torch.equal(values[0], of_another[name]["value"])  # and not the image
+            is_class = is_class and not all(torch.equal(values[0], each) for each in values)
+            weights = torch.cat([log_prob_per_image(each[name], 1) for each in seen])
+            if is_class and not torch.allclose(weights, weights[:1]):
+                raise ValueError(
+                    f"log_prior is given, and the model observes its class at site {name!r}, so "
+                    "that priors of classes would count twice; leave log_prior out, or hide the "
+                    f"site, poutine.block(vae.model, hide=[{name!r}])"
+                )
 
     def check_classes(self, name: str, classes: Tensor, x: Tensor) -> Tensor:
         """Classes as int64 on the device of ``x``; a ``ValueError`` unless each row has one."""

@@ -105,8 +105,10 @@ def paired_difference(
         )
     values = report.per_image.double() - other.per_image.double()
     bounds = figure_bounds(report.figure)
+    # Of few that differ the random signs say how little is known.
+    alike = bool((values == values[0]).all())
     if bounds is not None:
-        bounds = bounds[0] - bounds[1], bounds[1] - bounds[0]
+        bounds = (bounds[0] - bounds[1], bounds[1] - bounds[0]) if alike else None
     found = metrics.bootstrap_interval(values, level=level, generator=generator, bounds=bounds)
     chance = sign_flip_chance(values, generator)
     return Difference(found.estimate, found.low, found.high, chance, found.level, found.num_values)
