@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -229,7 +230,9 @@ def to_arviz(tree: xarray.DataTree) -> Any:
     if "log_likelihood" in groups:
         # Its loo is NaN where draws differ by less than 1 + eps shows; the same is fine.
         groups["log_likelihood"] = groups["log_likelihood"].astype(float).round(12)
-    return arviz.InferenceData(**groups)
+    with warnings.catch_warnings():  # of early versions, of a group that their schema has not
+        warnings.filterwarnings("ignore", ".* group is not defined", UserWarning)
+        return arviz.InferenceData(**groups)
 
 
 def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
