@@ -62,15 +62,26 @@ def test_images_are_paired():
 def test_a_few_images_decide_nothing_though_the_interval_leaves_zero_out():
     control = torch.zeros(20)
     right = torch.zeros(20)
-    right[:4] = 1.0
+    right[:5] = 1.0
     found = difference(right, control)
     assert found.low > 0
-    assert found.chance == pytest.approx(1 / 8, abs=0.02)
+    assert found.chance == pytest.approx(1 / 16, abs=0.01)
     assert not found.told_apart
     right[:8] = 1.0
     assert difference(right, control).told_apart
     # No difference at all is none.
     assert not difference(control, control).told_apart
+
+
+def test_gains_that_one_loss_unseen_would_undo_are_not_told_apart():
+    """Differences of 0.1 on 9% of all images and -0.9 on 1% have mean zero. In a third of all
+    samples of 100 there is no loss, and in a sixth nine gains or more beside it."""
+    gains = 0.1 * (torch.arange(100) < 9)
+    found = difference(gains, torch.zeros(100))
+    assert found.chance < 0.01
+    assert found.low < 0 < found.estimate
+    assert not found.told_apart
+    assert difference(5 * gains, torch.zeros(100)).told_apart  # beyond what a loss would undo
 
 
 def test_a_higher_level_is_a_wider_interval_and_a_harder_test():

@@ -5,11 +5,13 @@ difference of what their worst cases leave of image i. Most of what makes figure
 images is common to both, so that the mean of :math:`d_i` has a narrower interval than either
 figure, and two intervals that overlap say little.
 
-The interval of the mean is bootstrapped over images. Where few images differ it is too narrow: of
-20 classes, 4 that one defence alone has right give an interval above zero, and so many would be
-right by chance, in either direction, in one case of eight. Hence a second condition: with random
-signs of the :math:`d_i`, which are as likely as the true ones if neither defence is better, a mean
-at least as far from zero must be rare.
+The interval of the mean is bootstrapped over images. Where most of them do not differ, it reaches
+as far as images that none of these resembles could move the mean
+(:func:`~pyro_vae_defence.metrics.bootstrap_interval`). That is not enough: of 20 classes, 5 that
+one defence alone has right give an interval above zero, and so many would be right by chance, in
+either direction, in one case of sixteen. Hence a second condition: with random signs of the
+:math:`d_i`, which are as likely as the true ones if neither defence is better, a mean at least as
+far from zero must be rare.
 
 What an unreliable report says is no more than an upper bound that nobody has tested; whoever
 compares reports has to ask them for that.
@@ -105,10 +107,8 @@ def paired_difference(
         )
     values = report.per_image.double() - other.per_image.double()
     bounds = figure_bounds(report.figure)
-    # Of few that differ the random signs say how little is known.
-    alike = bool((values == values[0]).all())
     if bounds is not None:
-        bounds = (bounds[0] - bounds[1], bounds[1] - bounds[0]) if alike else None
+        bounds = bounds[0] - bounds[1], bounds[1] - bounds[0]
     found = metrics.bootstrap_interval(values, level=level, generator=generator, bounds=bounds)
     chance = sign_flip_chance(values, generator)
     return Difference(found.estimate, found.low, found.high, chance, found.level, found.num_values)
