@@ -60,17 +60,30 @@ def test_images_are_paired():
 
 
 def test_a_few_images_decide_nothing_though_the_interval_leaves_zero_out():
-    control = torch.zeros(20)
-    right = torch.zeros(20)
-    right[:4] = 1.0
+    control = torch.zeros(100)
+    right = torch.zeros(100)
+    right[:5] = 1.0
     found = difference(right, control)
     assert found.low > 0
-    assert found.chance == pytest.approx(1 / 8, abs=0.02)
+    assert found.chance == pytest.approx(1 / 16, abs=0.02)
     assert not found.told_apart
     right[:8] = 1.0
     assert difference(right, control).told_apart
     # No difference at all is none.
     assert not difference(control, control).told_apart
+
+
+def test_small_gains_do_not_hide_images_that_lose_everything():
+    """Where 0.02 lose all of 0.9 and 0.18 gain 0.1, the mean difference is zero: at a level of 95%
+    one of 20 data sets may say otherwise; 8 and more of 40 do with a probability of 7e-4."""
+    drawn = torch.rand(40, 50, generator=torch.Generator().manual_seed(0))
+    values = torch.where(drawn < 0.02, 0.0, torch.where(drawn > 0.82, 1.0, 0.9))
+    found = [difference(each, torch.full((50,), 0.9)) for each in values]
+    assert sum(each.told_apart for each in found) < 8
+    assert sum(each.low <= 0 <= each.high for each in found) > 32
+    # Nor do gains of a whole image pay for it.
+    right = torch.tensor([1.0] * 8 + [0.0] * 42)
+    assert difference(right, torch.zeros(50)).told_apart
 
 
 def test_a_higher_level_is_a_wider_interval_and_a_harder_test():
