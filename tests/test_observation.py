@@ -440,6 +440,7 @@ PLATES = {
     "of another name": lambda x: pyro.plate("batch", len(x)),
     "subsample": lambda x: pyro.plate("data", 1000, subsample=x),
     "subsample_size": lambda x: pyro.plate("data", 1000, subsample_size=len(x)),
+    "subsample_size of more": lambda x: pyro.plate("data", 5, subsample_size=len(x)),
 }
 
 

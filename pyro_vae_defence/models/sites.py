@@ -42,7 +42,7 @@ def get_trace(program: PyroProgram, *args: Any, **kwargs: Any) -> Trace:
     Validation would force a device synchronisation per distribution, and raise inside a sampler
     where a non-finite value has a defined meaning (a divergence).
     """
-    with poutine.block(), KeepFrozen(), pyro.validation_enabled(False):
+    with poutine.block(), KeepFrozen(), AnyNumber(), pyro.validation_enabled(False):
         try:
             return poutine.trace(program).get_trace(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
@@ -67,6 +67,18 @@ class KeepFrozen(Messenger):
     def _pyro_post_param(self, msg: Any) -> None:
         for parameter in self._frozen:  # not the store's value, which another network may train
             parameter.requires_grad_(False)
+
+
+class AnyNumber(Messenger):
+    """Lets a plate subsample more rows than it has: ``subsample_size=len(x)`` of folded images.
+
+    Pyro would hand out as many as there are, and complain.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        number = getattr(msg["fn"], "subsample_size", None) if site_is_subsample(msg) else None
+        if msg["value"] is None and number is not None and number > msg["fn"].size:
+            msg["value"] = torch.arange(number, device=msg["fn"].device)
 
 
 def aside(device: torch.device) -> contextlib.AbstractContextManager[None]:
