@@ -166,6 +166,18 @@ def test_cross_entropy_and_its_targets(classifier):
     assert torch.allclose(value, F.cross_entropy(sampled, labels, reduction="none"))
 
 
+def test_a_classifier_reads_sites_or_all_of_them_together(classifier):
+    vae, x_ref, x = LinearGaussianVAE(), images(seed=1), images(seed=2)
+    expected = attacks.cross_entropy(vae, classifier)(x_ref)(x)
+    for read in (classifier.linear, lambda z: classifier.linear(z[:, :3])):
+        assert torch.equal(attacks.cross_entropy(vae, read)(x_ref)(x), expected)
+        scores = attacks.interop.LatentClassifier(vae, read)(x)
+        assert torch.equal(scores, attacks.interop.LatentClassifier(vae, classifier)(x))
+    of_images = torch.nn.Conv2d(1, 5, 3).double()
+    with pytest.raises(ValueError, match=r"classifier failed: .*it is given latents of shape"):
+        attacks.misclassified(vae, of_images)(x_ref)
+
+
 def test_difference_of_logits_ratio(float64):
     vae, x = LinearGaussianVAE(), images(3)
     scores = torch.tensor([[4.0, 1.0, 3.0, 0.0], [1.0, 5.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0]])

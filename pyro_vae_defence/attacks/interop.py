@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pyro_vae_defence.attacks.adaptive import straight_through
 from pyro_vae_defence.attacks.objectives import _rows, symmetric_kl
+from pyro_vae_defence.models.classifier import scores_of_either
 from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.models.program import check_images, check_vae, evaluation_mode, posterior_mean
 from pyro_vae_defence.ops.boundary import drop_references, public
@@ -33,7 +34,8 @@ class LatentClassifier(nn.Module):
 
     Args:
         vae: any Pyro VAE.
-        classifier: latents to scores, e.g. a ``models.classifier.LinearClassifier``.
+        classifier: latents, as site -> values or ``(N, D)`` of all sites together, to scores, e.g.
+            a ``models.classifier.LinearClassifier``.
         latents: classify the guide's ``"mean"``, or a ``"sample"``, a new one at each call.
         defended: images to defended latents, such as ``MCMCDefence(...).encode``; detached.
         surrogate: images to latents, what is differentiated in place of ``defended``; the guide's
@@ -80,7 +82,9 @@ class LatentClassifier(nn.Module):
         """Scores of every image; the gradient is that of the surrogate when defended."""
         with evaluation_mode(self.vae, self.classifier):
             if self.defended is None:
-                return self.classifier(_rows.encode_rows(self.vae, x, self.latents))
+                return scores_of_either(
+                    self.classifier, _rows.encode_rows(self.vae, x, self.latents)
+                )
             smooth = self.surrogate(x) if self.surrogate else posterior_mean(self.vae, x)
             with torch.no_grad():
                 exact = self.defended(x.detach())
@@ -89,7 +93,7 @@ class LatentClassifier(nn.Module):
                     f"defended and surrogate must have the same latent sites, "
                     f"got {sorted(exact)} and {sorted(smooth)}"
                 )
-            return self.classifier(straight_through(exact, smooth))
+            return scores_of_either(self.classifier, straight_through(exact, smooth))
 
 
 class EncoderAttackHead(nn.Module):

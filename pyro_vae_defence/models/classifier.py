@@ -31,7 +31,7 @@ from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
 from pyro_vae_defence.models.weights import fill
 from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_integer, plain
-from pyro_vae_defence.types import VAE, LatentsLike
+from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
 
 def flatten_latents(latents: LatentsLike) -> Tensor:
@@ -68,6 +68,22 @@ def class_scores(classifier: Callable[[Tensor], Tensor], latents: LatentsLike) -
             f"(M, D) of the guide's sites in their order, {sites}: pass a classifier of these, not "
             "of images"
         ) from cause
+    return scores
+
+
+def scores_of_either(
+    classifier: Callable[[Latents], Tensor] | Callable[[Tensor], Tensor], latents: LatentsLike
+) -> Tensor:
+    """Scores that a classifier gives to latents, of a site -> values each, or of all sites
+    together, as :func:`class_scores` hands them on: the first is tried first."""
+    read: Any = classifier
+    try:
+        scores: Tensor = read(latents)
+    except (AttributeError, KeyError, TypeError) as error:
+        try:
+            return class_scores(read, latents)
+        except ValueError as refused:
+            raise refused from error
     return scores
 
 

@@ -22,7 +22,7 @@ from pyro_vae_defence.ops.checks import check_integer, check_on_device
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
 
-Classifier = Callable[[Latents], Tensor]
+Classifier = Callable[[Latents], Tensor] | Callable[[Tensor], Tensor]
 LatentsOf = Literal["sample", "mean"]
 T = TypeVar("T")
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from pyro_vae_defence.attacks.objectives import _rows
 from pyro_vae_defence.attacks.objectives._rows import Classifier, LatentsOf
+from pyro_vae_defence.models.classifier import scores_of_either
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.program import check_vae, evaluation_mode
 from pyro_vae_defence.ops.checks import check_integer
@@ -47,7 +48,8 @@ def cross_entropy(
 
     Args:
         vae: any Pyro VAE.
-        classifier: latents to scores ``(N, num_classes)``, e.g. a ``LinearClassifier``.
+        classifier: latents, as site -> values or ``(N, D)`` of all sites together, to scores
+            ``(N, num_classes)``, e.g. a ``LinearClassifier``.
         labels: int64 ``(N,)``, not used with targets; those predicted at references if ``None``.
         targets: int64 ``(N,)`` or ``(1,)``, the classes to be reached.
         latents: classify a ``"sample"`` of the guide (as in Table 1), or its ``"mean"``.
@@ -137,7 +139,8 @@ def _on_scores(
 
         def scores(x: Tensor) -> list[Tensor]:
             with evaluation_mode(vae, classifier):
-                return [classifier(_rows.encode_rows(rows, x, latents, noise)) for noise in noises]
+                encoded = [_rows.encode_rows(rows, x, latents, noise) for noise in noises]
+                return [scores_of_either(classifier, each) for each in encoded]
 
         with torch.no_grad():
             check(rows, x_ref, streams)
