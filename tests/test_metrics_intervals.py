@@ -215,18 +215,18 @@ class TestValuesThatAgree:
         covered = [seen[n].low <= 0.95 <= seen[n].high for n in right.sum(1).int().tolist()]
         assert sum(covered) / 2000 > 0.94
 
-    def test_a_mean_of_few_that_differ_is_covered(self):
-        """Shares of 20 draws, of 50 images of which 0.01 are lost and 0.03 lose one draw: 0.58 by
-        the bootstrap alone. The share found has a standard error of 0.01."""
-        generator, covered = torch.Generator().manual_seed(5), 0
-        truth = 1 - 0.01 - 0.03 / 20
+    @pytest.mark.parametrize("shares", [(0.96, 0.03, 0.0, 0.01), (0.4, 0.35, 0.24, 0.01)])
+    def test_a_mean_of_few_that_differ_much_is_covered(self, shares):
+        """Of 20 draws all, all but one, all but two, or none, of 50 images: 0.4 and 0.7 by the
+        bootstrap alone. The share found has a standard error of 0.01."""
+        generator, covered = torch.Generator().manual_seed(6), 0
+        found_of, shares = torch.tensor([1.0, 0.95, 0.9, 0.0]), torch.tensor(shares)
         for _ in range(200):
-            u = torch.rand(50, generator=generator)
-            values = torch.where(u < 0.01, 0.0, torch.where(u < 0.04, 0.95, 1.0))
+            values = found_of[torch.multinomial(shares, 50, True, generator=generator)]
             found = bootstrap_interval(
                 values, num_resamples=100, generator=generator, bounds=(0, 1)
             )
-            covered += found.low <= truth <= found.high
+            covered += found.low <= float(shares @ found_of) <= found.high
         assert covered / 200 > 0.95
 
     def test_one_that_differs_by_little_leaves_little_known(self):

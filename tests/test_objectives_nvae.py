@@ -19,7 +19,9 @@ from pyro_vae_defence.objectives.nvae import (
 )
 from pyro_vae_defence.training import FitConfig, fit
 
-TINY = dataclasses.replace(SMALL, num_channels_enc=2, num_channels_dec=2, use_se=False)
+TINY = dataclasses.replace(  # of the cells of the network that is trained on MNIST
+    SMALL, arch_instance="res_bnswish", num_channels_enc=2, num_channels_dec=2, use_se=False
+)
 
 
 @pytest.fixture

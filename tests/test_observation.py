@@ -455,6 +455,13 @@ def test_data_plates(plate):
     assert metrics.nll(vae, x, 10).shape == (5,)
 
 
+@pytest.mark.parametrize(("size", "number"), [(1000, 4), (1000, 128), (3, 4), (3, 128)])
+def test_a_plate_that_subsamples_another_number_is_refused(size, number):
+    vae = Plated(lambda x: pyro.plate("data", size, subsample_size=number))
+    with pytest.raises(ValueError, match="failed on images .* inside plate"):
+        program.potential(vae, torch.rand(5, 1, 1, 1))
+
+
 def test_a_plate_in_the_third_dimension():
     def model(x):
         with pyro.plate("data", len(x), dim=-3):

@@ -43,16 +43,17 @@ def without_times(history):
     return [{**entry, "seconds": 0} for entry in history]
 
 
-def check_resumed(run, path, killed_at):
+def check_resumed(run, path, killed_at, first=1):
     """A run that was killed goes on with another seed, and other weights, to the same end.
 
     ``run(path=None, seed=0, left=-1)`` trains as a new process would, for ``left`` steps before it
-    dies, and returns weights by name and the history. The weights at the end are returned.
+    dies, and returns weights by name and the history. There is a checkpoint from the step ``first``
+    on. The weights at the end are returned.
     """
     whole, history = run()
     with pytest.raises(Killed):
         run(path=path, left=killed_at)
-    resumed, other = run(path=path, seed=7 if path.exists() else 0)
+    resumed, other = run(path=path, seed=7 if killed_at >= first else 0)
     assert_equal(whole, resumed)
     assert without_times(history) == without_times(other)
     return whole

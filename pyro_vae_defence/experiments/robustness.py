@@ -276,27 +276,28 @@ PROTOCOL_ATTACKS = (
 
 
 def protocol_configurations() -> dict[str, RobustnessConfig]:
-    """What a claim asks for where there is no GPU: 100 images, two restarts, the whole suite, and
-    beside the defence no defence and the cheapest control on the same images. Classes are read by
-    the classifier with hidden layers, which loses fewer of them where nobody attacks.
+    """What a claim asks for where there is no GPU: the same 100 images, two restarts, the whole
+    suite. Classes are read by the classifier with hidden layers, which loses fewer of them where
+    nobody attacks.
 
     ``<dataset>_protocol_<radius>`` has one chain and the recommended four, whose draws are averaged
-    before they are re-encoded. ``<dataset>_vote_<radius>`` lets every draw of the four vote, which
-    loses fewer classes. ``<dataset>_mode_<radius>`` is the mode of the one chain's target, the
-    rival that a chain has to beat. ``<dataset>_unrolled_<radius>`` is the one chain again, with the
-    gradient through all of it, and ``<dataset>_reconstruction_<radius>`` that and the mode attacked
-    for their reconstructions. ``<dataset>_known_seed_<radius>`` is one chain as long whose attacker
-    knows its random numbers, so that the gradient through the whole chain is exact; it keeps one
-    draw, since such an attacker runs it once for each.
+    before they are re-encoded, and beside them no defence and the cheapest control.
+    ``<dataset>_vote_<radius>`` lets every draw of the four vote, which loses fewer classes.
+    ``<dataset>_mode_<radius>`` is the mode of the one chain's target, the rival that a chain has to
+    beat. ``<dataset>_unrolled_<radius>`` is the one chain again, with the gradient through all of
+    it, and ``<dataset>_reconstruction_<radius>`` that and the mode attacked for their
+    reconstructions. ``<dataset>_known_seed_<radius>`` is one chain as long whose attacker knows its
+    random numbers, so that the gradient through the whole chain is exact; it keeps one draw, since
+    such an attacker runs it once for each.
     ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most, with twice
     the steps: what they leave less than before is what the budget was too small for.
-    ``color_mnist_textured_all_<radius>`` has the chain that is recommended where the likelihood is
-    a wide Gaussian, on the paper's target, with the gradient through all of it, and beside it its
-    mode and filters.
+    ``color_mnist_textured_all_<radius>`` has one chain on the paper's target, which is recommended
+    where the likelihood is a wide Gaussian, with the gradient through all of it, and beside it its
+    mode and filters. It is not the chain that is recommended there, whose burn-in rules that
+    gradient out: at radius 0.2 it may end on its way.
 
     A report of one chain is 10 million gradients, about an hour of one thread, and one of the
-    recommended four 15 million. Where seeds are fresh, the suite is that without unrolling, which a
-    burn-in rules out.
+    recommended four 15 million. The suite is that without unrolling, but where it is said.
     """
     budget = replace(Budget.standard(), num_restarts=2, max_evaluations=None)
     kinds: dict[str, dict[str, Any]] = {

@@ -12,13 +12,13 @@ and a tail (1 - level)/2,
 where t_(-g) leaves unit g out. For the median a = 0: leaving one out says nothing of its skewness.
 
 Values that are all equal, as those of an accuracy of 1, are equal in every resample, and those that
-nearly all are, as shares of draws, hardly differ in any. That G units miss a share s of all has a
+nearly are, as shares of draws, hardly differ in any. That G units miss a share s of all has a
 probability of (1 - s)^G, so that with tail p the share is at most
 
     s = 1 - p^(1/G)
 
-(Clopper, Pearson; about 3.7/G at the level 95%): where most values agree and their range is known,
-the interval reaches to where such a share lies at either end of it, t + s (end - t), or further.
+(Clopper, Pearson; about 3.7/G at the level 95%): where the range of values is known, the interval
+reaches to where such a share lies at either end of it, t + s (end - t), or further.
 
 Efron, "Better bootstrap confidence intervals", 1987; https://doi.org/10.1080/01621459.1987.10478410
 """
@@ -77,9 +77,9 @@ def bootstrap_interval(
     """BCa bootstrap interval of a mean or median over images, in float64 on the CPU.
 
     Attacks restarted on one image are not independent: pass the image's index as ``groups``, and
-    whole images are resampled. Values that are all equal (an accuracy of 0 or 1), or all but a few,
-    give a mean an interval of no or hardly any width, which understates the uncertainty, unless
-    ``bounds`` says how far others may lie.
+    whole images are resampled. Values that are all equal (an accuracy of 0 or 1), or nearly, give a
+    mean an interval of no or hardly any width, which understates the uncertainty, unless ``bounds``
+    says how far others may lie.
 
     Args:
         values: one value per image, shape ``(N,)``, finite.
@@ -133,7 +133,7 @@ def bootstrap_interval(
     resampled = torch.cat(parts)
     acceleration = _acceleration_of_mean(sample, unit, num_units) if statistic == "mean" else 0.0
     low, high = torch.quantile(resampled, _bca_levels(resampled, estimate, acceleration, level))
-    if bounds is not None and bool((sample == sample.median()).double().mean() > 0.5):
+    if bounds is not None:
         share = unseen_share(num_units, level)
         least, most = (estimate + share * (end - estimate) for end in bounds)
         low, high = low.minimum(least), high.maximum(most)

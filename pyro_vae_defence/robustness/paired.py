@@ -107,8 +107,9 @@ def paired_difference(
         )
     values = report.per_image.double() - other.per_image.double()
     bounds = figure_bounds(report.figure)
-    if bounds is not None:
-        bounds = bounds[0] - bounds[1], bounds[1] - bounds[0]
+    if bounds is not None:  # differences that are alike, and not equal, speak for themselves
+        most_agree = bool((values == values.median()).double().mean() > 0.5)
+        bounds = (bounds[0] - bounds[1], bounds[1] - bounds[0]) if most_agree else None
     found = metrics.bootstrap_interval(values, level=level, generator=generator, bounds=bounds)
     chance = sign_flip_chance(values, generator)
     return Difference(found.estimate, found.low, found.high, chance, found.level, found.num_values)
