@@ -74,8 +74,8 @@ def class_scores(classifier: Callable[[Tensor], Tensor], latents: LatentsLike) -
 def scores_of_either(
     classifier: Callable[[Latents], Tensor] | Callable[[Tensor], Tensor], latents: LatentsLike
 ) -> Tensor:
-    """Scores that a classifier gives to latents, of a site -> values each, or of all sites
-    together, as :func:`class_scores` hands them on: the first is tried first."""
+    """Scores that a classifier gives to latents, whether it takes site -> values, which is tried
+    first, or all sites together, as :func:`class_scores` hands them on."""
     read: Any = classifier
     try:
         scores: Tensor = read(latents)
