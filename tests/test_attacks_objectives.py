@@ -13,6 +13,7 @@ from torch.distributions import kl_divergence
 from torch.nn import functional as F
 
 from pyro_vae_defence import attacks
+from pyro_vae_defence.attacks import interop
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import LinearClassifier, flatten_latents
 from pyro_vae_defence.ops.balls import L1, L2, Linf
@@ -171,8 +172,8 @@ def test_a_classifier_reads_sites_or_all_of_them_together(classifier):
     expected = attacks.cross_entropy(vae, classifier)(x_ref)(x)
     for read in (classifier.linear, lambda z: classifier.linear(z[:, :3])):
         assert torch.equal(attacks.cross_entropy(vae, read)(x_ref)(x), expected)
-        scores = attacks.interop.LatentClassifier(vae, read)(x)
-        assert torch.equal(scores, attacks.interop.LatentClassifier(vae, classifier)(x))
+        scores = interop.LatentClassifier(vae, read)(x)
+        assert torch.equal(scores, interop.LatentClassifier(vae, classifier)(x))
     of_images = torch.nn.Conv2d(1, 5, 3).double()
     with pytest.raises(ValueError, match=r"classifier failed: .*it is given latents of shape"):
         attacks.misclassified(vae, of_images)(x_ref)
