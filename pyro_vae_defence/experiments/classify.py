@@ -108,13 +108,16 @@ _OF_LAYERS = ClassifierConfig(
 )
 
 
+def _as_mnist(dataset: str) -> int | None:
+    """ColorMNIST has every image in seven colours; as many as MNIST's will do for variants, draws
+    and hidden layers."""
+    return 55_000 if dataset in _COLOURED else None
+
+
 def _classifiers() -> dict[str, ClassifierConfig]:
     classifiers = {}
     for model, config in MODELS.items():
-        coloured = config.dataset in _COLOURED
-        # ColorMNIST has every image in seven colours; as many as MNIST's will do for variants and
-        # draws.
-        as_mnist = 55_000 if coloured else None
+        coloured, as_mnist = config.dataset in _COLOURED, _as_mnist(config.dataset)
         for column, part in enumerate(_PARTS.values() if coloured else ("",)):
             plain = ClassifierConfig(config.dataset, model, column=column)
             if config.start_from is not None:
@@ -125,10 +128,8 @@ def _classifiers() -> dict[str, ClassifierConfig]:
             # A tenth of the training images, at some hundred gradients each.
             classifiers[f"{name}_posterior"] = replace(plain, inputs="posterior", num_images=5_500)
     for dataset in ("mnist", "fashion_mnist", "color_mnist_textured"):
-        layers = replace(_OF_LAYERS, dataset=dataset, model=f"{dataset}_vae")
-        if dataset in _COLOURED:
-            layers = replace(layers, num_images=55_000)
-        classifiers[f"{dataset}_vae_mlp_classifier"] = layers
+        layers = replace(_OF_LAYERS, dataset=dataset, num_images=_as_mnist(dataset))
+        classifiers[f"{dataset}_vae_mlp_classifier"] = replace(layers, model=f"{dataset}_vae")
     for dataset in DATASETS:
         features = ClassifierConfig(dataset, optimiser="adam", learning_rate=1e-3, max_epochs=5)
         if dataset == "color_mnist":

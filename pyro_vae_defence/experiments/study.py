@@ -44,7 +44,7 @@ from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments.configuration import override
 from pyro_vae_defence.experiments.drawing import save_figure
-from pyro_vae_defence.metrics.intervals import unseen_share
+from pyro_vae_defence.metrics.intervals import unseen_reach
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
@@ -778,8 +778,7 @@ def _give_width(entry: Any, number: int, noise: int, is_share: bool) -> None:
         value = entry["estimate"]
         number = entry.get("num_images") or number
         if is_share and number and value in (0, 1) and entry.get("low") == entry.get("high"):
-            unseen = unseen_share(number)
-            entry["low"], entry["high"] = max(0.0, value - unseen), min(1.0, value + unseen)
+            entry["low"], entry["high"] = unseen_reach(value, number)
         return
     number = entry.get("num_classified", number)
     shares = {"correct", "unchanged", *_OF_PAIRS}

@@ -29,7 +29,7 @@ from pyro_vae_defence.metrics.intervals import (
     Interval,
     check_bootstrap,
     tails,
-    unseen_share,
+    unseen_reach,
 )
 from pyro_vae_defence.ops.checks import check_on_device, check_tensor, check_within
 
@@ -194,13 +194,14 @@ def detection_interval(
     ends = zip((least, most), tails(level), strict=True)
     low, high = (float(torch.quantile(values, tail)) for values, tail in ends)
     if of_resamples is not None:
-        share = unseen_share(num_images // 2, level)
+        reach = functools.partial(unseen_reach, num_units=num_images // 2, level=level)
         if bool((least == least[0]).all()):
-            low, high = (1 - share) * low, max(high, (1 - share) * low + share)
+            low, farthest = reach(low)
+            high = max(high, farthest)
         elif of_resamples is _auroc_of_others and _most_in_order(negatives, positives):
-            low = min(low, (1 - share) * estimate)
+            low = min(low, reach(estimate)[0])
         elif of_resamples is _auroc_of_others and _most_in_order(positives, negatives):
-            high = max(high, estimate + share * (1 - estimate))
+            high = max(high, reach(estimate)[1])
         low, high = min(low, estimate), max(high, estimate)
     return Interval(estimate, low, high, level, num_images, num_images)
 

@@ -134,15 +134,19 @@ def bootstrap_interval(
     acceleration = _acceleration_of_mean(sample, unit, num_units) if statistic == "mean" else 0.0
     low, high = torch.quantile(resampled, _bca_levels(resampled, estimate, acceleration, level))
     if bounds is not None:
-        share = unseen_share(num_units, level)
-        least, most = (estimate + share * (end - estimate) for end in bounds)
-        low, high = low.minimum(least), high.maximum(most)
+        least, most = unseen_reach(float(estimate), num_units, level, bounds)
+        low, high = min(float(low), least), max(float(high), most)
     return Interval(float(estimate), float(low), float(high), level, len(sample), num_units)
 
 
-def unseen_share(num_units: int, level: float = 0.95) -> float:
-    """Largest share that may differ where so many units agree: an end of an exact interval."""
-    return 1 - float(tails(level)[0]) ** (1 / num_units)
+def unseen_reach(
+    value: float, num_units: int, level: float = 0.95, bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """How far a mean reaches to either bound if the largest share that so many units may have
+    missed lies there: where all agree, the ends of an exact interval."""
+    share = 1 - float(tails(level)[0]) ** (1 / num_units)
+    low, high = (value + share * (end - value) for end in bounds)
+    return low, high
 
 
 def _check_bounds(bounds: tuple[float, float], sample: Tensor, statistic: str) -> None:
