@@ -308,24 +308,55 @@ class ObservesItsClass(PlaneOfClass):
             self.observe(x, z, y)
 
 
-def test_priors_of_classes_count_once(vae, x):
-    """Those of a model that observes its class are in its masses."""
-    observing = ObservesItsClass()
-    options = {"num_temperatures": 3, "num_steps": 1, "num_walks": 2}
-    log_prior = observing.probs.log()
+class WeighsItsClass(ObservesItsClass):
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            pyro.factor("y", y @ self.probs.log())
+            z = pyro.sample("z", dist.Normal(y @ self.shift, 1.0).to_event(1))
+            self.observe(x, z, y)
+
+
+class WeighsItsLatents(PlaneOfClass):
+    def model(self, x, y):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            pyro.factor("prior", (z @ self.shift.mT * y).sum(-1))  # of the first class, nothing
+            self.observe(x, z, y)
+
+
+PRIOR_OPTIONS = {"num_temperatures": 3, "num_steps": 1, "num_walks": 2}
+
+
+@pytest.mark.parametrize("kind", [ObservesItsClass, WeighsItsClass])
+def test_priors_of_classes_count_once(vae, x, kind):
+    """Those of a model that observes or weighs its class are in its masses."""
+    weighing = kind()
+    log_prior = weighing.probs.log()
     expected, own = (
-        AnalysisBySynthesis(each, CLASSES, log_prior=prior, **options).log_posterior(x, seeded(1))
-        for each, prior in ((vae, log_prior), (observing, None))
+        AnalysisBySynthesis(each, CLASSES, log_prior=prior, **PRIOR_OPTIONS).log_posterior(
+            x, seeded(1)
+        )
+        for each, prior in ((vae, log_prior), (weighing, None))
     )
     assert torch.allclose(own, expected)
     with pytest.raises(ValueError, match="log_prior is given, and the model .* site 'y'"):
-        AnalysisBySynthesis(observing, CLASSES, log_prior=log_prior, **options).predict(x)
-    hidden, alike = ObservesItsClass(), ObservesItsClass()
+        AnalysisBySynthesis(weighing, CLASSES, log_prior=log_prior, **PRIOR_OPTIONS).predict(x)
+    hidden, alike = kind(), kind()
     hidden.model = poutine.block(hidden.model, hide=["y"])
     alike.probs = torch.ones(CLASSES, dtype=torch.float64) / CLASSES  # weigh nothing
     for each in (hidden, alike):
-        again = AnalysisBySynthesis(each, CLASSES, log_prior=log_prior, **options)
+        again = AnalysisBySynthesis(each, CLASSES, log_prior=log_prior, **PRIOR_OPTIONS)
         assert torch.allclose(again.log_posterior(x, seeded(1)), expected)
+
+
+def test_a_prior_of_latents_is_none_of_classes(x):
+    log_prior = torch.tensor([0.0, 1.0, 2.0])
+    alone, both = (
+        AnalysisBySynthesis(WeighsItsLatents(), CLASSES, log_prior=prior, **PRIOR_OPTIONS)
+        for prior in (None, log_prior)
+    )
+    expected = (alone.log_posterior(x, seeded(1)) + log_prior).log_softmax(-1)
+    assert torch.allclose(both.log_posterior(x, seeded(1)), expected)
 
 
 def test_an_image_is_the_same_in_any_batch(vae, x):

@@ -65,7 +65,6 @@ from pyro_vae_defence.models.sites import (
     get_trace,
     log_prob_per_image,
     observed_sites,
-    sample_sites,
 )
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
@@ -145,8 +144,8 @@ class AnalysisBySynthesis:
         perturbation: the ball of perturbations that is assumed, of radius :math:`\delta`; ``None``
             for none.
         log_prior: logarithms of the classes' probabilities, ``(K,)``, up to a constant; all alike
-            when ``None``, or those of a model that observes its class, ``pyro.sample("y",
-            OneHotCategorical(probs), obs=y)``, whose masses have them.
+            when ``None``, or those of a model that weighs its class, ``pyro.sample("y",
+            OneHotCategorical(probs), obs=y)`` or a ``pyro.factor``, whose masses have them.
         inverse_mass_matrix: variances of the unconstrained latents given an image, site -> one
             image's shape, such as ``vae.mean_posterior_variance``: the scales on which walks move
             near the target. ``None`` takes those of the prior.
@@ -157,7 +156,7 @@ class AnalysisBySynthesis:
 
     Raises:
         ValueError: if an argument is out of range; when called, for a VAE without such programs,
-            and for a ``log_prior`` beside a model that observes its class.
+            and for a ``log_prior`` beside a model that weighs its class.
 
     Example:
         >>> from pyro_vae_defence.models import ConditionalVAE
@@ -402,21 +401,31 @@ class AnalysisBySynthesis:
     def _check_prior(self, x: Tensor) -> None:
         """Refuse a prior of classes beside one of the model, at one image."""
         classes = torch.arange(self.num_classes, device=x.device)[:, None]
-        with aside(x.device):
-            seen = [
-                {site["name"]: site for site in observed_sites(get_trace(vae.model, image))}
-                for vae, image in (_at(self, x, each) for each in classes)
-            ]
-            vae, image = _at(self, 1 - x, classes[0])
-            of_another = sample_sites(get_trace(vae.model, image))
-        for name in set.intersection(*map(set, seen)) & of_another.keys():
-            values = [each[name]["value"] for each in seen]
-            is_class = torch.equal(values[0], of_another[name]["value"])  # and not the image
-            is_class = is_class and not all(torch.equal(values[0], each) for each in values)
-            weights = torch.cat([log_prob_per_image(each[name], 1) for each in seen])
-            if is_class and not torch.allclose(weights, weights[:1]):
+        with aside(x.device):  # latents are drawn anew for each
+            here, elsewhere = (
+                [
+                    {site["name"]: site for site in observed_sites(get_trace(vae.model, image))}
+                    for vae, image in (_at(self, at, each) for each in classes)
+                ]
+                for at in (x, 1 - x)
+            )
+        for name in set.intersection(*map(set, here + elsewhere)):
+            values, weights, other_values, other_weights = (
+                torch.cat([made(each[name]) for each in traces])
+                for traces in (here, elsewhere)
+                for made in (
+                    lambda site: site["value"].reshape(1, -1).double(),
+                    lambda site: log_prob_per_image(site, 1),
+                )
+            )
+            # What differs by class, and not by image or latents, is of the class alone.
+            of_class = (
+                torch.allclose(each, other) and not torch.allclose(each, each[:1])
+                for each, other in ((values, other_values), (weights, other_weights))
+            )
+            if any(of_class) and not torch.allclose(weights, weights[:1]):
                 raise ValueError(
-                    f"log_prior is given, and the model observes its class at site {name!r}, so "
+                    f"log_prior is given, and the model weighs classes itself at site {name!r}, so "
                     "that priors of classes would count twice; leave log_prior out, or hide the "
                     f"site, poutine.block(vae.model, hide=[{name!r}])"
                 )
