@@ -1,4 +1,4 @@
-"""The table of the README."""
+"""The tables of the README."""
 
 from __future__ import annotations
 
@@ -23,74 +23,62 @@ def test_the_readme_shows_what_its_command_prints(capsys):
 
 @pytest.fixture
 def results(tmp_path):
-    for name in ("compare", "robustness", "robustness_controls"):
-        shutil.copytree(RESULTS / name, tmp_path / name)
+    """Of the suite of attacks chains at both radii and another reading, without their images."""
+    shutil.copytree(RESULTS / "compare", tmp_path / "compare")
+    protocol = tmp_path / "robustness_protocol"
+    protocol.mkdir()
+    for name in ("mnist_unrolled_0.1", "mnist_unrolled_0.2", "mnist_protocol_0.2",
+                 "fashion_mnist_unrolled_0.2", "fashion_mnist_vote_0.1"):  # fmt: skip
+        shutil.copy(RESULTS / f"robustness_protocol/{name}.json", protocol)
     return tmp_path
+
+
+def rows(results, start):
+    """Cells of the rows that begin so, in both tables."""
+    lines = front_table(results).splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith(start)]
 
 
 def test_every_figure_stands_in_its_place(results):
     black = results / "compare/mnist.json"
     similar = {"estimate": 0.11, "low": 0.1, "high": 0.2}
-    change(black, ["radii", "0.2", "hmc", "ms_ssim"], similar)
-    read = ["radii", "0.2", "hmc", "accuracy", "class", "reencoded/mean", "attacked", "correct"]
+    change(black, ["radii", "0.2", "aware", "ms_ssim"], similar)
+    read = ["radii", "0.2", "aware", "accuracy", "class", "reencoded/mean", "attacked", "correct"]
     change(black, read, similar | {"estimate": 0.22})
-    report = ["reports", "classification/hmc"]
-    for name, value in (("mnist", 0.33), ("fashion_mnist", 0.44)):
-        path = results / f"robustness/{name}_radius_0.2.json"
+    report = ["reports", "classification/aware"]
+    for name, value in (("mnist_unrolled_0.1", 0.99), ("mnist_unrolled_0.2", 0.33),
+                        ("fashion_mnist_unrolled_0.2", 0.44)):  # fmt: skip
+        path = results / f"robustness_protocol/{name}.json"
         change(path, [*report, "attacks"], [])
         change(path, [*report, "robust", "mean", "estimate"], value)
-    clean = ["reports", "classification/none", "undefended_clean", "estimate"]
-    change(results / "robustness/fashion_mnist_radius_0.2.json", clean, 0.55)
-    lines = front_table(results).splitlines()
-    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| HMC, the paper")]
-    assert [row[:3] for row in rows] == [["HMC, the paper's target", "0.11 / 0.22", "0.93 / 0.91"]]
-    assert rows[0][3:] == ["0.36 *?* / 0.33 *?*", "0.26 *?* / 0.44 *?*"]
-    (row,) = (line for line in lines if line.startswith("| without"))
-    assert row.endswith("/ 0.55 |")
-    # The same defence as the leaderboard has it, which reads it otherwise.
-    (legend,) = (line for line in lines if line.startswith("Similarity"))
-    assert legend.endswith("it has 0.96 and 0.67 where this table has 0.95 and 0.55.")
-    assert "over 5 draws" in legend
+    clean = ["reports", "classification/aware", "undefended_clean", "estimate"]
+    change(results / "robustness_protocol/fashion_mnist_unrolled_0.2.json", clean, 0.55)
+    unaware, known = rows(results, "| HMC, perturbation-aware")
+    assert unaware[1:] == ["0.11 / 0.22", "0.90 / 0.87"]
+    assert known[1:] == ["0.33 [0.84, 0.93]", "0.44 [0.32, 0.49]"]
+    assert rows(results, "| without")[1][2] == "0.55 [0.77, 0.91]"
+    # What has no report at this radius, and what only some data sets have.
+    assert len(rows(results, "| mode")) == 1
+    assert rows(results, "| no defence")[1][1:] == ["0.00 [0.00, 0.04]", "not measured"]
 
 
-def test_a_report_that_calls_itself_unreliable_is_marked_and_says_why(results):
-    suite, report = (
-        results / "robustness/mnist_radius_0.2.json",
-        ["reports", "classification/aware"],
-    )
-
-    def front():
-        lines = front_table(results).splitlines()
-        (row,) = (line for line in lines if "(recommended target)" in line)
-        (note,) = (line for line in lines if line.startswith("- *?* marks"))
-        return row.split(" | ")[3], note
-
-    cell, note = front()
-    assert cell.count("*?*") == 2
-    assert "9 of 20" in note
-    assert "`finite_differences` in 8" in note
-    change(suite, [*report, "unreliable"], False)
-    cell, note = front()
-    assert cell == "0.93 *?* / 0.82"  # what its strongest attack leaves
-    assert "8 of 20" in note
-    assert "`finite_differences` in 7" in note
+def test_a_report_that_calls_itself_unreliable_is_marked(results):
+    assert "*?*" not in front_table(results)
+    path = results / "robustness_protocol/mnist_unrolled_0.2.json"
+    change(path, ["reports", "classification/aware", "unreliable"], True)
+    assert rows(results, "| HMC, perturbation-aware")[1][1].endswith("0.93] *?*")
+    assert "*?* marks a report" in front_table(results)
 
 
-def test_chains_of_the_table_are_told_from_those_that_are_recommended(results):
-    change(results / "robustness/mnist_radius_0.2.json", ["config", "chain", "burn_in"], 7)
+def test_chains_of_the_tables_are_told_from_those_that_are_recommended(results):
+    path = results / "robustness_protocol/mnist_unrolled_0.2.json"
+    change(path, ["config", "chain", "burn_in"], 7)
     (note,) = (line for line in front_table(results).splitlines() if ".recommended" in line)
-    recommended, here = note.split("The chains of the table")
+    here, recommended = note.split("`MCMCDefence.recommended`")
     assert (
         "4 chains of 15 warm-up + 10 kept transitions from step size 0.2, burn-in 30" in recommended
     )
-    assert "1 chain of 20 warm-up + 5 kept transitions from step size 0.5, burn-in 7" in here
-
-
-def test_what_was_not_measured_is_said(results):
-    shutil.rmtree(results / "robustness_controls")
-    rows = [line for line in front_table(results).splitlines() if line.startswith("| control")]
-    assert len(rows) == 3
-    assert all(row.endswith("| not measured | not measured |") for row in rows)
+    assert "5 kept transitions from step size 0.5, burn-in 7 (MNIST, black background);" in here
 
 
 def test_the_readmes_program_runs(capsys):

@@ -57,7 +57,7 @@ BESIDE = {
     "paper": "list the tables and figures of the paper, or make some: paper table_2",
     "table": "print a table of the paper beside our results",
     "models": "print what the cards of trained models say",
-    "front": "print the table of the README",
+    "front": "print the tables of the README",
     "leaderboard": "write the page that ranks defences by what adaptive attackers leave",
 }
 """Commands that compute nothing."""

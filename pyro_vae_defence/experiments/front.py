@@ -1,150 +1,123 @@
-"""The table of the README: what defences leave of two figures, from the result files of other
-studies."""
+"""The tables of the README: what attackers who do not know defences, and those who do, leave of
+each, from the result files of other studies."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
-from pyro_vae_defence.experiments import tables
-from pyro_vae_defence.experiments.defences import chain_words, label
+from pyro_vae_defence.experiments import study, tables
+from pyro_vae_defence.experiments.defences import chain_words, chained, label
+from pyro_vae_defence.experiments.leaderboard import Entry, by_defence
+from pyro_vae_defence.experiments.robustness import reports
 from pyro_vae_defence.experiments.study import shown
-from pyro_vae_defence.experiments.summary import protocol
-from pyro_vae_defence.experiments.train import DATASETS
+from pyro_vae_defence.experiments.summary import MARKED, readers, worst_case
 
 RADIUS = "0.2"
 BLACK, TEXTURED = "mnist", "color_mnist_textured"
-KNOWN = ("mnist", "fashion_mnist")
-"""Where attackers who know the defence were measured."""
-
+TITLES = {
+    BLACK: "MNIST, black background",
+    "fashion_mnist": "Fashion-MNIST",
+    TEXTURED: "ColorMNIST, textured background",
+}
 DEFENCES = ("none", "dark_clip", "median", "mode", "hmc", "aware_mode", "aware")
-COMPARED = ("dark_clip", "aware")
 READING = "reencoded/mean"
-_TARGETS = ("reconstruction", "classification")
 
 
 def front_table(results: Path) -> str:
     """Similarity and accuracy under attack, by what the attacker knows, in Markdown.
 
     Args:
-        results: directory whose subdirectories ``compare`` and ``robustness*`` hold result files.
+        results: directory whose subdirectories ``compare`` and ``robustness_protocol`` hold result
+            files.
 
     Raises:
-        ValueError: for a damaged result file.
+        ValueError: for a damaged result file, or two results of one defence.
     """
-    unaware = [shown(results / f"compare/{name}.json") for name in (BLACK, TEXTURED)]
-    suites = {name: _suites(results, name) for name in KNOWN}
-    reports = {
-        name: {key: report for suite in found for key, report in suite["reports"].items()}
-        for name, found in suites.items()
-    }
-    columns = ["", "MNIST (black background)", "ColorMNIST (textured background)"]
-    columns += [f"{DATASETS[name]}, attacker knows the defence" for name in KNOWN]
-    rows = [["without an attack", *map(_clean, unaware)]]
-    rows[0] += [_reported(found, "none", "undefended_clean", False) for found in reports.values()]
+    return "\n".join([*_unaware(results), "", *_aware(results)])
+
+
+def _unaware(results: Path) -> Iterator[str]:
+    found = {name: shown(results / f"compare/{name}.json") for name in (BLACK, TEXTURED)}
+    yield f"Under attacks of L_inf radius {RADIUS} = δ whose attacker does not know the defence:"
+    yield ""
+    rows = [["without an attack", *map(_clean, found.values())]]
     for name in DEFENCES:
-        mark = " (recommended target)" if name == "aware" else ""
-        cells = [_under_attack(result, name) for result in unaware]
-        cells += [_reported(found, name, "robust/mean") for found in reports.values()]
-        rows.append([label(name) + mark, *cells])
-    lines = tables.table(columns, rows)
-    lines += [*_notes(unaware, suites, reports), "", *protocol(results)]
-    return "\n".join(lines)
-
-
-def _suites(results: Path, name: str) -> list[dict[str, Any]]:
-    """Results of the suite of attacks: of chains, and of controls where there are any."""
-    chains, controls = (
-        results / each / f"{name}_radius_{RADIUS}.json"
-        for each in ("robustness", "robustness_controls")
+        rows.append([_title(name), *(_under_attack(result, name) for result in found.values())])
+    yield from tables.table(["", *(TITLES[name] for name in found)], rows)
+    widths = " and ".join(f"{_widths(result)} ({TITLES[name]})" for name, result in found.items())
+    yield (
+        "Similarity (`ms_ssim[paper]`) of reconstructions / share of classes read right; 1 is "
+        "best. Without an attack: two undefended reconstructions, and the class at the encoding "
+        f"of the image. 95% intervals are {widths} wide. A *mode* descends the same energy and "
+        f"runs no chain. {_chains((name, result['config']) for name, result in found.items())}"
     )
-    return [shown(chains), *([shown(controls)] if controls.exists() else [])]
 
 
-def _notes(
-    unaware: Sequence[Mapping[str, Any]],
-    suites: Mapping[str, Sequence[Mapping[str, Any]]],
-    reports: Mapping[str, Mapping[str, Any]],
-) -> Iterable[str]:
-    shown = [
-        report
-        for found in reports.values()
-        for key, report in found.items()
-        if key.split("/")[1] in DEFENCES
-    ]
-    number = shown[0]["clean"]["mean"]["num_images"]
-    plain = [found["classification/none"] for found in reports.values()]
-    here, there = (
-        " and ".join(f"{tables.at(report, place)['estimate']:.2f}" for report in plain)
-        for place in ("undefended_clean", "clean/mean")
+def _aware(results: Path) -> Iterator[str]:
+    every = list(study.read(results / "robustness_protocol", "robustness").values())
+    suites = {name: list(_at_radius(every, name)) for name in TITLES}
+    found = {name: by_defence(entries) for name, entries in suites.items() if entries}
+    entries = [entry for each in found.values() for entry in each.values()]
+    images, restarts = (
+        " or ".join(map(str, sorted(numbers)))
+        for numbers in (
+            {entry.num_images for entry in entries},
+            {entry.config["budget"]["num_restarts"] for entry in entries},
+        )
     )
     yield (
-        "Similarity (`ms_ssim[paper]`) of reconstructions / share of classes read right, under "
-        f"attacks of L_inf radius {RADIUS} = δ; 1 is best. Without an attack: two undefended "
-        "reconstructions, and the class at the encoding of the image. The leaderboard's *no "
-        "defence* is read as defences are, at the encoding of a reconstruction, over "
-        f"{plain[0]['budget']['scoring_draws']} draws: of the same images as in the last two "
-        f"columns it has {there} where this table has {here}."
+        "Share of classes read right under attackers who know the defence, the worst of a suite of "
+        f"attacks for each of {images} images:"
     )
     yield ""
-    yield (
-        "- The attacker of the first two columns does not know the defence. 95% intervals are "
-        f"{_widths(unaware[0])} wide in the first, {_widths(unaware[1])} in the second. A *mode* "
-        "descends the same energy and runs no chain."
-    )
-    intervals = "; ".join(
-        f"{DATASETS[name]}, "
-        + ", ".join(
-            f"{label(each)} {tables.interval(report['robust']['mean'], 2)}"
-            for each in COMPARED
-            if (report := found.get(f"classification/{each}"))
-        )
-        for name, found in reports.items()
-    )
-    yield (
-        "- The last two columns count the worst of a suite of attacks for each image, also where "
-        f"there is no defence to know. They are of {number} other images, and not to be compared "
-        f"with the first two. Classes read right, with 95% intervals: {intervals}. A "
-        "stronger attack may lower all of it. On textured backgrounds nobody who knows the "
-        "defence has attacked it."
-    )
-    marked = [report for report in shown if report["unreliable"]]
-    if marked:
-        # "check fidelity: gradients that foretell ..." -> its name.
-        why = Counter(
-            reason.partition(":")[0].removeprefix("check ")
-            for report in marked
-            for reason in report["reasons"]
-        )
-        checks = ", ".join(f"`{check}` in {count}" for check, count in why.most_common())
-        yield (
-            f"- *?* marks a figure whose report calls itself unreliable, {len(marked)} of "
-            f"{len(shown)} here: a check of its attacks failed ({checks}), and they may be "
-            "weaker than they look. What a stronger attacker leaves may be less, so a marked "
-            "figure is not shown to be better than one without the mark."
-        )
-    chains = {DATASETS[name]: found[0]["config"]["chain"] for name, found in suites.items()}
-    words = ", ".join(dict.fromkeys(map(chain_words, chains.values())))
-    first, second = (chain_words(result["config"]["chain"]) for result in unaware)
-    own = chain_words(RECOMMENDED_KERNEL | RECOMMENDED_LENGTHS)
-    yield (
-        f"- `MCMCDefence.recommended` runs {own}. The chains of the table are others: "
-        f"of the first column, {first}; of the second, {second}; of the last two, {words}."
-    )
+    plain = [next(iter(each.values())).report["undefended_clean"] for each in found.values()]
+    rows = [["without an attack", *(tables.interval(each, 2) for each in plain)]]
+    for name in DEFENCES:
+        if any(name in each for each in found.values()):
+            rows.append([_title(name), *(worst_case(each.get(name)) for each in found.values())])
+    yield from tables.table(["", *(TITLES[name] for name in found)], rows)
+    with_chains = (entry for entry in entries if chained(entry.defence))
+    notes = [
+        f"The same radius, {restarts} restart(s), 95% intervals; the images are others than above."
+        f"{readers([entry.result for entry in entries])} A stronger attack may lower all of it.",
+        *([MARKED] if any(entry.report["unreliable"] for entry in entries) else []),
+        _chains((e.config["model"].removesuffix("_vae"), e.config) for e in with_chains),
+        f"`MCMCDefence.recommended` runs {chain_words(RECOMMENDED_KERNEL | RECOMMENDED_LENGTHS)}.",
+    ]
+    yield " ".join(notes)
 
 
-def _pair(similarity: str | None, accuracy: str | None) -> str:
-    if similarity is None or accuracy is None:
-        return tables.NOT_MEASURED
-    return f"{similarity} / {accuracy}"
+def _chains(configs: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    of: dict[str, dict[str, None]] = {}
+    for name, config in configs:
+        of.setdefault(chain_words(config["chain"]), {})[TITLES[name]] = None
+    said = "; ".join(f"{words} ({' and '.join(names)})" for words, names in of.items())
+    return f"Chains: {said}."
+
+
+def _at_radius(suites: Sequence[dict[str, Any]], dataset: str) -> Iterator[Entry]:
+    """Defences whose classes are read as others' are, in reports of fresh noise."""
+    for suite in suites:
+        config = suite["config"]
+        if config["model"] != f"{dataset}_vae" or config["radius"] != float(RADIUS):
+            continue
+        for key, report in reports(suite).items():
+            target, name = key.split("/")
+            entry = Entry(suite, name, report)
+            if target == "classification" and not entry.unlike:
+                yield entry
+
+
+def _title(name: str) -> str:
+    return label(name) + (" (recommended target)" if name == "aware" else "")
 
 
 def _clean(result: Mapping[str, Any]) -> str:
     floor = tables.at(result, "noise_floor/full/estimate")
-    return _pair(f"{floor:.2f}", f"{tables.at(result, 'clean/class/estimate'):.2f}")
+    return f"{floor:.2f} / {tables.at(result, 'clean/class/estimate'):.2f}"
 
 
 def _figures(result: Mapping[str, Any], name: str) -> list[dict[str, float]]:
@@ -155,20 +128,7 @@ def _figures(result: Mapping[str, Any], name: str) -> list[dict[str, float]]:
 
 
 def _under_attack(result: Mapping[str, Any], name: str) -> str:
-    return _pair(*(f"{figure['estimate']:.2f}" for figure in _figures(result, name)))
-
-
-def _reported(reports: Mapping[str, Any], name: str, place: str, attacked: bool = True) -> str:
-    """Both figures of a defence's reports; marked if attacks gave them that are not reliable."""
-    cells: list[str | None] = []
-    for target in _TARGETS:
-        report = reports.get(f"{target}/{name}")
-        if report is None:
-            cells.append(None)
-            continue
-        mark = " *?*" if attacked and report["unreliable"] else ""
-        cells.append(f"{tables.at(report, place)['estimate']:.2f}{mark}")
-    return _pair(*cells)
+    return " / ".join(f"{figure['estimate']:.2f}" for figure in _figures(result, name))
 
 
 def _widths(result: Mapping[str, Any]) -> str:

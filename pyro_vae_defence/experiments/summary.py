@@ -26,6 +26,11 @@ _CONTROL = "best control"
 _SERIES = ("none", *ADVISED, _CONTROL)
 _PROTOCOL = ("none", "dark_clip", "aware", "recommended", "aware_mode")
 _KERNELS = ("hmc_burn_in", "nuts", "paper")
+MARKED = (
+    "*?* marks a report that calls itself unreliable: a check of its attacks failed, or one that "
+    "applies was left out, and they may be weaker than they look, so its figure is not shown to be "
+    "better than one without the mark."
+)
 
 
 def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str]) -> list[Path]:
@@ -50,7 +55,9 @@ def write_summary(results: str | os.PathLike[str], images: str | os.PathLike[str
     suites = list(study.read(results / "robustness", "robustness").values())
     if (controls := results / "robustness_controls").exists():
         suites += study.read(controls, "robustness").values()
-    known = [*protocol(results), *adaptive(suites)]
+    known = [*adaptive(suites)]
+    if (protocol := results / "robustness_protocol").exists():
+        known[:0] = adaptive(list(study.read(protocol, "robustness").values()), _PROTOCOL)
     lines = [
         *_defended(headlines, link),
         *known,
@@ -115,12 +122,6 @@ def _defended(headlines: list[Headline], link: str) -> Iterator[str]:
     yield from tables.table(["data set, radius", *heads], rows)
 
 
-def protocol(results: Path) -> Iterator[str]:
-    """The same of the evaluations of most images, if there are any."""
-    if (place := results / "robustness_protocol").exists():
-        yield from adaptive(list(study.read(place, "robustness").values()), _PROTOCOL)
-
-
 def adaptive(
     suites: list[dict[str, Any]], names: Sequence[str] = ("none", "dark_clip", "hmc", "aware")
 ) -> Iterator[str]:
@@ -146,7 +147,7 @@ def adaptive(
         "by data set, radius and figure (similarity of reconstructions is `ms_ssim[paper]`), "
         f"{' or '.join(map(str, numbers))} images, {' or '.join(map(str, restarts))} restart(s). "
         "*Clean* is without attack and defence; classes are then read at the encoding of the image."
-        + _readers(suites)
+        + readers(suites)
     )
     yield ""
     rows = []
@@ -157,30 +158,26 @@ def adaptive(
         title = DATASETS.get(config["model"].removesuffix("_vae"), f"`{config['model']}`")
         clean = report["undefended_clean"]["estimate"]
         what = f"{title}, {config['radius']:g}, {figure}{first.unlike}; clean {clean:.2f}"
-        rows.append([what, *(_worst_case(found[row].get(name)) for name in names)])
+        rows.append([what, *(worst_case(found[row].get(name)) for name in names)])
     yield from tables.table(["data set, radius, figure", *map(label, names)], rows)
-    marked = (
-        "*?* marks a report that calls itself unreliable: a check of its attacks failed, or one "
-        "that applies was left out, and they may be weaker than they look, so its figure is not "
-        "shown to be better than one without the mark."
-    )
     found_marks = any("*?*" in cell for cells in rows for cell in cells)
     moved = [s for s in suites if any(chained(name) for name in s["config"]["defences"])]
     chains = dict.fromkeys(chain_words(suite["config"]["chain"]) for suite in moved)
     own = f"`MCMCDefence.recommended` runs {chain_words(RECOMMENDED_KERNEL | RECOMMENDED_LENGTHS)}."
     of_chains = f"Chains: {'; '.join(chains)}. {own}" if chains else own
-    yield f"{marked} {of_chains}" if found_marks else of_chains
+    yield f"{MARKED} {of_chains}" if found_marks else of_chains
     yield ""
 
 
-def _readers(suites: list[dict[str, Any]]) -> str:
+def readers(suites: list[dict[str, Any]]) -> str:
     """Who reads classes, where that is not the paper's linear classifier."""
     names = [s["config"].get("classifier") for s in suites]  # older results do not name it
     others = dict.fromkeys(f"`{name}`" for name in names if name is not None)
     return f" Classes are read by {' and '.join(others)}." if others else ""
 
 
-def _worst_case(entry: Entry | None) -> str:
+def worst_case(entry: Entry | None) -> str:
+    """What the worst of all attacks leaves, with its interval and an unreliable report's mark."""
     if entry is None:
         return tables.NOT_MEASURED
     mark = " *?*" if entry.report["unreliable"] else ""
