@@ -14,6 +14,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
+from pyro import poutine
+from pyro.infer.autoguide.effect import GuideMessenger
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.metrics.evidence import _weights
@@ -25,11 +27,14 @@ class WideGuide(LinearGaussianVAE):
     """The linear-Gaussian VAE with a guide that is off in mean and width, and covers the
     posterior."""
 
-    def guide(self, x):
+    def posterior(self, x):
         mean, covariance = self.exact(x)
+        scale = 1.5 * covariance.diagonal().sqrt().expand_as(mean)
+        return dist.Normal(mean + 0.05, scale).to_event(1)
+
+    def guide(self, x):
         with pyro.plate("data", x.shape[0]):
-            scale = 1.5 * covariance.diagonal().sqrt().expand_as(mean)
-            pyro.sample("z", dist.Normal(mean + 0.05, scale).to_event(1))
+            pyro.sample("z", self.posterior(x))
 
 
 @pytest.fixture
@@ -191,6 +196,74 @@ def test_simulated_latents_are_posterior_draws(float64):
     found = whitened @ whitened.T / 4000
     assert (found - torch.eye(3)).abs().max() < 5 * math.sqrt(2 / 4000)
     assert images.shape == (4000, 1, 4, 4)
+
+
+class Prior(GuideMessenger):
+    """Pyro's guide that runs the model, observation included, with a posterior at its latents."""
+
+    def get_posterior(self, name, prior):
+        return WideGuide().posterior(*self.args_kwargs[0])
+
+
+class LabelledGuide(WideGuide):
+    """A guide that observes, too: what the encoder says of a class."""
+
+    def guide(self, x):
+        super().guide(x)
+        with pyro.plate("rows", len(x)):
+            pyro.sample(
+                "y", dist.Bernoulli(probs=x.new_full((len(x),), 0.2)), obs=x.new_ones(len(x))
+            )
+
+
+@pytest.mark.parametrize("make", [lambda: Prior(WideGuide().model), lambda: LabelledGuide().guide])
+def test_what_a_guide_observes_is_no_part_of_its_density(make, wide, inside):
+    other = WideGuide()
+    other.guide = make()
+    found = [
+        metrics.nll(vae, inside, 3, generator=torch.Generator().manual_seed(1))
+        for vae in (wide, other)
+    ]
+    torch.testing.assert_close(*found)
+    z = {"z": torch.randn(6, 3)}
+    found = [program.guide_potential(vae, inside)(z) for vae in (wide, other)]
+    torch.testing.assert_close(*found)
+
+
+class Masked:
+    """A latent that counts for some images, in model and guide or in one of them."""
+
+    def __init__(self, in_model=True, in_guide=True):
+        self.in_model, self.in_guide = in_model, in_guide
+
+    def model(self, x, known):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+            with poutine.mask(mask=known if self.in_model else True):
+                pyro.sample("u", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+            pyro.sample("obs", dist.Normal(z, 1.0).to_event(1), obs=x.flatten(1))
+
+    def guide(self, x, known):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x.flatten(1) / 2, 0.5**0.5).to_event(1))
+            with poutine.mask(mask=known if self.in_guide else True):
+                pyro.sample("u", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+
+
+def test_masks_are_those_of_both_programs(float64):
+    """Of one alone the ratio of densities is that of different latents."""
+    x, known = torch.rand(3, 1, 1, 1), torch.tensor([True, False, True])
+    expected = -torch.distributions.Normal(0, 2**0.5).log_prob(x.flatten())
+    torch.testing.assert_close(metrics.nll(Masked(), (x, known), 2), expected)
+    for in_model, in_guide, numbers in (
+        (True, False, "1 of 3.*for 0"),
+        (False, True, "0 of 3.*for 1"),
+    ):
+        vae = Masked(in_model, in_guide)
+        with pytest.raises(ValueError, match=f"'u' is masked for {numbers}"):
+            metrics.nll(vae, (x, known), 2)
+        with pytest.raises(ValueError, match=f"'u' is masked for {numbers}"):
+            metrics.ais_log_weights(vae, (x, known), lambda latents, *_: latents)
 
 
 def test_what_clips_its_draws_is_no_simulation(float64):

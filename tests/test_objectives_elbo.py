@@ -20,6 +20,7 @@ from objectives_programs import (
 )
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide.effect import GuideMessenger
 from torch import Tensor, nn
 
 from pyro_vae_defence.objectives import BetaELBO, linear_schedule
@@ -140,6 +141,27 @@ def test_trace_elbo_implies_beta_only_if_both_programs_are_scaled() -> None:
         error = weighted(*scales) - expected
         assert error.mean().abs() < 5 * error.std() / math.sqrt(len(error))
     assert (3 * entropy).mean().abs() > 1.0
+
+
+class Amortised(GuideMessenger):
+    """The posteriors of a VAE, asked for while the model runs."""
+
+    def __init__(self, vae: LinearVAE) -> None:
+        super().__init__(vae.model)
+        self.vae = vae
+
+    def get_posterior(self, name: str, prior: object) -> dist.Independent:
+        pyro.module("encoder", self.vae.encoder)
+        return dist.Normal(*self.vae.posterior(self.args_kwargs[0][0])).to_event(1)
+
+
+def test_beta_of_a_guide_that_runs_the_model_is_that_of_latents() -> None:
+    vae = LinearVAE()
+    x, losses = images(vae), []
+    for guide in (vae.guide, Amortised(vae)):
+        torch.manual_seed(0)
+        losses.append(BetaELBO(4.0).terms(vae.model, guide, x)["loss"])
+    torch.testing.assert_close(*losses)
 
 
 def test_terms_against_closed_forms() -> None:

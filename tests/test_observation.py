@@ -9,6 +9,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.distributions.transforms import HaarTransform
+from pyro.infer.reparam import HaarReparam
 from torch.nn import functional as F
 
 from pyro_vae_defence import attacks, metrics
@@ -132,6 +134,21 @@ def test_reading_uses_up_no_random_numbers():
     x, before = torch.rand(2, *SHAPE), torch.get_rng_state()
     program.image_map(Observing(SERVED["2x - 1"]), x)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_what_a_reparametrisation_leaves_is_no_part_of_the_image():
+    plain = Observing(SERVED["as it is"])
+    vae = Observing(SERVED["as it is"])
+    vae.model = poutine.reparam(plain.model, {"z": HaarReparam(dim=-1)})
+    x, z = torch.rand(4, *SHAPE), torch.randn(4, 2)
+    haar = {"z_haar": HaarTransform(dim=-1)(z)}
+    torch.testing.assert_close(program.decode(vae, haar, SHAPE), plain.mean(z))
+    for perturbation in (None, Linf(0.1)):
+        energies = [
+            program.potential(each, x, perturbation)(at)
+            for each, at in ((vae, haar), (plain, {"z": z}))
+        ]
+        torch.testing.assert_close(*energies)
 
 
 def test_further_observations_are_no_part_of_the_image():
@@ -362,6 +379,19 @@ def test_linf_balls_of_an_image_in_parts():
     torch.testing.assert_close(*energies)
     with pytest.raises(ValueError, match="observed at one site"):
         program.potential(parts, x, L2(0.5))
+
+
+def test_linf_balls_of_pixels_at_sites_of_their_own():
+    """As a sequence has them, one after the other: values ``(N,)``, without event dimensions."""
+
+    def observe(x, m, scale=0.1):
+        for number, (value, mean) in enumerate(zip(x.flatten(1).T, m.flatten(1).T, strict=True)):
+            sample(f"x_{number}", dist.Normal(mean, scale), value)
+
+    whole, pixels = Observing(SERVED["as it is"]), Observing(observe)
+    x, z = torch.rand(4, *SHAPE), {"z": torch.randn(4, 2)}
+    energies = [program.potential(vae, x, Linf(0.1))(z) for vae in (whole, pixels)]
+    torch.testing.assert_close(*energies)
 
 
 def test_further_observations_are_not_perturbed():

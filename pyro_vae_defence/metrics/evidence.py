@@ -26,7 +26,13 @@ from pyro_vae_defence.metrics.likelihood import (
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.models.observation import ImageMap
-from pyro_vae_defence.models.sites import aside, get_trace, log_prob_per_image, sample_sites
+from pyro_vae_defence.models.sites import (
+    aside,
+    check_same_masks,
+    get_trace,
+    log_prob_per_image,
+    sample_sites,
+)
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer
@@ -67,6 +73,7 @@ def nll(
     check_integer("num_samples", num_samples)
     check_integer("rows", rows)
     _check_intensities(vae, x)
+    _check_masks(vae, x)
     seed = draw_seed(generator)
     results = []
     with program.evaluation_mode(vae):
@@ -83,6 +90,14 @@ def nll(
             "guide is none there; look at their parameters, and at x"
         )
     return result
+
+
+@torch.no_grad()
+def _check_masks(vae: VAE, x: Tensor) -> None:
+    """Refuse latents of which guide and model mask different elements."""
+    if x.device.type != "meta":
+        with program.evaluation_mode(vae), aside(x.device):
+            check_same_masks(get_trace(vae.model, x), get_trace(vae.guide, x))
 
 
 @torch.no_grad()
@@ -168,6 +183,7 @@ def ais_log_weights(
         raise ValueError(
             "schedule falls, and initial is None: pass exact draws of p(z | x), as simulate returns"
         )
+    _check_masks(vae, x)
     repeated = x.repeat(num_chains, 1, 1, 1)
     with program.evaluation_mode(vae):
         potential = program.potential(vae, repeated)

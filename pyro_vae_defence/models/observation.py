@@ -43,7 +43,7 @@ from pyro_vae_defence.models.sites import (
     sample_sites,
 )
 from pyro_vae_defence.ops.checks import RefusalError
-from pyro_vae_defence.ops.distributions import mean_is_own
+from pyro_vae_defence.ops.distributions import innermost, is_point, mean_is_own
 from pyro_vae_defence.types import PyroProgram
 
 ADVICE = (
@@ -381,7 +381,11 @@ def read_images(model: PyroProgram, like: Tensor) -> ImageMap:
             second = sample_sites(run_on("vae.model", poutine.condition(one, data=latents), x))
         with_mean = [site.name for site in images if site.name not in without_mean]
         noisy += [n for n in with_mean if _differ(sites[n]["fn"].mean, second[n]["fn"].mean)]
-    weighed = [n for n, s in sites.items() if not _same_density(s, moved[n], dims[n], rows_of)]
+    weighed = [
+        name
+        for name, site in sites.items()
+        if not (_is_replaced(site) or _same_density(site, moved[name], dims[name], rows_of))
+    ]
     return ImageMap(
         shape,
         tuple(images),
@@ -422,7 +426,12 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 
 def _observes(site: Site) -> bool:
     """Whether a site may hold the image: neither a factor nor what a reparametrisation leaves."""
-    return bool(site["is_observed"]) and not isinstance(site["fn"], Unit)
+    return bool(site["is_observed"]) and not (isinstance(site["fn"], Unit) or _is_replaced(site))
+
+
+def _is_replaced(site: Site) -> bool:
+    """Whether a site is a point at its own value: what ``poutine.reparam`` leaves of a latent."""
+    return is_point(site["fn"]) and innermost(site["fn"]).v is site["value"]
 
 
 def _read_site(name: str, rows: Tensor, x: Tensor) -> ImageSite | None:

@@ -235,6 +235,19 @@ def encode(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     return _latents(_draw(vae.guide, x, streams))
 
 
+def _of_latents(guide: PyroProgram) -> PyroProgram:
+    """A guide without its own observations, which are no part of q(z | x); factors are.
+
+    It may observe a label, or run the model for its priors (``GuideMessenger`` of Pyro).
+    """
+
+    def observes(msg: Any) -> bool:
+        return bool(msg["is_observed"]) and not isinstance(msg["fn"], dist.Unit)
+
+    blocked: PyroProgram = poutine.block(guide, hide_fn=observes)
+    return blocked
+
+
 @public
 def sample_with_log_prob(
     vae: VAE, x: Tensor, *, streams: Streams | None = None
@@ -244,11 +257,12 @@ def sample_with_log_prob(
     Raises ``ValueError`` for a guide whose draws have no known density, such as a ``Delta`` that is
     a function of the image.
     """
-    trace = _draw(vae.guide, x, streams)
+    guide = _of_latents(vae.guide)
+    trace = _draw(guide, x, streams)
     check_density(trace)
     latents = _latents(trace)
     if enumerable(trace):
-        trace = _get_marginal_trace(vae.guide, latents, x)
+        trace = _get_marginal_trace(guide, latents, x)
     return latents, -_energy(trace, x.new_zeros(x.shape[0]))
 
 
@@ -262,7 +276,8 @@ class GuideDraws:
     def __init__(self, vae: VAE, x: Tensor) -> None:
         self.vae, self.x = vae, x
         self.site = ""
-        trace = _draw(vae.guide, x, Streams.create(len(x), seed=0, device=x.device))
+        streams = Streams.create(len(x), seed=0, device=x.device)
+        trace = _draw(_of_latents(vae.guide), x, streams)
         check_density(trace)
         if made := made_of_noise(trace):
             _check_log_density(take(vae, slice(0, 1)), x[:1], made)
@@ -904,7 +919,7 @@ def guide_potential(
     names = {site.name for site in energy.sites}
 
     def energy_of_guide(latents: LatentsLike) -> Tensor:
-        trace = _get_marginal_trace(vae.guide, energy.constrain(latents), x)
+        trace = _get_marginal_trace(_of_latents(vae.guide), energy.constrain(latents), x)
         check_density_everywhere(trace)
         discrete = {s["name"] for s in latent_sites(trace) if kind(s) is Kind.DISCRETE}
         if (sites := sample_sites(trace).keys() - discrete) != names:

@@ -273,6 +273,28 @@ def check_density_everywhere(guide_trace: Trace) -> None:
             )
 
 
+def check_same_masks(model_trace: Trace, guide_trace: Trace) -> None:
+    """Refuse a latent of which the model masks other elements than the guide.
+
+    The ratio of both densities would be one of different elements, and log p(x) another number.
+    """
+    model = {site["name"]: site for site in latent_sites(model_trace)}
+    for site in latent_sites(guide_trace):
+        other = model.get(site["name"])
+        if other is None or Kind.DISCRETE in (kind(site), kind(other)):
+            continue
+        ones = torch.ones_like(site["value"])
+        in_guide, in_model = (counted(with_mask(each)) * ones for each in (site, other))
+        if not torch.equal(in_guide, in_model):
+            raise ValueError(
+                f"latent site {site['name']!r} is masked for {int((in_model == 0).sum())} of "
+                f"{ones.numel()} elements in the model and for {int((in_guide == 0).sum())} in the "
+                "guide, or for others, so that p(x, z) / q(z | x) compares densities of different "
+                "elements; mask the same ones in both, with poutine.mask(mask=...) around "
+                "pyro.sample (an obs_mask masks NAME_unobserved by ~obs_mask)"
+            )
+
+
 def sampled_in_order(model_trace: Trace, guide_trace: Trace) -> set[str]:
     """Names of the latents that the guide samples after all which the model samples before them.
 

@@ -105,6 +105,8 @@ class ImageELBO(TraceMeanField_ELBO):
     def _get_trace(
         self, model: PyroProgram, guide: PyroProgram, args: Any, kwargs: Any
     ) -> tuple[Trace, Trace]:
+        if isinstance(poutine.unwrap(guide), Messenger):
+            guide = _alone(guide)
         model, guide = (_OfTheBatch(len(args[0]))(program) for program in (model, guide))
         # Not Pyro's analytic ELBO's, which warns of orders that are dealt with in elbo_terms.
         model_trace, guide_trace = Trace_ELBO._get_trace(self, model, guide, args, kwargs)
@@ -292,6 +294,19 @@ class _OfTheBatch(Messenger):
         whole = whole_size(msg, self.num_images)
         if whole != self.num_images:
             msg["scale"] = msg["scale"] * self.num_images / whole
+
+
+def _alone(guide: PyroProgram) -> PyroProgram:
+    """A guide that runs the model for its priors, Pyro's ``GuideMessenger``, as one of latents.
+
+    Pyro would take the model's trace from it as well, which the guide's scale is on.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with poutine.block(hide_fn=lambda msg: msg["is_observed"]):
+            return guide(*args, **kwargs)
+
+    return run
 
 
 def check_trainable(model_trace: Trace, guide_trace: Trace) -> None:

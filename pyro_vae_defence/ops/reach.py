@@ -57,7 +57,8 @@ def maximise_linear(slope: Tensor, x: Tensor, ball: Ball) -> Tensor:
     Raises:
         ValueError: for a ball other than ``Linf``, ``L2`` and ``L1``.
     """
-    slope = slope.expand_as(x)
+    shape = x.shape
+    slope, x = _flat(slope.expand_as(x)), _flat(x)
     room = torch.where(slope == 0, 0.0, torch.where(slope > 0, 1.0 - x, x))
     weight = slope.abs()
     if isinstance(ball, Linf):
@@ -68,7 +69,7 @@ def maximise_linear(slope: Tensor, x: Tensor, ball: Ball) -> Tensor:
         magnitude = _greedy(weight, room, ball.radius)
     else:
         raise ValueError(_UNKNOWN.format(ball))
-    return _move(x, slope.sign(), magnitude, ball)
+    return _move(x, slope.sign(), magnitude, ball).reshape(shape)
 
 
 def nearest(target: Tensor, precision: Tensor | float, x: Tensor, ball: Ball) -> Tensor:
@@ -79,28 +80,35 @@ def nearest(target: Tensor, precision: Tensor | float, x: Tensor, ball: Ball) ->
         precision: positive weights, broadcastable to ``(N, *event)``, e.g. inverse variances.
         x, ball: as for :func:`maximise_linear`, with the same error.
     """
-    target = target.expand_as(x)
-    precision = torch.as_tensor(precision, dtype=x.dtype, device=x.device).expand_as(x)
+    shape = x.shape
+    precision = torch.as_tensor(precision, dtype=x.dtype, device=x.device)
+    target, precision = _flat(target.expand_as(x)), _flat(precision.expand_as(x))
+    x = _flat(x)
     distance = (target - x).abs()
     room = torch.minimum(distance, torch.where(target > x, 1.0 - x, x))
     if isinstance(ball, Linf):
         magnitude = room.clamp(max=ball.radius)
     elif isinstance(ball, L2):
         # With t in units of the largest precision; only their ratios matter.
-        bend = precision / rows(precision.flatten(1).amax(1), x)
+        bend = precision / rows(precision.amax(1), x)
         magnitude = _euclidean(distance * bend, bend, room, ball.radius)
     elif isinstance(ball, L1):
         magnitude = _soft_threshold(distance, precision, room, ball.radius)
     else:
         raise ValueError(_UNKNOWN.format(ball))
-    return _move(x, (target - x).sign(), magnitude, ball)
+    return _move(x, (target - x).sign(), magnitude, ball).reshape(shape)
+
+
+def _flat(value: Tensor) -> Tensor:
+    """``(N, *event)`` to ``(N, D)``; of a single pixel, without event dimensions, D is 1."""
+    return value.reshape(len(value), -1)
 
 
 def _euclidean(slope: Tensor, bend: Tensor, room: Tensor, radius: float) -> Tensor:
     """Magnitudes min(slope t / (1 + bend t), room), t as large as their norm allows."""
     # In units in which the radius is 1 and so is t where the tangent at 0 reaches it, which is
     # Newton's first point.
-    size = slope.flatten(1).norm(dim=1)
+    size = slope.norm(dim=1)
     unit = rows(torch.where(size > 0, radius / size, 0.0), slope)
     slope, bend, room = slope * unit / radius, bend * unit, room / radius
     squared = torch.ones_like(size)
@@ -108,23 +116,23 @@ def _euclidean(slope: Tensor, bend: Tensor, room: Tensor, radius: float) -> Tens
         t = rows(squared.sqrt(), slope)
         free = slope * t / (1.0 + bend * t)
         stuck = free >= room
-        spent = torch.where(stuck, room, free).square().flatten(1).sum(1)
-        rate = torch.where(stuck, 0.0, slope.square() / (1.0 + bend * t) ** 3).flatten(1).sum(1)
+        spent = torch.where(stuck, room, free).square().sum(1)
+        rate = torch.where(stuck, 0.0, slope.square() / (1.0 + bend * t) ** 3).sum(1)
         squared = squared + torch.where(rate > 0, (1.0 - spent).clamp(min=0.0) / rate, 0.0)
     t = rows(squared.sqrt(), slope)
     magnitude = torch.minimum(slope * t / (1.0 + bend * t), room)
     # Where all the room is in the ball, t is infinite.
-    all_of_it = rows(room.square().flatten(1).sum(1) <= 1.0, room)
+    all_of_it = rows(room.square().sum(1) <= 1.0, room)
     return torch.where(all_of_it, room, magnitude) * radius
 
 
 def _greedy(weight: Tensor, room: Tensor, radius: float) -> Tensor:
     """Spend ``radius`` on the largest weights first, on each up to its room."""
-    order = weight.flatten(1).argsort(dim=1, descending=True)
-    ordered = room.flatten(1).gather(1, order)
+    order = weight.argsort(dim=1, descending=True)
+    ordered = room.gather(1, order)
     left = radius - (ordered.cumsum(1) - ordered)
     spent = torch.minimum(left.clamp(min=0.0), ordered)
-    return torch.zeros_like(spent).scatter(1, order, spent).reshape(room.shape)
+    return torch.zeros_like(spent).scatter(1, order, spent)
 
 
 def _soft_threshold(distance: Tensor, precision: Tensor, room: Tensor, radius: float) -> Tensor:
@@ -133,11 +141,11 @@ def _soft_threshold(distance: Tensor, precision: Tensor, room: Tensor, radius: f
     def magnitude(level: Tensor) -> Tensor:
         return torch.minimum((distance - rows(level, room) / precision).clamp(min=0.0), room)
 
-    high = (distance * precision).flatten(1).amax(1)
+    high = (distance * precision).amax(1)
     low = torch.zeros_like(high)
     for _ in range(_BISECTION_STEPS):
         middle = 0.5 * (low + high)
-        too_much = magnitude(middle).flatten(1).sum(1) > radius
+        too_much = magnitude(middle).sum(1) > radius
         low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
     return magnitude(high)
 
