@@ -34,7 +34,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.ops.checks import (
+    check_integer,
+    check_per_row,
+    check_positive,
+    check_tensor,
+)
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 Transition: TypeAlias = Callable[[Latents, Potential, int], Latents]
@@ -69,6 +74,7 @@ def importance_nll(
     for start in range(0, num_samples, chunk):
         rows = min(chunk, num_samples - start)
         log_weights = sample_and_weight(rows)
+        check_tensor("what sample_and_weight returns", log_weights)
         if log_weights.ndim != 2 or log_weights.shape[0] != rows:
             raise ValueError(
                 f"sample_and_weight({rows}) has shape {tuple(log_weights.shape)}: "
@@ -110,13 +116,18 @@ def ais(
         schedule: inverse temperatures, strictly rising from 0 to 1 or falling from 1 to 0.
 
     Raises:
-        ValueError: the schedule does not run from one end to the other.
+        ValueError: the schedule does not run from one end to the other, or ``potential`` or
+            ``log_q`` does not return one number per row.
     """
     temperatures = check_schedule(schedule)
     latents = dict(initial)
 
     def log_ratio() -> Tensor:
-        return -potential(latents) - log_q(latents)
+        energy, log_density = potential(latents), log_q(latents)
+        count = len(next(iter(latents.values())))
+        for name, value in (("potential", energy), ("log_q", log_density)):
+            check_per_row(name, value, count)
+        return -energy - log_density
 
     def annealed(temperature: float, latents: Latents) -> Tensor:
         return temperature * potential(latents) - (1 - temperature) * log_q(latents)
@@ -129,7 +140,16 @@ def ais(
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
-    """Log of the average weight over the first dimension: ``(M, N)`` to ``(N,)``."""
+    """Log of the average weight over the first dimension: ``(M, N)`` to ``(N,)``.
+
+    Raises:
+        ValueError: if there is no weight.
+    """
+    check_tensor("log_weights", log_weights)
+    if log_weights.ndim == 0 or log_weights.shape[0] == 0:
+        raise ValueError(
+            f"log_weights has shape {tuple(log_weights.shape)}: pass (M, N), one row or more"
+        )
     return log_weights.logsumexp(dim=0) - math.log(log_weights.shape[0])
 
 
