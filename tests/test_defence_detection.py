@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import HierarchicalVAE
+from programs import HierarchicalVAE, LinearGaussianVAE
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks import random_noise
@@ -391,8 +391,9 @@ class TestDetector:
             with pytest.raises(ValueError, match=r"^x must "):
                 call(2 * x)
         for call in (Detector, lambda vae: anomaly_scores(vae, x)):
-            with pytest.raises(ValueError, match=r"defence is a VAE, a ConvVAE; pass NoDefence"):
-                call(ConvVAE())
+            for vae in (ConvVAE(), LinearGaussianVAE()):  # a module can be called
+                with pytest.raises(ValueError, match=r"defence is a VAE, a \w+; pass NoDefence"):
+                    call(vae)
 
 
 class TestReport:

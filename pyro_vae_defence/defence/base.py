@@ -37,13 +37,13 @@ class Defence(Protocol):
 
 def check_defence(defence: Any, *, needs_vae: bool = True) -> Defence:
     """``defence``, or a ``ValueError`` unless it can be called and, if it must, has a VAE."""
-    if not callable(defence):
-        raise ValueError(f"defence must be callable, images to a DefenceResult, got {defence!r}")
     if not hasattr(defence, "vae") and callable(getattr(defence, "guide", None)):
         raise ValueError(
             f"defence is a VAE, a {type(defence).__name__}; pass NoDefence(vae) for what it does "
             "without a defence"
         )
+    if not callable(defence):
+        raise ValueError(f"defence must be callable, images to a DefenceResult, got {defence!r}")
     if needs_vae:
         if not hasattr(defence, "vae"):
             raise ValueError(
