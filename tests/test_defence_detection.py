@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import pickle
 import types
 
 import numpy as np
@@ -290,6 +291,18 @@ class TestDetector:
         detector.score_name = "start_energy"
         with pytest.raises(ValueError, match="threshold is of score_name='start_error', which is"):
             detector.predict(torch.rand(2, 1, 4, 4))
+
+    @pytest.mark.parametrize("name", ["defence", "variance"])
+    def test_a_threshold_is_of_one_defence(self, linear_vae, name):
+        x = torch.rand(20, 1, 4, 4)
+        detector = Detector(NoDefence(linear_vae)).fit(x, 0.1, seeded())
+        found = detector.predict(x, seeded())
+        assert torch.equal(pickle.loads(pickle.dumps(detector)).predict(x, seeded()), found)
+        other = {"defence": EncoderDefence(linear_vae, 5), "variance": {"z": torch.full((3,), 2.0)}}
+        setattr(detector, name, other[name])
+        with pytest.raises(ValueError, match="threshold is of another defence or variance"):
+            detector.predict(x)
+        detector.fit(x, 0.1, seeded()).predict(x)
 
     @pytest.mark.parametrize(
         ("variance", "message"),

@@ -262,3 +262,6 @@ def test_densities_that_are_not_one_number_per_row_are_refused():
         message = rf"{name} must return one number per row, shape \(3,\), got {shape}"
         with pytest.raises(ValueError, match=message):
             ais(**given, initial=latents, transition=lambda z, *_: z, schedule=[0.0, 1.0])
+    for wrong in (lambda z, *_: (z, 1.0), lambda z, *_: {"z": z["z"][:1]}):
+        with pytest.raises(ValueError, match=r"transition must return latents of the sites and"):
+            ais(right, right, latents, wrong, [0.0, 0.5, 1.0])

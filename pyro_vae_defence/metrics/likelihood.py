@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -116,17 +116,18 @@ def ais(
         schedule: inverse temperatures, strictly rising from 0 to 1 or falling from 1 to 0.
 
     Raises:
-        ValueError: the schedule does not run from one end to the other, or ``potential`` or
-            ``log_q`` does not return one number per row.
+        ValueError: the schedule does not run from one end to the other, ``potential`` or ``log_q``
+            does not return one number per row, or ``transition`` no such latents as it was given.
     """
     temperatures = check_schedule(schedule)
     latents = dict(initial)
+    shapes = {name: value.shape for name, value in latents.items()}
+    num_rows = len(next(iter(latents.values())))
 
     def log_ratio() -> Tensor:
         energy, log_density = potential(latents), log_q(latents)
-        count = len(next(iter(latents.values())))
         for name, value in (("potential", energy), ("log_q", log_density)):
-            check_per_row(name, value, count)
+            check_per_row(name, value, num_rows)
         return -energy - log_density
 
     def annealed(temperature: float, latents: Latents) -> Tensor:
@@ -135,6 +136,12 @@ def ais(
     log_weights = (temperatures[1] - temperatures[0]) * log_ratio()
     for step, (now, following) in enumerate(itertools.pairwise(temperatures[1:])):
         latents = transition(latents, functools.partial(annealed, now), step)
+        # Fewer rows would be taken for copies in a plate.
+        if not isinstance(latents, Mapping) or shapes != {n: v.shape for n, v in latents.items()}:
+            raise ValueError(
+                f"transition must return latents of the sites and shapes that it was given, "
+                f"{ {name: tuple(shape) for name, shape in shapes.items()} }, got {latents!r:.100}"
+            )
         log_weights = log_weights + (following - now) * log_ratio()
     return log_weights
 
