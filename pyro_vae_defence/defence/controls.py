@@ -72,8 +72,8 @@ class EncoderDefence(BaseDefence):
     num_samples: int = 20
     preprocess: Perturb | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         if callable(self.num_samples):
             raise ValueError(
                 "num_samples must be an integer of at least 1, got a function; pass a filter by "
