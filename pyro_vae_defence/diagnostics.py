@@ -3,7 +3,9 @@
 One :class:`xarray.DataTree` is built, with groups ``posterior``, ``sample_stats``,
 ``observed_data`` and ``log_likelihood``. ArviZ 1.x works on it as it is, earlier versions get it
 wrapped as an ``InferenceData``. Dimensions are named ``chain``, ``draw``, ``image`` and, for a
-latent site, ``latent``; each has coordinates. Only numpy, xarray and ArviZ are imported here.
+latent site, ``latent``; each has coordinates. What is said of a tree here is said of such an
+``InferenceData`` as well, as ``arviz.from_netcdf`` makes of a file. Only numpy, xarray and ArviZ
+are imported here.
 
 Each image has chains of its own, whereas ArviZ's energy and pair plots and its BFMI are about one
 set of chains: they take :func:`select_image` of a tree. :func:`summary` has a row per image.
@@ -209,12 +211,34 @@ def check_image(image: Any, count: int) -> int:
     return int(image)
 
 
+def _as_tree(chains: Any, *, images: bool = False) -> xarray.DataTree:
+    """Chains as a tree; a ``ValueError`` if they are none, or have to be of ``images`` and are not.
+
+    An ``InferenceData`` is a tree without the class.
+    """
+    groups = getattr(chains, "groups", None)
+    if callable(groups):
+        chains = xarray.DataTree.from_dict({name: chains[name] for name in groups()})
+    if not isinstance(chains, xarray.DataTree) or "posterior" not in chains.children:
+        raise ValueError(
+            "tree must be an xarray.DataTree or an arviz.InferenceData with a group posterior, as "
+            f"result.to_datatree() is, got {type(chains).__name__}"
+        )
+    if images and "image" not in chains["posterior"].sizes:
+        raise ValueError(
+            "tree has no dimension image, since it is of one image alone, as select_image makes "
+            "it: pass the tree of all images; to one image arviz.summary and the like apply"
+        )
+    return chains
+
+
 def select_image(tree: xarray.DataTree, image: int) -> xarray.DataTree:
     """The chains of one image, without the dimension ``image``: all of ArviZ applies to them.
 
     Raises:
         ValueError: if the tree has no image of that number, from 0.
     """
+    tree = _as_tree(tree, images=True)
     image = check_image(image, tree["posterior"].sizes["image"])
     groups = {n: g.to_dataset().isel(image=image, drop=True) for n, g in tree.children.items()}
     return xarray.DataTree.from_dict(groups)
@@ -224,6 +248,7 @@ def to_arviz(tree: xarray.DataTree) -> Any:
     """What the installed ArviZ works on: the tree itself from 1.0, else an ``InferenceData``."""
     import arviz
 
+    tree = _as_tree(tree)
     if int(arviz.__version__.split(".")[0]) >= 1:
         return tree
     groups: dict[str, Any] = {name: group.to_dataset() for name, group in tree.children.items()}
@@ -247,11 +272,16 @@ def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
         return _per_site(tree, arviz.rhat(to_arviz(tree)))
 
 
-def ess(tree: xarray.DataTree, method: str = "bulk") -> dict[str, np.ndarray]:
-    """ArviZ's effective sample size by any of its methods: site -> values ``(image, *event)``."""
+def ess(
+    tree: xarray.DataTree, method: str = "bulk", prob: float | tuple[float, float] | None = None
+) -> dict[str, np.ndarray]:
+    """ArviZ's effective sample size by any of its methods: site -> values ``(image, *event)``.
+
+    ``prob`` is what ``"quantile"`` and ``"local"`` are about.
+    """
     import arviz
 
-    return _per_site(tree, arviz.ess(to_arviz(tree), method=method))
+    return _per_site(tree, arviz.ess(to_arviz(tree), method=method, prob=prob))
 
 
 def rhat_nested(tree: xarray.DataTree, superchain_ids: Sequence[int]) -> dict[str, np.ndarray]:
@@ -282,7 +312,7 @@ def rhat_nested(tree: xarray.DataTree, superchain_ids: Sequence[int]) -> dict[st
         ValueError: if there is not one number per chain, fewer than two superchains, or superchains
             of unequal size; and for a single draw of single chains.
     """
-    group = tree["posterior"].to_dataset()
+    group = _as_tree(tree)["posterior"].to_dataset()
     num_chains, num_draws = (group.sizes[dim] for dim in ("chain", "draw"))
     ids = np.asarray(superchain_ids)
     if ids.shape != (num_chains,):
@@ -332,7 +362,11 @@ def summary(tree: xarray.DataTree) -> Any:
 
     The last three are there if the tree has what they are made of. ``summary(tree).describe()``
     tells of all images, ``.nlargest(5, "r_hat")`` of the worst.
+
+    Raises:
+        ValueError: for chains of one image without a dimension of images.
     """
+    tree = _as_tree(tree, images=True)
     draws = tree["posterior"].to_dataset()
     still = _per_site(tree, {name: _still(v.values) for name, v in draws.data_vars.items()})
     columns = {"r_hat": _over_latents(np.max, rhat(tree))}
@@ -368,6 +402,6 @@ def _over_latents(reduce: Any, sites: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _per_site(tree: xarray.DataTree, values: Any) -> dict[str, np.ndarray]:
-    group = tree["posterior"]
+    group = _as_tree(tree)["posterior"]
     sites = {name: site for site, name in json.loads(group.attrs.get(_RENAMED, "{}")).items()}
     return {sites.get(str(n), str(n)): np.asarray(values[n]) for n in group.data_vars}

@@ -102,8 +102,15 @@ def rank(axes: Axes, draws: Any, label: str = "", bins: int = 10) -> Axes:
 
 
 def posterior_ratios(axes: Axes, before: Tensor, after: Tensor) -> Axes:
-    """Histograms of log posterior ratios before and after a defence (Figures 2 and 7), in nats."""
+    """Histograms of log posterior ratios before and after a defence (Figures 2 and 7), in nats.
+
+    Raises:
+        ValueError: if some are not finite, which no histogram has a place for.
+    """
     values = [v.detach().cpu().numpy().ravel() for v in (before, after)]
+    for name, value in zip(("before", "after"), values):
+        if count := int((~np.isfinite(value)).sum()):
+            raise ValueError(f"{name} has {count} values that are not finite: leave them out")
     edges = np.histogram_bin_edges(np.concatenate(values), bins=30)
     styles: dict[str, dict[str, Any]] = {
         "undefended": {"alpha": 0.6},
@@ -155,10 +162,20 @@ def _in_range(images: Tensor) -> Tensor:
 
 
 def picture(rows: Sequence[Tensor] | Tensor) -> str:
-    """Images ``(N, C, H, W)`` in [0, 1], one row per entry, as the base64 text of a PNG file."""
+    """Images ``(N, C, H, W)`` in [0, 1], one row per entry, as the base64 text of a PNG file.
+
+    Raises:
+        ValueError: without rows, or if they are not equally many images of one shape.
+    """
     import matplotlib.image
     from torchvision.utils import make_grid
 
+    shapes = {tuple(row.shape) for row in rows}
+    if len(shapes) != 1 or any(len(shape) != 4 for shape in shapes):
+        raise ValueError(
+            "rows must be one or more tensors of images of one shape (N, C, H, W), got "
+            f"{[tuple(row.shape) for row in rows]}"
+        )
     tiles = torch.cat([_in_range(row) for row in rows])
     grid = make_grid(tiles, nrow=len(rows[0]), padding=1, pad_value=0.5)
     buffer = io.BytesIO()

@@ -345,6 +345,28 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             MCMCDefence(tutorial_vae, **settings)
 
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("initial", "priors", "initial must be one of"),  # was taken for the guide
+            ("num_samples", 0, "num_samples must be an integer of at least 1"),
+            ("num_chains", 0, "num_chains must be an integer of at least 1"),
+            ("keep_draws", 9, "keep_draws must be at most 2"),
+            ("kernel", 3, "kernel must be a callable"),
+            ("batch_size", 0, "batch_size must be an integer"),
+        ],
+    )
+    def test_settings_that_were_replaced(self, linear_vae, name, value, message):
+        defence, x = MCMCDefence(linear_vae, BatchedHMC, 2, 1), torch.rand(2, 1, 4, 4)
+        setattr(defence, name, value)
+        for call in (defence, lambda x: list(defence.stream([x]))):
+            with pytest.raises(ValueError, match=message):
+                call(x)
+        other = PosteriorModeDefence(linear_vae, num_steps=2)
+        other.initial = "annealed"
+        with pytest.raises(ValueError, match="initial must be one of"):
+            other(x)
+
     def test_not_a_vae(self):
         with pytest.raises(ValueError, match="vae must have two Pyro programs"):
             MCMCDefence(torch.nn.Linear(1, 1))

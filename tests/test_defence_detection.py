@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import pickle
 import types
 
 import numpy as np
@@ -12,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import HierarchicalVAE
+from programs import HierarchicalVAE, LinearGaussianVAE
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks import random_noise
@@ -291,6 +292,18 @@ class TestDetector:
         with pytest.raises(ValueError, match="threshold is of score_name='start_error', which is"):
             detector.predict(torch.rand(2, 1, 4, 4))
 
+    @pytest.mark.parametrize("name", ["defence", "variance"])
+    def test_a_threshold_is_of_one_defence(self, linear_vae, name):
+        x = torch.rand(20, 1, 4, 4)
+        detector = Detector(NoDefence(linear_vae)).fit(x, 0.1, seeded())
+        found = detector.predict(x, seeded())
+        assert torch.equal(pickle.loads(pickle.dumps(detector)).predict(x, seeded()), found)
+        other = {"defence": EncoderDefence(linear_vae, 5), "variance": {"z": torch.full((3,), 2.0)}}
+        setattr(detector, name, other[name])
+        with pytest.raises(ValueError, match="threshold is of another defence or variance"):
+            detector.predict(x)
+        detector.fit(x, 0.1, seeded()).predict(x)
+
     @pytest.mark.parametrize(
         ("variance", "message"),
         [
@@ -391,8 +404,9 @@ class TestDetector:
             with pytest.raises(ValueError, match=r"^x must "):
                 call(2 * x)
         for call in (Detector, lambda vae: anomaly_scores(vae, x)):
-            with pytest.raises(ValueError, match=r"defence is a VAE, a ConvVAE; pass NoDefence"):
-                call(ConvVAE())
+            for vae in (ConvVAE(), LinearGaussianVAE()):  # a module can be called
+                with pytest.raises(ValueError, match=r"defence is a VAE, a \w+; pass NoDefence"):
+                    call(vae)
 
 
 class TestReport:

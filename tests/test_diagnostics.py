@@ -219,6 +219,39 @@ def test_arviz_works_on_one_image():
     plt.close("all")
 
 
+@pytest.mark.skipif(ARVIZ_1, reason="there it is a tree")
+def test_a_file_that_arviz_reads_is_as_good_as_the_tree(tmp_path):
+    draws = np.random.default_rng(0).normal(size=(4, 30, 2, 3))
+    tree = diagnostics.to_datatree({"vae/z": draws}, {"energy": draws[..., 0]})
+    diagnostics.to_arviz(tree).to_netcdf(str(tmp_path / "chains.nc"))
+    read = arviz.from_netcdf(str(tmp_path / "chains.nc"))
+    for function in (diagnostics.rhat, diagnostics.ess):
+        np.testing.assert_array_equal(function(read)["vae/z"], function(tree)["vae/z"])
+    nested = [diagnostics.rhat_nested(each, [0, 0, 1, 1])["vae/z"] for each in (read, tree)]
+    np.testing.assert_array_equal(*nested)
+    assert diagnostics.summary(read).equals(diagnostics.summary(tree))
+    one = diagnostics.select_image(read, 1)
+    np.testing.assert_array_equal(one["posterior"]["vae.z"], draws[:, :, 1])
+
+
+def test_ess_by_methods_that_ask_for_a_probability():
+    tree = chains_of(np.random.default_rng(0).normal(size=(4, 50, 2, 3)))
+    for method, prob in (("quantile", 0.9), ("local", (0.1, 0.3))):
+        found = diagnostics.ess(tree, method, prob)["z"]
+        expected = arviz.ess(diagnostics.to_arviz(tree), method=method, prob=prob)["z"]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_what_is_no_tree_of_images_is_refused():
+    tree = chains_of(np.random.default_rng(0).normal(size=(4, 30, 2)))
+    for function in (diagnostics.summary, lambda one: diagnostics.select_image(one, 0)):
+        with pytest.raises(ValueError, match="tree has no dimension image"):
+            function(diagnostics.select_image(tree, 1))
+    for wrong in ({"z": np.zeros((4, 30, 2))}, tree["posterior"].to_dataset()):
+        with pytest.raises(ValueError, match="tree must be an xarray.DataTree or"):
+            diagnostics.rhat(wrong)
+
+
 def test_result_gives_one_image_to_arviz(linear_vae):
     x = torch.rand(3, 1, 4, 4)
     result = MCMCDefence(linear_vae, BatchedHMC, 6, 2, num_chains=2)(x)

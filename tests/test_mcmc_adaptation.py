@@ -154,6 +154,7 @@ def test_jittered_lengths_have_the_stated_range_and_mean():
         (4, 0.5, 2, 6),
         (5, 0.0, 5, 5),
         (1, 1.0, 1, 2),
+        (10, 0.7, 3, 17),  # 1 - 0.7 is more than 0.3 in binary
     ):
         lengths = torch.tensor([trajectory_length(1, t, num_steps, jitter) for t in range(4000)])
         assert (int(lengths.min()), int(lengths.max())) == (low, high)

@@ -586,9 +586,28 @@ def test_host_syncs_of_a_transition(make):
             assert syncs.count == 0
 
 
-@pytest.mark.parametrize("step_size", [0.0, -0.1, float("nan")])
-def test_a_step_size_that_was_replaced_is_looked_at(step_size):
-    kernel = BatchedHMC(potential_fn=lambda latents: latents["z"].square().sum(-1))
-    kernel.step_size = step_size
-    with pytest.raises(ValueError, match="step_size must be a positive finite number"):
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        (BatchedHMC, "step_size", 0.0, "step_size must be a positive finite number"),
+        (BatchedHMC, "step_size", -0.1, "step_size must be a positive finite number"),
+        (BatchedHMC, "step_size", float("nan"), "step_size must be a positive finite number"),
+        (BatchedHMC, "inverse_mass_matrix", {"z": -torch.ones(3)}, r"\['z'\] must be positive"),
+        (BatchedHMC, "num_steps", 0, "num_steps must be an integer of at least 1"),
+        (BatchedHMC, "jitter", -1.0, "jitter must lie in"),
+        (BatchedHMC, "burn_in", -1, "burn_in must be an integer of at least 0"),
+        (BatchedGHMC, "num_steps", 0, "num_steps must be an integer of at least 1"),
+        (BatchedGHMC, "persistence", 1.5, "persistence must lie in"),
+        (BatchedNUTS, "max_tree_depth", 0, "max_tree_depth must be an integer in"),
+    ],
+)
+def test_an_argument_that_was_replaced_is_looked_at(kind, name, value, message):
+    """Of 0 steps, or a negative matrix, chains stood still."""
+    kernel = kind(potential_fn=lambda latents: latents["z"].square().sum(-1))
+    setattr(kernel, name, value)
+    with pytest.raises(ValueError, match=message):
         kernel.setup(1)
+    kernel = BatchedHMC(potential_fn=lambda latents: latents["z"].square().sum(-1))
+    kernel.step_size = torch.tensor(0.25)
+    kernel.setup(1)
+    assert kernel.step_size == 0.25

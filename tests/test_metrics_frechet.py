@@ -76,6 +76,8 @@ def test_bad_features_are_refused():
         metrics.frechet_distance(torch.zeros(1, 3), torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"other has shape \(5, 2\)"):
         metrics.frechet_distance(torch.zeros(5, 3), torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="what extractor returns must be a tensor, got a ndarray"):
+        metrics.frechet(*2 * [torch.rand(2, 1, 4, 4)], lambda x: x.flatten(1).numpy())
 
 
 def test_fid_names_what_is_missing(tmp_path, monkeypatch):

@@ -236,3 +236,32 @@ def test_bad_arguments_are_refused(vae):
         sigmoid_schedule(0)
     with pytest.raises(ValueError, match="steepness must be a positive finite number, got -1"):
         sigmoid_schedule(5, steepness=-1)
+    with pytest.raises(ValueError, match="what sample_and_weight returns must be a tensor"):
+        importance_nll(lambda rows: [[0.0]] * rows)
+    for weights, message in (
+        ([0.0], "log_weights must be a tensor, got a list"),
+        (torch.zeros(0, 3), r"log_weights has shape \(0, 3\): pass \(M, N\), one row or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            log_mean_exp(weights)
+
+
+def test_densities_that_are_not_one_number_per_row_are_refused():
+    """Of as many dimensions as rows, or of one, they gave a matrix of weights."""
+    latents = {"z": torch.zeros(3, 3)}
+
+    def right(z):
+        return z["z"].square().sum(-1)
+
+    for name, wrong, shape in (
+        ("log_q", lambda z: Normal(0.0, 1.0).log_prob(z["z"]), r"\(3, 3\)"),
+        ("log_q", lambda z: right(z)[:, None], r"\(3, 1\)"),
+        ("potential", lambda z: right(z).sum(), r"\(\)"),
+    ):
+        given = {"potential": right, "log_q": right, name: wrong}
+        message = rf"{name} must return one number per row, shape \(3,\), got {shape}"
+        with pytest.raises(ValueError, match=message):
+            ais(**given, initial=latents, transition=lambda z, *_: z, schedule=[0.0, 1.0])
+    for wrong in (lambda z, *_: (z, 1.0), lambda z, *_: {"z": z["z"][:1]}):
+        with pytest.raises(ValueError, match=r"transition must return latents of the sites and"):
+            ais(right, right, latents, wrong, [0.0, 0.5, 1.0])

@@ -36,6 +36,8 @@ def test_ratio_refuses_latents_that_do_not_belong_together():
         log_posterior_ratio(potential, {"z": torch.zeros(2, 3)}, {"w": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match=r"latents_2 has sites {'z': \(1, 3\)}"):
         log_posterior_ratio(potential, {"z": torch.zeros(2, 3)}, {"z": torch.zeros(1, 3)})
+    with pytest.raises(ValueError, match=r"potential must return one number per row, shape \(2,\)"):
+        log_posterior_ratio(lambda z: potential(z).sum(), *2 * [{"z": torch.zeros(2, 3)}])
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (3, 3), (4, 6), (5, 3)])

@@ -112,6 +112,29 @@ def test_what_is_no_image_is_refused(axes, image, message):
         plots.show_image(axes, image)
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [torch.rand(3, 1, 4, 5), torch.rand(2, 1, 4, 5)],
+        [torch.rand(2, 1, 4, 5), torch.rand(2, 3, 4, 5)],
+        torch.rand(3, 1, 4, 5),
+    ],
+    ids=["none", "fewer", "channels", "one row"],
+)
+def test_rows_of_a_picture_are_alike(rows):
+    """Shorter ones stood in other columns, and three grey images became one in colours."""
+    with pytest.raises(
+        ValueError, match=r"rows must be one or more tensors of images of one shape"
+    ):
+        plots.picture(rows)
+
+
+def test_ratios_that_are_not_finite_are_named(axes):
+    with pytest.raises(ValueError, match="after has 1 values that are not finite"):
+        plots.posterior_ratios(axes, torch.zeros(2), torch.tensor([0.0, float("inf")]))
+
+
 @pytest.mark.parametrize("bins", [0, 2.5, "5"])
 def test_number_of_bins_is_checked(axes, bins):
     with pytest.raises(ValueError, match="bins must be an integer of at least 1"):

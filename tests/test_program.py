@@ -484,5 +484,7 @@ class TestErrors:
         energy = program.potential(LinearGaussianVAE(), torch.zeros(3, 1, 4, 4))
         with pytest.raises(ValueError, match=r"must have the model's sites \['z'\]"):
             energy.check({"y": torch.zeros(3, 3)})
+        with pytest.raises(ValueError, match=r"latents\['z'\] must be a tensor, got a ndarray"):
+            energy.check({"z": torch.zeros(3, 3).numpy()})
         with pytest.raises(ValueError, match=r"must have shape \(3, 3\)"):
             energy.check({"z": torch.zeros(2, 3)})

@@ -37,13 +37,13 @@ class Defence(Protocol):
 
 def check_defence(defence: Any, *, needs_vae: bool = True) -> Defence:
     """``defence``, or a ``ValueError`` unless it can be called and, if it must, has a VAE."""
-    if not callable(defence):
-        raise ValueError(f"defence must be callable, images to a DefenceResult, got {defence!r}")
     if not hasattr(defence, "vae") and callable(getattr(defence, "guide", None)):
         raise ValueError(
             f"defence is a VAE, a {type(defence).__name__}; pass NoDefence(vae) for what it does "
             "without a defence"
         )
+    if not callable(defence):
+        raise ValueError(f"defence must be callable, images to a DefenceResult, got {defence!r}")
     if needs_vae:
         if not hasattr(defence, "vae"):
             raise ValueError(
@@ -90,6 +90,11 @@ class BaseDefence(ABC):
     num_chains = 1  # per image
 
     def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        """``ValueError`` for settings out of range; asked again by each run, as they may have been
+        replaced."""
         program.check_vae(self.vae)
         check_integer("batch_size", self.batch_size)
         for entry in fields(self):
@@ -181,6 +186,7 @@ class BaseDefence(ABC):
                 another run is writing it.
             ImportError: without Zarr, an extra of this package.
         """
+        self._check()
         at_once = max(1, self.batch_size // self.num_chains)
         chunk_size = at_once if chunk_size is None else chunk_size
         check_integer("chunk_size", chunk_size)
@@ -226,6 +232,7 @@ class BaseDefence(ABC):
 
         ``governs`` says whether what comes from torch's global generators is to follow the seed.
         """
+        self._check()
         conditions = split(images, name)[1]
         vae, x = program.at_images(self.vae, images, name)
         at_once = max(1, self.batch_size // self.num_chains)

@@ -72,8 +72,8 @@ class EncoderDefence(BaseDefence):
     num_samples: int = 20
     preprocess: Perturb | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         if callable(self.num_samples):
             raise ValueError(
                 "num_samples must be an integer of at least 1, got a function; pass a filter by "
@@ -145,6 +145,23 @@ class NoDefence(EncoderDefence):
         return {"defence": "none"}
 
 
+def _check_levels(x: Tensor) -> None:
+    """``ValueError`` for images of 8 bits, which count otherwise than from 0 to 1."""
+    if not (x.is_floating_point() or x.dtype == torch.bool):
+        raise ValueError(
+            f"x must be floating point with values in [0, 1], got {x.dtype}; for 8-bit images use "
+            "x.float() / 255"
+        )
+
+
+def _check_batch(x: Tensor) -> None:
+    """``ValueError`` for a single image, which would be filtered along other dimensions."""
+    if x.dim() != 4:
+        raise ValueError(
+            f"x must have shape (N, C, H, W), got {tuple(x.shape)}; x[None] for a single image"
+        )
+
+
 def clip_dark_pixels(x: Tensor, delta: float) -> Tensor:
     """Set to 0 every value that a perturbation of at most ``delta`` could have made out of 0.
 
@@ -153,8 +170,9 @@ def clip_dark_pixels(x: Tensor, delta: float) -> Tensor:
         delta: largest value to clip, in [0, 1].
 
     Raises:
-        ValueError: if ``delta`` is out of range.
+        ValueError: if ``delta`` is out of range, or images are integers.
     """
+    _check_levels(x)
     check_within("delta", delta, "[0, 1]", "it is in units of the range of images")
     return torch.where(x <= delta, 0.0, x)
 
@@ -176,8 +194,9 @@ def median_filter(x: Tensor, size: int = 3) -> Tensor:
         size: side of the window, odd.
 
     Raises:
-        ValueError: if ``size`` is even or not positive.
+        ValueError: if ``size`` is even or not positive, or for a single image.
     """
+    _check_batch(x)
     check_integer("size", size)
     if size % 2 == 0:
         raise ValueError(f"size must be an odd integer of at least 1, got {size!r}")
@@ -196,8 +215,10 @@ def gaussian_filter(x: Tensor, sigma: float = 1.0) -> Tensor:
         sigma: standard deviation in pixels, > 0.
 
     Raises:
-        ValueError: if ``sigma`` is not positive.
+        ValueError: if ``sigma`` is not positive, for a single image, or if images are integers.
     """
+    _check_batch(x)
+    _check_levels(x)
     check_positive("sigma", sigma)
     margin = math.ceil(3 * sigma)
     offset = torch.arange(-margin, margin + 1, device=x.device, dtype=x.dtype)

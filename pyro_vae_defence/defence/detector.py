@@ -171,6 +171,7 @@ class Detector:
             )
         self.false_alarm, self.threshold, self.clean_scores = float(false_alarm), threshold, found
         self._anchors, self._fitted_to = anchors, self.score_name
+        self._fitted_with = self.defence, self.variance
         self._calibration = {fingerprint(image) for image in images}
         return self
 
@@ -348,6 +349,12 @@ class Detector:
             raise ValueError(
                 f"the threshold is of score_name={self._fitted_to!r}, which is "
                 f"{self.score_name!r} now: call fit(clean_images) again"
+            )
+        now = self.defence, self.variance
+        if any(was is not is_now for was, is_now in zip(getattr(self, "_fitted_with", now), now)):
+            raise ValueError(
+                "the threshold is of another defence or variance than the detector has now: call "
+                "fit(clean_images) again"
             )
 
 

@@ -146,8 +146,8 @@ class MCMCDefence(BaseDefence):
     prepare: Callable[[ModelPotential], ModelPotential] | Literal["graph"] | None = None
     progress: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         if not callable(self.kernel) or isinstance(self.kernel, MCMCKernel):
             raise ValueError(
                 f"kernel must be a callable from a Pyro model to an MCMCKernel, such as BatchedHMC "

@@ -59,8 +59,8 @@ class PosteriorModeDefence(BaseDefence):
     initial: Literal["guide", "mean", "prior"] = "guide"
     perturbation: Perturbation | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         target(self.vae, self.perturbation)  # checks it
         if self.optimiser not in ("adam", "lbfgs"):
             raise ValueError(f"optimiser must be 'adam' or 'lbfgs', got {self.optimiser!r}")

@@ -168,8 +168,9 @@ def trajectory_length(seed: int, step: int, num_steps: int, jitter: float) -> in
 
     A function of seed and transition alone, like all noise of a run; at least 1.
     """
-    low = max(1, math.ceil((1 - jitter) * num_steps))
-    high = max(low, math.floor((1 + jitter) * num_steps))
+    # Rounded first: 0.7 of 10 below 10 is 3, and not 4 by a unit in the last place.
+    low = max(1, math.ceil(round((1 - jitter) * num_steps, 9)))
+    high = max(low, math.floor(round((1 + jitter) * num_steps, 9)))
     return random.Random(seed * 2**32 + step).randint(low, high)
 
 

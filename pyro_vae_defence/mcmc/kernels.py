@@ -12,7 +12,6 @@ Options, adaptation and bookkeeping are here; a kernel adds its own arguments an
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -123,21 +122,17 @@ class BatchedKernel(MCMCKernel):
         for name, value in (("model", model), ("potential_fn", potential_fn)):
             if value is not None and not callable(value):
                 raise ValueError(f"{name} must be callable, got {type(value).__name__}")
-        step_size = check_positive("step_size", step_size)
-        check_integer("burn_in", burn_in, 0)
         check_flag("adapt_step_size", adapt_step_size)
-        check_generator(generator)
-        if inverse_mass_matrix is not None:
-            check_inverse_mass(inverse_mass_matrix)
         # Built in any case, so that a target out of range never passes in silence.
         target = self.default_target if target_accept_prob is None else target_accept_prob
         rule: adaptation.StepSizeRule = adaptation.DualAveraging(target)
         self.model = model
-        self.step_size = step_size
+        self.step_size = plain(step_size)
         self.rule = rule if adapt_step_size else adaptation.FixedStepSize()
         self.inverse_mass_matrix = inverse_mass_matrix
         self.burn_in = plain(burn_in)
         self.generator = generator
+        BatchedKernel._check(self)
         self.transforms: dict[str, Transform] = {}
         self.streams: Streams | None = None
         self.prepare: Callable[[ModelPotential], ModelPotential] | Literal["graph"] | None = None
@@ -150,6 +145,17 @@ class BatchedKernel(MCMCKernel):
         self._graph: Graph | None = None
         self._run: _Run | None = None
         self._drawn: Streams | None = None  # from the generator, for this run
+
+    def _check(self) -> None:
+        """``ValueError`` for arguments out of range; asked again by each run, as they may have been
+        replaced."""
+        if isinstance(self.step_size, Tensor) and self.step_size.dim() == 0:
+            self.step_size = float(self.step_size)
+        check_positive("step_size", self.step_size)
+        check_integer("burn_in", self.burn_in, 0)
+        check_generator(self.generator)
+        if self.inverse_mass_matrix is not None:
+            check_inverse_mass(self.inverse_mass_matrix)
 
     # --- What a kernel adds ---
 
@@ -179,11 +185,10 @@ class BatchedKernel(MCMCKernel):
         During ``warmup_steps`` transitions the step size adapts.
 
         Raises:
-            ValueError: if :attr:`prepare` is of no use, or ``step_size`` was replaced by a number
-                that is not positive.
+            ValueError: if :attr:`prepare` is of no use, or an argument was replaced by one that is
+                out of range.
         """
-        if not 0 < float(self.step_size) < math.inf:
-            raise ValueError(f"step_size must be a positive finite number, got {self.step_size!r}")
+        self._check()
         self._warmup_steps = warmup_steps
         self._run = self._drawn = None
         self._networks = modules_of(self.model)

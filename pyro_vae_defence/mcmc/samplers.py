@@ -40,10 +40,14 @@ class _JitteredKernel(BatchedKernel):
         **options: Unpack[KernelOptions],
     ) -> None:
         super().__init__(model, potential_fn, **options)
-        check_integer("num_steps", num_steps)
-        check_within("jitter", jitter, "[0, 1]", "0 keeps lengths fixed")
         self.num_steps: int = plain(num_steps)
         self.jitter = jitter
+        self._check()
+
+    def _check(self) -> None:
+        super()._check()
+        check_integer("num_steps", self.num_steps)
+        check_within("jitter", self.jitter, "[0, 1]", "0 keeps lengths fixed")
 
     def _most_gradients(self, seed: int, step: int) -> int:
         return hmc.trajectory_length(seed, step, self.num_steps, self.jitter)
@@ -125,9 +129,14 @@ class BatchedNUTS(BatchedKernel):
         **options: Unpack[KernelOptions],
     ) -> None:
         super().__init__(model, potential_fn, **options)
-        if not (isinstance(max_tree_depth, numbers.Integral) and 1 <= max_tree_depth <= 20):
-            raise ValueError(f"max_tree_depth must be an integer in 1..20, got {max_tree_depth!r}")
         self.max_tree_depth: int = plain(max_tree_depth)
+        self._check()
+
+    def _check(self) -> None:
+        super()._check()
+        depth = self.max_tree_depth
+        if not (isinstance(depth, numbers.Integral) and 1 <= depth <= 20):
+            raise ValueError(f"max_tree_depth must be an integer in 1..20, got {depth!r}")
 
     def _most_gradients(self, seed: int, step: int) -> int:
         return 2**self.max_tree_depth - 1
@@ -175,10 +184,14 @@ class BatchedGHMC(BatchedKernel):
         **options: Unpack[KernelOptions],
     ) -> None:
         super().__init__(model, potential_fn, **options)
-        check_integer("num_steps", num_steps)
-        check_within("persistence", persistence, "[0, 1)", "0 draws the momentum anew")
         self.num_steps: int = plain(num_steps)
         self.persistence = persistence
+        self._check()
+
+    def _check(self) -> None:
+        super()._check()
+        check_integer("num_steps", self.num_steps)
+        check_within("persistence", self.persistence, "[0, 1)", "0 draws the momentum anew")
 
     def _extend(self, state: HMCState, streams: Streams) -> GHMCState:
         return ghmc.init(state, streams, self.inverse_mass)

@@ -80,8 +80,10 @@ def frechet(x: Tensor, y: Tensor, extractor: Extractor, rows: int = 500) -> Tens
     _check(x, y, rows)
     check_networks_on_device("extractor", extractor, "x", x)
     with evaluation_mode(extractor):
-        sets = [torch.cat([extractor(batch) for batch in images.split(rows)]) for images in (x, y)]
-    return frechet_distance(*sets)
+        parts = [[extractor(batch) for batch in images.split(rows)] for images in (x, y)]
+    for features in (*parts[0], *parts[1]):
+        check_tensor("what extractor returns", features)
+    return frechet_distance(*map(torch.cat, parts))
 
 
 @public

@@ -27,14 +27,19 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer, check_positive
+from pyro_vae_defence.ops.checks import (
+    check_integer,
+    check_per_row,
+    check_positive,
+    check_tensor,
+)
 from pyro_vae_defence.types import Latents, LatentsLike, Potential
 
 Transition: TypeAlias = Callable[[Latents, Potential, int], Latents]
@@ -69,6 +74,7 @@ def importance_nll(
     for start in range(0, num_samples, chunk):
         rows = min(chunk, num_samples - start)
         log_weights = sample_and_weight(rows)
+        check_tensor("what sample_and_weight returns", log_weights)
         if log_weights.ndim != 2 or log_weights.shape[0] != rows:
             raise ValueError(
                 f"sample_and_weight({rows}) has shape {tuple(log_weights.shape)}: "
@@ -110,13 +116,19 @@ def ais(
         schedule: inverse temperatures, strictly rising from 0 to 1 or falling from 1 to 0.
 
     Raises:
-        ValueError: the schedule does not run from one end to the other.
+        ValueError: the schedule does not run from one end to the other, ``potential`` or ``log_q``
+            does not return one number per row, or ``transition`` no such latents as it was given.
     """
     temperatures = check_schedule(schedule)
     latents = dict(initial)
+    shapes = {name: value.shape for name, value in latents.items()}
+    num_rows = len(next(iter(latents.values())))
 
     def log_ratio() -> Tensor:
-        return -potential(latents) - log_q(latents)
+        energy, log_density = potential(latents), log_q(latents)
+        for name, value in (("potential", energy), ("log_q", log_density)):
+            check_per_row(name, value, num_rows)
+        return -energy - log_density
 
     def annealed(temperature: float, latents: Latents) -> Tensor:
         return temperature * potential(latents) - (1 - temperature) * log_q(latents)
@@ -124,12 +136,27 @@ def ais(
     log_weights = (temperatures[1] - temperatures[0]) * log_ratio()
     for step, (now, following) in enumerate(itertools.pairwise(temperatures[1:])):
         latents = transition(latents, functools.partial(annealed, now), step)
+        # Fewer rows would be taken for copies in a plate.
+        if not isinstance(latents, Mapping) or shapes != {n: v.shape for n, v in latents.items()}:
+            raise ValueError(
+                f"transition must return latents of the sites and shapes that it was given, "
+                f"{ {name: tuple(shape) for name, shape in shapes.items()} }, got {latents!r:.100}"
+            )
         log_weights = log_weights + (following - now) * log_ratio()
     return log_weights
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
-    """Log of the average weight over the first dimension: ``(M, N)`` to ``(N,)``."""
+    """Log of the average weight over the first dimension: ``(M, N)`` to ``(N,)``.
+
+    Raises:
+        ValueError: if there is no weight.
+    """
+    check_tensor("log_weights", log_weights)
+    if log_weights.ndim == 0 or log_weights.shape[0] == 0:
+        raise ValueError(
+            f"log_weights has shape {tuple(log_weights.shape)}: pass (M, N), one row or more"
+        )
     return log_weights.logsumexp(dim=0) - math.log(log_weights.shape[0])
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from torch import Tensor
 
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_on_device, check_tensor
+from pyro_vae_defence.ops.checks import check_on_device, check_per_row, check_tensor
 from pyro_vae_defence.types import LatentsLike, Potential
 
 
@@ -44,7 +44,8 @@ def log_posterior_ratio(
         latents_1, latents_2: latents of ``N`` rows, of the same sites and shapes.
 
     Raises:
-        ValueError: sites, shapes or devices differ between the two.
+        ValueError: sites, shapes or devices differ between the two, or ``potential`` does not
+            return one number per row.
     """
     shapes_1, shapes_2 = ({n: tuple(v.shape) for n, v in z.items()} for z in (latents_1, latents_2))
     if shapes_1 != shapes_2:
@@ -56,7 +57,10 @@ def log_posterior_ratio(
         check_on_device(
             f"latents_2[{name!r}]", value, f"latents_1[{name!r}]", latents_1[name].device
         )
-    return potential(dict(latents_2)) - potential(dict(latents_1))
+    energy_1, energy_2 = potential(dict(latents_1)), potential(dict(latents_2))
+    for energy in (energy_1, energy_2):
+        check_per_row("potential", energy, len(next(iter(latents_1.values()))))
+    return energy_2 - energy_1
 
 
 class KSTest(NamedTuple):

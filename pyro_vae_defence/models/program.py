@@ -91,6 +91,7 @@ from pyro_vae_defence.models.supports import transform_of
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import Pause, fetched, public
+from pyro_vae_defence.ops.checks import check_tensor
 from pyro_vae_defence.ops.draws import Noise, draw
 from pyro_vae_defence.ops.precision import full_on
 from pyro_vae_defence.ops.streams import Streams, draw_seed
@@ -842,6 +843,7 @@ class ModelPotential:
                 f"latents must have the model's sites {sorted(expected)}, got {sorted(latents)}"
             )
         for name, shape in expected.items():
+            check_tensor(f"latents[{name!r}]", latents[name])
             if (found := tuple(latents[name].shape)) != shape:
                 raise ValueError(
                     f"latents[{name!r}] must have shape {shape} (one row per image), got {found}"
