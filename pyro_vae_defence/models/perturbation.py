@@ -34,7 +34,7 @@ likelihood of rescaled pixels is read as one of pixels, which is known for Berno
 ContinuousBernoulli, Normal and Laplace.
 
 Discrete latents y that the likelihood depends on are summed out with an :math:`x^*` for each of
-their values, in Linf balls alone, and for models that observe images in [0, 1]:
+their values, in Linf balls alone:
 
 .. math:: U_\delta(z; x) = -\log \sum_y p(z, y) \max_e p(x - e \mid z, y) .
 
