@@ -516,6 +516,44 @@ def test_stock_nuts_takes_the_model(linear_vae):
 # --- Unknown radius -------------------------------------------------------------------------------
 
 
+class TwoComponents:
+    """One latent, two pixels observed from -1 to 1, and a component that is summed out."""
+
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    slope = torch.tensor([[1.0, -0.5], [0.3, 0.8]], dtype=torch.float64)
+    bias = torch.tensor([[0.2, -0.4], [-0.6, 0.5]], dtype=torch.float64)
+
+    def loc(self, z, y):
+        return z * self.slope[y] + self.bias[y]
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(self.weights), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            loc = self.loc(z, y)[..., None, None, :]
+            pyro.sample("x", dist.Normal(loc, 0.4).to_event(3), obs=2 * x - 1)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, 0, 0, :1], 1.0).to_event(1))
+
+
+def test_a_component_is_summed_out_with_a_minimiser_for_each_of_its_values():
+    """Of rescaled pixels, too; against a net of every pixel's range."""
+    vae, radius = TwoComponents(), 0.15
+    x = torch.rand(4, 1, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = torch.randn(4, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    energy = program.ModelPotential(program.target(vae, Linf(radius)), x)({"z": z})
+    net = x + radius * torch.linspace(-1, 1, 2001, dtype=torch.float64)[:, None, None, None, None]
+    inside = (net >= 0) & (net <= 1)
+    joint = []
+    for y in range(2):
+        likelihood = dist.Normal(vae.loc(z, y)[:, None, None], 0.4).log_prob(2 * net - 1)
+        best = torch.where(inside, likelihood, -math.inf).amax(0).sum((1, 2, 3))
+        joint.append(vae.weights[y].log() + best + dist.Normal(0.0, 1.0).log_prob(z[:, 0]))
+    assert torch.allclose(energy, -torch.stack(joint).logsumexp(0), atol=1e-4, rtol=0)
+
+
 @pytest.mark.usefixtures("float64")
 def test_unknown_radius_is_the_mixture_of_its_balls():
     vae, x, z = RandomVAE(bernoulli), references(5), {"z": torch.randn(5, 4)}
