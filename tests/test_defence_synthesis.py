@@ -394,7 +394,81 @@ def test_a_metric_changes_walks_and_no_mass(vae, x):
     assert not torch.equal(plain[0], found.log_mass[0])
 
 
+def test_what_was_replaced_is_what_counts(vae, x):
+    """A VAE, its weights, a metric or a perturbation: as of a classifier made with them."""
+    options = {"num_classes": CLASSES, "num_temperatures": 4, "num_walks": 2}
+    options |= {"vae": vae, "perturbation": Linf(DELTA)}
+    classify, other = AnalysisBySynthesis(**options), PlaneOfClass()
+
+    def changed(before):
+        found, expected = (
+            each.log_masses(x, seeded(1)).log_mass
+            for each in (classify, AnalysisBySynthesis(**options))
+        )
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, before)
+        return found
+
+    found = changed(torch.zeros(3, 3))
+    other.shift = other.shift + 3.0
+    for name, value in (
+        ("inverse_mass_matrix", {"z": torch.tensor([0.3, 0.5])}),
+        ("perturbation", Linf(0.01)),
+        ("vae", other),
+        ("num_walks", 3),
+    ):
+        options[name] = value
+        setattr(classify, name, value)
+        found = changed(found)
+    other.shift -= 6.0  # as training changes weights
+    changed(found)
+
+
+def test_rows_bound_what_is_computed_at_once(x):
+    """Where all walks of one image are more than that, too."""
+    seen = []
+
+    class Watched(PlaneOfClass):
+        def observe(self, x, z, y):
+            seen.append(len(x))
+            super().observe(x, z, y)
+
+    options = {"num_temperatures": 3, "num_walks": 4}
+    few = make(Watched(), None, **options, rows=200).log_masses(x, seeded(1))
+    assert max(seen) == 200
+    seen.clear()
+    few = make(Watched(), None, **options, rows=8).log_masses(x, seeded(1))
+    assert max(seen[len(seen) // 2 :]) == 8
+    every = make(Watched(), None, **options).log_masses(x, seeded(1))
+    assert torch.allclose(few.log_mass, every.log_mass)
+
+
 class TestWrongArguments:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("num_walks", 0),
+            ("num_walks", 1),
+            ("num_temperatures", 2),
+            ("num_steps", 0),
+            ("rows", 0),
+            ("num_classes", 1),
+            ("perturbation", 0.1),
+            ("log_prior", torch.zeros(2)),
+            ("inverse_mass_matrix", {"z": -torch.ones(2)}),
+        ],
+    )
+    def test_that_were_replaced(self, vae, x, name, value):
+        classify = make(vae, Linf(DELTA))
+        setattr(classify, name, value)
+        for call in (
+            classify.predict,
+            lambda x: classify.explain(x, LABELS),
+            lambda x: classify.margin_bound(x, LABELS, Linf(EPSILON)),
+        ):
+            with pytest.raises(ValueError, match=name):
+                call(x)
+
     def test_of_the_classifier(self, vae):
         for options, message in (
             ({"num_classes": 1}, "num_classes"),
