@@ -185,6 +185,23 @@ def test_sites_may_have_no_event_dimensions(x):
     torch.testing.assert_close(other.log_mass, one.log_mass)
 
 
+def test_a_class_may_leave_its_latents_no_room(vae, x):
+    """Its mass is then its likelihood at its one latent."""
+
+    class Narrow(PlaneOfClass):
+        def model(self, x, y):
+            scale = y @ torch.tensor([1.0, 1e-5, 1.0])
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(y @ self.shift, scale[:, None]).to_event(1))
+                self.observe(x, z, y)
+
+    found = make(Narrow(), None, num_temperatures=12, num_walks=24).log_masses(x, seeded(2))
+    logits = vae.logits(vae.shift[1:2], torch.eye(CLASSES)[1:2])
+    truth = dist.Bernoulli(logits=logits, validate_args=False).log_prob(x).flatten(1).sum(1)
+    assert bool(((found.log_mass[:, 1] - truth).abs() < 1.0).all())
+    assert bool((found.standard_error[:, 1] < 0.6).all())
+
+
 def test_derivative_is_that_of_the_integral(vae, x):
     """Against a difference of masses on the grid, in one direction; without perturbation the
     derivative exists everywhere."""
@@ -439,6 +456,9 @@ def test_rows_bound_what_is_computed_at_once(x):
     seen.clear()
     few = make(Watched(), None, **options, rows=8).log_masses(x, seeded(1))
     assert max(seen[len(seen) // 2 :]) == 8
+    seen.clear()
+    make(Watched(), None, **(options | {"num_walks": 2}), rows=200).log_masses(x, seeded(1))
+    assert max(seen) == 200  # pilots are more
     every = make(Watched(), None, **options).log_masses(x, seeded(1))
     assert torch.allclose(few.log_mass, every.log_mass)
 

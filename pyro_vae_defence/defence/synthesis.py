@@ -75,7 +75,7 @@ from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
 _PRIOR_DRAWS = 200  # of each class, which a Gaussian is fitted to
-_LEAST_SCALE = 1e-3  # of that Gaussian
+_LEAST_SCALE = 1e-6  # of that Gaussian
 _PILOTS = 4  # walks of each image and class that look for modes
 _TUNING = 2  # walks that tune step sizes
 _WIDE = 0.2  # weight of the class's own Gaussian, beside those around the pilots' ends
@@ -369,7 +369,7 @@ class AnalysisBySynthesis:
 
     def _parts(self, pairs: _Pairs) -> Iterator[_Pairs]:
         """As many pairs as are computed at once."""
-        size = max(1, self.rows // self.num_walks)
+        size = max(1, self.rows // max(self.num_walks, _PILOTS))
         for first in range(0, len(pairs.image), size):
             yield _Pairs(*(value[first : first + size] for value in pairs))
 
