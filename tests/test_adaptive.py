@@ -490,6 +490,46 @@ def test_labels_of_another_number_of_images_are_refused(linear):
 
 
 @pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 2], "labels must be an int64 tensor"),
+        (torch.tensor([0.0, 1.0, 2.0]), "labels must be an int64 tensor"),
+        (torch.eye(3).long(), "labels must be an int64 tensor"),
+        (torch.tensor([0, 1, 3]), r"labels must lie in 0\.\.2, .* got values from 0 to 3"),
+        (torch.tensor([-1, 0, 1]), r"labels must lie in 0\.\.2, .* got values from -1 to 1"),
+    ],
+)
+def test_labels_must_be_classes_of_the_scores(linear, labels, message):
+    vae, x, _, _ = linear
+
+    def call():
+        goal = adaptive.misclassification(lambda z, x: z["z"], labels)
+        return adaptive.expected(adaptive.transfer(encoder(vae)), goal, 2)(x)(x)
+
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("of_mean", [False, True])
+@pytest.mark.parametrize("wrong", [lambda z: z.sum(), lambda z: z[:, :1], lambda z: z])
+def test_goals_give_a_number_per_row(linear, of_mean, wrong):
+    vae, x, _, _ = linear
+    start, chain, energy = encoder(vae), contraction(vae, 0.3), program.potential(vae, x)
+
+    def goal(x_ref):
+        return lambda latents, x: wrong(latents["z"])
+
+    for objective in (
+        adaptive.expected(adaptive.transfer(start), goal, 2, of_mean=of_mean),
+        adaptive.equilibrium(
+            start, chain, lambda x, z: energy.at(x)(z), goal, ROWS, of_mean=of_mean
+        ),
+    ):
+        with pytest.raises(ValueError, match="goal must return one value per row"):
+            objective(x)(x)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (
@@ -516,6 +556,12 @@ def test_labels_of_another_number_of_images_are_refused(linear):
                 torch.rand(4, 1, 4, 4)
             ),
             "labels has 3 entries for 4 references",
+        ),
+        (
+            lambda f: adaptive.misclassification(lambda z, x: x[:, 0, 0, 0], torch.tensor([0]))(
+                x := torch.rand(4, 1, 4, 4)
+            )({}, x),
+            r"classify must return scores \(4, classes\) .* got shape \(4,\)",
         ),
     ],
 )

@@ -99,6 +99,20 @@ class TestReadings:
             log_probabilities = classify(torch.rand(4, 1, 4, 4))
             assert torch.allclose(log_probabilities.logsumexp(-1), torch.zeros(4), atol=1e-5)
 
+    @pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool])
+    def test_classes_as_one_hot_vectors_are_scores(self, float64, tutorial_vae, kind):
+        """As of a tree or of nearest neighbours."""
+        head, x = LinearClassifier(5, 3), torch.rand(4, 1, 28, 28)
+        defence = EncoderDefence(tutorial_vae, 3)
+        result = defence(x)
+        found, expected = (
+            DefendedClassifier(
+                defence, lambda z, to=to: torch.eye(3)[head(z).argmax(1)].to(to), "draws"
+            ).log_probabilities(result)
+            for to in (kind, torch.float64)
+        )
+        assert torch.equal(found, expected)
+
     def test_log_probabilities_survive_certainty(self, tutorial_vae):
         classifier = LinearClassifier(5, 3)
         with torch.no_grad():

@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from programs import HierarchicalVAE, LinearGaussianVAE
+from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks import random_noise
@@ -300,8 +300,35 @@ class TestDetector:
         assert torch.equal(pickle.loads(pickle.dumps(detector)).predict(x, seeded()), found)
         other = {"defence": EncoderDefence(linear_vae, 5), "variance": {"z": torch.full((3,), 2.0)}}
         setattr(detector, name, other[name])
-        with pytest.raises(ValueError, match="threshold is of another defence or variance"):
+        with pytest.raises(ValueError, match=f"threshold is of another {name}"):
             detector.predict(x)
+
+    def test_a_threshold_is_of_one_defence_as_it_was(self):
+        """Whose settings, and weights, may have been changed in place."""
+        x, vae = torch.rand(20, 1, 28, 28), TutorialVAE().eval()
+        defence = PosteriorModeDefence(vae, num_steps=2, perturbation=Linf(0.1))
+        detector = Detector(defence, variance={"latent": torch.ones(5)})
+
+        def changes(name, change, back):
+            found = detector.fit(x, 0.1, seeded()).predict(x, seeded())
+            change()
+            with pytest.raises(ValueError, match=f"threshold is of another {name} than"):
+                detector.predict(x)
+            back()
+            assert torch.equal(detector.predict(x, seeded()), found)
+
+        def let(name, value):
+            return lambda: setattr(defence, name, value)
+
+        changes(
+            r"defence\.perturbation", let("perturbation", Linf(0.2)), let("perturbation", Linf(0.1))
+        )
+        changes(r"defence\.num_steps", let("num_steps", 3), let("num_steps", 2))
+        weight, variance = vae.decoder[0].weight.data, detector.variance["latent"]
+        changes("weights of the VAE", lambda: weight.mul_(2), lambda: weight.div_(2))
+        changes("variance", lambda: variance.mul_(2), lambda: variance.div_(2))
+        defence.batch_size = 7  # changes nothing
+        detector.predict(x)
         detector.fit(x, 0.1, seeded()).predict(x)
 
     @pytest.mark.parametrize(

@@ -185,6 +185,23 @@ def test_sites_may_have_no_event_dimensions(x):
     torch.testing.assert_close(other.log_mass, one.log_mass)
 
 
+def test_a_class_may_leave_its_latents_no_room(vae, x):
+    """Its mass is then its likelihood at its one latent."""
+
+    class Narrow(PlaneOfClass):
+        def model(self, x, y):
+            scale = y @ torch.tensor([1.0, 1e-5, 1.0])
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(y @ self.shift, scale[:, None]).to_event(1))
+                self.observe(x, z, y)
+
+    found = make(Narrow(), None, num_temperatures=12, num_walks=24).log_masses(x, seeded(2))
+    logits = vae.logits(vae.shift[1:2], torch.eye(CLASSES)[1:2])
+    truth = dist.Bernoulli(logits=logits, validate_args=False).log_prob(x).flatten(1).sum(1)
+    assert bool(((found.log_mass[:, 1] - truth).abs() < 1.0).all())
+    assert bool((found.standard_error[:, 1] < 0.6).all())
+
+
 def test_derivative_is_that_of_the_integral(vae, x):
     """Against a difference of masses on the grid, in one direction; without perturbation the
     derivative exists everywhere."""
@@ -394,7 +411,84 @@ def test_a_metric_changes_walks_and_no_mass(vae, x):
     assert not torch.equal(plain[0], found.log_mass[0])
 
 
+def test_what_was_replaced_is_what_counts(vae, x):
+    """A VAE, its weights, a metric or a perturbation: as of a classifier made with them."""
+    options = {"num_classes": CLASSES, "num_temperatures": 4, "num_walks": 2}
+    options |= {"vae": vae, "perturbation": Linf(DELTA)}
+    classify, other = AnalysisBySynthesis(**options), PlaneOfClass()
+
+    def changed(before):
+        found, expected = (
+            each.log_masses(x, seeded(1)).log_mass
+            for each in (classify, AnalysisBySynthesis(**options))
+        )
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, before)
+        return found
+
+    found = changed(torch.zeros(3, 3))
+    other.shift = other.shift + 3.0
+    for name, value in (
+        ("inverse_mass_matrix", {"z": torch.tensor([0.3, 0.5])}),
+        ("perturbation", Linf(0.01)),
+        ("vae", other),
+        ("num_walks", 3),
+    ):
+        options[name] = value
+        setattr(classify, name, value)
+        found = changed(found)
+    other.shift -= 6.0  # as training changes weights
+    changed(found)
+
+
+def test_rows_bound_what_is_computed_at_once(x):
+    """Where all walks of one image are more than that, too."""
+    seen = []
+
+    class Watched(PlaneOfClass):
+        def observe(self, x, z, y):
+            seen.append(len(x))
+            super().observe(x, z, y)
+
+    options = {"num_temperatures": 3, "num_walks": 4}
+    few = make(Watched(), None, **options, rows=200).log_masses(x, seeded(1))
+    assert max(seen) == 200
+    seen.clear()
+    few = make(Watched(), None, **options, rows=8).log_masses(x, seeded(1))
+    assert max(seen[len(seen) // 2 :]) == 8
+    seen.clear()
+    make(Watched(), None, **(options | {"num_walks": 2}), rows=200).log_masses(x, seeded(1))
+    assert max(seen) == 200  # pilots are more
+    every = make(Watched(), None, **options).log_masses(x, seeded(1))
+    assert torch.allclose(few.log_mass, every.log_mass)
+
+
 class TestWrongArguments:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("num_walks", 0),
+            ("num_walks", 1),
+            ("num_temperatures", 2),
+            ("num_steps", 0),
+            ("rows", 0),
+            ("num_classes", 1),
+            ("perturbation", 0.1),
+            ("log_prior", torch.zeros(2)),
+            ("inverse_mass_matrix", {"z": -torch.ones(2)}),
+        ],
+    )
+    def test_that_were_replaced(self, vae, x, name, value):
+        classify = make(vae, Linf(DELTA))
+        setattr(classify, name, value)
+        for call in (
+            classify.predict,
+            lambda x: classify.explain(x, LABELS),
+            lambda x: classify.margin_bound(x, LABELS, Linf(EPSILON)),
+        ):
+            with pytest.raises(ValueError, match=name):
+                call(x)
+
     def test_of_the_classifier(self, vae):
         for options, message in (
             ({"num_classes": 1}, "num_classes"),

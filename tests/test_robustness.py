@@ -753,6 +753,15 @@ class TestJoin:
         other = dataclasses.replace(parts[1], images=("other",), x_ref=overlapping)
         with pytest.raises(ValueError, match="reports 0 and 1 are of the same images, all or some"):
             RobustnessReport.join([parts[0], other])
+        # Of a VAE that may be given labels, or not.
+        labels = torch.zeros(len(parts[0].per_image))
+        for first, second in (((labels,), ()), ((None,), (labels,)), ((labels,), (None,))):
+            one, other = (
+                dataclasses.replace(part, conditions=own)
+                for part, own in zip(parts, (first, second), strict=False)
+            )
+            with pytest.raises(ValueError, match="reports with other conditions are not joined"):
+                RobustnessReport.join([one, other])
         # How gradients came about in a run is no other defence.
         how = parts[1].defence | {"prepare_why_not": "no GPU"}
         RobustnessReport.join([parts[0], dataclasses.replace(parts[1], defence=how)])

@@ -189,6 +189,23 @@ class TestInThePlane:
         found = self.bound(vae, x, labels, clean, **options)
         assert torch.equal(found.log_ratio, expected.log_ratio)
 
+    def test_classes_as_one_hot_vectors_are_scores(self, vae, x, labels, clean):
+        """As of a tree or of nearest neighbours, whatever the type of their numbers."""
+
+        def bound(kind):
+            def classify(z):
+                return torch.eye(3)[plane_classifier(z).argmax(1)].to(kind)
+
+            options = {"num_temperatures": 4, "num_walks": 2, "generator": torch.Generator()}
+            return mass_bound(
+                vae, classify, x, labels, Linf(self.epsilon), self.delta, clean, **options
+            )
+
+        expected = bound(torch.float64).log_ratio
+        assert bool(expected.isfinite().any())
+        for kind in (torch.int64, torch.bool):
+            assert torch.equal(bound(kind).log_ratio, expected)
+
     def test_wrong_arguments(self, vae, x, labels, clean):
         for options, message in (
             ({"num_temperatures": 2}, "num_temperatures"),

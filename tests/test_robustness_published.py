@@ -33,7 +33,7 @@ from pyro_vae_defence.robustness import (
 from pyro_vae_defence.robustness.cost import chain_cost
 from pyro_vae_defence.robustness.fidelity import expected_difference
 from pyro_vae_defence.robustness.scoring import Accuracy, Fresh
-from pyro_vae_defence.robustness.suite import ATTACKS, Suite
+from pyro_vae_defence.robustness.suite import ATTACKS, Suite, check_attacked
 
 SEED = 11
 
@@ -312,6 +312,22 @@ class TestPublished:
         path = save_attacked(dataclasses.replace(report, threat_model=threat), path)
         with pytest.raises(ValueError, match="the L2 ball of radius"):
             load_attacked(path)
+
+    @pytest.mark.parametrize("ball", [Linf(0.001), L2(0.01)])
+    def test_what_an_evaluation_takes_for_an_attack_can_be_read(self, ball, made, tmp_path):
+        """References plus a perturbation on the border, as rounding leaves the sum."""
+        _, report, _ = made
+        generator = torch.Generator().manual_seed(3)
+        x = torch.rand(6, 1, 4, 4, generator=generator, dtype=torch.float32)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32)
+        x_adv = (x + ball.project(100 * noise)).clamp(0, 1)
+        norm = ball.norm(x_adv.double() - x.double()).max()
+        assert norm > ball.radius * (1 + 4 * torch.finfo(x.dtype).eps)
+        check_attacked(x_adv[None], x, ball)
+        threat = report.threat_model | {"norm": ball.norm_name, "radius": ball.radius}
+        changed = dataclasses.replace(report, x_ref=x, x_adv=x_adv, threat_model=threat)
+        found = load_attacked(save_attacked(changed, tmp_path / "a.safetensors"))
+        assert torch.equal(found.x_adv, x_adv)
 
     @pytest.mark.parametrize("ball", [L1, L2])
     def test_at_the_boundary_the_order_of_a_sum_does_not_matter(self, ball, made, tmp_path):

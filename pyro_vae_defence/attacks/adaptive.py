@@ -75,12 +75,14 @@ from torch.autograd.function import once_differentiable
 
 from pyro_vae_defence.attacks.blackbox import antithetic_gradient
 from pyro_vae_defence.attacks.objectives import _rows
+from pyro_vae_defence.attacks.objectives.classifiers import check_classes
 from pyro_vae_defence.models.classifier import class_margin
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.checks import check_integer, check_not_negative, check_positive
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import ImageEnergy, Latents, LatentsLike, Objective, PreparedObjective
 
+_INTEGERS = (torch.int64, torch.int32)
 _DIRECTION = 2  # purpose of the random streams; an attack's start has 0 to 2 of other seeds
 
 Start: TypeAlias = Callable[[Tensor, Streams], Latents]
@@ -310,8 +312,8 @@ def expected(
             if persistent:
                 previous = lat.detach(latents)
             if of_mean:
-                return goal_ref(_mean(latents, num_draws), x)
-            return lat.unfold(goal_ref(latents, images), num_draws).mean(0)
+                return _per_row(goal_ref(_mean(latents, num_draws), x), x)
+            return lat.unfold(_per_row(goal_ref(latents, images), images), num_draws).mean(0)
 
         return objective
 
@@ -364,12 +366,12 @@ def equilibrium(
             previous = latents
             if of_mean:
                 value, slope = lat.value_and_gradient(
-                    lambda z: goal_ref(z, x.detach()), _mean(latents, num_chains)
+                    lambda z: _per_row(goal_ref(z, x.detach()), x), _mean(latents, num_chains)
                 )
                 per_chain = lat.dot(lat.repeat(slope, num_chains), latents)
             else:
                 with torch.no_grad():
-                    per_chain = goal_ref(latents, images)
+                    per_chain = _per_row(goal_ref(latents, images), images)
                 value = lat.unfold(per_chain, num_chains).mean(0)
             per_chain = lat.unfold(per_chain, num_chains)
             weight = (per_chain - per_chain.mean(0)) / (num_chains - 1)
@@ -501,6 +503,16 @@ def _at(goal: PreparedGoal, x_ref: Tensor, streams: Streams | None, copies: int)
     return found
 
 
+def _per_row(values: Tensor, x: Tensor) -> Tensor:
+    """What a goal returned for rows of images ``x``, or a ``ValueError``."""
+    if tuple(values.shape) != (len(x),):
+        raise ValueError(
+            f"goal must return one value per row, shape ({len(x)},), got {tuple(values.shape)}; "
+            "sum over pixels and latents, not over rows"
+        )
+    return values
+
+
 def _derivative_only(surrogate: Tensor) -> Tensor:
     """Zero in value, but for its derivative."""
     return surrogate - surrogate.detach()
@@ -590,14 +602,31 @@ def misclassification(
             in any order with their streams, as an attack prepares them.
 
     Raises:
-        ValueError: in an attack on another number of images; without streams, when references are
-            prepared whose number is no multiple of the labels'.
+        ValueError: if labels are no classes of the scores; in an attack on another number of
+            images; without streams, when references are prepared whose number is no multiple of the
+            labels'.
     """
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.dtype not in _INTEGERS:
+        raise ValueError(f"labels must be an int64 tensor (N,), got {labels!r}")
+    checked = False
+
+    def margin(latents: Latents, x: Tensor, own: Tensor) -> Tensor:
+        nonlocal checked
+        scores = classify(latents, x)
+        if not checked:
+            if scores.dim() != 2 or len(scores) != len(x):
+                raise ValueError(
+                    f"classify must return scores ({len(x)}, classes) for as many rows, got shape "
+                    f"{tuple(scores.shape)}"
+                )
+            check_classes("labels", labels, scores.shape[1])
+            checked = True
+        return -class_margin(scores, own)
 
     def prepare(x_ref: Tensor, streams: Streams | None = None) -> Goal:
         if streams is not None:
             own = _rows.of_rows(labels, streams, "labels")
-            return lambda latents, x: -class_margin(classify(latents, x), own)
+            return lambda latents, x: margin(latents, x, own)
         times, rest = divmod(x_ref.shape[0], labels.shape[0])
         if rest:
             raise ValueError(
@@ -605,10 +634,6 @@ def misclassification(
                 "come in one batch (restarts folded), so choose a larger batch_size"
             )
         repeated = labels.repeat(times)
-
-        def goal(latents: Latents, x: Tensor) -> Tensor:
-            return -class_margin(classify(latents, x), repeated)
-
-        return goal
+        return lambda latents, x: margin(latents, x, repeated)
 
     return _rows.with_entries(prepare, labels=labels)

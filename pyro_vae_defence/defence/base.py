@@ -215,8 +215,7 @@ class BaseDefence(ABC):
         vae, x = program.at_images(self.vae, given(default_collate([dataset[0]])), "dataset")
         with _seeded(seed, x), torch.no_grad(), program.evaluation_mode(vae):
             vae.guide(x), vae.model(x)  # only then are all of their parameters there
-        apart = ("vae", "batch_size", "progress")
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        own = self.own_settings()
         identity = {
             "settings": self._settings(),
             "seed": seed,
@@ -242,6 +241,11 @@ class BaseDefence(ABC):
             generator = torch.Generator().manual_seed(seed + number) if governs else None
             result = self._defend(take(vae, rows), x[rows], seed, number, generator)
             yield replace(result, conditions=rows_of(conditions, rows))
+
+    def own_settings(self) -> dict[str, Any]:
+        """Its arguments by name, but for the VAE and what changes no result."""
+        apart = ("vae", "batch_size", "progress")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
 
     def _filter(self, x: Tensor) -> Tensor:
         """The images that the defence looks at in place of ``x``."""

@@ -57,7 +57,7 @@ from torch import Tensor
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks.noise import random_noise
-from pyro_vae_defence.defence.base import Defence, check_defence
+from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence
 from pyro_vae_defence.defence.detection import (
     check_variance,
     detection_scores,
@@ -73,6 +73,7 @@ from pyro_vae_defence.defence.least_energy import (
 from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.metrics.intervals import Interval
 from pyro_vae_defence.models.conditions import fold, split
+from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops import html
 from pyro_vae_defence.ops.balls import Ball, check_ball
@@ -171,7 +172,7 @@ class Detector:
             )
         self.false_alarm, self.threshold, self.clean_scores = float(false_alarm), threshold, found
         self._anchors, self._fitted_to = anchors, self.score_name
-        self._fitted_with = self.defence, self.variance
+        self._fitted_with = self._held()
         self._calibration = {fingerprint(image) for image in images}
         return self
 
@@ -350,12 +351,30 @@ class Detector:
                 f"the threshold is of score_name={self._fitted_to!r}, which is "
                 f"{self.score_name!r} now: call fit(clean_images) again"
             )
-        now = self.defence, self.variance
-        if any(was is not is_now for was, is_now in zip(getattr(self, "_fitted_with", now), now)):
-            raise ValueError(
-                "the threshold is of another defence or variance than the detector has now: call "
-                "fit(clean_images) again"
-            )
+        now = self._held()
+        was = getattr(self, "_fitted_with", now)
+        for name, value in now.items():
+            if not _same(was.get(name), value):
+                raise ValueError(
+                    f"the threshold is of another {name} than the detector has now: call "
+                    "fit(clean_images) again"
+                )
+
+    def _held(self) -> dict[str, Any]:
+        """What a threshold is of, by name: objects that are called, and hashes of others, which may
+        have been changed since."""
+        defence: Any = self.defence
+        held: dict[str, Any] = {"variance": self.variance}
+        if isinstance(defence, BaseDefence):
+            own = {k: v for k, v in defence.own_settings().items() if k != "prepare"}
+            held |= {f"defence.{name}": value for name, value in own.items()}
+        held = {name: v if callable(v) else fingerprint(v) for name, v in held.items()}
+        weights = fingerprint(networks_of(defence.vae))
+        return {"defence": defence, "vae": defence.vae, "weights of the VAE": weights, **held}
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, str) and one == other)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pyro_vae_defence.defence.store import fingerprint, weights_fingerprint
 from pyro_vae_defence.mcmc import annealed
 from pyro_vae_defence.mcmc.kernels import check_inverse_mass
 from pyro_vae_defence.metrics.likelihood import sigmoid_schedule
@@ -74,7 +75,7 @@ from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
 _PRIOR_DRAWS = 200  # of each class, which a Gaussian is fitted to
-_LEAST_SCALE = 1e-3  # of that Gaussian
+_LEAST_SCALE = 1e-6  # of that Gaussian
 _PILOTS = 4  # walks of each image and class that look for modes
 _TUNING = 2  # walks that tune step sizes
 _WIDE = 0.2  # weight of the class's own Gaussian, beside those around the pilots' ends
@@ -179,6 +180,12 @@ class AnalysisBySynthesis:
     rows: int = 1600
 
     def __post_init__(self) -> None:
+        self._check()
+        self._fitted: tuple[VAE, tuple[object, ...], _Base] | None = None
+
+    def _check(self) -> None:
+        """``ValueError`` for arguments out of range; asked again by each call, as they may have
+        been replaced."""
         program.check_vae(self.vae)
         if not (self.perturbation is None or isinstance(self.perturbation, Ball)):
             raise ValueError(
@@ -204,7 +211,6 @@ class AnalysisBySynthesis:
                 )
         if self.inverse_mass_matrix is not None:
             check_inverse_mass(self.inverse_mass_matrix)
-        self._bases: dict[tuple[object, ...], _Base] = {}
 
     @public
     def log_masses(self, x: Tensor, generator: torch.Generator | None = None) -> ClassMasses:
@@ -220,31 +226,17 @@ class AnalysisBySynthesis:
                 one-hot class.
         """
         self._check_images(x)
-        seed = draw_seed(generator)
-        every = torch.arange(self.num_classes, device=x.device)
-        parts = []
-        size = max(1, self.rows // (self.num_walks * self.num_classes))
+        seed, parts = draw_seed(generator), []
+        number, every = (torch.arange(n, device=x.device) for n in (len(x), self.num_classes))
+        pairs = _Pairs(number.repeat_interleave(len(every)), every.repeat(len(number)))
         with program.evaluation_mode(self.vae):
-            for first in range(0, len(x), size):
-                number = torch.arange(first, min(first + size, len(x)), device=x.device)
-                pairs = _Pairs(
-                    number.repeat(self.num_classes), every.repeat_interleave(len(number))
-                )
-                walks = _Walks(self, x, pairs, _within(self.perturbation), seed)
+            for some in self._parts(pairs):
+                walks = _Walks(self, x, some, _within(self.perturbation), seed)
                 risen = walks.rise()
-                parts.append(
-                    ClassMasses(
-                        *(
-                            value.view(self.num_classes, -1).T
-                            for value in (
-                                walks.differentiable(x, risen),
-                                risen.variance.sqrt(),
-                                _rate(risen, self.num_walks),
-                            )
-                        )
-                    )
-                )
-        return ClassMasses(*map(torch.cat, zip(*parts, strict=True)))
+                mass, rate = walks.differentiable(x, risen), _rate(risen, self.num_walks)
+                parts.append(ClassMasses(mass, risen.variance.sqrt(), rate))
+        joined = map(torch.cat, zip(*parts, strict=True))
+        return ClassMasses(*(value.view(len(x), -1) for value in joined))
 
     def log_posterior(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Log-probabilities of classes, ``(N, K)``, normalised; as :meth:`log_masses`."""
@@ -377,7 +369,7 @@ class AnalysisBySynthesis:
 
     def _parts(self, pairs: _Pairs) -> Iterator[_Pairs]:
         """As many pairs as are computed at once."""
-        size = max(1, self.rows // self.num_walks)
+        size = max(1, self.rows // max(self.num_walks, _PILOTS))
         for first in range(0, len(pairs.image), size):
             yield _Pairs(*(value[first : first + size] for value in pairs))
 
@@ -392,6 +384,7 @@ class AnalysisBySynthesis:
                 "x must be images alone, got a tuple: the classes, which are the programs' "
                 "condition, are all tried"
             )
+        self._check()
         program.check_images(x)
         if self.log_prior is not None:
             with program.evaluation_mode(self.vae):
@@ -445,11 +438,12 @@ class AnalysisBySynthesis:
         return found.long()
 
     def _base(self, x: Tensor) -> _Base:
-        """Gaussians for images like ``x``, fitted once."""
-        key = (tuple(x.shape[1:]), x.dtype, x.device)
-        if key not in self._bases:
-            self._bases[key] = _Base.fit(self, x)
-        return self._bases[key]
+        """Gaussians for images like ``x``, fitted once to a VAE with its weights as they are."""
+        held = weights_fingerprint(self.vae), fingerprint(self.inverse_mass_matrix)
+        key = (*held, self.num_classes, x.shape[1:], x.dtype, x.device)
+        if self._fitted is None or self._fitted[0] is not self.vae or self._fitted[1] != key:
+            self._fitted = self.vae, key, _Base.fit(self, x)
+        return self._fitted[2]
 
 
 class _Pairs(NamedTuple):
@@ -483,12 +477,16 @@ class _Base(NamedTuple):
     @torch.no_grad()
     def fit(cls, of: AnalysisBySynthesis, x: Tensor) -> _Base:
         """To draws of the prior given each class."""
-        number = of.num_classes * _PRIOR_DRAWS
-        classes = torch.arange(number, device=x.device) % of.num_classes
-        images = x[:1].detach().expand(number, -1, -1, -1)
-        energy = program.potential(*_at(of, images, classes))
-        drawn = energy.prior(Streams.create(number, seed=0, device=x.device))
-        by_class = {name: lat.unfold(value, _PRIOR_DRAWS) for name, value in drawn.items()}
+        number, at_once = of.num_classes, max(1, of.rows // _PRIOR_DRAWS)
+        draw, parts = torch.arange(_PRIOR_DRAWS, device=x.device)[:, None], []
+        for some in torch.arange(number, device=x.device).split(at_once):
+            classes, row = some.repeat(_PRIOR_DRAWS), (number * draw + some).flatten()
+            energy = program.potential(
+                *_at(of, x[:1].detach().expand(len(row), -1, -1, -1), classes)
+            )
+            drawn = energy.prior(Streams(0, row, torch.zeros_like(row)))
+            parts.append({name: lat.unfold(value, _PRIOR_DRAWS) for name, value in drawn.items()})
+        by_class = {name: torch.cat([each[name] for each in parts], 1) for name in parts[0]}
         loc = {name: value.mean(0) for name, value in by_class.items()}
         scale = {name: value.std(0).clamp(min=_LEAST_SCALE) for name, value in by_class.items()}
         variance = {name: value.square().mean(0, keepdim=True) for name, value in scale.items()}

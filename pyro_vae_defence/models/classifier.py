@@ -68,7 +68,8 @@ def class_scores(classifier: Callable[[Tensor], Tensor], latents: LatentsLike) -
             f"(M, D) of the guide's sites in their order, {sites}: pass a classifier of these, not "
             "of images"
         ) from cause
-    return scores
+    # One-hot classes, such as a tree's or neighbours', are scores, too.
+    return scores if scores.is_floating_point() else scores.to(flat)
 
 
 def scores_of_either(

@@ -274,7 +274,7 @@ class _Settings(NamedTuple):
 def _scorer(vae: VAE, x: Tensor, classifier: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """Latents on their support to the classifier's scores of the guide's means of their images."""
     decode = functools.partial(program.Decoder(vae, x), x=x)
-    return lambda latents: classifier(flatten_latents(reencode(vae, latents, decode)))
+    return lambda latents: class_scores(classifier, reencode(vae, latents, decode))
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.evaluate import check_same, check_seed
 from pyro_vae_defence.robustness.report import SUMMARIES, RobustnessReport
 from pyro_vae_defence.robustness.scoring import Fresh, make_scorer
+from pyro_vae_defence.robustness.suite import is_attack
 from pyro_vae_defence.robustness.whitebox import WhiteBox
 from pyro_vae_defence.types import VAE
 
@@ -109,11 +109,8 @@ def load_attacked(
         classes = report.threat_model["target"] == "classification"
         labels = tensors["labels"] if classes else None
         ball = _BALLS[report.threat_model["norm"]](report.threat_model["radius"])
-        norm = ball.norm(x_adv.double() - x_ref.double())
-        # Who attacked has rounded, and summed in an order of his own.
-        slack = math.sqrt(x_adv[0].numel()) * torch.finfo(x_adv.dtype).eps
-    inside = norm <= ball.radius * (1 + slack)
-    if not bool(inside.all() & (x_adv >= 0).all() & (x_adv <= 1).all()):
+        inside, norm = is_attack(x_adv, x_ref, ball), ball.norm(x_adv - x_ref)
+    if not bool(inside.all()):
         raise ValueError(
             f"attacked images {path} leave the range [0, 1] or the {ball.norm_name} ball of radius "
             f"{ball.radius:g} around their references, by up to {float(norm.max()):g}: they are "

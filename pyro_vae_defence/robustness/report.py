@@ -437,6 +437,12 @@ def _joined(reports: Sequence[RobustnessReport], name: str) -> Tensor | None:
 def _joined_conditions(reports: Sequence[RobustnessReport]) -> tuple[Tensor | None, ...]:
     if any(report.x_ref is None for report in reports):
         return ()
+    kinds = [[value is None for value in report.conditions] for report in reports]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(
+            "reports with other conditions are not joined: give all or none of their images the "
+            "labels, or what else the programs take"
+        )
     places = zip(*(report.conditions for report in reports), strict=True)
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in places)
 

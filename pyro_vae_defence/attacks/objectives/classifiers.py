@@ -151,7 +151,7 @@ def _on_scores(
                 f"this objective, got shape {tuple(first.shape)} for {x_ref.shape[0]} images"
             )
         for name, classes in (("labels", labels), ("targets", targets)):
-            _check_classes(name, classes, first.shape[1])
+            check_classes(name, classes, first.shape[1])
         label = first.argmax(1) if labels is None else _rows.of_rows(labels, streams, "labels")
         target = None if targets is None else _rows.of_rows(targets, streams, "targets")
         return lambda x: torch.stack([loss(s, label, target) for s in scores(x)]).mean(0)
@@ -159,7 +159,8 @@ def _on_scores(
     return _rows.with_entries(prepare, labels=labels, targets=targets)
 
 
-def _check_classes(name: str, classes: Tensor | None, num_classes: int) -> None:
+def check_classes(name: str, classes: Tensor | None, num_classes: int) -> None:
+    """``ValueError`` unless classes lie in ``0..num_classes - 1``."""
     if classes is None or classes.device.type == "meta":
         return
     low, high = (int(bound) for bound in classes.aminmax())
