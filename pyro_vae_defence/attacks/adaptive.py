@@ -614,10 +614,10 @@ def misclassification(
         nonlocal checked
         scores = classify(latents, x)
         if not checked:
-            if scores.dim() != 2 or len(scores) != len(x):
+            if scores.dim() != 2 or len(scores) != len(own):
                 raise ValueError(
-                    f"classify must return scores ({len(x)}, classes) for as many rows, got shape "
-                    f"{tuple(scores.shape)}"
+                    f"classify must return scores ({len(own)}, classes) for as many rows, got "
+                    f"shape {tuple(scores.shape)}"
                 )
             check_classes("labels", labels, scores.shape[1])
             checked = True
