@@ -173,7 +173,7 @@ def readers(suites: list[dict[str, Any]]) -> str:
     """Who reads classes, where that is not the paper's linear classifier."""
     names = [s["config"].get("classifier") for s in suites]  # older results do not name it
     others = dict.fromkeys(f"`{name}`" for name in names if name is not None)
-    return f" Classes are read by {' and '.join(others)}." if others else ""
+    return f" Classes are read by {', '.join(others)}." if others else ""
 
 
 def worst_case(entry: Entry | None) -> str:
