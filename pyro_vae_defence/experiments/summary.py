@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _CONTROL = "best control"
 _SERIES = ("none", *ADVISED, _CONTROL)
-_PROTOCOL = ("none", "dark_clip", "aware", "recommended", "aware_mode")
+_PROTOCOL = ("none", "dark_clip", "hmc", "aware", "recommended", "aware_mode")
 _KERNELS = ("hmc_burn_in", "nuts", "paper")
 MARKED = (
     "*?* marks a report that calls itself unreliable: a check of its attacks failed, or one that "
