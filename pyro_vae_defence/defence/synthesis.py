@@ -64,6 +64,7 @@ from pyro_vae_defence.models.common_attack import MeanSlopes
 from pyro_vae_defence.models.sites import (
     aside,
     get_trace,
+    image_rows,
     log_prob_per_image,
     observed_sites,
 )
@@ -393,24 +394,18 @@ class AnalysisBySynthesis:
     @torch.no_grad()
     def _check_prior(self, x: Tensor) -> None:
         """Refuse a prior of classes beside one of the model, at one image."""
-        classes = torch.arange(self.num_classes, device=x.device)[:, None]
+        classes = torch.arange(self.num_classes, device=x.device)
         with aside(x.device):  # latents are drawn anew for each
             here, elsewhere = (
-                [
-                    {site["name"]: site for site in observed_sites(get_trace(vae.model, image))}
-                    for vae, image in (_at(self, at, each) for each in classes)
-                ]
-                for at in (x, 1 - x)
-            )
-        for name in set.intersection(*map(set, here + elsewhere)):
-            values, weights, other_values, other_weights = (
-                torch.cat([made(each[name]) for each in traces])
-                for traces in (here, elsewhere)
-                for made in (
-                    lambda site: site["value"].reshape(1, -1).double(),
-                    lambda site: log_prob_per_image(site, 1),
+                {site["name"]: site for site in observed_sites(get_trace(vae.model, images))}
+                for vae, images in (
+                    _at(self, at.expand(len(classes), -1, -1, -1), classes) for at in (x, 1 - x)
                 )
             )
+        for name in here.keys() & elsewhere.keys():
+            sites = here[name], elsewhere[name]
+            values, other_values = (image_rows(site["value"], site).double() for site in sites)
+            weights, other_weights = (log_prob_per_image(site, len(classes)) for site in sites)
             # What differs by class, and not by image or latents, is of the class alone.
             of_class = (
                 torch.allclose(each, other) and not torch.allclose(each, each[:1])
