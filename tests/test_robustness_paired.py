@@ -114,6 +114,12 @@ def test_mistakes():
     other = dataclasses.replace(report, threat_model={"radius": 0.1})
     with pytest.raises(ValueError, match="reports of different threat_model are not compared"):
         paired_difference(report, other)
+    other = dataclasses.replace(report, budget=report.budget | {"num_steps": 1})
+    with pytest.raises(ValueError, match="different budgets are not compared, num_steps=100 and 1"):
+        paired_difference(report, other)
+    # A report whose limit is reached is unreliable, and checks change no figure.
+    limits = report.budget | {"max_evaluations": 9, "check_steps": 9, "iterates": 1}
+    assert paired_difference(report, dataclasses.replace(report, budget=limits)).estimate == 0.0
     with pytest.raises(ValueError, match="reports of different images are not paired, 20 and 19"):
         paired_difference(report, report_of(torch.rand(19)))
     one, other = (dataclasses.replace(report, images=(name,)) for name in "ab")
@@ -124,7 +130,13 @@ def test_mistakes():
     assert paired_difference(one, other).estimate == 0.0
     assert paired_difference(one, report).estimate == 0.0
     labels[3] = 0
-    with pytest.raises(ValueError, match="different labels are not paired, 1 of 20 differ"):
+    with pytest.raises(ValueError, match="different labels are not paired"):
         paired_difference(one, other)
+    # A model that takes no condition may be compared with one that does.
+    none, given = (dataclasses.replace(report, conditions=each) for each in ((), (None, labels)))
+    assert paired_difference(none, given).estimate == 0.0
+    other = dataclasses.replace(report, conditions=(labels, labels.roll(1)))
+    with pytest.raises(ValueError, match="different conditions are not paired"):
+        paired_difference(given, other)
     with pytest.raises(ValueError, match="level=1.0 must lie between 0 and 1"):
         paired_difference(report, report, level=1.0)

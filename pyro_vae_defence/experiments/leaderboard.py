@@ -13,7 +13,6 @@ ranking, by paired differences on the same images, and in one line which one is 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import os
 from collections import Counter
@@ -27,12 +26,8 @@ from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import chain_words, defence_spec, label
 from pyro_vae_defence.experiments.robustness import reports, scored_draws
 from pyro_vae_defence.ops.files import write_atomically
-from pyro_vae_defence.robustness import (
-    Budget,
-    Difference,
-    RobustnessReport,
-    paired_difference,
-)
+from pyro_vae_defence.robustness import Difference, RobustnessReport, paired_difference
+from pyro_vae_defence.robustness.budget import effort
 from pyro_vae_defence.robustness.paired import same_images
 from pyro_vae_defence.robustness.suite import OF_CHAINS
 
@@ -55,13 +50,6 @@ _ALIKE = (
     "model", "classifier", "radius", "dataset", "num_images", "engine", "reading", "defence_seed",
     "seed",
 )  # fmt: skip
-# Of the budget all but what only judges a report, or makes one unreliable where it binds.
-_EFFORT = tuple(
-    field.name
-    for field in dataclasses.fields(Budget)
-    if not field.name.startswith("check_") and field.name != "max_evaluations"
-)
-_FIRST = {"iterates": 1, "iterate_draws": Budget().iterate_draws}  # before there was a choice
 _COLUMNS = [
     "model, radius, images", "defence", "clean", "attacked, defence unknown",
     "attacked, defence known",
@@ -106,7 +94,7 @@ class Entry(NamedTuple):
             names.append(config.get("classifier") or f"{config['model']}_classifier")
         alike: list[Any] = [config.get(name) for name in _ALIKE]
         alike.append([name for name in config["attacks"] if name not in OF_CHAINS])
-        alike += [config["budget"].get(name, _FIRST.get(name)) for name in _EFFORT]
+        alike += effort(config["budget"]).values()
         return tuple(map(repr, alike + [weights.get(name) for name in names]))
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pyro_vae_defence.ops.checks import check_integer, check_not_negative, plain
 
@@ -142,3 +144,14 @@ class Budget:
         and a million to choose among their iterates.
         """
         return cls(black_box_steps=2, iterates=5, max_evaluations=3_800_000)
+
+
+def effort(budget: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a report's budget two defences have to have in common to be compared: all but what
+    only judges a report, and the limit, where which binds a report is unreliable."""
+    first = {"iterates": 1, "iterate_draws": Budget().iterate_draws}  # before there was a choice
+    return {
+        field.name: budget.get(field.name, first.get(field.name))
+        for field in dataclasses.fields(Budget)
+        if not field.name.startswith("check_") and field.name != "max_evaluations"
+    }

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.defence.store import fingerprint
+from pyro_vae_defence.robustness.budget import effort
 from pyro_vae_defence.robustness.report import RobustnessReport
 from pyro_vae_defence.robustness.scoring import figure_bounds
 
@@ -77,34 +78,40 @@ def paired_difference(
 ) -> Difference:
     """The mean figure of a report's worst cases less that of another's, image by image.
 
-    Both should have been attacked with the same budget: who is attacked less has more left.
-
     Args:
-        report, other: of two defences on the same images, in the same order.
+        report, other: of two defences, of one VAE or of two, on the same images in the same order.
         level: coverage of the interval, between 0 and 1; with K comparisons 1 - 0.05 / K makes all
             of them right together in 95% of cases.
         generator: of the resampling, on the CPU; torch's global one when ``None``.
 
     Raises:
-        ValueError: for reports of different figures, threat models, images or, as far as both hold
-            them, labels, or a level out of range.
+        ValueError: for reports of different figures, threat models, budgets (but for their
+            ``max_evaluations`` and checks), images or, as far as both hold them, labels or
+            conditions, or a level out of range.
     """
     for name in ("figure", "threat_model"):
         pair = getattr(report, name), getattr(other, name)
         if pair[0] != pair[1]:
             raise ValueError(f"reports of different {name} are not compared: {pair[0]}, {pair[1]}")
+    efforts = effort(report.budget), effort(other.budget)
+    for name, value in efforts[0].items():
+        if value != efforts[1][name]:
+            raise ValueError(
+                f"reports of different budgets are not compared, {name}={value} and "
+                f"{efforts[1][name]}: who is attacked less has more left; attack both with one"
+            )
     if not same_images(report, other):
         raise ValueError(
             f"reports of different images are not paired, {len(report.per_image)} and "
             f"{len(other.per_image)} of them; evaluate both defences on the same"
         )
-    labels, others = report.labels, other.labels
-    if labels is not None and others is not None and not torch.equal(labels.cpu(), others.cpu()):
-        number = int((labels.cpu() != others.cpu()).sum())
-        raise ValueError(
-            f"reports of different labels are not paired, {number} of {len(labels)} differ; "
-            "evaluate both defences with the same"
-        )
+    pairs = [("labels", (report.labels, other.labels))]
+    pairs += [("conditions", pair) for pair in zip(report.conditions, other.conditions)]
+    for name, (one, two) in pairs:
+        if one is not None and two is not None and fingerprint(one) != fingerprint(two):
+            raise ValueError(
+                f"reports of different {name} are not paired; evaluate both defences with the same"
+            )
     values = report.per_image.double() - other.per_image.double()
     bounds = figure_bounds(report.figure)
     if bounds is not None:  # differences that are alike, and not equal, speak for themselves
