@@ -83,9 +83,12 @@ def rank(axes: Axes, draws: Any, label: str = "", bins: int = 10) -> Axes:
         bins: number of bins.
 
     Raises:
-        ValueError: if draws have another shape, or ``bins`` is no positive integer.
+        ValueError: if draws have another shape, some are NaN, which have no rank, or ``bins`` is no
+            positive integer.
     """
     draws = _chains(draws)
+    if count := int(np.isnan(draws).sum()):
+        raise ValueError(f"draws has {count} values that are NaN, which have no rank")
     if not (isinstance(bins, (int, np.integer)) and bins >= 1):
         raise ValueError(f"bins must be an integer of at least 1, got {bins!r}")
     _, value, counts = np.unique(draws.ravel(), return_inverse=True, return_counts=True)

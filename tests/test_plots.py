@@ -139,3 +139,8 @@ def test_ratios_that_are_not_finite_are_named(axes):
 def test_number_of_bins_is_checked(axes, bins):
     with pytest.raises(ValueError, match="bins must be an integer of at least 1"):
         plots.rank(axes, np.zeros((2, 8)), bins=bins)
+
+
+def test_values_without_a_rank_are_named(axes):
+    with pytest.raises(ValueError, match="draws has 1 values that are NaN, which have no rank"):
+        plots.rank(axes, np.array([[0.0, np.nan], [-np.inf, 1.0]]))
