@@ -252,3 +252,29 @@ def test_beta_must_be_positive_and_finite(beta: float) -> None:
 def test_linear_schedule_checks_its_arguments(arguments: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         linear_schedule(**arguments)
+
+
+@pytest.mark.parametrize("model_dims", [0, 1])
+@pytest.mark.parametrize("guide_dims", [0, 1])
+def test_event_dimensions_are_asked_for_without_pyros_validation(
+    model_dims: int, guide_dims: int
+) -> None:
+    """Of as many images as dimensions, a latent that declares none has one row for each of them."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(x), 1.0).to_event(model_dims))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(guide_dims))
+
+    x = torch.rand(3, 3)
+    with pyro.validation_enabled(False):
+        if model_dims == guide_dims == 1:
+            kl = BetaELBO().terms(model, guide, x)["kl"]
+            torch.testing.assert_close(kl, 0.5 * x.square().sum(1))
+        else:
+            with pytest.raises(ValueError, match=r"site 'z'.*event dimensions"):
+                BetaELBO().terms(model, guide, x)

@@ -402,10 +402,14 @@ def per_image(value: Tensor, site: Site, num_images: int | None = None) -> Tenso
     Raises ``ValueError`` as :func:`data_frame`, or if the value has no row per image.
     """
     frame = data_frame(site, num_images)
-    if value.dim() < -frame.dim or value.shape[frame.dim] not in (1, frame.size):
+    # Pyro counts the dimensions, too, unless its validation is off.
+    plates = max(-each.dim for each in site["cond_indep_stack"] if each.vectorized)
+    fits = -frame.dim <= value.dim() <= plates and value.shape[frame.dim] in (1, frame.size)
+    if not fits:
         raise ValueError(
             f"site {site['name']!r}: its log-probability of shape {tuple(value.shape)} has no row "
-            f"per image at dimension {frame.dim}; declare event dimensions with .to_event(...)"
+            f"per image at dimension {frame.dim}, or more dimensions than plates, {plates}; "
+            "declare event dimensions with .to_event(...)"
         )
     rows = value.movedim(frame.dim, 0)
     return rows.reshape(rows.shape[0], -1).sum(-1).expand(frame.size)

@@ -377,6 +377,12 @@ def site_kl(guide_site: Site, model_trace: Trace, *, closed: bool = True) -> Ten
     if guide_site["name"] not in model_trace.nodes:
         return q.log_prob(value)
     p: Any = model_trace.nodes[guide_site["name"]]["fn"]
+    if p.event_dim != q.event_dim:  # as Pyro says, unless its validation is off
+        raise ValueError(
+            f"site {guide_site['name']!r} has {q.event_dim} event dimensions in the guide and "
+            f"{p.event_dim} in the model, whose densities would be of different elements; declare "
+            "the same in both with .to_event(...)"
+        )
     try:
         # PyTorch's registry has one for Pyro's Delta, without its log_density.
         if closed and not is_point(q):
