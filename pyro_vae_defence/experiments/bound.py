@@ -86,7 +86,7 @@ class BoundConfig(InBlocks):
             self.refuse_idle("without attacks", "num_attacked")
         for radius in self.radii:
             for ratio in self.ratios:
-                reaches(Linf(radius), ratio * radius)  # refuses one beyond all images
+                reaches(Linf(radius), ratio * radius)  # refuses what is no radius
 
 
 VALIDATION: dict[str, Any] = {

@@ -138,20 +138,23 @@ def check_ball(ball: Any) -> Ball:
 
 
 def reaches(ball: Ball, delta: float) -> tuple[Ball | None, Ball]:
-    """Balls around the clean image of radius delta - epsilon, ``None`` for 0, and delta + epsilon.
+    """Balls around the clean image of radius delta - epsilon, ``None`` for 0, and delta + epsilon,
+    or the largest one, which holds all images.
 
     Raises:
-        ValueError: if delta is below epsilon, the radius of ``ball``, or the larger ball is none.
+        ValueError: if delta is below epsilon, the radius of ``ball``, or no radius of such a ball.
     """
-    epsilon = ball.radius
+    epsilon, kind = ball.radius, type(ball)
     number = isinstance(delta, numbers.Real) and not isinstance(delta, bool)
-    if not number or not epsilon <= delta < math.inf:
+    if not number or not epsilon <= delta <= kind.largest:
         raise ValueError(
-            f"delta must be a radius of at least the attacker's {epsilon:g}, got {delta!r}: from a "
-            "smaller ball an attack leads out, and no mass can be promised"
+            f"delta must be a radius of at least the attacker's {epsilon:g} and at most "
+            f"{kind.largest:g}, got {delta!r}: from a smaller ball an attack leads out, and no "
+            "mass can be promised"
         )
-    kind, delta = type(ball), float(delta)
-    return kind(delta - epsilon) if delta > epsilon else None, kind(delta + epsilon)
+    delta = float(delta)
+    wide = kind(min(delta + epsilon, kind.largest))
+    return kind(delta - epsilon) if delta > epsilon else None, wide
 
 
 class Linf(Ball):
