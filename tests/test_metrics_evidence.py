@@ -78,6 +78,31 @@ def test_nll_does_not_depend_on_what_is_computed_at_once(wide, inside):
     assert not torch.equal(run(300), metrics.nll(wide, inside, 50, 300))
 
 
+def test_no_run_has_more_rows_than_are_asked_for():
+    """Those that check the programs neither."""
+    seen = []
+
+    class Counting(LinearGaussianVAE):
+        def model(self, x):
+            seen.append(len(x))
+            super().model(x)
+
+    metrics.nll(Counting(), torch.rand(12, 1, 4, 4, dtype=torch.float64), 5, rows=4)
+    assert seen[-1] == 4
+    assert max(seen) < 12
+
+
+def test_intensities_lie_in_the_range_of_all_images():
+    vae, x = TutorialVAE(), torch.rand(5, 1, 28, 28)
+    x[4] *= 2
+    for estimate in (
+        lambda: metrics.nll(vae, x, 2, rows=2),
+        lambda: metrics.ais_log_weights(vae, x, lambda z, *_: z, num_chains=1),
+    ):
+        with pytest.raises(ValueError, match=r"x must lie in \[0, 1\] where site"):
+            estimate()
+
+
 def test_nll_of_an_exact_guide_needs_one_draw(inside):
     class Exact(LinearGaussianVAE):
         def guide(self, x):

@@ -72,8 +72,7 @@ def nll(
     vae, x = program.at_images(vae, x, unit_interval=False)
     check_integer("num_samples", num_samples)
     check_integer("rows", rows)
-    _check_intensities(vae, x)
-    _check_masks(vae, x)
+    _check(vae, x, rows)
     seed = draw_seed(generator)
     results = []
     with program.evaluation_mode(vae):
@@ -93,31 +92,27 @@ def nll(
 
 
 @torch.no_grad()
-def _check_masks(vae: VAE, x: Tensor) -> None:
-    """Refuse latents of which guide and model mask different elements."""
-    if x.device.type != "meta":
-        with program.evaluation_mode(vae), aside(x.device):
-            check_same_masks(get_trace(vae.model, x), get_trace(vae.guide, x))
-
-
-@torch.no_grad()
-def _check_intensities(vae: VAE, x: Tensor) -> None:
-    """Refuse images out of [0, 1] that a Bernoulli observes: its formula has a value there, which
-    is no log-probability."""
+def _check(vae: VAE, x: Tensor, rows: int) -> None:
+    """Refuse latents of which guide and model mask different elements, and images out of [0, 1]
+    that a Bernoulli observes: its formula has a value there, which is no log-probability."""
     if x.device.type == "meta":
         return
-    with program.evaluation_mode(vae):
-        names = {site.name for site in program.image_map(vae, x).sites}
-        observed = [sample_sites(get_trace(vae.model, x))[name] for name in sorted(names)]
-    for site in observed:
-        value = site["value"]
-        low, high = float(value.min()), float(value.max())
-        of_intensities = isinstance(innermost(site["fn"]), (td.Bernoulli, td.ContinuousBernoulli))
-        if of_intensities and (low < 0 or high > 1):
-            raise ValueError(
-                f"x must lie in [0, 1] where site {site['name']!r} observes it, whose likelihood "
-                f"is of intensities; got values from {low:g} to {high:g}"
-            )
+    with program.evaluation_mode(vae), aside(x.device):
+        for first in range(0, len(x), rows):
+            few = slice(first, first + rows)
+            part, batch = take(vae, few), x[few]
+            trace = get_trace(part.model, batch)
+            check_same_masks(trace, get_trace(part.guide, batch))
+            sites = sample_sites(trace)
+            for name in sorted(site.name for site in program.image_map(part, batch).sites):
+                likelihood, value = innermost(sites[name]["fn"]), sites[name]["value"]
+                low, high = float(value.min()), float(value.max())
+                of_intensities = isinstance(likelihood, (td.Bernoulli, td.ContinuousBernoulli))
+                if of_intensities and (low < 0 or high > 1):
+                    raise ValueError(
+                        f"x must lie in [0, 1] where site {name!r} observes it, whose likelihood "
+                        f"is of intensities; got values from {low:g} to {high:g}"
+                    )
 
 
 def _weights(vae: VAE, x: Tensor, streams: Streams) -> Callable[[int], Tensor]:
@@ -183,7 +178,7 @@ def ais_log_weights(
         raise ValueError(
             "schedule falls, and initial is None: pass exact draws of p(z | x), as simulate returns"
         )
-    _check_masks(vae, x)
+    _check(vae, x, len(x))
     repeated = x.repeat(num_chains, 1, 1, 1)
     with program.evaluation_mode(vae):
         potential = program.potential(vae, repeated)
