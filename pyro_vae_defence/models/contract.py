@@ -719,8 +719,10 @@ def _per_image(
         except (IndexError, KeyError, RuntimeError) as error:
             raise ValueError(
                 f"site {name!r}, a {type(innermost(site['fn'])).__name__}, has no log-probability "
-                f"at its values of shape {tuple(site['value'].shape)}: {error}; a latent's density "
-                "must be known everywhere, an observation must be of its distribution's kind"
+                f"at its values of shape {tuple(site['value'].shape)}: {error}; an observation "
+                "must be of its distribution's kind, a latent's density known everywhere: of a "
+                "flow without an inverse, as Planar, sample what it transforms as noise, "
+                "infer={'is_auxiliary': True}, and the latent as Delta(value, log_density=...)"
             ) from error
         if log_prob.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
