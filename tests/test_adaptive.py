@@ -525,7 +525,7 @@ def test_goals_give_a_number_per_row(linear, of_mean, wrong):
             start, chain, lambda x, z: energy.at(x)(z), goal, ROWS, of_mean=of_mean
         ),
     ):
-        with pytest.raises(ValueError, match="goal must return one value per row"):
+        with pytest.raises(ValueError, match="goal must return one number per row"):
             objective(x)(x)
 
 

@@ -78,7 +78,12 @@ from pyro_vae_defence.attacks.objectives import _rows
 from pyro_vae_defence.attacks.objectives.classifiers import check_classes
 from pyro_vae_defence.models.classifier import class_margin
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.checks import check_integer, check_not_negative, check_positive
+from pyro_vae_defence.ops.checks import (
+    check_integer,
+    check_not_negative,
+    check_per_row,
+    check_positive,
+)
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import ImageEnergy, Latents, LatentsLike, Objective, PreparedObjective
 
@@ -312,8 +317,9 @@ def expected(
             if persistent:
                 previous = lat.detach(latents)
             if of_mean:
-                return _per_row(goal_ref(_mean(latents, num_draws), x), x)
-            return lat.unfold(_per_row(goal_ref(latents, images), images), num_draws).mean(0)
+                return check_per_row("goal", goal_ref(_mean(latents, num_draws), x), len(x))
+            values = check_per_row("goal", goal_ref(latents, images), len(images))
+            return lat.unfold(values, num_draws).mean(0)
 
         return objective
 
@@ -366,12 +372,13 @@ def equilibrium(
             previous = latents
             if of_mean:
                 value, slope = lat.value_and_gradient(
-                    lambda z: _per_row(goal_ref(z, x.detach()), x), _mean(latents, num_chains)
+                    lambda z: check_per_row("goal", goal_ref(z, x.detach()), len(x)),
+                    _mean(latents, num_chains),
                 )
                 per_chain = lat.dot(lat.repeat(slope, num_chains), latents)
             else:
                 with torch.no_grad():
-                    per_chain = _per_row(goal_ref(latents, images), images)
+                    per_chain = check_per_row("goal", goal_ref(latents, images), len(images))
                 value = lat.unfold(per_chain, num_chains).mean(0)
             per_chain = lat.unfold(per_chain, num_chains)
             weight = (per_chain - per_chain.mean(0)) / (num_chains - 1)
@@ -501,16 +508,6 @@ def _at(goal: PreparedGoal, x_ref: Tensor, streams: Streams | None, copies: int)
         streams = Streams(streams.seed, image, chain)
     found: Goal = _rows.prepare(goal, (x_ref.repeat(copies, 1, 1, 1),), streams)
     return found
-
-
-def _per_row(values: Tensor, x: Tensor) -> Tensor:
-    """What a goal returned for rows of images ``x``, or a ``ValueError``."""
-    if tuple(values.shape) != (len(x),):
-        raise ValueError(
-            f"goal must return one value per row, shape ({len(x)},), got {tuple(values.shape)}; "
-            "sum over pixels and latents, not over rows"
-        )
-    return values
 
 
 def _derivative_only(surrogate: Tensor) -> Tensor:

@@ -114,15 +114,17 @@ def check_finite(name: str, value: Tensor, mend: str) -> None:
         )
 
 
-def check_per_row(name: str, values: Any, count: int) -> None:
-    """``ValueError`` unless what ``name`` has returned is one number per row, ``(count,)``: another
-    shape would broadcast against these."""
+def check_per_row(name: str, values: Any, count: int) -> Tensor:
+    """What ``name`` has returned, or a ``ValueError`` unless it is one number per row,
+    ``(count,)``: another shape would broadcast against these."""
     check_tensor(f"what {name} returns", values)
     if tuple(values.shape) != (count,):
         raise ValueError(
             f"{name} must return one number per row, shape ({count},), got {tuple(values.shape)}; "
-            "sum over latents, and not over rows"
+            "sum over latents and pixels, and not over rows"
         )
+    found: Tensor = values
+    return found
 
 
 def as_device(name: str, value: torch.device | str) -> torch.device:
