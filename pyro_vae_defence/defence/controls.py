@@ -145,23 +145,6 @@ class NoDefence(EncoderDefence):
         return {"defence": "none"}
 
 
-def _check_levels(x: Tensor) -> None:
-    """``ValueError`` for images of 8 bits, which count otherwise than from 0 to 1."""
-    if not (x.is_floating_point() or x.dtype == torch.bool):
-        raise ValueError(
-            f"x must be floating point with values in [0, 1], got {x.dtype}; for 8-bit images use "
-            "x.float() / 255"
-        )
-
-
-def _check_batch(x: Tensor) -> None:
-    """``ValueError`` for a single image, which would be filtered along other dimensions."""
-    if x.dim() != 4:
-        raise ValueError(
-            f"x must have shape (N, C, H, W), got {tuple(x.shape)}; x[None] for a single image"
-        )
-
-
 def clip_dark_pixels(x: Tensor, delta: float) -> Tensor:
     """Set to 0 every value that a perturbation of at most ``delta`` could have made out of 0.
 
@@ -170,9 +153,9 @@ def clip_dark_pixels(x: Tensor, delta: float) -> Tensor:
         delta: largest value to clip, in [0, 1].
 
     Raises:
-        ValueError: if ``delta`` is out of range, or images are integers.
+        ValueError: for a single image, integers, or ``delta`` out of range.
     """
-    _check_levels(x)
+    check_images(x, unit_interval=False, half=True)
     check_within("delta", delta, "[0, 1]", "it is in units of the range of images")
     return torch.where(x <= delta, 0.0, x)
 
@@ -194,9 +177,9 @@ def median_filter(x: Tensor, size: int = 3) -> Tensor:
         size: side of the window, odd.
 
     Raises:
-        ValueError: if ``size`` is even or not positive, or for a single image.
+        ValueError: for a single image, integers, or ``size`` even or not positive.
     """
-    _check_batch(x)
+    check_images(x, unit_interval=False, half=True)
     check_integer("size", size)
     if size % 2 == 0:
         raise ValueError(f"size must be an odd integer of at least 1, got {size!r}")
@@ -215,10 +198,9 @@ def gaussian_filter(x: Tensor, sigma: float = 1.0) -> Tensor:
         sigma: standard deviation in pixels, > 0.
 
     Raises:
-        ValueError: if ``sigma`` is not positive, for a single image, or if images are integers.
+        ValueError: for a single image, integers, or ``sigma`` not positive.
     """
-    _check_batch(x)
-    _check_levels(x)
+    check_images(x, unit_interval=False, half=True)
     check_positive("sigma", sigma)
     margin = math.ceil(3 * sigma)
     offset = torch.arange(-margin, margin + 1, device=x.device, dtype=x.dtype)
