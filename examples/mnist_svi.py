@@ -170,7 +170,8 @@ def chain_diagnostics(result):
         "acceptance_rate": float(stats["acceptance_rate"].mean()),
         "divergences": int(stats["diverging"].sum()),
         "rhat_median": float(np.nanmedian(rhat)),
-        "rhat_95": float(np.nanquantile(rhat, 0.95)),
+        # Not between two values, which may both be infinite.
+        "rhat_95": float(np.nanquantile(rhat, 0.95, method="higher")),
         "ess_median": float(np.nanmedian(ess)),
         "draws": int(np.prod(stats["lp"].shape[:2])),
     }
