@@ -365,6 +365,35 @@ def test_expectation_over_draws(linear):
     assert ((averaged - quadratic(x)({"z": mean}, x)) / error).abs().max() < STANDARD_ERRORS
 
 
+def test_draws_are_averaged_on_the_scale_of_the_reading(linear):
+    """A goal that is linear on that scale is the same at the mean and in the mean."""
+    vae, x, _, _ = linear
+    energy = program.potential(vae, x)
+    to, back = (lambda z, f=f: {"z": f(z["z"])} for f in (torch.exp, torch.log))
+
+    def goal(x_ref):
+        return lambda latents, x: latents["z"].exp().sum(1)
+
+    def derivative(make, of_mean):
+        options = {"of_mean": of_mean, "generator": torch.Generator().manual_seed(1)}
+        return value_and_gradient(make(goal=goal, **options)(x), x)
+
+    start = encoder(vae)
+    for make in (
+        functools.partial(adaptive.expected, adaptive.transfer(start), num_draws=5),
+        functools.partial(
+            adaptive.equilibrium,
+            start,
+            lambda x, start, streams: start,
+            lambda x, z: energy.at(x)(z),
+            num_chains=5,
+        ),
+    ):
+        in_the_mean = derivative(make, False)
+        torch.testing.assert_close(derivative(make, (to, back)), in_the_mean)
+        assert not torch.allclose(derivative(make, True)[0], in_the_mean[0])
+
+
 def test_persistent_chains_go_on(linear):
     vae, x, _, _ = linear
     seen = []

@@ -175,6 +175,61 @@ class Mixture:
             return y
 
 
+def ending(box, encode):
+    """A box of a chain that ends where ``encode`` says."""
+    scale = {"constrain": box.constrain, "unconstrain": box.unconstrain}
+    return types.SimpleNamespace(
+        forwards=lambda: encode, steps=True, has_chain=True, seed=None, **scale
+    )
+
+
+class Positive(Mixture):
+    """Two latents above zero."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+            fn = dist.Bernoulli(logits=z @ self.weight[:2], validate_args=False).to_event(1)
+            pyro.sample("obs", fn, obs=x.flatten(1))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(x.flatten(1) @ self.weight[:2].T, 0.8).to_event(1))
+
+
+def test_means_of_positive_latents_are_attacked_as_they_are_read(float64):
+    vae, fresh = Positive(), Fresh(3)
+    x = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
+    box = WhiteBox(vae, EncoderDefence(vae, num_samples=3), x, fresh)
+    linear = lambda z: torch.stack([z[:, 0], z[:, 1], -z.sum(1)], 1)  # noqa: E731
+    for reading in ("mean", "reencoded"):
+        classifier = DefendedClassifier(box, linear, reading)
+        scorer = Accuracy(box, x, torch.tensor([0, 1, 2]), classifier, fresh)
+        suite = Suite(box, scorer, x, Linf(0.3), SMALL, attacks.APGD)
+        results = [box.defence(y, torch.Generator().manual_seed(2)) for y in (x, 1 - x)]
+        draws = [r.samples["z"].flatten(0, 2).log() for r in results]
+        read = [scorer.classifier.log_probabilities(result) for result in results]
+        margin = adaptive.misclassification(lambda p, _: p, scorer.labels)(x)
+        clean, scored = (margin(log_probs, x) for log_probs in read)
+
+        def encode(images, streams, previous=None):
+            return {"z": draws[int(torch.equal(images[: len(x)], 1 - x))]}  # noqa: B023
+
+        goal = suite.goal()
+        nothing = lambda images, latents: images.flatten(1).sum(1)  # noqa: E731
+        for objective in (
+            adaptive.expected(encode, goal, 3, **suite.options()),
+            adaptive.equilibrium(
+                encode, lambda x, z, _: z, nothing, goal, num_chains=3, **suite.options()
+            ),
+        ):
+            torch.testing.assert_close(objective(x)(1 - x), scored)
+        suite = dataclasses.replace(suite, box=ending(box, encode))
+        object.__setattr__(suite, "goal", lambda goal=goal: goal)
+        difference, _ = expected_difference(suite, 1 - x, x, 3, 0)
+        torch.testing.assert_close(difference, scored - clean)
+
+
 class TestDiscreteLatents:
     """Attackers decode what is scored: given the image, which tells of the discrete latents."""
 
@@ -218,9 +273,8 @@ class TestDiscreteLatents:
                 adaptive.equilibrium(encode, lambda x, z, _: z, nothing, num_chains=2, **options),
             ):
                 torch.testing.assert_close(objective(x)(attacked), scored)
-        box = types.SimpleNamespace(forwards=lambda: encode, steps=True, has_chain=True, seed=None)
         other = goal(x)(latents, x)
-        suite = dataclasses.replace(suite, box=box)
+        suite = dataclasses.replace(suite, box=ending(suite.box, encode))
         object.__setattr__(suite, "goal", lambda: goal)
         difference, _ = expected_difference(suite, attacked, x, 2, 0)
         torch.testing.assert_close(difference, scored - other)

@@ -100,6 +100,9 @@ Directions: TypeAlias = Callable[[Streams, int, int, Tensor], Tensor]
 """Streams of rows, a step and a purpose of theirs, and images ``(M, C, H, W)`` -> directions of the
 shape of the images, Gaussian with a standard deviation of 1 per pixel."""
 
+Scale: TypeAlias = tuple[Callable[[Latents], Latents], Callable[[Latents], Latents]]
+"""A map of latents to a scale, such as that of their supports, and its inverse."""
+
 Goal: TypeAlias = Callable[[Latents, Tensor], Tensor]
 """Latents of M rows and the attacked images whose latents they are, ``(M, C, H, W)``, which tell of
 discrete latents -> what the attacker maximises, ``(M,)``, differentiable."""
@@ -281,7 +284,7 @@ def expected(
     goal: PreparedGoal,
     num_draws: int = 1,
     *,
-    of_mean: bool = False,
+    of_mean: bool | Scale = False,
     persistent: bool = False,
     resample: bool = True,
     generator: torch.Generator | None = None,
@@ -292,7 +295,8 @@ def expected(
         encode: the encoder; its derivative is the attack's.
         goal: what to maximise.
         num_draws: draws per image and call, >= 1.
-        of_mean: the goal at the mean of the draws instead, against a defence that averages latents.
+        of_mean: the goal at the mean of the draws instead, against a defence that averages latents;
+            a :data:`Scale` if it averages them on another one than that of the encoder's.
         persistent: hand the encoder where its chains ended at the call before.
         resample: fresh noise with every call; ``False`` for common random numbers.
         generator: of the seed, drawn when references are prepared, once per micro-batch: an
@@ -317,7 +321,9 @@ def expected(
             if persistent:
                 previous = lat.detach(latents)
             if of_mean:
-                return check_per_row("goal", goal_ref(_mean(latents, num_draws), x), len(x))
+                to, back = scale_of(of_mean)
+                mean = back(_mean(to(latents), num_draws))
+                return check_per_row("goal", goal_ref(mean, x), len(x))
             values = check_per_row("goal", goal_ref(latents, images), len(images))
             return lat.unfold(values, num_draws).mean(0)
 
@@ -334,7 +340,7 @@ def equilibrium(
     num_chains: int = 50,
     *,
     resume: Chain | None = None,
-    of_mean: bool = False,
+    of_mean: bool | Scale = False,
     resample: bool = True,
     generator: torch.Generator | None = None,
 ) -> PreparedObjective:
@@ -351,7 +357,7 @@ def equilibrium(
         num_chains: independent chains per image, >= 2 for a covariance.
         of_mean: maximise the goal at the mean latent, f(E[z]), with the derivative
             :math:`-\mathrm{Cov}(\langle \nabla f(\bar z), z \rangle, \nabla_x U)`, whose bias is
-            that of :math:`f(\bar z)` for :math:`f(E[z])`.
+            that of :math:`f(\bar z)` for :math:`f(E[z])`; z on the :data:`Scale`, if it is one.
 
     Raises:
         ValueError: as for :func:`expected`.
@@ -371,11 +377,13 @@ def equilibrium(
             latents = _run(chain, resume, images, begin, streams, previous)
             previous = latents
             if of_mean:
+                to, back = scale_of(of_mean)
+                averaged = to(latents)
                 value, slope = lat.value_and_gradient(
-                    lambda z: check_per_row("goal", goal_ref(z, x.detach()), len(x)),
-                    _mean(latents, num_chains),
+                    lambda mean: check_per_row("goal", goal_ref(back(mean), x.detach()), len(x)),
+                    _mean(averaged, num_chains),
                 )
-                per_chain = lat.dot(lat.repeat(slope, num_chains), latents)
+                per_chain = lat.dot(lat.repeat(slope, num_chains), averaged)
             else:
                 with torch.no_grad():
                     per_chain = check_per_row("goal", goal_ref(latents, images), len(images))
@@ -508,6 +516,11 @@ def _at(goal: PreparedGoal, x_ref: Tensor, streams: Streams | None, copies: int)
         streams = Streams(streams.seed, image, chain)
     found: Goal = _rows.prepare(goal, (x_ref.repeat(copies, 1, 1, 1),), streams)
     return found
+
+
+def scale_of(of_mean: bool | Scale) -> Scale:
+    """The scale on which latents are averaged, their own unless another is given."""
+    return of_mean if isinstance(of_mean, tuple) else (dict, dict)
 
 
 def _derivative_only(surrogate: Tensor) -> Tensor:

@@ -216,7 +216,12 @@ def _ends(suite: Suite, x: Tensor, num_draws: int, seed: int) -> Latents:
 
 
 def _with_and_without(
-    latents: Latents, x: Tensor, goal: PreparedGoal, x_ref: Tensor, num_draws: int, of_mean: bool
+    latents: Latents,
+    x: Tensor,
+    goal: PreparedGoal,
+    x_ref: Tensor,
+    num_draws: int,
+    of_mean: bool | adaptive.Scale,
 ) -> tuple[Tensor, Tensor]:
     """The goal's expectation from all draws, ``(N,)``, and without each of them, ``(draws, N)``."""
     copies, images = goal(x_ref.repeat(num_draws, 1, 1, 1)), x.repeat(num_draws, 1, 1, 1)
@@ -224,12 +229,15 @@ def _with_and_without(
         values = lat.unfold(copies(latents, images), num_draws)
         mean = values.mean(0)
         return mean, mean + (mean - values) / (num_draws - 1)
-    draws = {name: lat.unfold(value, num_draws) for name, value in latents.items()}
+    to, back = adaptive.scale_of(of_mean)
+    draws = {name: lat.unfold(value, num_draws) for name, value in to(latents).items()}
     means = {name: value.mean(0) for name, value in draws.items()}
+    # Not the mean less a part of each, which may leave a support by rounding.
     others = {
-        n: (means[n] + (means[n] - z) / (num_draws - 1)).flatten(0, 1) for n, z in draws.items()
+        name: torch.cat([torch.cat([z[:k], z[k + 1 :]]).mean(0) for k in range(num_draws)])
+        for name, z in draws.items()
     }
-    return goal(x_ref)(means, x), lat.unfold(copies(others, images), num_draws)
+    return goal(x_ref)(back(means), x), lat.unfold(copies(back(others), images), num_draws)
 
 
 def _cosine(predicted: Tensor, truth: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from pyro_vae_defence.attacks.adaptive import (
     DefendedEncoder,
     Directions,
     PreparedGoal,
+    Scale,
 )
 from pyro_vae_defence.attacks.base import Start
 from pyro_vae_defence.attacks.noise import low_frequency_noise
@@ -266,10 +267,13 @@ class Suite:
         return {"of_mean": self.of_mean, "generator": self.scorer.fresh()}
 
     @property
-    def of_mean(self) -> bool:
-        """Whether what counts is the goal at the mean of draws, not its mean over draws."""
+    def of_mean(self) -> bool | Scale:
+        """Whether what counts is the goal at the mean of draws, not its mean over draws: on the
+        support of each site, as it is read."""
         # Few draws of a chain say nothing of the mean latent; averaged draws do.
-        return self.scorer.reading in ("mean", "reencoded")
+        if self.scorer.reading not in ("mean", "reencoded"):
+            return False
+        return self.box.constrain, self.box.unconstrain
 
     def draws(self, row: Row) -> tuple[int, ...]:
         """What a row averages; of a defence whose seed is known the draws that it reads: all."""

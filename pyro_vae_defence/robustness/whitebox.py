@@ -295,6 +295,10 @@ class WhiteBox:
         """Latents on the support of each site, as classifiers read them."""
         return self._potential.constrain(latents)
 
+    def unconstrain(self, latents: Latents) -> Latents:
+        """The inverse of :meth:`constrain`."""
+        return self._potential.unconstrain(latents)
+
     def decode(self, latents: Latents, x: Tensor) -> Tensor:
         """Reconstructions ``(M, C, H, W)`` of images ``x`` from their latents."""
         return self.decoder(self.constrain(latents), x)
@@ -325,7 +329,7 @@ class WhiteBox:
         x = x[: len(x) // (self.num_chains * self.draws)] if self.draws > 1 else x
         result = self(x.detach(), torch.Generator().manual_seed(streams.seed % 2**63))
         self._evaluations[0] += int(result.num_gradients.sum())
-        return self._potential.unconstrain(self._ends(result, streams))
+        return self.unconstrain(self._ends(result, streams))
 
     def _ends(self, result: DefenceResult, streams: Streams) -> Latents:
         """Where a run ends; of a known seed each row's own draw of its own chain."""
