@@ -268,6 +268,7 @@ def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
     """
     import arviz
 
+    tree = _as_tree(tree)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _per_site(tree, arviz.rhat(to_arviz(tree)))
 
@@ -281,6 +282,7 @@ def ess(
     """
     import arviz
 
+    tree = _as_tree(tree)
     return _per_site(tree, arviz.ess(to_arviz(tree), method=method, prob=prob))
 
 
