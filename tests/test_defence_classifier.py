@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import HierarchicalVAE
+from pyro.infer import HMC
 from torch import nn
 
 from pyro_vae_defence import metrics
@@ -284,10 +285,11 @@ class TestOrderOfSites:
     vae = TwoOrders()
     x = torch.tensor([[0.7, 0.3], [0.3, 0.7]]).view(2, 1, 1, 2)
 
+    @pytest.mark.parametrize("kernel", [KERNEL, lambda model: HMC(model, num_steps=1)])
     @pytest.mark.parametrize("initial", INITIALS)
-    def test_wherever_chains_start(self, initial):
+    def test_wherever_chains_start(self, initial, kernel):
         options = {"initial": initial, "mode_steps": 1, "num_temperatures": 2}
-        result = MCMCDefence(self.vae, KERNEL, 1, 0, **options)(self.x)
+        result = MCMCDefence(self.vae, kernel, 1, 0, **options)(self.x)
         for latents in (result.initial, result.samples, result.latents):
             assert list(latents) == ["right", "left"]
 
