@@ -10,17 +10,22 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import HierarchicalVAE
+from pyro.infer import HMC
 from torch import nn
 
+from pyro_vae_defence import metrics
 from pyro_vae_defence.defence import (
     READINGS,
+    AnalysisBySynthesis,
     DefendedClassifier,
     EncoderDefence,
     MCMCDefence,
     NoDefence,
+    PosteriorModeDefence,
     anomaly_scores,
     read_latents,
 )
+from pyro_vae_defence.defence.starts import INITIALS
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.classifier import ConvClassifier, LinearClassifier
@@ -253,3 +258,54 @@ def test_what_a_defence_returns_is_checked_wherever_one_is_run(tutorial_vae, ret
     for run in runs:
         with pytest.raises(ValueError, match=message):
             run()
+
+
+class TwoOrders:
+    """Pixels are .5 + .2 (left, right), up to noise; the guide samples the right one first."""
+
+    def model(self, x, y=None):
+        with pyro.plate("data", len(x)):
+            left, right = (
+                pyro.sample(name, dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+                for name in ("left", "right")
+            )
+            mean = 0.5 + 0.2 * torch.cat([left, right], 1)
+            pyro.sample("x", dist.Normal(mean, 0.02).to_event(1), obs=x.flatten(1))
+
+    def guide(self, x, y=None):
+        with pyro.plate("data", len(x)):
+            for name, pixel in (("right", 1), ("left", 0)):
+                mean = (x.flatten(1)[:, pixel : pixel + 1] - 0.5) / 0.2
+                pyro.sample(name, dist.Normal(mean, 0.1).to_event(1))
+
+
+class TestOrderOfSites:
+    """Latents come in the guide's order, in which classifiers were trained on its encodings."""
+
+    vae = TwoOrders()
+    x = torch.tensor([[0.7, 0.3], [0.3, 0.7]]).view(2, 1, 1, 2)
+
+    @pytest.mark.parametrize("kernel", [KERNEL, lambda model: HMC(model, num_steps=1)])
+    @pytest.mark.parametrize("initial", INITIALS)
+    def test_wherever_chains_start(self, initial, kernel):
+        options = {"initial": initial, "mode_steps": 1, "num_temperatures": 2}
+        result = MCMCDefence(self.vae, kernel, 1, 0, **options)(self.x)
+        for latents in (result.initial, result.samples, result.latents):
+            assert list(latents) == ["right", "left"]
+
+    def test_of_what_the_model_draws(self):
+        assert list(metrics.simulate(self.vae, self.x)[0]) == ["right", "left"]
+        few = {"num_temperatures": 3, "num_steps": 1, "num_walks": 2}
+        classify = AnalysisBySynthesis(self.vae, 2, **few)
+        assert list(classify.explain(self.x, torch.tensor([0, 1]))) == ["right", "left"]
+
+    def test_decides_the_class(self, float64):
+        defence = PosteriorModeDefence(self.vae, "lbfgs", num_steps=5, initial="prior")
+        result = defence(self.x.double(), torch.Generator().manual_seed(0))
+
+        def is_right_bright(z):
+            return torch.cat([-z[:, :1], z[:, :1]], 1)
+
+        for reading in READINGS:
+            classify = DefendedClassifier(defence, is_right_bright, reading)
+            assert classify.log_probabilities(result).argmax(1).tolist() == [0, 1]

@@ -162,7 +162,8 @@ def _run(
     )
     with torch.enable_grad():  # which Pyro's kernels leave to the caller
         mcmc.run(x)
-    draws = {name: value[:, 0] for name, value in mcmc.get_samples().items()}
+    found = mcmc.get_samples()  # in an order of Pyro's own
+    draws = {name: found[name][:, 0] for name in position}
     with torch.no_grad():
         repeated = energy_of(start.vae, x.expand(lengths.num_samples, -1, -1, -1))
         samples = repeated.constrain(draws)

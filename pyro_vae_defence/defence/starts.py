@@ -33,7 +33,7 @@ from pyro_vae_defence.mcmc import annealed
 from pyro_vae_defence.mcmc.kernels import inverse_mass_like
 from pyro_vae_defence.mcmc.mode import search_mode
 from pyro_vae_defence.metrics.likelihood import sigmoid_schedule
-from pyro_vae_defence.models.program import ModelPotential, initial_latents
+from pyro_vae_defence.models.program import ModelPotential, in_guide_order, initial_latents
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
@@ -78,7 +78,7 @@ class ChainStart(NamedTuple):
     def __call__(self, x: Tensor, energy: ModelPotential, streams: Streams) -> Latents:
         """Unconstrained latents, one row for each of ``x``, without derivative."""
         if self.initial == "annealed":
-            return self._anneal(energy, streams)
+            return in_guide_order(self.vae, x, self._anneal(energy, streams))
         drawn_from = "guide" if self.initial == "mode" else self.initial
         with torch.no_grad():
             drawn = initial_latents(self.vae, x, drawn_from, streams)

@@ -276,6 +276,7 @@ class AnalysisBySynthesis:
             for some in self._parts(pairs):
                 walks = _Walks(self, x, some, _within(self.perturbation), seed)
                 end = walks.energy.constrain(walks.rise().end.position)
+                end = program.in_guide_order(walks.vae, walks.x, end)
                 parts.append({name: lat.unfold(v, self.num_walks) for name, v in end.items()})
         return {name: torch.cat([each[name] for each in parts], 1) for name in parts[0]}
 

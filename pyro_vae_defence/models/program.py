@@ -410,7 +410,17 @@ class _MeanMessenger(Messenger):
 
 def prior(vae: VAE, x: Tensor, *, streams: Streams | None = None) -> Latents:
     """One draw from p(z) per image of ``x``: site name -> ``(N, *event)``."""
-    return _latents(_draw(vae.model, x, streams))
+    return in_guide_order(vae, x, _latents(_draw(vae.model, x, streams)))
+
+
+def in_guide_order(vae: VAE, x: Tensor, latents: Latents) -> Latents:
+    """The same latents in the order in which the guide samples them, which classifiers of latents
+    are trained on; a model may sample them in another."""
+    if len(latents) < 2:
+        return latents
+    with torch.no_grad(), aside(x.device):
+        names = [site["name"] for site in latent_sites(get_trace(vae.guide, x))]
+    return {name: latents[name] for name in (*names, *latents) if name in latents}
 
 
 def initial_latents(vae: VAE, x: Tensor, initial: str, streams: Streams) -> Latents:
