@@ -149,8 +149,8 @@ def test_training_by_svi_and_validation_without_gradients(vae, batch):
 
 def test_wrong_arguments(vae, batch):
     x, y = batch
-    for ball in (0.1, Linf(0.6)):
-        with pytest.raises(ValueError, match=r"ball|radius"):
+    for ball in (0.1, None):
+        with pytest.raises(ValueError, match="ball"):
             MassMargin(ball)
     with pytest.raises(ValueError, match="weight"):
         MassMargin(L2(1.0), 0.0)

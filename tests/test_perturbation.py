@@ -151,6 +151,7 @@ def brute_force(objective, x, ball):
 
 @pytest.mark.parametrize("kind", BALLS)
 @pytest.mark.parametrize("radius", [0.05, 0.4, 1.5])
+@pytest.mark.filterwarnings("ignore:Values in x were outside bounds")  # older SciPy, of rounding
 @pytest.mark.usefixtures("float64")
 def test_solvers_find_the_optimum_that_brute_force_finds(kind, radius):
     ball = BALLS[kind](min(radius, 1.0) if kind == "linf" else radius)

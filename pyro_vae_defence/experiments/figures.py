@@ -538,7 +538,7 @@ def objectives_figure(result: dict[str, Any], kind: str) -> Figure:
             color = _COLOURS.get(name, "black")
             style: dict[str, Any] = {"fmt": markers[radius], "color": color, "ms": 5, "lw": 1.2}
             places = [place + shift for place in points]
-            bars = axes.errorbar(estimate, places, xerr=error, label=text, **style)
+            bars = axes.errorbar(estimate, places, xerr=error.numpy(), label=text, **style)
             labelled.setdefault(text, bars)
         axes.set_title(f"{measure.title} {measure.direction}", fontsize=10)
         axes.set_yticks(range(len(objectives)), [_label(name) for name in objectives])

@@ -125,9 +125,16 @@ class Ball:
             shrink = 1.0 - rows(excess.clamp(min=16 ** (attempt + 1) * eps, max=1.0), x_adv)
             outside = rows(norm > self.radius, x_adv)
             # Rounding to the nearest may undo what shrinks by less than a pixel resolves.
-            shrunk = torch.nextafter(x_ref + shrink * difference, x_ref)
+            shrunk = next_towards(x_ref + shrink * difference, x_ref)
             x_adv = torch.where(outside, shrunk, x_adv)
         return x_adv
+
+
+def next_towards(value: Tensor, goal: Tensor) -> Tensor:
+    """``torch.nextafter`` with the derivative of ``value``, which older versions of it lack."""
+    with torch.no_grad():
+        step = torch.nextafter(value, goal) - value  # exact, as is their sum
+    return value + step
 
 
 def check_ball(ball: Any) -> Ball:
@@ -175,7 +182,7 @@ class Linf(Ball):
         """Move single pixels that rounding has put outside."""
         for _ in range(_ROUNDING_STEPS):
             outside = (x_adv - x_ref).abs() > self.radius
-            x_adv = torch.where(outside, torch.nextafter(x_adv, x_ref), x_adv)
+            x_adv = torch.where(outside, next_towards(x_adv, x_ref), x_adv)
         return x_adv
 
     def project_box(self, perturbation: Tensor, low: Tensor, high: Tensor) -> Tensor:

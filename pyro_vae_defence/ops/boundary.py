@@ -31,6 +31,7 @@ import contextlib
 import functools
 import os
 import threading
+import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -271,10 +272,22 @@ def _outermost(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[
         result = _inside(function, args, kwargs)
         begun.failed = False
         return result
+    except BaseException as error:
+        _end_contexts(error)
+        raise
     finally:
         begun.go_on()
         begun.end()
         _begun = None
+
+
+def _end_contexts(error: BaseException) -> None:
+    """End contexts that are generators and were cut off on their way out, such as Pyro's validation
+    and torch's forks of its generators. Else they end, and put back what they have found, whenever
+    the error is dropped: by then that is out of date."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == contextlib.contextmanager.__code__.co_filename:
+            frame.clear()
 
 
 def _inside(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:

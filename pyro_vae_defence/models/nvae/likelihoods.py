@@ -28,7 +28,7 @@ from pyro_vae_defence.models.nvae.levels import (
     most_likely,
 )
 from pyro_vae_defence.models.perturbation import most_likely_image
-from pyro_vae_defence.ops.balls import Ball, Linf
+from pyro_vae_defence.ops.balls import Ball, Linf, next_towards
 
 # Parameters of the mixture of logistics (NVAE's official values).
 MIN_LOG_SCALE = -7.0
@@ -293,7 +293,7 @@ class _Reach(NamedTuple):
         middle = ((level + 0.5) * 2 ** (8 - self.num_bits) / 255).clamp(max=1)
         value = torch.minimum(torch.maximum(middle, self.x - self.radius), self.x + self.radius)
         outside = (value - self.x).abs() > self.radius  # by rounding
-        return torch.where(outside, value.nextafter(self.x), value)
+        return torch.where(outside, next_towards(value, self.x), value)
 
     def _misses(self, level: Tensor) -> Tensor:
         value = self.images(level)
