@@ -74,7 +74,7 @@ KERNELS = {
         {"max_tree_depth": 5},
         targets=Truth(40, 20, 2.5, {"step_size": 0.3, "max_tree_depth": 4}, seeds=(0, 1, 2)),
         posterior=Truth(30, 10, 2.0, {"max_tree_depth": 4}, seeds=(0, 1, 2)),
-        calibration=Thinned(30, 2, {"max_tree_depth": 4}),
+        calibration=Thinned(30, 5, {"max_tree_depth": 4}),
     ),
     "mala": Kernel(BatchedMALA, targets=Truth(400, 300, 2.5), calibration=Thinned(200, 25)),
     "ghmc": Kernel(

@@ -122,6 +122,21 @@ def test_colours_of_a_digit_have_one_origin(ending):
     assert torch.equal(data.load("mnist_subset", "test").origins(), torch.arange(1000))
 
 
+def test_colours_of_a_digit_are_not_divided():
+    """What is trained on some of its colours is no test of the others."""
+    dataset = data.load("color_mnist_subset", "test")
+    generator = torch.Generator().manual_seed(0)
+    parts = data.random_split(dataset, (0.5, 0.3, 0.2), generator)
+    assert [len(part) for part in parts] == [3500, 2100, 1400]
+    origins = [set(part.origins().tolist()) for part in parts]
+    assert [len(each) for each in origins] == [500, 300, 200]
+    assert len(set.union(*origins)) == 1000
+    assert not torch.equal(parts[0].origins(), parts[0].origins().sort().values)
+    # So it is with a part that has some of them.
+    again = data.random_split(parts[0], (0.9, 0.1), generator)
+    assert not set(again[0].origins().tolist()) & set(again[1].origins().tolist())
+
+
 def test_stratified_points():
     dataset = data.load("mnist_subset", "test")
     index = data.stratified(dataset, 50, torch.Generator().manual_seed(0))

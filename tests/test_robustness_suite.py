@@ -179,7 +179,7 @@ def ending(box, encode):
     """A box of a chain that ends where ``encode`` says."""
     scale = {"constrain": box.constrain, "unconstrain": box.unconstrain}
     return types.SimpleNamespace(
-        forwards=lambda: encode, steps=True, has_chain=True, seed=None, **scale
+        forwards=lambda: encode, steps=True, has_chain=True, seed=None, vae=box.vae, **scale
     )
 
 
@@ -197,8 +197,24 @@ class Positive(Mixture):
             pyro.sample("z", dist.LogNormal(x.flatten(1) @ self.weight[:2].T, 0.8).to_event(1))
 
 
-def test_means_of_positive_latents_are_attacked_as_they_are_read(float64):
-    vae, fresh = Positive(), Fresh(3)
+class Angles(Mixture):
+    """Two angles around the border between -pi and pi."""
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.VonMises(torch.zeros(2), 0.1).to_event(1))
+            fn = dist.Bernoulli(logits=z.cos() @ self.weight[:2], validate_args=False).to_event(1)
+            pyro.sample("obs", fn, obs=x.flatten(1))
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            loc = torch.pi + 0.5 * x.flatten(1) @ self.weight[:2].T
+            pyro.sample("z", dist.VonMises(loc, 9.0).to_event(1))
+
+
+@pytest.mark.parametrize("kind", [Positive, Angles])
+def test_means_of_other_latents_are_attacked_as_they_are_read(float64, kind):
+    vae, fresh = kind(), Fresh(3)
     x = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(1))
     box = WhiteBox(vae, EncoderDefence(vae, num_samples=3), x, fresh)
     linear = lambda z: torch.stack([z[:, 0], z[:, 1], -z.sum(1)], 1)  # noqa: E731
@@ -207,7 +223,7 @@ def test_means_of_positive_latents_are_attacked_as_they_are_read(float64):
         scorer = Accuracy(box, x, torch.tensor([0, 1, 2]), classifier, fresh)
         suite = Suite(box, scorer, x, Linf(0.3), SMALL, attacks.APGD)
         results = [box.defence(y, torch.Generator().manual_seed(2)) for y in (x, 1 - x)]
-        draws = [r.samples["z"].flatten(0, 2).log() for r in results]
+        draws = [box.unconstrain({"z": r.samples["z"].flatten(0, 2)})["z"] for r in results]
         read = [scorer.classifier.log_probabilities(result) for result in results]
         margin = adaptive.misclassification(lambda p, _: p, scorer.labels)(x)
         clean, scored = (margin(log_probs, x) for log_probs in read)

@@ -696,6 +696,23 @@ class TestGradients:
                     torch.manual_seed(seed)
                     program.potential(vae, images(4))
 
+    def test_a_kink_at_the_one_place_of_a_single_image_is_none(self):
+        """Of one image there is one way, here from 0 to 1, and a kink near where it starts."""
+
+        class Numbered(dist.Normal):
+            def rsample(self, sample_shape=()):
+                return torch.arange(len(self.loc)).to(self.loc)[:, None]
+
+        class OfOne(Programs):
+            def model(self, x):
+                with pyro.plate("data", len(x)):
+                    z = pyro.sample("z", Numbered(x.new_zeros(len(x), 1), 1.0).to_event(1))
+                    fn = dist.Laplace(z.expand(-1, 16), 0.1).to_event(1)
+                    pyro.sample("obs", fn, obs=self.observation(x))
+
+        for kink in (0.0003, 0.0012):  # before, or behind, where the slope is taken
+            program.potential(OfOne(), torch.full((1, *SHAPE), kink))
+
     @pytest.mark.parametrize(
         ("classes", "number_of"),
         [

@@ -200,9 +200,13 @@ def random_split(
 ) -> tuple[PartOfImages, ...]:
     """Divide a dataset at random into parts, e.g. for training, validation and test.
 
+    Images that are made of the same one, as the colours of a digit in ColorMNIST are, stay together
+    (:meth:`Images.origins`): a part that held others of them would have been seen by the rest.
+
     Args:
         dataset: any of this package's datasets, such as a folder of images.
-        fractions: share of each part, positive, 1 together.
+        fractions: share of each part, of images that are made of different ones; positive, 1
+            together.
         generator: source of randomness; torch's global seed when ``None``. The same parts need the
             same seed and the same files.
 
@@ -219,8 +223,12 @@ def random_split(
     if not all(share > 0 for share in shares) or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(f"fractions={fractions} must be positive and sum to 1, e.g. (0.8, 0.2)")
     shuffled = torch.randperm(len(dataset), generator=generator, device="cpu")
-    ends = [round(len(dataset) * sum(shares[: i + 1])) for i in range(len(shares))]
-    parts = [shuffled[start:end] for start, end in zip([0, *ends], ends)]
+    found, origin = dataset.origins().unique(return_inverse=True)
+    turn = torch.arange(len(dataset), device="cpu")
+    if len(found) < len(dataset):
+        turn = torch.randperm(len(found), generator=generator, device="cpu")[origin[shuffled]]
+    ends = [round(len(found) * sum(shares[: i + 1])) for i in range(len(shares))]
+    parts = [shuffled[(start <= turn) & (turn < end)] for start, end in zip([0, *ends], ends)]
     if not all(len(part) for part in parts):
         raise ValueError(
             f"fractions={fractions} of {dataset!r} leave a part empty: use more images, or fewer "

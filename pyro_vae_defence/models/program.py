@@ -386,14 +386,37 @@ def posterior_mean(vae: VAE, x: Tensor) -> Latents:
 def mean_of_draws(vae: VAE, x: Tensor, draws: LatentsLike) -> Latents:
     """Mean over draws ``(K, N, *event)`` of latents, given images ``(N, C, H, W)``: site ->
     ``(N, *event)``. Of angles, those of ``VonMises`` in either program, it is their direction."""
-    with evaluation_mode(vae), aside(x.device):
+    to, back = scale_of_means(angles(vae, x))
+    return back({name: value.mean(0) for name, value in to(draws).items()})
+
+
+def angles(vae: VAE, x: Tensor) -> set[str]:
+    """Names of the latent sites whose values are angles, those of ``VonMises`` in either program,
+    given images ``(N, C, H, W)``."""
+    with torch.no_grad(), evaluation_mode(vae), aside(x.device):
         traces = get_trace(vae.guide, x), get_trace(vae.model, x)
     sites = (site for trace in traces for site in latent_sites(trace))
-    angles = {site["name"] for site in sites if distributions.is_angle(site["fn"])}
-    means = {name: value.mean(0) for name, value in draws.items()}
-    for name in angles & means.keys():
-        means[name] = torch.atan2(draws[name].sin().mean(0), draws[name].cos().mean(0))
-    return means
+    return {site["name"] for site in sites if distributions.is_angle(site["fn"])}
+
+
+_Map = Callable[[LatentsLike], Latents]
+
+
+def scale_of_means(angles: set[str]) -> tuple[_Map, _Map]:
+    """The scale on which draws of latents are averaged, and the way back: their own, but for
+    ``angles``, which are points of the unit circle there, so that a mean is a direction."""
+
+    def to(latents: LatentsLike) -> Latents:
+        return {
+            n: torch.stack([z.cos(), z.sin()], -1) if n in angles else z for n, z in latents.items()
+        }
+
+    def back(means: LatentsLike) -> Latents:
+        return {
+            n: torch.atan2(z[..., 1], z[..., 0]) if n in angles else z for n, z in means.items()
+        }
+
+    return to, back
 
 
 class _MeanMessenger(Messenger):

@@ -28,6 +28,7 @@ from pyro_vae_defence.attacks.adaptive import (
 from pyro_vae_defence.attacks.base import Start
 from pyro_vae_defence.attacks.noise import low_frequency_noise
 from pyro_vae_defence.defence.classifier import reencode
+from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import class_scores
 from pyro_vae_defence.ops.balls import L2, Ball, Linf
 from pyro_vae_defence.ops.latents import rows
@@ -269,11 +270,12 @@ class Suite:
     @property
     def of_mean(self) -> bool | Scale:
         """Whether what counts is the goal at the mean of draws, not its mean over draws: on the
-        support of each site, as it is read."""
+        scale of the reading, the support of each site, or for angles their circle."""
         # Few draws of a chain say nothing of the mean latent; averaged draws do.
         if self.scorer.reading not in ("mean", "reencoded"):
             return False
-        return self.box.constrain, self.box.unconstrain
+        to, back = program.scale_of_means(program.angles(self.box.vae, self.x))
+        return lambda z: to(self.box.constrain(z)), lambda z: self.box.unconstrain(back(z))
 
     def draws(self, row: Row) -> tuple[int, ...]:
         """What a row averages; of a defence whose seed is known the draws that it reads: all."""
