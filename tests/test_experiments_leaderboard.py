@@ -317,6 +317,15 @@ def test_the_mode_of_its_target_is_a_rival_of_a_chain(results):
     rivals = [row[3] for row in rows if row[2:3] == [aware] and row[1].startswith(of)]
     assert rivals.count(mode) == 1
     assert not any(row[2:4] == [mode, mode] for row in rows)
-    for path in (results / "robustness_protocol").glob("*_mode_*.json"):
-        path.unlink()
+    for kind in ("mode", "reconstruction"):
+        for path in (results / "robustness_protocol").glob(f"*_{kind}_*.json"):
+            path.unlink()
     assert mode not in write_leaderboard(results).read_text()
+
+
+def test_reconstructions_are_ranked_together_whoever_reads_classes(results):
+    page = write_leaderboard(results).read_text()
+    start = "- `mnist_vae`, 0.2, 100, similarity: "
+    lines = [line for line in page.splitlines() if line.startswith(start)]
+    assert ["best control" in line for line in lines] == [True, False]
+    assert "to be preferred to the mode, perturbation-aware" in lines[1]

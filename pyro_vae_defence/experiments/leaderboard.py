@@ -92,6 +92,8 @@ class Entry(NamedTuple):
         names = [config["model"]]
         if self.report["figure"] == "accuracy":
             names.append(config.get("classifier") or f"{config['model']}_classifier")
+        else:  # nobody reads a class
+            config = config | {"classifier": None, "reading": None}
         alike: list[Any] = [config.get(name) for name in _ALIKE]
         alike.append([name for name in config["attacks"] if name not in OF_CHAINS])
         alike += effort(config["budget"]).values()
