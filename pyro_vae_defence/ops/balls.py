@@ -66,6 +66,10 @@ class Ball:
         if not isinstance(radius, (int, float)):  # numpy's scalars
             object.__setattr__(self, "radius", float(radius))
 
+    def wider(self, by: float) -> Ball:
+        """The ball whose radius is larger by so much, or the largest, which holds all images."""
+        return type(self)(min(self.radius + by, self.largest))
+
     def norm(self, perturbation: Tensor) -> Tensor:
         """Norm of each perturbation, shape ``(N,)``."""
         raise NotImplementedError
@@ -160,8 +164,7 @@ def reaches(ball: Ball, delta: float) -> tuple[Ball | None, Ball]:
             "mass can be promised"
         )
     delta = float(delta)
-    wide = kind(min(delta + epsilon, kind.largest))
-    return kind(delta - epsilon) if delta > epsilon else None, wide
+    return kind(delta - epsilon) if delta > epsilon else None, ball.wider(delta)
 
 
 class Linf(Ball):

@@ -267,7 +267,7 @@ class Suite:
         """What all expectations share, with a seed of their own."""
         return {"of_mean": self.of_mean, "generator": self.scorer.fresh()}
 
-    @property
+    @functools.cached_property
     def of_mean(self) -> bool | Scale:
         """Whether what counts is the goal at the mean of draws, not its mean over draws: on the
         scale of the reading, the support of each site, or for angles their circle."""

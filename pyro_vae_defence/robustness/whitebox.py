@@ -270,10 +270,8 @@ class WhiteBox:
         """The energy that a latent has after the attack in ``ball`` that serves it best: the
         target's in a ball larger by its radius; at the image as it is where that is not known."""
         assumed = getattr(self.defence, "perturbation", None)
-        kind = type(ball)
-        if assumed is None or isinstance(assumed, kind):
-            radius = ball.radius + (assumed.radius if isinstance(assumed, kind) else 0.0)
-            wide = ball if radius == ball.radius else kind(min(radius, kind.largest))
+        if assumed is None or isinstance(assumed, type(ball)):
+            wide = ball if assumed is None else ball.wider(assumed.radius)
             try:
                 energy = ModelPotential(self._counted(program.target(self.vae, wide)), x)
                 energy(energy.prototype)
