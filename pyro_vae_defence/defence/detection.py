@@ -21,7 +21,9 @@ are the controls among the scores, and with ``disagreement`` all that :class:`En
 :class:`NoDefence` have without a filter. With a filter, :math:`z_0` is the encoding of the image
 before it, so that ``distance`` is what the filter changes (*feature squeezing*, Xu, Evans, Qi,
 2018, https://arxiv.org/abs/1704.01155). Chains that start at the prior, or at walks from it, have
-no :math:`z_0`, and none of its four scores. Latents are compared on the unconstrained scale.
+no :math:`z_0`, and none of its four scores. Latents are compared on the unconstrained scale, where
+chains move and ``mean_posterior_variance`` is given; angles, of ``VonMises``, on both sides of the
+border between -pi and pi are far apart there.
 
 :class:`~pyro_vae_defence.defence.Detector` turns a score into an alarm whose rate on clean images
 is set beforehand. :func:`pyro_vae_defence.metrics.auroc` and
