@@ -315,6 +315,27 @@ def test_the_class_is_that_of_largest_mass(vae, x):
     assert sure.predict(x, seeded(1)).tolist() == [1, 1, 1]
 
 
+class OfIntensities(PlaneOfClass):
+    """A Beta likelihood, which has no density where a pixel is 0."""
+
+    def observe(self, x, z, y):
+        mean = self.logits(z, y).sigmoid()
+        image = dist.Beta(2 + mean, 3 - mean, validate_args=False).to_event(3)
+        pyro.sample("x", image, obs=x)
+
+
+def test_an_image_that_no_class_explains_has_none(x):
+    """Not class 0, which the largest of numbers that are none would be."""
+    grey = x.clamp(0.1, 0.9)
+    classify = AnalysisBySynthesis(OfIntensities(), CLASSES, num_temperatures=3, num_walks=2)
+    assert classify.predict(grey).shape == (len(x),)
+    black = grey.clone()
+    black[1, 0, 0, 0] = 0.0
+    assert not classify.log_masses(black).log_mass[1].isfinite().any()
+    with pytest.raises(ValueError, match=r"likeliest class is not finite for 1 of .*rows: \[1\]"):
+        classify.predict(black)
+
+
 class ObservesItsClass(PlaneOfClass):
     probs = torch.tensor([0.8, 0.15, 0.05], dtype=torch.float64)
 

@@ -20,7 +20,8 @@ trained on, which costs it dearly on clean images already: average over draws wi
 was trained on draws, or hand the classifier a mean (of angles, their direction). *Reencoded*
 decodes the mean and encodes the image that comes out, which has left the attack behind, so that the
 classifier reads what it was trained on. *Vote* does so with every draw and counts classes; how many
-votes an attack can take is bounded by :func:`pyro_vae_defence.robustness.mass_bound`.
+votes an attack can take is bounded by :func:`pyro_vae_defence.robustness.mass_bound`. Of classes
+with equally many votes, as 10 and 10 of 20 draws, the one of the lowest number is predicted.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer
+from pyro_vae_defence.ops.checks import check_finite, check_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
@@ -245,9 +245,20 @@ class AnalysisBySynthesis:
         return (found + self._prior(found)).log_softmax(1)
 
     def predict(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Classes of images, int64 ``(N,)``; arguments as for :meth:`log_masses`."""
+        """Classes of images, int64 ``(N,)``; arguments as for :meth:`log_masses`.
+
+        Raises:
+            ValueError: as there, and for images that no class explains.
+        """
         with torch.no_grad():
-            return self.log_posterior(x, generator).argmax(1)
+            found = self.log_posterior(x, generator)
+        check_finite(
+            "the log-probability of the likeliest class",
+            found.amax(1, keepdim=True),
+            "log_masses(x) shows what is known there; a likelihood that has no density at these "
+            "pixels, as a Beta has none at 0 and 1, needs images that keep off its border",
+        )
+        return found.argmax(1)
 
     @public
     @torch.no_grad()
