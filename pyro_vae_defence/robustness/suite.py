@@ -57,7 +57,7 @@ def _transfer(suite: Suite, aim: Aim) -> PreparedObjective:
 
 
 def _encoder(suite: Suite, aim: Aim) -> PreparedObjective:
-    return suite.expected(aim, adaptive.transfer(suite.box.start))
+    return suite.expected(aim, adaptive.transfer(suite.box.encoding))
 
 
 def _bpda(suite: Suite, aim: Aim) -> PreparedObjective:
@@ -339,7 +339,7 @@ class Suite:
             def classify(latents: Latents, x: Tensor) -> Tensor:
                 latents = box.constrain(latents)
                 if scorer.reading in ("reencoded", "vote"):
-                    latents = reencode(box.vae, latents, functools.partial(box.decoder, x=x))
+                    latents = reencode(box.vae, latents, functools.partial(box.decode_support, x=x))
                 return class_scores(scorer.classifier.classifier, latents)
 
             return adaptive.misclassification(classify, scorer.labels)
