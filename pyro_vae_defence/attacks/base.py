@@ -137,6 +137,8 @@ class Problem:
     """Whether a number of any gradient was finite, and whether one was not zero either, bool
     ``(2,)``; ``None`` before the first."""
     start_from: Start | None = None
+    last: tuple[Tensor, Tensor] | None = None
+    """The perturbation that was evaluated last, and its objective."""
 
     def start(self) -> Tensor:
         """A random point of the ball, clipped so that the image is valid; or what is nearest to
@@ -180,7 +182,9 @@ class Problem:
         """The objective, ``(rows,)``; one query. Raises ``ValueError`` for one of another shape."""
         self.num_queries += 1
         with torch.no_grad():
-            return self._evaluate((self.x_ref + perturbation).clamp(0.0, 1.0))
+            value = self._evaluate((self.x_ref + perturbation).clamp(0.0, 1.0))
+        self.last = perturbation, value
+        return value
 
     def value_and_gradient(
         self, perturbation: Tensor, *, through_clip: bool = False
@@ -214,7 +218,26 @@ class Problem:
         finite = gradient.isfinite()
         found = torch.stack([finite.any(), (finite & (gradient != 0)).any()])
         self.any_finite = found if self.any_finite is None else self.any_finite | found
+        self.last = perturbation.detach(), value.detach()
         return value.detach(), torch.where(finite, gradient, 0.0)
+
+    def judged(self, criterion: Criterion, state: State) -> State:
+        """The state, whose result is what was evaluated last where that meets the criterion: one
+        that does may be lower than another that does not."""
+        if self.last is None:
+            return state
+        perturbation, value = self.last
+        met = self.judge(criterion, (self.x_ref + perturbation).clamp(0.0, 1.0), value)
+        # The published attack starts outside of the ball.
+        met = met & (self.ball.norm(perturbation) <= self.ball.radius * (1 + 1e-5))
+        return {
+            **state,
+            "result": torch.where(rows(met, perturbation), perturbation, state["result"]),
+            "result_value": torch.where(
+                met, value.to(state["result_value"]), state["result_value"]
+            ),
+            "solved": met,
+        }
 
     def judge(self, criterion: Criterion, perturbed: Tensor, value: Tensor) -> Tensor:
         """What a criterion says of rows, bool. Raises ``ValueError`` if it does not say that."""
@@ -315,9 +338,10 @@ class Attack:
         num_restarts: random starts per image, >= 1.
         batch_size: most rows (restarts times images) at a time; results do not depend on it, but
             for objectives with noise of their own (:mod:`~pyro_vae_defence.attacks.adaptive`).
-        stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows whose result
-            so far meets it leave the batch. The criterion's own evaluations of the model are not
-            counted. It costs a synchronisation with the device per step.
+        stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows leave the
+            batch with the first image that meets it, be its objective the highest or not. The
+            criterion's own evaluations of the model are not counted. It costs a synchronisation
+            with the device per step.
         checkpoint: file for progress. A call that finds it goes on from there, with the seed stored
             in it, and removes it when it is done.
         checkpoint_every: steps between writes; the end of a micro-batch is always written.
@@ -462,8 +486,8 @@ class Attack:
         for t in range(first, self.num_steps):
             state = _charge(self._step(problem, state, t), problem)
             if criterion is not None:
-                x = (problem.x_ref + state["result"]).clamp(0.0, 1.0)
-                solved = state["solved"] = problem.judge(criterion, x, state["result_value"])
+                state = problem.judged(criterion, state)
+                solved = state["solved"]
                 if bool(solved.any()):
                     outcome = _put(outcome, active[solved], _select(state, solved))
                     active, state = active[~solved], _select(state, ~solved)
@@ -475,6 +499,8 @@ class Attack:
             progress.step(t + 1, active, state, outcome, problem.any_finite)
         if len(active) > 0:
             state = _charge(self._finish(problem, state), problem)
+            if criterion is not None:
+                state = problem.judged(criterion, state)
             outcome = _put(outcome, active, state)
         x_adv = (x_ref + outcome.pop("result")).clamp(0.0, 1.0)
         x_adv = self.ball.inside(x_ref, x_adv)
