@@ -259,6 +259,28 @@ def test_solved_rows_leave_and_the_others_do_not_notice(name):
     assert not full.solved.any()
 
 
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_an_image_that_meets_the_criterion_counts_though_another_is_higher(name):
+    """As a wrong class may have less cross-entropy than a right one. Attacks start just below a
+    peak, and step over it by more: what is asked for lies beyond."""
+    x = torch.full((8, 1, 1, 1), 0.5, dtype=torch.float64)
+
+    def peak(x_ref):
+        return lambda x: -(x - 0.5).abs().flatten(1).sum(1)
+
+    def beyond(x_ref):
+        return lambda x, value: (x > 0.52).flatten(1).all(1)
+
+    def start(x_ref, streams):
+        return x_ref - 0.001
+
+    settings = {**SMALL.get(name, {}), "num_steps": 10, "start": start}
+    result = make(name, peak, Linf(0.1), stop=beyond, **settings)(x)
+    assert result.solved.all()
+    assert (result.x_adv > 0.52).all()
+    assert (result.objective < -0.02).all()
+
+
 def test_the_papers_start_outside_the_ball_meets_no_criterion():
     """The published start is as large as 0.2 per pixel: its objective is not that of its
     projection."""

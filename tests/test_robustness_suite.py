@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,9 +15,16 @@ from test_robustness import SMALL, classify, problem, run
 
 from pyro_vae_defence import attacks
 from pyro_vae_defence.attacks import adaptive
-from pyro_vae_defence.defence import DefendedClassifier, EncoderDefence, NoDefence
+from pyro_vae_defence.defence import (
+    DefendedClassifier,
+    EncoderDefence,
+    NoDefence,
+    gaussian_filter,
+)
+from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import L1, Linf
-from pyro_vae_defence.robustness import ATTACKS, Budget, WhiteBox
+from pyro_vae_defence.ops.streams import Streams
+from pyro_vae_defence.robustness import ATTACKS, Budget, WhiteBox, evaluate_robustness
 from pyro_vae_defence.robustness.fidelity import expected_difference
 from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scores, Similarity
 from pyro_vae_defence.robustness.suite import Memory, Suite
@@ -249,9 +258,9 @@ def test_means_of_other_latents_are_attacked_as_they_are_read(float64, kind):
 class TestDiscreteLatents:
     """Attackers decode what is scored: given the image, which tells of the discrete latents."""
 
-    def suite(self, reading, x):
+    def suite(self, reading, x, preprocess):
         vae, fresh = Mixture(), Fresh(3)
-        box = WhiteBox(vae, EncoderDefence(vae, num_samples=2), x, fresh)
+        box = WhiteBox(vae, EncoderDefence(vae, 2, preprocess), x, fresh)
         compare = lambda one, other: -(one - other).abs().flatten(1).sum(1)  # noqa: E731
         if reading is None:
             scorer = Similarity(box, x, compare, fresh)
@@ -261,10 +270,11 @@ class TestDiscreteLatents:
             scorer = Accuracy(box, x, torch.tensor([0, 1, 2]), classifier, fresh)
         return Suite(box, scorer, x, Linf(0.3), SMALL, attacks.APGD)
 
+    @pytest.mark.parametrize("preprocess", [None, lambda x: 0.5 - 0.4 * x])
     @pytest.mark.parametrize("reading", [None, "last", "reencoded"])
-    def test_the_goal_is_what_is_scored(self, float64, reading):
+    def test_the_goal_is_what_is_scored(self, float64, reading, preprocess):
         x = torch.rand(3, 1, 2, 2, generator=torch.Generator().manual_seed(1)).round()
-        suite = self.suite(reading, x)
+        suite = self.suite(reading, x, preprocess)
         attacked = (0.7 * x + 0.2).clamp(0, 1)
         result = suite.box.defence(attacked, torch.Generator().manual_seed(2))
         if reading is None:
@@ -295,3 +305,116 @@ class TestDiscreteLatents:
         difference, _ = expected_difference(suite, attacked, x, 2, 0)
         torch.testing.assert_close(difference, scored - other)
         assert bool((difference.abs() > 1e-6).all()) == (reading != "last")
+
+
+class Linear:
+    """One latent, whose mean the encoder reads off the images by a weight per pixel, bent a
+    little; a decoder without that latent."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 1), 1.0).to_event(1))
+            mean = (0.5 + 0.0 * z[..., None, None]).expand(x.shape)
+            pyro.sample("obs", dist.Normal(mean, 0.3).to_event(3), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            mean = (x - 0.5).flatten(1) @ self.weight[:, None]
+            mean = mean + 0.1 * mean.square()
+            pyro.sample("z", dist.Normal(mean, 0.01 * mean.square() + 0.001).to_event(1))
+
+
+def _outside_of_torch(x):
+    return torch.from_numpy(np.round(3 * x.numpy()) / 3)
+
+
+class TestFilters:
+    """A filter before the encoder is known to the attacker, and so is its derivative."""
+
+    BLUR = functools.partial(gaussian_filter, sigma=0.7)
+
+    def vae(self):
+        """Its weights are a checkerboard's: what a blur leaves of them has other signs."""
+        row, column = torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij")
+        noise = torch.randn(36, generator=torch.Generator().manual_seed(0))
+        return Linear(((row + column) % 2 * 2.0 - 1.0).flatten() + 0.5 * noise)
+
+    def test_the_best_attack_on_a_blur_is_found(self, float64):
+        """No image survives: a perturbation of known sign moves each mean past the boundary."""
+        vae = self.vae()
+        slope = gaussian_filter(torch.eye(36).reshape(-1, 1, 6, 6), 0.7).flatten(1) @ vae.weight
+        # Means at the filtered images, from 60% to 90% of the way that an attack can move them.
+        target = 0.1 * slope.abs().sum() * torch.linspace(0.6, 0.9, 6)
+        x = 0.5 + (target[:, None] / slope.square().sum() * slope).reshape(-1, 1, 6, 6)
+        labels, read = torch.ones(6, dtype=torch.long), lambda z: torch.cat([-z, z], 1)
+        defence = EncoderDefence(vae, 1, self.BLUR)
+        report = evaluate_robustness(
+            vae, defence, x, labels, classifier=read, ball=Linf(0.1),
+            budget=dataclasses.replace(SMALL, num_steps=10), checks=False,
+            attacks=("bpda",), generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        assert report.clean["mean"]["estimate"] == 1
+        # As if the blur were none, an attack would move them by less than half of that.
+        assert 2 * slope @ vae.weight.sign() < slope.abs().sum()
+        assert report.robust["mean"]["estimate"] == 0
+
+    def test_the_derivative_is_that_of_the_filter(self, float64):
+        vae = self.vae()
+        x = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        box, streams = WhiteBox(vae, EncoderDefence(vae, 1, self.BLUR), x), Streams.create(3)
+        end = program.encode(vae, self.BLUR(x), streams=streams)["z"].sum()
+        found = box.start(x, streams)["z"].sum()
+        torch.testing.assert_close(found, end)
+        expected = torch.autograd.grad(end, x)[0]
+        torch.testing.assert_close(torch.autograd.grad(found, x)[0], expected)
+
+    @pytest.mark.parametrize(
+        "preprocess",
+        [_outside_of_torch, lambda x: (3 * x).round() / 3, lambda x: 0.5 * x.detach() + 0.2],
+    )
+    def test_pixels_without_a_derivative_have_the_encoders_at_the_filtered_image(
+        self, float64, preprocess
+    ):
+        vae, x = self.vae(), torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+        box, streams = WhiteBox(vae, EncoderDefence(vae, 2, preprocess), x), Streams.create(3)
+        leaves = x.clone().requires_grad_(), preprocess(x).requires_grad_()
+        found, expected = (
+            torch.autograd.grad(encode(leaf, streams)["z"].sum(), leaf)[0]
+            for encode, leaf in zip((box.start, box.encoding), leaves, strict=True)
+        )
+        torch.testing.assert_close(found, expected)
+
+    def test_a_clip_has_its_own_derivative_where_it_has_one(self, float64):
+        """Dark pixels, which it sets to 0, have that of the encoder."""
+        vae, x = self.vae(), torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+        clip = lambda x: torch.where(x <= 0.4, 0.0, x.square())  # noqa: E731
+        box, leaf = WhiteBox(vae, EncoderDefence(vae, 2, clip), x), x.clone().requires_grad_()
+        (found,) = torch.autograd.grad((box.look(leaf) * (1 + x)).sum(), leaf)
+        torch.testing.assert_close(found, (1 + x) * torch.where(x <= 0.4, 1.0, 2 * x))
+
+    @pytest.mark.parametrize("every", [False, True])
+    def test_noise_of_a_known_seed_is_that_of_each_draw(self, float64, every):
+        vae, x = self.vae(), torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+        defence = EncoderDefence(vae, 4, self.BLUR)
+        box = WhiteBox(vae, defence, x, seed=7)
+        box, number = (box.drawn(), 4) if every else (box, 1)
+        streams = Streams.create(3, number, seed=1)
+        draws = defence(x, torch.Generator().manual_seed(7)).samples["z"][0, -number:]
+        found = box.start(x.repeat(number, 1, 1, 1), streams)["z"]
+        torch.testing.assert_close(found, draws.flatten(0, 1))
+
+
+def test_images_are_compared_as_they_are_scored(float64):
+    """Means of a Gaussian decoder that leave [0, 1], which the defence clips."""
+    vae, x, _ = problem(4)
+    vae.bias = vae.bias + 0.9
+    box, fresh = WhiteBox(vae, NoDefence(vae), x), Fresh(3)
+    compare = lambda one, other: -(one - other).square().flatten(1).sum(1)  # noqa: E731
+    suite = Suite(box, Similarity(box, x, compare, fresh), x, Linf(0.3), SMALL, attacks.APGD)
+    result = box(1 - x, torch.Generator().manual_seed(0))
+    assert (program.Decoder(vae, x)(result.latents) > 1).any()
+    scored = 1 - compare(result.reconstruction, suite.scorer.reference)
+    torch.testing.assert_close(suite.goal()(x)(result.latents, 1 - x), scored)

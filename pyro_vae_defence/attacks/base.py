@@ -134,8 +134,11 @@ class Problem:
     num_gradients: int = 0
     num_queries: int = 0
     any_finite: Tensor | None = None
-    """Whether a number of any gradient was finite, bool ``()``; ``None`` before the first."""
+    """Whether a number of any gradient was finite, and whether one was not zero either, bool
+    ``(2,)``; ``None`` before the first."""
     start_from: Start | None = None
+    last: tuple[Tensor, Tensor] | None = None
+    """The perturbation that was evaluated last, and its objective."""
 
     def start(self) -> Tensor:
         """A random point of the ball, clipped so that the image is valid; or what is nearest to
@@ -179,7 +182,9 @@ class Problem:
         """The objective, ``(rows,)``; one query. Raises ``ValueError`` for one of another shape."""
         self.num_queries += 1
         with torch.no_grad():
-            return self._evaluate((self.x_ref + perturbation).clamp(0.0, 1.0))
+            value = self._evaluate((self.x_ref + perturbation).clamp(0.0, 1.0))
+        self.last = perturbation, value
+        return value
 
     def value_and_gradient(
         self, perturbation: Tensor, *, through_clip: bool = False
@@ -211,9 +216,28 @@ class Problem:
             )
         # A row whose gradient overflows stays where it is instead of leaving the ball as NaN.
         finite = gradient.isfinite()
-        found = finite.any()
+        found = torch.stack([finite.any(), (finite & (gradient != 0)).any()])
         self.any_finite = found if self.any_finite is None else self.any_finite | found
+        self.last = perturbation.detach(), value.detach()
         return value.detach(), torch.where(finite, gradient, 0.0)
+
+    def judged(self, criterion: Criterion, state: State) -> State:
+        """The state, whose result is what was evaluated last where that meets the criterion: one
+        that does may be lower than another that does not."""
+        if self.last is None:
+            return state
+        perturbation, value = self.last
+        met = self.judge(criterion, (self.x_ref + perturbation).clamp(0.0, 1.0), value)
+        # The published attack starts outside of the ball.
+        met = met & (self.ball.norm(perturbation) <= self.ball.radius * (1 + 1e-5))
+        return {
+            **state,
+            "result": torch.where(rows(met, perturbation), perturbation, state["result"]),
+            "result_value": torch.where(
+                met, value.to(state["result_value"]), state["result_value"]
+            ),
+            "solved": met,
+        }
 
     def judge(self, criterion: Criterion, perturbed: Tensor, value: Tensor) -> Tensor:
         """What a criterion says of rows, bool. Raises ``ValueError`` if it does not say that."""
@@ -233,12 +257,17 @@ class Problem:
         return met
 
 
-def _check_finite(any_finite: Sequence[Tensor | None], value: Tensor) -> None:
-    """``ValueError`` if the objective is not finite for a single row in the end, or no gradient had
-    a finite number although it is.
+def _check_finite(
+    any_finite: Sequence[Tensor | None], whole: State, at_rest: Callable[[], Tensor] | None
+) -> None:
+    """``ValueError`` if the objective is not finite for a single row in the end, no gradient had a
+    finite number although it is, or all were zero although the objective changes with the image
+    and is not solved.
 
-    ``any_finite`` are those of the problems of all micro-batches.
+    ``any_finite`` are those of the problems of all micro-batches, ``whole`` has the fields of the
+    result, and ``at_rest`` computes the objective at the references, unless gradients may be zero.
     """
+    value = whole["objective"]
     if value.device.type == "meta":
         return
     if not bool(value.isfinite().any()):
@@ -247,12 +276,25 @@ def _check_finite(any_finite: Sequence[Tensor | None], value: Tensor) -> None:
             f"nothing was maximised (the first value is {float(value.flatten()[0])}); "
             "evaluate it at x_ref, and see where the encoder or a divergence overflows"
         )
-    found = [each for each in any_finite if each is not None]
-    if len(found) == len(any_finite) and not bool(torch.stack(found).any()):
+    # Files of earlier versions have one answer in place of two.
+    found = [each.expand(2) for each in any_finite if each is not None]
+    if len(found) < len(any_finite):
+        return
+    is_finite, is_slope = torch.stack(found).any(0).tolist()
+    if not is_finite:
         raise ValueError(
             "the gradient of objective is not finite at any pixel of any image, so that no "
             "image was moved by it; look for the root or the norm of zero, or an overflow, in "
             "the objective and the encoder, or use a black-box attack such as attacks.Square"
+        )
+    if is_slope or at_rest is None or bool(whole["solved"].all()):
+        return
+    if bool((at_rest() != value.flatten()).any()):
+        raise ValueError(
+            "the gradient of objective is zero at every pixel of every image, though its value "
+            "changes with the image, so that no image was moved by it: the guide, or the objective "
+            "itself, quantises (round, sign) or saturates; use a black-box attack such as "
+            "attacks.Square, or a straight-through estimate there"
         )
 
 
@@ -296,9 +338,10 @@ class Attack:
         num_restarts: random starts per image, >= 1.
         batch_size: most rows (restarts times images) at a time; results do not depend on it, but
             for objectives with noise of their own (:mod:`~pyro_vae_defence.attacks.adaptive`).
-        stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows whose result
-            so far meets it leave the batch. The criterion's own evaluations of the model are not
-            counted. It costs a synchronisation with the device per step.
+        stop: prepared criterion, e.g. ``attacks.misclassified(vae, classifier)``; rows leave the
+            batch with the first image that meets it, be its objective the highest or not. The
+            criterion's own evaluations of the model are not counted. It costs a synchronisation
+            with the device per step.
         checkpoint: file for progress. A call that finds it goes on from there, with the seed stored
             in it, and removes it when it is done.
         checkpoint_every: steps between writes; the end of a micro-batch is always written.
@@ -365,8 +408,8 @@ class Attack:
         With a tuple ``(x_ref, *conditions)`` the objective's VAE is conditional, and attacked given
         its conditions. The run's seed comes from the ``generator``, or from torch's global seed.
 
-        Raises ``ValueError`` if the objective is not finite for a single row in the end, or no
-        gradient of it was.
+        Raises ``ValueError`` if the objective is not finite for a single row in the end, no
+        gradient of it was, or all were zero although the objective changes with the image.
         """
         x_ref, conditions = split(x_ref, "x_ref")
         check_images(x_ref, "x_ref")
@@ -410,7 +453,17 @@ class Attack:
         }
         progress.remove()  # or an objective that was mended would be refused for the other one
         if check:
-            _check_finite(progress.any_finite, whole["objective"])
+
+            def at_rest() -> Tensor:
+                starts = range(0, number, self.batch_size)
+                parts = [slice(first, first + self.batch_size) for first in starts]
+                problems = [
+                    self._prepare(rows_of(folded, part), _take(streams, part))[0] for part in parts
+                ]
+                return torch.cat([each.value(torch.zeros_like(each.x_ref)) for each in problems])
+
+            may_be_flat = getattr(self.objective, "may_be_flat", False)
+            _check_finite(progress.any_finite, whole, None if may_be_flat else at_rest)
         return AttackResult(x_ref=x_ref, **whole)
 
     def _attack(
@@ -433,8 +486,8 @@ class Attack:
         for t in range(first, self.num_steps):
             state = _charge(self._step(problem, state, t), problem)
             if criterion is not None:
-                x = (problem.x_ref + state["result"]).clamp(0.0, 1.0)
-                solved = state["solved"] = problem.judge(criterion, x, state["result_value"])
+                state = problem.judged(criterion, state)
+                solved = state["solved"]
                 if bool(solved.any()):
                     outcome = _put(outcome, active[solved], _select(state, solved))
                     active, state = active[~solved], _select(state, ~solved)
@@ -446,6 +499,8 @@ class Attack:
             progress.step(t + 1, active, state, outcome, problem.any_finite)
         if len(active) > 0:
             state = _charge(self._finish(problem, state), problem)
+            if criterion is not None:
+                state = problem.judged(criterion, state)
             outcome = _put(outcome, active, state)
         x_adv = (x_ref + outcome.pop("result")).clamp(0.0, 1.0)
         x_adv = self.ball.inside(x_ref, x_adv)

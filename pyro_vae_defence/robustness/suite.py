@@ -57,7 +57,7 @@ def _transfer(suite: Suite, aim: Aim) -> PreparedObjective:
 
 
 def _encoder(suite: Suite, aim: Aim) -> PreparedObjective:
-    return suite.expected(aim, adaptive.transfer(suite.box.start))
+    return suite.expected(aim, adaptive.transfer(suite.box.encoding))
 
 
 def _bpda(suite: Suite, aim: Aim) -> PreparedObjective:
@@ -339,7 +339,7 @@ class Suite:
             def classify(latents: Latents, x: Tensor) -> Tensor:
                 latents = box.constrain(latents)
                 if scorer.reading in ("reencoded", "vote"):
-                    latents = reencode(box.vae, latents, functools.partial(box.decoder, x=x))
+                    latents = reencode(box.vae, latents, functools.partial(box.decode_support, x=x))
                 return class_scores(scorer.classifier.classifier, latents)
 
             return adaptive.misclassification(classify, scorer.labels)
@@ -358,7 +358,7 @@ class Suite:
             resume = self.box.transitions(number)
         suite = self if row.own_draws else dataclasses.replace(self, box=self.seen)
         prepared = row.objective(suite, Aim(self.goal(), num_draws, resume))
-        return lambda x_ref: connected(prepared(x_ref))
+        return _may_be_flat(lambda x_ref: connected(prepared(x_ref)))
 
     def attack(
         self,
@@ -481,7 +481,7 @@ class Memory:
 
             return watched
 
-        return prepare
+        return _may_be_flat(prepare)
 
     def _keep(self, images: Tensor, values: Tensor) -> None:
         values = torch.where(values.isfinite(), values, -torch.inf)
@@ -516,6 +516,12 @@ def is_attack(x_adv: Tensor, x_ref: Tensor, ball: Ball) -> Tensor:
     allowed = ball.radius * (1 + rounding * x_ref[0].numel() ** 0.5) + slack
     in_range = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     return in_range & (ball.norm(x_adv - x_ref) <= allowed)
+
+
+def _may_be_flat(prepared: PreparedObjective) -> PreparedObjective:
+    """The same, of which attacks do not object that all gradients are zero: checks say so."""
+    prepared.may_be_flat = True  # type: ignore[attr-defined]
+    return prepared
 
 
 def connected(objective: Objective) -> Objective:

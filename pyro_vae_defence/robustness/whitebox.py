@@ -19,7 +19,13 @@ from torch import Tensor
 
 from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.attacks.adaptive import DefendedEncoder
-from pyro_vae_defence.defence import Defence, DefenceResult, MCMCDefence, NoDefence
+from pyro_vae_defence.defence import (
+    Defence,
+    DefenceResult,
+    EncoderDefence,
+    MCMCDefence,
+    NoDefence,
+)
 from pyro_vae_defence.defence.base import BaseDefence, run_defence
 from pyro_vae_defence.defence.chains import Lengths
 from pyro_vae_defence.defence.mode import PosteriorModeDefence
@@ -103,7 +109,7 @@ class WhiteBox:
         draws: how many of the last draws of each chain count where the seed is known; see
             :meth:`drawn`.
         shape: of an image.
-        has_chain: whether anything stands behind the encoder.
+        has_chain: whether anything stands before or behind the encoder.
         steps: whether its transitions are known: this library's HMC or NUTS, in a defence that runs
             as :class:`~pyro_vae_defence.defence.MCMCDefence` does.
         stops: whether chains stop when those of an image have converged, as the defence decides.
@@ -254,9 +260,40 @@ class WhiteBox:
         every = (images, *conditions) if conditions else images
         return run_defence(self.defence, every, generator)
 
+    def _filter(self, x: Tensor) -> Tensor:
+        """What the defence looks at in place of images, as far as it is known."""
+        return self.defence._filter(x) if isinstance(self.defence, BaseDefence) else x
+
+    def look(self, x: Tensor) -> Tensor:
+        """The images that the defence looks at in place of ``x``, with the derivative of its
+        filter, and that of the identity in pixels for which this is zero, or not known (BPDA)."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self._filter(x.detach())
+        leaf = x.detach().requires_grad_()
+        try:
+            seen = self._filter(leaf)
+        except RuntimeError:  # it leaves torch
+            seen = self._filter(x.detach())
+        found = seen.detach() + (x - x.detach())
+
+        def pull_back(gradient: Tensor) -> Tensor:
+            (own,) = torch.autograd.grad(
+                seen, leaf, gradient, retain_graph=True, materialize_grads=True
+            )
+            return torch.where(own.isfinite() & (own != 0), own, gradient)
+
+        if seen.requires_grad and seen is not leaf:
+            found.register_hook(pull_back)
+        return found
+
     def start(self, x: Tensor, streams: Streams) -> Latents:
+        """The :meth:`encoding` of what the defence looks at. Chains that do not start there have a
+        start of their own, from which :meth:`chain` runs."""
+        return self.encoding(self.look(x), streams)
+
+    def encoding(self, x: Tensor, streams: Streams) -> Latents:
         """The encoding, differentiable in the images: a draw of the guide, or for chains that start
-        at its mean the mean. Others have a start of their own, from which :meth:`chain` runs."""
+        at its mean the mean."""
         mean = isinstance(self.defence, MCMCDefence) and self.defence.initial == "mean"
         initial = "mean" if mean else "guide"
         drawn = program.initial_latents(self.vae, x, initial, self._known(streams))
@@ -298,8 +335,13 @@ class WhiteBox:
         return self._potential.unconstrain(latents)
 
     def decode(self, latents: Latents, x: Tensor) -> Tensor:
-        """Reconstructions ``(M, C, H, W)`` of images ``x`` from their latents."""
-        return self.decoder(self.constrain(latents), x)
+        """Reconstructions ``(M, C, H, W)`` of images ``x`` from their latents, in [0, 1] as those
+        of the defence."""
+        return self.decode_support(self.constrain(latents), x).clamp(0.0, 1.0)
+
+    def decode_support(self, latents: Latents, x: Tensor) -> Tensor:
+        """Mean images of latents on the support of their sites; ``x`` tells of discrete ones."""
+        return self.decoder(latents, self.look(x))
 
     def forwards(self) -> DefendedEncoder:
         """The defence run forwards, with the derivative of its start."""
@@ -386,11 +428,11 @@ class WhiteBox:
         images, and draws are those of its chains, in turn."""
         if self.seed is None:
             return streams
-        return Streams(
-            draw_seed(self._generator()),
-            streams.image % len(self._x),
-            streams.chain // self.draws,
-        )
+        chain = streams.chain // self.draws
+        if runs_as(self.defence, EncoderDefence):  # whose every draw is a chain of its own
+            last = self.defence.num_samples - self.draws  # type: ignore[attr-defined]
+            chain = last + streams.chain % self.draws
+        return Streams(draw_seed(self._generator()), streams.image % len(self._x), chain)
 
     def _run(self, kernel: Any, x: Tensor, start: Latents, streams: Streams) -> list[Latents]:
         """Where whole chains are after their last transitions, as many as there are :attr:`draws`;
