@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -490,3 +491,16 @@ def test_accuracies_of_earlier_versions_are_of_the_images_that_were_classified(t
     detected = detection_interval(auroc, *scores).to_dict()
     place = "compare/radii/0.1/a/detection/start_energy/against_noise/auroc"
     assert tables.at(found, place) == pytest.approx(detected)
+
+
+@pytest.mark.parametrize("folder", sorted(p.parent.name for p in PUBLISHED.glob("*/tables.md")))
+def test_published_tables_are_what_their_command_writes_now(folder, tmp_path, monkeypatch):
+    """All words and numbers; pictures are not drawn."""
+    monkeypatch.setattr("pyro_vae_defence.experiments.study.save_figure", lambda *_: None)
+    images = {"compare_inputs": "images/inputs", "nvae": "results/nvae"}.get(folder, "images")
+    place = tmp_path / "results" / folder
+    place.mkdir(parents=True)
+    for path in (PUBLISHED / folder).glob("*.json"):
+        shutil.copy(path, place)
+    write_pages(MEASUREMENTS, place, tmp_path / images, skip_foreign=True)
+    assert (place / "tables.md").read_text() == (PUBLISHED / folder / "tables.md").read_text()

@@ -283,9 +283,10 @@ def _note(config: dict[str, Any]) -> str:
         "and on the classifier (cross-entropy of the class predicted without an attack; "
         f"{config['num_images']} images). Attacks do not know the defence. Chains: "
         f"{chain['burn_in']} gradients of burn-in, {chain['warmup_steps'] + chain['num_samples']} "
-        f"transitions of {chain['num_steps']} leapfrog steps. Behind a defence the classifier's "
-        f"reading is `{config['reading']}`, without one it reads the guide's mean. 95% intervals "
-        "over images. In brackets the paper's figures, of its own models, attacks and chains: "
+        f"transitions of 1 to {2 * chain['num_steps']} leapfrog steps. Behind a defence the "
+        f"classifier's reading is `{config['reading']}`, without one it reads the guide's mean. "
+        "95% intervals over images. In brackets the paper's figures, of its own models, "
+        "attacks and chains: "
         "MSSSIM, and its adversarial accuracy, which on clean images can only be *correct* and "
         "under attack is *unchanged*."
     )

@@ -102,7 +102,7 @@ class Bound(Measurement[BoundConfig]):
     """A bound without an attack, and attacks.
 
     Classes are read by the classifier with hidden layers, and the defender assumes twice the
-    attacker's radius, which kept most of validation images at radius 0.05.
+    attacker's radius, which kept most of the draws of validation images, by little.
     """
 
     kind = command = "bound"

@@ -332,10 +332,11 @@ class Figures(Measurement[FiguresConfig]):
             f"{config['num_images']} images, model `{config['model']}`, seed {config['seed']}; "
             f"L_inf balls. Every attack: {config['attack_steps']} steps of {config['engine']} from "
             "one random start. Defence: one HMC chain per image on the paper's target, "
-            f"{chain['warmup_steps']} + {chain['num_samples']} transitions of {chain['num_steps']} "
-            "leapfrog steps on average, whitened; its last draw is decoded, classes are read by "
-            f"`{config['reading']}`. {result['metric']} of reconstructions is to one undefended "
-            "draw at the reference. 95% intervals over images. Heuristic, not certified."
+            f"{chain['warmup_steps']} + {chain['num_samples']} transitions of 1 to "
+            f"{2 * chain['num_steps']} leapfrog steps, whitened; its last draw is decoded, "
+            f"classes are read by `{config['reading']}`. {result['metric']} of reconstructions is "
+            "to one undefended draw at the reference. "
+            "95% intervals over images. Heuristic, not certified."
         )
         lines = []
         for figure in figures:

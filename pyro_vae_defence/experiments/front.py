@@ -9,6 +9,7 @@ from typing import Any
 
 from pyro_vae_defence.defence.mcmc import RECOMMENDED_KERNEL, RECOMMENDED_LENGTHS
 from pyro_vae_defence.experiments import study, tables
+from pyro_vae_defence.experiments.classify import classifiers_of
 from pyro_vae_defence.experiments.defences import chain_words, chained, label
 from pyro_vae_defence.experiments.leaderboard import Entry, by_defence
 from pyro_vae_defence.experiments.robustness import reports
@@ -47,12 +48,21 @@ def _unaware(results: Path) -> Iterator[str]:
     for name in DEFENCES:
         rows.append([_title(name), *(_under_attack(result, name) for result in found.values())])
     yield from tables.table(["", *(TITLES[name] for name in found)], rows)
+    attacks, references, images = (
+        " or ".join(f"{n:,}" for n in sorted({result["config"][of] for result in found.values()}))
+        for of in ("num_restarts", "num_references", "num_images")
+    )
+    linear = ", ".join(
+        f"`{classifiers_of(each['config']['model'])['class']}`" for each in found.values()
+    )
     widths = " and ".join(f"{_widths(result)} ({TITLES[name]})" for name, result in found.items())
     yield (
-        "Similarity (`ms_ssim[paper]`) of reconstructions / share of classes read right; 1 is "
-        "best. Without an attack: two undefended reconstructions, and the class at the encoding "
-        f"of the image. 95% intervals are {widths} wide. A *mode* descends the same energy and "
-        f"runs no chain. {_chains((name, result['config']) for name, result in found.items())}"
+        f"Similarity (`ms_ssim[paper]`) of reconstructions, {attacks} attacks on each of "
+        f"{references} images / share of classes read right of {images} images, by the linear "
+        f"classifiers {linear}; 1 is best. Without an attack: two undefended reconstructions, and "
+        f"the class at the encoding of the image. 95% intervals are {widths} wide. A "
+        "*mode* descends the same energy and runs no chain. "
+        f"{_chains((name, result['config']) for name, result in found.items())}"
     )
 
 
@@ -81,8 +91,9 @@ def _aware(results: Path) -> Iterator[str]:
     yield from tables.table(["", *(TITLES[name] for name in found)], rows)
     with_chains = (entry for entry in entries if chained(entry.defence))
     notes = [
-        f"The same radius, {restarts} restart(s), 95% intervals; the images are others than above."
-        f"{readers([entry.result for entry in entries])} A stronger attack may lower all of it.",
+        f"The same radius, {restarts} restart(s), 95% intervals; the images are another choice "
+        f"than above.{readers([entry.result for entry in entries])} A stronger attack may lower "
+        "all of it.",
         *([MARKED] if any(entry.report["unreliable"] for entry in entries) else []),
         _chains((e.config["model"].removesuffix("_vae"), e.config) for e in with_chains),
         f"`MCMCDefence.recommended` runs {chain_words(RECOMMENDED_KERNEL | RECOMMENDED_LENGTHS)}.",

@@ -166,7 +166,7 @@ class TheoryConfig(conf.Configuration):
         transitions: numbers of transitions of HMC, ascending; 0 stands for the guide.
         num_chains: chains per image.
         step_size: of leapfrog steps, in units of the metric.
-        num_steps: leapfrog steps of a transition, on average.
+        num_steps: leapfrog steps of a transition are 1 to twice as many.
         half_width: of the grid.
         spacing: of its nodes.
         block: cells along the side of a square in which chains are counted.
@@ -409,7 +409,7 @@ class Theory(Measurement[TheoryConfig]):
             "paper's attack on the encoder from one start. Medians over images with 95% intervals. "
             f"Grid of spacing {config['spacing']:g}. HMC: {config['num_chains']:,} chains per "
             f"image, step size {config['step_size']:g} in the metric of the mean posterior "
-            f"variance, {config['num_steps']} leapfrog steps on average, no adaptation."
+            f"variance, 1 to {2 * config['num_steps']} leapfrog steps, no adaptation."
         )
         lines = [f"![{_text(result)}]({figure})\n" for figure in figures]
         lines += [*_lemma_table(result), *_theorem_tables(result), *_errors(result)]

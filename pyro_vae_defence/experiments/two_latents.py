@@ -202,7 +202,7 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
         note = (
             f"Model `{config['model']}`, {len(cells)} images x {config['num_attacks']} attacks of "
             f"radius {config['radius']:g}, seed {config['seed']}; HMC of {chain['num_samples']} "
-            f"transitions of {chain['num_steps']} leapfrog steps on average, step size "
+            f"transitions of 1 to {2 * chain['num_steps']} leapfrog steps, step size "
             f"{chain['step_size']:g} in the metric of the mean posterior variance. 95% intervals "
             "over images."
         )

@@ -64,7 +64,7 @@ class BatchedHMC(_JitteredKernel):
     ``target_accept_prob`` is 0.8, or 0.9 in the paper's rule.
 
     Args:
-        num_steps: leapfrog steps per transition, >= 1: the mean when lengths are jittered.
+        num_steps: leapfrog steps per transition, >= 1, about which lengths are jittered.
         jitter: 0 to 1. The length of each transition is drawn uniformly from the integers between
             (1 - jitter) and (1 + jitter) times ``num_steps``, at least 1, common to the batch. A
             fixed length resonates with the target's own frequencies; 0 keeps it fixed.
