@@ -72,7 +72,6 @@ def test_unconstrained(fn):
 
 
 # Distributions, and the value at which the unconstrained scale is zero.
-# Torch before 2.7 cannot tell whether a mixture's value lies in bounds of its components.
 CONSTRAINED = {
     "log-normal": (dist.LogNormal(ONES, 1.0).to_event(1), 1.0),
     "gamma": (dist.Gamma(ONES, ONES).mask(ONES > 2).to_event(1), 1.0),
@@ -81,7 +80,7 @@ CONSTRAINED = {
     "uniform": (dist.Uniform(ONES, 4 * ONES).to_event(1), 2.5),
     "mixture": (
         dist.MixtureSameFamily(
-            categories(N, 3, 5), dist.Uniform(torch.zeros(N, 3, 5), 2.0), validate_args=False
+            categories(N, 3, 5), dist.Uniform(torch.zeros(N, 3, 5), 2.0)
         ).to_event(1),
         1.0,
     ),
@@ -89,7 +88,6 @@ CONSTRAINED = {
         dist.MixtureSameFamily(
             categories(N, 5),
             dist.Uniform(torch.zeros(N, 5, 3), torch.full((5, 3), 2.0)).to_event(1),
-            validate_args=False,
         ),
         1.0,
     ),

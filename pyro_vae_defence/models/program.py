@@ -719,7 +719,7 @@ class ModelPotential:
             conditions, keywords = model.arguments(self.num_images)
             model, args, kwargs = model.program, (*args, *conditions), {**kwargs, **keywords}
         self._model, self._args, self._kwargs = model, args, kwargs
-        with torch.no_grad(), aside(batch.device):
+        with torch.no_grad():
             trace = run_on("vae.model", model, *args, **kwargs)
             discrete = enumerable(trace)
             self._prototype = _latents(trace)
