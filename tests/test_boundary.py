@@ -246,27 +246,6 @@ def test_an_attack_without_a_finite_gradient_says_so():
     assert attacks.Square(objective, Linf(0.1), 2)(_images()).objective.eq(1).all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 4096])
-def test_an_attack_whose_every_gradient_is_zero_says_so(batch_size):
-    """It returned where it had started, as large as noise makes an objective."""
-
-    def quantised(x_ref):
-        return lambda x: (8 * x).round().flatten(1).sum(1)
-
-    def attack(kind, objective, **options):
-        return kind(objective, Linf(0.1), 2, batch_size=batch_size, **options)(_images())
-
-    for kind in (attacks.PGD, attacks.APGD, attacks.LBFGS):
-        with pytest.raises(ValueError, match="gradient of objective is zero at every pixel"):
-            attack(kind, quantised)
-    assert attack(attacks.Square, quantised).objective.isfinite().all()
-    # An objective that nothing changes, and one that is solved.
-    assert (
-        attack(attacks.PGD, lambda x_ref: lambda x: 0 * x.flatten(1).sum(1)).objective.eq(0).all()
-    )
-    assert attack(attacks.PGD, quantised, stop=attacks.reaches(-1.0)).solved.all()
-
-
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("black", [slice(1, 2), slice(None)])
 def test_whether_a_gradient_is_finite_is_asked_of_all_micro_batches(black, tmp_path):

@@ -134,8 +134,7 @@ class Problem:
     num_gradients: int = 0
     num_queries: int = 0
     any_finite: Tensor | None = None
-    """Whether a number of any gradient was finite, and whether one was not zero either, bool
-    ``(2,)``; ``None`` before the first."""
+    """Whether a number of any gradient was finite, bool ``()``; ``None`` before the first."""
     start_from: Start | None = None
     last: tuple[Tensor, Tensor] | None = None
     """The perturbation that was evaluated last, and its objective."""
@@ -216,7 +215,7 @@ class Problem:
             )
         # A row whose gradient overflows stays where it is instead of leaving the ball as NaN.
         finite = gradient.isfinite()
-        found = torch.stack([finite.any(), (finite & (gradient != 0)).any()])
+        found = finite.any()
         self.any_finite = found if self.any_finite is None else self.any_finite | found
         self.last = perturbation.detach(), value.detach()
         return value.detach(), torch.where(finite, gradient, 0.0)
@@ -257,17 +256,12 @@ class Problem:
         return met
 
 
-def _check_finite(
-    any_finite: Sequence[Tensor | None], whole: State, at_rest: Callable[[], Tensor] | None
-) -> None:
-    """``ValueError`` if the objective is not finite for a single row in the end, no gradient had a
-    finite number although it is, or all were zero although the objective changes with the image
-    and is not solved.
+def _check_finite(any_finite: Sequence[Tensor | None], value: Tensor) -> None:
+    """``ValueError`` if the objective is not finite for a single row in the end, or no gradient had
+    a finite number although it is.
 
-    ``any_finite`` are those of the problems of all micro-batches, ``whole`` has the fields of the
-    result, and ``at_rest`` computes the objective at the references, unless gradients may be zero.
+    ``any_finite`` are those of the problems of all micro-batches.
     """
-    value = whole["objective"]
     if value.device.type == "meta":
         return
     if not bool(value.isfinite().any()):
@@ -276,25 +270,12 @@ def _check_finite(
             f"nothing was maximised (the first value is {float(value.flatten()[0])}); "
             "evaluate it at x_ref, and see where the encoder or a divergence overflows"
         )
-    # Files of earlier versions have one answer in place of two.
-    found = [each.expand(2) for each in any_finite if each is not None]
-    if len(found) < len(any_finite):
-        return
-    is_finite, is_slope = torch.stack(found).any(0).tolist()
-    if not is_finite:
+    found = [each for each in any_finite if each is not None]
+    if len(found) == len(any_finite) and not bool(torch.stack(found).any()):
         raise ValueError(
             "the gradient of objective is not finite at any pixel of any image, so that no "
             "image was moved by it; look for the root or the norm of zero, or an overflow, in "
             "the objective and the encoder, or use a black-box attack such as attacks.Square"
-        )
-    if is_slope or at_rest is None or bool(whole["solved"].all()):
-        return
-    if bool((at_rest() != value.flatten()).any()):
-        raise ValueError(
-            "the gradient of objective is zero at every pixel of every image, though its value "
-            "changes with the image, so that no image was moved by it: the guide, or the objective "
-            "itself, quantises (round, sign) or saturates; use a black-box attack such as "
-            "attacks.Square, or a straight-through estimate there"
         )
 
 
@@ -408,8 +389,8 @@ class Attack:
         With a tuple ``(x_ref, *conditions)`` the objective's VAE is conditional, and attacked given
         its conditions. The run's seed comes from the ``generator``, or from torch's global seed.
 
-        Raises ``ValueError`` if the objective is not finite for a single row in the end, no
-        gradient of it was, or all were zero although the objective changes with the image.
+        Raises ``ValueError`` if the objective is not finite for a single row in the end, or no
+        gradient of it was.
         """
         x_ref, conditions = split(x_ref, "x_ref")
         check_images(x_ref, "x_ref")
@@ -453,17 +434,7 @@ class Attack:
         }
         progress.remove()  # or an objective that was mended would be refused for the other one
         if check:
-
-            def at_rest() -> Tensor:
-                starts = range(0, number, self.batch_size)
-                parts = [slice(first, first + self.batch_size) for first in starts]
-                problems = [
-                    self._prepare(rows_of(folded, part), _take(streams, part))[0] for part in parts
-                ]
-                return torch.cat([each.value(torch.zeros_like(each.x_ref)) for each in problems])
-
-            may_be_flat = getattr(self.objective, "may_be_flat", False)
-            _check_finite(progress.any_finite, whole, None if may_be_flat else at_rest)
+            _check_finite(progress.any_finite, whole["objective"])
         return AttackResult(x_ref=x_ref, **whole)
 
     def _attack(

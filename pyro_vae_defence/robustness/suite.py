@@ -358,7 +358,7 @@ class Suite:
             resume = self.box.transitions(number)
         suite = self if row.own_draws else dataclasses.replace(self, box=self.seen)
         prepared = row.objective(suite, Aim(self.goal(), num_draws, resume))
-        return _may_be_flat(lambda x_ref: connected(prepared(x_ref)))
+        return lambda x_ref: connected(prepared(x_ref))
 
     def attack(
         self,
@@ -481,7 +481,7 @@ class Memory:
 
             return watched
 
-        return _may_be_flat(prepare)
+        return prepare
 
     def _keep(self, images: Tensor, values: Tensor) -> None:
         values = torch.where(values.isfinite(), values, -torch.inf)
@@ -516,12 +516,6 @@ def is_attack(x_adv: Tensor, x_ref: Tensor, ball: Ball) -> Tensor:
     allowed = ball.radius * (1 + rounding * x_ref[0].numel() ** 0.5) + slack
     in_range = ((x_adv >= 0) & (x_adv <= 1)).flatten(1).all(1)
     return in_range & (ball.norm(x_adv - x_ref) <= allowed)
-
-
-def _may_be_flat(prepared: PreparedObjective) -> PreparedObjective:
-    """The same, of which attacks do not object that all gradients are zero: checks say so."""
-    prepared.may_be_flat = True  # type: ignore[attr-defined]
-    return prepared
 
 
 def connected(objective: Objective) -> Objective:
