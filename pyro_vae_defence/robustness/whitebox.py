@@ -274,6 +274,8 @@ class WhiteBox:
             seen = self._filter(leaf)
         except RuntimeError:  # it leaves torch
             seen = self._filter(x.detach())
+        if seen is leaf:  # there is no filter
+            return x
         found = seen.detach() + (x - x.detach())
 
         def pull_back(gradient: Tensor) -> Tensor:
@@ -282,7 +284,7 @@ class WhiteBox:
             )
             return torch.where(own.isfinite() & (own != 0), own, gradient)
 
-        if seen.requires_grad and seen is not leaf:
+        if seen.requires_grad:
             found.register_hook(pull_back)
         return found
 
