@@ -23,7 +23,7 @@ TITLES = {
     "fashion_mnist": "Fashion-MNIST",
     TEXTURED: "ColorMNIST, textured background",
 }
-DEFENCES = ("none", "dark_clip", "median", "mode", "hmc", "aware_mode", "aware")
+DEFENCES = ("none", "dark_clip", "median", "gaussian", "mode", "hmc", "aware_mode", "aware")
 READING = "reencoded/mean"
 
 

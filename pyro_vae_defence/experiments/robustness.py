@@ -292,7 +292,8 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
     ``<dataset>_doubled_<radius>`` is the vote again under the attacks that took most, with twice
     the steps: what they leave less than before is what the budget was too small for.
     ``color_mnist_textured_protocol_<radius>`` has the four chains that are recommended where the
-    likelihood is a wide Gaussian, on the paper's target, and beside them its mode and filters.
+    likelihood is a wide Gaussian, on the paper's target, and beside them its mode and filters,
+    and mode and chains of the perturbation-aware target.
 
     A report of one chain is 10 million gradients, about an hour of one thread, and one of the
     recommended four 15 million. The suite is that without unrolling, but where it is said.
@@ -342,9 +343,12 @@ def protocol_configurations() -> dict[str, RobustnessConfig]:
         },
     }
     made = {(name, kind): kinds[kind] for kind in kinds for name in ("mnist", "fashion_mnist")}
+    textured = (
+        "none", "dark_clip", "median", "gaussian", "mode", "hmc", "aware_mode", "aware",
+    )  # fmt: skip
     made["color_mnist_textured", "protocol"] = {
         **kinds["protocol"],
-        "defences": ("none", "dark_clip", "median", "mode", "hmc"),
+        "defences": textured,
         "targets": ("classification",),
         "chain": conf.ChainConfig(num_chains=4, step_size=0.2, burn_in=30),
     }
