@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
 from pyro_vae_defence.models.weights import fill
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_integer, plain
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
@@ -123,6 +124,7 @@ class _OfLatents(nn.Module):
             )
         return self.scores(flat)
 
+    @public
     def classify(self, vae: VAE, x: Tensor) -> Tensor:
         """Classes predicted from the guide's means at images ``x``: int64 ``(N,)``."""
         with torch.no_grad(), program.evaluation_mode(vae, self):

@@ -90,7 +90,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.models.supports import transform_of
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.boundary import Pause, fetched, public
+from pyro_vae_defence.ops.boundary import Pause, fetched, public, uncast
 from pyro_vae_defence.ops.checks import check_tensor
 from pyro_vae_defence.ops.draws import Noise, draw
 from pyro_vae_defence.ops.precision import full_on
@@ -533,6 +533,7 @@ class Decoder:
                 "images.clamp(0, 1) where a mean in [0, 1] leaves it"
             )
 
+    @uncast
     def __call__(self, latents: LatentsLike, x: Tensor | None = None) -> Tensor:
         """Images ``(M, C, H, W)`` of latents with ``M`` rows, on the constrained scale.
 
@@ -561,6 +562,7 @@ class Decoder:
             )
         return images
 
+    @uncast
     def sample(self, latents: LatentsLike) -> Tensor:
         """Images drawn from p(x | z), ``(M, C, H, W)``, not clipped to [0, 1].
 
@@ -574,6 +576,7 @@ class Decoder:
 
         return self._assemble(latents, read, None)
 
+    @uncast
     def log_likelihood(self, latents: LatentsLike, x: Tensor) -> Tensor:
         """log p(x_i | z) of every value of images ``x``, ``(M, C, H, W)``, in nats.
 
@@ -710,6 +713,7 @@ class ModelPotential:
             discrete one cannot be enumerated.
     """
 
+    @uncast
     def __init__(self, model: PyroProgram, *args: Any, **kwargs: Any) -> None:
         batch = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
         if batch is None or batch.dim() == 0:
@@ -883,13 +887,19 @@ class ModelPotential:
                 )
         return {name: value.to(self._prototype[name].dtype) for name, value in latents.items()}
 
+    @uncast
     def __call__(self, latents: LatentsLike) -> Tensor:
         """Energies of shape ``(N,)``, in nats."""
+        return self._evaluate(latents)
+
+    def _evaluate(self, latents: LatentsLike) -> Tensor:
+        """As a call, in whatever precision is set."""
         conditioned = poutine.condition(self._program, data=self.constrain(latents))
         trace = get_trace(conditioned, *self._args, **self._kwargs)
         enumerated = self._program is not self._model
         return _energy(trace, self.log_determinant(latents), enumerated=enumerated)
 
+    @uncast
     def prior_energy(self, latents: LatentsLike) -> Tensor:
         """Energies -log p(z) of what :meth:`prior` draws from, ``(N,)``, in nats.
 
@@ -953,6 +963,7 @@ def guide_potential(
     energy = potential(vae, x) if model_potential is None else model_potential
     names = {site.name for site in energy.sites}
 
+    @uncast
     def energy_of_guide(latents: LatentsLike) -> Tensor:
         trace = _get_marginal_trace(_of_latents(vae.guide), energy.constrain(latents), x)
         check_density_everywhere(trace)
