@@ -12,7 +12,8 @@ from programs import LinearGaussianVAE
 from test_defence_synthesis import PlaneOfClass
 from torch import nn
 
-from pyro_vae_defence import attacks, defence, metrics
+from pyro_vae_defence import attacks, data, defence, metrics, training
+from pyro_vae_defence.attacks import starts
 from pyro_vae_defence.attacks.interop import EncoderAttackHead
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import LinearClassifier
@@ -156,3 +157,95 @@ def test_a_list_of_log_priors_is_exact():
     log_prior = [0.1, 0.2, 0.3]
     exact = torch.tensor(log_prior, dtype=torch.float64)
     assert torch.equal(_posterior(log_prior), _posterior(exact))
+
+
+# --- The form of inputs ---------------------------------------------------------------------------
+
+
+def test_training_leaves_no_gradient_in_images():
+    x = X.clone().requires_grad_()
+    config = training.FitConfig(epochs=1, schedule="constant", progress=False)
+    pyro.clear_param_store()
+
+    class Named(Layers):
+        def model(self, x):
+            pyro.module("layers", self)
+            super().model(x)
+
+        def guide(self, x):
+            pyro.module("layers", self)
+            super().guide(x)
+
+    training.fit(Named(), pyro.infer.Trace_ELBO(), [x], config)
+    assert x.grad is None
+    trained = {}
+    for images in (X, X.double()):
+        pyro.clear_param_store()
+        vae = Named()
+        torch.manual_seed(0)
+        training.fit(vae, pyro.infer.Trace_ELBO(), [images], config)
+        trained[images.dtype] = torch.cat([p.detach().flatten() for p in vae.parameters()])
+    assert torch.equal(*trained.values())
+
+
+class AsFloat64:
+    """Calls that take images, of which NumPy's are float64."""
+
+    loss = staticmethod(
+        lambda x: torch.tensor(training.evaluate(VAE, pyro.infer.Trace_ELBO(), [x]))
+    )
+    variance = staticmethod(lambda x: program.mean_posterior_variance(VAE, [x])["z"])
+    classes = staticmethod(lambda x: CLASSIFIER.classify(VAE, x))
+    target = staticmethod(
+        lambda x: attacks.PGD(attacks.mean_distance(VAE, x), Linf(0.1), 2)(X, _generator()).x_adv
+    )
+
+
+@pytest.mark.parametrize("name", ["loss", "variance", "classes", "target"])
+def test_images_in_float64_come_in_the_networks_float32(name):
+    found = []
+    for x in (X.flip(0), X.flip(0).double()):
+        torch.manual_seed(0)
+        found.append(getattr(AsFloat64, name)(x))
+    assert torch.equal(*found)
+    assert found[0].dtype == found[1].dtype
+
+
+def test_images_that_are_no_such_images_are_named():
+    bytes_ = (255 * X).byte()
+    attack = attacks.mean_distance(VAE)
+    with pytest.raises(ValueError, match=r"images must be floating point .* torch\.uint8"):
+        attacks.PGD(attack, Linf(0.1), start=starts.given(bytes_[None]))
+    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
+        starts.given(255 * X[None])
+    with pytest.raises(ValueError, match=r"x must be floating point .* torch\.uint8"):
+        CLASSIFIER.classify(VAE, bytes_)
+    with pytest.raises(ValueError, match="x must be a tensor of images"):
+        defence.clip_extreme_pixels([X], 0.1)
+
+
+def test_masks_are_no_classes():
+    classes = torch.tensor([0, 1, 2])
+    right = classes == classes.flip(0)
+    for call in (metrics.correct, metrics.adversarial_accuracy):
+        with pytest.raises(ValueError, match=r"dtype torch\.bool: pass integer classes"):
+            call(right, classes)
+        with pytest.raises(ValueError, match=r"dtype torch\.bool: pass integer classes"):
+            call(classes, right)
+    with pytest.raises(ValueError, match="labels must be a vector of integer classes"):
+        starts.other_class(right, X, classes)
+    x_adv = (X.flip(2) + 0.1).clamp(max=1)
+    detector = defence.Detector(defence.NoDefence(VAE)).fit(_images(9), 0.2, _generator())
+    with pytest.raises(ValueError, match=r"labels has .* dtype torch\.bool"):
+        detector.report(X.flip(2), x_adv, Linf(0.1), labels=right, classify=lambda x: x)
+
+
+def test_seeds_of_data_are_generators():
+    digits = data.load("mnist_subset", "test")
+    for call in (
+        lambda: data.stratified(digits, 20, 0),
+        lambda: data.random_split(digits, (0.5, 0.5), 0),
+        lambda: data.batches(digits, 20, shuffle=True, generator=0),
+    ):
+        with pytest.raises(ValueError, match=r"generator must be a torch\.Generator"):
+            call()

@@ -166,8 +166,8 @@ def clip_extreme_pixels(x: Tensor, delta: float) -> Tensor:
 
     The stronger control where a background is white instead of black; dark wins above 1/2.
     """
-    bright = (x >= 1 - delta) & (x > delta)
-    return torch.where(bright, 1.0, clip_dark_pixels(x, delta))
+    dark = clip_dark_pixels(x, delta)
+    return torch.where((x >= 1 - delta) & (x > delta), 1.0, dark)
 
 
 def median_filter(x: Tensor, size: int = 3) -> Tensor:

@@ -71,7 +71,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_finite, check_integer
+from pyro_vae_defence.ops.checks import check_finite, check_integer, is_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
@@ -433,7 +433,7 @@ class AnalysisBySynthesis:
     def check_classes(self, name: str, classes: Tensor, x: Tensor) -> Tensor:
         """Classes as int64 on the device of ``x``; a ``ValueError`` unless each row has one."""
         found = torch.as_tensor(classes, device=x.device)
-        if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
+        if not is_integer(found):
             raise ValueError(f"{name} must be integers from 0 on, got dtype {found.dtype}")
         if tuple(found.shape) != (len(x),):
             raise ValueError(f"{name} must have shape ({len(x)},), got {tuple(found.shape)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import check_on_device, check_tensor
+from pyro_vae_defence.ops.checks import check_on_device, check_tensor, is_integer
 
 
 def adversarial_accuracy(prediction_ref: Tensor, prediction_adv: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def correct(prediction: Tensor, label: Tensor) -> Tensor:
 def _equal(name_a: str, a: Tensor, name_b: str, b: Tensor) -> Tensor:
     for name, classes in ((name_a, a), (name_b, b)):
         check_tensor(name, classes)
-        if classes.ndim != 1 or classes.is_floating_point() or classes.is_complex():
+        if classes.ndim != 1 or not is_integer(classes):
             raise ValueError(
                 f"{name} has shape {tuple(classes.shape)} and dtype {classes.dtype}: "
                 "pass integer classes of shape (N,), such as logits.argmax(-1)"

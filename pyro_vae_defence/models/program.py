@@ -46,8 +46,8 @@ from pyro_vae_defence.models.conditions import (
     take,
     taken,
 )
-from pyro_vae_defence.models.contract import at_images as at_images
 from pyro_vae_defence.models.contract import (
+    as_networks,
     check_guide_rows,
     check_latents,
     check_networks_on_device,
@@ -56,6 +56,7 @@ from pyro_vae_defence.models.contract import (
     run_on,
     run_untouched,
 )
+from pyro_vae_defence.models.contract import at_images as at_images
 from pyro_vae_defence.models.contract import check_images as check_images
 from pyro_vae_defence.models.contract import check_vae as check_vae
 from pyro_vae_defence.models.contract import evaluation_mode as evaluation_mode
@@ -1024,6 +1025,7 @@ def mean_posterior_variance(
             x, conditions = split(taken(batch, vae), "batches")
             check_images(x, "batches", unit_interval=False)
             check_networks_on_device("vae", vae, "batches", x)
+            x = as_networks(vae, x)
             at_x = bind(vae, x, conditions)
             streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
             for name, variance in _unconstrained_variances(at_x, x, streams).items():

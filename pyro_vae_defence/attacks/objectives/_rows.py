@@ -178,7 +178,9 @@ def between(
         streams = own_streams(x_ref, streams)
         rows = vae_of_rows(vae, x_ref, streams, conditions)
         noises = draws(streams, num_draws)
-        other = x_ref if x_target is None else of_rows(x_target, streams, "x_target")
+        other = x_ref
+        if x_target is not None:
+            other = of_rows(x_target, streams, "x_target").to(x_ref.dtype)
 
         def at(x: Tensor) -> list[T]:
             with program.evaluation_mode(vae):
