@@ -39,7 +39,9 @@ def encoder(vae):
 
 def wrong_encoder(x, streams):
     """Half the right slope, and noise of its own: z0 = B x + .1 noise."""
-    return {"z": x.flatten(1) @ slope_of_wrong_encoder().T + 0.1 * streams.normal(0, 1, (3,))}
+    return {
+        "z": x.flatten(1) @ slope_of_wrong_encoder().T + 0.1 * streams.normal(0, 1, (3,), x.dtype)
+    }
 
 
 def slope_of_wrong_encoder():
@@ -51,7 +53,9 @@ def contraction(vae, keep, sd=0.05):
 
     def chain(x, start, streams):
         mean = vae.exact(x)[0]
-        return {"z": mean + keep * (start["z"] - mean) + sd * streams.normal(0, 0, (3,))}
+        return {
+            "z": mean + keep * (start["z"] - mean) + sd * streams.normal(0, 0, (3,), mean.dtype)
+        }
 
     return chain
 
@@ -235,7 +239,7 @@ def test_equilibrium_is_unbiased_for_exact_draws(linear, of_mean):
     energy = program.potential(vae, x)
 
     def exact(x, start, streams):
-        return {"z": vae.exact(x)[0] + streams.normal(0, 0, (3,)) @ root.T}
+        return {"z": vae.exact(x)[0] + streams.normal(0, 0, (3,), x.dtype) @ root.T}
 
     # Copies of the images are independent estimates, in one batch.
     copies = x.repeat(COPIES, 1, 1, 1)
@@ -298,7 +302,7 @@ def test_equilibrium_of_the_perturbation_aware_posterior_by_quadrature(float64, 
         cumulative = density(x).cumsum(0)
 
     def draw(x, start, streams):
-        uniform = streams.uniform(0, 0, ())
+        uniform = streams.uniform(0, 0, (), torch.float64)
         return {site: grid[torch.searchsorted(cumulative, uniform).clamp(max=len(grid) - 1)]}
 
     direction = torch.rand(1, *shape)  # of one sign: components do not cancel

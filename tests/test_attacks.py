@@ -39,7 +39,7 @@ def test_published_optimiser_step_by_step(float64):
     attack(x)
     torch.manual_seed(4)
     seed = int(torch.randint(2**62, ()))
-    start = 0.2 * float(Streams.create(1, seed=seed).normal(0, 0, (1, 1, 1)))
+    start = 0.2 * float(Streams.create(1, seed=seed).normal(0, 0, (1, 1, 1), torch.float32))
     eps = start
     expected = []
     for _ in range(4):

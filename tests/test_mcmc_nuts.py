@@ -75,7 +75,7 @@ def noise_of(streams, step):
     """The numbers nuts.step takes from the stream of each row."""
 
     def uniform(purpose, size):
-        return streams.uniform(step, purpose, (size,)).numpy()
+        return streams.uniform(step, purpose, (size,), torch.float64).numpy()
 
     forward = uniform(nuts._DIRECTION, MAX_TREE_DEPTH) > 0.5
     subtree = np.log(uniform(nuts._SUBTREE, MAX_TREE_DEPTH))

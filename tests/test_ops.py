@@ -77,8 +77,8 @@ def test_streams_do_not_depend_on_the_batch(float64):
     streams = Streams.create(6, 2, seed=5)
     some = Streams(5, torch.tensor([4]), torch.tensor([1]))
     for draw in ("uniform", "normal"):
-        whole = getattr(streams, draw)(3, 1, (7,))
-        alone = getattr(some, draw)(3, 1, (7,))
+        whole = getattr(streams, draw)(3, 1, (7,), torch.float64)
+        alone = getattr(some, draw)(3, 1, (7,), torch.float64)
         # Row of chain 1, image 4 of 6 is 1 * 6 + 4. Uniforms are the bits themselves; logarithms
         # and cosines may be rounded differently in vectors of another length.
         close = 0.0 if draw == "uniform" else 1e-12
@@ -87,12 +87,12 @@ def test_streams_do_not_depend_on_the_batch(float64):
 
 def test_streams_differ_in_every_coordinate():
     base = Streams.create(3, 2, seed=5)
-    value = base.normal(0, 0, (4,))
+    value = base.normal(0, 0, (4,), torch.float32)
     assert len(value.unique(dim=0)) == 6
     for other in (
-        base.normal(1, 0, (4,)),
-        base.normal(0, 1, (4,)),
-        base._replace(seed=6).normal(0, 0, (4,)),
+        base.normal(1, 0, (4,), torch.float32),
+        base.normal(0, 1, (4,), torch.float32),
+        base._replace(seed=6).normal(0, 0, (4,), torch.float32),
     ):
         assert not torch.isclose(value, other).any()
 
@@ -122,7 +122,7 @@ def test_seed_comes_from_the_global_seed_or_a_generator():
 
 def test_purpose_out_of_range():
     with pytest.raises(ValueError, match="purpose must lie in 0..4095, got 4096"):
-        Streams.create(2, seed=0).uniform(0, 4096)
+        Streams.create(2, seed=0).uniform(0, 4096, (), torch.float32)
 
 
 @pytest.mark.parametrize("ball", BALLS, ids=str)

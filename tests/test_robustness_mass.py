@@ -185,9 +185,10 @@ class TestInThePlane:
     def test_torchs_default_dtype_decides_nothing(self, vae, x, labels, clean):
         options = {"num_temperatures": 4, "num_walks": 2}
         expected = self.bound(vae, x, labels, clean, **options)
-        torch.set_default_dtype(torch.float32)  # the fixture puts its own back
-        found = self.bound(vae, x, labels, clean, **options)
-        assert torch.equal(found.log_ratio, expected.log_ratio)
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.set_default_dtype(dtype)  # the fixture puts its own back
+            found = self.bound(vae, x, labels, clean, **options)
+            assert torch.equal(found.log_ratio, expected.log_ratio)
 
     def test_classes_as_one_hot_vectors_are_scores(self, vae, x, labels, clean):
         """As of a tree or of nearest neighbours, whatever the type of their numbers."""

@@ -26,7 +26,7 @@ from pyro_vae_defence.attacks.base import BLACK_BOX_PURPOSE, Start, random_signs
 from pyro_vae_defence.attacks.noise import low_frequency_noise
 from pyro_vae_defence.attacks.objectives._rows import of_rows, with_entries
 from pyro_vae_defence.models.program import check_images
-from pyro_vae_defence.ops.checks import check_on_device, check_tensor
+from pyro_vae_defence.ops.checks import check_on_device, check_tensor, is_integer
 from pyro_vae_defence.ops.streams import Streams
 
 
@@ -47,7 +47,7 @@ def other_class(labels: Tensor, images: Tensor, image_labels: Tensor) -> Start:
     """
     check_images(images, "images")
     for name, classes in (("labels", labels), ("image_labels", image_labels)):
-        if not isinstance(classes, Tensor) or classes.is_floating_point() or classes.dim() != 1:
+        if not isinstance(classes, Tensor) or classes.dim() != 1 or not is_integer(classes):
             raise ValueError(f"{name} must be a vector of integer classes, got {classes!r:.200}")
     if len(image_labels) != len(images):
         raise ValueError(
@@ -102,10 +102,12 @@ def given(images: Tensor) -> Start:
     """Start from images ``(num_restarts, N, C, H, W)``, one for every restart and reference.
 
     Raises:
-        ValueError: if ``images`` is no tensor; in an attack whose images have another shape or are
-            another number, or which has more restarts.
+        ValueError: if ``images`` are not in [0, 1]; in an attack whose images have another shape
+            or are another number, or which has more restarts.
     """
     check_tensor("images", images)
+    if images.dim() == 5:
+        check_images(images.flatten(0, 1), "images")
 
     def start(x_ref: Tensor, streams: Streams) -> Tensor:
         shape = tuple(x_ref.shape[1:])

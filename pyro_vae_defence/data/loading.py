@@ -25,7 +25,7 @@ from pyro_vae_defence.data.datasets import SPLITS, Images, PartOfImages, Split, 
 from pyro_vae_defence.data.fashion_mnist import FASHION_MNIST
 from pyro_vae_defence.data.mnist import MNIST
 from pyro_vae_defence.data.variants import ImageTransform, TexturedImages, TransformedImages, invert
-from pyro_vae_defence.ops.checks import as_device, check_integer, plain
+from pyro_vae_defence.ops.checks import as_device, check_generator, check_integer, plain
 
 # A new dataset is a file of this package and a line here: root, split, download -> images.
 _PLAIN: dict[str, Callable[[Path, str, bool], Images]] = {
@@ -112,6 +112,7 @@ def batches(
         ValueError: if ``batch_size`` is below 1, or there is no such device.
     """
     check_integer("batch_size", batch_size)
+    check_generator(generator)
     place = None if device is None else as_device("device", device)
     order: Any = SequentialSampler(dataset)
     if shuffle:
@@ -166,6 +167,7 @@ def stratified(
     """
     _check_dataset(dataset)
     check_integer("column", column, 0)
+    check_generator(generator)
     columns = dataset.labels if dataset.labels.dim() > 1 else dataset.labels[:, None]
     if column >= columns.shape[1]:
         raise ValueError(
@@ -219,6 +221,7 @@ def random_split(
         [500, 300, 200]
     """
     _check_dataset(dataset)
+    check_generator(generator)
     shares = [float(fraction) for fraction in fractions]
     if not all(share > 0 for share in shares) or not abs(sum(shares) - 1) <= 1e-6:
         raise ValueError(f"fractions={fractions} must be positive and sum to 1, e.g. (0.8, 0.2)")

@@ -58,6 +58,7 @@ Reading = Literal["last", "draws", "mean", "reencoded", "vote"]
 READINGS: tuple[Reading, ...] = get_args(Reading)
 
 
+@public
 def read_latents(vae: VAE, result: DefenceResult, reading: Reading = "reencoded") -> Latents:
     """Latents a classifier is asked about, ``num`` per image: site -> ``(num, N, *event)``.
 

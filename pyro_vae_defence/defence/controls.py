@@ -26,6 +26,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.base import BaseDefence
 from pyro_vae_defence.defence.result import Chains, DefenceResult, setting
 from pyro_vae_defence.models.program import check_images, encode, evaluation_mode, potential
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import check_integer, check_positive, check_within
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Perturb
@@ -165,8 +166,8 @@ def clip_extreme_pixels(x: Tensor, delta: float) -> Tensor:
 
     The stronger control where a background is white instead of black; dark wins above 1/2.
     """
-    bright = (x >= 1 - delta) & (x > delta)
-    return torch.where(bright, 1.0, clip_dark_pixels(x, delta))
+    dark = clip_dark_pixels(x, delta)
+    return torch.where((x >= 1 - delta) & (x > delta), 1.0, dark)
 
 
 def median_filter(x: Tensor, size: int = 3) -> Tensor:
@@ -190,6 +191,7 @@ def median_filter(x: Tensor, size: int = 3) -> Tensor:
     return windows.flatten(-2).median(-1).values
 
 
+@public
 def gaussian_filter(x: Tensor, sigma: float = 1.0) -> Tensor:
     """Convolution with a Gaussian, cut off at three standard deviations; borders are replicated.
 

@@ -77,7 +77,7 @@ from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops import html
 from pyro_vae_defence.ops.balls import Ball, check_ball
-from pyro_vae_defence.ops.checks import check_on_device, check_within
+from pyro_vae_defence.ops.checks import check_on_device, check_within, is_integer
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.types import ImagesLike, LatentsLike
 
@@ -544,7 +544,7 @@ def _check_classes(
 def _check_integers(what: str, classes: Any, count: int) -> None:
     if not isinstance(classes, Tensor):
         raise ValueError(f"{what} type {type(classes).__name__}: make it a tensor of classes")
-    if tuple(classes.shape) != (count,) or classes.is_floating_point() or classes.is_complex():
+    if tuple(classes.shape) != (count,) or not is_integer(classes):
         raise ValueError(
             f"{what} shape {tuple(classes.shape)} and dtype {classes.dtype}: make it integer "
             f"classes, one for each of {count} images, such as logits.argmax(-1)"

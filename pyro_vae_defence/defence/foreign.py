@@ -72,7 +72,9 @@ class EnergyModel:
         for name, zeros in self._zeros.items():
             # Masked, a normal has density 1; kernels that look for a start can still draw from it.
             normal = dist.Normal(zeros, torch.ones_like(zeros)).to_event(zeros.dim())
-            latents[name] = pyro.sample(name, normal.mask(False))
+            # A mask of Python's own would give a log-probability of torch's default dtype.
+            nothing = torch.zeros((), dtype=torch.bool, device=zeros.device)
+            latents[name] = pyro.sample(name, normal.mask(nothing))
         pyro.factor("minus the energy", _Counted.apply(-self.energy(latents).sum(), self))
 
 

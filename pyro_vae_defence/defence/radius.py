@@ -211,6 +211,7 @@ def _as_radii(radii: Iterable[float]) -> tuple[float, ...]:
     return found
 
 
+@public
 def choose_radius(
     vae: VAE,
     clean_images: ImagesLike,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.models import program
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.types import VAE, Latents
 
 
@@ -175,6 +176,7 @@ class DefenceResult:
 
         return replace(self, **_along_images(pick, [_per_image(self)]))
 
+    @public
     def _log_likelihood(self, vae: VAE) -> Tensor:
         """log p(x_i | z) of every pixel, ``(chain, draw, N, C, H, W)``, in nats."""
         defence, assumed = self.settings.get("defence"), self.settings.get("perturbation")

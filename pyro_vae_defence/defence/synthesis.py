@@ -71,7 +71,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball, reaches
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_finite, check_integer
+from pyro_vae_defence.ops.checks import check_finite, check_integer, is_integer
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, Latents, LatentsLike
 
@@ -389,7 +389,7 @@ class AnalysisBySynthesis:
     def _prior(self, like: Tensor) -> Tensor:
         if self.log_prior is None:
             return like.new_zeros(self.num_classes)
-        return torch.as_tensor(self.log_prior, device=like.device).to(like)
+        return torch.as_tensor(self.log_prior, dtype=like.dtype, device=like.device)
 
     def _check_images(self, x: Tensor) -> None:
         if isinstance(x, (tuple, list)):
@@ -433,7 +433,7 @@ class AnalysisBySynthesis:
     def check_classes(self, name: str, classes: Tensor, x: Tensor) -> Tensor:
         """Classes as int64 on the device of ``x``; a ``ValueError`` unless each row has one."""
         found = torch.as_tensor(classes, device=x.device)
-        if found.dtype.is_floating_point or found.dtype.is_complex or found.dtype == torch.bool:
+        if not is_integer(found):
             raise ValueError(f"{name} must be integers from 0 on, got dtype {found.dtype}")
         if tuple(found.shape) != (len(x),):
             raise ValueError(f"{name} must have shape ({len(x)},), got {tuple(found.shape)}")
@@ -546,9 +546,9 @@ class _Mixture:
     def draw(self, streams: Streams, number: int) -> Latents:
         """One draw per row; of ``number`` walks of a pair, components have their shares."""
         pairs = len(streams.image) // number
-        uniform = streams.uniform(0, _COMPONENT).view(number, pairs)[:1]
+        uniform = streams.uniform(0, _COMPONENT, (), torch.float64).view(number, pairs)[:1]
         place = (torch.arange(number, device=uniform.device)[:, None] + uniform) / number
-        ends = self.log_weights.softmax(0).cumsum(0)[:-1]
+        ends = self.log_weights.double().softmax(0).cumsum(0)[:-1]
         component = torch.bucketize(place.flatten().clamp(max=1 - 1e-6), ends, right=True)
         row = torch.arange(len(component), device=component.device)
         return {
@@ -662,7 +662,7 @@ class _Walks:
         in."""
         walks, pairs = self.of.num_walks, len(self.x)
         # Some at random: walks that were drawn anew are next to their copies.
-        first = (self.streams.uniform(0, _CHOICE) * walks).long()
+        first = (self.streams.uniform(0, _CHOICE, (), torch.float64) * walks).long()
         apart = walks // number * torch.arange(number, device=first.device)[:, None]
         chosen = (first + apart).remainder(walks) * pairs
         chosen = (chosen + torch.arange(pairs, device=first.device)).flatten()

@@ -240,7 +240,7 @@ def _redraw(log_weights: Tensor, streams: Streams, step: int) -> Tensor:
     walks, images = log_weights.shape
     # In float64, where a sum of weights is 1 within less than what a walk more or less takes.
     ends = log_weights.double().softmax(0).cumsum(0)
-    uniform = streams.uniform(step, _REDRAW).view(walks, images)[0].double()
+    uniform = streams.uniform(step, _REDRAW, (), torch.float64).view(walks, images)[0]
     places = (torch.arange(walks, device=ends.device)[:, None] + uniform) / walks
     found = torch.searchsorted(ends.T.contiguous(), places.T.contiguous())
     return found.T.clamp(max=walks - 1)

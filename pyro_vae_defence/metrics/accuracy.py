@@ -8,10 +8,9 @@ class has the best adversarial accuracy, so the two are reported side by side.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from pyro_vae_defence.ops.checks import check_on_device, check_tensor
+from pyro_vae_defence.ops.checks import check_on_device, check_tensor, is_integer
 
 
 def adversarial_accuracy(prediction_ref: Tensor, prediction_adv: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ def correct(prediction: Tensor, label: Tensor) -> Tensor:
 def _equal(name_a: str, a: Tensor, name_b: str, b: Tensor) -> Tensor:
     for name, classes in ((name_a, a), (name_b, b)):
         check_tensor(name, classes)
-        if classes.ndim != 1 or classes.is_floating_point() or classes.is_complex():
+        if classes.ndim != 1 or not is_integer(classes):
             raise ValueError(
                 f"{name} has shape {tuple(classes.shape)} and dtype {classes.dtype}: "
                 "pass integer classes of shape (N,), such as logits.argmax(-1)"
@@ -43,5 +42,4 @@ def _equal(name_a: str, a: Tensor, name_b: str, b: Tensor) -> Tensor:
     if len(a) != len(b):
         raise ValueError(f"{name_b} has {len(b)} classes: pass {len(a)}, one per image")
     check_on_device(name_b, b, name_a, a.device)
-    # Means of these are taken: half precision has too few digits for them.
-    return (a == b).to(torch.promote_types(torch.get_default_dtype(), torch.float32))
+    return (a == b).float()

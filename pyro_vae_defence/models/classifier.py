@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.pretrained import WeightCard, load_weights, rebuild
 from pyro_vae_defence.models.weights import fill
+from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.ops.checks import RefusalError, check_finite, check_integer, plain
-from pyro_vae_defence.types import VAE, Latents, LatentsLike
+from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
 
 def flatten_latents(latents: LatentsLike) -> Tensor:
@@ -123,8 +124,11 @@ class _OfLatents(nn.Module):
             )
         return self.scores(flat)
 
-    def classify(self, vae: VAE, x: Tensor) -> Tensor:
-        """Classes predicted from the guide's means at images ``x``: int64 ``(N,)``."""
+    @public
+    def classify(self, vae: VAE, x: ImagesLike) -> Tensor:
+        """Classes predicted from the guide's means at images ``(N, C, H, W)`` in [0, 1], or
+        ``(x, *conditions)``: int64 ``(N,)``."""
+        vae, x = program.at_images(vae, x)
         with torch.no_grad(), program.evaluation_mode(vae, self):
             scores = self(program.posterior_mean(vae, x))
         check_finite("the score of classes", scores, "see what the guide returns for these images")

@@ -102,7 +102,7 @@ class ReducedForce(ModelPotential):
         elif device != "meta":
             on = torch.autocast(device, self.force_type)
         with on:
-            return lat.value_and_gradient(super().__call__, latents)[1]
+            return lat.value_and_gradient(self._evaluate, latents)[1]
 
     def energy_and_gradient(self, latents: LatentsLike) -> tuple[Tensor, Latents]:
         """Energies ``(N,)`` in full precision and forces in reduced."""

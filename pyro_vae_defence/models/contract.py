@@ -166,6 +166,13 @@ def check_networks_on_device(what: str, program: Any, name: str, x: Any) -> None
         )
 
 
+def as_networks(vae: VAE, x: Tensor) -> Tensor:
+    """Images in float64, as NumPy makes them, in float32 for networks of float32."""
+    if x.dtype == torch.float64 and _dtypes(_parameters(vae)) == {torch.float32}:
+        return x.float()
+    return x
+
+
 @public
 def at_images(
     vae: VAE, images: ImagesLike, name: str = "x", *, unit_interval: bool = True
@@ -185,8 +192,7 @@ def at_images(
     if not unit_interval:
         check_finite(name, x, "repair these images or leave them out")
     check_networks_on_device("vae", vae, name, x)
-    if x.dtype == torch.float64 and _dtypes(_parameters(vae)) == {torch.float32}:
-        x = x.float()
+    x = as_networks(vae, x)
     vae = bind(vae, x, conditions)
     if x.device.type != "meta":
         few = torch.arange(min(3, len(x)), device=x.device)  # of which an index makes copies

@@ -46,8 +46,8 @@ from pyro_vae_defence.models.conditions import (
     take,
     taken,
 )
-from pyro_vae_defence.models.contract import at_images as at_images
 from pyro_vae_defence.models.contract import (
+    as_networks,
     check_guide_rows,
     check_latents,
     check_networks_on_device,
@@ -56,6 +56,7 @@ from pyro_vae_defence.models.contract import (
     run_on,
     run_untouched,
 )
+from pyro_vae_defence.models.contract import at_images as at_images
 from pyro_vae_defence.models.contract import check_images as check_images
 from pyro_vae_defence.models.contract import check_vae as check_vae
 from pyro_vae_defence.models.contract import evaluation_mode as evaluation_mode
@@ -90,7 +91,7 @@ from pyro_vae_defence.models.sites import (
 from pyro_vae_defence.models.supports import transform_of
 from pyro_vae_defence.ops import distributions
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.boundary import Pause, fetched, public
+from pyro_vae_defence.ops.boundary import Pause, fetched, public, uncast
 from pyro_vae_defence.ops.checks import check_tensor
 from pyro_vae_defence.ops.draws import Noise, draw
 from pyro_vae_defence.ops.precision import full_on
@@ -533,6 +534,7 @@ class Decoder:
                 "images.clamp(0, 1) where a mean in [0, 1] leaves it"
             )
 
+    @uncast
     def __call__(self, latents: LatentsLike, x: Tensor | None = None) -> Tensor:
         """Images ``(M, C, H, W)`` of latents with ``M`` rows, on the constrained scale.
 
@@ -561,6 +563,7 @@ class Decoder:
             )
         return images
 
+    @uncast
     def sample(self, latents: LatentsLike) -> Tensor:
         """Images drawn from p(x | z), ``(M, C, H, W)``, not clipped to [0, 1].
 
@@ -574,6 +577,7 @@ class Decoder:
 
         return self._assemble(latents, read, None)
 
+    @uncast
     def log_likelihood(self, latents: LatentsLike, x: Tensor) -> Tensor:
         """log p(x_i | z) of every value of images ``x``, ``(M, C, H, W)``, in nats.
 
@@ -710,6 +714,7 @@ class ModelPotential:
             discrete one cannot be enumerated.
     """
 
+    @uncast
     def __init__(self, model: PyroProgram, *args: Any, **kwargs: Any) -> None:
         batch = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)), None)
         if batch is None or batch.dim() == 0:
@@ -883,13 +888,19 @@ class ModelPotential:
                 )
         return {name: value.to(self._prototype[name].dtype) for name, value in latents.items()}
 
+    @uncast
     def __call__(self, latents: LatentsLike) -> Tensor:
         """Energies of shape ``(N,)``, in nats."""
+        return self._evaluate(latents)
+
+    def _evaluate(self, latents: LatentsLike) -> Tensor:
+        """As a call, in whatever precision is set."""
         conditioned = poutine.condition(self._program, data=self.constrain(latents))
         trace = get_trace(conditioned, *self._args, **self._kwargs)
         enumerated = self._program is not self._model
         return _energy(trace, self.log_determinant(latents), enumerated=enumerated)
 
+    @uncast
     def prior_energy(self, latents: LatentsLike) -> Tensor:
         """Energies -log p(z) of what :meth:`prior` draws from, ``(N,)``, in nats.
 
@@ -953,6 +964,7 @@ def guide_potential(
     energy = potential(vae, x) if model_potential is None else model_potential
     names = {site.name for site in energy.sites}
 
+    @uncast
     def energy_of_guide(latents: LatentsLike) -> Tensor:
         trace = _get_marginal_trace(_of_latents(vae.guide), energy.constrain(latents), x)
         check_density_everywhere(trace)
@@ -1013,6 +1025,7 @@ def mean_posterior_variance(
             x, conditions = split(taken(batch, vae), "batches")
             check_images(x, "batches", unit_interval=False)
             check_networks_on_device("vae", vae, "batches", x)
+            x = as_networks(vae, x)
             at_x = bind(vae, x, conditions)
             streams = Streams.create(len(x), seed=seed, first_image=count, device=x.device)
             for name, variance in _unconstrained_variances(at_x, x, streams).items():

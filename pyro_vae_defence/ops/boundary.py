@@ -86,6 +86,26 @@ def public(function: Callable[P, T]) -> Callable[P, T]:
     return cast("Callable[P, T]", call)
 
 
+def uncast(function: Callable[P, T]) -> Callable[P, T]:
+    """Make a function run without ``torch.autocast``, as public calls do, whoever calls it.
+
+    For what they call in their inner loops, and callers by themselves: it waits for nobody, since
+    autograd may call it in a thread of its own.
+    """
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        casting = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+        if not casting:
+            return function(*args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for device in casting:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return call
+
+
 def nested() -> bool:
     """Whether the public call that asks was made inside another, as metrics are by attacks.
 
@@ -290,18 +310,16 @@ def _end_contexts(error: BaseException) -> None:
             frame.clear()
 
 
+@uncast
 def _inside(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str, Any]) -> T:
     inference = torch.is_inference_mode_enabled()
-    casting = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
     generators = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Generator)]
-    if not (inference or casting or generators):
+    if not (inference or generators):
         return _call(function, args, kwargs)
     with contextlib.ExitStack() as stack:
         if inference:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())  # leaving inference mode turned it on
-        for device in casting:
-            stack.enter_context(torch.autocast(device, enabled=False))
         for generator in generators:
             stack.enter_context(_governed(generator))
         return _call(function, args, kwargs)

@@ -32,6 +32,11 @@ def check_tensor(name: str, value: Any) -> None:
         )
 
 
+def is_integer(value: Tensor) -> bool:
+    """Whether a tensor may be classes: a mask, such as ``prediction == label``, is none."""
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
 def check_generator(generator: Any) -> None:
     """``ValueError`` unless it is a generator, or ``None``."""
     if not (generator is None or isinstance(generator, torch.Generator)):

@@ -106,9 +106,9 @@ class Streams(NamedTuple):
     def uniform(
         self,
         step: int | Tensor,
-        purpose: int = 0,
-        event_shape: Shape = (),
-        dtype: torch.dtype | None = None,
+        purpose: int,
+        event_shape: Shape,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Uniforms on (0, 1], shape ``(N, *event_shape)``, a function of the arguments alone.
 
@@ -128,7 +128,6 @@ class Streams(NamedTuple):
             tensors = philox((block, step & _MASK, chain, image), key)
             four = torch.stack(torch.broadcast_tensors(*tensors), -1)
         words = four.flatten(1)[:, :size]
-        dtype = dtype or torch.get_default_dtype()
         # Half precision has neither the range nor the digits of a word: it is scaled before.
         wide = torch.promote_types(dtype, torch.float32)
         values = (words.to(wide) + 0.5) * 2.0**-32
@@ -144,14 +143,13 @@ class Streams(NamedTuple):
     def normal(
         self,
         step: int | Tensor,
-        purpose: int = 0,
-        event_shape: Shape = (),
-        dtype: torch.dtype | None = None,
+        purpose: int,
+        event_shape: Shape,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Standard normals, shape ``(N, *event_shape)``, a function of the arguments alone."""
         size = math.prod(event_shape)
         half = -(-size // 2)
-        dtype = dtype or torch.get_default_dtype()
         wide = torch.promote_types(dtype, torch.float32)
         uniforms = self.uniform(step, purpose, (2 * half,), wide)
         radius = (-2.0 * uniforms[:, :half].log()).sqrt()

@@ -57,7 +57,7 @@ from pyro_vae_defence.models.conditions import same_vae, split
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_flag, check_integer
+from pyro_vae_defence.ops.checks import check_flag, check_integer, is_integer
 from pyro_vae_defence.ops.files import check_writable
 from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.streams import draw_seed
@@ -278,7 +278,7 @@ def check_labels(labels: Any, x: Tensor, classifier: Any) -> Tensor | None:
             "labels are given without a classifier, so that nothing would be compared with them; "
             "pass classifier too, or leave labels out to measure similarity"
         )
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+    if not is_integer(found):
         raise ValueError(f"labels must be classes, integers from 0 on, got dtype {found.dtype}")
     return found.long()
 

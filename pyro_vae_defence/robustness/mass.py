@@ -423,7 +423,7 @@ class _Base(NamedTuple):
         """A draw of each row's restricted mixture, ``(rows, D)``; walks of one image start in
         different classes in turn."""
         number = len(self.loc)
-        uniform = streams.uniform(0, _START, (2,)).double().clamp(max=1 - 1e-9)
+        uniform = streams.uniform(0, _START, (2,), torch.float64)
         component = labels
         if outside:
             turn = (uniform[:, 0].view(num_walks, -1)[:1] * (number - 1)).long()
@@ -533,7 +533,8 @@ class _Walks:
         images, number = len(self.x), settings.num_falling
         draws = [risen.end.position]
         # Of the walks, drawn anew by their weights, some at random: neighbours may be copies.
-        first = (streams.uniform(0, _CHOICE).view(-1, images)[:1] * settings.num_walks).long()
+        uniform = streams.uniform(0, _CHOICE, (), torch.float64).view(-1, images)[:1]
+        first = (uniform * settings.num_walks).long()
         apart = settings.num_walks // number * torch.arange(number, device=first.device)
         chosen = (first + apart[:, None]).remainder(settings.num_walks)
         rows = (chosen * images + torch.arange(images, device=chosen.device)).flatten()

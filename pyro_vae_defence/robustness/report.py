@@ -227,12 +227,13 @@ class RobustnessReport:
             for name, seen in found.get("evidence", {}).items()
         }
         values = _tensors(found.get("values", {}))
+        per_image = torch.tensor(found["per_image"], dtype=torch.float64, device="cpu")
         own |= {
             "attacks": tuple(AttackOutcome(**entry) for entry in found["attacks"]),
             "checks": tuple(Check(**entry) for entry in found["checks"]),
             "reasons": tuple(found["reasons"]),
             "strongest": tuple(found["strongest"]),
-            "per_image": values.get("robust/mean", torch.tensor(found["per_image"], device="cpu")),
+            "per_image": values.get("robust/mean", per_image),
             "values": values,
             "evidence": evidence,
             "x_adv": None,

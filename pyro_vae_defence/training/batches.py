@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.models import conditions, program
+from pyro_vae_defence.models.contract import as_networks
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.boundary import Pause, fetched, ordinary
 from pyro_vae_defence.training.config import NonFiniteImagesError
@@ -60,6 +61,8 @@ class Reader:
                 entry if device is None or not hasattr(entry, "to") else entry.to(device)
                 for entry in entries[: widths[given]]
             )
+            # A gradient of theirs would be left in the caller's images.
+            moved = (entry.detach() if isinstance(entry, Tensor) else entry for entry in moved)
             where = f"{name}'s first batch" if number == 0 else f"{name}'s batch {number + 1}"
             x, others = conditions.split(tuple(moved), where)
             program.check_images(x, where, unit_interval=False, half=True)
@@ -67,7 +70,7 @@ class Reader:
             if number == 0:
                 program.check_images(x, where, half=True)
                 self._say_ignored(sum(given[widths[given] :]), name)
-            yield (x, *others)
+            yield (as_networks(self.vae, x), *others)
 
     def _say_ignored(self, count: int, name: str) -> None:
         if count and self.warn:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import BoundVAE, bind, take
 from pyro_vae_defence.models.contract import check_kept_guide, check_networks_on_device
+from pyro_vae_defence.ops.boundary import uncast
 from pyro_vae_defence.ops.checks import check_integer, check_on_device
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Latents, Objective, PreparedObjective
@@ -170,13 +171,16 @@ def between(
     sign = 1.0 if x_target is None else -1.0
     check = GuideCheck(kept=kept)
 
+    @uncast
     def prepare(
         x_ref: Tensor, streams: Streams | None = None, conditions: tuple[Tensor, ...] = ()
     ) -> Objective:
         streams = own_streams(x_ref, streams)
         rows = vae_of_rows(vae, x_ref, streams, conditions)
         noises = draws(streams, num_draws)
-        other = x_ref if x_target is None else of_rows(x_target, streams, "x_target")
+        other = x_ref
+        if x_target is not None:
+            other = of_rows(x_target, streams, "x_target").to(x_ref.dtype)
 
         def at(x: Tensor) -> list[T]:
             with program.evaluation_mode(vae):
@@ -188,6 +192,7 @@ def between(
             fixed = at(other)
             distance(fixed[0], fixed[0])  # families without this distance are told so here
 
+        @uncast
         def objective(x: Tensor) -> Tensor:
             distances = [distance(p, q) for p, q in zip(at(x), fixed, strict=True)]
             return sign * torch.stack(distances).mean(0)

@@ -30,6 +30,7 @@ from pyro_vae_defence.attacks.objectives._rows import Classifier, LatentsOf
 from pyro_vae_defence.models.classifier import scores_of_either
 from pyro_vae_defence.models.contract import check_networks_on_device
 from pyro_vae_defence.models.program import check_vae, evaluation_mode
+from pyro_vae_defence.ops.boundary import uncast
 from pyro_vae_defence.ops.checks import check_integer
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Criterion, Objective, PreparedCriterion, PreparedObjective
@@ -128,6 +129,7 @@ def _on_scores(
 
     check = _rows.GuideCheck()
 
+    @uncast
     def prepare(
         x_ref: Tensor, streams: Streams | None = None, conditions: tuple[Tensor, ...] = ()
     ) -> Objective:
@@ -154,7 +156,7 @@ def _on_scores(
             check_classes(name, classes, first.shape[1])
         label = first.argmax(1) if labels is None else _rows.of_rows(labels, streams, "labels")
         target = None if targets is None else _rows.of_rows(targets, streams, "targets")
-        return lambda x: torch.stack([loss(s, label, target) for s in scores(x)]).mean(0)
+        return uncast(lambda x: torch.stack([loss(s, label, target) for s in scores(x)]).mean(0))
 
     return _rows.with_entries(prepare, labels=labels, targets=targets)
 
