@@ -18,7 +18,7 @@ from pyro_vae_defence.defence import MCMCDefence, NoDefence, calibrate_radius
 from pyro_vae_defence.defence.radius import radius_probabilities
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import UnknownRadius
-from pyro_vae_defence.ops.balls import L2, Linf
+from pyro_vae_defence.ops.balls import L1, L2, Linf
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -433,6 +433,29 @@ def test_refuses_to_rescale_an_unknown_likelihood():
     vae = Observing(lambda x, m: sample("obs", dist.StudentT(5.0, m, 0.1).to_event(3), 2 * x))
     with pytest.raises(ValueError, match="rescaled image with a StudentT"):
         program.potential(vae, torch.rand(3, *SHAPE), Linf(0.1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_masked_pixels_take_no_share_of_a_ball(scale):
+    """Rescaled or not: an L_inf ball is that of the others, L2 and L1 balls are refused."""
+    known = torch.rand(SHAPE) > 0.4
+
+    def observe(x, m):
+        likelihood = dist.Normal(scale * m, 0.1 * scale)
+        sample("obs", likelihood.mask(known).to_event(3), scale * x)
+
+    def others(x, m):
+        likelihood = dist.Normal(scale * m[:, known], 0.1 * scale).to_event(1)
+        sample("obs", likelihood, scale * x[:, known])
+
+    x, z = torch.rand(4, *SHAPE), {"z": torch.randn(4, 2)}
+    found, expected = (
+        program.potential(Observing(each), x, Linf(0.1))(z) for each in (observe, others)
+    )
+    torch.testing.assert_close(found, expected)
+    for ball in (L2(0.1), L1(0.1), UnknownRadius(L2, (0.0, 0.1), (0.0, 1.0))):
+        with pytest.raises(ValueError, match="perturbation must be an Linf ball for a masked"):
+            program.potential(Observing(observe), x, ball)(z)
 
 
 def test_radii_of_a_rescaled_image():

@@ -11,7 +11,7 @@ import torch
 from pyro.contrib.zuko import ZukoToPyro
 
 from pyro_vae_defence.models.supports import transform_of
-from pyro_vae_defence.ops.distributions import is_discrete
+from pyro_vae_defence.ops.distributions import is_discrete, within_bounds
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -110,6 +110,22 @@ CONSTRAINED = {
         ).to_event(1),
         0.0,
     ),
+    "affine after sigmoid, composed": (
+        dist.TransformedDistribution(
+            dist.Logistic(0 * ONES, ONES),
+            [T.ComposeTransform([T.SigmoidTransform(), T.AffineTransform(-1.0, 2.0)])],
+        ).to_event(1),
+        0.0,
+    ),
+    "affine after exponential, composed of events": (
+        dist.TransformedDistribution(
+            dist.Normal(ONES, 1.0),
+            T.IndependentTransform(
+                T.ComposeTransform([T.ExpTransform(), T.AffineTransform(-1.0, 2.0)]), 1
+            ),
+        ),
+        1.0,
+    ),
 }
 
 
@@ -128,7 +144,15 @@ def test_constrained(fn, middle):
 
 
 @pytest.mark.parametrize(
-    "name", ["gamma", "uniform", "mixture", "affine after exponential", "affine of a uniform"]
+    "name",
+    [
+        "gamma",
+        "uniform",
+        "mixture",
+        "affine after exponential",
+        "affine of a uniform",
+        "affine after sigmoid, composed",
+    ],
 )
 def test_density_on_the_unconstrained_scale_integrates_to_one(name):
     fn, middle = CONSTRAINED[name]
@@ -244,6 +268,25 @@ def test_discrete(fn):
 def test_whole_numbers_of_a_distribution_that_says_nothing():
     with pytest.raises(ValueError, match="Bare .* is discrete"):
         transform_of(Bare(dist.Normal(0.0, 1.0).log_prob), torch.zeros(N, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "affine of a uniform",
+        "affine after sigmoid, composed",
+        "affine after exponential, composed of events",
+        "affine after exponential",
+    ],
+)
+def test_values_that_transforms_do_not_reach(name):
+    """-1 is the lower end of them all; an event that has one such value is none."""
+    fn, _ = CONSTRAINED[name]
+    value = torch.full((N, 3), 0.5)
+    value[1, 0] = -1.01
+    value[2, 2] = -1 - 1e-15  # as rounding may leave it
+    inside = within_bounds(fn, value).all(1)
+    assert inside.tolist() == [True, False, True, True]
 
 
 # --- zuko -----------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def _(likelihood: Independent, site: ImageSite) -> Any:
 
 @in_pixels.register
 def _(likelihood: MaskedDistribution, site: ImageSite) -> Any:
-    return in_pixels(likelihood.base_dist, site)
+    return MaskedDistribution(in_pixels(likelihood.base_dist, site), likelihood._mask)
 
 
 @in_pixels.register(Normal)

@@ -27,14 +27,17 @@ from typing import Any
 
 import torch
 import torch.distributions as td
-from pyro.contrib.zuko import ZukoToPyro
-from pyro.distributions import MaskedDistribution
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
 from torch.distributions import VonMises, constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_vae_defence.ops.distributions import is_discrete
+from pyro_vae_defence.ops.distributions import (
+    innermost_constraint,
+    is_discrete,
+    reaches_less_than_stated,
+    stated_support,
+    unwrapped,
+)
 
 # Where the density on all real numbers has to be finite, and where it has to be lower than at a
 # draw by some nats: neither half of a line nor a period of a circle.
@@ -72,18 +75,18 @@ def transform_of(fn: Any, value: Tensor) -> td.Transform | None:
 
 
 def _transform(fn: Any, value: Tensor) -> td.Transform | None:
-    fn = _unwrap(fn)
+    fn = unwrapped(fn)
     if isinstance(fn, td.Independent):
         inner, events = _transform(fn.base_dist, value), fn.reinterpreted_batch_ndims
         if inner is None or events == 0:
             return inner
         return td.transforms.IndependentTransform(inner, events)
-    if _reaches_less_than_stated(fn):
+    if reaches_less_than_stated(fn):
         first = _transform(fn.base_dist, value)
         parts = fn.transforms if first is None else [first, *fn.transforms]
         return td.transforms.ComposeTransform(parts)
     support = _map_bounds(_support(fn, value), lambda bound: _one_row(fn, bound, value))
-    if _innermost(support) is constraints.real:
+    if innermost_constraint(support) is constraints.real:
         return None
     try:
         return _exact(td.biject_to(support))
@@ -139,20 +142,20 @@ def _exact(transform: td.Transform) -> td.Transform:
 
 
 def _support(fn: Any, value: Tensor) -> Any:
-    fn = _unwrap(fn)
+    fn = unwrapped(fn)
     if isinstance(fn, td.MixtureSameFamily):
         components = fn._component_distribution
         dim = -1 - len(components.event_shape)
         support = _support(components, value.unsqueeze(dim))
         return _map_bounds(support, lambda bound: _one_component(fn, bound, dim))
-    if _reaches_less_than_stated(fn):
+    if reaches_less_than_stated(fn):
         raise ValueError(
             f"{_title(fn)} is transformed onto less than its transforms' codomain, as part of a "
             "mixture; derive a class from it and declare its `support`"
         )
     if isinstance(fn, VonMises):
         return constraints.interval(-math.pi, math.pi)  # torch declares all numbers
-    support = _stated(fn)
+    support = stated_support(fn)
     if support is None:
         _check_unconstrained(fn, value)
         return constraints.real
@@ -163,8 +166,9 @@ def _check_unconstrained(fn: Any, value: Tensor) -> None:
     """Refuse a distribution without a support unless its density is one on all real numbers."""
     if value.is_meta:
         return
-    base = _stated(getattr(fn, "base", None))  # of zuko's flows, whose splines know no bounds
-    if base is None or _innermost(base) is constraints.real:
+    # Of zuko's flows, whose splines know no bounds.
+    base = stated_support(getattr(fn, "base", None))
+    if base is None or innermost_constraint(base) is constraints.real:
         tails = fn.log_prob(value) - _LOWER
         finite = all(bool(fn.log_prob(value * 0 + at).isfinite().all()) for at in _SPREAD)
         if finite and not any(bool((fn.log_prob(value * 0 + at) > tails).any()) for at in _FAR):
@@ -180,67 +184,6 @@ def _check_unconstrained(fn: Any, value: Tensor) -> None:
 
 def _title(fn: Any) -> str:
     return f"{type(fn).__name__} of shape {tuple(fn.batch_shape)}, {tuple(fn.event_shape)}"
-
-
-def _unwrap(fn: Any) -> Any:
-    while isinstance(fn, (MaskedDistribution, ExpandedDistribution, ZukoToPyro)):
-        if isinstance(fn, ZukoToPyro) and type(fn).support is not ZukoToPyro.support:
-            break  # a class derived from it that declares its own
-        fn = fn.dist if isinstance(fn, ZukoToPyro) else fn.base_dist
-    return fn
-
-
-def _stated(fn: Any) -> Any:
-    """The constraint that a distribution declares as its support, or ``None``."""
-    try:
-        return _unwrap(fn).support
-    except (AttributeError, NotImplementedError):
-        return None
-
-
-def _reaches_less_than_stated(fn: Any) -> bool:
-    """Whether some transform of a distribution receives less than its domain.
-
-    A class with a ``support`` of its own, e.g. Pareto, is taken at its word.
-    """
-    stated = getattr(type(fn), "support", None) is not td.TransformedDistribution.support
-    if stated or not fn.transforms:
-        return False
-    received = _stated(fn.base_dist)
-    for transform in fn.transforms:
-        if received is None or not _same(received, transform.domain):
-            return True
-        received = transform.codomain
-    return False
-
-
-def _innermost(support: Any) -> Any:
-    while hasattr(support, "base_constraint"):  # independent, and of mixtures since torch 2.7
-        support = support.base_constraint
-    return support
-
-
-def _ends(support: Any) -> tuple[Any, Any] | None:
-    if support is constraints.real:
-        return -math.inf, math.inf
-    if not (hasattr(support, "lower_bound") or hasattr(support, "upper_bound")):
-        return None
-    low, high = (
-        getattr(support, "lower_bound", -math.inf),
-        getattr(support, "upper_bound", math.inf),
-    )
-    return low, high
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two constraints allow the same values, up to the ends of intervals."""
-    one, other = _innermost(one), _innermost(other)
-    ends, others = _ends(one), _ends(other)
-    if ends is None or others is None:
-        return type(one) is type(other)
-    pairs = zip(ends, others, strict=True)
-    on_host = [[torch.as_tensor(end, device="cpu") for end in pair] for pair in pairs]
-    return all(bool((a == b).all()) for a, b in on_host)
 
 
 def _map_bounds(support: Any, change: Callable[[Tensor], Tensor]) -> Any:

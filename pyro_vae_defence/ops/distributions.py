@@ -8,20 +8,29 @@ a density at all. Neither changes what is drawn.
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from pyro.contrib.zuko import ZukoToPyro
 from pyro.distributions import Delta
-from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistribution
+from pyro.distributions.torch_distribution import (
+    ExpandedDistribution,
+    MaskedDistribution,
+    TorchDistribution,
+)
 from torch import Tensor
 from torch.distributions import (
     Distribution,
     Independent,
     MixtureSameFamily,
     Normal,
+    TransformedDistribution,
     VonMises,
     constraints,
 )
+from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
 _KNOWN = {"torch", "pyro", __name__.partition(".")[0]}
 
@@ -73,27 +82,121 @@ def is_point(distribution: Any) -> bool:
     return isinstance(innermost(distribution), Delta)
 
 
-def support(distribution: Any) -> Any:
-    """The constraint of one element; ``None`` for a family that does not say (zuko's flows)."""
+def unwrapped(distribution: Any) -> Any:
+    """The distribution inside wrappers that leave the values' dimensions as they are."""
+    while isinstance(distribution, (MaskedDistribution, ExpandedDistribution, ZukoToPyro)):
+        zuko = isinstance(distribution, ZukoToPyro)
+        if zuko and type(distribution).support is not ZukoToPyro.support:
+            break  # a class derived from it that declares its own
+        distribution = distribution.dist if zuko else distribution.base_dist
+    return distribution
+
+
+def stated_support(distribution: Any) -> Any:
+    """The constraint that a distribution declares; ``None`` for a family that does not say (zuko's
+    flows)."""
     try:
-        found = distribution.support
-    except (NotImplementedError, AttributeError):
+        return unwrapped(distribution).support
+    except (AttributeError, NotImplementedError):
         return None
-    while hasattr(found, "base_constraint"):  # independent, or torch's of a mixture
-        found = found.base_constraint
+
+
+def innermost_constraint(constraint: Any) -> Any:
+    """That of one element."""
+    while hasattr(constraint, "base_constraint"):  # independent, and of mixtures since torch 2.7
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def support(distribution: Any) -> Any:
+    """The constraint that a distribution declares for one element; ``None`` if it does not say."""
+    return innermost_constraint(stated_support(distribution))
+
+
+def steps(transforms: Iterable[Any]) -> list[Any]:
+    """Transforms one after the other, those inside compositions too."""
+    found = []
+    for transform in transforms:
+        if isinstance(transform, ComposeTransform):
+            found += steps(transform.parts)
+        elif isinstance(transform, IndependentTransform):
+            found += steps([transform.base_transform])
+        else:
+            found.append(transform)
     return found
+
+
+def reaches_less_than_stated(distribution: Any) -> bool:
+    """Whether a transformed distribution states its last transform's codomain as support and some
+    transform receives less than its domain.
+
+    A class with a ``support`` of its own, e.g. Pareto, is taken at its word.
+    """
+    stated = getattr(type(distribution), "support", None)
+    if stated is not TransformedDistribution.support:
+        return False
+    received = stated_support(distribution.base_dist)
+    for transform in steps(distribution.transforms):
+        if received is None or not _same(received, transform.domain):
+            return True
+        received = transform.codomain
+    return False
+
+
+def _ends(constraint: Any) -> tuple[Any, Any] | None:
+    if constraint is constraints.real:
+        return -math.inf, math.inf
+    if not _has_bounds(constraint):
+        return None
+    low = getattr(constraint, "lower_bound", -math.inf)
+    return low, getattr(constraint, "upper_bound", math.inf)
+
+
+def _has_bounds(constraint: Any) -> bool:
+    return hasattr(constraint, "lower_bound") or hasattr(constraint, "upper_bound")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two constraints allow the same values, up to the ends of intervals."""
+    one, other = innermost_constraint(one), innermost_constraint(other)
+    ends, others = _ends(one), _ends(other)
+    if ends is None or others is None:
+        return type(one) is type(other)
+    pairs = zip(ends, others, strict=True)
+    on_host = [[torch.as_tensor(end, device="cpu") for end in pair] for pair in pairs]
+    return all(bool((a == b).all()) for a, b in on_host)
 
 
 def within_bounds(distribution: Any, value: Tensor) -> Tensor | None:
     """Which elements of ``value`` lie between the bounds of the support, where it has bounds.
 
-    What else a support asks for, such as a sum of 1, may hold up to rounding only.
+    What else a support asks for, such as a sum of 1, may hold up to rounding only. Of a transformed
+    distribution that reaches less than it states, all elements of an event are judged together, by
+    what its transforms have made them of, up to rounding.
     """
-    found = support(distribution)
-    if not (hasattr(found, "lower_bound") or hasattr(found, "upper_bound")):
-        return None
-    inside: Tensor = found.check(value)
-    return inside
+    inner = unwrapped(distribution)
+    while is_of(inner, Independent):
+        inner = unwrapped(inner.base_dist)
+    if not reaches_less_than_stated(inner):
+        found = support(inner)
+        return found.check(value) if _has_bounds(found) else None
+    slack = 8 * torch.finfo(value.dtype).eps * value.abs().clamp(min=1.0)
+    nearby = [_made_of(inner, value + sign * slack) for sign in (-1.0, 0.0, 1.0)]
+    inside = torch.stack(nearby).any(0)
+    return inside.reshape(inside.shape + (1,) * len(inner.event_shape)).expand(value.shape)
+
+
+def _made_of(distribution: Any, value: Tensor) -> Tensor:
+    """Which events of ``value`` a transformed distribution can draw."""
+    lead = value.shape[: value.dim() - len(distribution.event_shape)]
+    inside = torch.ones(lead, dtype=torch.bool, device=value.device)
+    for transform in reversed(steps(distribution.transforms)):
+        codomain = innermost_constraint(transform.codomain)
+        if _has_bounds(codomain):
+            inside = inside & codomain.check(value).reshape(*lead, -1).all(-1)
+        value = transform.inv(value)
+    base = within_bounds(distribution.base_dist, value)
+    return inside if base is None else inside & base.reshape(*lead, -1).all(-1)
 
 
 def is_discrete(distribution: Any) -> bool:
