@@ -99,6 +99,18 @@ def test_cells_hold_every_figure(run):
     assert result["radii"]["0"]["aware"]["settings"]["perturbation"] == "None"
 
 
+def test_means_outside_of_the_unit_interval_are_clipped_as_reconstructions_are(tmp_path):
+    torch.manual_seed(0)
+    vae = ConvVAE(likelihood="gaussian")
+    assert vae.decode(torch.randn(9, 64)).min() < 0
+    save_model(vae, "mnist_vae", tmp_path, mean_posterior_variance={"z": torch.ones(64)})
+    save_model(LinearClassifier(64, 10), "mnist_vae_classifier", tmp_path)
+    few = {"defences": ("none",), "costs": (), "inputs": ("mean",), "radii": (0.0,)}
+    found = compare(tmp_path, tmp_path, **few, full_radii=())
+    cell = found["radii"]["0"]["none"]
+    assert cell["ms_ssim"] == cell["ms_ssim_of_mean"]  # of one draw
+
+
 def test_the_attacks_own_radius_and_the_same_one_by_name_agree(run):
     cells = run[1]["radii"]["0.1"]
     for key in ("ms_ssim", "accuracy", "detection"):

@@ -236,7 +236,7 @@ class Compare(Measurement[CompareConfig]):
         outcome = defence(inputs.x_adv, self.generator("similarity"))
         with torch.no_grad():
             mean = {site: value.mean((0, 1)) for site, value in outcome.samples.items()}
-            decoded = program.decode(self.vae, mean, tuple(inputs.x_adv.shape[1:]))
+            decoded = program.decode(self.vae, mean, tuple(inputs.x_adv.shape[1:])).clamp(0, 1)
         runs = {}
         for kind, x in inputs.classified.items():
             # Clean images once, if the defence does not depend on the attack's radius.
