@@ -78,6 +78,8 @@ DIFFERENCES = {
         ("mnist_unrolled_0.1/aware", "mnist_protocol_0.1/dark_clip"),
         ("mnist_unrolled_0.2/aware", "mnist_protocol_0.2/dark_clip"),
         ("mnist_mode_0.2/aware_mode", "mnist_protocol_0.2/dark_clip"),
+        ("fashion_mnist_mode_0.1/aware_mode", "fashion_mnist_protocol_0.1/dark_clip"),
+        ("fashion_mnist_mode_0.2/aware_mode", "fashion_mnist_protocol_0.2/dark_clip"),
         ("fashion_mnist_unrolled_0.2/aware", "fashion_mnist_protocol_0.2/dark_clip"),
         ("fashion_mnist_unrolled_0.2/aware", "fashion_mnist_mode_0.2/aware_mode"),
         ("fashion_mnist_vote_0.1/recommended", "fashion_mnist_vote_0.1/dark_clip"),
@@ -85,6 +87,7 @@ DIFFERENCES = {
         ("color_mnist_textured_protocol_0.2/hmc", "color_mnist_textured_protocol_0.2/mode"),
     ],
     "choosing_a_defence.md": [
+        ("mnist_unrolled_0.2/aware", "mnist_protocol_0.2/dark_clip"),
         ("fashion_mnist_unrolled_0.1/aware", "fashion_mnist_protocol_0.1/dark_clip"),
         ("fashion_mnist_unrolled_0.1/aware", "fashion_mnist_mode_0.1/aware_mode"),
         ("fashion_mnist_unrolled_0.2/aware", "fashion_mnist_protocol_0.2/dark_clip"),
@@ -111,6 +114,20 @@ def test_differences_between_defences_whose_attackers_know_them(name):
     chain = report("mnist_reconstruction_0.2", "aware", "reconstruction")
     says(name, f"{difference(mode, clip)} more than clip", f"{difference(mode, chain)} more than")
     assert (mode.reliable, clip.reliable, chain.reliable) == (True, True, False)
+
+
+def test_similarities_of_fashion_mnist_that_attackers_leave():
+    clip = report("fashion_mnist_protocol_0.2", "dark_clip", "reconstruction")
+    mode, chain = (
+        report("fashion_mnist_reconstruction_0.2", name, "reconstruction")
+        for name in ("aware_mode", "aware")
+    )
+    says(
+        "adaptive_attacks.md",
+        f"which is {difference(mode, clip)} more than clipping keeps",
+        f"from the mode ({difference(chain, mode)} more)",
+        f"keeps {difference(chain, clip)} more than clipping",
+    )
 
 
 def test_which_reports_pass_their_checks():
