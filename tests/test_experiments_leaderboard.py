@@ -330,8 +330,8 @@ def test_the_mode_of_its_target_is_a_rival_of_a_chain(results):
     rivals = [row[3] for row in rows if row[2:3] == [aware] and row[1].startswith(of)]
     assert rivals.count(mode) == 1
     assert not any(row[2:4] == [mode, mode] for row in rows)
-    for kind in ("mode", "reconstruction"):
-        for path in (results / "robustness_protocol").glob(f"*_{kind}_*.json"):
+    for names in ("*_mode_*.json", "*_reconstruction_*.json", "color_*.json"):
+        for path in (results / "robustness_protocol").glob(names):
             path.unlink()
     assert mode not in write_leaderboard(results).read_text()
 
