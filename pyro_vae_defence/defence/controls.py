@@ -26,7 +26,7 @@ from torch import Tensor
 from pyro_vae_defence.defence.base import BaseDefence
 from pyro_vae_defence.defence.result import Chains, DefenceResult, setting
 from pyro_vae_defence.models.program import check_images, encode, evaluation_mode, potential
-from pyro_vae_defence.ops.boundary import public
+from pyro_vae_defence.ops.boundary import uncast
 from pyro_vae_defence.ops.checks import check_integer, check_positive, check_within
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import VAE, Perturb
@@ -191,7 +191,7 @@ def median_filter(x: Tensor, size: int = 3) -> Tensor:
     return windows.flatten(-2).median(-1).values
 
 
-@public
+@uncast
 def gaussian_filter(x: Tensor, sigma: float = 1.0) -> Tensor:
     """Convolution with a Gaussian, cut off at three standard deviations; borders are replicated.
 
