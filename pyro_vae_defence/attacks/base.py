@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.attacks.objectives._rows import check_entries, prepare
-from pyro_vae_defence.models.conditions import fold, rows_of, split
+from pyro_vae_defence.models.conditions import fold, kept, rows_of, split
 from pyro_vae_defence.models.program import check_images
 from pyro_vae_defence.ops.balls import Ball, check_ball
 from pyro_vae_defence.ops.boundary import public
@@ -418,7 +418,7 @@ class Attack:
         Raises as a call. Without ``check`` objectives and gradients may be finite nowhere: of some
         of the images of an attack, which its others might have spared the error.
         """
-        x_ref = x_ref.detach()  # or the result would hang on the references through all steps
+        x_ref = kept(x_ref)
         progress = _Progress(self, (x_ref, *conditions), seed)
         chain = torch.arange(self.num_restarts, device=x_ref.device).repeat_interleave(len(x_ref))
         streams = Streams(progress.seed, image.repeat(self.num_restarts), chain)

@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from pyro_vae_defence.defence import store
 from pyro_vae_defence.defence.result import Chains, DefenceResult
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.conditions import rows_of, split, take, taken
+from pyro_vae_defence.models.conditions import kept, rows_of, split, take, taken
 from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.ops.boundary import drop_references, public
 from pyro_vae_defence.ops.checks import as_device, check_finite, check_integer, plain
@@ -240,7 +240,7 @@ class BaseDefence(ABC):
             number = first + start
             generator = torch.Generator().manual_seed(seed + number) if governs else None
             result = self._defend(take(vae, rows), x[rows], seed, number, generator)
-            yield replace(result, conditions=rows_of(conditions, rows))
+            yield replace(result, conditions=kept(rows_of(conditions, rows)))
 
     def own_settings(self) -> dict[str, Any]:
         """Its arguments by name, but for the VAE and what changes no result."""
@@ -273,7 +273,7 @@ class BaseDefence(ABC):
     ) -> DefenceResult:
         # The generator is there for what :func:`public` does with it.
         started = time.perf_counter()
-        x = x.detach()  # or the result would hang on it
+        x = kept(x)
         with program.evaluation_mode(vae):
             x = self._filter(x)
             streams = Streams.create(
@@ -282,7 +282,8 @@ class BaseDefence(ABC):
             decode = program.Decoder(vae, x)
             decode.check()
             chains = self._run(vae, x, streams)
-            latents = {name: value[0, -1] for name, value in chains.samples.items()}
+            # Copies: whoever keeps the latents alone does not keep all draws with them.
+            latents = {name: value[0, -1].clone() for name, value in chains.samples.items()}
             with torch.no_grad():
                 # A Gaussian likelihood's mean may leave the range of images.
                 reconstruction = decode(latents, x).clamp(0.0, 1.0)
@@ -300,6 +301,19 @@ class BaseDefence(ABC):
             settings=self._settings(),
             **chains._asdict(),
         )
+
+
+def runs(
+    defence: Defence, x: ImagesLike, generator: torch.Generator | None
+) -> Iterator[DefenceResult]:
+    """What ``defence`` returns for images, in micro-batches whose chains can be forgotten.
+
+    All at once of a defence that is called in a way of its own.
+    """
+    if isinstance(defence, BaseDefence) and type(defence).__call__ is BaseDefence.__call__:
+        yield from defence.parts(x, "x", draw_seed(generator), 0, generator is not None)
+    else:
+        yield run_defence(defence, x, generator)
 
 
 @contextlib.contextmanager

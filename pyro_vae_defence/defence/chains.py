@@ -111,7 +111,9 @@ def run_batched(
                 lat.unfold(gradients, num_chains).sum(0),
                 {} if verdict is None else verdict._asdict(),
             )
-            finished.append((present[columns], seen.take(columns)))
+            if columns.shape[0] < present.shape[0]:
+                seen = seen.take(columns)
+            finished.append((present[columns], seen))
         running = running & ~done
         rows = running.nonzero()[:, 0]
         if rows.shape[0] == 0:
@@ -125,6 +127,8 @@ def run_batched(
             history = deque(_Draw(*(lat.index(p, folded_rows) for p in draw)) for draw in history)
             present, running = present[rows], running[rows]
     kernel.cleanup()
+    if len(finished) == 1:  # all images, in order: no copy of all draws
+        return finished[0][1]
     order = torch.cat([images for images, _ in finished]).argsort()
     return Chains.join([part for _, part in finished]).take(order)
 
@@ -153,8 +157,10 @@ def _stack(history: Sequence[_Draw], num_chains: int) -> _Draw:
     """Draws of one transition each to tensors ``(chain, draw, image, ...)``."""
 
     def stack(draws: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        values = {name: torch.stack([draw[name] for draw in draws], 1) for name in draws[0]}
-        return {name: lat.unfold(v, num_chains).transpose(1, 2) for name, v in values.items()}
+        return {
+            name: torch.stack([lat.unfold(draw[name], num_chains) for draw in draws], 1)
+            for name in draws[0]
+        }
 
     return _Draw(*map(stack, zip(*history)))
 

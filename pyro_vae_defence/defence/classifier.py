@@ -35,7 +35,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.base import Defence, check_defence, run_defence
+from pyro_vae_defence.defence.base import Defence, check_defence, runs
 from pyro_vae_defence.defence.mcmc import MCMCDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.classifier import class_scores
@@ -146,6 +146,7 @@ class DefendedClassifier:
         """
         return cls(MCMCDefence.paper(vae, *args, **options), classifier, "last")
 
+    @public
     def __call__(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
         """Log-probabilities of classes, ``(N, classes)`` in nats, of images ``(N, C, H, W)``.
 
@@ -153,7 +154,8 @@ class DefendedClassifier:
         those of the defence.
         """
         check_networks_on_device("classifier", self.classifier, "x", split(x)[0])
-        return self.log_probabilities(run_defence(self.defence, x, generator))
+        parts = runs(self.defence, x, generator)
+        return torch.cat([self.log_probabilities(part) for part in parts])
 
     def predict(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
         """The most probable class of each image, int64 ``(N,)``."""

@@ -33,20 +33,19 @@ random noise of the same size, which tells a detector of attacks from one of any
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence, run_defence
+from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence, runs
 from pyro_vae_defence.defence.controls import EncoderDefence
 from pyro_vae_defence.defence.result import DefenceResult
 from pyro_vae_defence.models.conditions import bind, take
 from pyro_vae_defence.models.program import Decoder, at_images, evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.types import ImagesLike, Latents, LatentsLike
 
 SCORES = (
@@ -240,16 +239,6 @@ def anomaly_scores(
         parts["error"].append((decoded - images).square().mean((0, 2, 3, 4)))
         parts["energy"].append(energies.mean(0))
     return {name: torch.cat(values) for name, values in parts.items()}
-
-
-def runs(
-    defence: Defence, x: ImagesLike, generator: torch.Generator | None
-) -> Iterator[DefenceResult]:
-    """What ``defence`` returns for images, in micro-batches whose chains can be forgotten."""
-    if isinstance(defence, BaseDefence):
-        yield from defence.parts(x, "x", draw_seed(generator), 0, generator is not None)
-    else:
-        yield run_defence(defence, x, generator)
 
 
 def _draws(result: DefenceResult) -> list[Latents]:

@@ -57,11 +57,10 @@ from torch import Tensor
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks.noise import random_noise
-from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence
+from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence, runs
 from pyro_vae_defence.defence.detection import (
     check_variance,
     detection_scores,
-    runs,
     score_names,
 )
 from pyro_vae_defence.defence.least_energy import (

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from pyro_vae_defence.models.sites import aside, get_trace
 from pyro_vae_defence.ops.checks import check_on_device
 from pyro_vae_defence.types import VAE, ImagesLike, PyroProgram
+
+T = TypeVar("T")
 
 # --- Which arguments programs take ----------------------------------------------------------------
 
@@ -125,6 +127,15 @@ def split(images: ImagesLike, name: str = "x") -> tuple[Tensor, tuple[Tensor, ..
 def rows_of(conditions: tuple[Any, ...], rows: Tensor | slice) -> tuple[Any, ...]:
     """Conditions of the images at ``rows``."""
     return tuple(None if value is None else value[rows] for value in conditions)
+
+
+def kept(value: T) -> T:
+    """A tensor, ``None``, or a tuple of such, for a result to hold: a copy without a graph, which a
+    caller who fills his buffer with the next batch does not change."""
+    given: Any = value
+    if isinstance(given, tuple):
+        return cast(T, tuple(map(kept, given)))
+    return cast(T, None if given is None else given.detach().clone())
 
 
 # --- Programs of images alone ---------------------------------------------------------------------

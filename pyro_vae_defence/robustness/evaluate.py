@@ -53,7 +53,7 @@ from pyro_vae_defence.defence.base import check_defence
 from pyro_vae_defence.defence.result import setting
 from pyro_vae_defence.defence.store import fingerprint, held_by, weights_fingerprint
 from pyro_vae_defence.models import program
-from pyro_vae_defence.models.conditions import same_vae, split
+from pyro_vae_defence.models.conditions import kept, same_vae, split
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.ops.balls import Ball, Linf, check_ball
 from pyro_vae_defence.ops.boundary import public
@@ -143,9 +143,9 @@ def evaluate_robustness(
     Raises:
         ValueError: if an argument does not fit, or images of the engine leave the ball.
     """
-    conditions = split(x)[1]
+    conditions = kept(split(x)[1])
     vae, x = program.at_images(vae, x)
-    x = x.detach()  # or the report would hang on it
+    x = kept(x)
     check_defence(defence, needs_vae=False)
     check_same(vae, defence, classifier)
     if len(x) < 2:
@@ -163,7 +163,7 @@ def evaluate_robustness(
         raise ValueError(
             f"attacks must be names among {', '.join(KNOWLEDGE)}, got {unknown or attacks}"
         )
-    labels = check_labels(labels, x, classifier)
+    labels = kept(check_labels(labels, x, classifier))
     defence_seed = check_seed(defence_seed)
     budget = budget or Budget.standard()
     identity = ""
