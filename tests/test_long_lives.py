@@ -6,6 +6,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from programs import LinearGaussianVAE
 from torch import nn
 
 from pyro_vae_defence import attacks
@@ -19,6 +20,7 @@ from pyro_vae_defence.defence import (
     anomaly_scores,
 )
 from pyro_vae_defence.defence.result import Chains
+from pyro_vae_defence.models import compiled
 from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.robustness import evaluate_robustness
 
@@ -153,3 +155,16 @@ def test_a_defence_that_is_called_in_its_own_way_is_called_for_scores(float64, t
     error = anomaly_scores(own, x, seeded())["error"]
     decoded = plain(1 - x, seeded()).reconstruction
     torch.testing.assert_close(error, (decoded - x).square().mean((1, 2, 3)))
+
+
+def test_a_recorder_keeps_a_bounded_number_of_recordings(monkeypatch, float64):
+    monkeypatch.setattr(compiled, "_MOST_RECORDINGS", 2)
+    vae, recorder = LinearGaussianVAE(), compiled.Recorder()
+    recorded = MCMCDefence(vae, prepare=recorder, **SHORT)
+    plain = MCMCDefence(vae, **SHORT)
+    x = torch.rand(4, 1, 4, 4)
+    for size in (1, 2, 3, 4, 1):
+        found = recorded(x[:size], seeded())
+        torch.testing.assert_close(found.samples, plain(x[:size], seeded()).samples)
+        assert "prepare_why_not" not in found.settings
+        assert len(recorder.recordings) <= 2

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -36,6 +37,9 @@ from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.types import Latents, LatentsLike
 
+# Recordings that a recorder keeps, those used last: a server's batches have any size, and labels
+# that programs have bound are others at each request. One takes about half a MiB.
+_MOST_RECORDINGS = 256
 # Largest difference taken for rounding, in units of the type's resolution and of the largest value.
 _ROUNDING = 1000.0
 # Largest relative difference, over a batch, of gradients after compilation: where a rectifier's
@@ -261,10 +265,12 @@ class RecordedPotential(ModelPotential):
     def _find(self, what: _Function, latents: LatentsLike) -> Recorded:
         shapes = ((n, tuple(v.shape), v.dtype) for n, v in latents.items())
         key = (what, self.signature, *shapes)
-        if key not in self._checked:
+        known = self._recorder.recordings
+        if key not in self._checked or key not in known:
             self._recorder.update(key, what, self._potential, latents)
             self._checked.add(key)
-        found = self._recorder.recordings[key]
+        known.move_to_end(key)
+        found = known[key]
         self.why_not = self.why_not or found.why_not
         self.captured = self.why_not is None
         return found
@@ -282,7 +288,7 @@ class Recorder:
             CPUs and seconds per shape.
 
     Attributes:
-        recordings: what is known of each model and shape.
+        recordings: what is known of each model and shape, of the last 256.
 
     Example:
         >>> from pyro_vae_defence.models import ConvVAE
@@ -296,7 +302,7 @@ class Recorder:
 
     def __init__(self, *, compile: bool = False) -> None:
         self.compile = compile
-        self.recordings: dict[Any, Recorded] = {}
+        self.recordings: OrderedDict[Any, Recorded] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"Recorder({'compile=True' if self.compile else ''})"
@@ -321,6 +327,8 @@ class Recorder:
         kept = [arg for arg in potential._args if not isinstance(arg, Tensor)]
         found = self._record(what, potential, start)
         self.recordings[key] = found._replace(kept=(kept, potential._kwargs))
+        while len(self.recordings) > _MOST_RECORDINGS:
+            self.recordings.popitem(last=False)
 
     def _slack(self, what: _Function) -> float:
         return max(what.slack, _KINKS if self.compile else 0.0)
