@@ -13,7 +13,9 @@ import torch
 from programs import LinearGaussianVAE
 
 from pyro_vae_defence import attacks
+from pyro_vae_defence.attacks import blackbox
 from pyro_vae_defence.attacks.apgd import checkpoints
+from pyro_vae_defence.attacks.base import Problem
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import LinearClassifier
 from pyro_vae_defence.ops.balls import L1, L2, Linf
@@ -107,6 +109,64 @@ def test_square_climbs_in_an_l2_ball(float64):
     # The maximum is 1; the inner product with a random direction has standard deviation 0.06.
     reached = attacks.Square(prepare, L2(1.0), num_steps=150, share=0.3)(x).objective
     assert (reached > 0.24).all()
+
+
+@pytest.mark.parametrize("side", [2, 3, 4, 5])
+def test_squares_patterns_are_the_published_sums(side):
+    """Equation 2: sum_{k=0}^M 1 / (n + 1 - k)^2, n = h // 2, M = n - max(|r - n - 1|, |s - w // 2 -
+    1|) for rows r and columns s from 1 on; the two halves have opposite signs."""
+    n, found = side // 2, blackbox._pattern(side, torch.zeros((), dtype=torch.float64))
+    expected = torch.zeros(side, side, dtype=torch.float64)
+    for first, width, sign in ((0, side // 2, 1), (side // 2, side - side // 2, -1)):
+        for r in range(1, side + 1):
+            for s in range(1, width + 1):
+                m = n - max(abs(r - n - 1), abs(s - width // 2 - 1))
+                value = sum(1 / (n + 1 - k) ** 2 for k in range(m + 1))
+                expected[r - 1, first + s - 1] = sign * value
+    torch.testing.assert_close(found, expected / expected.norm())
+
+
+def test_squares_l2_move_spends_the_budget_of_its_windows(float64):
+    """The second window is emptied for the first, which takes what the ball has left, too, in equal
+    parts per channel; nothing else changes. Windows lie anywhere, patterns in both directions."""
+    rows, channels, size = 400, 2, 6
+    x = torch.full((rows, channels, size, size), 0.5)
+    before = 0.03 * torch.randn_like(x)
+    problem = Problem(lambda y: y, L2(0.4), x, Streams.create(rows, seed=1))
+    after = blackbox._l2_move(problem, before, 2, 1)  # at least 3, and odd
+    mask, _, _ = blackbox._window(problem, 3, 1, 1)
+    other, _, _ = blackbox._window(problem, 3, 1, 3)
+    places = mask.flatten(1).double().argmax(1)
+    assert set(places.tolist()) == {6 * i + j for i in range(4) for j in range(4)}
+    assert (mask.sum((1, 2, 3)) == 9).all()
+    torch.testing.assert_close(after[(~(mask | other)).expand_as(x)],
+                               before[(~(mask | other)).expand_as(x)])  # fmt: skip
+    assert after[(other & ~mask).expand_as(x)].abs().max() == 0
+    left = (0.16 - before.square().sum((1, 2, 3))) / channels
+    both = torch.where(mask | other, before, 0.0).square().sum((2, 3))
+    inside = torch.where(mask, after, 0.0)
+    torch.testing.assert_close(inside.square().sum((2, 3)), both + left[:, None])
+    pattern, seen = blackbox._pattern(3, x), set()
+    for row in range(20):
+        window = mask[row, 0]
+        for channel in range(channels):
+            own = before[row, channel][window].reshape(3, 3)
+            new = inside[row, channel][window].reshape(3, 3)
+            for kind, each in (("straight", pattern), ("turned", pattern.T)):
+                for sign in (1, -1):
+                    wanted = own / own.norm() + sign * each
+                    if torch.allclose(new / new.norm(), wanted / wanted.norm()):
+                        seen.add((kind, sign))
+                        break
+                else:
+                    continue
+                break
+            else:
+                pytest.fail(f"row {row} has another pattern")
+    assert len(seen) == 4
+    moved = blackbox._l2_move(problem, before, 4, 1)
+    mask, other = (blackbox._window(problem, 5, 1, number)[0] for number in (1, 3))
+    assert torch.equal((moved - before).abs().amax(1, keepdim=True) > 1e-12, mask | other)
 
 
 @pytest.mark.parametrize(
@@ -488,6 +548,84 @@ def test_apgd_steps_by_hand(float64):
     z = clip(best + (0.1 if best < 0.53 else -0.1))
     at.append(clip(best + 0.75 * (z - best) + 0.25 * (best - at[1])))
     assert seen[:4] == pytest.approx(at)
+
+
+def test_apgd_is_its_algorithm_pixel_by_pixel(float64):
+    """Against Algorithm 1 in plain numbers, on a curve with several maxima in the ball."""
+    num_rows, num_steps, radius = 40, 20, 0.1
+    x = torch.linspace(0.1, 0.9, num_rows).reshape(-1, 1, 1, 1)
+    seen = []
+
+    def prepare(x_ref):
+        def objective(y):
+            seen.append(y.detach().flatten())
+            return ((25 * y).sin() + y).flatten()
+
+        return objective
+
+    attack = attacks.APGD(prepare, Linf(radius), num_steps, start=lambda x_ref, streams: x_ref)
+    found = attack(x)
+    seen = torch.stack(seen)
+    halved = kept = 0
+    for row in range(num_rows):
+        reference = float(x[row])
+        low, high = max(reference - radius, 0.0), min(reference + radius, 1.0)
+
+        def value(y):
+            return math.sin(25 * y) + y
+
+        def moved(y, length, slope_at, low=low, high=high):
+            slope = 25 * math.cos(25 * slope_at) + 1
+            return min(max(y + math.copysign(length, slope), low), high)
+
+        y = before = best = reference
+        length, rises, checkpoint = 2 * radius, 0, 0
+        record = last = value(best)
+        for t in range(num_steps):
+            assert float(seen[t, row]) == pytest.approx(y, abs=1e-9)
+            rises += value(y) > last
+            last = value(y)
+            best = max(best, y, key=value)
+            if t in checkpoints(num_steps):
+                few, same = rises <= 0.75 * (t - checkpoint), value(best) == record
+                halved, kept = halved + (few or same), kept + (not few and not same)
+                if few or same:
+                    y, length, last = best, length / 2, value(best)
+                rises, checkpoint, record = 0, t, value(best)
+            z = moved(y, length, y)
+            step = z if t == 0 else y + 0.75 * (z - y) + 0.25 * (y - before)
+            y, before = min(max(step, low), high), y
+        best = max(best, y, key=value)
+        assert float(found.objective[0, row]) == pytest.approx(value(best), abs=1e-9)
+    assert min(halved, kept) > 10
+
+
+def test_apgd_halves_by_either_condition(float64):
+    """Of 8 steps up to the first checkpoint, 7 rise from a depth below the start, 6 to a new best
+    value, which is 75% of them, or 7 to a new one."""
+    rows = [
+        [0.0, -9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0],
+        [0.0, -1.0, -2.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+        [0.0, -1.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+    ]
+    # Up to the second one all rise from a depth.
+    rows = [[*row, -9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0] for row in rows]
+    calls, lengths = iter(torch.tensor(rows).T), []
+
+    class Recording(attacks.APGD):
+        def _step(self, problem, state, t):
+            state = super()._step(problem, state, t)
+            lengths.append(state["length"].tolist())
+            return state
+
+    def prepare(x_ref):
+        return lambda y: next(calls, torch.zeros(3)) + 0.0 * y.flatten()
+
+    Recording(prepare, Linf(0.1), num_steps=36)(torch.full((3, 1, 1, 1), 0.5))
+    assert checkpoints(36)[:2] == [8, 15]
+    assert lengths[7] == pytest.approx([0.2, 0.2, 0.2])
+    assert lengths[8] == lengths[14] == pytest.approx([0.1, 0.1, 0.2])
+    assert lengths[15] == pytest.approx([0.05, 0.05, 0.1])
 
 
 def test_momentum_remembers(float64):

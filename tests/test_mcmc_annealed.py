@@ -103,6 +103,39 @@ def test_variance_tells_the_spread_of_estimates(float64):
     assert bool(((found.effective >= 1) & (found.effective <= 20)).all())
 
 
+def test_mass_and_variance_of_walks_that_stand_still(float64):
+    """Steps of size 0, so that all is known but who is drawn: nobody of the first image, whose
+    weights are even, and families of walks of the second one, at both inner temperatures."""
+    gains = torch.tensor([
+        [0.1, 0.2, -0.1, 0.0, 0.3, 0.0, 0.4, -0.2],
+        [0.0, 110.0, 0.0, 120.0, 90.0, 0.0, 100.0, 0.0],
+    ]).T  # fmt: skip
+    streams, schedule = Streams.create(2, 8, seed=5), [0.0, 0.04, 0.3, 1.0]
+    found = annealed.walk(
+        lambda latents: -latents["z"][:, 0], lambda latents: 0.0 * latents["z"][:, 0],
+        {"z": gains.reshape(16, 1)}, 8, schedule, streams, torch.zeros(2), 1,
+    )  # fmt: skip
+    even = gains[:, 0].softmax(0)
+    assert float(found.log_mass[0]) == pytest.approx(math.log(gains[:, 0].exp().mean()))
+    assert float(found.variance[0]) == pytest.approx(float((even - 1 / 8).square().sum() * 8 / 7))
+    gain, family, log_mass = gains[:, 1], torch.arange(8), 0.0
+    for step, rise in enumerate((0.04, 0.26)):
+        weights = (rise * gain).exp()
+        log_mass += math.log(weights.mean())
+        assert weights.sum().square() / weights.square().sum() < 4
+        drawn = annealed._redraw(torch.stack([0 * gain, rise * gain], 1), streams, step)[:, 1]
+        gain, family = gain[drawn], family[drawn]
+    weights = (0.7 * gain).exp()
+    assert float(found.log_mass[1]) == pytest.approx(log_mass + math.log(weights.mean()))
+    shares = torch.stack([weights[family == each].sum() for each in range(8)]) / weights.sum()
+    variance = float((shares - 1 / 8).square().sum() * 8 / 7)
+    assert float(found.variance[1]) == pytest.approx(variance)
+
+
+def test_one_walk_knows_nothing_of_its_spread(float64):
+    assert walk(walks=1, schedule=[0.0, 0.5, 1.0]).variance.unique().tolist() == [1.0]
+
+
 def test_redrawing_is_by_weights_and_systematic(float64):
     weights = torch.tensor([[0.5, 0.0], [0.24, 1.0], [0.26, 0.0], [0.0, 0.0]])
     counts = torch.zeros(4, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from mcmc_reference import assert_moments
@@ -37,7 +39,31 @@ def test_thirty_gradients_come_down_from_afar():
     assert torch.allclose(settled.gradient["z"], PRECISION * settled.position["z"])
 
 
-def test_rows_that_go_astray_stay():
+def test_directions_are_refreshed_in_part():
+    """Where no force acts, against the formula: c = exp(-0.35), steps of 0.35 sqrt(d)."""
+    first = hmc.init(lambda latents: 0.0 * latents["z"].sum(-1), {"z": torch.zeros(5, 4)})
+    streams, kept = Streams.create(5, seed=0), math.exp(-0.35)
+    last, momentum, second = 2**32 - 1, hmc.MOMENTUM, hmc.SECOND_MOMENTUM
+    direction = streams.normal(last, second, (4,), torch.float64)
+    direction, end = direction / direction.norm(dim=1, keepdim=True), torch.zeros(5, 4)
+    for number in range(2):
+        noise = streams.normal(last - number, momentum, (4,), torch.float64)
+        direction = kept * direction + math.sqrt((1 - kept**2) / 4) * noise
+        direction = direction / direction.norm(dim=1, keepdim=True)
+        end = end + 0.35 * 2 * direction
+    found = burn_in(lambda latents: 0.0 * latents["z"].sum(-1), first, streams, 2)
+    torch.testing.assert_close(found.position["z"], end)
+
+
+def test_rows_at_the_mode_leave_it():
+    """Where hardly any of the target's mass lies: energies of mean 10 and standard deviation 3."""
+    first = hmc.init(gaussian, {"z": torch.zeros(50, 20)})
+    settled = burn_in(gaussian, first, Streams.create(50, seed=0), 30)
+    assert (settled.energy > 2).double().mean() > 0.9
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_go_astray_stay(value):
     """One row far too narrow for the step, one beside a hole without energy, one that is fine."""
     scale = torch.tensor([1e-4, 1.0, 1.0])
 
@@ -45,7 +71,7 @@ def test_rows_that_go_astray_stay():
         z = latents["z"]
         energy = 0.5 * (z / scale[:, None]).square().sum(-1)
         left = torch.arange(3).eq(1) & z.ne(2.0).any(-1)
-        return torch.where(left, torch.nan, energy)
+        return torch.where(left, value, energy)
 
     first = hmc.init(potential, {"z": torch.tensor([[1e-4], [2.0], [5.0]]).expand(3, 4).clone()})
     settled = burn_in(potential, first, Streams.create(3, seed=0), 8)

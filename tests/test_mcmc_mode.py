@@ -86,6 +86,20 @@ def test_lbfgs_converges_superlinearly_on_the_linear_gaussian_vae(linear_vae):
     assert torch.allclose(found["z"], mean, atol=1e-5)
 
 
+def test_lbfgs_takes_no_step_that_raises_the_energy():
+    """Newton's steps on sqrt(1 + z^2) lead from z to -z^3, away from the mode at 0."""
+    asked = []
+
+    def energy(latents):
+        asked.append((1 + latents["z"].square()).sqrt().sum(-1))
+        return asked[-1]
+
+    found, _ = search_mode_lbfgs(energy, {"z": torch.tensor([[2.0], [9.0]])}, num_steps=20)
+    least = torch.stack(asked).amin(0)
+    assert (energy(found) <= least + 1e-3).all()
+    assert found["z"].abs().max() < 1e-2
+
+
 def test_two_loops_are_the_update_of_the_inverse_hessian():
     # H' = (I - r s y^T) H (I - r y s^T) + r s s^T, from H = (s.y / y.y) I of the newest pair.
     changes, slopes = torch.randn(3, 5), torch.randn(3, 5)
@@ -131,7 +145,7 @@ def test_rows_do_not_see_each_other_and_energy_never_rises(search, falls, tolera
 
 
 @both
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_row_that_meets_a_non_finite_energy_keeps_its_best_point(search, value):
     def cliff(latents):
         z = latents["z"].sum(-1)
@@ -140,6 +154,27 @@ def test_a_row_that_meets_a_non_finite_energy_keeps_its_best_point(search, value
     found, _ = search(cliff, {"z": torch.tensor([[3.0], [0.5]])}, num_steps=40)
     assert 1 <= found["z"][0] < (3 if search is search_mode else 1.5)
     assert found["z"][1] == 0.5
+
+
+@both
+def test_a_row_that_meets_a_gradient_that_is_no_number_goes_on_from_its_best_point(search):
+    """The energy is z^2, without a gradient at 0.5 and without a value below it. No search asks for
+    the energy at what is no number, which a model's distributions would refuse for all rows."""
+    asked = []
+
+    def energy(latents):
+        asked.append(latents["z"].detach())
+        return (latents["z"].square() + 0.0 * (latents["z"] - 0.5).sqrt()).sum(-1)
+
+    # A step of unit length leads L-BFGS from 1.5 to the point without a gradient.
+    found, _ = search(energy, {"z": torch.tensor([[2.9], [1.5], [0.2]])}, num_steps=40)
+    visited = torch.stack(asked)[..., 0]
+    assert visited.isfinite().all()
+    first_met = (visited[:, 0] <= 0.5).double().argmax()
+    assert 0 < first_met < 30
+    assert 0.5 < found["z"][0] < visited[:first_met, 0].min() - 1e-3
+    assert 0.5 < found["z"][1] < 0.9
+    assert found["z"][2] == 0.2
 
 
 @both

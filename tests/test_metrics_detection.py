@@ -54,6 +54,8 @@ def test_extremes_by_hand():
     twenty = torch.arange(20.0)
     assert float(metrics.fpr_at_tpr(torch.tensor([0.5]), twenty)) == 0.0
     assert float(metrics.fpr_at_tpr(torch.tensor([1.5]), twenty)) == 1.0
+    # The smallest share there is is one image.
+    assert float(metrics.fpr_at_tpr(torch.tensor([18.5]), twenty, 1e-12)) == 0.0
 
 
 def test_infinite_energies_are_the_highest_scores():
@@ -200,6 +202,23 @@ def test_interval_of_scores_that_tell_nearly_all_images_apart_covers_the_area():
             covered[reverse] += found.low <= (1 - area if reverse else area) <= found.high
     # Of 0.95 and more, fewer than 33 of 40 have a probability of 7e-4 (binomial).
     assert min(covered) >= 33
+
+
+@pytest.mark.parametrize("missed", ["attacked image", "false alarm"])
+def test_one_image_that_was_missed_may_stand_for_more(missed):
+    """99 of 100 attacked images above all others, or 99 of 100 others below all attacked ones."""
+    one = torch.arange(100) < 1
+    clean, attacked = torch.zeros(100), torch.ones(100)
+    if missed == "attacked image":
+        attacked = torch.where(one, -1.0, attacked)
+    else:
+        clean = torch.where(one, 2.0, clean)
+    wanted = 0.99 * 0.025 ** (1 / 50)
+    found = metrics.detection_interval(metrics.auroc, clean, attacked)
+    assert (found.estimate, found.low) == pytest.approx((0.99, wanted))
+    # Where the score points the wrong way, the other end.
+    found = metrics.detection_interval(metrics.auroc, attacked, clean)
+    assert (found.estimate, found.high) == pytest.approx((0.01, 1 - wanted))
 
 
 def test_interval_of_scores_that_tell_all_images_apart_covers_the_area():

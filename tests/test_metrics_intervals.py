@@ -125,6 +125,19 @@ def test_labels_and_order_of_groups_do_not_matter():
     assert alone[0] == alone[1]
 
 
+@pytest.mark.parametrize("statistic", ["mean", "median"])
+def test_resamples_on_one_side_of_the_estimate_have_an_interval(statistic):
+    """One resample is always on one side, and both ends of its interval."""
+    values, sides = torch.tensor([0.0, 1.0, 5.0]).double(), set()
+    for seed in range(8):
+        options = {"num_resamples": 1, "statistic": statistic}
+        generator = torch.Generator().manual_seed(seed)
+        found = bootstrap_interval(values, generator=generator, **options)
+        assert 0 <= found.low == found.high <= 5
+        sides.add(found.low > found.estimate)
+    assert sides == {False, True}
+
+
 def test_equal_values_give_no_width():
     interval = bootstrap_interval(torch.ones(12))
     assert interval[:3] == (1.0, 1.0, 1.0)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
 from pyro_vae_defence import metrics
@@ -71,6 +72,17 @@ def test_streams_of_numbers_and_of_tensors_are_the_same_bits(rows):
     step = 2**33 + 7
     recorded = streams.uniform(torch.tensor(step), 9, (15,), torch.float64)
     assert torch.equal(streams.uniform(step, 9, (15,), torch.float64), recorded)
+
+
+def test_streams_are_philoxs_words_and_their_box_muller_transform(float64):
+    """Of the known answer above; what a seed gives is the same from version to version."""
+    words = torch.tensor([0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]).double()
+    u = (words + 0.5) / 2**32
+    streams = Streams.create(1, seed=0)
+    assert torch.equal(streams.uniform(0, 0, (4,), torch.float64)[0], u)
+    radius, angle = (-2 * u[:2].log()).sqrt(), 2 * math.pi * u[2:]
+    expected = torch.cat([radius * angle.cos(), radius * angle.sin()])
+    torch.testing.assert_close(streams.normal(0, 0, (4,), torch.float64)[0], expected)
 
 
 def test_streams_do_not_depend_on_the_batch(float64):
@@ -170,6 +182,14 @@ class TestBalls:
         alone = ball.random_start(x[5:6], Streams.create(1, seed=1, first_image=5))
         torch.testing.assert_close(start[5:6], alone, rtol=0, atol=1e-12)
 
+    def test_random_start_is_uniform(self, ball, float64):
+        """A share s^D of a ball in D dimensions lies within s radii, half of it on either side of
+        0 in each. Kolmogorov's test of 4,000 starts at 1e-4; signs within 5 standard errors."""
+        start = ball.random_start(torch.empty(4000, 1, 1, 3), Streams.create(4000, seed=1))
+        share = (ball.norm(start) / ball.radius) ** 3
+        assert stats.kstest(share.numpy(), "uniform").pvalue > 1e-4
+        assert ((start > 0).double().mean(0) - 0.5).abs().max() < 2.5 / 4000**0.5
+
     def test_inside_holds_exactly_after_rounding(self, ball):
         x = torch.rand(200, 1, 28, 28)
         eps = ball.project(torch.randn_like(x))
@@ -183,6 +203,12 @@ class TestBalls:
         streams = Streams(0, torch.arange(4, device="meta"), torch.arange(4, device="meta"))
         eps = ball.project(ball.random_start(x, streams) + ball.steepest_ascent(x))
         assert ball.inside(x, eps).shape == x.shape
+
+
+def test_l1_projects_what_has_no_sum_in_float32():
+    far = torch.tensor([[3e38, -1.0, 2.0, 0.0], [1.0, 3e38, -3e38, 0.5]])
+    expected = torch.tensor([[4.0, 0.0, 0.0, 0.0], [0.0, 2.0, -2.0, 0.0]])
+    torch.testing.assert_close(L1(4.0).project(far), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("radius", [0.0, -0.1, math.inf, math.nan, "0.1", True])

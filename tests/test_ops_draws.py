@@ -161,6 +161,8 @@ def test_the_rarest_uniforms_give_numbers():
     torch.testing.assert_close(value, expected)
     for fn in (dist.Gumbel(zeros, zeros + 1), dist.RelaxedBernoulli(zeros + 1, logits=zeros)):
         assert draw(fn, rarest).isfinite().all()
+    certain = torch.tensor([0.0, 1.0])
+    assert torch.equal(draw(dist.Bernoulli(certain), rarest), certain)
 
 
 def test_what_is_not_known_or_the_programs_own_is_left_alone():
@@ -173,6 +175,14 @@ def test_what_is_not_known_or_the_programs_own_is_left_alone():
         dist.RelaxedOneHotCategoricalStraightThrough(temperature, logits=logits),
     ):
         assert draw(fn, noise(2)) is None
+
+
+def test_a_draw_of_a_mixture_has_no_derivative():
+    loc = torch.zeros(2, 3, requires_grad=True)
+    mixture = dist.MixtureSameFamily(
+        dist.Categorical(logits=torch.zeros(2, 3)), dist.Normal(loc, 1)
+    )
+    assert not draw(mixture, noise(2)).requires_grad
 
 
 class ConcreteVAE:

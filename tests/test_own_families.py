@@ -18,7 +18,7 @@ from pyro_vae_defence.defence import MCMCDefence
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import most_likely_image
 from pyro_vae_defence.objectives import AVAE, BetaELBO
-from pyro_vae_defence.ops import divergences
+from pyro_vae_defence.ops import distributions, divergences
 from pyro_vae_defence.ops.balls import Linf
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -340,3 +340,24 @@ def test_a_flow_that_is_told_its_image_is_one_for_all_of_them(number):
     objective = attacks.maximum_damage(OneFlow(likelihood=lambda z: dist.Normal(z, 1.0)))(X)
     moved = 4 * (1 - 2 * X).flatten(1).sum(1).square()  # of the latent, in each of four pixels
     torch.testing.assert_close(objective(1 - X), moved)
+
+
+def test_a_density_that_agrees_with_its_family_at_the_mean_alone_has_another_mean():
+    class Skewed(dist.Normal):
+        def log_prob(self, value):
+            stretched = torch.where(value > self.loc, self.loc + 2 * (value - self.loc), value)
+            return super().log_prob(stretched)
+
+    class Same(dist.Normal):
+        def log_prob(self, value):
+            return super().log_prob(value)
+
+    rows = torch.zeros(3, 2), torch.ones(3, 2)
+    assert not distributions.mean_is_own(Skewed(*rows).to_event(1))
+    assert distributions.mean_is_own(Same(*rows).to_event(1))
+
+
+def test_elements_count_that_no_mask_leaves_out():
+    inner, outer = torch.tensor([[True, True, False]] * 2), torch.tensor([True, False])
+    fn = dist.Normal(torch.zeros(2, 3), 1.0).mask(inner).to_event(1).mask(outer)
+    assert torch.equal(distributions.counted(fn), inner & outer[:, None])

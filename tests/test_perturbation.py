@@ -24,6 +24,7 @@ from pyro_vae_defence.models.nvae.likelihoods import DiscretisedLogisticMixture,
 from pyro_vae_defence.models.perturbation import (
     PerturbationAware,
     UnknownRadius,
+    _moving_image,
     most_likely_image,
 )
 from pyro_vae_defence.ops import reach
@@ -607,3 +608,14 @@ def test_refusals():
     for solve in (reach.maximise_linear, functools.partial(reach.nearest, x)):
         with pytest.raises(ValueError, match="ball must be an Linf, L2 or L1 ball"):
             solve(x, x, Ball(0.1))
+
+
+@pytest.mark.parametrize("ball", [L2(0.6), L1(1.5)], ids=str)
+def test_pixels_at_the_range_do_not_move_with_the_image(ball):
+    x = torch.rand(5, 1, 3, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    logits = torch.randn(5, 1, 3, 3, generator=torch.Generator().manual_seed(2))
+    closest = _moving_image(dist.Bernoulli(logits=logits).to_event(3), x, ball)
+    (moves,) = torch.autograd.grad(closest.sum(), x)
+    between = (closest > 0) & (closest < 1)
+    assert torch.equal(moves, between.to(moves))
+    assert 0 < int(between.sum()) < between.numel()

@@ -175,14 +175,14 @@ def _linf_move(problem: Problem, perturbation: Tensor, side: int, t: int) -> Ten
 
 
 def _pyramid(height: int, width: int, device: torch.device) -> Tensor:
-    """Concentric rectangles whose values grow towards the centre (eq. 2 of the Square attack)."""
+    """Concentric rectangles whose values grow towards the centre (eq. 2 of the Square attack), not
+    wider than high."""
     half = height // 2
     down = torch.arange(height, device=device)[:, None] - half
     across = torch.arange(width, device=device) - width // 2
-    reach = half - torch.maximum(down.abs(), across.abs())
     order = torch.arange(half + 1, dtype=torch.float64, device=device)
     terms = 1.0 / (half + 1 - order) ** 2
-    return torch.where(reach >= 0, terms.cumsum(0)[reach.clamp(min=0)], terms[0])
+    return terms.cumsum(0)[half - torch.maximum(down.abs(), across.abs())]
 
 
 def _pattern(side: int, like: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def search_mode(
         position = lat.where(finite, lat.add(position, step, -rate), best)
         energy, gradient = energy_and_gradient(potential, position)
         # Comparisons with NaN are false: such a point is never the best unless it was the start.
-        better = energy < best_energy
+        # Minus infinity is no place to be either, where a chain could not start.
+        better = (energy < best_energy) & energy.isfinite()
         best = lat.where(better, position, best)
         best_energy = torch.where(better, energy, best_energy)
     return best, torch.full_like(best_energy, num_steps + 1, dtype=torch.long)

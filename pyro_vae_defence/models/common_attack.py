@@ -29,8 +29,8 @@ Bernoulli's is, in an L_inf ball. A pixel of the most likely image in reach of x
 
 so that :math:`U_\delta(z; x)` has the terms :math:`-s^+ h(x) + s^- l(x)`, and G the same with the
 means of :math:`s^+` and :math:`s^-` over q in the place of both, less their value at the clean
-image. Their sum is piecewise linear in the pixel, with kinks at :math:`\delta` and
-:math:`1 - \delta`: its least value is at one of these or at an end of the interval.
+image. As h is concave in x and l convex, both increasing, and one of :math:`s^+` and :math:`s^-` is
+zero, their sum is concave in the pixel or monotone: its least value is at an end of the interval.
 
 The means over q are estimated by draws (:class:`MeanSlopes`). V is concave in them, so that their
 error makes the bound more careful, on average.
@@ -214,9 +214,7 @@ class _Likelihood(Reweighted):
     def _reached(self, slopes: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the defender reaches from the best attack, upwards and downwards."""
         epsilon, delta = self.program.epsilon, self.program.delta
-        least, most = (x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)
-        kinks = [torch.full_like(x, kink).clamp(least, most) for kink in (delta, 1 - delta)]
-        attacked = torch.stack([least, most, *kinks])
+        attacked = torch.stack([(x - epsilon).clamp(min=0), (x + epsilon).clamp(max=1)])
         high, low = (attacked + delta).clamp(max=1), (attacked - delta).clamp(min=0)
         energy = (self.up - slopes.clamp(min=0)) * high - (self.down + slopes.clamp(max=0)) * low
         best = energy.argmin(0, keepdim=True)
