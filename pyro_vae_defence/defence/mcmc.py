@@ -96,8 +96,8 @@ class MCMCDefence(BaseDefence):
             ``UnknownRadius``; the chains then sample the perturbation-aware posterior of
             :mod:`pyro_vae_defence.models.perturbation`. ``None`` is the paper.
         keep_draws: draws kept per chain, the last ones; ``None`` keeps all ``num_samples``. Memory
-            per image then depends on this alone. With ``until_converged``, which looks at all draws,
-            at most its ``check_every``, the default.
+            per image then depends on this alone. With ``until_converged``, which looks at all
+            draws, at most its ``check_every``, the default.
         max_gradients: most gradients of the energy per image, over all its chains, the start and
             what leads there included; ``None`` for no bound. Where it does not suffice for all
             transitions, warm-up keeps its share ``warmup_steps / (warmup_steps + num_samples)`` of
