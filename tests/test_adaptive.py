@@ -256,6 +256,58 @@ def test_equilibrium_is_unbiased_for_exact_draws(linear, of_mean):
     assert ((values.mean(0) - expected) / error).abs().max() < STANDARD_ERRORS
 
 
+def test_equilibrium_of_two_chains_by_hand(float64):
+    """Energies z x of chains at 1 and 3, goal z**2: the unbiased covariance of 1, 9 and 1, 3."""
+    ends = {"z": torch.tensor([[1.0], [3.0]])}
+    x = torch.full((1, 1, 1, 1), 0.5, requires_grad=True)
+    objective = adaptive.equilibrium(
+        lambda x, streams: ends,
+        lambda x, start, streams: ends,
+        lambda x, z: z["z"][:, 0] * x[:, 0, 0, 0],
+        lambda x_ref: lambda z, x: z["z"][:, 0].square(),
+        2,
+    )(x.detach())
+    value = objective(x)
+    value.sum().backward()
+    assert value.tolist() == [5.0]
+    assert x.grad.flatten().tolist() == [-8.0]
+
+
+def test_evidence_of_no_chain_is_zero(float64):
+    """Of two chains in the right set, with energies 2 and 4, and of none in the wrong one."""
+    ends = {"z": torch.tensor([[2.0], [4.0]])}
+    x = torch.ones(1, 1, 1, 1, requires_grad=True)
+    right, wrong = (
+        lambda x_ref, there=there: lambda x, previous, streams: (ends, torch.full((2,), there))
+        for there in (True, False)
+    )
+
+    def energy(x, z):
+        return z["z"][:, 0] * x[:, 0, 0, 0]
+
+    for sets, expected in (((right, wrong), 3.0), ((wrong, right), -3.0)):
+        x.grad = None
+        value = adaptive.evidence(*sets, energy, 2)(x.detach())(x)
+        value.sum().backward()
+        assert (value.item(), x.grad.item()) == (expected, expected)
+
+
+def test_nes_asks_for_images_in_range_alone():
+    seen = []
+
+    def prepare(x_ref):
+        def objective(x):
+            seen.append(x)
+            return x.sum((1, 2, 3))
+
+        return objective
+
+    x = torch.rand(2, 1, 4, 4).round().requires_grad_()
+    adaptive.nes(prepare, 2, scale=0.5)(x.detach())(x)
+    assert len(seen) == 5
+    assert all(each.min() >= 0 and each.max() <= 1 for each in seen)
+
+
 def test_equilibrium_with_persistent_hmc_chains(linear):
     vae, x, jacobian, _ = linear
     energy = program.potential(vae, x)

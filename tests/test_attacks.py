@@ -73,6 +73,33 @@ def test_published_rate_is_halved_after_twenty_steps_without_improvement(float64
     assert torch.allclose(steps[43:], torch.full((6,), 2.5e-5), atol=1e-12)
 
 
+def test_published_rate_is_that_of_torchs_plateau_rule(float64):
+    """Of values that rise, stand, rise by less than its threshold, fall, half recover, and rise."""
+    values = [1.0, 1.1, *22 * [1.1], *(1.1 + 4e-6 * k for k in range(24))]
+    values += [*12 * [0.5], *12 * [0.9], 1.2, *23 * [1.2]]
+    parameter = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    rule = torch.optim.lr_scheduler.ReduceLROnPlateau(parameter, "max", factor=0.5, patience=20)
+    expected, seen = [], []
+    for value in values:
+        expected.append(1e-4 * rule.get_last_lr()[0])
+        rule.step(value)
+
+    def prepare(x_ref):
+        def objective(v):
+            seen.append(v.item())
+            return (values[min(len(seen), len(values)) - 1] + 1e-4 * (v - v.detach())).flatten()
+
+        return objective
+
+    generator = torch.Generator().manual_seed(1)
+    x = torch.full((1, 1, 1, 1), 0.5)
+    attacks.PGD(prepare, Linf(0.4), num_steps=len(values), preset="paper")(x, generator)
+    steps = torch.tensor(seen).diff()[: len(values) - 1]
+    # The first step may bring the start into the ball, too.
+    assert torch.allclose(steps[1:], torch.tensor(expected[1:-1]), rtol=0, atol=1e-12)
+    assert len(set(expected)) == 5
+
+
 def test_generator_decides(tutorial_vae):
     x = torch.rand(2, 1, 28, 28)
     attack = attacks.PGD(attacks.symmetric_kl(tutorial_vae), Linf(0.1), 2)

@@ -225,6 +225,57 @@ def test_quasi_newton_needs_few_gradients_where_the_curvature_varies():
     assert (short < plain).all()
 
 
+def lbfgs_trials(values, slopes):
+    """Of an objective with these values and slopes, call after call: how far each trial of L-BFGS
+    is from the reference towards the corner of the ball, and where the result is."""
+    x, trials = torch.full((1, 1, 2, 2), 0.5, dtype=torch.float64), []
+
+    def prepare(x_ref):
+        def objective(y):
+            trials.append((y.detach() - x_ref) / 0.25)
+            if len(trials) > len(values):  # the attack looks at its result
+                return y.flatten(1).sum(1)
+            value, slope = values[len(trials) - 1], slopes[len(trials) - 1]
+            return value + slope * (y - y.detach()).flatten(1).sum(1)
+
+        return objective
+
+    ball, start = Linf(0.25), lambda x, streams: x
+    attacks.LBFGS(prepare, ball, num_steps=len(values), start=start)(x)
+    found = torch.stack(trials).flatten(1)
+    torch.testing.assert_close(found, found[:, :1].expand_as(found))
+    return found[:-1, 0].tolist(), float(found[-1, 0])
+
+
+def test_lbfgs_line_search_by_hand():
+    """The slope along the first direction, which leads to the corner, is 1."""
+    one = [1.0] * 3
+    # Back to the top of the parabola through what is known; at most to a tenth, at least to half.
+    for last, share in ((-0.25, 0.4), (-9.0, 0.1), (0.5e-4, 0.5)):
+        trials, end = lbfgs_trials([0.0, last, 1.0], one)
+        assert trials == pytest.approx([0, 1, share])
+        assert end == pytest.approx(share)
+    # A rise of at least 1e-4 of the slope times the length of the step is accepted, no other.
+    assert lbfgs_trials([0.0, 2e-4], one)[1] == 1
+    assert lbfgs_trials([0.0, 0.5e-4], one)[1] == 0
+    assert lbfgs_trials([0.0, -1.0, 0.5e-4], one)[1] == pytest.approx(0.25)
+
+
+def test_lbfgs_models_the_curvature_and_forgets_it_where_there_is_none():
+    # From 0.25 with half the slope of 0, Newton's step ends at 0.5. There the slope has risen.
+    trials, _ = lbfgs_trials([0.0, -1.0, 1.0, 2.0, 3.0], [1.0, 0.0, 0.5, 0.8, 0.0])
+    assert trials == pytest.approx([0, 1, 0.25, 0.5, 1])
+
+
+def test_lbfgs_gives_up_after_six_rejections():
+    """Steps of 100 diameters, then of 1, then of 1/100: a tenth of the ball's is 0.02 here."""
+    trials, end = lbfgs_trials([0.0] + 18 * [-1.0], 19 * [1e-6])
+    shorter = 0.1 ** torch.arange(6)
+    expected = torch.cat([torch.zeros(1), shorter, shorter, 0.02 * shorter])
+    assert trials == pytest.approx(expected.tolist(), rel=1e-4)
+    assert end == 0
+
+
 @pytest.mark.parametrize("ball", BALLS, ids=str)
 @pytest.mark.parametrize("name", EVERY)
 def test_ball_and_range_hold_and_more_steps_are_no_worse(name, ball):

@@ -302,14 +302,22 @@ def test_files_that_would_be_decoded_wrongly_are_refused(tmp_path, name, image, 
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_a_camera_turned_by_a_quarter(tmp_path, suffix):
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [  # of EXIF: by a half, on its diagonal, and row 0 is the right-hand side
+        (3, lambda pixels: np.rot90(pixels, 2)),
+        (5, np.transpose),
+        (6, lambda pixels: np.rot90(pixels, -1)),
+    ],
+)
+def test_a_camera_that_was_turned(tmp_path, suffix, orientation, turn):
     pixels = np.arange(12, dtype=np.uint8).reshape(3, 4)
     exif = Image.Exif()
-    exif[0x0112] = 6  # row 0 is the right-hand side
+    exif[0x0112] = orientation
     Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", exif=exif)
     found = data.load_folder(tmp_path)
-    assert found.image_shape == (1, 4, 3)
-    expected = torch.from_numpy(np.rot90(pixels, -1).copy())
+    expected = torch.from_numpy(turn(pixels).copy())
+    assert found.image_shape == (1, *expected.shape)
     assert torch.equal((found[0][0][0] * 255).round().byte(), expected)
 
 

@@ -25,6 +25,7 @@ from pyro_vae_defence.defence import (
     anomaly_scores,
     read_latents,
 )
+from pyro_vae_defence.defence.classifier import reencode
 from pyro_vae_defence.defence.starts import INITIALS
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import ConvVAE, program
@@ -66,6 +67,12 @@ class TestReadings:
             # Readings differ, or the options would be one.
             others = [p for name, p in expected.items() if name != reading]
             assert all((found.exp() - other).abs().max() > 1e-4 for other in others)
+
+    def test_encode_images_in_range_again(self, linear_vae):
+        means = torch.linspace(-0.5, 1.5, 32).view(2, 1, 4, 4)
+        found = reencode(linear_vae, {"z": torch.zeros(2, 3)}, lambda latents: means)
+        expected = program.posterior_mean(linear_vae, means.clamp(0, 1))
+        assert torch.equal(found["z"], expected["z"])
 
     @staticmethod
     def votes(vae, classifier, draw):

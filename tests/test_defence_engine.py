@@ -190,6 +190,33 @@ def test_energy_drift_is_a_t_statistic():
     assert (energy_drift(rising) > 3).all()
 
 
+def test_a_drift_of_either_sign_keeps_an_image_from_converging():
+    """Chains of equal variance whose later quarter is shifted by 9 standard errors of its mean."""
+    flips = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)[:, None]
+    shift = torch.tensor([0.02, 0.02, 0.02, 0.03], dtype=torch.float64)[:, None, None]
+    late = (torch.arange(16) >= 12).double()[:, None]
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    energy = flips + shift * late * sign  # 4 chains, 16 draws, images that rise and that fall
+    for bound, converged in ((8.0, False), (10.0, True)):
+        rule = ConvergenceRule(max_drift=bound)
+        found = assess(energy, {"z": energy[..., None]}, rule, first=5)
+        assert torch.allclose(found.energy_drift, 9 * sign)
+        assert found.converged.tolist() == [converged] * 2
+        assert found.forgotten_after.tolist() == [13 if converged else -1] * 2
+
+
+def test_r_hat_is_the_larger_of_the_energys_and_the_latents_mean_one():
+    flips = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(8)[:, None]
+    apart = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)[:, None, None]
+    # Halves of 4 draws with means 0, 0, 1, 1, ...: W = 4/3, B = 4 * 10/7.
+    alike, differ = flips + 0 * apart, flips + apart
+    still, moved = 3 / 4, 3 / 4 + (10 / 7) / (4 / 3)
+    latents = {"a": torch.stack([alike, differ], -1), "b": alike}
+    for energy, expected in ((alike, (moved + 2 * still) / 3), (differ, moved)):
+        found = assess(energy, latents, ConvergenceRule())
+        assert float(found.r_hat) == pytest.approx(expected**0.5)
+
+
 def test_images_stop_when_converged_and_compaction_changes_nothing(linear_vae, monkeypatch):
     torch.manual_seed(1)
     x = torch.rand(12, 1, 4, 4)

@@ -16,6 +16,7 @@ from pyro_vae_defence.defence import (
     radius_probabilities,
     scores_by_radius,
 )
+from pyro_vae_defence.defence import radius as radius_module
 from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import UnknownRadius
@@ -71,6 +72,14 @@ def test_a_penalty_is_the_order_statistic_that_promises_a_rate_for_further_image
         assert penalty(x, quantile) == pytest.approx(gains[k - 1], rel=1e-9)
 
 
+def test_rounding_does_not_raise_the_rank_of_a_penalty(vae, monkeypatch):
+    assert 25 * 0.28 > 7
+    gains = torch.arange(1.0, 25.0)
+    monkeypatch.setattr(radius_module, "_gains", lambda *args: gains[None])
+    unknown = calibrate_radius(vae, clean_images(vae, 24), (0.1,), quantile=0.28)
+    assert unknown.penalties == (7.0,)
+
+
 def test_probabilities_tell_clean_images_from_attacked_ones(vae):
     x = clean_images(vae, 60)
     unknown = calibrate_radius(vae, x[:40], RADII, num_steps=20)
@@ -124,6 +133,40 @@ def test_scores_and_choice(vae):
     seed = int(torch.randint(2**62, (), generator=seed))
     undefended = closeness(NoDefence(vae)(x, torch.Generator().manual_seed(seed)))
     assert torch.allclose(choice.clean_costs, undefended - scores, atol=1e-6)
+
+
+def test_the_largest_radius_that_costs_no_more_than_the_bound_is_chosen(vae):
+    """In any order of the candidates, and with the same noise for all of them and no defence."""
+    x = clean_images(vae, 2)
+    costs, starts = {None: 0.0, 0.1: 0.25, 0.2: 0.5, 0.3: 0.75}, []
+
+    def defence(vae, perturbation):
+        assumed.append(perturbation.radius)
+        return PosteriorModeDefence(vae, num_steps=1, initial="guide", perturbation=perturbation)
+
+    def score(result):
+        starts.append(result.initial["z"])
+        return torch.full((2,), -costs[assumed[-1]])
+
+    # A mean of 0.5 is within a bound of 0.5.
+    for bound, chosen in ((0.5, 0.2), (0.4, 0.1)):
+        for generator in (None, torch.Generator().manual_seed(3)):
+            assumed, starts[:] = [None], []
+            choice = choose_radius(
+                vae,
+                x,
+                (0.2, 0.3, 0.1),
+                max_clean_cost=bound,
+                score=score,
+                defence=defence,
+                generator=generator,
+            )
+            assert choice.radius == chosen
+            assert choice.clean_costs[:, 0].tolist() == [0.5, 0.75, 0.25]
+            assert all(torch.equal(start, starts[0]) for start in starts)
+    assumed = [None]
+    with pytest.raises(ValueError, match=r"the least is 0.5\); allow more"):
+        choose_radius(vae, x, (0.2, 0.3), max_clean_cost=0.2, score=score, defence=defence)
 
 
 def test_a_chain_with_an_unknown_radius_records_it(vae):

@@ -43,6 +43,8 @@ def test_active_units_move_more_than_the_threshold():
     assert active_units(means).tolist() == [False, False, True, True]
     assert active_units(means, threshold=0.0).tolist() == [False, True, True, True]
     assert active_units(means + 5.0).tolist() == [False, False, True, True]
+    two = torch.tensor([[0.0, 0.0], [2.0, 2.5]])  # unbiased variances of 2 and 3.125
+    assert active_units(two, threshold=2.0).tolist() == [False, True]
 
 
 def test_active_units_keep_the_shape_of_the_event():

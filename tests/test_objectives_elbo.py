@@ -23,7 +23,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide.effect import GuideMessenger
 from torch import Tensor, nn
 
-from pyro_vae_defence.objectives import BetaELBO, linear_schedule
+from pyro_vae_defence.objectives import BetaELBO, BetaTCVAE, linear_schedule
 
 
 def images(vae: nn.Module, n: int = 6) -> Tensor:
@@ -178,6 +178,42 @@ def test_terms_against_closed_forms() -> None:
     torch.testing.assert_close(terms["kl"], kl)
     torch.testing.assert_close(terms["reconstruction"], reconstruction)
     torch.testing.assert_close(terms["loss"], 2.5 * kl - reconstruction)
+
+
+class Point(LinearVAE):
+    """A deterministic encoder behind a flow of its own, whose log-density is known."""
+
+    def guide(self, x: Tensor) -> None:
+        pyro.module("encoder", self.encoder)
+        loc, scale = self.posterior(x)
+        with pyro.plate("data", x.shape[0]):
+            pyro.sample("z0", dist.Delta(loc, -scale.log().sum(1), event_dim=1))
+
+
+def test_the_divergence_of_a_point_has_its_log_density() -> None:
+    vae = Point()
+    x = images(vae)
+    loc, scale = vae.posterior(x)
+    expected = -scale.log().sum(1) - dist.Normal(0.0, 1.0).log_prob(loc).sum(1)
+    torch.testing.assert_close(BetaELBO().terms(vae.model, vae.guide, x)["kl"], expected)
+
+
+class BatchNorm(LinearVAE):
+    """Two latents, read from images by a layer that counts its runs."""
+
+    def __init__(self) -> None:
+        super().__init__(3, (2, 1))
+        self.norm = nn.BatchNorm1d(6, dtype=torch.float64)
+
+    def guide(self, x: Tensor) -> None:
+        super().guide(self.norm(x.flatten(1)))
+
+
+def test_asking_whether_sites_depend_leaves_batch_norm_alone() -> None:
+    vae = BatchNorm()
+    with torch.no_grad():
+        BetaTCVAE(2.0, 10).loss(vae.model, vae.guide, images(vae))
+    assert int(vae.norm.num_batches_tracked) == 1
 
 
 def test_programs_stay_unscaled() -> None:

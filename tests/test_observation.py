@@ -17,6 +17,7 @@ from pyro_vae_defence import attacks, metrics
 from pyro_vae_defence.defence import MCMCDefence, NoDefence, calibrate_radius
 from pyro_vae_defence.defence.radius import radius_probabilities
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.observation import _read_site, probes
 from pyro_vae_defence.models.perturbation import UnknownRadius
 from pyro_vae_defence.ops.balls import L1, L2, Linf
 
@@ -582,3 +583,14 @@ def test_global_latents_are_named():
     )
     z = energy.prototype
     torch.testing.assert_close(energy(z), expected(z))
+
+
+def test_a_map_that_is_not_quite_affine_is_none():
+    x = probes(torch.zeros(1, 1, 3, 3, dtype=torch.float32)).flatten(1)
+    found = _read_site("x", 2 * x.flip(1) - 1, x)
+    assert found.pixels.tolist() == [*range(8, -1, -1)]
+    assert torch.allclose(found.scale, torch.full_like(found.scale, 2))
+    assert torch.allclose(found.shift, torch.full_like(found.shift, -1))
+    # A curve, and what is cut off far from where the pixels are numbered.
+    for rows in (x + 1e-4 * x.square(), x.clamp(0.05, 0.95)):
+        assert _read_site("x", rows, x) is None

@@ -14,7 +14,7 @@ from programs import PlaneVAE, energies_under_common_attack, plane_classifier
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.perturbation import most_likely_image
 from pyro_vae_defence.ops.balls import L1, L2, Linf
-from pyro_vae_defence.robustness import mass_bound
+from pyro_vae_defence.robustness import mass, mass_bound
 from pyro_vae_defence.robustness.mass import MassBound, Masses, reaches
 
 BALLS = {Linf: 0.15, L2: 0.8, L1: 2.5}
@@ -155,6 +155,48 @@ class TestInThePlane:
                 error = weights.std(0) / copies**0.5
                 assert bool(((weights.mean(0) - 1).abs() < 4 * error).all())
                 assert bool((error < 0.3).all())
+
+    def test_noise_is_never_used_twice_and_errors_have_that_of_the_shares(
+        self, vae, x, labels, clean, monkeypatch
+    ):
+        """Walks that tune, rise, go on and fall, in two sets; a share s of 300 draws has the
+        relative variance (1 - s) / (300 s), and a mixture the mean of its components'."""
+        seeds, walks, bases = [], [], []
+        walk, move, fit = mass.annealed.walk, mass.annealed.move, mass._Base.fit
+
+        def seen_walk(*args, **options):
+            seeds.append(args[5].seed)
+            walks.append(walk(*args, **options))
+            return walks[-1]
+
+        def seen_move(*args, **options):
+            seeds.append(args[5].seed)
+            return move(*args, **options)
+
+        def seen_fit(*args):
+            bases.append(fit(*args))
+            return bases[-1]
+
+        monkeypatch.setattr(mass.annealed, "walk", seen_walk)
+        monkeypatch.setattr(mass.annealed, "move", seen_move)
+        monkeypatch.setattr(mass._Base, "fit", seen_fit)
+        found = self.bound(vae, x, labels, clean, num_temperatures=5, num_steps=1, num_walks=4)
+        generator = torch.Generator().manual_seed(1)
+        first = int(torch.randint(2**62, (), generator=generator))
+        assert sorted(set(seeds)) == [first + 1 + number for number in range(8)]
+        classes = len(bases[0].loc)
+        for row, label in enumerate(labels):
+            shares = (bases[0].read == label).double().mean(1)
+            expected = (1 - shares[label]) / (300 * shares[label])
+            others = [k for k in range(classes) if k != label]
+            outside = shares[others] / (300 * (1 - shares[others]))  # of those outside the class
+            for masses, risen, variance in (
+                (found.right, walks[1], expected),
+                (found.wrong, walks[4], outside.sum() / (classes - 1) ** 2),
+            ):
+                assert variance > 0
+                square = masses.standard_error[row].square()
+                assert torch.allclose(square, risen.variance[row] + variance)
 
     def test_no_attack_of_a_net_passes_the_bound(self, vae, x, labels):
         """Of two attacks, and the better one of one attack on both sets."""

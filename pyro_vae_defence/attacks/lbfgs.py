@@ -106,8 +106,8 @@ class LBFGS(Attack):
         step = (trial - current).flatten(1)
         change = (before - gradient).flatten(1)  # of f = -objective
         product = _inner(step, change)
-        # The first evaluation is of the start: there is no step yet.
-        usable = accept & (product > 1e-10 * step.norm(dim=1) * change.norm(dim=1)) & (t > 0)
+        # The first evaluation is of the start: there is no step yet, and the product is 0.
+        usable = accept & (product > 1e-10 * step.norm(dim=1) * change.norm(dim=1))
         forget = stuck | (accept & ~usable)
         steps = _push(state["steps"], step, usable, forget)
         changes = _push(state["changes"], change, usable, forget)

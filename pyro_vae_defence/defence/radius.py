@@ -24,8 +24,9 @@ too large only as far as their penalty goes on growing.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -182,11 +183,20 @@ def scores_by_radius(
         generator: source of that seed; torch's global seed when ``None``.
     """
     program.check_vae(vae)
-    radii = _as_radii(radii)
-    seed, num_images = draw_seed(generator), len(split(x)[0])
-    scores = []
-    for radius in radii:
-        run = defence(vae, perturbation=ball(radius) if radius else None)
+    return _scores(_assuming(vae, _as_radii(radii), ball, defence), x, score, draw_seed(generator))
+
+
+def _assuming(
+    vae: VAE, radii: Iterable[float], ball: type[Ball], defence: Callable[..., Any]
+) -> Iterator[Any]:
+    """The defence that assumes each radius."""
+    return (defence(vae, perturbation=ball(radius) if radius else None) for radius in radii)
+
+
+def _scores(defences: Iterable[Any], x: ImagesLike, score: ResultScore, seed: int) -> Tensor:
+    """Those of each defence, with the same noise, ``(defences, N)``."""
+    num_images, scores = len(split(x)[0]), []
+    for run in defences:
         values = score(run(x, torch.Generator().manual_seed(seed)))
         if tuple(values.shape) != (num_images,):
             raise ValueError(
@@ -219,13 +229,14 @@ def choose_radius(
     *,
     max_clean_cost: float,
     score: ResultScore = similarity_to_input,
+    ball: type[Ball] = Linf,
+    defence: Callable[..., Any] = MCMCDefence,
     generator: torch.Generator | None = None,
-    **options: Any,
 ) -> RadiusChoice:
     """The largest radius whose clean cost stays within a bound.
 
     The cost of a radius is the mean score of the undefended VAE minus that of the defence, both on
-    clean images. For a loss of accuracy, score whether a label is right:
+    clean images and with the same noise. For a loss of accuracy, score whether a label is right:
     ``score=lambda result: (classify(result.latents) == labels).float()``.
 
     Args:
@@ -233,17 +244,16 @@ def choose_radius(
         clean_images: ``(N, C, H, W)`` in [0, 1], not of the test set.
         radii: candidates >= 0.
         max_clean_cost: largest mean loss of score that is accepted.
-        score, generator, options: as for :func:`scores_by_radius`.
+        score, ball, defence, generator: as for :func:`scores_by_radius`.
 
     Raises:
         ValueError: if no radius stays within the bound.
     """
     radii = _as_radii(radii)
     check_within("max_clean_cost", max_clean_cost, "[-inf, inf]")
-    seed = draw_seed(generator)
-    undefended = score(NoDefence(vae)(clean_images, torch.Generator().manual_seed(seed)))
-    options.update(score=score, generator=torch.Generator().manual_seed(seed))
-    costs = undefended - scores_by_radius(vae, clean_images, radii, **options)
+    runs = itertools.chain([NoDefence(vae)], _assuming(vae, radii, ball, defence))
+    undefended, *defended = _scores(runs, clean_images, score, draw_seed(generator))
+    costs = undefended - torch.stack(defended)
     means = costs.double().mean(1).tolist()
     fitting = [radius for radius, mean in zip(radii, means, strict=True) if mean <= max_clean_cost]
     if not fitting:

@@ -22,7 +22,7 @@ def active_units(means: Tensor, threshold: float = ACTIVITY_THRESHOLD) -> Tensor
 
     Args:
         means: means of q(z | x), shape ``(N, *event)``, one row per image, at least two.
-        threshold: smallest (unbiased) variance over images that counts as active, not negative.
+        threshold: (unbiased) variance over images that an active unit's exceeds, not negative.
 
     Raises:
         ValueError: fewer than two rows, no latent dimension, means that are not finite, or a

@@ -218,10 +218,9 @@ class BetaELBO(ImageELBO):
     def particle_terms(
         self, model: PyroProgram, guide: PyroProgram, x: Tensor, *args: Any, **kwargs: Any
     ) -> Terms:
-        """Run both programs with their latent sites scaled by beta."""
+        """Run the programs with the guide's sites scaled by beta: a divergence has their scale."""
         beta = weight_at("beta", self.beta, self.step)
-        scaled = _ScaleLatents(beta)(model), poutine.scale(guide, beta)
-        return elbo_terms(*self._get_trace(*scaled, (x, *args), kwargs))
+        return elbo_terms(*self._get_trace(model, poutine.scale(guide, beta), (x, *args), kwargs))
 
 
 class Run(NamedTuple):
@@ -269,18 +268,6 @@ class MeanFieldELBO(ImageELBO):
     @abstractmethod
     def extra_terms(self, run: Run) -> Terms:
         """Terms ``(N,)`` that are added to those of the ELBO."""
-
-
-class _ScaleLatents(Messenger):
-    """``poutine.scale`` for the latent sites alone: the image keeps its weight."""
-
-    def __init__(self, scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = self.scale * msg["scale"]
 
 
 class _OfTheBatch(Messenger):

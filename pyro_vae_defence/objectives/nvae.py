@@ -197,7 +197,7 @@ def balance_kl(kl: Tensor, alpha: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     if beta == 1:
         return kl.sum(dim=1), torch.ones_like(kl[0])
     size = kl.detach().abs().mean(dim=0) + 0.01
-    coefficients = size / alpha.to(size, non_blocking=True) * size.sum()
+    coefficients = size / alpha.to(size, non_blocking=True)
     coefficients = coefficients / coefficients.mean()
     return beta * (coefficients * kl).sum(dim=1), coefficients
 
