@@ -268,7 +268,8 @@ def test_lbfgs_models_the_curvature_and_forgets_it_where_there_is_none():
 
 
 def test_lbfgs_gives_up_after_six_rejections():
-    """Steps of 100 diameters, then of 1, then of 1/100: a tenth of the ball's is 0.02 here."""
+    """Steps of 100 diameters, then of 1, both of which the ball ends at its corner, then of 1/100,
+    which is 0.02 of the way there."""
     trials, end = lbfgs_trials([0.0] + 18 * [-1.0], 19 * [1e-6])
     shorter = 0.1 ** torch.arange(6)
     expected = torch.cat([torch.zeros(1), shorter, shorter, 0.02 * shorter])
