@@ -161,13 +161,17 @@ def test_which_reports_pass_their_checks():
 STUDIED = ("none", "dark_clip", "median", "gaussian", "mode", "hmc", "aware_mode")
 
 
+def kept_on_textures(radius: str) -> dict[str, str]:
+    suite = f"color_mnist_textured_protocol_{radius}"
+    return {name: share(report(suite, name).robust["mean"]) for name in STUDIED}
+
+
 def test_controls_that_adaptive_attackers_have_met_on_textured_backgrounds():
     gaussian, median = (
         read("color_mnist_textured", "0.2", name) for name in ("gaussian", "median")
     )
     assert gaussian["low"] > median["high"]
-    found = suites()["color_mnist_textured_protocol_0.2"]["reports"]
-    kept = {name: share(found[f"classification/{name}"]["robust"]["mean"]) for name in STUDIED}
+    kept = kept_on_textures("0.2")
     assert {kept[name] for name in STUDIED if name not in ("hmc", "aware_mode")} == {kept["none"]}
     assert kept["none"].startswith("0.00")
     says(
@@ -176,8 +180,7 @@ def test_controls_that_adaptive_attackers_have_met_on_textured_backgrounds():
         f"{kept['aware_mode']} behind the mode of the perturbation-aware target, and nothing",
     )
     says("adaptive_attacks.md", f"keeps {kept['aware_mode']}, and is not told apart", "All reports")
-    found = suites()["color_mnist_textured_protocol_0.1"]["reports"]
-    kept = {name: share(found[f"classification/{name}"]["robust"]["mean"]) for name in STUDIED}
+    kept = kept_on_textures("0.1")
     says(
         "adaptive_attacks.md",
         f"leave {kept['hmc']} of the classes of 100 images behind the chains",

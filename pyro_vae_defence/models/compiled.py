@@ -327,7 +327,7 @@ class Recorder:
         kept = [arg for arg in potential._args if not isinstance(arg, Tensor)]
         found = self._record(what, potential, start)
         self.recordings[key] = found._replace(kept=(kept, potential._kwargs))
-        while len(self.recordings) > _MOST_RECORDINGS:
+        if len(self.recordings) > _MOST_RECORDINGS:
             self.recordings.popitem(last=False)
 
     def _slack(self, what: _Function) -> float:
