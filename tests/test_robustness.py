@@ -872,7 +872,7 @@ class TestWithoutAManual:
         attacks = [sum(v for k, v in c.items() if k not in ("scoring", "checks")) for c in costs]
         assert attacks[0] - costs[0]["unroll"] < 0.25 * attacks[1]
         assert all(costs[0][name] < costs[1][name] / 3 for name in KNOWLEDGE if name in costs[1])
-        assert 45_000 < attacks[1] < 55_000  # "about 50,000"
+        assert 54_000 < attacks[1] < 58_000  # "about 56,000"
         assert 3.8e6 < attacks[2] < 4.2e6
         assert "unroll" not in costs[1]  # the budget is spent before
         # A quick one leaves no attack out, whatever the chain costs.

@@ -18,13 +18,17 @@ from pyro_vae_defence.attacks import adaptive
 from pyro_vae_defence.defence import (
     DefendedClassifier,
     EncoderDefence,
+    MCMCDefence,
     NoDefence,
+    PosteriorModeDefence,
     gaussian_filter,
 )
+from pyro_vae_defence.mcmc import BatchedHMC
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops.balls import L1, Linf
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.robustness import ATTACKS, Budget, WhiteBox, evaluate_robustness
+from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.fidelity import expected_difference
 from pyro_vae_defence.robustness.scoring import Accuracy, Fresh, Scores, Similarity
 from pyro_vae_defence.robustness.suite import Memory, Suite
@@ -98,6 +102,51 @@ class TestIterates:
     def test_mistakes(self, name):
         with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
             Budget(**{name: 0})
+
+
+class TestMode:
+    """The mode of a chain's target, whose derivative is in closed form."""
+
+    def suite(self, perturbation=None, **options):
+        torch.manual_seed(0)
+        vae, x, labels = problem(6)
+        kernel = functools.partial(BatchedHMC, step_size=0.04, num_steps=3)
+        defence = MCMCDefence(vae, kernel, 1, 2, perturbation=perturbation, **options)
+        fresh = Fresh(3)
+        box = WhiteBox(vae, defence, x, fresh)
+        scorer = Accuracy(box, x, labels, DefendedClassifier(defence, classify, "last"), fresh)
+        budget = dataclasses.replace(SMALL, num_iterations=3)  # as many as there are latents
+        return Suite(box, scorer, x, Linf(0.3), budget, attacks.APGD)
+
+    def test_its_derivative_is_exact_where_the_posterior_is_gaussian(self):
+        suite = self.suite()
+        x = suite.x.clone().requires_grad_()
+        suite.objective(ROWS["mode"], 1)(suite.x)(x).sum().backward()
+        again = suite.x.clone().requires_grad_()
+        mean, _ = suite.box.vae.exact(again)
+        suite.goal()(suite.x)({"z": mean}, again).sum().backward()
+        assert bool((again.grad.abs().amax((1, 2, 3)) > 0.1).all())
+        torch.testing.assert_close(x.grad, again.grad)
+
+    @pytest.mark.parametrize("perturbation", [None, Linf(0.1)])
+    def test_the_mode_is_that_of_the_defence_of_this_name(self, perturbation):
+        box = self.suite(perturbation, initial="mean").box
+        streams = Streams.create(6, seed=0)
+        found = box.mode(box._x, box.start(box._x, streams), streams)
+        rival = PosteriorModeDefence(box.vae, initial="mean", perturbation=perturbation)
+        assert torch.equal(found["z"], rival(box._x).latents["z"])
+
+    def test_in_the_suite(self):
+        suite = self.suite()
+        assert suite.why_not(ROWS["mode"]) == ""
+        for other in (NoDefence(suite.box.vae), PosteriorModeDefence(suite.box.vae)):
+            box = WhiteBox(suite.box.vae, other, suite.x)
+            assert dataclasses.replace(suite, box=box).why_not(ROWS["mode"])
+        found = suite.worst(ROWS["mode"], 1)
+        expected = suite_gradients(
+            chain_cost(suite.box.defence), suite.budget, 6, ("mode",), checks=False
+        )
+        assert 0.7 < found[2] / expected["mode"] < 1.5
 
 
 class TestSquare:

@@ -270,8 +270,8 @@ def recommended_configurations() -> dict[str, RobustnessConfig]:
 
 
 PROTOCOL_ATTACKS = (
-    "transfer", "encoder", "bpda", "equilibrium", "evidence", "black_box", "implicit", "truncated",
-    "continuation", "square",
+    "transfer", "encoder", "bpda", "equilibrium", "evidence", "black_box", "implicit", "mode",
+    "truncated", "continuation", "square",
 )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ class Budget:
     def standard(cls) -> Budget:
         """What one processor can do.
 
-        About 50,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
+        About 56,000 decoder gradients of attacks per image behind a chain of 25 transitions, a
         fifth as many again to score them, and for each of the images that checks look at at most
         95,000.
         """
@@ -130,7 +130,7 @@ class Budget:
             num_iterations=5,
             num_directions=5,
             black_box_steps=2,
-            max_evaluations=45_000,
+            max_evaluations=51_000,
             selection_draws=2,
             scoring_draws=5,
             check_draws=16,

@@ -17,8 +17,8 @@ from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models.program import target
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.fidelity import RANDOM_DIRECTIONS
-from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE
-from pyro_vae_defence.robustness.whitebox import runs_as
+from pyro_vae_defence.robustness.suite import ATTACKS, KNOWLEDGE, OF_CHAINS
+from pyro_vae_defence.robustness.whitebox import MODE_STEPS, runs_as
 
 _BLACK_BOXES = [row.name for row in ATTACKS if row.black_box]
 
@@ -102,6 +102,7 @@ def suite_gradients(
         "evidence": 2 * ((budget.persistent_transitions or 1) * length + 2),
         "implicit": going_on + 2 * budget.num_iterations + 3,
         "truncated": going_on + 4 * length * budget.unrolled_transitions + 4,
+        "mode": MODE_STEPS + 2 * budget.num_iterations + 4,
         "unroll": one + 4 * transitions * length,
     }
     of_step["continuation"] = of_step["equilibrium"]
@@ -115,13 +116,14 @@ def suite_gradients(
         # Where a stage begins, and the value of what it found.
         runs = chain is not None and name not in ("transfer", "encoder", "unroll")
         whole_runs = 2 * len(stages[name](num_steps)) if runs else 0
-        return rows * (num_steps * of_step[name] + whole_runs * one)
+        of_run = MODE_STEPS + 1 if name == "mode" else one
+        return rows * (num_steps * of_step[name] + whole_runs * of_run)
 
     found: dict[str, float] = {}
     for name in attacks:
         if chain is None and name not in ("transfer", "encoder", *_BLACK_BOXES):
             continue
-        if not known and name in ("equilibrium", "evidence", "truncated", "continuation", "unroll"):
+        if not known and name in OF_CHAINS:
             continue
         limit = budget.max_evaluations
         if limit is not None and sum(found.values()) >= limit:

@@ -113,6 +113,11 @@ def _implicit(suite: Suite, aim: Aim) -> PreparedObjective:
     return suite.expected(aim, adaptive.implicit(*parts, resume=aim.resume))
 
 
+def _mode(suite: Suite, aim: Aim) -> PreparedObjective:
+    parts = (suite.box.start, suite.box.mode, suite.box.energy, suite.budget.num_iterations)
+    return suite.expected(aim, adaptive.implicit(*parts))
+
+
 def _truncated(suite: Suite, aim: Aim) -> PreparedObjective:
     last = suite.box.transitions(suite.budget.unrolled_transitions)
     parts = (suite.box.start, suite.box.chain, last, aim.resume)
@@ -214,6 +219,7 @@ ATTACKS = (
     Row("evidence", _DECODER, _evidence, _with_transitions, _chains, classes=True, own_draws=True),
     Row("black_box", "outputs of the defence", _black_box, black_box=True),
     Row("implicit", _DECODER, _implicit, _with_chain),
+    Row("mode", _DECODER, _mode, _with_transitions, draws=lambda b: (1,), own_draws=True),
     Row("truncated", _DECODER, _truncated, _with_transitions, other_noise=True),
     Row("square", "outputs of the defence", _square, draws=_at_once, black_box=True, square=True),
     Row(

@@ -33,6 +33,7 @@ from pyro_vae_defence.defence.starts import ChainStart
 from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, unrolled
 from pyro_vae_defence.mcmc.adaptation import FixedStepSize
 from pyro_vae_defence.mcmc.captured import find_graph
+from pyro_vae_defence.mcmc.mode import search_mode
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, fold, rows_of, split, take
 from pyro_vae_defence.models.program import ModelPotential
@@ -41,6 +42,9 @@ from pyro_vae_defence.ops.balls import Ball
 from pyro_vae_defence.ops.checks import RefusalError
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike, Potential
+
+MODE_STEPS = PosteriorModeDefence.num_steps
+"""How many steps a mode is searched with."""
 
 
 def _make_kernel(
@@ -394,6 +398,11 @@ class WhiteBox:
             return last[-1]
         chains = [{n: v.unflatten(0, (self.num_chains, -1)) for n, v in z.items()} for z in last]
         return {n: torch.stack([z[n] for z in chains], 1).flatten(0, 2) for n in last[-1]}
+
+    def mode(self, x: Tensor, start: Latents, streams: Streams) -> Latents:
+        """Where a :class:`~pyro_vae_defence.defence.PosteriorModeDefence` of the same target ends
+        from ``start``, without derivative."""
+        return search_mode(self._potential.at(x), start, num_steps=MODE_STEPS)[0]
 
     def transitions(self, number: int, step_size: float | None = None) -> unrolled.UnrolledKernel:
         """``number`` >= 1 transitions of a defence that :attr:`steps`, to go on with where a chain
