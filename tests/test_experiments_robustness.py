@@ -160,6 +160,35 @@ def test_a_result_is_written_resumed_and_printed(models, tmp_path, capsys):
     assert "radius must lie in (0, 1], the range of images, got 7" in capsys.readouterr().err
 
 
+def test_reports_go_on_with_more_attacks(models, tmp_path):
+    def made(name, **changes):
+        overrides = {**SETTINGS, "defences": ("none", "aware"), **changes}
+        return Robustness(
+            "mnist_radius_0.2", tmp_path / name, models=models, overrides=overrides, progress=False
+        )
+
+    first = made("first").run()["reports"]
+    place = str(tmp_path / "first" / "attacked")
+    changes = {"attacks": ("encoder", "equilibrium", "bpda"), "earlier": place}
+    result = made("more", **changes).run()
+    for key, report in result["reports"].items():
+        before = first[key]
+        assert report["earlier_seeds"] == (before["seed"],)
+        names = [each["name"] for each in report["attacks"]]
+        chain = ["equilibrium", "bpda"] if key.endswith("aware") else []
+        assert names == ["encoder", *chain]
+        assert report["values"].items() >= {
+            (name, text) for name, text in before["values"].items() if name.startswith("attacks")
+        }
+    assert "the worst images of the report of seed" in Robustness.section(result, [])
+    path = tmp_path / "more" / "attacked" / "mnist_radius_0.2_classification_aware.safetensors"
+    assert load_attacked(path).earlier_seeds == (first["classification/aware"]["seed"],)
+    with pytest.raises(ValueError, match="earlier must not be where new attacked images are"):
+        made("first", **changes).run()
+    with pytest.raises(ValueError, match="attacked images .* cannot be read"):
+        made("third", **changes | {"earlier": str(tmp_path)}).run()
+
+
 def test_the_recommended_defence_is_evaluated_as_it_is(models, tmp_path, monkeypatch):
     monkeypatch.setitem(RECOMMENDED_LENGTHS, "warmup_steps", 1)
     monkeypatch.setitem(RECOMMENDED_LENGTHS, "num_samples", 1)

@@ -54,6 +54,7 @@ from pyro_vae_defence.robustness import (
     Fidelity,
     RobustnessReport,
     evaluate_robustness,
+    load_attacked,
     save_attacked,
 )
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
@@ -94,6 +95,8 @@ class RobustnessConfig(InBlocks):
         checks: run the sanity checks, without which a report counts as unreliable.
         defence_seed: a seed that the defence always runs with and attackers know; ``None`` for
             fresh noise in every run.
+        earlier: directory of attacked images, ``attacked`` in the output of the same name with
+            fewer attacks, from whose reports these go on; ``None`` to run all attacks.
         seed: seed of images, attacks and defences.
     """
 
@@ -117,6 +120,7 @@ class RobustnessConfig(InBlocks):
     budget: Budget = PUBLISHED_BUDGET
     checks: bool = True
     defence_seed: conf.Natural | None = None
+    earlier: str | None = None
     seed: conf.Natural = 0
 
     def __post_init__(self) -> None:
@@ -383,9 +387,11 @@ class Robustness(Measurement[RobustnessConfig]):
         """The model, its classifier where one is a target, and images.
 
         Raises:
-            ValueError: for a published setting that is not known.
+            ValueError: for a published setting that is not known, or attacked images of ``earlier``
+                that cannot be read or would be overwritten.
         """
         config = self.config
+        self.earlier: dict[Key, RobustnessReport] = {}
         self.vae, card = self.load_conv_vae(config.model)
         self.paper = config.paper or card.dataset
         if "paper" in config.defences:
@@ -394,6 +400,17 @@ class Robustness(Measurement[RobustnessConfig]):
             self.classifier = self.load_classifier(config.classifier, config.model)
         self.x, labels = self.choose(config.dataset or card.dataset, config.num_images, "images")
         self.labels = labels[:, 0]
+        if config.earlier is not None:
+            place = Path(config.earlier)
+            if place.resolve() == self._images.resolve():
+                raise ValueError(
+                    f"earlier must not be where new attacked images are written, {str(place)!r}; "
+                    "give another --output"
+                )
+            self.earlier = {
+                key: load_attacked(place / self._images_name(key), self.device)
+                for key, _ in self.cells()
+            }
         if self.progress and config.images_per_cell is not None:
             print(estimate(config), file=sys.stderr)
 
@@ -439,9 +456,12 @@ class Robustness(Measurement[RobustnessConfig]):
         if target == "classification":
             classify = DefendedClassifier(defence, self.classifier, config.reading)
         rows = slice(None) if images is None else slice(images.start, images.stop)
-        images_file = self.directory / "attacked" / f"{self._stem(key)}.safetensors"
+        images_file = self._images / self._images_name(key)
         check_place(images_file)
-        purpose = (key[1],) if number is None else (key[1], "block", number)
+        purpose: tuple[object, ...] = (key[1],) if number is None else (key[1], "block", number)
+        earlier = self.earlier.get(key)
+        if earlier is not None:
+            purpose += ("after", earlier.seed)
         report = evaluate_robustness(
             self.vae,
             defence,
@@ -454,6 +474,7 @@ class Robustness(Measurement[RobustnessConfig]):
             engine=getattr(attacks, config.engine),
             checks=config.checks,
             defence_seed=config.defence_seed,
+            earlier=earlier,
             generator=self.generator(*purpose),
             checkpoint=self._checkpoint(key),
             keep_checkpoint=True,
@@ -468,6 +489,14 @@ class Robustness(Measurement[RobustnessConfig]):
     def saved(self, key: Key) -> None:
         """Delete the checkpoint of a report, which is safe now."""
         self._checkpoint(key).unlink(missing_ok=True)
+
+    @property
+    def _images(self) -> Path:
+        """Where attacked images are written."""
+        return self.directory / "attacked"
+
+    def _images_name(self, key: Key) -> str:
+        return f"{self._stem(key)}.safetensors"
 
     def _stem(self, key: Key) -> str:
         """Of the files of a report, or of one of a block."""
@@ -517,6 +546,8 @@ class Robustness(Measurement[RobustnessConfig]):
                 f"- {each['name']} ({each['num_draws']} draws): {tables.interval(each['figure'])}"
                 for each in report["attacks"]
             ]
+            seeds = report.get("earlier_seeds", ())
+            each_one += [f"- the worst images of the report of seed {seed} again" for seed in seeds]
             each_one += [f"- skipped {name}: {why}" for name, why in report["skipped"].items()]
             each_one += [
                 f"- fidelity of {name}{'' if each['reached'] else ', bar not reached'}: "

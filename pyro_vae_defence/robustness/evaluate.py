@@ -64,6 +64,9 @@ from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
+from pyro_vae_defence.robustness.earlier import candidates as of_earlier
+from pyro_vae_defence.robustness.earlier import check_defence as check_same_defence
+from pyro_vae_defence.robustness.earlier import check_earlier
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
 from pyro_vae_defence.robustness.scoring import (
     Accuracy,
@@ -97,6 +100,7 @@ def evaluate_robustness(
     similarity: Callable[[Tensor, Tensor], Tensor] | None = None,
     checks: bool = True,
     defence_seed: int | None = None,
+    earlier: RobustnessReport | None = None,
     generator: torch.Generator | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     keep_checkpoint: bool = False,
@@ -130,6 +134,10 @@ def evaluate_robustness(
             ``defence(x, torch.Generator().manual_seed(defence_seed))``, all images in one call. A
             figure is then that of one run, since all runs are the same. ``None`` for fresh noise in
             every run, which no attacker foresees.
+        earlier: a report of the same evaluation with fewer attacks, with its images, as
+            :func:`~pyro_vae_defence.robustness.published.load_attacked` reads it. Its attacks do
+            not run again and keep their figures; its worst images are a candidate beside what the
+            others find, and all candidates, and all checks, are scored anew.
         generator: source of the seed; torch's global seed when ``None``.
         checkpoint: a file for what has been found so far, written after every attack. The
             same call goes on from it where it is there, with its seed, and deletes it at the end.
@@ -163,6 +171,8 @@ def evaluate_robustness(
         raise ValueError(
             f"attacks must be names among {', '.join(KNOWLEDGE)}, got {unknown or attacks}"
         )
+    if not (earlier is None or isinstance(earlier, RobustnessReport)):
+        raise ValueError(f"earlier must be a RobustnessReport, got {earlier!r:.100}")
     labels = kept(check_labels(labels, x, classifier))
     defence_seed = check_seed(defence_seed)
     budget = budget or Budget.standard()
@@ -177,6 +187,7 @@ def evaluate_robustness(
             _own(similarity),
             checks,
             defence_seed,
+            *(() if earlier is None else (earlier.seed, earlier.x_adv)),
         )
         identity = fingerprint(
             x, labels, conditions, weights_fingerprint(vae), _own(defence), _own(classifier), given
@@ -190,12 +201,14 @@ def evaluate_robustness(
         suite = Suite(box, scorer, x, ball, budget, engine)
         steps.begin(box, fresh)
         chain = chain_cost(defence)
-        expected = suite_gradients(chain, suite.budget, len(x), attacks, checks)
+        known = {each.name for each in earlier.attacks} if earlier else set()
+        to_run = [name for name in attacks if name not in known]
+        expected = suite_gradients(chain, suite.budget, len(x), to_run, checks)
         total = sum(expected.values())
         with tqdm(
             total=total, unit="gradient", unit_scale=True, disable=not progress, leave=False
         ) as bar:
-            report = _report(suite, conditions, attacks, checks, steps, expected, bar)
+            report = _report(suite, conditions, attacks, checks, earlier, steps, expected, bar)
         if not keep_checkpoint:
             steps.finish()
     return report
@@ -288,15 +301,29 @@ def _report(
     conditions: tuple[Tensor, ...],
     names: Sequence[str],
     checks: bool,
+    earlier: RobustnessReport | None,
     steps: Steps,
     expected: Mapping[str, float],
     bar: Any,
 ) -> RobustnessReport:
     """Run the suite; the order of these lines decides which seed is used for what."""
     box, scorer, budget, x = suite.box, suite.scorer, suite.budget, suite.x
+    threat_model = {
+        "norm": suite.ball.norm_name,
+        "radius": suite.ball.radius,
+        "target": scorer.target,
+        "reading": scorer.reading,
+        **({} if box.seed is None else {"defence_seed": box.seed}),
+    }
+    weights = fingerprint(networks_of(box.vae), networks_of(_read_by(scorer)))
+    ran: tuple[AttackOutcome, ...] = ()
+    if earlier is not None:
+        check_earlier(earlier, suite, threat_model, weights, steps.seed)
+        ran = earlier.attacks
     idle = {row.name: why for row in ATTACKS if (why := suite.why_not(row))}
-    table = [row for row in ATTACKS if row.name in names and row.name not in idle]
-    skipped = {row.name: idle.get(row.name, "not asked for") for row in ATTACKS if row not in table}
+    other = [row for row in ATTACKS if row.name not in {each.name for each in ran}]
+    table = [row for row in other if row.name in names and row.name not in idle]
+    skipped = {row.name: idle.get(row.name, "not asked for") for row in other if row not in table}
 
     def score(name: str, images: Callable[[], Tensor], num_draws: int) -> Scores:
         return Scores(*steps(name, lambda: tuple(scorer.score(images(), num_draws))))
@@ -315,6 +342,8 @@ def _report(
     *figures, clean_seconds = steps("clean", clean_figures)
     clean = Scores(*figures)
     gradients, settings = steps("clean run", clean_run)
+    if earlier is not None:
+        check_same_defence(earlier, settings)
     noise = score(
         "noise", lambda: random_noise(x, suite.ball, scorer.fresh()), budget.scoring_draws
     )
@@ -329,13 +358,25 @@ def _report(
     ]
     # Leaving an image alone is an attack too: it counts errors on clean images.
     clean_selection = score("selection", lambda: x, budget.selection_draws).mean()
-    selections = torch.stack([clean_selection, *(each.selection for each in found)])
-    worst, winner = worst_case(clean, scores, selections, budget.selection_draws)
-    x_adv = torch.stack([x, *(each.x_adv for each in found)])
-    strongest = ["none", *(each.row.name for each in found)]
+    selections = [clean_selection, *(each.selection for each in found)]
+    x_adv = [x, *(each.x_adv for each in found)]
+    strongest = [("none",) * len(x), *((each.row.name,) * len(x) for each in found)]
+    candidates = list(scores)
+    if earlier is not None:
+        assert earlier.x_adv is not None
+        before = earlier.x_adv.to(x)
+        selections.append(score("earlier selection", lambda: before, budget.selection_draws).mean())
+        candidates.append(score("earlier score", lambda: before, budget.scoring_draws))
+        x_adv.append(before)
+        strongest.append(earlier.strongest)
+    worst, winner = worst_case(clean, candidates, torch.stack(selections), budget.selection_draws)
     bar.update(expected["scoring"])
     spent = box.evaluations / len(x)
-    evidence = Evidence(suite, found, scores, clean, noise, worst)
+    every, their_scores = found, scores
+    if earlier is not None:
+        every, their_scores = of_earlier(earlier, before, len(clean.per_draw))
+        every, their_scores = [*every, *found], [*their_scores, *scores]
+    evidence = Evidence(suite, every, their_scores, clean, noise, worst)
 
     def look() -> list[tuple[Any, ...]]:
         # One step, since what one check has tried serves others.
@@ -351,9 +392,9 @@ def _report(
         verdicts.append(Check(name, *verdict))
     if not checks:
         reasons.append("no sanity check ran")
-    if not found:
+    if not every:
         reasons.append("no attack ran")
-    elif box.has_chain and all(each.row.transfers for each in found):
+    elif box.has_chain and all(each.row.transfers for each in every):
         reasons.append("only transfer attacks ran: no attacker knew the defence")
     reasons += [
         f"attack {name} did not run: {why}" for name, why in skipped.items() if name not in idle
@@ -362,27 +403,22 @@ def _report(
         AttackOutcome(
             each.row.name, each.num_draws, {}, each.evaluations, each.seconds, each.row.knowledge
         )
-        for each in found
+        for each in every
     ]
     values = {
         **{f"robust/{name}": value for name, value in worst.summaries().items()},
         **{f"clean/{name}": value for name, value in clean.summaries().items()},
         "undefended_clean": scorer.undefended,
         "random_noise": noise.mean(),
-        **{each.place: score.mean() for each, score in zip(outcomes, scores, strict=True)},
+        **{each.place: score.mean() for each, score in zip(outcomes, their_scores, strict=True)},
     }
-    x_adv = x_adv[winner, torch.arange(len(x), device=x.device)]
+    attacked = torch.stack(x_adv)[winner, torch.arange(len(x), device=x.device)]
+    past = {"attack_evaluations_per_image": 0.0, "seconds": 0.0} if not earlier else earlier.cost
     few = slice(_EXAMPLES)
-    shown = box.at(few)(x_adv[few], scorer.fresh())
+    shown = box.at(few)(attacked[few], scorer.fresh())
     return RobustnessReport(
         figure=scorer.figure,
-        threat_model={
-            "norm": suite.ball.norm_name,
-            "radius": suite.ball.radius,
-            "target": scorer.target,
-            "reading": scorer.reading,
-            **({} if box.seed is None else {"defence_seed": box.seed}),
-        },
+        threat_model=threat_model,
         **conclude(values, outcomes, verdicts, reasons, scorer.of_figure),
         evidence={
             name: Seen(
@@ -394,8 +430,8 @@ def _report(
         cost={
             "defence_gradients_per_image": gradients,
             "defence_seconds_per_image": clean_seconds,
-            "attack_evaluations_per_image": spent,
-            "seconds": steps.seconds,
+            "attack_evaluations_per_image": spent + past["attack_evaluations_per_image"],
+            "seconds": steps.seconds + past["seconds"],
         },
         seed=steps.seed,
         budget=json.loads(json.dumps(dataclasses.asdict(budget))),
@@ -404,11 +440,12 @@ def _report(
             "pyro_vae_defence": pyro_vae_defence.__version__,
             **{name: metadata.version(name) for name in ("torch", "pyro-ppl")},
         },
-        strongest=tuple(strongest[index] for index in winner.tolist()),
-        x_adv=x_adv,
-        examples=torch.stack([x[few], x_adv[few], shown.reconstruction]).cpu(),
+        strongest=tuple(strongest[k][image] for image, k in enumerate(winner.tolist())),
+        x_adv=attacked,
+        examples=torch.stack([x[few], attacked[few], shown.reconstruction]).cpu(),
         images=(fingerprint(x),),
-        weights=fingerprint(networks_of(box.vae), networks_of(_read_by(scorer))),
+        weights=weights,
+        earlier_seeds=() if earlier is None else (*earlier.earlier_seeds, earlier.seed),
         x_ref=x,
         labels=scorer.labels if isinstance(scorer, Accuracy) else None,
         conditions=conditions,

@@ -101,6 +101,8 @@ class RobustnessReport:
         images: a hash of the images, of each report that was joined; empty for a report that an
             earlier version has written.
         weights: a hash of the networks of VAE and classifier; empty likewise.
+        earlier_seeds: of the reports on which it goes on, see
+            :func:`~pyro_vae_defence.robustness.evaluate.evaluate_robustness`.
         x_ref, labels, conditions: the references ``(N, C, H, W)``, their classes if these are what
             is measured, and what else the programs take; ``None`` and empty as ``x_adv``. What
             :func:`~pyro_vae_defence.robustness.published.save_attacked` writes.
@@ -129,6 +131,7 @@ class RobustnessReport:
     evidence: dict[str, Seen]
     images: tuple[str, ...] = ()
     weights: str = ""
+    earlier_seeds: tuple[int, ...] = ()
     x_ref: Tensor | None = None
     labels: Tensor | None = None
     conditions: tuple[Tensor | None, ...] = ()
@@ -188,8 +191,9 @@ class RobustnessReport:
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in _IMAGES:
             del found[name]
-        if not self.weights:  # of an earlier version, whose reports come out again as they were
-            del found["weights"]
+        for name in ("weights", "earlier_seeds"):
+            if not found[name]:  # so reports of earlier versions come out again as they were
+                del found[name]
         for name in ("attacks", "checks"):
             found[name] = [entry._asdict() for entry in found[name]]
         found["per_image"] = self.per_image.tolist()
@@ -239,6 +243,7 @@ class RobustnessReport:
             "x_adv": None,
             "examples": None,
             "images": tuple(found.get("images", ())),
+            "earlier_seeds": tuple(found.get("earlier_seeds", ())),
         }
         return cls(**own)
 

@@ -1,0 +1,86 @@
+"""Reports on which an evaluation goes on: what they share with it, and what they bring.
+
+A suite grows. The attacks of an earlier report need not run again beside a new one: its worst
+images are a candidate more, chosen and scored anew on fresh seeds, and its attacks count as run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae_defence.defence.result import OF_A_RUN
+from pyro_vae_defence.robustness.report import RobustnessReport
+from pyro_vae_defence.robustness.scoring import Scores
+from pyro_vae_defence.robustness.suite import ATTACKS, Candidate, Suite, is_attack
+
+_MEND = "give the report of the same evaluation with fewer attacks, as load_attacked reads it"
+
+
+def check_earlier(
+    report: RobustnessReport, suite: Suite, threat_model: Mapping[str, Any], weights: str, seed: int
+) -> None:
+    """Raise ``ValueError`` unless a report is of what is evaluated now, with its images."""
+    if report.x_adv is None or report.x_ref is None:
+        raise ValueError(f"earlier has no images, as reports from JSON have none; {_MEND}")
+    x, scorer = suite.x, suite.scorer
+    same = report.x_ref.shape == x.shape and torch.equal(report.x_ref.to(x), x)
+    labels = getattr(scorer, "labels", None)
+    if labels is not None and report.labels is not None:
+        same = same and torch.equal(report.labels.to(labels), labels)
+    budget = dataclasses.asdict(suite.budget) | {"num_draws": list(suite.budget.num_draws)}
+    shared = budget.keys() & report.budget.keys() - {"max_evaluations"}
+    differs = {
+        "images or labels": not same,
+        "figure": report.figure != scorer.figure,
+        "threat model": report.threat_model != threat_model,
+        "budget": any(report.budget[name] != budget[name] for name in shared),
+        "weights": report.weights not in ("", weights),
+    }
+    if found := [name for name, other in differs.items() if other]:
+        raise ValueError(f"earlier is a report of other {', '.join(found)}; {_MEND}")
+    unknown = {each.name for each in report.attacks} - {row.name for row in ATTACKS}
+    if unknown or not report.values:
+        raise ValueError(f"earlier was written by another version; {_MEND}, of this version")
+    if seed in (report.seed, *report.earlier_seeds):
+        raise ValueError(
+            f"earlier has the seed that generator gives, {seed}, so that its attacks have seen the "
+            "noise on which they would be scored; give a generator with another seed"
+        )
+    if not bool(is_attack(report.x_adv.to(x), x, suite.ball).all()):
+        raise ValueError(f"earlier has images that leave [0, 1] or {suite.ball}; {_MEND}")
+
+
+def check_defence(report: RobustnessReport, settings: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless a report is of a defence with these settings."""
+    before, now = (
+        {name: value for name, value in each.items() if name not in OF_A_RUN}
+        for each in (report.defence, settings)
+    )
+    if before != now:
+        names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
+        raise ValueError(
+            f"earlier is a report of another defence, by its {', '.join(names)}; {_MEND}"
+        )
+
+
+def candidates(
+    report: RobustnessReport, x_adv: Tensor, num_draws: int
+) -> tuple[list[Candidate], list[Scores]]:
+    """Each attack of a report by its figures, for checks: as if in all of ``num_draws`` draws an
+    image had its mean. The images ``x_adv`` are those of the worst of them."""
+    rows = {row.name: row for row in ATTACKS}
+    found, scores = [], []
+    for each in report.attacks:
+        figure = report.values[each.place].to(x_adv.device)
+        found.append(
+            Candidate(
+                rows[each.name], each.num_draws, x_adv, figure, each.evaluations, each.seconds
+            )
+        )
+        scores.append(Scores(figure.expand(num_draws, -1), figure))
+    return found, scores
