@@ -55,7 +55,7 @@ def check_earlier(
         raise ValueError(f"earlier has images that leave [0, 1] or {suite.ball}; {_MEND}")
 
 
-def check_defence(report: RobustnessReport, settings: Mapping[str, Any]) -> None:
+def check_same_defence(report: RobustnessReport, settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless a report is of a defence with these settings."""
     before, now = (
         {name: value for name, value in each.items() if name not in OF_A_RUN}
@@ -68,7 +68,7 @@ def check_defence(report: RobustnessReport, settings: Mapping[str, Any]) -> None
         )
 
 
-def candidates(
+def of_earlier(
     report: RobustnessReport, x_adv: Tensor, num_draws: int
 ) -> tuple[list[Candidate], list[Scores]]:
     """Each attack of a report by its figures, for checks: as if in all of ``num_draws`` draws an

@@ -64,9 +64,7 @@ from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
-from pyro_vae_defence.robustness.earlier import candidates as of_earlier
-from pyro_vae_defence.robustness.earlier import check_defence as check_same_defence
-from pyro_vae_defence.robustness.earlier import check_earlier
+from pyro_vae_defence.robustness.earlier import check_earlier, check_same_defence, of_earlier
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
 from pyro_vae_defence.robustness.scoring import (
     Accuracy,
@@ -316,12 +314,12 @@ def _report(
         **({} if box.seed is None else {"defence_seed": box.seed}),
     }
     weights = fingerprint(networks_of(box.vae), networks_of(_read_by(scorer)))
-    ran: tuple[AttackOutcome, ...] = ()
+    ran, before_cost = set(), {"attack_evaluations_per_image": 0.0, "seconds": 0.0}
     if earlier is not None:
         check_earlier(earlier, suite, threat_model, weights, steps.seed)
-        ran = earlier.attacks
+        ran, before_cost = {each.name for each in earlier.attacks}, earlier.cost
     idle = {row.name: why for row in ATTACKS if (why := suite.why_not(row))}
-    other = [row for row in ATTACKS if row.name not in {each.name for each in ran}]
+    other = [row for row in ATTACKS if row.name not in ran]
     table = [row for row in other if row.name in names and row.name not in idle]
     skipped = {row.name: idle.get(row.name, "not asked for") for row in other if row not in table}
 
@@ -358,25 +356,25 @@ def _report(
     ]
     # Leaving an image alone is an attack too: it counts errors on clean images.
     clean_selection = score("selection", lambda: x, budget.selection_draws).mean()
-    selections = [clean_selection, *(each.selection for each in found)]
-    x_adv = [x, *(each.x_adv for each in found)]
-    strongest = [("none",) * len(x), *((each.row.name,) * len(x) for each in found)]
-    candidates = list(scores)
+    offers = [(("none",) * len(x), x, clean_selection, clean)]
+    offers += [
+        ((each.row.name,) * len(x), each.x_adv, each.selection, of)
+        for each, of in zip(found, scores, strict=True)
+    ]
     if earlier is not None:
         assert earlier.x_adv is not None
         before = earlier.x_adv.to(x)
-        selections.append(score("earlier selection", lambda: before, budget.selection_draws).mean())
-        candidates.append(score("earlier score", lambda: before, budget.scoring_draws))
-        x_adv.append(before)
-        strongest.append(earlier.strongest)
-    worst, winner = worst_case(clean, candidates, torch.stack(selections), budget.selection_draws)
+        selection = score("earlier selection", lambda: before, budget.selection_draws).mean()
+        again = score("earlier score", lambda: before, budget.scoring_draws)
+        offers.append((earlier.strongest, before, selection, again))
+        past, past_scores = of_earlier(earlier, before, len(clean.per_draw))
+        found, scores = [*past, *found], [*past_scores, *scores]
+    strongest, x_adv, selections, figures_of = zip(*offers, strict=True)
+    selection = torch.stack(selections)
+    worst, winner = worst_case(clean, figures_of[1:], selection, budget.selection_draws)
     bar.update(expected["scoring"])
     spent = box.evaluations / len(x)
-    every, their_scores = found, scores
-    if earlier is not None:
-        every, their_scores = of_earlier(earlier, before, len(clean.per_draw))
-        every, their_scores = [*every, *found], [*their_scores, *scores]
-    evidence = Evidence(suite, every, their_scores, clean, noise, worst)
+    evidence = Evidence(suite, found, scores, clean, noise, worst)
 
     def look() -> list[tuple[Any, ...]]:
         # One step, since what one check has tried serves others.
@@ -392,9 +390,9 @@ def _report(
         verdicts.append(Check(name, *verdict))
     if not checks:
         reasons.append("no sanity check ran")
-    if not every:
+    if not found:
         reasons.append("no attack ran")
-    elif box.has_chain and all(each.row.transfers for each in every):
+    elif box.has_chain and all(each.row.transfers for each in found):
         reasons.append("only transfer attacks ran: no attacker knew the defence")
     reasons += [
         f"attack {name} did not run: {why}" for name, why in skipped.items() if name not in idle
@@ -403,17 +401,16 @@ def _report(
         AttackOutcome(
             each.row.name, each.num_draws, {}, each.evaluations, each.seconds, each.row.knowledge
         )
-        for each in every
+        for each in found
     ]
     values = {
         **{f"robust/{name}": value for name, value in worst.summaries().items()},
         **{f"clean/{name}": value for name, value in clean.summaries().items()},
         "undefended_clean": scorer.undefended,
         "random_noise": noise.mean(),
-        **{each.place: score.mean() for each, score in zip(outcomes, their_scores, strict=True)},
+        **{each.place: score.mean() for each, score in zip(outcomes, scores, strict=True)},
     }
     attacked = torch.stack(x_adv)[winner, torch.arange(len(x), device=x.device)]
-    past = {"attack_evaluations_per_image": 0.0, "seconds": 0.0} if not earlier else earlier.cost
     few = slice(_EXAMPLES)
     shown = box.at(few)(attacked[few], scorer.fresh())
     return RobustnessReport(
@@ -430,8 +427,8 @@ def _report(
         cost={
             "defence_gradients_per_image": gradients,
             "defence_seconds_per_image": clean_seconds,
-            "attack_evaluations_per_image": spent + past["attack_evaluations_per_image"],
-            "seconds": steps.seconds + past["seconds"],
+            "attack_evaluations_per_image": spent + before_cost["attack_evaluations_per_image"],
+            "seconds": steps.seconds + before_cost["seconds"],
         },
         seed=steps.seed,
         budget=json.loads(json.dumps(dataclasses.asdict(budget))),
