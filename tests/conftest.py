@@ -12,6 +12,8 @@ import pytest
 import torch
 from elsewhere import Elsewhere
 from programs import LinearGaussianVAE, TutorialVAE
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_vae_defence.models import ConvVAE
 
@@ -91,3 +93,21 @@ def tutorial_vae():
 @pytest.fixture
 def linear_vae(float64):
     return LinearGaussianVAE()
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most numbers that any operation inside has returned in a tensor."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        sizes = (v.numel() for v in tree_leaves(found) if isinstance(v, torch.Tensor))
+        self.size = max(self.size, *sizes, 0)
+        return found
+
+
+@pytest.fixture
+def largest_tensor():
+    """``with largest_tensor as largest:``, and then ``largest.size``."""
+    return LargestTensor()

@@ -11,9 +11,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from programs import LinearGaussianVAE
+from torch.utils._pytree import tree_leaves
 
 from pyro_vae_defence import attacks
-from pyro_vae_defence.attacks import blackbox
+from pyro_vae_defence.attacks import adaptive, base, blackbox
 from pyro_vae_defence.attacks.apgd import checkpoints
 from pyro_vae_defence.attacks.base import Problem
 from pyro_vae_defence.models import program
@@ -482,6 +483,66 @@ def test_resumes_where_it_was_interrupted(name, stop, tmp_path):
     assert not path.exists()
 
 
+def test_a_checkpoint_writes_each_finished_part_once(tmp_path, monkeypatch):
+    """All of them at every write made the cost quadratic in the number of images."""
+    x = problem("quadratic")[0][:1].repeat(8, 1, 1, 1)
+    left, sizes, save = [math.inf], [], base.atomic_save
+
+    def limited(x_ref):
+        def objective(y):
+            left[0] -= 1
+            if left[0] < 0:
+                raise _Interrupt
+            return (y * x.new_tensor([1.0, -1.0, 2.0, 0.5])).flatten(1).sum(1)
+
+        return objective
+
+    def counted(contents, path):
+        sizes.append(sum(v.numel() for v in tree_leaves(contents) if isinstance(v, torch.Tensor)))
+        save(contents, path)
+
+    monkeypatch.setattr(base, "atomic_save", counted)
+    path, seed = tmp_path / "c.pt", torch.Generator().manual_seed
+    attack = attacks.PGD(limited, L2(0.5), 2, batch_size=1)
+    keep = dataclasses.replace(attack, checkpoint=path)
+    whole = attack(x, seed(4))
+
+    def same(found):
+        assert all(torch.equal(one, other) for one, other in zip(whole, found))
+        assert not list(tmp_path.iterdir())
+
+    same(keep(x, seed(4)))
+    of_result = sum(v.numel() for v in whole) - whole.x_ref.numel()
+    assert sum(sizes) <= of_result + 8 * 9  # and whether gradients were finite, at each write
+
+    def interrupt():
+        left[0] = 14  # evaluations, which finish some of the eight parts
+        with pytest.raises(_Interrupt):
+            keep(x, seed(4))
+        left[0] = math.inf
+
+    interrupt()
+    assert len(list(tmp_path.glob("c.pt.part*"))) > 1
+    same(keep(x, seed(5)))
+    # A file of an earlier version, which held the parts itself.
+    interrupt()
+    saved = torch.load(path)
+    parts = [torch.load(tmp_path / f"c.pt.part{n}") for n in range(saved["finished"])]
+    own = [{k: v for k, v in part.items() if k not in ("identity", "seed")} for part in parts]
+    for part in tmp_path.glob("c.pt.part*"):
+        part.unlink()
+    torch.save(saved | {"finished": own}, path)
+    same(keep(x, seed(5)))
+    # Parts of another run, or none.
+    interrupt()
+    torch.save(parts[0] | {"seed": 5}, tmp_path / "c.pt.part0")
+    with pytest.raises(ValueError, match=r"c\.pt\.part0' belongs to another attack .*; delete"):
+        keep(x)
+    (tmp_path / "c.pt.part0").unlink()
+    with pytest.raises(ValueError, match=r"c\.pt\.part0 of checkpoint .* cannot be read"):
+        keep(x)
+
+
 def test_a_place_where_no_checkpoint_can_be_is_found_before_any_step(tmp_path):
     x = problem("quadratic")[0]
     steps = []
@@ -799,6 +860,27 @@ def test_r_margin_brackets_the_exact_margin(float64):
     assert noise.survived.tolist() == noise.broken.tolist() == [0.0] * 3
 
 
+def test_r_margin_decides_in_the_attacks_micro_batches(float64, monkeypatch):
+    vae, x = PixelVAE(), torch.rand(5, 1, 4, 4)
+    sizes, decode = [], program.Decoder.__call__
+
+    def counted(self, latents, images):
+        sizes.append(len(images))
+        return decode(self, latents, images)
+
+    monkeypatch.setattr(program.Decoder, "__call__", counted)
+    attack = attacks.PGD(attacks.maximum_damage(vae), L2(0.8), num_steps=2)
+    found = []
+    for batch_size in (5, 2):
+        sizes.clear()
+        attack = dataclasses.replace(attack, batch_size=batch_size)
+        generator = torch.Generator().manual_seed(1)
+        found.append(attacks.r_margin(vae, attack, x, 0.4, num_bisections=2, generator=generator))
+        assert max(sizes) == batch_size
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_r_margin_of_images_without_a_gradient_at_smaller_radii(float64):
     """What the largest radius shows is not lost."""
 
@@ -839,3 +921,38 @@ def test_r_margin_settings(settings, message):
     x = torch.rand(1, 1, 4, 4)
     with pytest.raises(ValueError, match=message):
         attacks.r_margin(vae, **{"attack": attack, "x_ref": x, "r": 1.0, **settings})
+
+
+def test_pairs_without_a_finite_value_are_left_out_of_an_estimate(float64):
+    """One such query of an image made its whole estimate none, and the image stood still."""
+    steps = torch.randn(4, 3, 1, 2, 2)
+    slope = torch.randn(1, 2, 2)
+
+    def value(step):
+        bad = torch.tensor([False, bool((step[1] == 0.1 * steps[2, 1]).all()), True])
+        return torch.where(bad, torch.nan, (step * slope).flatten(1).sum(1))
+
+    found = blackbox.antithetic_gradient(value, lambda i: steps[i], 4, 0.1)
+    along = (steps * slope).sum((2, 3, 4), keepdim=True) * steps
+    torch.testing.assert_close(found[0], along[:, 0].mean(0))
+    torch.testing.assert_close(found[1], along[[0, 1, 3], 1].mean(0))
+    assert found[2].isnan().all()
+
+
+def test_an_attack_without_gradients_moves_images_beside_ones_without_a_value(float64):
+    """Of one query in five, so that hardly a step had values of all 50."""
+    x = torch.full((4, 1, 4, 4), 0.5)
+
+    def prepare(x_ref):
+        def objective(y):
+            seen = (1e4 * y.flatten(1).sum(1)).frac() <= 0.8
+            return torch.where(seen, y[:, 0, 1:].sum((1, 2)), torch.nan)
+
+        return objective
+
+    for attack in (
+        attacks.NES(prepare, L2(0.5), 20),
+        attacks.PGD(adaptive.nes(prepare, 25, scale=1e-3), L2(0.5), 20),
+    ):
+        found = attack(x, torch.Generator().manual_seed(0)).objective
+        assert (found > 0.5 * 12 + 0.5 * 0.5 * 12**0.5).all()

@@ -138,20 +138,17 @@ def test_scores_and_choice(vae):
 def test_the_largest_radius_that_costs_no_more_than_the_bound_is_chosen(vae):
     """In any order of the candidates, and with the same noise for all of them and no defence."""
     x = clean_images(vae, 2)
-    costs, starts = {None: 0.0, 0.1: 0.25, 0.2: 0.5, 0.3: 0.75}, []
-
-    def defence(vae, perturbation):
-        assumed.append(perturbation.radius)
-        return PosteriorModeDefence(vae, num_steps=1, initial="guide", perturbation=perturbation)
+    costs, starts = {str(Linf(d)): 2.5 * d for d in (0.1, 0.2, 0.3)}, []
+    defence = functools.partial(PosteriorModeDefence, num_steps=1, initial="guide")
 
     def score(result):
         starts.append(result.initial["z"])
-        return torch.full((2,), -costs[assumed[-1]])
+        return torch.full((2,), -costs.get(result.settings.get("perturbation"), 0.0))
 
     # A mean of 0.5 is within a bound of 0.5.
     for bound, chosen in ((0.5, 0.2), (0.4, 0.1)):
         for generator in (None, torch.Generator().manual_seed(3)):
-            assumed, starts[:] = [None], []
+            starts.clear()
             choice = choose_radius(
                 vae,
                 x,
@@ -162,9 +159,8 @@ def test_the_largest_radius_that_costs_no_more_than_the_bound_is_chosen(vae):
                 generator=generator,
             )
             assert choice.radius == chosen
-            assert choice.clean_costs[:, 0].tolist() == [0.5, 0.75, 0.25]
+            assert choice.clean_costs[:, 0].tolist() == pytest.approx([0.5, 0.75, 0.25])
             assert all(torch.equal(start, starts[0]) for start in starts)
-    assumed = [None]
     with pytest.raises(ValueError, match=r"the least is 0.5\); allow more"):
         choose_radius(vae, x, (0.2, 0.3), max_clean_cost=0.2, score=score, defence=defence)
 
@@ -198,6 +194,18 @@ def test_arguments(vae):
         scores_by_radius(vae, x, ())
     with pytest.raises(ValueError, match=r"score must return one value per image, shape \(3,\)"):
         scores_by_radius(vae, x, (0.1,), score=lambda result: result.x, defence=MODE)
+
+    def only_small(vae, perturbation):
+        if perturbation is not None and perturbation.radius > 0.1:
+            raise ValueError(f"perturbation={perturbation} is too large")
+        return MODE(vae, perturbation=perturbation)
+
+    ran = []
+    options = {"score": ran.append, "defence": only_small}
+    for chosen in (scores_by_radius, functools.partial(choose_radius, max_clean_cost=0.1)):
+        with pytest.raises(ValueError, match="is too large"):
+            chosen(vae, x, (0.0, 0.1, 0.2), **options)
+    assert not ran
     with pytest.raises(ValueError, match="keeps the clean cost within max_clean_cost=-10 "):
         choose_radius(
             vae,

@@ -377,14 +377,24 @@ def log_likelihood_of(result, vae, **image):
     return torch.tensor(tree["log_likelihood"][result.observation].values)
 
 
-def test_log_likelihood_of_pixels_adds_up_to_the_density(tutorial_vae, monkeypatch):
+@pytest.mark.parametrize("rows", [7, 2])
+def test_log_likelihood_of_pixels_adds_up_to_the_density(rows, tutorial_vae, monkeypatch):
+    """Two draws of the three images at a time, or two images of one draw."""
     from pyro_vae_defence.defence import result as module
 
-    monkeypatch.setattr(module, "_ROWS", 7)  # two draws of the three images at a time
+    monkeypatch.setattr(module, "_ROWS", rows)
+    sizes, log_likelihood = [], module.program.Decoder.log_likelihood
+
+    def counted(self, latents, x):
+        sizes.append(len(x))
+        return log_likelihood(self, latents, x)
+
+    monkeypatch.setattr(module.program.Decoder, "log_likelihood", counted)
     x = torch.rand(3, 1, 28, 28)
     result = MCMCDefence(tutorial_vae, BatchedMALA, 5, 2, num_chains=2)(x)
     found = log_likelihood_of(result, tutorial_vae)
     assert found.shape == (2, 5, 3, 1, 28, 28)
+    assert max(sizes) <= rows
     prior = dist.Normal(0.0, 1.0).log_prob(result.samples["latent"]).sum(-1)
     total = found.sum((-3, -2, -1)).float() + prior
     torch.testing.assert_close(total, result.sample_stats["lp"], rtol=1e-5, atol=1e-3)

@@ -294,3 +294,22 @@ def test_stays_on_its_device(metric):
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.rand(5) + 1)
+
+
+@pytest.mark.parametrize("statistic", [metrics.auroc, metrics.fpr_at_tpr, lambda a, b: a.mean()])
+def test_memory_does_not_grow_with_images(statistic, monkeypatch, largest_tensor):
+    negatives = torch.rand(300, dtype=torch.float64)
+    positives = negatives + 0.3 * torch.rand(300)
+
+    def interval():
+        generator = torch.Generator().manual_seed(2)
+        return metrics.detection_interval(
+            statistic, negatives, positives, num_resamples=50, generator=generator
+        )
+
+    whole = interval()
+    monkeypatch.setattr(metrics.intervals, "_VALUES_AT_ONCE", 2000)
+    with largest_tensor as largest:
+        parts = interval()
+    assert largest.size <= 2000
+    assert parts == whole

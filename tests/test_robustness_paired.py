@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyro_vae_defence.robustness import RobustnessReport, paired_difference
+from pyro_vae_defence.robustness import RobustnessReport, paired, paired_difference
 from pyro_vae_defence.robustness.paired import sign_flip_chance
 
 SUITE = Path(__file__).resolve().parents[1] / "docs/results/robustness/mnist_radius_0.2.json"
@@ -140,3 +140,16 @@ def test_mistakes():
         paired_difference(given, other)
     with pytest.raises(ValueError, match="level=1.0 must lie between 0 and 1"):
         paired_difference(report, report, level=1.0)
+
+
+def test_memory_of_sign_flips_does_not_grow_with_images(monkeypatch, largest_tensor):
+    values = torch.rand(300) - 0.45
+
+    def chance():
+        return paired.sign_flip_chance(values, torch.Generator().manual_seed(1))
+
+    whole = chance()
+    monkeypatch.setattr(paired, "_SIGNS_AT_ONCE", 20_000)
+    with largest_tensor as largest:
+        assert chance() == whole
+    assert largest.size <= 20_000

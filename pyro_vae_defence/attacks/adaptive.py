@@ -28,7 +28,7 @@ callable. Eight gradients, by what they take for known:
    own maximum does: there the defence does not see x move.
 7. *nes*: a black box, from values alone, by antithetic Gaussian smoothing,
    :math:`\frac{1}{2 \sigma n} \sum_j [f(x + \sigma u_j) - f(x - \sigma u_j)] u_j`, along directions
-   of independent pixels, or of low frequency.
+   of independent pixels, or of low frequency, and over pairs of finite values.
 8. *evidence*, for classes: with A the latents that are read as the right one and :math:`M_A =
    \int_A e^{-U(z; x)} dz`, what decides is :math:`\log M_{\neg A} - \log M_A`. Its gradient,
 

@@ -323,8 +323,9 @@ class Attack:
             batch with the first image that meets it, be its objective the highest or not. The
             criterion's own evaluations of the model are not counted. It costs a synchronisation
             with the device per step.
-        checkpoint: file for progress. A call that finds it goes on from there, with the seed stored
-            in it, and removes it when it is done.
+        checkpoint: file for progress; finished micro-batches are beside it, in FILE.part0 and so
+            on. A call that finds it goes on from there, with the seed stored in it, and removes
+            them when it is done.
         checkpoint_every: steps between writes; the end of a micro-batch is always written.
         start: where to start in place of a random point of the ball, see
             :mod:`~pyro_vae_defence.attacks.starts`.
@@ -522,7 +523,8 @@ def _put(outcome: State, index: Tensor, state: State) -> State:
 
 
 class _Progress:
-    """Finished micro-batches and the one under way, in memory and in the checkpoint's file."""
+    """Finished micro-batches and the one under way, in memory and in the checkpoint's files: each
+    finished one has its own, which is written once."""
 
     def __init__(self, attack: Attack, images: tuple[Tensor, ...], seed: int) -> None:
         self.path: Path | None = None
@@ -538,6 +540,7 @@ class _Progress:
         self.identity = "" if self.path is None else _identity(attack, images)
         self.seed = seed
         self.finished: list[State] = []
+        self.written = 0  # of the finished ones
         self.underway: dict[str, Any] = {}
         self.any_finite: list[Tensor | None] = []
         """Of the problems of finished micro-batches; see :class:`Problem`."""
@@ -546,7 +549,7 @@ class _Progress:
             with naming(f"checkpoint {self.path} of an attack cannot be read", mend):
                 saved = load_tensors(self.path, images[0].device)
                 identity, self.seed = saved["identity"], saved["seed"]
-                self.finished, self.underway = saved["finished"], saved["underway"]
+                finished, self.underway = saved["finished"], saved["underway"]
                 # Files of earlier versions have none.
                 self.any_finite = saved.get("any_finite", [None])
             if identity != self.identity:
@@ -554,6 +557,22 @@ class _Progress:
                     f"checkpoint {str(self.path)!r} belongs to other images or settings; "
                     "delete it, or give this attack another file"
                 )
+            if isinstance(finished, list):  # in the files of earlier versions
+                self.finished = finished
+                return
+            for number in range(finished):
+                place = self._part(number)
+                with naming(f"{place} of checkpoint {self.path} cannot be read", mend):
+                    part = load_tensors(place, images[0].device)
+                    identity, seed = part.pop("identity"), part.pop("seed")
+                if (identity, seed) != (self.identity, self.seed):
+                    raise ValueError(
+                        f"{str(place)!r} belongs to another attack than checkpoint "
+                        f"{str(self.path)!r}, whose part it should be; delete the checkpoint to "
+                        "attack from the start"
+                    )
+                self.finished.append(part)
+            self.written = finished
 
     def pop(self) -> tuple[int, Tensor, State, State, Tensor | None]:
         """The micro-batch under way, once: next step, its rows, their state, others' outcome, and
@@ -576,12 +595,22 @@ class _Progress:
     def remove(self) -> None:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+            for number in range(self.written):
+                self._part(number).unlink(missing_ok=True)
+
+    def _part(self, number: int) -> Path:
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.part{number}")
 
     def _write(self, **underway: Any) -> None:
         if self.path is not None:
-            progress = {"identity": self.identity, "seed": self.seed}
-            parts = {"finished": self.finished, "underway": underway}
-            atomic_save(progress | parts | {"any_finite": self.any_finite}, self.path)
+            of = {"identity": self.identity, "seed": self.seed}
+            # Before the file that counts them.
+            for number in range(self.written, len(self.finished)):
+                atomic_save(of | self.finished[number], self._part(number))
+                self.written = number + 1
+            progress = {"finished": self.written, "underway": underway}
+            atomic_save(of | progress | {"any_finite": self.any_finite}, self.path)
 
 
 def _identity(attack: Attack, images: tuple[Tensor, ...]) -> str:

@@ -15,7 +15,8 @@ NES estimates a gradient from antithetic Gaussian directions :math:`u_i`,
 .. math:: \hat g = \frac{1}{2 \sigma n} \sum_{i=1}^{n}
    \bigl[\Delta(x + \sigma u_i) - \Delta(x - \sigma u_i)\bigr] u_i ,
 
-and climbs along it as PGD does. Images it queries are clipped to [0, 1].
+and climbs along it as PGD does. Images it queries are clipped to [0, 1]; pairs of which one has no
+finite value are left out of the mean.
 
 References: Andriushchenko, Croce, Flammarion, Hein, "Square attack: a query-efficient black-box
 adversarial attack via random search", ECCV 2020, https://arxiv.org/abs/1912.00049; Ilyas, Engstrom,
@@ -24,7 +25,6 @@ https://arxiv.org/abs/1804.08598."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,14 +128,23 @@ def antithetic_gradient(
     value: Objective, direction: Callable[[int], Tensor], num_pairs: int, scale: float
 ) -> Tensor:
     """NES's estimate from ``value`` at ``2 num_pairs`` displacements, plus and minus ``scale``
-    times the i-th standard normal ``direction`` of every row."""
+    times the i-th standard normal ``direction`` of every row.
 
-    def part(i: int) -> Tensor:
+    Averaged over the pairs whose difference is finite; NaN where a row has none."""
+
+    def part(i: int) -> tuple[Tensor, Tensor]:
         step = scale * direction(i)
         rise = value(step) - value(-step)
-        return rows(rise, step) * step / (2 * scale**2 * num_pairs)
+        seen = rise.isfinite()
+        rise = torch.where(seen, rise, 0.0)
+        return rows(rise, step) * step / (2 * scale**2 * num_pairs), seen
 
-    return functools.reduce(torch.add, map(part, range(num_pairs)))
+    total, count = part(0)
+    for i in range(1, num_pairs):
+        more, seen = part(i)
+        total, count = total + more, count + seen.to(total)
+    share = count.to(total) / num_pairs
+    return total / rows(share, total)
 
 
 # --- Square's moves -------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def r_margin(
     Args:
         vae: any Pyro VAE.
         attack: e.g. ``PGD(maximum_damage(vae), L2(5.0))``, whose ball has the largest radius of
-            interest. Any restart that succeeds counts.
+            interest. Any restart that succeeds counts. Its ``batch_size`` bounds decisions, too.
         x_ref: reference images ``(N, C, H, W)`` in [0, 1], or ``(x_ref, *conditions)``.
         r: largest Euclidean distance between reconstructions that is tolerated, > 0.
         num_bisections: radii tried after the largest; each halves the bracket.
@@ -97,9 +97,13 @@ def r_margin(
         x_adv = repeated.attack_rows(references[index], index, attacker, given, whole).x_adv
         return torch.stack([differs(x, index) for x in x_adv]).any(0)
 
-    @torch.no_grad()
     def differs(x: Tensor, index: Tensor) -> Tensor:
         """Whether at least half of the reconstructions of ``x`` are more than r away."""
+        parts = zip(x.split(attack.batch_size), index.split(attack.batch_size), strict=True)
+        return torch.cat([some_differ(*part) for part in parts])
+
+    @torch.no_grad()
+    def some_differ(x: Tensor, index: Tensor) -> Tensor:
         streams = (Streams(seed, index, torch.zeros_like(index)) for seed in decider)
         read = reconstruct("sample", take(vae, index), x)
         far = []

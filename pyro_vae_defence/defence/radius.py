@@ -24,9 +24,8 @@ too large only as far as their penalty goes on growing.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -188,9 +187,9 @@ def scores_by_radius(
 
 def _assuming(
     vae: VAE, radii: Iterable[float], ball: type[Ball], defence: Callable[..., Any]
-) -> Iterator[Any]:
-    """The defence that assumes each radius."""
-    return (defence(vae, perturbation=ball(radius) if radius else None) for radius in radii)
+) -> list[Any]:
+    """The defence that assumes each radius, all of which check their settings before any runs."""
+    return [defence(vae, perturbation=ball(radius) if radius else None) for radius in radii]
 
 
 def _scores(defences: Iterable[Any], x: ImagesLike, score: ResultScore, seed: int) -> Tensor:
@@ -251,7 +250,7 @@ def choose_radius(
     """
     radii = _as_radii(radii)
     check_within("max_clean_cost", max_clean_cost, "[-inf, inf]")
-    runs = itertools.chain([NoDefence(vae)], _assuming(vae, radii, ball, defence))
+    runs = [NoDefence(vae), *_assuming(vae, radii, ball, defence)]
     undefended, *defended = _scores(runs, clean_images, score, draw_seed(generator))
     costs = undefended - torch.stack(defended)
     means = costs.double().mean(1).tolist()

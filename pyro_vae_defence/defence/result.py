@@ -137,7 +137,7 @@ class DefenceResult:
         part, attrs = self, {"inference_library": "pyro_vae_defence", **self.settings}
         if image is not None:
             attrs["image"] = image = diagnostics.check_image(image, len(self.x))
-            part = self._image(image)
+            part = self._images(image, 1)
         pixels = {}
         if log_likelihood is not None:
             pixels = {self.observation: part._log_likelihood(log_likelihood)}
@@ -168,11 +168,11 @@ class DefenceResult:
         table["num_gradients"] = self.num_gradients.cpu().numpy()
         return table
 
-    def _image(self, image: int) -> DefenceResult:
-        """The part of one image."""
+    def _images(self, first: int, number: int) -> DefenceResult:
+        """The part of at most so many images."""
 
         def pick(tensors: list[Tensor], dim: int) -> Tensor:
-            return tensors[0].narrow(dim, image, 1)
+            return tensors[0].narrow(dim, first, min(number, len(self.x) - first))
 
         return replace(self, **_along_images(pick, [_per_image(self)]))
 
@@ -186,18 +186,21 @@ class DefenceResult:
                 f"without a perturbation; these are of defence={defence!r}, "
                 f"perturbation={assumed!r}: leave it out"
             )
+        if len(self.x) > _ROWS:
+            parts = (self._images(first, _ROWS) for first in range(0, len(self.x), _ROWS))
+            return torch.cat([part._log_likelihood(vae) for part in parts], 2)
         at_x, x = program.at_images(vae, (self.x, *self.conditions), "x", unit_interval=False)
         shape = next(iter(self.samples.values())).shape[:2]
         draws = {name: value.flatten(0, 1) for name, value in self.samples.items()}
         at_once = max(1, _ROWS // len(x))
         with torch.no_grad(), program.evaluation_mode(vae):
             decode = program.Decoder(at_x, x)
-            parts = []
+            found = []
             for start in range(0, shape.numel(), at_once):
                 some = {n: v[start : start + at_once].flatten(0, 1) for n, v in draws.items()}
                 copies = len(next(iter(some.values()))) // len(x)
-                parts.append(decode.log_likelihood(some, x.repeat(copies, 1, 1, 1)))
-        return torch.cat(parts).unflatten(0, (*shape, len(x)))
+                found.append(decode.log_likelihood(some, x.repeat(copies, 1, 1, 1)))
+        return torch.cat(found).unflatten(0, (*shape, len(x)))
 
 
 # Most images whose pixels' log-likelihoods are computed at a time.

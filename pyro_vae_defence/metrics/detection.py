@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.metrics.intervals import (
-    RESAMPLES_AT_ONCE,
     Interval,
     check_bootstrap,
+    resamples,
     tails,
     unseen_reach,
 )
@@ -173,9 +173,7 @@ def detection_interval(
         )
     check_bootstrap(level, num_resamples, generator)
     negatives, positives = (v.detach().to("cpu", torch.float64) for v in (negatives, positives))
-    drawn = torch.randint(
-        num_images, (num_resamples, num_images), generator=generator, device="cpu"
-    )
+    drawn = resamples(num_images, num_resamples, generator, num_images)
     estimate = float(statistic(negatives, positives))
     kind: Any = statistic
     options: dict[str, Any] = {}
@@ -183,13 +181,14 @@ def detection_interval(
         kind, options = kind.func, kind.keywords
     of_resamples = next((many for one, many in _OF_RESAMPLES if one is kind), None)
     if of_resamples is not None:
-        parts = drawn.split(RESAMPLES_AT_ONCE)
         both = zip(
-            *(of_resamples(negatives, positives, rows, **options) for rows in parts), strict=True
+            *(of_resamples(negatives, positives, rows, **options) for rows in drawn), strict=True
         )
         least, most = map(torch.cat, both)
     else:
-        found = [float(statistic(negatives[rows], positives[rows])) for rows in drawn]
+        found = [
+            float(statistic(negatives[rows], positives[rows])) for part in drawn for rows in part
+        ]
         least = most = torch.tensor(found, dtype=torch.float64, device="cpu")
     ends = zip((least, most), tails(level), strict=True)
     low, high = (float(torch.quantile(values, tail)) for values, tail in ends)

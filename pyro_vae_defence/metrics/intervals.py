@@ -26,7 +26,7 @@ Efron, "Better bootstrap confidence intervals", 1987; https://doi.org/10.1080/01
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,9 @@ from torch import Tensor
 
 from pyro_vae_defence.ops.checks import check_generator, check_integer, check_tensor
 
-RESAMPLES_AT_ONCE = 256  # bounds the memory; fixed, so that results do not depend on it
+# Bound the memory, and do not change the draws: a generator's are the same in parts and at once.
+_RESAMPLES_AT_ONCE = 256
+_VALUES_AT_ONCE = 2_560_000
 
 
 class Interval(NamedTuple):
@@ -123,11 +125,9 @@ def bootstrap_interval(
     of_weighted = _weighted_mean if statistic == "mean" else _weighted_median
     estimate = of_weighted(sample, torch.ones_like(sample)[None])
     parts = []
-    for start in range(0, num_resamples, RESAMPLES_AT_ONCE):
+    for drawn in resamples(num_units, num_resamples, generator, len(sample)):
         # A resample is a count per unit.
-        shape = (min(RESAMPLES_AT_ONCE, num_resamples - start), num_units)
-        drawn = torch.randint(num_units, shape, generator=generator, device="cpu")
-        ones = sample.new_ones(shape)
+        ones = torch.ones_like(drawn, dtype=sample.dtype)
         counts = torch.zeros_like(ones).scatter_add_(1, drawn, ones)
         parts.append(of_weighted(sample, counts[:, unit]))
     resampled = torch.cat(parts)
@@ -137,6 +137,17 @@ def bootstrap_interval(
         least, most = unseen_reach(float(estimate), num_units, level, bounds)
         low, high = min(float(low), least), max(float(high), most)
     return Interval(float(estimate), float(low), float(high), level, len(sample), num_units)
+
+
+def resamples(
+    num_units: int, num_resamples: int, generator: torch.Generator | None, num_values: int
+) -> Iterator[Tensor]:
+    """Units drawn with replacement, ``(some, num_units)``, for all resamples in parts of so many
+    that ``num_values`` for each of them fit into memory."""
+    at_once = max(1, min(_RESAMPLES_AT_ONCE, _VALUES_AT_ONCE // num_values))
+    for start in range(0, num_resamples, at_once):
+        shape = (min(at_once, num_resamples - start), num_units)
+        yield torch.randint(num_units, shape, generator=generator, device="cpu")
 
 
 def unseen_reach(

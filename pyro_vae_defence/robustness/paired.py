@@ -33,7 +33,7 @@ from pyro_vae_defence.robustness.budget import effort
 from pyro_vae_defence.robustness.report import RobustnessReport
 from pyro_vae_defence.robustness.scoring import figure_bounds
 
-_FLIPS, _AT_ONCE = 10_000, 500
+_FLIPS, _AT_ONCE, _SIGNS_AT_ONCE = 10_000, 500, 5_000_000
 
 
 class Difference(NamedTuple):
@@ -129,7 +129,9 @@ def sign_flip_chance(values: Tensor, generator: torch.Generator | None = None) -
     # Equal sums count, however the figures were rounded.
     bar = float(values.sum().abs() - 1e-6 * values.abs().sum())
     reached = 1
-    for _ in range(_FLIPS // _AT_ONCE):
-        ones = torch.randint(2, (_AT_ONCE, len(values)), generator=generator, device="cpu")
+    at_once = max(1, min(_AT_ONCE, _SIGNS_AT_ONCE // len(values)))
+    for start in range(0, _FLIPS, at_once):
+        shape = (min(at_once, _FLIPS - start), len(values))
+        ones = torch.randint(2, shape, generator=generator, device="cpu")
         reached += int((((2 * ones - 1).double() @ values).abs() >= bar).sum())
     return reached / (_FLIPS + 1)
