@@ -198,6 +198,18 @@ def test_guide_potential_is_the_density_of_the_draw(wide, x):
     torch.testing.assert_close(log_q, expected)
 
 
+def test_a_factor_of_the_guide_is_part_of_its_density(wide, x):
+    class Factor(WideGuide):
+        def guide(self, x):
+            with pyro.plate("data", x.shape[0]):
+                z = pyro.sample("z", self.posterior(x))
+                pyro.factor("weight", 0.1 * z.sum(-1), has_rsample=True)
+
+    z = torch.randn(6, 3)
+    found = program.guide_potential(Factor(), x)({"z": z})
+    torch.testing.assert_close(found, -wide.posterior(x).log_prob(z) - 0.1 * z.sum(-1))
+
+
 def test_guide_with_other_sites_is_refused(wide, x):
     class Other(LinearGaussianVAE):
         def guide(self, x):

@@ -17,6 +17,7 @@ from pyro.infer import (
     ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
+    TraceGraph_ELBO,
     TraceMeanField_ELBO,
     config_enumerate,
 )
@@ -303,6 +304,50 @@ def test_an_autoguide_is_trained_as_by_svi_and_resumed(tmp_path):
     for _ in range(4):
         svi.step(images())
     trained = everything(plain)
+    assert_equal(train(make(1), 4), trained)
+    train(make(1), 2, tmp_path / "c")
+    assert_equal(train(make(7), 4, tmp_path / "c"), trained)
+
+
+class WithAverageBaseline(nn.Module):
+    """A class whose gradient TraceGraph_ELBO estimates, less a decaying average of its cost."""
+
+    def __init__(self):
+        super().__init__()
+        self.means, self.encoder = nn.Parameter(torch.tensor([0.1, 0.9])), nn.Linear(2, 2)
+
+    def model(self, x):
+        pyro.module("vae", self)
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(x.new_ones(len(x), 2)))
+            mean = self.means[y][:, None].expand(-1, 2)
+            pyro.sample("obs", dist.Normal(mean, 0.3).to_event(1), obs=x.flatten(1))
+
+    def guide(self, x):
+        pyro.module("vae", self)
+        average = {"baseline": {"use_decaying_avg_baseline": True}}
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=self.encoder(x.flatten(1))), infer=average)
+
+
+def test_an_average_baseline_is_kept_as_by_svi_and_resumed(tmp_path):
+    def make(seed):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        vae = WithAverageBaseline()
+        torch.manual_seed(seed)
+        return vae
+
+    def train(vae, epochs, path=None):
+        fit(vae, TraceGraph_ELBO(), [images()], config(epochs=epochs), checkpoint=path)
+        return everything(vae)
+
+    plain = make(1)
+    svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 1e-2}), TraceGraph_ELBO())
+    for _ in range(4):
+        svi.step(images())
+    trained = everything(plain)
+    assert trained["__baseline_avg_downstream_cost_y"].any()
     assert_equal(train(make(1), 4), trained)
     train(make(1), 2, tmp_path / "c")
     assert_equal(train(make(7), 4, tmp_path / "c"), trained)

@@ -968,8 +968,9 @@ def guide_potential(
     def energy_of_guide(latents: LatentsLike) -> Tensor:
         trace = _get_marginal_trace(_of_latents(vae.guide), energy.constrain(latents), x)
         check_density_everywhere(trace)
-        discrete = {s["name"] for s in latent_sites(trace) if kind(s) is Kind.DISCRETE}
-        if (sites := sample_sites(trace).keys() - discrete) != names:
+        others = {s["name"] for s in latent_sites(trace) if kind(s) is Kind.DISCRETE}
+        others |= {n for n, s in sample_sites(trace).items() if isinstance(s["fn"], dist.Unit)}
+        if (sites := sample_sites(trace).keys() - others) != names:
             raise ValueError(
                 f"guide has the latent sites {sorted(sites)}, the model {sorted(names)}; "
                 "a density of the guide needs the same sites in both"

@@ -21,6 +21,10 @@ from pyro_vae_defence.models.sites import KeepFrozen
 from pyro_vae_defence.training import parallel
 from pyro_vae_defence.types import VAE
 
+_AVERAGE = "__baseline_avg_downstream_cost_"
+"""How names of decaying average baselines begin, by which ``TraceGraph_ELBO`` keeps them in Pyro's
+store. Each step puts another tensor there, and no gradient leads to it."""
+
 
 class Parameters(KeepFrozen):
     """A handler that takes note of the parameters that programs register under it.
@@ -37,6 +41,7 @@ class Parameters(KeepFrozen):
         self._registered: dict[str, Tensor] = {}  # by names in Pyro's store
         self._new: dict[str, Tensor] = {}
         self._restored: dict[str, Tensor] = {}  # of a checkpoint, until a program registers them
+        self._averages: dict[str, Tensor] = {}  # of a checkpoint
         self._said = False  # that these do not fit the programs
         self._order: dict[str, int] = {}
         self.look()
@@ -67,6 +72,8 @@ class Parameters(KeepFrozen):
     def _pyro_post_param(self, msg: Any) -> None:
         super()._pyro_post_param(msg)
         name, value = msg["name"], msg["value"]
+        if name.startswith(_AVERAGE):
+            return  # not trained
         tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
         known = self._registered.get(name)
         if known is tensor:
@@ -183,11 +190,15 @@ class Parameters(KeepFrozen):
         state: dict[str, Any] = {}
         for prefix, network in self.networks.items():
             state |= network.state_dict(prefix=_dotted(prefix))
-        return state | {key: self.trained[key].detach() for key in self.of_no_module()}
+        loose = self._loose() | _averages()
+        return state | {key: tensor.detach() for key, tensor in loose.items()}
 
     def of_no_module(self) -> list[str]:
-        """Names of the parameters that belong to no module."""
-        return [key for key, tensor in self.trained.items() if tensor not in self._paths]
+        """Names of the parameters that belong to no module, and of average baselines."""
+        return [*self._loose(), *_averages()]
+
+    def _loose(self) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in self.trained.items() if tensor not in self._paths}
 
     def load_modules(self, weights: Mapping[str, Any], strict: bool) -> set[str]:
         """Load the state of the modules there are; names of what none of them has.
@@ -209,18 +220,26 @@ class Parameters(KeepFrozen):
         return left
 
     def expect(self, order: Iterable[str], loose: Mapping[str, Tensor]) -> None:
-        """Take up a checkpoint's parameters of no module, which programs are to register.
+        """Take up a checkpoint's parameters of no module, which programs are to register, and its
+        average baselines.
 
         Args:
             order: names of all its parameters.
             loose: values of these.
         """
         self._order = {key: position for position, key in enumerate(order)}
-        self._restored = {key: value.clone().requires_grad_() for key, value in loose.items()}
+        self._averages = {n: value for n, value in loose.items() if n.startswith(_AVERAGE)}
+        self._restored = {
+            key: value.clone().requires_grad_()
+            for key, value in loose.items()
+            if key not in self._averages
+        }
         self._add(self._restored)
 
     def settle(self, before: set[str]) -> None:
         """Compare a checkpoint's parameters with what a first run of the programs registered.
+
+        Average baselines, which that run has moved, are then those of the checkpoint.
 
         What they registered too early, since the checkpoint was written before it was reached,
         goes, so that it is initialised when it is due.
@@ -255,6 +274,14 @@ class Parameters(KeepFrozen):
             if name not in before:
                 del pyro.get_param_store()[name]
         self._add({key: paths[key] for key in self._order if key in paths})
+        for name, value in self._averages.items():
+            pyro.get_param_store()[name] = value.clone()
+
+
+def _averages() -> dict[str, Tensor]:
+    """Average baselines as they are now, by their names in Pyro's store."""
+    store = pyro.get_param_store().items()
+    return {name: value for name, value in store if name.startswith(_AVERAGE)}
 
 
 def _dotted(prefix: str) -> str:
