@@ -5,7 +5,7 @@ a draw that belongs to the first, and its derivative is the pathwise one.
 
 - Gaussians, and what is a function of uniforms u: a location plus scaled noise, or the inverse of
   the cumulative distribution at u; the Gumbel-softmax of relaxed classes.
-- Gamma(a), and Beta, Dirichlet and Student's t, which are functions of it: Marsaglia and Tsang's
+- Gamma(a), and Beta, Dirichlet, Student's t and F, which are functions of it: Marsaglia and Tsang's
   proposals :math:`d (1 + c\,\xi)^3`, :math:`d = a - 1/3`, :math:`c = 1 / \sqrt{9 d}`, each accepted
   with a probability of at least 0.95, of which the first accepted of 8 is taken (none is in 4 of
   10^11 draws, which are then d). For a < 1 it is a draw of Gamma(a + 1) times
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributions as td
-from pyro.distributions import ProjectedNormal
+from pyro.distributions import Logistic, ProjectedNormal
 from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 from torch.nn.functional import pad
@@ -132,6 +132,21 @@ def _laplace(fn: td.Laplace, noise: Noise) -> Tensor:
 
 
 @_draw.register
+def _exponential(fn: td.Exponential, noise: Noise) -> Tensor:
+    return -noise.inside(fn.rate).log() / fn.rate
+
+
+@_draw.register
+def _cauchy(fn: td.Cauchy, noise: Noise) -> Tensor:
+    return fn.loc + fn.scale * (math.pi * (noise.inside(fn.loc) - 0.5)).tan()
+
+
+@_draw.register
+def _logistic(fn: Logistic, noise: Noise) -> Tensor:
+    return fn.loc + fn.scale * noise.inside(fn.loc).logit()
+
+
+@_draw.register
 def _relaxed_classes(fn: td.relaxed_categorical.ExpRelaxedCategorical, noise: Noise) -> Tensor:
     gumbel = -(-noise.inside(fn.logits).log()).log()
     value = ((fn.logits + gumbel) / fn.temperature).log_softmax(-1)
@@ -170,6 +185,12 @@ def _correlations(fn: td.LKJCholesky, noise: Noise) -> Tensor:
     rows = rows * ((one - other).sigmoid() / rows.square().sum(-1)).sqrt()[..., None]
     diagonal = pad((other - one).sigmoid().sqrt(), (1, 0), value=1.0)
     return pad(rows, (0, 0, 1, 0)) + diagonal.diag_embed()
+
+
+@_draw.register
+def _ratio(fn: td.FisherSnedecor, noise: Noise) -> Tensor:
+    one, other = (_log_standard_gamma(df / 2, noise) - df.log() for df in (fn.df1, fn.df2))
+    return (one - other).exp().clamp(min=torch.finfo(one.dtype).tiny)
 
 
 @_draw.register
