@@ -162,7 +162,7 @@ def _report(values):
     lists = dict.fromkeys(("attacks", "checks", "reasons", "strongest"), ())
     return RobustnessReport.from_dict(
         {**dict.fromkeys(names), **lists, "per_image": [0.5], "evidence": {}, "values": values}
-        | {"images": ()}
+        | {"images": (), "earlier_seeds": ()}
     )
 
 

@@ -295,6 +295,7 @@ MEANT = {
     # Names are looked up before anything is computed, in a directory that nobody knows yet.
     "model": {"false", "abc", ""}, "features": {"false", "abc", ""},
     "start_from": {"false", "abc", ""}, "classifier": {"false", "abc", ""},
+    "earlier": {"false", "abc", ""},
     "architecture": {"{}"},  # all defaults
     # What is left out is not computed.
     "costs": {"()"}, "full_radii": {"()"}, "radii": {"()"}, "objective_radii": {"()"},

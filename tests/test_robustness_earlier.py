@@ -113,6 +113,23 @@ def test_a_checkpoint_is_of_one_earlier_report(evaluated, tmp_path):
         go_on(given, dataclasses.replace(first, seed=first.seed + 1), **options)
 
 
+def test_what_the_budget_left_out_stays_left_out(evaluated):
+    """More draws than an attack of the earlier report was given."""
+    given, first = evaluated
+    what, why = "bpda (5 draws)", "the budget was spent"
+    short = dataclasses.replace(first, skipped={**first.skipped, what: why})
+    more = go_on(given, short, checks=False)
+    assert more.skipped[what] == why
+    assert f"attack {what} did not run: {why}" in more.reasons
+
+
+def test_conditions_are_compared(evaluated):
+    given, first = evaluated
+    other = dataclasses.replace(first, conditions=(torch.ones(8),))
+    with pytest.raises(ValueError, match="of other images, labels or conditions"):
+        go_on(given, other)
+
+
 def alike(first, second):
     return 1 - (first - second).abs().flatten(1).mean(1)
 
@@ -127,15 +144,18 @@ def test_mistakes(evaluated):
     for settings, message in (
         ({"earlier": {}}, r"earlier must be a RobustnessReport, got \{\}"),
         ({"earlier": dataclasses.replace(first, x_adv=None)}, "earlier has no images"),
-        ({"given": (vae, defence, x.flip(0), labels)}, "of other images or labels; give"),
-        ({"given": (vae, defence, x, 1 - labels)}, "of other images or labels; give"),
+        (
+            {"given": (vae, defence, x.flip(0), labels)},
+            "of other images, labels or conditions; give",
+        ),
+        ({"given": (vae, defence, x, 1 - labels)}, "images, labels or conditions; give"),
         ({"given": (vae, other, x, labels)}, "another defence, by its num_steps; give"),
         ({"budget": budget}, "of other budget; give"),
         ({"ball": Linf(0.15)}, "of other threat model; give"),
         ({"classifier": reread}, "of other threat model; give"),
         (
             {"classifier": None, "given": (vae, defence, x, None), "similarity": alike},
-            "other figure, threat model",
+            "conditions, figure, threat model",
         ),
         ({"earlier": dataclasses.replace(first, weights="1")}, "of other weights; give"),
         ({"earlier": dataclasses.replace(first, values={})}, "written by another version"),

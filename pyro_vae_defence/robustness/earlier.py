@@ -15,27 +15,30 @@ from torch import Tensor
 
 from pyro_vae_defence.defence.result import OF_A_RUN
 from pyro_vae_defence.robustness.report import RobustnessReport
-from pyro_vae_defence.robustness.scoring import Scores
+from pyro_vae_defence.robustness.scoring import Accuracy, Scores
 from pyro_vae_defence.robustness.suite import ATTACKS, Candidate, Suite, is_attack
 
 _MEND = "give the report of the same evaluation with fewer attacks, as load_attacked reads it"
 
 
 def check_earlier(
-    report: RobustnessReport, suite: Suite, threat_model: Mapping[str, Any], weights: str, seed: int
+    report: RobustnessReport,
+    suite: Suite,
+    conditions: tuple[Tensor | None, ...],
+    threat_model: Mapping[str, Any],
+    weights: str,
+    seed: int,
 ) -> None:
     """Raise ``ValueError`` unless a report is of what is evaluated now, with its images."""
     if report.x_adv is None or report.x_ref is None:
         raise ValueError(f"earlier has no images, as reports from JSON have none; {_MEND}")
     x, scorer = suite.x, suite.scorer
-    same = report.x_ref.shape == x.shape and torch.equal(report.x_ref.to(x), x)
-    labels = getattr(scorer, "labels", None)
-    if labels is not None and report.labels is not None:
-        same = same and torch.equal(report.labels.to(labels), labels)
+    labels = scorer.labels if isinstance(scorer, Accuracy) else None
+    before, now = (report.x_ref, report.labels, *report.conditions), (x, labels, *conditions)
     budget = dataclasses.asdict(suite.budget) | {"num_draws": list(suite.budget.num_draws)}
     shared = budget.keys() & report.budget.keys() - {"max_evaluations"}
     differs = {
-        "images or labels": not same,
+        "images, labels or conditions": len(before) != len(now) or not all(map(_same, before, now)),
         "figure": report.figure != scorer.figure,
         "threat model": report.threat_model != threat_model,
         "budget": any(report.budget[name] != budget[name] for name in shared),
@@ -53,6 +56,12 @@ def check_earlier(
         )
     if not bool(is_attack(report.x_adv.to(x), x, suite.ball).all()):
         raise ValueError(f"earlier has images that leave [0, 1] or {suite.ball}; {_MEND}")
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one.to(other), other)
 
 
 def check_same_defence(report: RobustnessReport, settings: Mapping[str, Any]) -> None:

@@ -316,12 +316,14 @@ def _report(
     weights = fingerprint(networks_of(box.vae), networks_of(_read_by(scorer)))
     ran, before_cost = set(), {"attack_evaluations_per_image": 0.0, "seconds": 0.0}
     if earlier is not None:
-        check_earlier(earlier, suite, threat_model, weights, steps.seed)
+        check_earlier(earlier, suite, conditions, threat_model, weights, steps.seed)
         ran, before_cost = {each.name for each in earlier.attacks}, earlier.cost
     idle = {row.name: why for row in ATTACKS if (why := suite.why_not(row))}
     other = [row for row in ATTACKS if row.name not in ran]
     table = [row for row in other if row.name in names and row.name not in idle]
     skipped = {row.name: idle.get(row.name, "not asked for") for row in other if row not in table}
+    if earlier is not None:  # more draws of an attack that ran with few, for which it had no budget
+        skipped |= {what: w for what, w in earlier.skipped.items() if what.split(" (")[0] in ran}
 
     def score(name: str, images: Callable[[], Tensor], num_draws: int) -> Scores:
         return Scores(*steps(name, lambda: tuple(scorer.score(images(), num_draws))))

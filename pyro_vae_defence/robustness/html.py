@@ -66,10 +66,13 @@ def details(title: str, report: Mapping[str, Any]) -> Iterator[str]:
         "Budget": report["budget"],
         "Cost": cost,
         "Seed": {"": report["seed"]},
+        "Seeds of earlier reports": {seed: "" for seed in report.get("earlier_seeds", ())},
         "Versions": report["versions"],
     }
     table = ""
     for what, values in facts.items():
+        if not values:
+            continue
         text = ", ".join(f"{name} {value}".strip() for name, value in values.items())
         table += f"<tr><th>{what}</th><td>{escape(text)}</td></tr>"
     yield f"<table>{table}</table>"

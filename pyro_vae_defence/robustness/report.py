@@ -328,6 +328,7 @@ class RobustnessReport:
             conditions=_joined_conditions(reports),
             evidence=evidence,
             weights=next(iter(known), ""),
+            earlier_seeds=tuple(seed for report in reports for seed in report.earlier_seeds),
             images=tuple(each for report in reports for each in report.images),
         )
 
