@@ -287,26 +287,33 @@ class Autoguided(Module):
         return self.autoguide(x)
 
 
-def test_an_autoguide_is_trained_as_by_svi_and_resumed(tmp_path):
+def as_by_svi_and_resumed(kind, elbo, path):
+    """Trains a ``kind`` of VAE by ``fit``, whole and resumed, as SVI does; what SVI has trained."""
+
     def make(seed):
         pyro.clear_param_store()
         torch.manual_seed(0)
-        vae = Autoguided()
+        vae = kind()
         torch.manual_seed(seed)
         return vae
 
     def train(vae, epochs, path=None):
-        fit(vae, Trace_ELBO(), [images()], config(epochs=epochs), checkpoint=path)
+        fit(vae, elbo(), [images()], config(epochs=epochs), checkpoint=path)
         return everything(vae)
 
     plain = make(1)
-    svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
+    svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 1e-2}), elbo())
     for _ in range(4):
         svi.step(images())
     trained = everything(plain)
     assert_equal(train(make(1), 4), trained)
-    train(make(1), 2, tmp_path / "c")
-    assert_equal(train(make(7), 4, tmp_path / "c"), trained)
+    train(make(1), 2, path)
+    assert_equal(train(make(7), 4, path), trained)
+    return trained
+
+
+def test_an_autoguide_is_trained_as_by_svi_and_resumed(tmp_path):
+    as_by_svi_and_resumed(Autoguided, Trace_ELBO, tmp_path / "c")
 
 
 class WithAverageBaseline(nn.Module):
@@ -331,26 +338,8 @@ class WithAverageBaseline(nn.Module):
 
 
 def test_an_average_baseline_is_kept_as_by_svi_and_resumed(tmp_path):
-    def make(seed):
-        pyro.clear_param_store()
-        torch.manual_seed(0)
-        vae = WithAverageBaseline()
-        torch.manual_seed(seed)
-        return vae
-
-    def train(vae, epochs, path=None):
-        fit(vae, TraceGraph_ELBO(), [images()], config(epochs=epochs), checkpoint=path)
-        return everything(vae)
-
-    plain = make(1)
-    svi = SVI(plain.model, plain.guide, pyro.optim.Adam({"lr": 1e-2}), TraceGraph_ELBO())
-    for _ in range(4):
-        svi.step(images())
-    trained = everything(plain)
+    trained = as_by_svi_and_resumed(WithAverageBaseline, TraceGraph_ELBO, tmp_path / "c")
     assert trained["__baseline_avg_downstream_cost_y"].any()
-    assert_equal(train(make(1), 4), trained)
-    train(make(1), 2, tmp_path / "c")
-    assert_equal(train(make(7), 4, tmp_path / "c"), trained)
 
 
 def test_the_store_must_not_be_cleared_while_training():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -106,10 +106,9 @@ class DefenceResult:
 
     def _kind(self) -> dict[str, Any]:
         """What results of one defence have in common."""
-        own = {k: v for k, v in self.settings.items() if k not in OF_A_RUN}
         samples = {n: (*v.shape[:2], *v.shape[3:]) for n, v in self.samples.items()}
         return {
-            "settings": own,
+            "settings": of_defence(self.settings),
             "observation": self.observation,
             "samples": samples,
             "sample_stats": sorted(self.sample_stats),
@@ -205,10 +204,14 @@ class DefenceResult:
 
 # Most images whose pixels' log-likelihoods are computed at a time.
 _ROWS = 4096
-OF_A_RUN = ("prepare_why_not",)
-"""Settings that say how a run went, and not what it was made with."""
+_OF_A_RUN = ("prepare_why_not",)
 _OF_THE_WHOLE = ("seconds", "observation", "settings")
 _IMAGE_DIM = {"initial": 1, "samples": 2, "sample_stats": 2}  # 0 in all others
+
+
+def of_defence(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that say what a run was made with, and not how it went."""
+    return {name: value for name, value in settings.items() if name not in _OF_A_RUN}
 
 
 def _per_image(result: DefenceResult) -> dict[str, Any]:

@@ -144,10 +144,18 @@ def resamples(
 ) -> Iterator[Tensor]:
     """Units drawn with replacement, ``(some, num_units)``, for all resamples in parts of so many
     that ``num_values`` for each of them fit into memory."""
-    at_once = max(1, min(_RESAMPLES_AT_ONCE, _VALUES_AT_ONCE // num_values))
-    for start in range(0, num_resamples, at_once):
-        shape = (min(at_once, num_resamples - start), num_units)
-        yield torch.randint(num_units, shape, generator=generator, device="cpu")
+    at_once = min(_RESAMPLES_AT_ONCE, _VALUES_AT_ONCE // num_values)
+    return drawn_in_parts(num_units, (num_resamples, num_units), at_once, generator)
+
+
+def drawn_in_parts(
+    high: int, shape: tuple[int, int], at_once: int, generator: torch.Generator | None
+) -> Iterator[Tensor]:
+    """Integers below ``high``, ``(at_once, shape[1])`` at a time, or a row; those of one draw."""
+    num_rows, at_once = shape[0], max(1, at_once)
+    for start in range(0, num_rows, at_once):
+        part = (min(at_once, num_rows - start), shape[1])
+        yield torch.randint(high, part, generator=generator, device="cpu")
 
 
 def unseen_reach(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae_defence.defence.result import OF_A_RUN
+from pyro_vae_defence.defence.result import of_defence
 from pyro_vae_defence.robustness.report import RobustnessReport
 from pyro_vae_defence.robustness.scoring import Accuracy, Scores
 from pyro_vae_defence.robustness.suite import ATTACKS, Candidate, Suite, is_attack
@@ -66,10 +66,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 def check_same_defence(report: RobustnessReport, settings: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless a report is of a defence with these settings."""
-    before, now = (
-        {name: value for name, value in each.items() if name not in OF_A_RUN}
-        for each in (report.defence, settings)
-    )
+    before, now = of_defence(report.defence), of_defence(settings)
     if before != now:
         names = sorted(n for n in before.keys() | now.keys() if before.get(n) != now.get(n))
         raise ValueError(

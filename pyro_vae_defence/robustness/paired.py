@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pyro_vae_defence import metrics
 from pyro_vae_defence.defence.store import fingerprint
+from pyro_vae_defence.metrics.intervals import drawn_in_parts
 from pyro_vae_defence.robustness.budget import effort
 from pyro_vae_defence.robustness.report import RobustnessReport
 from pyro_vae_defence.robustness.scoring import figure_bounds
@@ -129,9 +130,7 @@ def sign_flip_chance(values: Tensor, generator: torch.Generator | None = None) -
     # Equal sums count, however the figures were rounded.
     bar = float(values.sum().abs() - 1e-6 * values.abs().sum())
     reached = 1
-    at_once = max(1, min(_AT_ONCE, _SIGNS_AT_ONCE // len(values)))
-    for start in range(0, _FLIPS, at_once):
-        shape = (min(at_once, _FLIPS - start), len(values))
-        ones = torch.randint(2, shape, generator=generator, device="cpu")
+    at_once = min(_AT_ONCE, _SIGNS_AT_ONCE // len(values))
+    for ones in drawn_in_parts(2, (_FLIPS, len(values)), at_once, generator):
         reached += int((((2 * ones - 1).double() @ values).abs() >= bar).sum())
     return reached / (_FLIPS + 1)

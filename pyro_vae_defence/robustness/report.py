@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence import plots
-from pyro_vae_defence.defence.result import OF_A_RUN
+from pyro_vae_defence.defence.result import of_defence
 from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.ops.files import write_atomically
 from pyro_vae_defence.ops.html import interval as interval_text
@@ -272,7 +272,7 @@ class RobustnessReport:
         for name in ("figure", "threat_model", "budget", "defence"):
             several = [getattr(report, name) for report in reports]
             if name == "defence":  # what it is, and not how a run went
-                several = [{k: v for k, v in s.items() if k not in OF_A_RUN} for s in several]
+                several = list(map(of_defence, several))
             if any(each != several[0] for each in several):
                 raise ValueError(f"reports of different {name} are not joined: {several[0]}, ...")
         known = {report.weights: number for number, report in enumerate(reports) if report.weights}
