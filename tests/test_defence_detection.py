@@ -114,6 +114,24 @@ class TestScores:
         assert found.keys() == expected
         assert all(value.isfinite().all() for value in found.values())
 
+    def test_decode_a_part_of_the_images_at_a_time(self, float64, linear_vae, monkeypatch):
+        from pyro_vae_defence.defence import detection as module
+
+        defence, sizes = DEFENCES["aware chains"][0](linear_vae), []
+        result = defence(torch.rand(5, 1, 4, 4))
+        expected = detection_scores(defence, result)
+
+        def counted(self, latents, x):
+            sizes.append(len(x))
+            return decode(self, latents, x)
+
+        decode = module.Decoder.__call__
+        monkeypatch.setattr(module.Decoder, "__call__", counted)
+        monkeypatch.setattr(module, "ROWS", 5)  # two images, each with two chains
+        found = detection_scores(defence, result)
+        assert sizes == [4, 4, 4, 4, 2, 2]
+        torch.testing.assert_close(found, expected)
+
     def test_a_filter_is_compared_with_the_image_before_it(self, linear_vae):
         x = torch.rand(3, 1, 4, 4)
         plain = EncoderDefence(linear_vae, 2)(x, seeded())

@@ -382,7 +382,7 @@ def test_log_likelihood_of_pixels_adds_up_to_the_density(rows, tutorial_vae, mon
     """Two draws of the three images at a time, or two images of one draw."""
     from pyro_vae_defence.defence import result as module
 
-    monkeypatch.setattr(module, "_ROWS", rows)
+    monkeypatch.setattr(module, "ROWS", rows)
     sizes, log_likelihood = [], module.program.Decoder.log_likelihood
 
     def counted(self, latents, x):

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from pyro_vae_defence.defence.base import BaseDefence, Defence, check_defence, runs
 from pyro_vae_defence.defence.controls import EncoderDefence
-from pyro_vae_defence.defence.result import DefenceResult
+from pyro_vae_defence.defence.result import ROWS, DefenceResult, some_images
 from pyro_vae_defence.models.conditions import bind, take
 from pyro_vae_defence.models.program import Decoder, at_images, evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
@@ -90,10 +90,14 @@ def detection_scores(
                     f"variance[{name!r}] must have one image's shape {event}, got "
                     f"{tuple(value.shape)}"
                 )
+    num_chains, num_draws = next(iter(result.samples.values())).shape[:2]
+    if len(result.x) > (at_once := max(1, ROWS // num_chains)):
+        some = (some_images(result, first, at_once) for first in range(0, len(result.x), at_once))
+        parts = [detection_scores(defence, part, variance) for part in some]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     perturbation = getattr(defence, "perturbation", None)
     encoder, moves = isinstance(defence, EncoderDefence), _moves(defence)
     encoded = _encoded(defence)
-    num_chains, num_draws = next(iter(result.samples.values())).shape[:2]
     vae = bind(defence.vae, result.x, result.conditions)
     x = result.x.repeat(num_chains, 1, 1, 1)
 

@@ -136,7 +136,7 @@ class DefenceResult:
         part, attrs = self, {"inference_library": "pyro_vae_defence", **self.settings}
         if image is not None:
             attrs["image"] = image = diagnostics.check_image(image, len(self.x))
-            part = self._images(image, 1)
+            part = some_images(self, image, 1)
         pixels = {}
         if log_likelihood is not None:
             pixels = {self.observation: part._log_likelihood(log_likelihood)}
@@ -167,14 +167,6 @@ class DefenceResult:
         table["num_gradients"] = self.num_gradients.cpu().numpy()
         return table
 
-    def _images(self, first: int, number: int) -> DefenceResult:
-        """The part of at most so many images."""
-
-        def pick(tensors: list[Tensor], dim: int) -> Tensor:
-            return tensors[0].narrow(dim, first, min(number, len(self.x) - first))
-
-        return replace(self, **_along_images(pick, [_per_image(self)]))
-
     @public
     def _log_likelihood(self, vae: VAE) -> Tensor:
         """log p(x_i | z) of every pixel, ``(chain, draw, N, C, H, W)``, in nats."""
@@ -185,13 +177,13 @@ class DefenceResult:
                 f"without a perturbation; these are of defence={defence!r}, "
                 f"perturbation={assumed!r}: leave it out"
             )
-        if len(self.x) > _ROWS:
-            parts = (self._images(first, _ROWS) for first in range(0, len(self.x), _ROWS))
+        if len(self.x) > ROWS:
+            parts = (some_images(self, first, ROWS) for first in range(0, len(self.x), ROWS))
             return torch.cat([part._log_likelihood(vae) for part in parts], 2)
         at_x, x = program.at_images(vae, (self.x, *self.conditions), "x", unit_interval=False)
         shape = next(iter(self.samples.values())).shape[:2]
         draws = {name: value.flatten(0, 1) for name, value in self.samples.items()}
-        at_once = max(1, _ROWS // len(x))
+        at_once = max(1, ROWS // len(x))
         with torch.no_grad(), program.evaluation_mode(vae):
             decode = program.Decoder(at_x, x)
             found = []
@@ -202,8 +194,8 @@ class DefenceResult:
         return torch.cat(found).unflatten(0, (*shape, len(x)))
 
 
-# Most images whose pixels' log-likelihoods are computed at a time.
-_ROWS = 4096
+ROWS = 4096
+"""Most pairs of image and latents of a result that are decoded at a time."""
 _OF_A_RUN = ("prepare_why_not",)
 _OF_THE_WHOLE = ("seconds", "observation", "settings")
 _IMAGE_DIM = {"initial": 1, "samples": 2, "sample_stats": 2}  # 0 in all others
@@ -217,6 +209,15 @@ def of_defence(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _per_image(result: DefenceResult) -> dict[str, Any]:
     """The fields that have a dimension of images."""
     return {n: v for n, v in vars(result).items() if n not in _OF_THE_WHOLE}
+
+
+def some_images(result: DefenceResult, first: int, number: int) -> DefenceResult:
+    """The part of at most so many images."""
+
+    def pick(tensors: list[Tensor], dim: int) -> Tensor:
+        return tensors[0].narrow(dim, first, min(number, len(result.x) - first))
+
+    return replace(result, **_along_images(pick, [_per_image(result)]))
 
 
 def _along_images(
