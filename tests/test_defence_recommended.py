@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from programs import TutorialVAE
+from programs import LinearGaussianVAE, TutorialVAE
 from pyro.infer import HMC
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -41,6 +41,16 @@ def test_it_is_the_defence_of_its_docstring(tutorial_vae, x):
     assert found.settings == wanted.settings
     # "About 570": 4 chains of 31 gradients and 25 trajectories of 1 to 8 steps, standard error 46.
     assert abs(float(found.num_gradients.double().mean()) - 574) < 3 * 46
+
+
+def test_a_single_latent_dimension_is_sampled_too():
+    """Means and variances within 5 standard errors of 400 chains: wrong once in 280,000 runs."""
+    vae, images = LinearGaussianVAE(1), torch.rand(100, 1, 4, 4)
+    found = MCMCDefence.recommended(vae, None, images)(images, torch.Generator().manual_seed(0))
+    mean, covariance = vae.exact(images)
+    moved = (found.samples["z"][:, -1] - mean) / covariance.sqrt()
+    assert abs(float(moved.mean())) < 5 / 400**0.5
+    assert abs(float(moved.square().mean()) - 1) < 5 * (2 / 400) ** 0.5
 
 
 def test_training_images_come_in_every_form(tutorial_vae):
