@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae_defence.models import ConvVAE
+from pyro_vae_defence.ops.streams import Streams
 
 NARROW = (4, 4, 6, 8)
 SHARED = Path(os.environ.get("PVD_SHARED", Path(__file__).resolve().parents[1].parent / "shared"))
@@ -93,6 +94,20 @@ def tutorial_vae():
 @pytest.fixture
 def linear_vae(float64):
     return LinearGaussianVAE()
+
+
+@pytest.fixture
+def used_noise(monkeypatch):
+    """Step and purpose of every draw from streams, in order."""
+    used = []
+    uniform = Streams.uniform  # which normals are made of, too
+
+    def recorded(self, step, purpose=0, *arguments):
+        used.append((step, purpose))
+        return uniform(self, step, purpose, *arguments)
+
+    monkeypatch.setattr(Streams, "uniform", recorded)
+    return used
 
 
 class LargestTensor(TorchDispatchMode):

@@ -174,9 +174,3 @@ class BottomUpVAE(nn.Module):
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """Gradients of the parameters that have one, by name."""
     return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
-
-
-def clear(module: nn.Module) -> None:
-    """Forget all gradients."""
-    for p in module.parameters():
-        p.grad = None

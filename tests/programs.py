@@ -42,6 +42,18 @@ class TutorialVAE(nn.Module):
             loc, scale = self.loc(h), torch.exp(self.log_scale(h))
             pyro.sample("latent", dist.Normal(loc, scale).to_event(1))
 
+    @torch.no_grad()
+    def move_bias(self, change):
+        """Change a weight ``"in place"``, its parameter (``"replaced"``), or, as ``.to(device)``
+        does, the parameter's memory (``"moved"``)."""
+        last = self.decoder[2]
+        if change == "in place":
+            last.bias += 1.0
+        elif change == "replaced":
+            last.bias = nn.Parameter(last.bias + 1.0)
+        else:
+            last.bias.data = last.bias + 1.0
+
 
 class LinearGaussianVAE:
     """p(z) = N(0, I), p(x|z) = N(Wz + b, s^2 I) on 1x4x4 images: every posterior is known

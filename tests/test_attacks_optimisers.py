@@ -607,11 +607,8 @@ def test_checkpoint_of_another_attack(tmp_path):
         attack(x)
 
 
-def test_apgd_checkpoints_and_halving(float64):
-    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
-    assert checkpoints(50)[0] == 11
-    # A flat objective never improves: the step is halved at each checkpoint. A linear one always
-    # does until it reaches the ball's border.
+def lengths_of_apgd(prepare, num_steps, x):
+    """Step lengths of all rows in a ball of radius 0.1, step after step."""
     lengths = []
 
     class Recording(attacks.APGD):
@@ -620,14 +617,22 @@ def test_apgd_checkpoints_and_halving(float64):
             lengths.append(state["length"].tolist())
             return state
 
+    Recording(prepare, Linf(0.1), num_steps=num_steps)(x)
+    return lengths
+
+
+def test_apgd_checkpoints_and_halving(float64):
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    assert checkpoints(50)[0] == 11
+    # A flat objective never improves: the step is halved at each checkpoint. A linear one always
+    # does until it reaches the ball's border.
     x = torch.full((2, 1, 1, 1), 0.5)
     slope = torch.tensor([0.0, 1e-9]).reshape(2, 1, 1, 1)
 
     def prepare(x_ref):
         return lambda y: (slope * y).flatten()
 
-    Recording(prepare, Linf(0.1), num_steps=100)(x)
-    flat, sloped = zip(*lengths)
+    flat, sloped = zip(*lengths_of_apgd(prepare, 100, x))
     assert flat[21] == pytest.approx(0.2)
     assert flat[22] == pytest.approx(0.1)
     assert flat[99] == pytest.approx(0.2 / 2**8)
@@ -723,18 +728,12 @@ def test_apgd_halves_by_either_condition(float64):
     ]
     # Up to the second one all rise from a depth.
     rows = [[*row, -9.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0] for row in rows]
-    calls, lengths = iter(torch.tensor(rows).T), []
-
-    class Recording(attacks.APGD):
-        def _step(self, problem, state, t):
-            state = super()._step(problem, state, t)
-            lengths.append(state["length"].tolist())
-            return state
+    calls = iter(torch.tensor(rows).T)
 
     def prepare(x_ref):
         return lambda y: next(calls, torch.zeros(3)) + 0.0 * y.flatten()
 
-    Recording(prepare, Linf(0.1), num_steps=36)(torch.full((3, 1, 1, 1), 0.5))
+    lengths = lengths_of_apgd(prepare, 36, torch.full((3, 1, 1, 1), 0.5))
     assert checkpoints(36)[:2] == [8, 15]
     assert lengths[7] == pytest.approx([0.2, 0.2, 0.2])
     assert lengths[8] == lengths[14] == pytest.approx([0.1, 0.1, 0.2])

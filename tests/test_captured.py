@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from kernels import FACTORIES
+from kernels import FACTORIES, AskingKernel
 from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -351,13 +351,7 @@ def test_changed_parameters_are_noticed(change, capturing):
     run = functools.partial(draw, BatchedHMC, vae.model, x, jitter=0.0)
     run(graph)
     assert capturing.made == 1
-    with torch.no_grad():
-        if change == "in place":
-            vae.decoder[2].bias += 1.0
-        elif change == "replaced":
-            vae.decoder[2].bias = torch.nn.Parameter(vae.decoder[2].bias + 1.0)
-        else:  # as .to(device) does: the parameter is the same, its memory another
-            vae.decoder[2].bias.data = vae.decoder[2].bias + 1.0
+    vae.move_bias(change)
     pyro.clear_param_store()
     states, _ = run(graph)
     assert_same(states, run(None)[0])
@@ -408,18 +402,10 @@ def test_a_model_that_branches_says_why_not(prepare, capturing):
 
 
 def test_a_step_that_asks_the_host_says_why_not(capturing):
-    def asking(potential, state, streams, step_size, inverse_mass=None):
-        num_steps = 1 if bool(state.energy.sum() > 1e9) else 2
-        return hmc.step(potential, state, streams, step_size, num_steps, inverse_mass)
-
-    class Asking(BatchedKernel):
-        def _step(self, num_gradients):
-            return asking
-
     graph = Graph()
     model, x = LinearGaussianVAE().model, torch.rand(3, 1, 4, 4)
-    states, _ = draw(Asking, model, x, graph)
-    assert_same(states, draw(Asking, model, x, None)[0])
+    states, _ = draw(AskingKernel, model, x, graph)
+    assert_same(states, draw(AskingKernel, model, x, None)[0])
     assert graph.captured is False
     assert graph.why_not.startswith("capturing failed")
 

@@ -360,22 +360,14 @@ def test_two_runs_of_one_kernel_are_independent(make):
 
 
 @each_kernel
-def test_no_two_uses_share_noise(make, monkeypatch):
+def test_no_two_uses_share_noise(make, used_noise):
     """With many sites too, every purpose of a transition is its own, and none is the guide's."""
-    used = []
-    uniform = Streams.uniform  # which normals are made of, too
-
-    def recorded(self, step, purpose=0, *arguments):
-        used.append((step, purpose))
-        return uniform(self, step, purpose, *arguments)
-
-    monkeypatch.setattr(Streams, "uniform", recorded)
     kernel = make(potential_fn=lambda latents: sum(v.square().sum(-1) for v in latents.values()))
     start = {f"z{number}": torch.randn(1, 1) for number in range(96)}
     kernel.setup(0)
     kernel.sample(kernel.sample(start))
-    assert len(set(used)) == len(used)
-    assert max(purpose for _, purpose in used) < 2048  # where those of the guide begin
+    assert len(set(used_noise)) == len(used_noise)
+    assert max(purpose for _, purpose in used_noise) < 2048  # where those of the guide begin
 
 
 def test_persistent_momentum_is_drawn_anew_for_a_run():

@@ -10,7 +10,7 @@ import pyro
 import pytest
 import torch
 from numpy.polynomial.hermite_e import hermegauss
-from objectives_programs import LinearVAE, TutorialVAE, clear, gradients
+from objectives_programs import LinearVAE, TutorialVAE, gradients
 from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
@@ -136,7 +136,7 @@ def test_value_and_gradient_against_the_loss_by_hand() -> None:
     terms = AVAE().terms(vae.model, vae.guide, x)
     torch.testing.assert_close(terms["loss"], by_hand(vae, x, noise, x_again, RHO))
     torch.manual_seed(3)
-    clear(vae)
+    vae.zero_grad()
     AVAE().loss_and_grads(vae.model, vae.guide, x)
     expected = finite_differences(vae, x, noise, x_again)
     torch.testing.assert_close(gradients(vae), expected, rtol=1e-6, atol=1e-6)
@@ -165,7 +165,7 @@ def test_autoencoding_does_not_train_the_decoder() -> None:
     vae, x = LinearVAE(), images()
     found = []
     for objective in (BetaELBO(), AVAE()):
-        clear(vae)
+        vae.zero_grad()
         torch.manual_seed(3)
         objective.loss_and_grads(vae.model, vae.guide, x)
         found.append(gradients(vae))
@@ -204,7 +204,7 @@ def test_avae_ss_trains_the_encoder_alone_on_its_own_images() -> None:
     torch.manual_seed(3)
     terms = AVAESS().terms(vae.model, vae.guide, x)
     torch.testing.assert_close(terms["loss"], by_hand(vae, x_self, noise, x_again, RHO))
-    clear(vae)
+    vae.zero_grad()
     torch.manual_seed(3)
     AVAESS().loss_and_grads(vae.model, vae.guide, x)
     assert vae.decoder["weight"].grad is None

@@ -15,7 +15,6 @@ from objectives_programs import (
     HierarchicalVAE,
     LinearVAE,
     TutorialVAE,
-    clear,
     gradients,
 )
 from pyro import poutine
@@ -110,7 +109,7 @@ def test_every_loss_is_the_sum_of_the_images_losses(name: str, vae: nn.Module, x
     assert set(terms) == ELBO_TERMS | extra
     assert all(value.shape == (5,) and value.dtype == x.dtype for value in terms.values())
     assert objective.step == 0
-    clear(vae)
+    vae.zero_grad()
     torch.manual_seed(1)
     stepped = objective.loss_and_grads(vae.model, vae.guide, x)
     by_step = gradients(vae)
@@ -119,7 +118,7 @@ def test_every_loss_is_the_sum_of_the_images_losses(name: str, vae: nn.Module, x
         evaluated = objective.loss(vae.model, vae.guide, x)
     expected = terms["loss"].sum().item()
     assert [differentiable.item(), number, stepped, evaluated] == pytest.approx([expected] * 4)
-    clear(vae)
+    vae.zero_grad()
     differentiable.backward()
     assert by_step
     torch.testing.assert_close(gradients(vae), by_step)
@@ -158,11 +157,11 @@ def test_particles_are_averaged(name: str, x: Tensor) -> None:
     assert not torch.equal(runs[0]["loss"], runs[1]["loss"])
 
     objective = make(vae.guide, num_particles=3)
-    clear(vae)
+    vae.zero_grad()
     torch.manual_seed(1)
     objective.loss_and_grads(vae.model, vae.guide, x)
     by_step = gradients(vae)
-    clear(vae)
+    vae.zero_grad()
     torch.manual_seed(1)
     objective.differentiable_loss(vae.model, vae.guide, x).backward()
     torch.testing.assert_close(gradients(vae), by_step)
@@ -330,7 +329,7 @@ def test_a_plate_that_subsamples_raises_no_term_above_others(
     plates = (plate, lambda name, size: plate("images", 1000, subsample=torch.arange(size)))
     for each in plates:
         monkeypatch.setattr(pyro, "plate", each)
-        clear(vae)
+        vae.zero_grad()
         torch.manual_seed(1)
         loss = make(vae.guide).loss_and_grads(vae.model, vae.guide, x)
         found.append((loss, gradients(vae)))

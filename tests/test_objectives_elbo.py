@@ -15,7 +15,6 @@ from objectives_programs import (
     HierarchicalVAE,
     LinearVAE,
     TutorialVAE,
-    clear,
     gradients,
 )
 from pyro import poutine
@@ -64,7 +63,7 @@ class HandScaled(LinearVAE):
 def loss_and_gradients(
     objective: Trace_ELBO, vae: nn.Module, *args: object
 ) -> tuple[float, dict[str, Tensor]]:
-    clear(vae)
+    vae.zero_grad()
     torch.manual_seed(7)
     loss = objective.loss_and_grads(vae.model, vae.guide, *args)
     return loss, gradients(vae)

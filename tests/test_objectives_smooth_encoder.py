@@ -7,7 +7,7 @@ import math
 import pyro
 import pytest
 import torch
-from objectives_programs import LinearVAE, clear, gradients
+from objectives_programs import LinearVAE, gradients
 from pyro.poutine.messenger import Messenger
 from scipy.optimize import minimize_scalar
 from torch import Tensor
@@ -126,7 +126,7 @@ def test_no_gradient_flows_through_the_perturbation() -> None:
 
     found = []
     for function in (perturb, lambda x: perturb(x).detach()):
-        clear(vae)
+        vae.zero_grad()
         torch.manual_seed(1)
         SE(function, 3.0).loss_and_grads(vae.model, vae.guide, x)
         found.append(gradients(vae))
@@ -152,7 +152,7 @@ def test_only_the_clean_image_is_reconstructed() -> None:
     vae, x = LinearVAE(), images()
     found = []
     for objective in (BetaELBO(), SE(lambda x: x + 0.3, 3.0)):
-        clear(vae)
+        vae.zero_grad()
         torch.manual_seed(1)
         objective.loss_and_grads(vae.model, vae.guide, x)
         found.append(gradients(vae))

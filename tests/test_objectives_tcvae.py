@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from objectives_programs import LinearVAE, clear, gradients
+from objectives_programs import LinearVAE, gradients
 from torch import Tensor
 
 from pyro_vae_defence.objectives import BetaELBO, BetaTCVAE
@@ -165,7 +165,7 @@ def test_decoder_and_shifts_do_not_feel_the_total_correlation() -> None:
     x = torch.rand(6, 1, 2, 3, dtype=torch.float64)
     found = []
     for objective in (BetaELBO(), BetaTCVAE(5.0, 50)):
-        clear(vae)
+        vae.zero_grad()
         torch.manual_seed(2)
         objective.loss_and_grads(vae.model, vae.guide, x)
         found.append(gradients(vae))

@@ -68,6 +68,7 @@ from pyro_vae_defence.defence.least_energy import (
     calibrate_energies,
     energy_score_names,
     energy_scores,
+    infinite_if_unknown,
 )
 from pyro_vae_defence.defence.store import fingerprint
 from pyro_vae_defence.metrics.intervals import Interval
@@ -186,7 +187,7 @@ class Detector:
         """
         if self.score_name in ENERGY_SCORES:
             return self._energies(x)
-        return _worst_if_unknown(self._of(self._scores(x, generator)))
+        return infinite_if_unknown(self._of(self._scores(x, generator)))
 
     def predict(self, x: ImagesLike, generator: torch.Generator | None = None) -> Tensor:
         """Whether each image raises the alarm, bool ``(N,)``; arguments are those of the defence.
@@ -270,7 +271,7 @@ class Detector:
         if self.score_name in ENERGY_SCORES:
             scores[self.score_name] = self._energies(given)
         found = {
-            name: dict(zip(kinds, _worst_if_unknown(value).split(len(clean))))
+            name: dict(zip(kinds, infinite_if_unknown(value).split(len(clean))))
             for name, value in scores.items()
         }
         raised = {kind: value > self.threshold for kind, value in self._of(found).items()}
@@ -552,7 +553,3 @@ def _check_integers(what: str, classes: Any, count: int) -> None:
 
 def _as_dicts(table: dict[str, dict[str, Interval]]) -> dict[str, dict[str, Any]]:
     return {key: {k: found.to_dict() for k, found in of.items()} for key, of in table.items()}
-
-
-def _worst_if_unknown(scores: Tensor) -> Tensor:
-    return torch.where(scores.isfinite(), scores, math.inf)

@@ -157,7 +157,7 @@ def _search(
     copies = len(next(iter(start.values()))) // len(x)
     energy = energy.at(x.repeat(copies, 1, 1, 1))
     found, _ = search_mode_lbfgs(energy, start, num_steps=_NUM_STEPS)
-    energies, best = lat.unfold(_finite(energy(found)), copies).min(0)
+    energies, best = lat.unfold(infinite_if_unknown(energy(found)), copies).min(0)
     rows = best * len(x) + torch.arange(len(x), device=x.device)
     return lat.index(found, rows), energies
 
@@ -175,9 +175,10 @@ def _at_anchors(
         z = {site: value.repeat_interleave(len(x), 0) for site, value in some.items()}
         copies = min(at_once, count - start)
         found = energy.at(x.repeat(copies, 1, 1, 1))(z)
-        energies.append(lat.unfold(_finite(found), copies))
+        energies.append(lat.unfold(infinite_if_unknown(found), copies))
     return torch.cat(energies)
 
 
-def _finite(energies: Tensor) -> Tensor:
-    return torch.where(energies.isfinite(), energies, math.inf)
+def infinite_if_unknown(values: Tensor) -> Tensor:
+    """The worst there is in place of what is no finite number, of energies and scores."""
+    return torch.where(values.isfinite(), values, math.inf)

@@ -270,11 +270,11 @@ class Compare(Measurement[CompareConfig]):
         x_adv, image, before = self._repeated(full)
         classified = {"clean": x}
         if radius > 0:
-            divergence = attacks.symmetric_kl(self.vae)
-            attack = partial(attacks.PGD, divergence, Linf(radius), preset="paper")
-            on_references = attack(num_restarts=len(image) // len(self.references))
+            restarts = len(image) // len(self.references)
+            on_references = study.encoder_attack(self.vae, radius, restarts)
             x_adv = on_references(self.references, self.generator("attack")).flat().images
-            classified["attacked"] = attack()(x, self.generator("attack images")).x_adv[0]
+            on_images = study.encoder_attack(self.vae, radius)
+            classified["attacked"] = on_images(x, self.generator("attack images")).x_adv[0]
             some = x[: self.config.num_noise]
             classified["noise"] = attacks.random_noise(some, Linf(radius), self.generator("noise"))
         return _Inputs(x_adv, image, before, classified, self.labels[:num_images])

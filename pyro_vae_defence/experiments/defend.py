@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import attacks, metrics
+from pyro_vae_defence import metrics
 from pyro_vae_defence.attacks.base import AttackResult, FlatAttack
 from pyro_vae_defence.defence import DefenceResult, NoDefence
 from pyro_vae_defence.experiments import configuration as conf
@@ -30,7 +30,6 @@ from pyro_vae_defence.experiments.defences import (
 )
 from pyro_vae_defence.experiments.study import METRIC, Cell, Measurement
 from pyro_vae_defence.models import program
-from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.types import Potential
 
 
@@ -88,12 +87,7 @@ class Defend(Measurement[DefendConfig]):
     @cached_property
     def attack(self) -> AttackResult:
         """The paper's, from every start."""
-        attack = attacks.PGD(
-            attacks.symmetric_kl(self.vae),
-            Linf(self.config.radius),
-            num_restarts=self.config.num_restarts,
-            preset="paper",
-        )
+        attack = study.encoder_attack(self.vae, self.config.radius, self.config.num_restarts)
         return attack(self.x_ref, self.generator("attack"))
 
     @cached_property

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import attacks, metrics, plots
+from pyro_vae_defence import metrics, plots
 from pyro_vae_defence.attacks.base import FlatAttack
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments import configuration as conf
-from pyro_vae_defence.experiments import tables
+from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import (
     PaperName,
     Published,
@@ -37,7 +37,6 @@ from pyro_vae_defence.experiments.drawing import new_figure
 from pyro_vae_defence.experiments.paper.printed import printed
 from pyro_vae_defence.experiments.study import Cell, Measurement, cost, interval, middle, share
 from pyro_vae_defence.models import program
-from pyro_vae_defence.ops.balls import Linf
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,12 +101,7 @@ class Ratios(Measurement[RatiosConfig]):
     @cached_property
     def attacked(self) -> FlatAttack:
         """Every restart of the paper's attack beside its reference."""
-        attack = attacks.PGD(
-            attacks.symmetric_kl(self.vae),
-            Linf(self.config.radius),
-            num_restarts=self.config.num_restarts,
-            preset="paper",
-        )
+        attack = study.encoder_attack(self.vae, self.config.radius, self.config.num_restarts)
         return attack(self.x_ref, self.generator("attack")).flat()
 
     @torch.no_grad()

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_vae_defence import data, metrics
+from pyro_vae_defence import attacks, data, metrics
 from pyro_vae_defence.data.loading import Split
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments.configuration import override
@@ -48,6 +48,7 @@ from pyro_vae_defence.metrics.intervals import unseen_reach
 from pyro_vae_defence.models import ConvVAE
 from pyro_vae_defence.models.classifier import load_classifier
 from pyro_vae_defence.models.pretrained import TrainedVAE, WeightCard, load_card, load_pretrained
+from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.boundary import remembering
 from pyro_vae_defence.ops.checks import as_device, check_positive
 from pyro_vae_defence.ops.files import check_writable, remove_partial, write_atomically, write_json
@@ -55,6 +56,7 @@ from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.precision import tf32
 from pyro_vae_defence.ops.provenance import provenance
 from pyro_vae_defence.ops.ranks import Claims
+from pyro_vae_defence.types import VAE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -594,6 +596,12 @@ class Measurement(Study[C]):
                     f"{path} belongs to another run (its {key} differs); "
                     "move it away, or choose another output directory"
                 )
+
+
+def encoder_attack(vae: VAE, radius: float, num_restarts: int = 1) -> attacks.PGD:
+    """The paper's attack on the encoder, in an L_inf ball."""
+    objective = attacks.symmetric_kl(vae)
+    return attacks.PGD(objective, Linf(radius), num_restarts=num_restarts, preset="paper")
 
 
 def check_column(images: data.Images, column: int) -> None:

@@ -47,14 +47,13 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_vae_defence import attacks, plots
+from pyro_vae_defence import plots
 from pyro_vae_defence.experiments import configuration as conf
-from pyro_vae_defence.experiments import grids, tables
+from pyro_vae_defence.experiments import grids, study, tables
 from pyro_vae_defence.experiments.drawing import legend_below, new_figure
 from pyro_vae_defence.experiments.study import Cell, Measurement, interval, middle, share
 from pyro_vae_defence.mcmc import hmc
 from pyro_vae_defence.models import program
-from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.streams import Streams
 from pyro_vae_defence.types import Latents
 
@@ -242,7 +241,7 @@ class Theory(Measurement[TheoryConfig]):
         """The paper's attack on the encoder, one start: radius -> images."""
         found = {}
         for radius in self.config.radii:
-            attack = attacks.PGD(attacks.symmetric_kl(self.vae), Linf(radius), preset="paper")
+            attack = study.encoder_attack(self.vae, radius)
             found[radius] = attack(self.x_ref, self.generator("attack", f"{radius:g}")).x_adv[0]
         return found
 

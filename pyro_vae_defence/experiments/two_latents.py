@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import attacks, metrics, plots
+from pyro_vae_defence import metrics, plots
 from pyro_vae_defence.defence import DefenceResult
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import grids, study, tables
@@ -34,7 +34,6 @@ from pyro_vae_defence.experiments.defences import Setting, make_defence
 from pyro_vae_defence.experiments.drawing import legend_below, new_figure
 from pyro_vae_defence.experiments.study import METRIC, VARIANT, Cell, Measurement, interval
 from pyro_vae_defence.models import program
-from pyro_vae_defence.ops.balls import Linf
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,12 +110,7 @@ class TwoLatents(Measurement[TwoLatentsConfig]):
     @cached_property
     def versions(self) -> Tensor:
         """References, and behind them their attacked versions: ``(1 + attacks, N, C, H, W)``."""
-        attack = attacks.PGD(
-            attacks.symmetric_kl(self.vae),
-            Linf(self.config.radius),
-            num_restarts=self.config.num_attacks,
-            preset="paper",
-        )
+        attack = study.encoder_attack(self.vae, self.config.radius, self.config.num_attacks)
         return torch.cat([self.x_ref[None], attack(self.x_ref, self.generator("attack")).x_adv])
 
     @study.remembered

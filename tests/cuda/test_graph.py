@@ -12,13 +12,12 @@ import math
 import pyro
 import pytest
 import torch
-from kernels import FACTORIES
+from kernels import FACTORIES, AskingKernel
 from programs import HierarchicalVAE, LinearGaussianVAE, TutorialVAE
 
 from pyro_vae_defence.defence import ConvergenceRule, MCMCDefence
-from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, captured, hmc
+from pyro_vae_defence.mcmc import BatchedHMC, BatchedNUTS, captured
 from pyro_vae_defence.mcmc.captured import Graph
-from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.models.compiled import Recorder, ReducedForce
 from pyro_vae_defence.ops import latents as lat
@@ -165,22 +164,13 @@ def test_a_replayed_transition_does_not_wait_for_the_device(name, linear):
 
 def test_a_step_that_asks_the_host_says_why_not(linear):
     """And leaves the device as it was."""
-
-    def asking(potential, state, streams, step_size, inverse_mass=None):
-        num_steps = 1 if bool(state.energy.sum() > 1e9) else 2
-        return hmc.step(potential, state, streams, step_size, num_steps, inverse_mass)
-
-    class Asking(BatchedKernel):
-        def _step(self, num_gradients):
-            return asking
-
     graph, x, stream = Graph(), images(5, 1, 4, 4), torch.cuda.current_stream()
-    states, _ = draw(Asking, linear.model, x, graph)
+    states, _ = draw(AskingKernel, linear.model, x, graph)
     assert graph.captured is False
     assert graph.why_not.startswith("capturing failed")
     assert torch.cuda.current_stream() == stream
     assert not torch.cuda.is_current_stream_capturing()
-    assert_close(states, draw(Asking, linear.model, x, None)[0])
+    assert_close(states, draw(AskingKernel, linear.model, x, None)[0])
     # The same graph captures what can be.
     states, _ = draw(BatchedHMC, linear.model, x, graph)
     assert_captured(graph)
@@ -204,13 +194,7 @@ def test_changed_parameters_are_noticed(change, float64, count):
     vae, x, graph = TutorialVAE().cuda().double().eval(), images(3, 1, 28, 28), Graph()
     run = functools.partial(draw, BatchedHMC, vae.model, x, jitter=0.0)
     run(graph)
-    with torch.no_grad():
-        if change == "in place":
-            vae.decoder[2].bias += 1.0
-        elif change == "replaced":
-            vae.decoder[2].bias = torch.nn.Parameter(vae.decoder[2].bias + 1.0)
-        else:
-            vae.decoder[2].bias.data = vae.decoder[2].bias + 1.0
+    vae.move_bias(change)
     pyro.clear_param_store()
     states, _ = run(graph)
     assert_close(states, run(None)[0])

@@ -11,16 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae_defence import attacks, diagnostics, metrics
+from pyro_vae_defence import diagnostics, metrics
 from pyro_vae_defence.defence import NoDefence
 from pyro_vae_defence.experiments.benchmark.config import BenchmarkConfig
 from pyro_vae_defence.experiments.benchmark.samplers import GOLD, SAMPLERS, Sampler
 from pyro_vae_defence.experiments.benchmark.settling import running_means, settled
-from pyro_vae_defence.experiments.study import VARIANT, interval
+from pyro_vae_defence.experiments.study import VARIANT, encoder_attack, interval
 from pyro_vae_defence.mcmc.kernels import BatchedKernel
 from pyro_vae_defence.models import ConvVAE, program
 from pyro_vae_defence.ops import latents as lat
-from pyro_vae_defence.ops.balls import Linf
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import Latents
 
@@ -183,8 +182,7 @@ def chains(
     """Everything about one radius: gold run, settling and effective sample size of every kernel."""
     generator = torch.Generator().manual_seed(config.seed)
     # The paper's attack on the encoder, one restart; what comes back should be `decoded`.
-    pgd = attacks.PGD(attacks.symmetric_kl(vae), Linf(radius), preset="paper")
-    x_adv = pgd(x_ref, generator).x_adv[0]
+    x_adv = encoder_attack(vae, radius)(x_ref, generator).x_adv[0]
     decoded = NoDefence(vae)(x_ref, generator).reconstruction.repeat(config.num_chains, 1, 1, 1)
     x = x_adv.repeat(config.num_chains, 1, 1, 1)
     gold_seed, start_seed, ess_seed = (draw_seed(generator) for _ in range(3))
