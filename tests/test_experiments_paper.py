@@ -417,7 +417,8 @@ def test_table_3_has_its_own_numbers_and_counts_no_quoted_ones(tmp_path):
     def write(model, cell, at="0.1", what="encoder"):
         found = {
             "study": "published", "name": model, "radii": {at: {what: {"none": cell}}},
-            "command": "run", "config": {"num_references": 50, "dataset": None, "model": model},
+            "command": "run",
+            "config": {"num_references": 50, "num_restarts": 10, "dataset": None, "model": model},
             "provenance": {"commit": "abc", "torch": "2", "threads": 1},
         }  # fmt: skip
         (tmp_path / "published" / f"{model}.json").write_text(json.dumps(found))
@@ -434,7 +435,7 @@ def test_table_3_has_its_own_numbers_and_counts_no_quoted_ones(tmp_path):
     assert "Of 1 printed numbers that are measured, ours differs from 1 by" in text
     assert "3 that the paper quotes from Cemgil et al." in text
     assert "- `run`, commit `abc`" in text
-    assert "- `color_mnist_beta_vae_2`, `color_mnist_se_0.1`: References of the full test" in text
+    assert "- `color_mnist_beta_vae_2`, `color_mnist_se_0.1`: 50 class-stratified" in text
 
 
 def test_numbers_of_another_model_are_corrected():
@@ -462,7 +463,9 @@ def test_printed_numbers_meet_the_cell_that_they_are_of(tmp_path):
     (tmp_path / "published").mkdir()
     found = {
         "study": "published", "name": "mnist_vae", "command": "run", "radii": radii,
-        "config": {"num_references": 50, "dataset": "mnist_subset", "model": "mnist_vae"},
+        "config": {
+            "num_references": 50, "num_restarts": 2, "dataset": "mnist_subset", "model": "mnist_vae"
+        },
         "provenance": {"commit": "abc", "torch": "2", "threads": 1},
     }  # fmt: skip
     (tmp_path / "published" / "mnist_vae.json").write_text(json.dumps(found))
@@ -478,7 +481,8 @@ def test_printed_numbers_meet_the_cell_that_they_are_of(tmp_path):
     # Radius 0.1 of the classes, both clean ones, and the similarity; MSE of HMC is 478.1.
     assert "Of 6 printed numbers that are measured, ours differs from 3 by more than" in text
     assert "For 2 no error is printed, and their intervals have ours alone." in text
-    assert "- `mnist_vae`: References of `mnist_subset`, not of the full test set." in text
+    assert "- `mnist_vae`: 50 class-stratified references of `mnist_subset`, not of" in text
+    assert "set, from 2 starts each." in text
 
 
 def test_rows_of_nvae_stand_in_figure_3(tmp_path):

@@ -380,22 +380,23 @@ def note(result: dict[str, Any]) -> str:
     """What was done, in words, from a result file."""
     config = result["config"]
     return (
-        f"{config['num_references']} class-stratified references {images_of(result)}, from "
-        f"{config['num_restarts']} starts each, all of them counted, {config['attack_steps']} "
-        f"steps of the published PGD; model `{config['model']}`, seed {config['seed']}. The "
-        "published HMC, whose last draw is decoded and classified; without it one draw is decoded "
-        f"and the guide's mean classified.{fallback(result)} 95% intervals over references. "
+        f"{references_of(result)}, all of them counted, {config['attack_steps']} steps of the "
+        f"published PGD; model `{config['model']}`, seed {config['seed']}. The published HMC, "
+        "whose last draw is decoded and classified; without it one draw is decoded and the "
+        f"guide's mean classified.{fallback(result)} 95% intervals over references. "
         "*Unchanged* compares with the class of the undefended reference. Attacks do not know the "
         "defence."
     )
 
 
-def images_of(result: dict[str, Any]) -> str:
-    """Where the references of a result are from."""
+def references_of(result: dict[str, Any]) -> str:
+    """How many references a result is of, where they are from, and how often each is attacked."""
     config = result["config"]
+    images = f"the full test set of `{MODELS[config['model']].dataset}`"
     if name := config["dataset"]:
-        return f"of `{name}`, not of the full test set"
-    return f"of the full test set of `{MODELS[config['model']].dataset}`"
+        images = f"`{name}`, not of the full test set"
+    number, starts = config["num_references"], config["num_restarts"]
+    return f"{number} class-stratified references of {images}, from {starts} starts each"
 
 
 def fallback(result: dict[str, Any]) -> str:

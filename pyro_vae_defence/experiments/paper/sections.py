@@ -37,7 +37,7 @@ from pyro_vae_defence.experiments.paper.printed import (
     printed,
     quoted,
 )
-from pyro_vae_defence.experiments.published import ENCODER, Published, fallback, images_of
+from pyro_vae_defence.experiments.published import ENCODER, Published, fallback, references_of
 from pyro_vae_defence.experiments.study import METRIC
 from pyro_vae_defence.experiments.train import DATASETS, MODELS, model_label
 from pyro_vae_defence.models import ConvVAE
@@ -198,7 +198,7 @@ def _measured_on(results: Iterable[dict[str, Any]]) -> list[str]:
     by_words: dict[str, list[str]] = {}
     for each in results:
         if each["study"] == Published.kind:
-            words = f"References {images_of(each)}.{fallback(each)}"
+            words = f"{references_of(each)}.{fallback(each)}"
             by_words.setdefault(words, []).append(f"`{each['name']}`")
     lines = [f"- {', '.join(names)}: {words}" for words, names in by_words.items()]
     return [*lines, ""] if lines else []
