@@ -94,8 +94,8 @@ def test_every_step_in_a_run_of_its_own(evaluate, tmp_path, monkeypatch):
         except Killed:
             runs += 1
             assert path.exists()
-    # Clean figures and run, noise, attacks and their scores, the selection, the checks.
-    assert runs == 5 + 2 * len(whole.attacks)
+    # The trial, clean figures and run, noise, attacks and their scores, the selection, the checks.
+    assert runs == 6 + 2 * len(whole.attacks)
     assert found(report) == found(whole)
     assert torch.equal(report.x_adv, whole.x_adv)
     assert report.cost["seconds"] > 0

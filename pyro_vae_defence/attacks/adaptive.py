@@ -604,7 +604,8 @@ def output_damage(
 def misclassification(
     classify: Callable[[Latents, Tensor], Tensor], labels: Tensor
 ) -> PreparedGoal:
-    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of scores: positive where the classifier errs.
+    r"""The margin :math:`\max_{j \ne y} s_j - s_y` of scores: positive where the classifier errs,
+    infinite where it has no answer, NaN, which would else keep attackers away.
 
     Args:
         classify: latents and attacked images of M rows to scores ``(M, classes)``, differentiable.
@@ -631,7 +632,8 @@ def misclassification(
                 )
             check_classes("labels", labels, scores.shape[1])
             checked = True
-        return -class_margin(scores, own)
+        value = -class_margin(scores, own)
+        return torch.where(value.isnan(), torch.inf, value)
 
     def prepare(x_ref: Tensor, streams: Streams | None = None) -> Goal:
         if streams is not None:

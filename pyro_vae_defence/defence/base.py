@@ -21,7 +21,13 @@ from pyro_vae_defence.models import program
 from pyro_vae_defence.models.conditions import kept, rows_of, split, take, taken
 from pyro_vae_defence.models.modules import modules_of
 from pyro_vae_defence.ops.boundary import drop_references, public
-from pyro_vae_defence.ops.checks import as_device, check_finite, check_integer, plain
+from pyro_vae_defence.ops.checks import (
+    as_device,
+    check_finite,
+    check_integer,
+    check_tensor,
+    plain,
+)
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents
 
@@ -54,22 +60,36 @@ def check_defence(defence: Any, *, needs_vae: bool = True) -> Defence:
     return defence
 
 
+@public
 def run_defence(
     defence: Defence, x: ImagesLike, generator: torch.Generator | None = None
 ) -> DefenceResult:
-    """What ``defence`` returns, or a ``ValueError`` unless it is a result of these images."""
-    found = defence(x, generator)
+    """What ``defence`` returns, or a ``ValueError`` unless it is a result of these images.
+
+    It is given copies, which it may change, and what it draws from torch's global generators
+    follows from the ``generator``.
+    """
+    images, conditions = split(x)
+    check_tensor("x", images)
+    found = defence(kept((images, *conditions) if conditions else images), generator)
     if not isinstance(found, DefenceResult):
         raise ValueError(
             f"defence must map images to a DefenceResult, it returned a {type(found).__name__}"
             "; what makes images of images can be the preprocess of an EncoderDefence"
         )
-    images = split(x)[0]
-    if len(found.x) != len(images):
-        raise ValueError(
-            f"defence must return one row per image: of {len(images)} images it returned "
-            f"{len(found.x)}"
-        )
+    parts = {
+        "x": (found.x, 0),
+        "the reconstruction": (found.reconstruction, 0),
+        **{f"latents[{name!r}]": (value, 0) for name, value in found.latents.items()},
+        **{f"samples[{name!r}]": (value, 2) for name, value in found.samples.items()},
+    }
+    for name, (value, dim) in parts.items():
+        number = value.shape[dim] if value.dim() > dim else 0
+        if number != len(images):
+            raise ValueError(
+                f"defence must return one row per image: of {len(images)} images it returned "
+                f"{number} of {name}"
+            )
     return found
 
 

@@ -95,7 +95,7 @@ class EncoderDefence(BaseDefence):
     def _filter(self, x: Tensor) -> Tensor:
         if self.preprocess is None:
             return x
-        filtered = self.preprocess(x)
+        filtered = self.preprocess(x.clone())  # which it may change
         if filtered.shape != x.shape:
             raise ValueError(
                 f"preprocess must keep the shape of images, {tuple(x.shape)} became "

@@ -63,6 +63,7 @@ from pyro_vae_defence.ops.locks import sole_writer
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.robustness.budget import Budget
 from pyro_vae_defence.robustness.checks import CHECKS, Evidence, Seen
+from pyro_vae_defence.robustness.contract import Trial
 from pyro_vae_defence.robustness.cost import chain_cost, suite_gradients
 from pyro_vae_defence.robustness.earlier import check_earlier, check_same_defence, of_earlier
 from pyro_vae_defence.robustness.report import AttackOutcome, Check, RobustnessReport, conclude
@@ -147,7 +148,9 @@ def evaluate_robustness(
             rate.
 
     Raises:
-        ValueError: if an argument does not fit, or images of the engine leave the ball.
+        ValueError: if an argument does not fit, a defence or classifier of one's own does not keep
+            its contract (:mod:`~pyro_vae_defence.robustness.contract`), or images of the engine
+            leave the ball.
     """
     conditions = kept(split(x)[1])
     vae, x = program.at_images(vae, x)
@@ -318,6 +321,8 @@ def _report(
     if earlier is not None:
         check_earlier(earlier, suite, conditions, threat_model, weights, steps.seed)
         ran, before_cost = {each.name for each in earlier.attacks}, earlier.cost
+    trial = Trial(suite, steps.seed)  # which no figure has
+    answers = steps("trial", trial.before)
     idle = {row.name: why for row in ATTACKS if (why := suite.why_not(row))}
     other = [row for row in ATTACKS if row.name not in ran]
     table = [row for row in other if row.name in names and row.name not in idle]
@@ -390,6 +395,7 @@ def _report(
     for name, seen_values, facts, *verdict in steps("checks", look):
         measured[name] = Seen(seen_values, facts)
         verdicts.append(Check(name, *verdict))
+    reasons += trial.after(*answers)
     if not checks:
         reasons.append("no sanity check ran")
     if not found:

@@ -39,7 +39,7 @@ from pyro_vae_defence.models.conditions import BoundProgram, BoundVAE, fold, row
 from pyro_vae_defence.models.program import ModelPotential
 from pyro_vae_defence.models.tempered import tempered
 from pyro_vae_defence.ops.balls import Ball
-from pyro_vae_defence.ops.checks import RefusalError
+from pyro_vae_defence.ops.checks import RefusalError, check_finite
 from pyro_vae_defence.ops.streams import Streams, draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike, Potential
 
@@ -257,12 +257,22 @@ class WhiteBox:
             copies = images.split(len(self._x))
             own = self._conditions
             return DefenceResult.join([
-                run_defence(self.defence, (each, *own) if own else each, self._generator())
-                for each in copies
+                self._answer((each, *own) if own else each, self._generator()) for each in copies
             ])  # fmt: skip
         conditions = conditions or tuple(fold(value, len(images)) for value in self._conditions)
         every = (images, *conditions) if conditions else images
-        return run_defence(self.defence, every, generator)
+        return self._answer(every, generator)
+
+    def _answer(self, x: ImagesLike, generator: torch.Generator | None) -> DefenceResult:
+        """A run of the defence, which may leave no image out: attackers would keep away from it."""
+        found = run_defence(self.defence, x, generator)
+        for name, value in found.latents.items():
+            check_finite(
+                f"latents[{name!r}] of the defence",
+                value,
+                "answer every image, be it by the encoding without a defence",
+            )
+        return found
 
     def _filter(self, x: Tensor) -> Tensor:
         """What the defence looks at in place of images, as far as it is known."""
@@ -272,12 +282,12 @@ class WhiteBox:
         """The images that the defence looks at in place of ``x``, with the derivative of its
         filter, and that of the identity in pixels for which this is zero, or not known (BPDA)."""
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return self._filter(x.detach())
+            return self._filter(x.detach().clone())
         leaf = x.detach().requires_grad_()
         try:
             seen = self._filter(leaf)
         except RuntimeError:  # it leaves torch
-            seen = self._filter(x.detach())
+            seen = self._filter(x.detach().clone())
         if seen is leaf:  # there is no filter
             return x
         found = seen.detach() + (x - x.detach())
