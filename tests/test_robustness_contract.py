@@ -91,8 +91,12 @@ def test_what_is_scored_is_what_is_attacked():
         assert not any("answers" in reason for reason in evaluate(fine).reasons)
 
 
+def numpys_noise(z):
+    return torch.from_numpy(np.random.default_rng().normal(size=z.shape)).to(z)
+
+
 def noise_of_its_own(x):
-    return (x + 0.1 * torch.from_numpy(np.random.default_rng().normal(size=x.shape))).clamp(0, 1)
+    return (x + 0.1 * numpys_noise(x)).clamp(0, 1)
 
 
 def test_noise_that_no_seed_governs_is_said_and_is_no_known_seed():
@@ -169,6 +173,29 @@ def test_torchs_noise_in_a_function_follows_the_generator():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_torchs_noise_differs_from_run_to_run_where_the_generator_is_not_used():
+    """Five draws of a figure were the same one."""
+
+    def ignoring(x, generator=None):
+        return NoDefence(VAE)((x + 0.1 * torch.randn_like(x)).clamp(0, 1))
+
+    generator = torch.Generator().manual_seed(0)
+    draws = [run_defence(ignoring, X, generator).latents["z"] for _ in range(2)]
+    assert not torch.equal(*draws)
+    # One that is used moves on by itself.
+    expected = torch.Generator().manual_seed(0)
+    first = NoDefence(VAE)(X, expected).latents["z"]
+    generator.manual_seed(0)
+    assert torch.equal(run_defence(NoDefence(VAE), X, generator).latents["z"], first)
+    assert torch.equal(generator.get_state(), expected.get_state())
+
+
+@pytest.mark.parametrize(("noise", "said"), [(torch.randn_like, False), (numpys_noise, True)])
+def test_classifiers_may_draw_from_torchs_generator_and_from_no_other(noise, said):
+    reasons = evaluate(NoDefence(VAE), classifier=lambda z: scores(z + 0.1 * noise(z))).reasons
+    assert any("the classifier answers" in reason for reason in reasons) == said
 
 
 def test_no_answer_is_an_error():

@@ -71,7 +71,14 @@ def run_defence(
     """
     images, conditions = split(x)
     check_tensor("x", images)
-    found = defence(kept((images, *conditions) if conditions else images), generator)
+    given = kept((images, *conditions) if conditions else images)
+    if generator is None:
+        found = defence(given, None)
+    else:
+        before = generator.get_state()
+        found = defence(given, generator)
+        if torch.equal(generator.get_state(), before):
+            draw_seed(generator)  # or the next run would meet the same noise of torch's
     if not isinstance(found, DefenceResult):
         raise ValueError(
             f"defence must map images to a DefenceResult, it returned a {type(found).__name__}"

@@ -321,12 +321,12 @@ def _inside(function: Callable[..., T], args: Sequence[Any], kwargs: Mapping[str
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())  # leaving inference mode turned it on
         for generator in generators:
-            stack.enter_context(_governed(generator))
+            stack.enter_context(governed(generator))
         return _call(function, args, kwargs)
 
 
 @contextlib.contextmanager
-def _governed(generator: torch.Generator) -> Iterator[None]:
+def governed(generator: torch.Generator) -> Iterator[None]:
     """torch's global generators seeded by what ``generator`` would draw next; it draws nothing."""
     everywhere = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     places = [(place, place.get_state()) for place in (torch.default_generator, *everywhere)]

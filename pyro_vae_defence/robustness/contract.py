@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_vae_defence.defence import EncoderDefence, MCMCDefence, PosteriorModeDefence
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import class_scores, flatten_latents
+from pyro_vae_defence.ops.boundary import governed
 from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
 from pyro_vae_defence.robustness.suite import Suite
@@ -39,7 +40,7 @@ class Trial:
         self.x, self._seed = few.x, suite.box.seed
         self._answers: dict[str, Callable[[Tensor], Tensor]] = {}
         if isinstance(few.scorer, Accuracy):
-            self._answers["classifier"] = functools.partial(_scores, few.scorer)
+            self._answers["classifier"] = functools.partial(_scores, few.scorer, seed)
         if _is_own(suite.box.defence):
             self._answers["defence"] = functools.partial(_run, few.scorer, seed)
 
@@ -105,9 +106,10 @@ def _is_own(defence: object) -> bool:
     return not any(runs_as(defence, kind) for kind in (MCMCDefence, PosteriorModeDefence))
 
 
-def _scores(scorer: Accuracy, x: Tensor) -> Tensor:
+def _scores(scorer: Accuracy, seed: int, x: Tensor) -> Tensor:
     latents = program.posterior_mean(scorer.defence.vae, x)
-    scores = class_scores(scorer.classifier.classifier, latents)
+    with governed(torch.Generator().manual_seed(seed)):
+        scores = class_scores(scorer.classifier.classifier, latents)
     check_finite("the score of classes", scores, "see what the classifier makes of latents")
     return scores
 
