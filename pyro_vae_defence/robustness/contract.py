@@ -22,11 +22,13 @@ from torch import Tensor
 from pyro_vae_defence.defence import EncoderDefence, MCMCDefence, PosteriorModeDefence
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.classifier import class_scores, flatten_latents
+from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.ops.boundary import governed
 from pyro_vae_defence.ops.checks import check_finite
 from pyro_vae_defence.robustness.scoring import Accuracy, Scorer, Similarity
 from pyro_vae_defence.robustness.suite import Suite
 from pyro_vae_defence.robustness.whitebox import runs_as
+from pyro_vae_defence.types import VAE
 
 NUM_IMAGES = 8
 _ROUNDING = 1e-3  # of the largest value
@@ -36,13 +38,14 @@ class Trial:
     """Answers to the first images of a ``suite``, with one seed, before and after the attacks."""
 
     def __init__(self, suite: Suite, seed: int) -> None:
-        few = suite.at(slice(0, NUM_IMAGES))
-        self.x, self._seed = few.x, suite.box.seed
+        few, scorer = slice(0, NUM_IMAGES), suite.scorer
+        self.x, self._seed = suite.x[few], suite.box.seed
         self._answers: dict[str, Callable[[Tensor], Tensor]] = {}
-        if isinstance(few.scorer, Accuracy):
-            self._answers["classifier"] = functools.partial(_scores, few.scorer, seed)
+        if isinstance(scorer, Accuracy):
+            vae, classifier = take(suite.box.vae, few), scorer.classifier.classifier
+            self._answers["classifier"] = functools.partial(_scores, vae, classifier, seed)
         if _is_own(suite.box.defence):
-            self._answers["defence"] = functools.partial(_run, few.scorer, seed)
+            self._answers["defence"] = functools.partial(_run, scorer.at(few), seed)
 
     @torch.no_grad()
     def before(self) -> tuple[dict[str, Tensor], list[str]]:
@@ -106,10 +109,10 @@ def _is_own(defence: object) -> bool:
     return not any(runs_as(defence, kind) for kind in (MCMCDefence, PosteriorModeDefence))
 
 
-def _scores(scorer: Accuracy, seed: int, x: Tensor) -> Tensor:
-    latents = program.posterior_mean(scorer.defence.vae, x)
+def _scores(vae: VAE, classifier: Callable[[Tensor], Tensor], seed: int, x: Tensor) -> Tensor:
+    latents = program.posterior_mean(vae, x)
     with governed(torch.Generator().manual_seed(seed)):
-        scores = class_scores(scorer.classifier.classifier, latents)
+        scores = class_scores(classifier, latents)
     check_finite("the score of classes", scores, "see what the classifier makes of latents")
     return scores
 
