@@ -117,7 +117,7 @@ def test_differences_between_defences_whose_attackers_know_them(name):
     )
     chain = report("mnist_reconstruction_0.2", "aware", "reconstruction")
     says(name, f"{difference(mode, clip)} more than clip", f"{difference(mode, chain)} more than")
-    assert (mode.reliable, clip.reliable, chain.reliable) == (True, True, False)
+    assert all(found.reliable for found in (mode, clip, chain))
 
 
 def test_similarities_of_fashion_mnist_that_attackers_leave():
@@ -144,7 +144,6 @@ def test_which_reports_pass_their_checks():
     assert failed == {
         "fashion_mnist_protocol_0.1/classification/aware",
         "mnist_protocol_0.1/classification/aware",
-        "mnist_reconstruction_0.2/reconstruction/aware",
     }
     says("adaptive_attacks.md", "At radius 0.2 all reports of classes, and those of")
     vote = report("fashion_mnist_vote_0.1", "recommended").robust["mean"]
