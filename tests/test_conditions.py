@@ -306,6 +306,25 @@ def test_partial_programs_keep_their_rows():
     )
 
 
+def test_parts_of_a_result_keep_the_rows_that_partial_programs_have_bound(monkeypatch):
+    """A part of the images was taken for all of them, with the first labels."""
+    both = partial(y=Y, bright=BRIGHT), VAE
+    defences = [MCMCDefence(vae, num_samples=2, warmup_steps=2, num_chains=2) for vae in both]
+    results = [
+        defence(images, seeded())
+        for defence, images in zip(defences, (X, (X, Y, BRIGHT)), strict=True)
+    ]
+    for module in ("detection", "result"):
+        monkeypatch.setattr(f"pyro_vae_defence.defence.{module}.ROWS", 4)
+    torch.testing.assert_close(*map(detection_scores, defences, results))
+    for image in (None, 3):
+        found, expected = (
+            result.to_datatree(image, log_likelihood=vae)["log_likelihood"]["obs"].values
+            for result, vae in zip(results, both, strict=True)
+        )
+        assert found == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("rows", [[3, 1], [0, 0], [2], [0, 1, 2, 3, 0]])
 def test_rows_of_an_attack_keep_what_programs_have_bound(rows):
     """Also half of the images: twice as many as these are as many as there are labels."""

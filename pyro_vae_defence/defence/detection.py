@@ -46,7 +46,7 @@ from pyro_vae_defence.models.conditions import bind, take
 from pyro_vae_defence.models.program import Decoder, at_images, evaluation_mode, potential
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.types import ImagesLike, Latents, LatentsLike
+from pyro_vae_defence.types import VAE, ImagesLike, Latents, LatentsLike
 
 SCORES = (
     "energy_drop", "perturbation_gain", "start_energy", "start_error", "end_energy", "end_error",
@@ -90,15 +90,23 @@ def detection_scores(
                     f"variance[{name!r}] must have one image's shape {event}, got "
                     f"{tuple(value.shape)}"
                 )
-    num_chains, num_draws = next(iter(result.samples.values())).shape[:2]
-    if len(result.x) > (at_once := max(1, ROWS // num_chains)):
-        some = (some_images(result, first, at_once) for first in range(0, len(result.x), at_once))
-        parts = [detection_scores(defence, part, variance) for part in some]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    num_chains = len(next(iter(result.samples.values())))
+    at_once = max(1, ROWS // num_chains)
+    vae, parts = bind(defence.vae, result.x, result.conditions), []
+    for first in range(0, len(result.x), at_once):
+        rows = slice(first, first + at_once)
+        parts.append(_scores(defence, take(vae, rows), some_images(result, rows), variance))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _scores(
+    defence: Defence, vae: VAE, result: DefenceResult, variance: LatentsLike | None
+) -> dict[str, Tensor]:
+    """The same, of arguments that have been checked, by the VAE at these images."""
     perturbation = getattr(defence, "perturbation", None)
     encoder, moves = isinstance(defence, EncoderDefence), _moves(defence)
     encoded = _encoded(defence)
-    vae = bind(defence.vae, result.x, result.conditions)
+    num_chains, num_draws = next(iter(result.samples.values())).shape[:2]
     x = result.x.repeat(num_chains, 1, 1, 1)
 
     def over_chains(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae_defence.models import program
+from pyro_vae_defence.models.conditions import take
 from pyro_vae_defence.ops.boundary import public
 from pyro_vae_defence.types import VAE, Latents
 
@@ -133,13 +134,13 @@ class DefenceResult:
         """
         from pyro_vae_defence import diagnostics  # xarray and pandas take long to import
 
-        part, attrs = self, {"inference_library": "pyro_vae_defence", **self.settings}
+        rows, attrs = slice(None), {"inference_library": "pyro_vae_defence", **self.settings}
         if image is not None:
             attrs["image"] = image = diagnostics.check_image(image, len(self.x))
-            part = some_images(self, image, 1)
-        pixels = {}
+            rows = slice(image, image + 1)
+        part, pixels = some_images(self, rows), {}
         if log_likelihood is not None:
-            pixels = {self.observation: part._log_likelihood(log_likelihood)}
+            pixels = {self.observation: self._log_likelihood(log_likelihood, rows)}
         tree = diagnostics.to_datatree(
             _to_numpy(part.samples),
             _to_numpy(part.sample_stats),
@@ -168,8 +169,9 @@ class DefenceResult:
         return table
 
     @public
-    def _log_likelihood(self, vae: VAE) -> Tensor:
-        """log p(x_i | z) of every pixel, ``(chain, draw, N, C, H, W)``, in nats."""
+    @torch.no_grad()
+    def _log_likelihood(self, vae: VAE, rows: slice) -> Tensor:
+        """log p(x_i | z) of every pixel of some images, ``(chain, draw, N, C, H, W)``, in nats."""
         defence, assumed = self.settings.get("defence"), self.settings.get("perturbation")
         if (defence, assumed) != ("mcmc", setting(None)):
             raise ValueError(
@@ -177,20 +179,26 @@ class DefenceResult:
                 f"without a perturbation; these are of defence={defence!r}, "
                 f"perturbation={assumed!r}: leave it out"
             )
-        if len(self.x) > ROWS:
-            parts = (some_images(self, first, ROWS) for first in range(0, len(self.x), ROWS))
-            return torch.cat([part._log_likelihood(vae) for part in parts], 2)
-        at_x, x = program.at_images(vae, (self.x, *self.conditions), "x", unit_interval=False)
+        at_all, x = program.at_images(vae, (self.x, *self.conditions), "x", unit_interval=False)
+        first, last, _ = rows.indices(len(self.x))
+        parts = []
+        with program.evaluation_mode(vae):
+            for start in range(first, last, ROWS):
+                some = slice(start, min(start + ROWS, last))
+                parts.append(some_images(self, some)._of_pixels(take(at_all, some), x[some]))
+        return torch.cat(parts, 2)
+
+    def _of_pixels(self, vae: VAE, x: Tensor) -> Tensor:
+        """The same of all images ``x``, at which the VAE is."""
         shape = next(iter(self.samples.values())).shape[:2]
         draws = {name: value.flatten(0, 1) for name, value in self.samples.items()}
         at_once = max(1, ROWS // len(x))
-        with torch.no_grad(), program.evaluation_mode(vae):
-            decode = program.Decoder(at_x, x)
-            found = []
-            for start in range(0, shape.numel(), at_once):
-                some = {n: v[start : start + at_once].flatten(0, 1) for n, v in draws.items()}
-                copies = len(next(iter(some.values()))) // len(x)
-                found.append(decode.log_likelihood(some, x.repeat(copies, 1, 1, 1)))
+        decode = program.Decoder(vae, x)
+        found = []
+        for start in range(0, shape.numel(), at_once):
+            some = {n: v[start : start + at_once].flatten(0, 1) for n, v in draws.items()}
+            copies = len(next(iter(some.values()))) // len(x)
+            found.append(decode.log_likelihood(some, x.repeat(copies, 1, 1, 1)))
         return torch.cat(found).unflatten(0, (*shape, len(x)))
 
 
@@ -211,11 +219,12 @@ def _per_image(result: DefenceResult) -> dict[str, Any]:
     return {n: v for n, v in vars(result).items() if n not in _OF_THE_WHOLE}
 
 
-def some_images(result: DefenceResult, first: int, number: int) -> DefenceResult:
-    """The part of at most so many images."""
+def some_images(result: DefenceResult, rows: slice) -> DefenceResult:
+    """The part of these images."""
+    first, last, _ = rows.indices(len(result.x))
 
     def pick(tensors: list[Tensor], dim: int) -> Tensor:
-        return tensors[0].narrow(dim, first, min(number, len(result.x) - first))
+        return tensors[0].narrow(dim, first, last - first)
 
     return replace(result, **_along_images(pick, [_per_image(result)]))
 

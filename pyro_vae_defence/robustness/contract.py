@@ -118,7 +118,7 @@ def _scores(vae: VAE, classifier: Callable[[Tensor], Tensor], seed: int, x: Tens
 
 
 def _run(scorer: Scorer, seed: int, x: Tensor) -> Tensor:
-    """Latents and reconstruction, one row per image."""
+    """Latents, one row per image, which decide what is scored."""
     result = scorer.defence(x, torch.Generator().manual_seed(seed))
     if isinstance(scorer, Similarity):
         decode = program.Decoder(scorer.defence.vae, result.x)
@@ -136,7 +136,7 @@ def _run(scorer: Scorer, seed: int, x: Tensor) -> Tensor:
                     "whose last draw of the first chain is not its latents, through which it is "
                     "attacked; return both of the same chains"
                 )
-    return torch.cat([flatten_latents(result.latents), result.reconstruction.flatten(1)], 1)
+    return flatten_latents(result.latents)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
