@@ -166,6 +166,24 @@ def test_images_are_not_changed_in_place():
     assert torch.equal(leaf.detach(), X)
 
 
+def test_a_similarity_may_change_what_it_is_given():
+    """The mean of draws, and the reference that all draws are compared with, were what it left."""
+
+    def kept(one, other):
+        return 1 - (one - other).abs().flatten(1).mean(1)
+
+    def changed(one, other):
+        return 1 - other.sub_(one).abs_().flatten(1).mean(1) + 0 * one.zero_().flatten(1).sum(1)
+
+    options = {"attacks": ("transfer", "encoder"), "classifier": None, "checks": False}
+    found, expected = (
+        run(VAE, NoDefence(VAE), X, None, SMALL, similarity=similarity, **options)
+        for similarity in (changed, kept)
+    )
+    assert found.robust == expected.robust
+    assert torch.equal(found.x_adv, expected.x_adv)
+
+
 def test_torchs_noise_in_a_function_follows_the_generator():
     first, again, other = (
         run_defence(noisy, X, torch.Generator().manual_seed(seed)).latents["z"]

@@ -592,8 +592,8 @@ def output_damage(
             reference = reconstruct(x_ref)
 
         def goal(latents: Latents, x: Tensor) -> Tensor:
-            if distance is not None:
-                return distance(decode(latents, x), reference)
+            if distance is not None:  # which may change what it is given
+                return distance(decode(latents, x).clone(), reference.clone())
             return (decode(latents, x) - reference).square().flatten(1).sum(1)
 
         return goal

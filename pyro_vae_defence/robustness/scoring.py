@@ -215,10 +215,17 @@ class Similarity(Scorer):
     def __init__(self, box: WhiteBox, x: Tensor, compare: Compare | None, fresh: Fresh) -> None:
         super().__init__(box, fresh)
         self.figure = "similarity" if compare else metrics.metric_name("ms_ssim", "paper")
-        self.compare = compare or functools.partial(metrics.ms_ssim, variant="paper")
+        if compare is None:
+            self.compare: Compare = functools.partial(metrics.ms_ssim, variant="paper")
+        else:
+            self.compare = functools.partial(_on_copies, compare)
         self.reference, again = (NoDefence(box.vae)(x, fresh()).reconstruction for _ in range(2))
         if compare is not None:
-            _check_similarity(compare, self.reference)
+            if not callable(compare):
+                raise ValueError(
+                    f"similarity must map two batches of images to numbers, got {compare!r}"
+                )
+            _check_similarity(self.compare, self.reference)
         self.undefended = self.compare(self.reference, again)
 
     def at(self, rows: slice) -> Similarity:
@@ -233,10 +240,13 @@ class Similarity(Scorer):
         return Scores(per_draw, self.compare(images.mean(0), self.reference))
 
 
-def _check_similarity(compare: Any, images: Tensor) -> None:
+def _on_copies(compare: Compare, one: Tensor, other: Tensor) -> Tensor:
+    """What somebody's function says of images, which it may change."""
+    return compare(one.clone(), other.clone())
+
+
+def _check_similarity(compare: Compare, images: Tensor) -> None:
     """``ValueError`` unless it says per image how alike two are, and not how far apart."""
-    if not callable(compare):
-        raise ValueError(f"similarity must map two batches of images to numbers, got {compare!r}")
     with torch.no_grad():
         same, inverted = compare(images, images), compare(images, 1 - images)
     for found in (same, inverted):
