@@ -215,17 +215,11 @@ class Similarity(Scorer):
     def __init__(self, box: WhiteBox, x: Tensor, compare: Compare | None, fresh: Fresh) -> None:
         super().__init__(box, fresh)
         self.figure = "similarity" if compare else metrics.metric_name("ms_ssim", "paper")
-        if compare is None:
-            self.compare: Compare = functools.partial(metrics.ms_ssim, variant="paper")
-        else:
-            self.compare = functools.partial(_on_copies, compare)
+        own = functools.partial(_on_copies, compare) if compare else None
+        self.compare: Compare = own or functools.partial(metrics.ms_ssim, variant="paper")
         self.reference, again = (NoDefence(box.vae)(x, fresh()).reconstruction for _ in range(2))
         if compare is not None:
-            if not callable(compare):
-                raise ValueError(
-                    f"similarity must map two batches of images to numbers, got {compare!r}"
-                )
-            _check_similarity(self.compare, self.reference)
+            _check_similarity(compare, self.reference)
         self.undefended = self.compare(self.reference, again)
 
     def at(self, rows: slice) -> Similarity:
@@ -245,10 +239,12 @@ def _on_copies(compare: Compare, one: Tensor, other: Tensor) -> Tensor:
     return compare(one.clone(), other.clone())
 
 
-def _check_similarity(compare: Compare, images: Tensor) -> None:
+def _check_similarity(compare: Any, images: Tensor) -> None:
     """``ValueError`` unless it says per image how alike two are, and not how far apart."""
+    if not callable(compare):
+        raise ValueError(f"similarity must map two batches of images to numbers, got {compare!r}")
     with torch.no_grad():
-        same, inverted = compare(images, images), compare(images, 1 - images)
+        same, inverted = (_on_copies(compare, images, other) for other in (images, 1 - images))
     for found in (same, inverted):
         shape = tuple(found.shape) if isinstance(found, Tensor) else None
         if shape != (len(images),) or not found.is_floating_point():

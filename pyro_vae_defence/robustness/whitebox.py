@@ -282,12 +282,12 @@ class WhiteBox:
         """The images that the defence looks at in place of ``x``, with the derivative of its
         filter, and that of the identity in pixels for which this is zero, or not known (BPDA)."""
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return self._filter(x.detach().clone())
+            return self._filter(x.detach())
         leaf = x.detach().requires_grad_()
         try:
             seen = self._filter(leaf)
         except RuntimeError:  # it leaves torch
-            seen = self._filter(x.detach().clone())
+            seen = self._filter(x.detach())
         if seen is leaf:  # there is no filter
             return x
         found = seen.detach() + (x - x.detach())
