@@ -96,7 +96,8 @@ class RobustnessConfig(InBlocks):
         defence_seed: a seed that the defence always runs with and attackers know; ``None`` for
             fresh noise in every run.
         earlier: directory of attacked images, ``attacked`` in the output of the same name with
-            fewer attacks, from whose reports these go on; ``None`` to run all attacks.
+            fewer attacks, from whose reports these go on, those that it has; ``None`` to run all
+            attacks.
         seed: seed of images, attacks and defences.
     """
 
@@ -388,7 +389,7 @@ class Robustness(Measurement[RobustnessConfig]):
 
         Raises:
             ValueError: for a published setting that is not known, or attacked images of ``earlier``
-                that cannot be read or would be overwritten.
+                that cannot be read or would be overwritten, or none of these reports'.
         """
         config = self.config
         self.earlier: dict[Key, RobustnessReport] = {}
@@ -407,10 +408,17 @@ class Robustness(Measurement[RobustnessConfig]):
                     f"earlier must not be where new attacked images are written, {str(place)!r}; "
                     "give another --output"
                 )
+            files = {key: place / self._images_name(key) for key, _ in self.cells()}
             self.earlier = {
-                key: load_attacked(place / self._images_name(key), self.device)
-                for key, _ in self.cells()
+                key: load_attacked(file, self.device)
+                for key, file in files.items()
+                if file.exists()
             }
+            if not self.earlier:
+                raise ValueError(
+                    f"earlier must have attacked images of one of these reports, got none such as "
+                    f"{str(next(iter(files.values())))!r}; give their directory, or leave it out"
+                )
         if self.progress and config.images_per_cell is not None:
             print(estimate(config), file=sys.stderr)
 
