@@ -734,7 +734,7 @@ def _panels(
                 }
                 axes.axhline(level, **style)
             axes.set(xlabel=xlabel, ylabel=quality, ylim=(0, 1.02), title=title)
-        legend_below(part, panels[0], 2)
+        legend_below(part, panels[0], columns=2)
     return figure
 
 

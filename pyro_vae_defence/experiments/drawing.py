@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyro_vae_defence import plots
 from pyro_vae_defence.ops.files import write_atomically
@@ -34,10 +34,14 @@ def interval_curve(
     return plots.curve(axes, x, estimate, low, high, label, color)
 
 
-def legend_below(figure: FigureBase, axes: Axes, columns: int = 3) -> None:
-    """One legend for all panels of a figure or a part of it, of what is labelled in ``axes``."""
-    handles = axes.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=9)
+def legend_below(figure: FigureBase, *panels: Axes, columns: int = 3) -> None:
+    """One legend of a figure or a part of it: what is labelled in ``panels``, each text once."""
+    shown: dict[str, Any] = {}
+    for axes in panels:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(text, handle)
+    if shown:
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:

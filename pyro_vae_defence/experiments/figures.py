@@ -47,7 +47,7 @@ from pyro_vae_defence.defence import DefenceResult, DefendedClassifier, MCMCDefe
 from pyro_vae_defence.experiments import configuration as conf
 from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.defences import Setting, colour, label, make_defence
-from pyro_vae_defence.experiments.drawing import interval_curve, new_figure
+from pyro_vae_defence.experiments.drawing import interval_curve, legend_below, new_figure
 from pyro_vae_defence.experiments.study import Cell, Key, Measurement
 from pyro_vae_defence.models import program
 from pyro_vae_defence.ops import divergences
@@ -481,12 +481,7 @@ def knowledge_figure(result: dict[str, Any]) -> Figure:
         axes.set_xlabel("radius of the attack")
     for axes in figure.axes[::2]:
         axes.set_ylabel(result["metric"])
-    shown = {
-        text: handle
-        for axes in figure.axes
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=2, fontsize=9)
+    legend_below(figure, *figure.axes, columns=2)
     return figure
 
 
@@ -524,7 +519,6 @@ def objectives_figure(result: dict[str, Any], kind: str) -> Figure:
     rows = max(1, -(-len(found) // 2))
     figure = new_figure(8, 0.6 + 3 * rows)
     grid = figure.subplots(rows, 2, sharey=True, squeeze=False)
-    labelled: dict[str, Any] = {}
     for axes in grid.flat[len(found) :]:
         axes.set_axis_off()
     for (measure, series), axes in zip(found.items(), grid.flat):
@@ -539,13 +533,11 @@ def objectives_figure(result: dict[str, Any], kind: str) -> Figure:
             color = _COLOURS.get(name, "black")
             style: dict[str, Any] = {"fmt": markers[radius], "color": color, "ms": 5, "lw": 1.2}
             places = [place + shift for place in points]
-            bars = axes.errorbar(estimate, places, xerr=error.numpy(), label=text, **style)
-            labelled.setdefault(text, bars)
+            axes.errorbar(estimate, places, xerr=error.numpy(), label=text, **style)
         axes.set_title(f"{measure.title} {measure.direction}", fontsize=10)
         axes.set_yticks(range(len(objectives)), [_label(name) for name in objectives])
         axes.set_ylim(len(objectives) - 0.5, -0.5)
-    if labelled:
-        figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=3, fontsize=9)
+    legend_below(figure, *figure.axes)
     return figure
 
 

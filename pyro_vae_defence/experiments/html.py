@@ -85,7 +85,7 @@ def _curves(results: Sequence[dict[str, Any]]) -> Iterator[str]:
         if unreliable:
             axes.plot([], [], color="dimgray", label="unreliable report", **hollow)
             text += " Hollow points are of reports that call themselves unreliable."
-        legend_below(figure, axes, 2)
+        legend_below(figure, axes, columns=2)
         several = sum(other[:2] == group[:2] for other in groups) > 1
         of = f": {', '.join(names[group])}" if several else ""
         yield f"<h2>{escape(model)}, {escape(target)}{escape(of)}</h2>"

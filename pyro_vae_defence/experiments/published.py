@@ -450,7 +450,7 @@ def transitions_figure(found: list[tuple[str, str, dict[str, Any]]]) -> Figure:
     for axes, title in zip(panels, (METRIC, "class unchanged"), strict=True):
         axes.set(xlabel="transitions", title=title, ylim=(0, 1.02))
         axes.set_xscale("symlog", linthresh=5)
-    legend_below(figure, panels[0], 2)
+    legend_below(figure, panels[0], columns=2)
     return figure
 
 
@@ -464,5 +464,5 @@ def radii_figure(found: dict[float, dict[str, Any]]) -> Figure:
     ):
         interval_curve(axes, list(found), [cell[place] for cell in found.values()], text)
     axes.set(xlabel="radius of the attack", ylabel=METRIC, ylim=(0, 1.02))
-    legend_below(figure, axes, 2)
+    legend_below(figure, axes, columns=2)
     return figure

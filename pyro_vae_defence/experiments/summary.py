@@ -13,7 +13,7 @@ from pyro_vae_defence.experiments import study, tables
 from pyro_vae_defence.experiments.benchmark.samplers import SAMPLERS
 from pyro_vae_defence.experiments.compare import ADVISED, Headline, headline
 from pyro_vae_defence.experiments.defences import chain_words, chained, colour, label
-from pyro_vae_defence.experiments.drawing import new_figure, save_figure
+from pyro_vae_defence.experiments.drawing import legend_below, new_figure, save_figure
 from pyro_vae_defence.experiments.leaderboard import Entry, by_defence
 from pyro_vae_defence.experiments.robustness import reports, so_far
 from pyro_vae_defence.experiments.train import DATASETS
@@ -92,7 +92,7 @@ def summary_figure(headlines: list[Headline]) -> Figure:
         axes.errorbar(estimate, places, xerr=error, color=color, label=text, **style)
     axes.set_yticks(range(len(headlines)), [line.name for line in headlines])
     axes.set(xlim=(0, 1.02), ylim=(len(headlines) - 0.5, -0.5), xlabel="correct under attack")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    legend_below(figure, axes, columns=2)
     return figure
 
 

@@ -589,7 +589,7 @@ def bounds_figure(result: dict[str, Any]) -> Figure:
         axes.set_title(f"Theorem 1, radius {radius}", fontsize=10)
     if others:
         others[0].set_ylabel("total variation, and bounds of it")
-        legend_below(figure, others[0], 2)
+    legend_below(figure, *others, columns=2)
     return figure
 
 

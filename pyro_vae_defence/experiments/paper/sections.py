@@ -417,12 +417,7 @@ def gains_figure(results: Path, measure: str) -> Figure | None:
             axes.set(ylim=(0, 1.02), xlim=(-0.5, len(kinds) - 0.5))
     for line in grid:
         line[0].set_ylabel(METRIC if measure == "ms_ssim" else "class unchanged")
-    shown = {
-        text: handle
-        for axes in figure.axes
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=2, fontsize=9)
+    legend_below(figure, *figure.axes, columns=2)
     return figure if any_found else None
 
 
