@@ -484,3 +484,49 @@ def test_networks_with_equal_weights_that_do_something_else_are_others():
     vae = ConvVAE()
     assert vae.scope != copy.deepcopy(vae).scope
     assert store.fingerprint(vae) == store.fingerprint(copy.deepcopy(vae))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (torch.relu, torch.tanh),
+        (nn.functional.relu, nn.functional.elu),
+        (functools.partial(nn.functional.leaky_relu, negative_slope=0.1),
+         functools.partial(nn.functional.leaky_relu, negative_slope=0.2)),
+        ([1, 2], [1, 3]),
+        ({"likelihood": {"scale": 0.1}}, {"likelihood": {"scale": 0.2}}),
+        (np.float32(0.1), np.float32(0.2)),
+    ],
+)  # fmt: skip
+def test_what_a_network_holds_beside_its_weights_tells_it_from_others(one, other):
+    def made(value, mask=1.0):
+        network = nn.Linear(1, 1)
+        nn.init.ones_(network.weight), nn.init.zeros_(network.bias)
+        network.held, network.itself = value, functools.partial(print, network)
+        network.register_buffer("mask", torch.tensor(mask), persistent=False)
+        network.seen = torch.rand(3)  # by the last run
+        return store.fingerprint(network)
+
+    assert made(one) == made(one) != made(other)
+    assert made(one) != made(one, 2.0)
+
+
+def test_a_store_of_another_activation_is_refused(x, tmp_path, float64):
+    class Linear(LinearGaussianVAE, nn.Module):
+        def __init__(self, activation):
+            nn.Module.__init__(self)
+            LinearGaussianVAE.__init__(self)
+            self.activation = activation
+
+    path = NoDefence(Linear(torch.relu)).to_zarr(x, tmp_path / "a", generator=seeded())
+    with pytest.raises(ValueError, match="its weights_hash"):
+        NoDefence(Linear(torch.tanh)).to_zarr(x, path, generator=seeded())
+
+
+def test_arrays_that_torch_does_not_know_are_hashed():
+    arrays = [["a", "b"], ["a", "c"], [None, 1]]
+    values = [np.array(a, dtype=object if None in a else None) for a in arrays]
+    values += [np.arange(3, dtype=">f4"), np.arange(3.0)[::-1], np.arange(3.0)]
+    hashes = [store.fingerprint(value) for value in values]
+    assert len(set(hashes)) == len(values)
+    assert store.fingerprint(np.arange(3.0)) == store.fingerprint(torch.arange(3.0).double())

@@ -370,13 +370,13 @@ def fingerprint(*values: Any) -> str:
 
     Of other objects it knows the name alone.
     """
-    found, seen = hashlib.sha256(), dict[FunctionType, int]()
+    found, seen = hashlib.sha256(), dict[Any, int]()
     for value in values:
         _feed(found.update, value, seen)
     return found.hexdigest()[:16]
 
 
-def _feed(update: Callable[[bytes], Any], value: Any, seen: dict[FunctionType, int]) -> None:
+def _feed(update: Callable[[bytes], Any], value: Any, seen: dict[Any, int]) -> None:
     def word(*words: Any) -> None:
         update(f"{words!r};".encode())
 
@@ -384,23 +384,35 @@ def _feed(update: Callable[[bytes], Any], value: Any, seen: dict[FunctionType, i
         _feed(update, part, seen)
 
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
+        try:
+            value = torch.as_tensor(np.ascontiguousarray(value))
+        except (TypeError, ValueError):  # texts, and what else torch has no numbers for
+            word("array", value.dtype.str, value.shape)
+            value = value.tolist()
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Tensor):
         word("tensor", str(value.dtype), tuple(value.shape))
         plain = value.detach().cpu().contiguous().reshape(-1)
         update(plain.view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, nn.Module) and value in seen:  # which it leads back to
+        word("module", seen[value])
     elif isinstance(value, nn.Module):
+        seen[value] = len(seen)
         for name, module in value.named_modules():
             # What the mode is, and a name in Pyro's store, differ between equal networks.
             apart = ("training", "scope")
             own = [(k, v) for k, v in vars(module).items() if k not in apart and _is_plain(v)]
             word("module", name, type(module).__qualname__, sorted(own))
+            if beside := _beside_weights(module):
+                feed(beside)
         feed(dict(value.state_dict()))
+        del seen[value]
     elif isinstance(value, functools.partial):
         word("partial")
         feed([value.func, value.args, value.keywords])
+    elif isinstance(value, FunctionType) and _package(value) in ("torch", "pyro"):
+        word("function", value.__module__, value.__qualname__)  # the code differs between versions
     elif isinstance(value, FunctionType):
         # Functions call themselves and each other, along more ways than can be gone.
         known = value in seen
@@ -430,6 +442,8 @@ def _feed(update: Callable[[bytes], Any], value: Any, seen: dict[FunctionType, i
 
 _NUMBERS = (bool, int, float, complex)
 _PLAIN = (range, torch.dtype, torch.device)
+_SETTINGS = (*_NUMBERS, str, bytes, range, torch.dtype, enum.Enum, np.generic, type(None))
+_DATA = (*_SETTINGS, torch.device, np.ndarray, Tensor)
 
 
 def held_by(function: FunctionType) -> list[Any]:
@@ -456,10 +470,9 @@ def _counts(value: Any, function: FunctionType) -> bool:
 _MOST_DATA = 10_000  # parts of a container, beyond which it is a dataset or a cache, not a setting
 
 
-def _is_data(value: Any) -> bool:
+def _is_data(value: Any, leaves: tuple[type, ...] = _DATA) -> bool:
     """Whether a value is a number, a text, an array, or a container of such and of such containers,
     of at most so many parts in all; one that holds itself has more."""
-    leaves = (*_NUMBERS, *_PLAIN, str, bytes, np.ndarray, np.generic, Tensor, type(None))
     todo, seen = [value], 0
     while todo:
         part = todo.pop()
@@ -471,6 +484,28 @@ def _is_data(value: Any) -> bool:
         elif not isinstance(part, leaves):
             return False
     return True
+
+
+_OF_EVERY_MODULE = {*vars(nn.Module()), "_compiled_call_impl"}
+
+
+def _beside_weights(module: nn.Module) -> dict[str, Any]:
+    """What a network computes with beside its weights and plain attributes: functions, such as an
+    activation, containers of settings, and buffers that it does not store.
+
+    Not tensors among its attributes, which a run may have left there, nor the device. Networks of
+    this package hold nothing of the kind that their weights and plain attributes do not tell.
+    """
+    if _package(type(module)) == "pyro_vae_defence":
+        return {}
+    held = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    found = {k: v for k, v in held.items() if callable(v) or _is_data(v, _SETTINGS)}
+    found |= {name: getattr(module, name) for name in module._non_persistent_buffers_set}
+    return {k: v for k, v in sorted(found.items()) if not _is_plain(v)}
+
+
+def _package(value: Any) -> str:
+    return str(getattr(value, "__module__", None)).partition(".")[0]
 
 
 def _names(code: CodeType) -> set[str]:
