@@ -232,6 +232,22 @@ def _as_tree(chains: Any, *, images: bool = False) -> xarray.DataTree:
     return chains
 
 
+def _in_order(chains: Any, *, images: bool = False) -> xarray.DataTree:
+    """The same with the module's order of dimensions, which ``xarray.concat`` along a new ``image``
+    changes, for what counts them."""
+    tree = _as_tree(chains, images=images)
+    if lost := sorted({"chain", "draw"}.difference(tree["posterior"].sizes)):
+        raise ValueError(
+            f"tree has no dimension {' and none '.join(lost)}: keep it where you select, as "
+            f"tree.isel({lost[0]}=[0]) does"
+        )
+    groups = {
+        name: group.to_dataset().transpose(*_LEADING, ..., missing_dims="ignore")
+        for name, group in tree.children.items()
+    }
+    return xarray.DataTree.from_dict(groups)
+
+
 def select_image(tree: xarray.DataTree, image: int) -> xarray.DataTree:
     """The chains of one image, without the dimension ``image``: all of ArviZ applies to them.
 
@@ -268,7 +284,7 @@ def rhat(tree: xarray.DataTree) -> dict[str, np.ndarray]:
     """
     import arviz
 
-    tree = _as_tree(tree)
+    tree = _in_order(tree)
     with np.errstate(invalid="ignore", divide="ignore"):
         return _per_site(tree, arviz.rhat(to_arviz(tree)))
 
@@ -282,7 +298,7 @@ def ess(
     """
     import arviz
 
-    tree = _as_tree(tree)
+    tree = _in_order(tree)
     return _per_site(tree, arviz.ess(to_arviz(tree), method=method, prob=prob))
 
 
@@ -314,7 +330,7 @@ def rhat_nested(tree: xarray.DataTree, superchain_ids: Sequence[int]) -> dict[st
         ValueError: if there is not one number per chain, fewer than two superchains, or superchains
             of unequal size; and for a single draw of single chains.
     """
-    group = _as_tree(tree)["posterior"].to_dataset()
+    group = _in_order(tree)["posterior"].to_dataset()
     num_chains, num_draws = (group.sizes[dim] for dim in ("chain", "draw"))
     ids = np.asarray(superchain_ids)
     if ids.shape != (num_chains,):
@@ -368,7 +384,7 @@ def summary(tree: xarray.DataTree) -> Any:
     Raises:
         ValueError: for chains of one image without a dimension of images.
     """
-    tree = _as_tree(tree, images=True)
+    tree = _in_order(tree, images=True)
     draws = tree["posterior"].to_dataset()
     still = _per_site(tree, {name: _still(v.values) for name, v in draws.data_vars.items()})
     columns = {"r_hat": _over_latents(np.max, rhat(tree))}

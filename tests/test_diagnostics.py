@@ -484,3 +484,31 @@ def test_a_summary_of_single_draws_says_that_it_knows_nothing():
     table = MCMCDefence(vae, num_samples=1, warmup_steps=1, num_chains=2)(x).summary()
     assert table[["r_hat", "bfmi"]].isna().all(axis=None)
     assert table["acceptance_rate"].notna().all()
+
+
+def test_images_joined_along_a_new_dimension_have_the_diagnostics_of_all():
+    """xarray puts a new dimension first, where counting dimensions took images for chains."""
+    draws = np.random.default_rng(0).normal(size=(4, 12, 6, 2))
+    tree = diagnostics.to_datatree({"z": draws}, {"energy": draws[..., 0], "lp": draws[..., 1]})
+    parts = [diagnostics.select_image(tree, image) for image in range(6)]
+    names = ("posterior", "sample_stats")
+    joined = {n: xarray.concat([part[n].to_dataset() for part in parts], "image") for n in names}
+    joined = xarray.DataTree.from_dict(joined)
+    assert joined["posterior/z"].dims[0] == "image"
+    groups = {name: tree[name].to_dataset() for name in names}
+    backwards = xarray.DataTree.from_dict(
+        {name: group.transpose(*reversed(list(group.dims))) for name, group in groups.items()}
+    )
+    ids = [0, 0, 1, 1]
+    for find in (diagnostics.rhat, diagnostics.ess, lambda t: diagnostics.rhat_nested(t, ids)):
+        for other in (joined, backwards):
+            np.testing.assert_array_equal(find(other)["z"], find(tree)["z"])
+    np.testing.assert_array_equal(diagnostics.summary(joined), diagnostics.summary(tree))
+
+
+@pytest.mark.parametrize("dim", ["chain", "draw"])
+def test_a_dimension_that_was_selected_away_is_named(dim):
+    tree = diagnostics.to_datatree({"z": np.zeros((2, 8, 3, 1))}).isel({dim: 0})
+    for find in (diagnostics.rhat, diagnostics.summary, diagnostics.ess):
+        with pytest.raises(ValueError, match=rf"no dimension {dim}: keep it.*isel\({dim}=\[0\]"):
+            find(tree)
