@@ -165,6 +165,22 @@ def test_the_largest_radius_that_costs_no_more_than_the_bound_is_chosen(vae):
         choose_radius(vae, x, (0.2, 0.3), max_clean_cost=0.2, score=score, defence=defence)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16])
+def test_scores_of_any_dtype_have_differences(vae, dtype):
+    """An image that only the undefended VAE has right costs 1, one that only a defence has, -1."""
+    right = iter([[1, 0, 1], [0, 1, 1], [1, 1, 1]])
+    choice = choose_radius(
+        vae,
+        clean_images(vae, 3),
+        (0.1, 0.2),
+        max_clean_cost=0.0,
+        score=lambda result: torch.tensor(next(right), dtype=dtype),
+        defence=MODE,
+    )
+    assert choice.clean_costs.tolist() == [[1.0, -1.0, 0.0], [0.0, -1.0, 0.0]]
+    assert choice.radius == 0.2
+
+
 def test_a_chain_with_an_unknown_radius_records_it(vae):
     x = clean_images(vae, 2)
     unknown = UnknownRadius(L2, (0.0, 0.5), (0.0, 3.0))
@@ -192,7 +208,7 @@ def test_arguments(vae):
             choose_radius(vae, x, radii, max_clean_cost=0.1)
     with pytest.raises(ValueError, match="radii is empty"):
         scores_by_radius(vae, x, ())
-    with pytest.raises(ValueError, match=r"score must return one value per image, shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"score must return one number per row, shape \(3,\)"):
         scores_by_radius(vae, x, (0.1,), score=lambda result: result.x, defence=MODE)
 
     def only_small(vae, perturbation):

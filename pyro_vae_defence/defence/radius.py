@@ -42,7 +42,13 @@ from pyro_vae_defence.models.perturbation import UnknownRadius, UnknownRadiusLik
 from pyro_vae_defence.ops import latents as lat
 from pyro_vae_defence.ops.balls import Ball, Linf
 from pyro_vae_defence.ops.boundary import public
-from pyro_vae_defence.ops.checks import check_integer, check_not_negative, check_within, plain
+from pyro_vae_defence.ops.checks import (
+    check_integer,
+    check_not_negative,
+    check_per_row,
+    check_within,
+    plain,
+)
 from pyro_vae_defence.ops.streams import draw_seed
 from pyro_vae_defence.types import VAE, ImagesLike, LatentsLike
 
@@ -196,13 +202,10 @@ def _scores(defences: Iterable[Any], x: ImagesLike, score: ResultScore, seed: in
     """Those of each defence, with the same noise, ``(defences, N)``."""
     num_images, scores = len(split(x)[0]), []
     for run in defences:
-        values = score(run(x, torch.Generator().manual_seed(seed)))
-        if tuple(values.shape) != (num_images,):
-            raise ValueError(
-                f"score must return one value per image, shape ({num_images},), got "
-                f"{tuple(values.shape)}"
-            )
-        scores.append(values.detach())
+        found = score(run(x, torch.Generator().manual_seed(seed)))
+        values = check_per_row("score", found, num_images).detach()
+        # Classes that are right, as bool or uint8, have no differences.
+        scores.append(values.to(torch.promote_types(values.dtype, torch.float32)))
     return torch.stack(scores)
 
 
