@@ -244,6 +244,17 @@ def test_results_of_several_defences_are_not_joined(linear_vae):
         DefenceResult.join([])
 
 
+def test_results_of_images_of_other_sizes_are_not_joined(linear_vae):
+    """The same latents, as of two VAEs."""
+    result = NoDefence(linear_vae)(torch.rand(2, 1, 4, 4))
+    wide = torch.rand(2, 1, 4, 5)
+    other = dataclasses.replace(result, x=wide, reconstruction=wide)
+    with pytest.raises(
+        ValueError, match=r"different reconstruction are .*\(1, 4, 4\), \(1, 4, 5\)"
+    ):
+        DefenceResult.join([result, other])
+
+
 def test_settings_of_numpys_numbers_are_recorded(linear_vae):
     kernel = functools.partial(BatchedHMC, step_size=np.float32(0.25), num_steps=np.int64(2))
     settings = MCMCDefence(linear_vae, kernel, 1, 1)(torch.rand(2, 1, 4, 4)).settings

@@ -107,14 +107,15 @@ class DefenceResult:
 
     def _kind(self) -> dict[str, Any]:
         """What results of one defence have in common."""
-        samples = {n: (*v.shape[:2], *v.shape[3:]) for n, v in self.samples.items()}
+
+        def shape(tensors: list[Tensor], dim: int) -> Any:
+            of_all = tuple(tensors[0].shape)
+            return of_all[:dim] + of_all[dim + 1 :]
+
         return {
             "settings": of_defence(self.settings),
             "observation": self.observation,
-            "samples": samples,
-            "sample_stats": sorted(self.sample_stats),
-            "convergence": sorted(self.convergence),
-            "conditions": [value is None for value in self.conditions],
+            **_along_images(shape, [_per_image(self)]),
         }
 
     def to_datatree(self, image: int | None = None, *, log_likelihood: VAE | None = None) -> Any:
@@ -230,7 +231,7 @@ def some_images(result: DefenceResult, rows: slice) -> DefenceResult:
 
 
 def _along_images(
-    change: Callable[[list[Tensor], int], Tensor], parts: Sequence[dict[str, Any]]
+    change: Callable[[list[Tensor], int], Any], parts: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """``change`` of each field's tensors, one of every part, and of their dimension of images."""
     changed: dict[str, Any] = {}
