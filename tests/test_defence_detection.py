@@ -425,6 +425,8 @@ class TestDetector:
             detector.report(x, x[:3], AWARE)
         with pytest.raises(ValueError, match="ball must be"):
             detector.report(x, x, 0.1)
+        with pytest.raises(ValueError, match="level=95 must lie between"):
+            detector.report(x, x, AWARE, level=95)
         new = torch.rand(20, 1, 4, 4)
         with pytest.raises(ValueError, match="x_adv equals x: pass the images after the attack"):
             detector.report(new, new, AWARE)
@@ -616,6 +618,13 @@ class TestAnomalies:
         found = anomaly_scores(EncoderDefence(bound, 2, batch_size=2), x, seeded())
         expected = anomaly_scores(EncoderDefence(vae, 2), (x.float(), y), seeded())
         torch.testing.assert_close(found, expected)
+
+    def test_draws_are_decoded_one_at_a_time(self, linear_vae, largest_tensor):
+        kernel = functools.partial(BatchedHMC, num_steps=1)
+        defence, x = MCMCDefence(linear_vae, kernel, 50, 0), torch.rand(4, 1, 4, 4)
+        with largest_tensor as largest:
+            anomaly_scores(defence, x)
+        assert largest.size <= 20 * x.numel()
 
     def test_an_anomaly_stands_out(self, linear_vae):
         z = torch.randn(60, 3)

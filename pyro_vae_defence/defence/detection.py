@@ -244,11 +244,14 @@ def anomaly_scores(
         with evaluation_mode(vae):
             energy, decode = potential(vae, images), Decoder(vae, images)
             draws = _draws(result)
-            decoded = torch.stack([decode(z, images).clamp(0.0, 1.0) for z in draws])
+            # Draw by draw: of all together there would be an image for each.
+            errors = torch.stack(
+                [(decode(z, images).clamp(0, 1) - images).square().mean((1, 2, 3)) for z in draws]
+            )
             unconstrained = [energy.unconstrain(z) for z in draws]
             # log p(z) is that of z itself, not of the scale on which chains move.
             energies = torch.stack([energy(u) - energy.log_determinant(u) for u in unconstrained])
-        parts["error"].append((decoded - images).square().mean((0, 2, 3, 4)))
+        parts["error"].append(errors.mean(0))
         parts["energy"].append(energies.mean(0))
     return {name: torch.cat(values) for name, values in parts.items()}
 

@@ -71,7 +71,7 @@ from pyro_vae_defence.defence.least_energy import (
     infinite_if_unknown,
 )
 from pyro_vae_defence.defence.store import fingerprint
-from pyro_vae_defence.metrics.intervals import Interval
+from pyro_vae_defence.metrics.intervals import Interval, check_bootstrap
 from pyro_vae_defence.models.conditions import fold, split
 from pyro_vae_defence.models.modules import networks_of
 from pyro_vae_defence.models.program import check_images
@@ -232,7 +232,7 @@ class Detector:
                 were rounded to 8 bits.
             ball: norm and radius of the attack, e.g. ``Linf(0.1)``, which are those of the noise.
             level: of the intervals.
-            generator: source of the seeds of defence, noise and intervals.
+            generator: source of the seeds of defence, noise and intervals, on the CPU.
             labels: classes of ``x``, integers ``(N,)``; with ``classify``.
             classify: images, or ``(x, *conditions)``, to their classes ``(N,)``, such as
                 :meth:`DefendedClassifier.predict
@@ -246,6 +246,7 @@ class Detector:
         """
         self._check_fitted()
         check_ball(ball)
+        check_bootstrap(level, 1, generator)
         clean, conditions = split(x)
         check_images(clean)
         check_images(x_adv, "x_adv")
