@@ -308,6 +308,7 @@ def test_files_that_would_be_decoded_wrongly_are_refused(tmp_path, name, image, 
         (3, lambda pixels: np.rot90(pixels, 2)),
         (5, np.transpose),
         (6, lambda pixels: np.rot90(pixels, -1)),
+        (9, lambda pixels: pixels),  # no orientation: left alone
     ],
 )
 def test_a_camera_that_was_turned(tmp_path, suffix, orientation, turn):

@@ -138,7 +138,7 @@ def _common_shape(
             exif = file.getexif()
             if file.format == "TIFF":  # some versions of Pillow have turned its size by now
                 wide, high = exif[ExifTags.Base.ImageWidth], exif[ExifTags.Base.ImageLength]
-            if exif.get(ExifTags.Base.Orientation, 1) > 4:  # turned by a quarter
+            if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # turned by a quarter
                 wide, high = high, wide
         first_of.setdefault((found_channels, *(size or (high, wide))), path)
     if len(first_of) > 1:
