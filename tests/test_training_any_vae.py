@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import types
 
 import pyro
@@ -12,6 +13,7 @@ import pytest
 import torch
 from objectives_programs import BottomUpVAE
 from programs import TutorialVAE
+from pyro import poutine
 from pyro.infer import (
     SVI,
     ReweightedWakeSleep,
@@ -1084,3 +1086,55 @@ def test_validation_nelbo_of_a_guide_that_samples_in_another_order():
     [entry] = fit(vae, Trace_ELBO(), [x[:2]], config(epochs=1), validation=[x]).history
     sampled = evaluate(vae, Trace_ELBO(), [x])
     assert entry["validation_nelbo"] == pytest.approx(sampled, abs=0.5)
+
+
+class Weighted(Plain):
+    """A beta-VAE whose programs scale and mask by themselves; its mean image is a constant."""
+
+    def make(self):
+        super().make()
+        nn.init.zeros_(self.decoder.weight)
+        self.encoder.double(), self.decoder.double()
+
+    def model(self, x):
+        self.register_model()
+        with pyro.plate("data", len(x)):
+            with poutine.scale(scale=4.0):
+                z = pyro.sample("z", self.prior(x))
+            seen = dist.Normal(self.decode(z).reshape(x.shape), 1.0).to_event(3)
+            with poutine.scale(scale=0.5), poutine.mask(mask=x.sum((1, 2, 3)) < 1):
+                pyro.sample("obs", seen, obs=x)
+
+    def guide(self, x):
+        with poutine.scale(scale=4.0):
+            super().guide(x)
+
+    def kl(self, x):
+        q = torch.distributions.Normal(self.encoder(x.flatten(1)), 0.5)
+        return torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1)
+
+
+class Halved(Weighted):
+    """Noise of twice the prior's deviation, halved: the prior."""
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            noise = dist.Normal(x.new_zeros(2), 2.0).to_event(1)
+            noise = pyro.sample("noise", noise, infer={"is_auxiliary": True})
+            log_density = torch.full_like(noise[:, 0], 4.0).log()
+            pyro.sample("z", dist.Delta(noise / 2, log_density=log_density, event_dim=1))
+
+    def kl(self, x):
+        return torch.zeros(len(x))
+
+
+@pytest.mark.parametrize("kind", [Weighted, Halved])
+def test_validation_nelbo_is_at_beta_one_and_of_the_density_that_programs_state(kind):
+    """Exact where the image does not depend on the latent."""
+    vae, x, settings = kind(), images().double(), config(epochs=1, learning_rate=1e-12)
+    [entry] = fit(vae, Trace_ELBO(), [x], settings, validation=x.split(3)).history
+    seen = x.sum((1, 2, 3)) < 1
+    errors = (x.flatten(1) - vae.decoder.bias).square().sum(1) / 2 + math.log(2 * math.pi)
+    expected = (errors * seen + vae.kl(x)).mean().detach()
+    assert 0 < seen.sum() < len(x)
+    assert entry["validation_nelbo"] == pytest.approx(float(expected), rel=1e-6)

@@ -102,10 +102,11 @@ class FitResult:
 
     Attributes:
         history: one dict per epoch: ``epoch``, ``train_loss`` and, with validation data,
-            ``validation_loss`` (the objective) and ``validation_nelbo`` (-ELBO at beta = 1), all in
-            nats per image; ``learning_rate`` and ``seconds``. There is no ``validation_nelbo`` of
-            programs that ``pyro.infer.TraceMeanField_ELBO`` is not for, such as those with a
-            discrete latent.
+            ``validation_loss`` (the objective) and ``validation_nelbo`` (-ELBO at beta = 1, also of
+            programs that scale their sites by themselves), all in nats per image;
+            ``learning_rate`` and ``seconds``. There is no ``validation_nelbo`` of programs that
+            :class:`~pyro_vae_defence.objectives.BetaELBO` is not for, such as those with a discrete
+            latent.
         steps: optimiser steps made in all.
         mean_posterior_variance: the guide's variance, averaged over the images of the training
             loader, site name -> one image's shape: a metric for chains that no attacker can move.

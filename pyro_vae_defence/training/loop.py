@@ -29,7 +29,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -37,15 +37,8 @@ from tqdm.auto import tqdm
 from pyro_vae_defence.models import program
 from pyro_vae_defence.models.contract import mend_networks
 from pyro_vae_defence.models.modules import modules_of, networks_of
-from pyro_vae_defence.models.sites import (
-    aside,
-    check_same_latents,
-    get_trace,
-    latent_sites,
-    sampled_in_order,
-    whole_size,
-)
-from pyro_vae_defence.objectives import ImageELBO
+from pyro_vae_defence.models.sites import aside, check_same_latents, get_trace, whole_size
+from pyro_vae_defence.objectives import BetaELBO, ImageELBO
 from pyro_vae_defence.ops.boundary import drop_references, note, public
 from pyro_vae_defence.ops.checks import as_device
 from pyro_vae_defence.ops.files import atomic_save, check_writable, remove_partial
@@ -61,7 +54,7 @@ from pyro_vae_defence.types import VAE, Latents
 # Where a run stands, saved with its weights; the last three inside an unfinished epoch: batches
 # done, their summed loss, images seen.
 _POSITION = ("epoch", "steps", "history", "batch", "loss_sum", "seen")
-# What Pyro's analytic ELBO may answer to programs that it is not for.
+# What an ELBO may answer to programs that it is not for.
 _NOT_ANALYTIC = (AssertionError, KeyError, NotImplementedError, RuntimeError, ValueError)
 # What a resumed run may set anew: the weights do not depend on it.
 _FREE_SETTINGS = {"progress", "checkpoint_every", "posterior_variance"}
@@ -580,7 +573,8 @@ class _Run:
         return loss / count
 
     def _analytic_nelbo(self, batches: Iterable[Any]) -> float | None:
-        """The negative ELBO at beta = 1 with analytic divergences, where programs have one."""
+        """The negative ELBO at beta = 1, whatever the programs scale by, with analytic divergences
+        where they are known; ``None`` where an objective of images is not for the programs."""
         loss, count, failed = 0.0, 0, False
         with contextlib.ExitStack() as stack:
             if isinstance(self.objective, TraceEnum_ELBO):
@@ -588,8 +582,8 @@ class _Run:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore", UserWarning)
             try:
-                analytic = _Analytic()
-                loss, count = _loss_and_count(self.reader, analytic, batches, "validation")
+                stack.enter_context(_Unscaled())
+                loss, count = _loss_and_count(self.reader, BetaELBO(), batches, "validation")
             except torch.OutOfMemoryError:
                 raise
             except _NOT_ANALYTIC:
@@ -717,17 +711,11 @@ class _Run:
             )
 
 
-class _Analytic(TraceMeanField_ELBO):
-    """The analytic ELBO, or a sampled one where the order of the guide's sites makes that wrong."""
+class _Unscaled(Messenger):
+    """Takes back what programs and their plates scale sites by."""
 
-    def _get_trace(self, *args: Any) -> Any:
-        return Trace_ELBO._get_trace(self, *args)
-
-    def _differentiable_loss_particle(self, model_trace: Any, guide_trace: Any) -> Any:
-        model, guide = ({s["name"] for s in latent_sites(t)} for t in (model_trace, guide_trace))
-        ordered = model != guide or guide == sampled_in_order(model_trace, guide_trace)
-        elbo = TraceMeanField_ELBO if ordered else Trace_ELBO
-        return elbo._differentiable_loss_particle(self, model_trace, guide_trace)
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["scale"] = 1.0
 
 
 def _take_place(path: Path, stack: contextlib.ExitStack) -> None:
