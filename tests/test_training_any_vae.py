@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
+import shutil
 import types
 
 import pyro
@@ -21,6 +23,7 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoNormal
@@ -716,6 +719,49 @@ def test_parameters_of_a_pyro_module_whose_programs_are_plain_methods():
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(images())
+
+
+class OfUnlikeLength(list):
+    """Batches, by its length as many as ``says``."""
+
+    says = 2
+
+    def __len__(self):
+        return self.says
+
+
+@pytest.mark.parametrize(("size", "found"), [(2, "more"), (8, "1")])
+def test_one_cycle_counts_on_the_length_of_the_loader(size, found):
+    batches = OfUnlikeLength(images().split(size))
+    with pytest.raises(ValueError, match=f"yields {found} batches, .* it has 2, .*one_cycle"):
+        fit(Plain(), Trace_ELBO(), batches, config(epochs=1, schedule="one_cycle"))
+    pyro.clear_param_store()
+    fit(Plain(), Trace_ELBO(), batches, config(epochs=1))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "left", "fits"),
+    [("constant", 5, False), ("constant", 4, True), ("one_cycle", 4, False)],
+)
+def test_another_number_of_batches_follows_whole_epochs_alone(tmp_path, schedule, left, fits):
+    """Of a cycle the rest would have another length, of an epoch other images would be left out."""
+    path, settings = tmp_path / "c", config(schedule=schedule, checkpoint_every=1)
+    with pytest.raises(Killed):
+        fit(Plain(), KilledAfter(left), images().split(2), settings, checkpoint=path)
+    for size in (4, 1):
+        pyro.clear_param_store()
+        expected = contextlib.nullcontext()
+        if not fits:
+            message = rf"other settings .*'batches of an epoch': \(4, {8 // size}\)"
+            expected = pytest.raises(ValueError, match=message)
+        copy_of = shutil.copy(path, tmp_path / f"copy{size}")
+        with expected:
+            fit(Plain(), Trace_ELBO(), images().split(size), settings, checkpoint=copy_of)
+
+
+def test_an_objective_without_a_loss_is_refused():
+    with pytest.raises(ValueError, match="no loss, .*RenyiELBO"):
+        fit(Plain(), TraceTailAdaptive_ELBO(num_particles=2), [images()], config())
 
 
 def test_loaders_without_a_length():

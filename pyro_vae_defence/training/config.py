@@ -45,8 +45,8 @@ class FitConfig:
         checkpoint_every: steps between checkpoints within an epoch; ``None``: at epoch ends only.
         progress: show a progress bar.
         name: what is trained, e.g. ``"mnist beta=1 seed=0"``; a checkpoint of another name is
-            refused. It stands for the objective and the loader of a resumed run, which cannot be
-            compared.
+            refused. It stands for the objective and the loader of a resumed run, of which only the
+            number of batches can be compared.
     """
 
     epochs: int = 300

@@ -29,7 +29,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer import ELBO, TraceEnum_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceTailAdaptive_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -231,6 +231,11 @@ def _check_objective(objective: Any) -> None:
             "objective must be a Pyro ELBO such as pyro.infer.Trace_ELBO(), got "
             f"{objective if isinstance(objective, type) else type(objective).__name__}"
         )
+    if isinstance(objective, TraceTailAdaptive_ELBO):
+        raise ValueError(
+            "objective TraceTailAdaptive_ELBO has gradients but no loss, which is watched here; "
+            "take another, e.g. pyro.infer.RenyiELBO(), or train with pyro.infer.SVI"
+        )
 
 
 def _loss_and_count(
@@ -362,7 +367,11 @@ class _Run:
         self._statistics = buffers, [buffer.clone() for buffer in buffers]
         _set_epoch(self.loader, self.epoch)
         length = _length(self.loader)
+        counted_on = length if self.config.schedule == "one_cycle" else None
         for batch in self._remaining_batches():
+            if self.batch == counted_on:
+                self.batch += 1  # one too many
+                break
             if self.steps == 0:
                 parallel.check_shares(length, batch[0])
             self._step(batch)
@@ -376,6 +385,12 @@ class _Run:
         parallel.check_all_ended(self.batch)
         if self.seen == 0:
             raise ValueError("loader is empty; pass at least one batch")
+        if counted_on is not None and self.batch != counted_on:
+            raise ValueError(
+                f"loader yields {'more' if self.batch > counted_on else self.batch} batches, by "
+                f"its len() it has {length}, which schedule='one_cycle' counts on; give one whose "
+                "len() holds in every epoch, or choose schedule='constant' or 'plateau'"
+            )
         entry = {"epoch": float(self.epoch + 1), "train_loss": self.loss_sum / self.seen}
         entry["learning_rate"] = float(self.optimiser.param_groups[0]["lr"])
         # The first process's running statistics are the ones that are saved.
@@ -636,6 +651,7 @@ class _Run:
             "format": checkpoints.FORMAT,
             "config": dataclasses.asdict(self.config),
             **{name: getattr(self, name) for name in _POSITION},
+            "length": _length(self.loader),
             "weights": self.parameters.weights(),
             "parameters": list(self.parameters.trained),
             "of_no_module": self.parameters.of_no_module(),
@@ -702,6 +718,12 @@ class _Run:
         # More epochs than before is a continuation; anything else would be another run.
         if self.config.schedule != "one_cycle" and differing.keys() == {"epochs"}:
             differing = {}
+        # Whole epochs may be followed by others; a batch that is done has to be the same images.
+        if state["batch"] or self.config.schedule == "one_cycle":
+            _set_epoch(self.loader, state["epoch"])
+            lengths = state.get("length"), _length(self.loader)
+            if None not in lengths and lengths[0] != lengths[1]:
+                differing["batches of an epoch"] = lengths
         if len(state["rng"]) != parallel.world_size():
             differing["processes"] = (len(state["rng"]), parallel.world_size())
         if differing:
